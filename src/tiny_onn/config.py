@@ -1,0 +1,182 @@
+"""Settings of a run: frozen dataclasses, read from TOML, written back as resolved JSON.
+
+Every field is documented once, in the docstring under it; `--help`, `docs/config.md` and the error
+messages take their text from there. A field's default is stated here and nowhere else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Surprise = Literal["parameters", "input", "output", "gain", "magnitude", "relative"]
+Weighting = Literal["unit", "softmax", "sigmoid", "mean"]
+Selection = Literal["top_k", "budget", "static", "random"]
+Objective = Literal["smk", "task", "none"]
+ExpertInit = Literal["random", "slices", "importance"]
+GateInit = Literal["random", "zeros", "ridge"]
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """The dense model that is converted and that teaches."""
+
+    path: str = "embedded"
+    """`embedded` (SmolLM2-135M-Instruct, offline), a local folder, or a Hugging Face hub id."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub id."""
+    placement: Literal["shared", "separate"] = "shared"
+    """`shared`: the student's frozen embeddings and attention with the teacher's MLPs; `separate`: a whole second model."""
+    dtype: DType = "bfloat16"
+    """Number format of the teacher and of the frozen backbone."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub id. Off unless you trust its author."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """How each dense MLP becomes a bank of experts."""
+
+    num_experts: int = 32
+    """Experts per layer, E. `num_experts * expert_dim` must equal the MLP's width."""
+    expert_dim: int = 0
+    """Neurons per expert, I. 0: the MLP's width divided by `num_experts`."""
+    init: ExpertInit = "slices"
+    """`random` (the model card), `slices` (contiguous dense neurons), `importance` (neurons ordered by calibrated importance)."""
+    gate_init: GateInit = "random"
+    """`random` (normal, std 0.02), `zeros`, or `ridge` (regression of the experts' output norms on calibration text)."""
+    weighting: Weighting = "unit"
+    """What an active expert's output is multiplied by: 1, its softmax or sigmoid probability, or 1/k."""
+    calibration_tokens: int = 8192
+    """Training tokens read by `importance` and `ridge`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """Which experts a token activates, and what the gate learns from."""
+
+    selection: Selection = "budget"
+    """`top_k`: exactly k; `budget`: as many as the token needs, k on average; `static`, `random`: controls."""
+    objective: Objective = "smk"
+    """`smk`: cross-entropy toward the expert surprise points at, decoupled; `task`: the distillation loss; `none`: frozen."""
+    target_k: float = 16.0
+    """Active experts per token: exact for `top_k`, the mean for `budget`."""
+    budget_form: Literal["cumulative", "threshold"] = "cumulative"
+    """`cumulative`: experts by falling probability until the sum passes p; `threshold`: all experts above p."""
+    budget_rate: float = 0.1
+    """Share by which the budget's p moves toward the last batch's exact value, per step."""
+    load_balancing_coef: float = 0.01
+    """Weight of the load-balancing loss (objective `task` only)."""
+    z_loss_coef: float = 0.001
+    """Weight of the squared log-partition of the router logits (objective `task` only)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmkConfig:
+    """Surprise Min_K: the gate's own loss (objective `smk` only)."""
+
+    surprise: Surprise = "parameters"
+    """Which per-token, per-expert quantity points at the target."""
+    direction: Literal["min", "max"] = "min"
+    """Whether the target is where surprise is smallest (the model card) or largest."""
+    candidates: Literal["active", "all"] = "active"
+    """Experts that may become the target: those the token activated, or all of them."""
+    targets: Literal["single", "set"] = "single"
+    """`single`: cross-entropy to one expert; `set`: to the k best."""
+    coef: float = 1.0
+    """Weight of the SMK loss. It acts on the gate's gradient only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What the student is asked to match."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    temperature: float = 1.0
+    """Both distributions are softened by it; the loss is multiplied by its square."""
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mixture of `jsd`, in (0, 1)."""
+    chunk_tokens: int = 512
+    """Tokens whose logits exist at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The text."""
+
+    sources: tuple[str, ...] = ("embedded",)
+    """`embedded`, files (.txt, .jsonl, .parquet), folders of them, or hub datasets as `hf:name` or `hf:name:config`."""
+    text_field: str = "text"
+    """The field of a jsonl or parquet row, or of a hub dataset's row, that holds the text."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    row_tokens: int = 1024
+    """Tokens per packed row."""
+    held_out_fraction: float = 0.05
+    """Share of documents kept for evaluation, chosen by a hash of their content."""
+    eval_tokens: int = 8192
+    """Held-out tokens per evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """How the experts (fast) and the gates (slow) are updated."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    expert_lr: float = 3e-4
+    """Peak learning rate of the experts."""
+    gate_lr: float = 1e-3
+    """Peak learning rate of the gates."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the experts. Gates are not decayed."""
+    clip_norm: float = 1.0
+    """The gradient's global L2 norm is clipped to it, experts and gates apart."""
+    warmup_fraction: float = 0.05
+    """Share of the run in which the learning rates rise linearly from 0."""
+    decay_fraction: float = 0.5
+    """Share of the run, at its end, in which they fall linearly to 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The loop."""
+
+    tokens: int = 262_144
+    """Training tokens; the run ends at the first step that reaches it."""
+    rows_per_step: int = 1
+    """Packed rows whose gradients are summed before an update."""
+    seed: int = 0
+    """Seed of every generator: initialisation, document order, random controls."""
+    device: str = "auto"
+    """`auto` (cuda if there is one, else cpu), `cpu`, `cuda` or `cuda:N`."""
+    compile: bool = True
+    """Fuse the expert layer's elementwise regions with torch.compile."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    eval_every_tokens: int = 65_536
+    """Training tokens between evaluations on held-out text. 0: only at the start and the end."""
+    save_every_tokens: int = 65_536
+    """Training tokens between checkpoints. 0: only at the end."""
+    log_every_steps: int = 1
+    """Steps between metric records."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything a run is made from."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    smk: SmkConfig = field(default_factory=SmkConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)

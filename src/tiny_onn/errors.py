@@ -1,0 +1,5 @@
+"""The one exception for mistakes a user can mend."""
+
+
+class UserError(ValueError):
+    """Bad input, told in one line: what, got, expected, remedy. The CLI prints it and exits with 2."""
