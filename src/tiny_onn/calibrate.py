@@ -1,0 +1,147 @@
+"""What a few thousand tokens of text say about a dense MLP: neuron importance and a first gate.
+
+Both passes run the teacher once over the calibration rows and keep only sums: memory does not grow
+with the text. The first token of each document is left out (the attention sink: activations
+thousands of times larger would decide everything).
+
+Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.experts import ExpertBank
+from tiny_onn.modeling import gated_mlp_layers, last_hidden_states
+from tiny_onn.ops.dense_masked import gram_norm
+from tiny_onn.packing import PackedRow
+from tiny_onn.router import exact_threshold
+
+RIDGE = 1e-3
+
+
+@contextmanager
+def _mlp_inputs(dense: PreTrainedModel, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within the context, `see(layer, x)` gets each MLP's input in the dense model's passes."""
+
+    def hook(index: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        see(index, inputs[0].flatten(0, -2))
+
+    layers = gated_mlp_layers(dense)
+    handles = [
+        layer.mlp.register_forward_pre_hook(partial(hook, index))  # pyright: ignore
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def neuron_importance(
+    dense: PreTrainedModel, rows: Sequence[PackedRow]
+) -> list[Float[Tensor, " neurons"]]:
+    """Per layer, each neuron's mean squared contribution to the output, `mean(h^2) * |down|^2`."""
+    layers = gated_mlp_layers(dense)
+    sums = [torch.zeros(1, device=dense.device) for _ in layers]
+
+    def see(index: int, x_TD: Tensor) -> None:
+        mlp = layers[index].mlp
+        hidden_TF = mlp.act_fn(mlp.gate_proj(x_TD)) * mlp.up_proj(x_TD)  # pyright: ignore
+        sums[index] = sums[index] + hidden_TF[mask_T].float().square().sum(0)
+
+    with _mlp_inputs(dense, see):
+        for row in rows:
+            mask_T = row.router_mask.flatten()
+            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+    return [
+        total * layer.mlp.down_proj.weight.float().square().sum(0)  # pyright: ignore
+        for total, layer in zip(sums, layers, strict=True)
+    ]
+
+
+def importance_order(
+    importance: Sequence[Float[Tensor, " neurons"]],
+) -> list[Int[Tensor, " neurons"]]:
+    """Per layer, neurons by falling importance, so that experts differ in it as much as they can."""
+    return [scores.argsort(descending=True, stable=True) for scores in importance]
+
+
+@torch.no_grad()
+def fit_gates(
+    dense: PreTrainedModel, banks: Sequence[ExpertBank], rows: Sequence[PackedRow]
+) -> list[float]:
+    """Set each router to the ridge regression of `log |expert_e(x)|` on x.
+
+    Softmax probabilities then stand for the experts' shares of the output's total norm, and the
+    cumulative budget keeps the experts that carry a given share of it.
+
+    Returns:
+        Per layer, the share of the targets' variance (within experts) that the gate explains.
+    """
+    D = banks[0].gate_up_proj.shape[-1]
+    E = banks[0].down_proj.shape[0]
+    zeros = partial(torch.zeros, device=dense.device, dtype=torch.float64)
+    grams = [zeros(D + 1, D + 1) for _ in banks]
+    moments = [zeros(D + 1, E) for _ in banks]
+    squares = [zeros(E) for _ in banks]
+
+    def see(index: int, x_TD: Tensor) -> None:
+        targets_TE = expert_norms(banks[index], x_TD[mask_T]).clamp_min(1e-6).log()
+        features_TD = F.pad(x_TD[mask_T].float(), (0, 1), value=1.0)
+        grams[index] += features_TD.T @ features_TD
+        moments[index] += features_TD.T @ targets_TE
+        squares[index] += targets_TE.double().square().sum(0)
+
+    with _mlp_inputs(dense, see):
+        for row in rows:
+            mask_T = row.router_mask.flatten()
+            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+    explained = []
+    for bank, gram, moment, square in zip(banks, grams, moments, squares, strict=True):
+        penalty = RIDGE * gram.diagonal()[:D].mean() * torch.eye(D + 1, device=gram.device)
+        penalty[D, D] = 0
+        solution = torch.linalg.solve(gram + penalty, moment)
+        bank.router.weight.copy_(solution[:D].T)
+        bank.router.bias.copy_(solution[D])
+        residual = square - 2 * (solution * moment).sum(0) + (solution * (gram @ solution)).sum(0)
+        variance = square - moment[D].square() / gram[D, D]
+        explained.append(1 - (residual.sum() / variance.sum()).item())
+    return explained
+
+
+def expert_norms(
+    bank: ExpertBank, x_TD: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens experts"]:
+    """`|expert_e(x)|` of every expert, active or not, in float32."""
+    _, E, I, D = bank.gate_up_proj.shape
+    gate_up_FD = bank.gate_up_proj.to(x_TD.dtype).view(2 * E * I, D)
+    gate_up_T2EI = F.linear(x_TD, gate_up_FD).view(-1, 2, E, I).float()
+    return gram_norm(bank.activation(gate_up_T2EI[:, 0]) * gate_up_T2EI[:, 1], bank.down_proj)
+
+
+@torch.no_grad()
+def settle_budgets(
+    dense: PreTrainedModel, banks: Sequence[ExpertBank], rows: Sequence[PackedRow]
+) -> None:
+    """Set each budget's threshold to the one that meets its target on the calibration rows."""
+
+    def see(index: int, x_TD: Tensor) -> None:
+        router = banks[index].router
+        if router.rule.selection == "budget":
+            routing = router(x_TD)
+            router.steer(exact_threshold(routing.scores, mask_T, router.rule.target_k), rate=0.0)
+
+    with _mlp_inputs(dense, see):
+        for row in rows:
+            mask_T = row.router_mask.flatten()
+            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))

@@ -1,0 +1,150 @@
+"""Checkpoints of a run: what learns, the optimizer's state and the loop's, whole or not at all.
+
+A checkpoint is a folder `step-N` of safetensors and JSON with a manifest of sizes and SHA-256. It
+is written beside its place and renamed into it; the newest one whose manifest holds is the one that
+a run resumes from.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiny_onn.errors import UserError
+from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.optim import split_parameters
+from tiny_onn.run_folder import write_json
+
+MANIFEST = "manifest.json"
+KEPT = 2
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    student: TinyOnnForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Write `folder/step-N` and remove all but the newest two.
+
+    Raises:
+        UserError: the disk refuses; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{step:07d}"
+    partial = folder / f".partial-{os.getpid()}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(student_tensors(student), partial / "student.safetensors")
+        save_file(optimizer_tensors(student, optimizer), partial / "optimizer.safetensors")
+        write_json(partial / "state.json", state)
+        manifest = {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in sorted(partial.iterdir())
+        }
+        for name in manifest:
+            _fsync(partial / name)
+        write_json(partial / MANIFEST, manifest)
+        _fsync(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _fsync(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{target}: cannot write the checkpoint ({error.strerror or error}), expected free disk "
+            "and permission; the previous checkpoint is whole, free some space and use --resume"
+        ) from error
+    for old in valid_checkpoints(folder)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def valid_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints whose files are all there at their sizes, newest first (hashes unread)."""
+    found = sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+    return [path for path in found if _sizes_hold(path)]
+
+
+def load_checkpoint(
+    folder: Path, student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
+    """Restore the newest checkpoint whose hashes hold; its loop state, or None if there is none."""
+    for path in valid_checkpoints(folder):
+        manifest = json.loads((path / MANIFEST).read_text())
+        if all(_sha256(path / name) == entry["sha256"] for name, entry in manifest.items()):
+            device = str(next(student.parameters()).device)
+            _restore_student(student, load_file(path / "student.safetensors", device=device))
+            _restore_optimizer(
+                student, optimizer, load_file(path / "optimizer.safetensors", device=device)
+            )
+            return json.loads((path / "state.json").read_text())
+    return None
+
+
+def student_tensors(student: TinyOnnForCausalLM) -> dict[str, Tensor]:
+    """Experts, gates and budget thresholds: all that a run changes in the model."""
+    return {
+        name: tensor.detach().contiguous()
+        for name, tensor in student.state_dict().items()
+        if ".mlp." in name
+    }
+
+
+def optimizer_tensors(
+    student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name and entry."""
+    tensors = {}
+    for group in split_parameters(student):
+        for name, parameter in group.items():
+            for entry, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}|{entry}"] = torch.as_tensor(value).detach().contiguous()
+    return tensors
+
+
+@torch.no_grad()
+def _restore_student(student: TinyOnnForCausalLM, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in student_tensors(student).items():
+        tensor.copy_(tensors[name])
+
+
+def _restore_optimizer(
+    student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    for group in split_parameters(student):
+        for name, parameter in group.items():
+            prefix = f"{name}|"
+            optimizer.state[parameter] = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in tensors.items()
+                if key.startswith(prefix)
+            }
+
+
+def _sizes_hold(path: Path) -> bool:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        return all((path / n).stat().st_size == entry["bytes"] for n, entry in manifest.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

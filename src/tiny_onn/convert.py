@@ -1,0 +1,212 @@
+"""From a dense model to a student: transplant the backbone, cut the MLPs into experts, verify.
+
+The student's embeddings, attention and norms are the dense model's own tensors, shared by
+reference: copied bit for bit at no memory, frozen, and free to serve the teacher at the same time.
+With all experts on at unit weight a student cut from dense weights is the dense model; `convert`
+checks that layer by layer and `identity_gap` measures it at the logits.
+
+Legend: D hidden, E experts, I expert width, F = E * I neurons, L layers.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tiny_onn.config import ExpertsConfig, RouterConfig
+from tiny_onn.errors import UserError
+from tiny_onn.experts import ExpertBank
+from tiny_onn.modeling import (
+    TinyOnnConfig,
+    TinyOnnForCausalLM,
+    gated_mlp_layers,
+    head_of,
+    last_hidden_states,
+)
+from tiny_onn.router import RoutingRule
+
+GATE_STD = 0.02
+
+
+def student_config(
+    dense: PreTrainedModel, experts: ExpertsConfig, router: RouterConfig
+) -> TinyOnnConfig:
+    """The student's configuration for a dense model.
+
+    Raises:
+        UserError: the architecture, the sizes or k do not fit.
+    """
+    width = gated_mlp_layers(dense)[0].mlp.gate_proj.out_features  # pyright: ignore
+    if experts.expert_dim == 0 and width % experts.num_experts:
+        raise UserError(
+            f"experts.num_experts: got {experts.num_experts}, expected a divisor of {width}, the "
+            f"width of this model's MLP; for example {_nearest_divisor(width, experts.num_experts)}"
+        )
+    return TinyOnnConfig(
+        backbone=copy.deepcopy(dense.config),
+        num_experts=experts.num_experts,
+        expert_dim=experts.expert_dim or width // experts.num_experts,
+        selection=router.selection,
+        weighting=experts.weighting,
+        target_k=router.target_k,
+        budget_form=router.budget_form,
+        dtype=dense.dtype,
+    )
+
+
+def convert(
+    dense: PreTrainedModel,
+    experts: ExpertsConfig,
+    router: RouterConfig,
+    *,
+    generator: torch.Generator,
+    neuron_order: Sequence[Int[Tensor, " neurons"]] | None = None,
+) -> TinyOnnForCausalLM:
+    """A student of a dense model; its backbone shares the dense model's tensors.
+
+    Args:
+        dense: the teacher, frozen by this call.
+        experts: how experts start.
+        router: how they are chosen.
+        generator: CPU generator of random experts and gates.
+        neuron_order: per layer, dense neuron indices in the order in which they fill the experts;
+            None: as they are.
+
+    Raises:
+        UserError: the architecture, the sizes or k do not fit.
+    """
+    config = student_config(dense, experts, router)
+    dense.requires_grad_(False)
+    student = share_backbone(dense, config)
+    std = getattr(dense.config.get_text_config(), "initializer_range", 0.02)
+    for index, (bank, layer) in enumerate(
+        zip(student.banks(), gated_mlp_layers(dense), strict=True)
+    ):
+        bank.router.reset(None if experts.gate_init == "zeros" else generator, GATE_STD)
+        if experts.init == "random":
+            bank.reset(generator, std)
+        else:
+            fill_from_dense(bank, layer.mlp, None if neuron_order is None else neuron_order[index])  # pyright: ignore
+            _verify_layer(bank, layer.mlp, index, dense)  # pyright: ignore
+        bank.requires_grad_(True)
+    return student
+
+
+def share_backbone(dense: PreTrainedModel, config: TinyOnnConfig) -> TinyOnnForCausalLM:
+    """A student with uninitialised experts whose other tensors are the dense model's own."""
+    with torch.device("meta"):
+        student = TinyOnnForCausalLM(config)
+    student.config._attn_implementation = dense.config._attn_implementation
+    adopt_backbone(student, dense)
+    for bank in student.banks():
+        bank.to_empty(device=dense.device)
+        bank.float()
+    student.generation_config = copy.deepcopy(dense.generation_config)
+    return student.train(False)
+
+
+def adopt_backbone(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> None:
+    """Replace the student's backbone tensors by the dense model's, by reference."""
+    dense_tensors = [*dense.named_parameters(remove_duplicate=False), *dense.named_buffers()]
+    for name, tensor in dense_tensors:
+        if ".mlp." not in name:
+            owner_name, _, attribute = name.rpartition(".")
+            setattr(student.backbone.get_submodule(owner_name), attribute, tensor)
+
+
+@torch.no_grad()
+def fill_from_dense(
+    bank: ExpertBank, mlp: nn.Module, order: Int[Tensor, " neurons"] | None = None
+) -> None:
+    """Cut a dense MLP into the bank: neuron `order[e * I + i]` becomes neuron i of expert e."""
+    _, E, I, D = bank.gate_up_proj.shape
+    rows_FD = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)  # pyright: ignore
+    gate, up, down = (
+        (rows if order is None else rows[order.to(rows.device)]).reshape(E, I, D)  # pyright: ignore
+        for rows in rows_FD
+    )
+    bank.gate_up_proj.copy_(torch.stack((gate, up)))
+    bank.down_proj.copy_(down)
+
+
+@torch.no_grad()
+def _verify_layer(bank: ExpertBank, mlp: nn.Module, index: int, dense: PreTrainedModel) -> None:
+    """Refuse an MLP that computes something else than act(gate x) * (up x), before any training."""
+    generator = torch.Generator().manual_seed(index)
+    x_TD = torch.randn(4, bank.gate_up_proj.shape[-1], generator=generator).to(dense.device)
+    expected = copy.deepcopy(mlp).float()(x_TD)
+    with all_experts_on([bank]):
+        gap = (bank(x_TD) - expected).abs().max().item()
+    size = expected.abs().max().item()
+    if not gap <= 1e-4 * size + 1e-6:
+        raise UserError(
+            f"architecture {type(dense).__name__}: layer {index}'s MLP differs from "
+            f"down(act(gate(x)) * up(x)) by {gap:.3g} (outputs up to {size:.3g}), expected equality "
+            "to rounding; this family cannot be converted"
+        )
+
+
+@contextmanager
+def all_experts_on(banks: Sequence[ExpertBank]) -> Iterator[None]:
+    """Within the context every expert is active at weight 1."""
+    rules = [bank.router.rule for bank in banks]
+    for bank in banks:
+        everyone = float(bank.router.weight.shape[0])
+        bank.router.rule = RoutingRule(selection="top_k", weighting="unit", target_k=everyone)
+    try:
+        yield
+    finally:
+        for bank, rule in zip(banks, rules, strict=True):
+            bank.router.rule = rule
+
+
+@torch.no_grad()
+def identity_gap(
+    student: TinyOnnForCausalLM, dense: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]
+) -> float:
+    """Largest absolute difference between the dense logits and the student's with all experts on."""
+    expected = dense(input_ids=input_ids, use_cache=False).logits
+    with all_experts_on(student.banks()):
+        got = student(input_ids=input_ids, use_cache=False).logits
+    return (got.float() - expected.float()).abs().max().item()
+
+
+@torch.no_grad()
+def verify_head(dense: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) -> float:
+    """Largest difference between the model's logits and those of `head_of` on its hidden states.
+
+    Raises:
+        UserError: they differ by more than rounding: the family's head does something more.
+    """
+    expected = dense(input_ids=input_ids, use_cache=False).logits.float()
+    got: Float[Tensor, "..."] = head_of(dense).logits(last_hidden_states(dense, input_ids)[0])
+    gap, size = (got - expected[0]).abs().max().item(), expected.abs().max().item()
+    if not gap <= (0.02 if dense.dtype == torch.bfloat16 else 1e-4) * size:
+        raise UserError(
+            f"architecture {type(dense).__name__}: its logits differ from softcap(scale * W h) by "
+            f"{gap:.3g} (logits up to {size:.3g}), expected equality to rounding; this family's "
+            "output head is not supported"
+        )
+    return gap
+
+
+def backbone_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of every tensor outside the MLPs, by name, number format, shape and bytes."""
+    backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
+    digest = hashlib.sha256()
+    for name, parameter in sorted(backbone.named_parameters(remove_duplicate=False)):
+        if ".mlp." not in name:
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            raw = parameter.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _nearest_divisor(width: int, wanted: int) -> int:
+    divisors = [d for d in range(1, width + 1) if width % d == 0]
+    return min(divisors, key=lambda d: abs(d - wanted))

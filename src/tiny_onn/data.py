@@ -1,0 +1,400 @@
+"""Text sources to packed rows of token ids, reproducible and resumable to the row.
+
+A source gives documents; a document's SHA-256 decides its side of the train / held-out split before
+anything is tokenised, so that duplicates land on one side and more data never moves a document;
+documents are tokenised in batches by the tokenizer's own threads and packed (`packing.py`).
+
+Embedded and local text is read once and held in memory (about one byte per character); training
+shuffles it anew each epoch. Hub datasets are streamed and shuffled in a buffer; resuming one reads
+its epoch again up to the saved document, which takes time but is exact. Several sources take turns
+document by document until all are exhausted; local text counts as one of them.
+
+Blank documents are left out: there is nothing to predict in them. Text that spells a special token
+is tokenised as that token.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tiny_onn.config import DataConfig
+from tiny_onn.embedded import Document, embedded_documents, split_text
+from tiny_onn.errors import UserError
+from tiny_onn.packing import PackedRow, Packer
+
+Split = Literal["train", "held_out"]
+
+_HUB_PREFIX = "hf:"
+_BATCH_CHARS = 131_072
+# Documents of a hub stream that are shuffled among each other.
+_SHUFFLE_BUFFER = 1_000
+
+
+def read_documents(source: str, text_field: str) -> Iterator[Document]:
+    """The documents of one embedded or local source in a fixed order, blank ones left out.
+
+    A folder is searched recursively, hidden entries left out; `text_field` is the field of a jsonl
+    or parquet row that holds the text.
+
+    Raises:
+        UserError: If the source is missing, unreadable or without text.
+    """
+    if source == "embedded":
+        yield from embedded_documents()
+        return
+    path = Path(source).expanduser()
+    found = False
+    try:
+        if not path.exists():
+            raise _bad(path, "no such file or folder; correct it, or write hf:name for hub data")
+        for file in _folder_files(path, set()) if path.is_dir() else [path]:
+            for document in _read_file(file, text_field):
+                if document.text.strip():
+                    found = True
+                    yield document
+    except OSError as error:
+        where = error.filename or path
+        raise _bad(where, f"cannot be read ({error.strerror or error}); check it") from error
+    if not found:
+        raise _bad(path, f"no text in it, expected a {_ENDINGS} file that holds some; add one")
+
+
+def _bad(where: object, problem: str) -> UserError:
+    return UserError(f"data.sources: {where}: {problem}")
+
+
+def _folder_files(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Text files below `folder`, sorted; a folder reached twice through links is read once."""
+    real = folder.resolve()
+    if real in seen:
+        return
+    seen.add(real)
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _folder_files(entry, seen)
+        elif entry.suffix.lower() in _READERS:
+            yield entry
+
+
+def _read_file(path: Path, text_field: str) -> Iterator[Document]:
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise _bad(path, f"got ending {path.suffix!r}, expected {_ENDINGS}; convert or rename it")
+    try:
+        for index, text in enumerate(read(path, text_field)):
+            yield Document(text, str(path), index)
+    except UnicodeDecodeError as error:
+        raise _bad(path, f"not UTF-8 ({error}); convert it to UTF-8") from error
+
+
+def _read_txt(path: Path, text_field: str) -> Iterator[str]:
+    """The whole file, or pieces cut at blank lines if it is longer than 64,000 characters."""
+    yield from split_text(path.read_text(encoding="utf-8-sig"))
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{path} line {number}"
+            try:
+                line = raw.decode("utf-8-sig")
+                row = json.loads(line) if line.strip() else {text_field: ""}
+            except (ValueError, RecursionError) as error:
+                raise _bad(where, f"not JSON in UTF-8 ({error}); write one object") from error
+            if not isinstance(row, dict):
+                raise _bad(where, f"got {line.strip()[:20]!r}, expected a JSON object; write one")
+            yield _field(row, text_field, where)
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    # Slow to import and needed for this format only; datasets depends on it.
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    try:
+        with pq.ParquetFile(path) as file:
+            # Raises if the column is missing.
+            _field(dict.fromkeys(file.schema_arrow.names), text_field, path)
+            batches = file.iter_batches(columns=[text_field])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows):
+                yield _field(row, text_field, f"{path} row {number}")
+    except pa.ArrowException as error:
+        raise _bad(path, f"not readable as parquet ({_one_line(error)}); write it anew") from error
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_ENDINGS = ", ".join(_READERS)
+
+
+def _field(row: dict[str, Any], text_field: str, where: object) -> str:
+    """The row's text; null counts as blank."""
+    if text_field not in row:
+        names = ", ".join(itertools.islice(row, 20)) or "none"
+        raise UserError(
+            f"data.text_field: {where}: got {text_field!r}, expected one of: {names}; correct it"
+        )
+    value = row[text_field]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(
+            f"data.text_field: {where}: {text_field!r} holds {type(value).__name__}, expected text;"
+            " name another field"
+        )
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _hub_documents(
+    source: str, config: DataConfig, order: tuple[int, int] | None
+) -> Iterator[Document]:
+    """A hub dataset, streamed: shuffled by `order` (seed, epoch), or as stored if that is None."""
+    import datasets  # noqa: PLC0415 (2 s of imports, needed for hub data only)
+    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
+
+    name, *configs = source.removeprefix(_HUB_PREFIX).split(":")
+    if not name or len(configs) > 1:
+        raise _bad(source, "expected hf:name or hf:name:config; correct it")
+    try:
+        dataset = datasets.load_dataset(name, *configs, split=config.split, streaming=True)
+        assert isinstance(dataset, datasets.IterableDataset)
+        if order is not None:
+            dataset = dataset.shuffle(seed=order[0], buffer_size=_SHUFFLE_BUFFER)
+            dataset.set_epoch(order[1])
+        for index, row in enumerate(dataset):
+            text = _field(row, config.text_field, f"{source} row {index}")
+            if text.strip():
+                yield Document(text, source, index)
+    except ConnectionError as error:
+        remedy = "connect, or name downloaded .jsonl or .parquet files instead"
+        raise _bad(source, f"no network, or no answer ({_one_line(error)}); {remedy}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        remedy = "check the name, the config and data.split"
+        raise _bad(source, f"{_one_line(error)}; {remedy}") from error
+
+
+def is_held_out(digest: bytes, held_out_fraction: float) -> bool:
+    """Whether a document of this SHA-256 is kept for evaluation: its first 64 bits as a share."""
+    return int.from_bytes(digest[:8], "big") < held_out_fraction * 2**64
+
+
+class TokenStream:
+    """Packed rows of one side of the split: endless for `train`, one pass for `held_out`.
+
+    `train` visits the documents in a new seeded order each epoch; a row may span two epochs.
+    `held_out` visits them in the order of their SHA-256 (hub datasets: as stored), whatever the
+    seed, so that its beginning is a fair sample of all of them. Each document ends with the
+    tokenizer's end-of-sequence token if there is one. Iterating continues; it never starts over.
+
+    Attributes:
+        packer: The packer, with its counts of documents, tokens and padding.
+        epoch: How often the documents were all visited.
+
+    Raises:
+        UserError: If a source or a setting is bad, or nothing is left on this side of the split.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        split: Split,
+        seed: int,
+        row_tokens: int,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"teacher.path: got the slow tokenizer {type(tokenizer).__name__}, expected a fast"
+                " one; convert it to tokenizer.json"
+            )
+        self._config = config
+        self._tokenizer = tokenizer
+        self._split: Split = split
+        self._seed = seed
+        self._documents = _local_documents(config, split)
+        self._hub_sources = [name for name in config.sources if name.startswith(_HUB_PREFIX)]
+        # Padding takes no part in anything: any id does, and every model has 0.
+        self.packer = Packer(row_tokens, pad_token_id=0)
+        self.epoch = 0
+        # Documents of this epoch handed to the packer.
+        self._position = 0
+        self._token_ids = self._tokenise()
+
+    def __iter__(self) -> Iterator[PackedRow]:
+        return self
+
+    def __next__(self) -> PackedRow:
+        while (row := self.packer.pop()) is None:
+            token_ids = next(self._token_ids, None)
+            if token_ids is not None:
+                self.packer.add(token_ids)
+                self._position += 1
+                continue
+            if self.packer.num_tokens == 0:
+                raise _empty_split_error(self._config, self._split)
+            if self._split == "held_out":
+                if (row := self.packer.finish()) is None:
+                    raise StopIteration
+                return row
+            self.epoch += 1
+            self._position = 0
+            self._token_ids = self._tokenise()
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next rows, as JSON values."""
+        return {
+            "identity": self._identity(),
+            "epoch": self.epoch,
+            "position": self._position,
+            "packer": self.packer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with exactly the row that would have followed `state_dict`.
+
+        Raises:
+            UserError: If the text, the tokenizer or a setting is not the one of the saved stream.
+        """
+        for name, value in self._identity().items():
+            saved = state["identity"][name]
+            if value != saved:
+                raise UserError(
+                    f"resume: the data's {name} changed: got {value}, expected {saved}; restore it"
+                    " or start a new run"
+                )
+        self.epoch = state["epoch"]
+        self._position = state["position"]
+        self.packer.load_state_dict(state["packer"])
+        self._token_ids = self._tokenise()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a saved state to mean the same rows."""
+        text = hashlib.sha256()
+        for digest, _ in self._documents:
+            text.update(digest)
+        return {
+            "split": self._split,
+            "seed": self._seed,
+            "row_tokens": self.packer.row_tokens,
+            "held_out_fraction": self._config.held_out_fraction,
+            "hub sources": [*self._hub_sources, self._config.split, self._config.text_field],
+            "text (sha256)": text.hexdigest(),
+            "vocabulary size": len(self._tokenizer),
+        }
+
+    def _tokenise(self) -> Iterator[list[int]]:
+        """Token ids of this epoch's documents from the current position on."""
+        documents = itertools.islice(self._epoch_documents(), self._position, None)
+        eos_token_id = self._tokenizer.eos_token_id
+        ending = [] if eos_token_id is None else [eos_token_id]
+        for texts in _batches(document.text for document in documents):
+            encoded = self._tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
+            for token_ids in encoded["input_ids"]:
+                yield token_ids + ending
+
+    def _epoch_documents(self) -> Iterator[Document]:
+        fraction = self._config.held_out_fraction
+        wanted = self._split == "held_out"
+        order = None if wanted else (self._seed, self.epoch)
+        streams = [self._ordered_local(order)]
+        for source in self._hub_sources:
+            stream = _hub_documents(source, self._config, order)
+            streams.append(doc for doc in stream if is_held_out(doc.digest(), fraction) == wanted)
+        turns = itertools.zip_longest(*streams)
+        return (document for turn in turns for document in turn if document is not None)
+
+    def _ordered_local(self, order: tuple[int, int] | None) -> Iterator[Document]:
+        if order is None:
+            return (document for _, document in self._documents)
+        generator = torch.Generator()
+        # Hashed, so that (seed 1, epoch 0) and (seed 0, epoch 1) do not share an order.
+        key = hashlib.sha256(f"{order[0]}:{order[1]}".encode()).digest()
+        generator.manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        permutation = torch.randperm(len(self._documents), generator=generator)
+        return (self._documents[index][1] for index in permutation.tolist())
+
+
+def _local_documents(config: DataConfig, split: Split) -> list[tuple[bytes, Document]]:
+    """Embedded and local documents of one side with their digests, sorted by digest."""
+    if not config.sources:
+        raise UserError("data.sources: got none, expected at least one; write embedded or a path")
+    local = [source for source in config.sources if not source.startswith(_HUB_PREFIX)]
+    documents = [
+        (digest, document)
+        for source in local
+        for document in read_documents(source, config.text_field)
+        if is_held_out(digest := document.digest(), config.held_out_fraction)
+        == (split == "held_out")
+    ]
+    if not documents and len(local) == len(config.sources):
+        raise _empty_split_error(config, split)
+    # Stable: documents of equal text keep the order of their sources.
+    return sorted(documents, key=lambda pair: pair[0])
+
+
+def _empty_split_error(config: DataConfig, split: Split) -> UserError:
+    remedy = "raise it" if split == "held_out" else "lower it"
+    return UserError(
+        f"data.held_out_fraction: {config.held_out_fraction} leaves no text for the {split} split,"
+        f" expected a document of two tokens or more; {remedy} or add text"
+    )
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts, closed once they hold `_BATCH_CHARS` characters."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def held_out_rows(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, row_tokens: int, max_tokens: int
+) -> list[PackedRow]:
+    """The first held-out rows, always the same: `max_tokens // row_tokens` of them, at least one.
+
+    There are fewer, and the last is padded, if the held-out text is shorter.
+
+    Raises:
+        UserError: As `TokenStream`.
+    """
+    stream = TokenStream(config, tokenizer, split="held_out", seed=0, row_tokens=row_tokens)
+    return list(itertools.islice(stream, max(1, max_tokens // row_tokens)))
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Return if every token id is less than the model's `vocab_size`.
+
+    Raises:
+        UserError: If the tokenizer knows a token that the model has no embedding for.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"teacher.path: the tokenizer has token id {largest}, expected less than the model's"
+            f" vocabulary of {vocab_size}; use the model's own tokenizer"
+        )

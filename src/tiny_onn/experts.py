@@ -1,0 +1,68 @@
+"""The expert bank that takes the place of one dense MLP.
+
+Legend: B batch, T tokens, D hidden, E experts, I expert width, F = E * I neurons.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from tiny_onn.ops.dense_masked import SmkStep, expert_layer
+from tiny_onn.router import Router, Routing, RoutingRule
+
+
+class ExpertBank(nn.Module):
+    """E experts of width I and their router: `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`.
+
+    The neurons are rows of stacked tensors: `gate_up_proj` (2, E, I, D) and `down_proj` (E, I, D),
+    the down projection transposed, so that one neuron is one row in each.
+
+    Attributes set for training by whoever owns the model, read at every call:
+        token_mask: (B * T,) tokens that count in SMK targets and statistics; None: all.
+        smk: how the router is taught in the backward pass; None: it is not.
+        coupled: whether the router's input and weights carry the main loss' gradient.
+        compiled: whether the elementwise regions are compiled.
+        routing: the last call's routing, with its graph.
+    """
+
+    def __init__(
+        self, hidden_dim: int, num_experts: int, expert_dim: int, activation: str, rule: RoutingRule
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(2, num_experts, expert_dim, hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, expert_dim, hidden_dim))
+        self.router = Router(hidden_dim, num_experts, rule)
+        self.activation = ACT2FN[activation]
+        self.token_mask: Bool[Tensor, " tokens"] | None = None
+        self.smk: SmkStep | None = None
+        self.coupled = False
+        self.compiled = False
+        self.routing: Routing | None = None
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator, std: float) -> None:
+        """Random experts, each weight normal with the given standard deviation."""
+        for weight in (self.gate_up_proj, self.down_proj):
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+    def forward(
+        self, hidden_states: Float[Tensor, "*batch hidden"]
+    ) -> Float[Tensor, "*batch hidden"]:
+        """The routed sum of the active experts' outputs."""
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing = self.router(x_TD if self.coupled else x_TD.detach())
+        self.routing = routing
+        y_TD = expert_layer(
+            x_TD,
+            self.gate_up_proj,
+            self.down_proj,
+            routing.weights if self.coupled else routing.weights.detach(),
+            routing.router_logits,
+            activation=self.activation,
+            active_TE=routing.active,
+            token_mask_T=self.token_mask,
+            smk=self.smk,
+            compiled=self.compiled,
+        )
+        return y_TD.view_as(hidden_states)

@@ -1,0 +1,405 @@
+"""Distillation losses from hidden states, without ever holding the logits of all tokens.
+
+Both heads are projected for `chunk_tokens` tokens at a time, and the gradient of every token's
+loss with respect to its own hidden state is computed in the same pass, so that backward is one
+row-wise multiplication. The elementwise work runs on tiles of a few rows: on a CPU they stay in
+cache, on a GPU they bound the fp32 memory.
+
+Memory: two (C, V) buffers in the hidden states' dtype, four (R, V) tiles of 2 MiB (CPU) or 64 MiB
+(GPU) in fp32, or of one row where that is more, a fifth under a softcap, and the saved (T, D)
+gradient in the hidden states' dtype.
+FLOPs per token: 2 V (D_student + D_teacher) forward and 2 V D_student for the gradient.
+
+Precision: matmuls run in the hidden states' dtype, so the logits are those the model itself gives;
+everything elementwise is fp32, or float64 for float64 inputs. The saved gradient is rounded once
+to the hidden states' dtype, before any weighting, so that a mean over many tokens cannot push it
+out of range; temperature, scale and upstream weights multiply it in fp32 in backward.
+
+Not done here: gradients for heads or teacher, second derivatives, and any clamping: NaN and Inf in
+the inputs show in the outputs.
+
+Legend: T tokens, D hidden, V vocabulary, C tokens of a chunk, R rows of a tile. Tensors `s_` are
+the student's, `q_` the teacher's.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, assert_never
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tiny_onn.errors import UserError
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+IGNORED_LABEL = -100
+# The fastest of 1, 2, 4, 8 and 16 MiB for vocabularies of 49,152 and 151,936 on 2 AVX-512 cores;
+# a GPU wants tiles that outlast a kernel launch, its cache being too small for any.
+_CPU_TILE_BYTES = 2 << 20
+_GPU_TILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """How hidden states become logits: `softcap * tanh(scale * (x @ weight.T + bias) / softcap)`.
+
+    It is frozen: no loss here gives it a gradient.
+    """
+
+    weight: Float[Tensor, "vocab hidden"]
+    """Output embeddings, in the dtype of the hidden states they meet."""
+    bias: Float[Tensor, " vocab"] | None = None
+    """Added to the product, if the head has one."""
+    scale: float = 1.0
+    """The logits are multiplied by it (Cohere's logit_scale, 1 / Granite's logits_scaling)."""
+    softcap: float | None = None
+    """Bound of the logits' magnitude (Gemma-2's final_logit_softcapping). None: unbounded."""
+
+    def logits(
+        self, hidden_states: Float[Tensor, "tokens hidden"]
+    ) -> Float[Tensor, "tokens vocab"]:
+        """The logits in fp32 (float64 for float64 inputs), the product in the inputs' dtype."""
+        logits_TV = torch.nn.functional.linear(hidden_states, self.weight, self.bias)
+        logits_TV = logits_TV.to(_math_dtype(logits_TV.dtype)) * self.scale
+        if self.softcap is None:
+            return logits_TV
+        return torch.tanh(logits_TV / self.softcap) * self.softcap
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillValues:
+    """What one pass says about every token, in nats; fp32 (float64 for float64 inputs)."""
+
+    loss: Float[Tensor, " tokens"]
+    """The divergence asked for, times the squared temperature. The only one with a gradient."""
+    forward_kl: Float[Tensor, " tokens"]
+    """KL(teacher || student) at temperature 1, whatever the loss is."""
+    teacher_entropy: Float[Tensor, " tokens"]
+    """Soft-label cross-entropy is `forward_kl + teacher_entropy`. NaN without metrics."""
+    student_nll: Float[Tensor, " tokens"]
+    """-log p(label), 0 where the label is -100. NaN without metrics."""
+    teacher_nll: Float[Tensor, " tokens"]
+    """-log p(label), 0 where the label is -100. NaN without metrics."""
+    agrees: Bool[Tensor, " tokens"]
+    """Whether student and teacher rank the same token first. All False without metrics."""
+
+
+def distill(
+    student_hidden: Float[Tensor, "tokens student_dim"],
+    teacher_hidden: Float[Tensor, "tokens teacher_dim"],
+    student_head: Head,
+    teacher_head: Head,
+    labels: Int[Tensor, " tokens"],
+    *,
+    divergence: Divergence,
+    temperature: float,
+    jsd_beta: float,
+    chunk_tokens: int,
+    need_metrics: bool = True,
+) -> DistillValues:
+    """Per-token divergence between two models' next-token distributions, from hidden states.
+
+    `loss[t] = temperature**2 * divergence(softmax(teacher_logits[t] / temperature),
+    softmax(student_logits[t] / temperature))`, differentiable with respect to `student_hidden`
+    only, exactly for any weighting of the tokens. The gradient work is skipped where
+    `student_hidden` needs no gradient. Labels serve the metrics alone: they do not mask the loss.
+
+    `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), and `jsd` is
+    `beta KL(teacher || m) + (1 - beta) KL(student || m)` with the mixture
+    `m = beta teacher + (1 - beta) student`.
+
+    Args:
+        student_hidden: Final hidden states of the student, after its last norm.
+        teacher_hidden: The same of the teacher, whose width and dtype may differ.
+        student_head: The student's output projection.
+        teacher_head: The teacher's, over the same vocabulary.
+        labels: Next tokens, -100 where there is none.
+        divergence: Which divergence `loss` is.
+        temperature: Above 0.
+        jsd_beta: Weight of the teacher in the mixture of `jsd`, in (0, 1).
+        chunk_tokens: Tokens whose logits exist at once, at least 1.
+        need_metrics: Whether to fill `teacher_entropy`, the two `nll` and `agrees`.
+
+    Raises:
+        UserError: A ValueError, for sizes, dtypes, labels or settings that do not fit.
+
+    Source: generalised JSD as Agarwal et al., arXiv 2306.13649, equation 1, with P the teacher and
+    Q the student: divided by beta, it tends to the forward KL as beta tends to 0.
+    """
+    _check_settings(temperature, jsd_beta, chunk_tokens)
+    student, teacher = _Side(student_hidden, student_head), _Side(teacher_hidden, teacher_head)
+    _check_tensors(student, teacher, labels)
+    settings = _Settings(
+        divergence=divergence,
+        temperature=temperature,
+        jsd_beta=jsd_beta,
+        chunk_tokens=chunk_tokens,
+        need_metrics=need_metrics,
+        need_grad=student_hidden.requires_grad and torch.is_grad_enabled(),
+    )
+    with torch.no_grad():
+        values, grad_TD = _distill_chunks(student, teacher, labels, settings)
+    if not settings.need_grad:
+        return values
+    # loss = t**2 * divergence(logits / t): the chain rule leaves one factor t.
+    factor = temperature * student_head.scale
+    return replace(values, loss=_WithGradient.apply(student_hidden, values.loss, grad_TD, factor))
+
+
+class _Side(NamedTuple):
+    """One of the two models."""
+
+    hidden: Tensor
+    head: Head
+
+
+class _Settings(NamedTuple):
+    """The options of `distill`, and whether it needs a gradient."""
+
+    divergence: Divergence
+    temperature: float
+    jsd_beta: float
+    chunk_tokens: int
+    need_metrics: bool
+    need_grad: bool
+
+
+class _WithGradient(torch.autograd.Function):
+    """Per-token losses whose gradient at their own hidden state is already known."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, loss_T: Tensor, grad_TD: Tensor, factor: float) -> Tensor:  # noqa: ANN401 - torch names no type with these attributes
+        ctx.save_for_backward(grad_TD)
+        ctx.factor = factor
+        return loss_T.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401 # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the names
+        (grad_TD,) = ctx.saved_tensors
+        weight_T1 = (grad_outputs[0] * ctx.factor)[:, None]
+        return (grad_TD * weight_T1).to(grad_TD.dtype), None, None, None
+
+
+def _distill_chunks(
+    student: _Side, teacher: _Side, labels: Tensor, settings: _Settings
+) -> tuple[DistillValues, Tensor]:
+    """All values, and the gradient at the student's hidden states short of constant factors."""
+    (s_TD, s_head), (q_TD, q_head) = student, teacher
+    T, V = len(labels), len(s_head.weight)
+    dtype = _math_dtype(s_TD.dtype, q_TD.dtype)
+    values = _unfilled_values(labels, dtype)
+    grad_TD = s_TD.new_empty(s_TD.shape if settings.need_grad else 0)
+
+    # One allocation for all chunks: on a CPU, faulting in fresh pages costs more than the maths.
+    C = min(settings.chunk_tokens, T)
+    R = min(C, _tile_rows(V, dtype, s_TD.device))
+    s_CV, q_CV = s_TD.new_empty(C, V), q_TD.new_empty(C, V)
+    tiles = [s_TD.new_empty((R, V), dtype=dtype) for _ in range(4)]
+    need_slope = settings.need_grad and s_head.softcap is not None
+    slope = torch.empty_like(tiles[0]) if need_slope else None
+
+    for start in range(0, T, settings.chunk_tokens):
+        stop = min(start + settings.chunk_tokens, T)
+        _project(s_TD[start:stop], s_head, s_CV[: stop - start])
+        _project(q_TD[start:stop], q_head, q_CV[: stop - start])
+        for low in range(start, stop, R):
+            high = min(low + R, stop)
+            s_RV, q_RV, w1_RV, w2_RV = (tile[: high - low] for tile in tiles)
+            slope_RV = None if slope is None else slope[: high - low]
+            raw_RV = s_CV[low - start : high - start]
+            _finish_(s_RV.copy_(raw_RV), s_head, slope_RV)
+            _finish_(q_RV.copy_(q_CV[low - start : high - start]), q_head)
+            work = (s_RV, q_RV, w1_RV, w2_RV)
+            grad_RV = _fill_rows(values, slice(low, high), labels, work, settings)
+            if grad_RV is not None:
+                raw_RV.copy_(grad_RV if slope_RV is None else grad_RV.mul_(slope_RV))
+        if settings.need_grad:
+            torch.mm(s_CV[: stop - start], s_head.weight, out=grad_TD[start:stop])
+    return values, grad_TD
+
+
+def _fill_rows(
+    values: DistillValues,
+    rows: slice,
+    labels: Tensor,
+    tiles: tuple[Tensor, Tensor, Tensor, Tensor],
+    settings: _Settings,
+) -> Tensor | None:
+    """Fill `rows` of `values` from logits; return the loss' gradient at them, short of a factor t.
+
+    `tiles` are the student's logits, the teacher's, and two scratch tiles. All are overwritten:
+    each is taken over as soon as what it holds is no longer needed.
+    """
+    s_RV, q_RV, w1_RV, w2_RV = tiles
+    if settings.need_metrics:
+        values.agrees[rows] = s_RV.argmax(-1) == q_RV.argmax(-1)
+    log_s_RV = torch.log_softmax(s_RV, -1, out=w1_RV)
+    log_q_RV = torch.log_softmax(q_RV, -1, out=s_RV)
+    probs_q_RV = torch.exp(log_q_RV, out=q_RV)
+    if settings.need_metrics:
+        values.student_nll[rows] = _nll(log_s_RV, labels[rows])
+        values.teacher_nll[rows] = _nll(log_q_RV, labels[rows])
+        values.teacher_entropy[rows] = -torch.mul(probs_q_RV, log_q_RV, out=w2_RV).sum(-1)
+    forward_kl_R = _forward_kl(log_s_RV, log_q_RV, probs_q_RV, w2_RV)
+    values.forward_kl[rows] = forward_kl_R
+    work = (log_s_RV, log_q_RV, probs_q_RV, w2_RV)
+
+    t = settings.temperature
+    if t != 1:
+        # Log-probabilities are logits less a constant, which the second softmax takes out.
+        log_s_RV = torch.log_softmax(w1_RV.div_(t), -1, out=w2_RV)
+        log_q_RV = torch.log_softmax(s_RV.div_(t), -1, out=q_RV)
+        work = (log_s_RV, log_q_RV, torch.exp(log_q_RV, out=w1_RV), s_RV)
+    match settings.divergence:
+        case "forward_kl":
+            loss_R = forward_kl_R if t == 1 else _forward_kl(*work)
+            grad_RV = work[0].exp_().sub_(work[2]) if settings.need_grad else None
+        case "reverse_kl":
+            loss_R, grad_RV = _reverse_kl_(*work[:2], work[3], need_grad=settings.need_grad)
+        case "jsd":
+            beta = settings.jsd_beta
+            loss_R, grad_RV = _jsd_(*work, beta=beta, need_grad=settings.need_grad)
+        case _ as unknown:
+            assert_never(unknown)
+    values.loss[rows] = loss_R * t**2
+    return grad_RV
+
+
+def _forward_kl(
+    log_s_RV: Tensor, log_q_RV: Tensor, probs_q_RV: Tensor, scratch_RV: Tensor
+) -> Tensor:
+    """KL(q || s) as sum q (log q - log s); overwrites only the scratch tile."""
+    # The difference first: as entropy less cross-entropy it would cancel where the models agree.
+    return torch.sub(log_q_RV, log_s_RV, out=scratch_RV).mul_(probs_q_RV).sum(-1)
+
+
+def _reverse_kl_(
+    log_s_RV: Tensor, log_q_RV: Tensor, scratch_RV: Tensor, *, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """KL(s || q), and its gradient s (log s - log q - KL); overwrites the tiles."""
+    log_ratio_RV = torch.sub(log_s_RV, log_q_RV, out=scratch_RV)
+    probs_s_RV = log_s_RV.exp_()
+    loss_R = torch.mul(probs_s_RV, log_ratio_RV, out=log_q_RV).sum(-1)
+    if not need_grad:
+        return loss_R, None
+    return loss_R, log_ratio_RV.sub_(loss_R[:, None]).mul_(probs_s_RV)
+
+
+def _jsd_(
+    log_s_RV: Tensor,
+    log_q_RV: Tensor,
+    probs_q_RV: Tensor,
+    scratch_RV: Tensor,
+    *,
+    beta: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Generalised JSD, and its gradient (1 - beta) s (log s - log m - KL(s || m)).
+
+    What the gradient takes through the mixture m cancels. Overwrites the tiles.
+    """
+    log_m_RV = torch.add(log_s_RV, math.log1p(-beta) - math.log(beta), out=scratch_RV)
+    torch.logaddexp(log_m_RV, log_q_RV, out=log_m_RV).add_(math.log(beta))
+    kl_q_R = log_q_RV.sub_(log_m_RV).mul_(probs_q_RV).sum(-1)
+    log_ratio_RV = torch.sub(log_s_RV, log_m_RV, out=log_m_RV)
+    probs_s_RV = log_s_RV.exp_()
+    kl_s_R = torch.mul(probs_s_RV, log_ratio_RV, out=log_q_RV).sum(-1)
+    loss_R = beta * kl_q_R + (1 - beta) * kl_s_R
+    if not need_grad:
+        return loss_R, None
+    return loss_R, log_ratio_RV.sub_(kl_s_R[:, None]).mul_(probs_s_RV).mul_(1 - beta)
+
+
+def _nll(log_probs_RV: Tensor, labels_R: Tensor) -> Tensor:
+    """-log p(label), 0 where the label is ignored."""
+    ignored_R = labels_R == IGNORED_LABEL
+    index_R1 = labels_R.masked_fill(ignored_R, 0).long()[:, None]
+    return -log_probs_RV.gather(-1, index_R1)[:, 0].masked_fill(ignored_R, 0)
+
+
+def _project(hidden_CD: Tensor, head: Head, out_CV: Tensor) -> None:
+    """The head's linear map, written into `out_CV`."""
+    if head.bias is None:
+        torch.mm(hidden_CD, head.weight.T, out=out_CV)
+    else:
+        torch.addmm(head.bias, hidden_CD, head.weight.T, out=out_CV)
+
+
+def _finish_(logits_RV: Tensor, head: Head, slope_RV: Tensor | None = None) -> None:
+    """Scale and softcap in place; the softcap's derivative goes into `slope_RV`."""
+    if head.scale != 1:
+        logits_RV.mul_(head.scale)
+    if head.softcap is None:
+        return
+    logits_RV.div_(head.softcap).tanh_()
+    if slope_RV is not None:
+        torch.square(logits_RV, out=slope_RV).neg_().add_(1)
+    logits_RV.mul_(head.softcap)
+
+
+def _unfilled_values(labels_T: Tensor, dtype: torch.dtype) -> DistillValues:
+    """Values that say NaN and False until they are written."""
+    floats_5T = torch.full((5, len(labels_T)), math.nan, dtype=dtype, device=labels_T.device)
+    names = ("loss", "forward_kl", "teacher_entropy", "student_nll", "teacher_nll")
+    agrees_T = torch.zeros_like(labels_T, dtype=torch.bool)
+    return DistillValues(**dict(zip(names, floats_5T, strict=True)), agrees=agrees_T)
+
+
+def _math_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _tile_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    tile_bytes = _CPU_TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
+    return max(1, tile_bytes // (vocab * dtype.itemsize))
+
+
+def _check_settings(temperature: float, jsd_beta: float, chunk_tokens: int) -> None:
+    # Chained comparisons refuse NaN too.
+    if not 0 < temperature < math.inf:
+        raise UserError(
+            f"loss.temperature: got {temperature}, expected a finite number above 0; "
+            "1 leaves the distributions as they are"
+        )
+    if not 0 < jsd_beta < 1:
+        raise UserError(
+            f"loss.jsd_beta: got {jsd_beta}, expected a number between 0 and 1, both excluded; "
+            "for the limits set loss.divergence to forward_kl or reverse_kl"
+        )
+    if chunk_tokens < 1:
+        raise UserError(
+            f"loss.chunk_tokens: got {chunk_tokens}, expected at least 1; "
+            "a few hundred keep the matrix products efficient"
+        )
+
+
+def _check_tensors(student: _Side, teacher: _Side, labels: Tensor) -> None:
+    for who, (hidden, head) in (("student", student), ("teacher", teacher)):
+        got = (head.weight.dtype, head.weight.shape[-1])
+        expected = (hidden.dtype, hidden.shape[-1])
+        if got != expected:
+            raise UserError(
+                f"{who} head: got dtype and width {got}, expected {expected} as the hidden "
+                "states; pass the head of the same model, in their dtype"
+            )
+    V, teacher_vocab = len(student.head.weight), len(teacher.head.weight)
+    if teacher_vocab != V:
+        raise UserError(
+            f"teacher vocabulary: got {teacher_vocab}, expected {V} as the student's; "
+            "use a teacher with the student's tokenizer and head size"
+        )
+    counts = (len(student.hidden), len(teacher.hidden), len(labels))
+    if len(set(counts)) != 1:
+        raise UserError(
+            f"tokens: got {counts} of student, teacher and labels, expected equal numbers; "
+            "run both models on the same rows"
+        )
+    if bool(((labels != IGNORED_LABEL) & ((labels < 0) | (labels >= V))).any()):
+        raise UserError(
+            f"labels: got values from {labels.min().item()} to {labels.max().item()}, expected "
+            f"{IGNORED_LABEL} or 0 to {V - 1}; use the tokenizer that belongs to the head"
+        )

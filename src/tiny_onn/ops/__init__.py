@@ -1,0 +1,1 @@
+"""The expert layer's operators: their definition (`reference`) and their fast path (`dense_masked`)."""

@@ -1,0 +1,211 @@
+"""Token documents packed into rows of a fixed length, boundaries kept.
+
+A row is filled greedily, documents in the order they come:
+
+1. A document of one token is skipped and counted: there is nothing to predict in it.
+2. A document that fits is appended whole. One that does not is split, and its rest begins the next
+   row as a fragment of its own, positions restarting at 0.
+3. No fragment of one token is ever made. Where a split would leave one behind, the row gives up its
+   last slot (the rest is then two tokens long); where only one slot is left, it is padded.
+4. Padding is a fragment of its own at the end of the row, so that no text attends to it.
+
+Utilisation: at most two slots of a row are padding, and only where rule 3 needs them; the last row,
+closed by `finish`, holds what is left. A split costs one prediction, the first token of the rest.
+The order of the tokens is kept: read without padding, the rows are the documents one after another.
+Memory is the current row and the documents not placed yet; nothing here knows text or a tokenizer.
+
+Shapes: "tokens" is T, a row's length; a row is a batch of one.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tiny_onn.errors import UserError
+
+IGNORED_LABEL = -100
+_MIN_FRAGMENT_TOKENS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedRow:
+    """One row of fragments, with what attention, loss and router need to keep them apart."""
+
+    input_ids: Int[Tensor, "1 tokens"]
+    """Token ids, int64."""
+    position_ids: Int[Tensor, "1 tokens"]
+    """Position of each token in its fragment, from 0."""
+    cu_seqlens: Int[Tensor, " documents_plus_one"]
+    """Fragment boundaries, int32: 0, the end of each fragment in order, padding last."""
+    max_seqlen: int
+    """Length of the longest fragment, padding counted."""
+    labels: Int[Tensor, "1 tokens"]
+    """The next token of the same fragment, -100 where there is none and on padding."""
+    loss_mask: Bool[Tensor, "1 tokens"]
+    """True where there is a label."""
+    router_mask: Bool[Tensor, "1 tokens"]
+    """False on the first token of each fragment (the attention sink) and on padding."""
+
+    @property
+    def num_documents(self) -> int:
+        """Fragments of text in the row, padding not counted."""
+        return int(self.loss_mask[0, self.cu_seqlens[:-1].long()].sum())
+
+    def to(self, device: torch.device | str) -> "PackedRow":
+        """The same row with every tensor on `device`."""
+        return PackedRow(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            max_seqlen=self.max_seqlen,
+            labels=self.labels.to(device),
+            loss_mask=self.loss_mask.to(device),
+            router_mask=self.router_mask.to(device),
+        )
+
+
+def build_row(
+    fragments: Sequence[Sequence[int]], *, row_tokens: int, pad_token_id: int
+) -> PackedRow:
+    """The row holding `fragments` (each of 2 tokens or more) in order, padded to `row_tokens`."""
+    lengths = [len(fragment) for fragment in fragments]
+    num_padding = row_tokens - sum(lengths)
+    assert min(lengths) >= _MIN_FRAGMENT_TOKENS
+    assert num_padding >= 0
+    token_ids = [token for fragment in fragments for token in fragment]
+    labels = [label for fragment in fragments for label in (*list(fragment)[1:], IGNORED_LABEL)] + [
+        IGNORED_LABEL
+    ] * num_padding
+    if num_padding:
+        lengths.append(num_padding)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    router_mask = position_ids > 0
+    router_mask[row_tokens - num_padding :] = False
+    labels_1T = torch.tensor([labels])
+    return PackedRow(
+        input_ids=torch.tensor([token_ids + [pad_token_id] * num_padding]),
+        position_ids=position_ids[None],
+        cu_seqlens=boundaries.int(),
+        max_seqlen=max(lengths),
+        labels=labels_1T,
+        loss_mask=labels_1T != IGNORED_LABEL,
+        router_mask=router_mask[None],
+    )
+
+
+class Packer:
+    """Rows from documents that come one at a time, resumable between any two rows.
+
+    `add` a document, `pop` rows until there is none, and so on; `finish` closes the last row.
+
+    Args:
+        row_tokens: Length of every row, at least 3 (a split must leave two tokens on both sides).
+        pad_token_id: Token written into unused slots.
+
+    Raises:
+        UserError: If `row_tokens` is less than 3.
+    """
+
+    def __init__(self, row_tokens: int, pad_token_id: int) -> None:
+        if row_tokens < 3:
+            raise UserError(f"data.row_tokens: got {row_tokens}, expected at least 3; raise it")
+        self.row_tokens = row_tokens
+        self.pad_token_id = pad_token_id
+        self.num_documents = 0
+        self.num_skipped = 0
+        self.num_tokens = 0
+        self.num_padding = 0
+        self._row: list[list[int]] = []
+        self._pending: deque[list[int]] = deque()
+        # Tokens of the first pending document that are already placed.
+        self._offset = 0
+
+    def add(self, document: Sequence[int]) -> None:
+        """Queue one document's token ids; one of fewer than 2 tokens is skipped and counted."""
+        if len(document) < _MIN_FRAGMENT_TOKENS:
+            self.num_skipped += 1
+            return
+        self.num_documents += 1
+        self.num_tokens += len(document)
+        self._pending.append(list(document))
+
+    def pop(self) -> PackedRow | None:
+        """The next full row, or None if the documents added so far do not fill one."""
+        while self._pending:
+            document = self._pending[0]
+            room = self._room()
+            rest = len(document) - self._offset
+            take = min(room, rest)
+            if rest - take == 1:
+                take -= 1
+            if take < _MIN_FRAGMENT_TOKENS:
+                return self._close()
+            self._row.append(document[self._offset : self._offset + take])
+            self._offset += take
+            if self._offset == len(document):
+                self._pending.popleft()
+                self._offset = 0
+            if self._room() < _MIN_FRAGMENT_TOKENS:
+                return self._close()
+        return None
+
+    def finish(self) -> PackedRow | None:
+        """The last, padded row, or None if nothing is left; `pop` must have returned None."""
+        assert not self._pending
+        return self._close() if self._row else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next rows, as JSON values."""
+        pending = [list(document) for document in self._pending]
+        if pending:
+            pending[0] = pending[0][self._offset :]
+        return {
+            "row": [list(fragment) for fragment in self._row],
+            "pending": pending,
+            "num_documents": self.num_documents,
+            "num_skipped": self.num_skipped,
+            "num_tokens": self.num_tokens,
+            "num_padding": self.num_padding,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self._row = [list(fragment) for fragment in state["row"]]
+        self._pending = deque(list(document) for document in state["pending"])
+        self._offset = 0
+        self.num_documents = state["num_documents"]
+        self.num_skipped = state["num_skipped"]
+        self.num_tokens = state["num_tokens"]
+        self.num_padding = state["num_padding"]
+
+    def _room(self) -> int:
+        return self.row_tokens - sum(len(fragment) for fragment in self._row)
+
+    def _close(self) -> PackedRow:
+        self.num_padding += self._room()
+        row = build_row(self._row, row_tokens=self.row_tokens, pad_token_id=self.pad_token_id)
+        self._row = []
+        return row
+
+
+def pack(
+    documents: Iterable[Sequence[int]], *, row_tokens: int, pad_token_id: int
+) -> Iterator[PackedRow]:
+    """All rows of `documents`, the last one padded.
+
+    Raises:
+        UserError: If `row_tokens` is less than 3.
+    """
+    packer = Packer(row_tokens, pad_token_id)
+    for document in documents:
+        packer.add(document)
+        while (row := packer.pop()) is not None:
+            yield row
+    if (row := packer.finish()) is not None:
+        yield row

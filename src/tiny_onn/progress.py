@@ -1,0 +1,53 @@
+"""What a run shows on the terminal: one live line, and a line per evaluation."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tiny_onn.evaluate import Evaluation
+
+
+class RunProgress:
+    """A live line with loss, tokens/s, mean k and the time left. A context manager."""
+
+    def __init__(self, title: str, total_tokens: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:,}/{task.total:,} tokens"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task(title, total=total_tokens, numbers="")
+
+    def update(self, tokens: int, record: dict[str, Any]) -> None:
+        """Show a step's record."""
+        numbers = f"loss {record['loss']:.3f}  k {record['mean_k']:.1f}  {record['tokens_per_s']:.0f} tok/s"
+        self._progress.update(self._task, completed=tokens, numbers=numbers)
+
+    def __enter__(self) -> "RunProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+
+def show_evaluation(title: str, tokens: int, result: Evaluation) -> None:
+    """One line on an evaluation."""
+    Console(stderr=True).print(
+        f"{title}: {tokens:,} tokens  held-out KL {result.forward_kl:.4f}  "
+        f"agreement {result.top1_agreement:.1%}  perplexity {result.student_perplexity:.2f} "
+        f"(teacher {result.teacher_perplexity:.2f})  k {result.mean_k:.2f}",
+        highlight=False,
+    )

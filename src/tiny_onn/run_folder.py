@@ -1,0 +1,272 @@
+"""A run's folder on disk: what it was made from, where it ran, and what it measured.
+
+    config.json        every setting, resolved
+    environment.json   versions, device, command line; environment-N.json for the N-th resumption
+    metrics.jsonl      one JSON object per line, in the order of writing
+
+Checkpoints and models lie in the same folder and belong to `checkpoint.py`. JSON is written as
+Python does: a number that is not finite comes out as NaN or Infinity, so that a diverged run can be
+read.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from tiny_onn.config import RunConfig
+from tiny_onn.errors import UserError
+from tiny_onn.settings import config_diff, config_from_json, resolved_json
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
+    """Create `path` with `config.json` and `environment.json`; `path` may exist if it is empty.
+
+    Args:
+        path: The folder; missing parents are made.
+        config: The resolved settings.
+        argv: The command line.
+
+    Raises:
+        UserError: Something is in it already, or it cannot be written.
+    """
+    with _explain_write(path):
+        path.mkdir(parents=True, exist_ok=True)
+        # A run that failed before its first record may be started again in its folder.
+        if any(entry.name not in ("config.json", "environment.json") for entry in path.iterdir()):
+            raise UserError(
+                f"{path}: got a folder that is not empty, expected a new one; add --resume to go"
+                " on with its run, or choose another --out"
+            )
+    write_json(path / "environment.json", _environment(config.train.device, argv))
+    # Last, so that a folder with settings is a whole one.
+    _write_atomically(path / "config.json", resolved_json(config))
+
+
+def resume_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
+    """Check that `path` holds a run of the same settings and record where it goes on.
+
+    Raises:
+        UserError: It holds no run, or one of other settings, or cannot be written.
+    """
+    changed = config_diff(read_run_config(path), config)
+    if changed:
+        raise UserError(
+            f"{path}: got changed settings ({'; '.join(changed)}), expected those of the run;"
+            " undo them or start a new run without --resume"
+        )
+    number = 1
+    while (path / f"environment-{number}.json").exists():
+        number += 1
+    environment = _environment(config.train.device, argv)
+    write_json(path / f"environment-{number}.json", environment)
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """Return the settings of the run in the folder `path`.
+
+    Raises:
+        UserError: There is no run, or its settings cannot be read.
+    """
+    file = path / "config.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot read it ({error.strerror}), expected the settings of a run; check the"
+            " path, or start the run without --resume"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: got a byte that is not UTF-8 at offset {error.start}, expected the settings"
+            " of a run; restore the file"
+        ) from error
+    return config_from_json(text, str(file))
+
+
+def write_json(path: Path, obj: object) -> None:
+    """Replace the file `path` by `obj` as indented JSON, wholly or not at all.
+
+    Raises:
+        UserError: The file system refuses (no space, no permission).
+    """
+    _write_atomically(path, json.dumps(obj, indent=2) + "\n")
+
+
+class MetricsWriter:
+    """Appends records to a JSON-lines file, each with the system before `write` returns.
+
+    A context manager; closing it also waits until the disk has what was written.
+
+    Args:
+        path: The file.
+        offset: Bytes of it to keep, 0 for a new run; what a resumed run had written after its
+            checkpoint is cut off.
+
+    Raises:
+        UserError: The file is shorter than `offset`, or cannot be written.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self._path = path
+        with _explain_write(path):
+            self._file = path.open("ab")
+            size = self._file.seek(0, os.SEEK_END)
+            if size > offset:
+                self._file.truncate(offset)
+        if size < offset:
+            self._file.close()
+            raise UserError(
+                f"{path}: got {size} bytes, expected at least the {offset} of the checkpoint;"
+                " restore the file or start a new run"
+            )
+        self._offset = offset
+
+    @property
+    def offset(self) -> int:
+        """Bytes written so far: what a checkpoint stores to resume from."""
+        return self._offset
+
+    def write(self, record: Mapping[str, object]) -> None:
+        """Append one record.
+
+        Raises:
+            UserError: The file system refuses.
+        """
+        line = json.dumps(record).encode() + b"\n"
+        with _explain_write(self._path):
+            self._file.write(line)
+            self._file.flush()
+        self._offset += len(line)
+
+    def close(self) -> None:
+        """Sync the file to disk and close it."""
+        if self._file.closed:
+            return
+        with _explain_write(self._path), self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, object]]:
+    """Return the records of a metrics file in order.
+
+    A last line without its line break is a write that was cut off, and is left out.
+
+    Raises:
+        UserError: The file is missing, or a whole line of it is no record.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read it ({error.strerror}), expected the metrics of a run; check the"
+            " path"
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path}: line {number} is no JSON object, expected one metric record per line;"
+                " restore the file or delete the line"
+            )
+        records.append(record)
+    return records
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _explain_write(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _explain_write(path: Path) -> Iterator[None]:
+    """Turn the file system's refusals into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write it ({error.strerror}), expected a folder with permission and"
+            " space; free some or choose another --out"
+        ) from error
+
+
+def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
+    commit, dirty = _git_state()
+    return {
+        "tiny_onn": version("tiny-onn"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "platform": platform.platform(),
+        "device": _device_name(device),
+        "cpu_count": os.cpu_count(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(argv),
+    }
+
+
+def _device_name(device: str) -> str:
+    """Return the name of the GPU that `device` means, or of the processor."""
+    if device != "cpu" and torch.cuda.is_available():
+        index, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(
+                f"train.device: got {device}, expected a number below {count}, the GPUs of this"
+                " machine; use auto"
+            )
+        return torch.cuda.get_device_name(index)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Return the commit of the checkout that tracks this file, if any, and if it has changes."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(here.parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside another project's repository, which does not track it.
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None, None
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD"), None if changes is None else changes != ""

@@ -1,0 +1,400 @@
+"""Settings in and out: TOML, presets and `--set` to a checked `RunConfig`, and back to text.
+
+Everything is driven by the fields, type hints and docstrings of `config.py`; the only facts added
+here are the ranges in `_RANGES` and the combinations in `validate`. What depends on the teacher
+(its MLP width, its memory) is checked where the teacher is loaded.
+"""
+
+import ast
+import difflib
+import inspect
+import itertools
+import json
+import re
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from tiny_onn import config as config_module
+from tiny_onn.config import RunConfig
+from tiny_onn.errors import UserError
+
+# What to expect, the check, and the settings it holds for.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "an integer >= 1",
+        lambda value: value >= 1,
+        "experts.num_experts experts.calibration_tokens loss.chunk_tokens data.eval_tokens"
+        " train.tokens train.rows_per_step train.log_every_steps",
+    ),
+    ("an integer >= 2", lambda value: value >= 2, "data.row_tokens"),
+    (
+        "an integer >= 0",
+        lambda value: value >= 0,
+        "experts.expert_dim train.eval_every_tokens train.save_every_tokens train.seed",
+    ),
+    ("a number >= 1", lambda value: value >= 1, "router.target_k"),
+    ("a number > 0", lambda value: value > 0, "loss.temperature optim.eps optim.clip_norm"),
+    (
+        "a number >= 0",
+        lambda value: value >= 0,
+        "router.load_balancing_coef router.z_loss_coef smk.coef optim.expert_lr optim.gate_lr"
+        " optim.weight_decay",
+    ),
+    ("a number > 0 and < 1", lambda value: 0 < value < 1, "loss.jsd_beta data.held_out_fraction"),
+    ("a number >= 0 and < 1", lambda value: 0 <= value < 1, "optim.beta1 optim.beta2"),
+    (
+        "a number from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        "router.budget_rate optim.warmup_fraction optim.decay_fraction",
+    ),
+)
+
+
+class FieldDoc(NamedTuple):
+    """One setting: table, key, what it accepts in words, default as TOML, its docstring."""
+
+    section: str
+    field: str
+    type: str
+    default: str
+    doc: str
+
+
+def load_config(path: Path | None, preset: str | None, overrides: Sequence[str]) -> RunConfig:
+    """Return the checked settings: defaults <- preset <- TOML file <- overrides.
+
+    Args:
+        path: A TOML file; it may name its preset with `preset = "NAME"` at the top.
+        preset: A name from `preset_names`.
+        overrides: `section.key=value`, the value as TOML or a bare word; the last one wins.
+
+    Raises:
+        UserError: Anything unreadable, unknown, of a wrong type, out of range or contradictory.
+    """
+    try:
+        table = {} if path is None else _parse_toml(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read it ({error.strerror}), expected a TOML file; `tiny-onn config`"
+            " prints one"
+        ) from error
+    in_file = table.pop("preset", None)
+    if in_file is not None and preset is not None and in_file != preset:
+        raise UserError(
+            f"preset: got {preset} and, in {path}, {_shown(in_file)}, expected one; remove either"
+        )
+    name = preset if in_file is None else in_file
+    config = RunConfig()
+    if name is not None:
+        config = _apply(config, _read_preset(name), f"preset {name}")
+    config = _apply(config, table, str(path))
+    for text in overrides:
+        config = _apply(config, _parse_override(text), "--set")
+    validate(config)
+    return config
+
+
+def preset_names() -> tuple[str, ...]:
+    """Return the names of the presets that come with the package, sorted."""
+    folder = files("tiny_onn") / "presets"
+    return tuple(sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir()))
+
+
+def validate(config: RunConfig) -> None:
+    """Return if every range and combination of settings makes sense.
+
+    Raises:
+        UserError: The first setting that does not, with the value and what was expected.
+    """
+    for expected, accepts, names in _RANGES:
+        for name in names.split():
+            if not accepts(value := _get(config, name)):
+                raise UserError(
+                    f"{name}: got {_shown(value)}, expected {expected}; its default is"
+                    f" {_toml(_get(RunConfig(), name))}"
+                )
+    check_device(config.train.device, "train.device")
+    if config.optim.warmup_fraction + config.optim.decay_fraction > 1:
+        raise UserError(
+            f"optim.decay_fraction: got {config.optim.decay_fraction} after optim.warmup_fraction"
+            f" {config.optim.warmup_fraction}, expected a sum of at most 1; lower one of them"
+        )
+
+    router, num_experts = config.router, config.experts.num_experts
+    if router.target_k > num_experts:
+        raise UserError(
+            f"router.target_k: got {router.target_k}, expected at most experts.num_experts"
+            f" = {num_experts}; lower it or raise experts.num_experts"
+        )
+    if router.selection != "budget" and not float(router.target_k).is_integer():
+        raise UserError(
+            f"router.target_k: got {router.target_k}, expected a whole number with router.selection"
+            f' = "{router.selection}"; round it or use router.selection = "budget"'
+        )
+    if router.selection in ("static", "random") and router.objective != "none":
+        raise UserError(
+            f'router.objective: got "{router.objective}", expected "none" with router.selection'
+            f' = "{router.selection}", which has no gate to train; set router.objective = "none"'
+        )
+    if router.objective == "task" and config.experts.weighting not in ("softmax", "sigmoid"):
+        raise UserError(
+            f'experts.weighting: got "{config.experts.weighting}", expected "softmax" or "sigmoid"'
+            ' with router.objective = "task", whose gradient reaches the gate through the weights;'
+            ' set experts.weighting = "softmax"'
+        )
+
+
+def check_device(device: str, name: str) -> None:
+    """Return if `device` reads as a device; whether the machine has it shows on first use.
+
+    Raises:
+        UserError: It does not; the message starts with `name`.
+    """
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device, re.ASCII) is None:
+        raise UserError(
+            f"{name}: got {_shown(device)}, expected auto, cpu, cuda or cuda:N; use auto to take"
+            " what there is"
+        )
+
+
+def resolved_json(config: RunConfig) -> str:
+    """Return every setting as JSON, indented, ASCII, in the order of the fields."""
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def config_from_json(text: str, source: str = "config.json") -> RunConfig:
+    """Return the checked settings that `resolved_json` wrote.
+
+    Raises:
+        UserError: Not such JSON; a missing setting counts too, since its default may have changed.
+    """
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{source}: got malformed JSON ({error}), expected the settings of a run;"
+            " start the run again from its TOML"
+        ) from error
+    if not isinstance(table, dict):
+        raise UserError(f"{source}: got {_shown(table)}, expected an object; restore the file")
+    config = _apply(RunConfig(), table, source)
+    for section, keys in asdict(config).items():
+        for key in keys:
+            if key not in table.get(section, ()):
+                raise UserError(
+                    f"{source}: got no {section}.{key}, expected every setting; add it if the run"
+                    " was made by another version"
+                )
+    validate(config)
+    return config
+
+
+def config_diff(before: RunConfig, after: RunConfig) -> list[str]:
+    """Return `section.key: before -> after` for each setting that differs."""
+    old, new = asdict(before), asdict(after)
+    return [
+        f"{section}.{key}: {_toml(value)} -> {_toml(new[section][key])}"
+        for section, keys in old.items()
+        for key, value in keys.items()
+        if value != new[section][key]
+    ]
+
+
+def field_docs() -> Iterator[FieldDoc]:
+    """Yield every setting with the docstring under its field in `config.py`."""
+    tree = ast.parse(inspect.getsource(config_module))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    ranges = {name: expected for expected, _, names in _RANGES for name in names.split()}
+    defaults = asdict(RunConfig())
+    for section, cls in _sections().items():
+        body = classes[cls.__name__].body
+        docs = {
+            before.target.id: " ".join(after.value.value.split())
+            for before, after in itertools.pairwise(body)
+            if isinstance(before, ast.AnnAssign)
+            and isinstance(before.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        }
+        for key, hint in get_type_hints(cls).items():
+            yield FieldDoc(
+                section=section,
+                field=key,
+                type=ranges.get(f"{section}.{key}", _expected(hint)),
+                default=_toml(defaults[section][key]),
+                doc=docs[key],
+            )
+
+
+def config_template(config: RunConfig | None = None) -> str:
+    """Return documented TOML of every setting in `config`, or of the defaults without one."""
+    values = asdict(RunConfig() if config is None else config)
+    sections = _sections()
+    lines = [
+        "# Every setting. A file needs only those it changes, and may begin with a preset,",
+        f'# preset = "NAME": {", ".join(preset_names())}.',
+    ]
+    current = ""
+    for entry in field_docs():
+        if entry.section != current:
+            current = entry.section
+            lines += ["", f"# {inspect.getdoc(sections[current])}", f"[{current}]"]
+        lines += textwrap.wrap(entry.doc, 98, initial_indent="# ", subsequent_indent="# ")
+        lines.append(f"{entry.field} = {_toml(values[current][entry.field])}  # {entry.type}")
+    return "\n".join(lines) + "\n"
+
+
+def _sections() -> dict[str, type]:
+    """Return section name -> dataclass."""
+    hints = get_type_hints(RunConfig)
+    assert all(is_dataclass(cls) for cls in hints.values())
+    return hints
+
+
+def _get(config: RunConfig, name: str) -> object:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _read_preset(name: object) -> dict[str, Any]:
+    if name not in preset_names():
+        expected = ", ".join(preset_names())
+        raise UserError(f"preset: got {_shown(name)}, expected one of {expected}")
+    file = files("tiny_onn") / "presets" / f"{name}.toml"
+    return _parse_toml(file.read_bytes(), f"preset {name}")
+
+
+def _parse_toml(text: bytes, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{source}: got malformed TOML ({error}), expected settings as `tiny-onn config` prints"
+            " them; mend it there"
+        ) from error
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """Return `{section: {key: value}}` of one `section.key=value`."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise UserError(
+            f"--set: got {_shown(text)}, expected SECTION.KEY=VALUE; for example"
+            " --set router.target_k=8"
+        )
+    value = value.strip()
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError) as error:
+        # A quote or a bracket begins TOML, so its mistake is worth telling.
+        if value.startswith(("'", '"', "[", "{")):
+            raise UserError(
+                f"--set: {name}: got malformed TOML ({error}), expected a value; quote it for the"
+                " shell as a whole"
+            ) from error
+        parsed = {"value": value}
+    if parsed.keys() != {"value"}:
+        raise UserError(f"--set: {name}: got several lines, expected one value; repeat --set")
+    return {section: {key: parsed["value"]}}
+
+
+def _apply(config: RunConfig, table: Mapping[str, Any], source: str) -> RunConfig:
+    """Return `config` with the values of `table` (section -> key -> raw value) in place."""
+    sections = _sections()
+    changed: dict[str, Any] = {}
+    for section, values in table.items():
+        if section not in sections:
+            raise UserError(f"{source}: {_unknown(section, None)}")
+        if not isinstance(values, dict):
+            raise UserError(
+                f"{source}: {section}: got {_shown(values)}, expected a table; write [{section}]"
+            )
+        hints = get_type_hints(sections[section])
+        for key in values:
+            if key not in hints:
+                raise UserError(f"{source}: {_unknown(section, key)}")
+        checked = {
+            key: _coerce(value, hints[key], f"{source}: {section}.{key}")
+            for key, value in values.items()
+        }
+        changed[section] = replace(getattr(config, section), **checked)
+    return replace(config, **changed)
+
+
+def _unknown(section: str, key: str | None) -> str:
+    """Return the message for a name that is no setting, with the nearest one that is."""
+    sections = _sections()
+    names = [f"{name}.{item.name}" for name, cls in sections.items() for item in fields(cls)]
+    name = section if key is None else f"{section}.{key}"
+    known = list(sections) if key is None else names
+    near = [n for n in names if n.endswith(f".{key or section}")] or difflib.get_close_matches(
+        name, known, n=1
+    )
+    remedy = f"did you mean {near[0]}?" if near else "`tiny-onn config` lists all settings"
+    kind = "section" if key is None else "setting"
+    return f"got unknown {kind} {_shown(name)}, expected a {kind} of Tiny-ONN; {remedy}"
+
+
+def _coerce(value: object, hint: object, where: str) -> object:
+    """Return `value` as the field's type, or raise a `UserError` that starts with `where`."""
+    origin = get_origin(hint)
+    accepted = False
+    if origin is Literal:
+        accepted = isinstance(value, str) and value in get_args(hint)
+    elif origin is tuple:
+        if isinstance(value, list) and value:
+            inner = get_args(hint)[0]
+            return tuple(_coerce(item, inner, f"{where}[{i}]") for i, item in enumerate(value))
+    elif hint is float:
+        # False for nan, inf and integers that no float can hold.
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023:
+            return float(value)
+    elif hint is int:
+        # TOML's integers have 64 bits; Python's reader takes longer ones.
+        accepted = type(value) is int and -(2**63) <= value < 2**63
+    elif hint is str:
+        accepted = isinstance(value, str) and value != "" and value.isprintable()
+    else:
+        assert hint is bool, f"{where}: no reader for fields of type {hint}"
+        accepted = isinstance(value, bool)
+    if not accepted:
+        remedy = "put it in TOML's quotes" if hint is str else "`tiny-onn config` shows its form"
+        raise UserError(f"{where}: got {_shown(value)}, expected {_expected(hint)}; {remedy}")
+    return value
+
+
+def _expected(hint: object) -> str:
+    """Return a field's type in words."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(_toml(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return 'a non-empty list of strings, as ["a", "b"]'
+    words: dict[object, str] = {bool: "true or false", int: "a 64-bit integer", float: "a number"}
+    return words.get(hint, "a non-empty string in one line")
+
+
+def _shown(value: object) -> str:
+    """Return a value for an error message, short and in one line."""
+    if not isinstance(value, str | bool | int | float):
+        return f"a {type(value).__name__}"
+    text = _toml(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _toml(value: object) -> str:
+    """Return a setting's value as TOML; what no setting may hold comes out escaped."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=not value.isprintable())
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    # Python refuses to write integers of thousands of digits, except in hexadecimal.
+    return hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)

@@ -1,0 +1,94 @@
+"""Load the dense model: the embedded one, a local folder or a hub id, with clear refusals."""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from tiny_onn.attention import DOCUMENT_ATTENTION
+from tiny_onn.config import TeacherConfig
+from tiny_onn.embedded import embedded_teacher
+from tiny_onn.errors import UserError
+from tiny_onn.modeling import TinyOnnConfig, gated_mlp_layers
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a setting names; `auto` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        UserError: the machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"train.device: got {name}, expected a device of this machine, which has "
+            f"{torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
+    return device
+
+
+def load_dense(
+    config: TeacherConfig, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model, frozen and ready for packed rows, and its tokenizer.
+
+    The architecture is checked before any weight is read.
+
+    Raises:
+        UserError: nothing there, not a model, an unsupported architecture, or no network.
+    """
+    source = str(embedded_teacher()) if config.path == "embedded" else config.path
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise UserError(
+            f"teacher.path: got {config.path}, expected a folder with a model, which is not there; "
+            "check the path, or use a hub id such as Qwen/Qwen3-0.6B"
+        )
+    source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    hub = {} if Path(source).is_dir() else {"revision": config.revision}
+    options = {"trust_remote_code": config.trust_remote_code, **hub}
+    try:
+        settings = AutoConfig.from_pretrained(source, **options)
+        if isinstance(settings, TinyOnnConfig):
+            raise UserError(
+                f"teacher.path: got {config.path}, a Tiny-ONN student, expected a dense model; "
+                "name the model it was converted from"
+            )
+        with torch.device("meta"):
+            gated_mlp_layers(AutoModelForCausalLM.from_config(settings, **options))
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, config.dtype), use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"teacher.path: got {config.path}, expected a causal language model in safetensors "
+            f"format with its tokenizer ({reason}); a hub id needs a network or a local cache, a "
+            "folder needs config.json, model.safetensors and tokenizer.json"
+        ) from error
+    model.requires_grad_(False)
+    model.set_attn_implementation(DOCUMENT_ATTENTION)
+    return model.to(device).train(False), tokenizer
+
+
+def teacher_for(dense: PreTrainedModel, config: TeacherConfig) -> PreTrainedModel:
+    """The model that teaches: the dense model itself when shared, a copy of it when separate."""
+    return dense if config.placement == "shared" else copy.deepcopy(dense)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and notices off the screen; ours say what matters."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,280 @@
+"""The command line: help, exit statuses, and one line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from tiny_onn import cli
+from tiny_onn.config import RunConfig
+from tiny_onn.errors import UserError
+from tiny_onn.run_folder import create_run_folder
+from tiny_onn.settings import config_template, load_config
+
+FINISHED = types.SimpleNamespace(interrupted=False)
+VERBS = ("demo", "distill", "eval", "generate", "config")
+
+
+def run_cli(*arguments, cwd=None):
+    """Run the real program."""
+    command = [sys.executable, "-m", "tiny_onn.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def status_of(arguments):
+    """Return the exit status of `main`, whether it returns or exits."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Replace a verb's module, whose real run takes minutes, and return the calls it got."""
+
+    def install(module, function, result=None):
+        calls = []
+
+        def record(*arguments, **keywords):
+            calls.append((arguments, keywords))
+            if isinstance(result, BaseException):
+                raise result
+            print("progress")
+            return result
+
+        stub = types.ModuleType(f"tiny_onn.{module}")
+        setattr(stub, function, record)
+        monkeypatch.setitem(sys.modules, f"tiny_onn.{module}", stub)
+        return calls
+
+    return install
+
+
+def test_help_names_every_verb_quickly_and_without_torch():
+    code = """
+import sys
+from tiny_onn.cli import main
+try:
+    main(["--help"])
+finally:
+    print(sorted({"torch", "transformers", "numpy"} & sys.modules.keys()))
+"""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("[]\n")
+    for verb in VERBS:
+        assert verb in done.stdout
+    # 0.35 s on two busy cores; importing torch alone takes longer than the bound.
+    assert seconds < 1.5
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_an_example(verb, capsys):
+    assert status_of([verb, "--help"]) == 0
+    assert f"Example: tiny-onn {verb}" in capsys.readouterr().out
+
+
+def test_help_of_distill_points_to_the_settings_instead_of_listing_them(capsys):
+    assert status_of(["distill", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "tiny-onn config" in text
+    assert "num_experts" not in text
+    assert "--experts" not in text
+
+
+def test_version_is_printed():
+    done = run_cli("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("tiny-onn ")
+
+
+MALFORMED = [
+    [],
+    ["frobnicate"],
+    ["--frob"],
+    ["demo", "extra"],
+    ["demo", "--minutes", "soon"],
+    ["demo", "--minutes"],
+    ["distill", "a.toml", "b.toml"],
+    ["distill", "--optim.lr", "3"],
+    ["eval"],
+    ["eval", "model", "--max-tokens", "1.5"],
+    ["generate", "model"],
+    ["generate", "model", "--prompt", "x", "--seed", "x"],
+    ["config", "--json"],
+]
+
+
+@pytest.mark.parametrize("arguments", MALFORMED, ids=" ".join)
+def test_malformed_command_line_exits_with_2(arguments, capsys):
+    assert status_of(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err != ""
+
+
+MISTAKES = [
+    (["distill"], "got neither RUN.toml nor --preset"),
+    (["distill", "--resume"], "--resume: got no --out"),
+    (["distill", "--set", "train.seed=1"], "got neither RUN.toml nor --preset"),
+    (["distill", "missing.toml"], "missing.toml: cannot read it (No such file or directory)"),
+    (["distill", "."], "cannot read it (Is a directory)"),
+    (["distill", "--preset", "nope"], 'preset: got "nope", expected one of demo'),
+    (["distill", "--preset", "demo", "--set", "train.seed=-1"], "train.seed: got -1"),
+    (["distill", "--preset", "demo", "--set", "train.sed=1"], "did you mean train.seed?"),
+    (["distill", "--preset", "demo", "--set", "seed"], "expected SECTION.KEY=VALUE"),
+    (["distill", "--resume", "--out", "nowhere"], "config.json: cannot read it"),
+    (["config", "broken.toml"], "broken.toml: got malformed TOML"),
+    (["config", "--set", "a\nb.c=1"], 'got unknown section "a\\nb"'),
+    (["demo", "--minutes", "0"], "--minutes: got 0.0, expected a number > 0"),
+    (["demo", "--minutes", "nan"], "--minutes: got nan"),
+    (["demo", "--minutes", "inf"], "--minutes: got inf"),
+    (["eval", "m", "--device", "tpu"], '--device: got "tpu", expected auto, cpu, cuda or cuda:N'),
+    (["eval", "m", "--max-tokens", "0"], "--max-tokens: got 0, expected an integer >= 1"),
+    (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: got 0"),
+    (["generate", "m", "--prompt", "x", "--temperature", "-1"], "--temperature: got -1.0"),
+    (["generate", "m", "--prompt", "x", "--temperature", "nan"], "--temperature: got nan"),
+    (["generate", "m", "--prompt", "x", "--seed", "-1"], "--seed: got -1"),
+    (["generate", "m", "--prompt", "x", "--seed", "9" * 30], "--seed: got 999"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda value: str(value)[:50])
+def test_mistake_exits_with_2_and_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.toml").write_bytes(b"[\n\n\xff")
+    assert status_of(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("tiny-onn: error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["broken.toml"]
+
+
+def test_mistake_in_the_real_program_shows_no_traceback(tmp_path):
+    done = run_cli("distill", "missing.toml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("tiny-onn: error: missing.toml: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_argument_that_is_no_utf8_is_told(tmp_path):
+    command = [sys.executable, "-m", "tiny_onn.cli", "config", "--set", b"teacher.path=\xff"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "teacher.path: got " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_config_prints_the_template_and_the_effective_settings(capsys, tmp_path):
+    assert status_of(["config"]) == 0
+    assert capsys.readouterr().out == config_template()
+    assert status_of(["config", "--preset", "model-card", "--set", "train.seed=7"]) == 0
+    path = tmp_path / "run.toml"
+    path.write_text(capsys.readouterr().out)
+    assert load_config(path, None, []) == load_config(None, "model-card", ["train.seed=7"])
+
+
+def test_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "tiny_onn.cli", "config"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_distill_passes_the_resolved_settings(stand_in, tmp_path):
+    calls = stand_in("train", "run_distill", FINISHED)
+    out = str(tmp_path / "run")
+    arguments = ["distill", "--preset", "demo", "--set", "train.seed=1", "--set", "train.tokens=9"]
+    assert status_of([*arguments, "--out", out]) == 0
+    config = load_config(None, "demo", ["train.seed=1", "train.tokens=9"])
+    assert calls == [((config,), {"out": Path(out), "resume": False, "argv": sys.argv})]
+
+
+@pytest.mark.parametrize("arguments", [["--preset", "demo"], ["demo.toml"]])
+def test_run_folder_is_named_after_the_settings_and_the_time(
+    arguments, stand_in, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("demo.toml").write_text("")
+    calls = stand_in("train", "run_distill", FINISHED)
+    assert status_of(["distill", *arguments]) == 0
+    out = calls[0][1]["out"]
+    assert out.parent == Path("runs")
+    name, day, clock = out.name.split("-")
+    assert (name, len(day), len(clock)) == ("demo", 8, 6)
+
+
+def test_resuming_needs_only_the_folder(stand_in, tmp_path):
+    config = RunConfig()
+    create_run_folder(tmp_path / "run", config, argv=[])
+    calls = stand_in("train", "run_distill", FINISHED)
+    assert status_of(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert calls == [((config,), {"out": tmp_path / "run", "resume": True, "argv": sys.argv})]
+
+
+def test_demo_passes_folder_and_minutes(stand_in):
+    calls = stand_in("demo", "run_demo")
+    assert status_of(["demo", "--minutes", "0.5", "--out", "here"]) == 0
+    assert calls == [((Path("here"), 0.5), {})]
+
+
+def test_eval_as_json_prints_nothing_else(stand_in, capsys):
+    result = {"forward_kl": 0.25, "cost": {"ffn_flops": 3}}
+    calls = stand_in("evaluate", "run_eval", result)
+    assert status_of(["eval", "runs/x", "--json", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == result
+    assert printed.err == "progress\n"
+    assert calls == [(("runs/x",), {"text": None, "device": "cpu", "max_tokens": 8192})]
+
+
+def test_eval_prints_a_line_per_number(stand_in, capsys):
+    stand_in("evaluate", "run_eval", {"forward_kl": 0.25, "cost": {"ffn_flops": 3}})
+    assert status_of(["eval", "runs/x"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["forward_kl", "0.25"], ["cost.ffn_flops", "3"]]
+
+
+def test_generate_passes_its_options(stand_in):
+    calls = stand_in("generate", "run_generate")
+    assert status_of(["generate", "m", "--prompt", "x y", "--temperature", "0"]) == 0
+    ((arguments, keywords),) = calls
+    assert arguments == ("m",)
+    assert (keywords["prompt"], keywords["temperature"], keywords["seed"]) == ("x y", 0.0, 0)
+
+
+def test_interrupt_exits_with_130_and_one_line(stand_in, capsys):
+    stand_in("demo", "run_demo", KeyboardInterrupt())
+    assert status_of(["demo", "--out", "x"]) == 130
+    assert capsys.readouterr().err == "tiny-onn: interrupted\n"
+
+
+def test_run_that_stopped_early_exits_with_130(stand_in, capsys):
+    stand_in("train", "run_distill", types.SimpleNamespace(interrupted=True))
+    assert status_of(["distill", "--preset", "demo", "--out", "x"]) == 130
+    assert capsys.readouterr().err == "tiny-onn: interrupted\n"
+
+
+def test_mistake_found_while_running_is_put_in_one_line(stand_in, capsys):
+    stand_in("demo", "run_demo", UserError("a\nb"))
+    assert status_of(["demo", "--out", "x"]) == 2
+    assert capsys.readouterr().err == "tiny-onn: error: a b\n"
+
+
+def test_defect_is_not_dressed_up_as_a_mistake(stand_in):
+    stand_in("demo", "run_demo", ValueError("a defect"))
+    with pytest.raises(ValueError, match="a defect"):
+        cli.main(["demo", "--out", "x"])

@@ -1,0 +1,175 @@
+"""Rules of the code that no linter knows, checked on the syntax tree."""
+
+import ast
+import dataclasses
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+import tiny_onn
+from tiny_onn.config import RunConfig
+
+ROOT = Path(str(tiny_onn.__file__)).parent
+FILES = sorted(ROOT.rglob("*.py"))
+TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text("utf-8")) for path in FILES}
+
+# A module imports from its own layer and those above it in this list.
+LAYERS = (
+    ("__init__", "ops", "packing", "config", "errors", "attention", "settings", "surprise"),
+    ("router", "experts", "losses"),
+    ("modeling", "convert", "teacher", "data", "embedded", "calibrate", "routing_stats"),
+    ("optim", "checkpoint", "run_folder", "prepare"),
+    ("train", "evaluate", "demo", "generate", "progress"),
+    ("cli",),
+)
+LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+MUTABLE = ("list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict")
+
+per_file = pytest.mark.parametrize("name", TREES)
+
+
+def module_of(name):
+    """Return the module of the package, with subpackages as one, that a file belongs to."""
+    return Path(name).parts[0].removesuffix(".py")
+
+
+def imports_of(name):
+    """Return the package's own modules that a file imports anywhere in it."""
+    known = {module_of(other) for other in TREES}
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}:{node.lineno}: relative import"
+            dotted = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for parts in (text.split(".") for text in dotted):
+            if parts[0] == "tiny_onn" and len(parts) > 1 and parts[1] in known:
+                found.add(parts[1])
+    return found - {module_of(name)}
+
+
+def functions_of(tree):
+    """Return every function of a file, nested ones and methods included."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+@per_file
+def test_imports_point_one_way(name):
+    module = module_of(name)
+    assert module in LAYER_OF, f"{module}: give it a place in LAYERS"
+    upward = {other for other in imports_of(name) if LAYER_OF.get(other, 0) > LAYER_OF[module]}
+    assert upward == set()
+
+
+def test_imports_have_no_cycle():
+    graph = {}
+    for name in TREES:
+        graph.setdefault(module_of(name), set()).update(imports_of(name))
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_every_setting_is_read_by_the_code():
+    read = {
+        node.attr
+        for name, tree in TREES.items()
+        if name not in ("config.py", "settings.py")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    unread = [
+        f"{section}.{field.name}"
+        for section, cls in get_type_hints(RunConfig).items()
+        for field in dataclasses.fields(cls)
+        if field.name not in read
+    ]
+    assert unread == []
+
+
+@per_file
+def test_public_names_are_documented(name):
+    tree = TREES[name]
+    assert ast.get_docstring(tree) or not tree.body, f"{name}: no module docstring"
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    bodies = [tree, *(node for node in classes if not node.name.startswith("_"))]
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    # A method that a framework calls and documents says so with `noqa: D102`.
+    bare = [
+        f"{name}:{node.lineno} {node.name}"
+        for body in bodies
+        for node in body.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+        and "noqa: D102" not in lines[node.lineno - 1]
+    ]
+    assert bare == []
+
+
+@per_file
+def test_modules_hold_nothing_that_changes(name):
+    bad = []
+    for node in TREES[name].body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if [ast.unparse(target) for target in targets] == ["__all__"]:
+            continue
+        value = node.value
+        literal = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
+        call = isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] in MUTABLE
+        if isinstance(value, literal) or call or isinstance(node, ast.AugAssign):
+            bad.append(f"{name}:{node.lineno} {ast.unparse(targets[0])}")
+    bad += [
+        f"{name}:{node.lineno} global"
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Global)
+    ]
+    assert bad == []
+
+
+@per_file
+def test_files_and_functions_are_short(name):
+    assert len((ROOT / name).read_text("utf-8").splitlines()) <= 400
+    long = [
+        f"{name}:{node.lineno} {node.name}"
+        for node in functions_of(TREES[name])
+        if (node.end_lineno or 0) - node.lineno + 1 > 80
+    ]
+    assert long == []
+
+
+@per_file
+def test_no_error_is_caught_blindly(name):
+    broad = [
+        f"{name}:{node.lineno}"
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.ExceptHandler)
+        and (
+            node.type is None
+            or {"Exception", "BaseException"}
+            & {part.id for part in ast.walk(node.type) if isinstance(part, ast.Name)}
+        )
+    ]
+    assert broad == []
+
+
+@per_file
+def test_no_postponed_annotations(name):
+    # They hide the shapes from the runtime checks.
+    assert not any(
+        isinstance(node, ast.ImportFrom) and node.module == "__future__"
+        for node in TREES[name].body
+    )
+
+
+@per_file
+def test_text_is_ascii_and_finished(name):
+    text = (ROOT / name).read_text("utf-8")
+    assert text.isascii()
+    assert [word for word in ("TODO", "FIXME", "XXX", "HACK") if word in text] == []

@@ -1,0 +1,224 @@
+"""The run folder: what is written, what is refused, and what survives a crash."""
+
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_onn.config import RunConfig
+from tiny_onn.errors import UserError
+from tiny_onn.run_folder import (
+    MetricsWriter,
+    create_run_folder,
+    read_metrics,
+    read_run_config,
+    resume_run_folder,
+    write_json,
+)
+from tiny_onn.settings import load_config
+
+
+def run_python(code, *arguments):
+    """Run `code` in an interpreter of its own."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_new_folder_holds_settings_and_environment(tmp_path):
+    path = tmp_path / "runs" / "one"
+    config = load_config(None, "model-card", ["train.seed=3"])
+    create_run_folder(path, config, argv=["tiny-onn", "distill"])
+    assert sorted(entry.name for entry in path.iterdir()) == ["config.json", "environment.json"]
+    assert read_run_config(path) == config
+    environment = json.loads((path / "environment.json").read_text())
+    assert environment["command"] == ["tiny-onn", "distill"]
+    assert environment["python"] == platform.python_version()
+    assert environment["torch"] == torch.__version__
+    assert environment["device"]
+    assert environment["started_utc"].endswith("+00:00")
+
+
+def test_recorded_commit_is_that_of_the_checkout(tmp_path):
+    create_run_folder(tmp_path, RunConfig(), argv=[])
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    here = Path(__file__).parent
+    source = here.parent / "src" / "tiny_onn" / "run_folder.py"
+    command = ["git", "-C", str(here), "ls-files", "--error-unmatch", str(source)]
+    tracked = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    if tracked:
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        assert environment["git_commit"] == head
+        assert environment["git_dirty"] in (True, False)
+    else:
+        assert environment["git_commit"] is None
+
+
+def test_folder_in_use_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty, expected a new one; add --resume"):
+        create_run_folder(tmp_path, RunConfig(), argv=[])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"cannot write it .* choose another --out"):
+            create_run_folder(path, RunConfig(), argv=[])
+
+
+def test_read_only_file_system_is_refused():
+    with pytest.raises(UserError, match=r"^/proc/tiny-onn-run: cannot write it"):
+        create_run_folder(Path("/proc/tiny-onn-run"), RunConfig(), argv=[])
+
+
+def test_resuming_with_the_same_settings_adds_an_environment(tmp_path):
+    create_run_folder(tmp_path, RunConfig(), argv=["first"])
+    resume_run_folder(tmp_path, RunConfig(), argv=["second"])
+    resume_run_folder(tmp_path, RunConfig(), argv=["third"])
+    commands = [
+        json.loads((tmp_path / name).read_text())["command"]
+        for name in ("environment.json", "environment-1.json", "environment-2.json")
+    ]
+    assert commands == [["first"], ["second"], ["third"]]
+
+
+def test_resuming_with_changed_settings_is_refused(tmp_path):
+    create_run_folder(tmp_path, RunConfig(), argv=[])
+    changed = load_config(None, None, ["train.seed=1"])
+    with pytest.raises(UserError, match=r"got changed settings \(train.seed: 0 -> 1\)"):
+        resume_run_folder(tmp_path, changed, argv=[])
+
+
+@pytest.mark.parametrize("content", [None, b"\xff", b"", b"{}"])
+def test_resuming_what_is_no_run_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json: "):
+        resume_run_folder(tmp_path, RunConfig(), argv=[])
+
+
+def test_json_file_is_replaced_and_no_temporary_stays(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    write_json(path, {"x": [2, None]})
+    assert json.loads(path.read_text()) == {"x": [2, None]}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_full_disk_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    done = run_python(
+        """
+        import resource, sys
+        from pathlib import Path
+        from tiny_onn.errors import UserError
+        from tiny_onn.run_folder import write_json
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            write_json(Path(sys.argv[1]), {"x": "y" * 100_000})
+        except UserError as error:
+            print(error)
+        """,
+        path,
+    )
+    assert "a.json: cannot write it (File too large)" in done.stdout, done.stderr
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_metrics_come_back_in_order_and_can_be_followed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for step in range(3):
+            writer.write({"step": step, "loss": 0.1 * step})
+            assert len(read_metrics(path)) == step + 1
+            assert writer.offset == path.stat().st_size
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2]
+
+
+def test_resumed_metrics_forget_what_followed_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 0})
+        offset = writer.offset
+        writer.write({"step": 1, "run": "first"})
+    with MetricsWriter(path, offset) as writer:
+        assert writer.offset == offset
+        writer.write({"step": 1, "run": "second"})
+    assert read_metrics(path) == [{"step": 0}, {"step": 1, "run": "second"}]
+
+
+def test_metrics_shorter_than_the_checkpoint_says_are_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"{}\n")
+    with pytest.raises(UserError, match="got 3 bytes, expected at least the 9"):
+        MetricsWriter(path, 9)
+    assert path.read_bytes() == b"{}\n"
+
+
+def test_metrics_survive_a_killed_process(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    done = run_python(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from tiny_onn.run_folder import MetricsWriter
+        writer = MetricsWriter(Path(sys.argv[1]))
+        writer.write({"step": 0})
+        writer.write({"step": 1})
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        path,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert read_metrics(path) == [{"step": 0}, {"step": 1}]
+
+
+def test_unfinished_last_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1}')
+    assert read_metrics(path) == [{"step": 0}]
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b"", b"\xff"])
+def test_broken_line_is_told_with_its_number(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2 is no JSON object"):
+        read_metrics(path)
+
+
+def test_missing_metrics_are_told(tmp_path):
+    with pytest.raises(UserError, match="cannot read it"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_number_that_is_not_finite_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"loss": math.nan, "norm": math.inf})
+    (record,) = read_metrics(path)
+    assert str(record) == "{'loss': nan, 'norm': inf}"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+def test_full_disk_stops_the_metrics_with_a_user_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    writer = MetricsWriter(path)
+    with pytest.raises(UserError, match="No space left on device"):
+        writer.write({"step": 0})
+    with pytest.raises(UserError, match="No space left on device"):
+        writer.close()
+    writer.close()
