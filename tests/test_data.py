@@ -343,6 +343,8 @@ def test_a_hub_dataset_is_streamed_shuffled_split_and_resumed(
     assert set(documents[:-1]).isdisjoint(held_out)
     assert held_out == [text for text in texts(corpus) if text in set(held_out)]
     assert documents[:20] != [text for text in texts(corpus) if text not in set(held_out)][:20]
+    num_trained = 200 - len(held_out)
+    assert documents[:20] != documents[num_trained : num_trained + 20]
     resumed = stream(config, tokenizer)
     resumed.load_state_dict(middle)
     assert same(list(itertools.islice(resumed, 80)), rest)

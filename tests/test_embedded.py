@@ -114,9 +114,12 @@ def test_the_teachers_folder_is_plain(teacher: Path):
 def test_the_teacher_speaks(teacher: Path):
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     assert tokenizer.is_fast
-    text = "def f(x):\n    return x  # caf\u00e9, na\u00efve"
+    text = "def f(x):\n    return  x[12]  # caf\u00e9, na\u00efve \u2581 x , y"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.tokenize("a  12") == ["a", "\u0120\u0120", "1", "2"]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (2, 2, 49152)
+    assert tokenizer("<|im_end|>")["input_ids"] == [2]
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,

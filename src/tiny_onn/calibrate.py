@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.experts import ExpertBank
-from tiny_onn.modeling import gated_mlp_layers, last_hidden_states
+from tiny_onn.modeling import activation_name, gated_mlps, last_hidden_states
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.packing import PackedRow
 from tiny_onn.router import exact_threshold
@@ -34,10 +35,9 @@ def _mlp_inputs(dense: PreTrainedModel, see: Callable[[int, Tensor], None]) -> I
     def hook(index: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         see(index, inputs[0].flatten(0, -2))
 
-    layers = gated_mlp_layers(dense)
     handles = [
-        layer.mlp.register_forward_pre_hook(partial(hook, index))  # pyright: ignore
-        for index, layer in enumerate(layers)
+        mlp.module.register_forward_pre_hook(partial(hook, index))
+        for index, mlp in enumerate(gated_mlps(dense))
     ]
     try:
         yield
@@ -50,13 +50,13 @@ def _mlp_inputs(dense: PreTrainedModel, see: Callable[[int, Tensor], None]) -> I
 def neuron_importance(
     dense: PreTrainedModel, rows: Sequence[PackedRow]
 ) -> list[Float[Tensor, " neurons"]]:
-    """Per layer, each neuron's mean squared contribution to the output, `mean(h^2) * |down|^2`."""
-    layers = gated_mlp_layers(dense)
-    sums = [torch.zeros(1, device=dense.device) for _ in layers]
+    """Per layer, each neuron's squared contribution to the output, `sum_t h^2 * |down|^2`."""
+    mlps = gated_mlps(dense)
+    activation = ACT2FN[activation_name(dense.config.get_text_config())]
+    sums = [torch.zeros(1, device=dense.device) for _ in mlps]
 
     def see(index: int, x_TD: Tensor) -> None:
-        mlp = layers[index].mlp
-        hidden_TF = mlp.act_fn(mlp.gate_proj(x_TD)) * mlp.up_proj(x_TD)  # pyright: ignore
+        hidden_TF = activation(mlps[index].gate_proj(x_TD)) * mlps[index].up_proj(x_TD)
         sums[index] = sums[index] + hidden_TF[mask_T].float().square().sum(0)
 
     with _mlp_inputs(dense, see):
@@ -64,26 +64,37 @@ def neuron_importance(
             mask_T = row.router_mask.flatten()
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
     return [
-        total * layer.mlp.down_proj.weight.float().square().sum(0)  # pyright: ignore
-        for total, layer in zip(sums, layers, strict=True)
+        total * mlp.down_proj.weight.float().square().sum(0)
+        for total, mlp in zip(sums, mlps, strict=True)
     ]
 
 
 def importance_order(
     importance: Sequence[Float[Tensor, " neurons"]],
 ) -> list[Int[Tensor, " neurons"]]:
-    """Per layer, neurons by falling importance, so that experts differ in it as much as they can."""
+    """Per layer, neurons by falling importance, so that experts differ in it as they can."""
     return [scores.argsort(descending=True, stable=True) for scores in importance]
 
 
 @torch.no_grad()
 def fit_gates(
-    dense: PreTrainedModel, banks: Sequence[ExpertBank], rows: Sequence[PackedRow]
+    dense: PreTrainedModel,
+    banks: Sequence[ExpertBank],
+    rows: Sequence[PackedRow],
+    *,
+    static: bool = False,
 ) -> list[float]:
     """Set each router to the ridge regression of `log |expert_e(x)|` on x.
 
     Softmax probabilities then stand for the experts' shares of the output's total norm, and the
     cumulative budget keeps the experts that carry a given share of it.
+
+    Args:
+        dense: the model whose MLP inputs are regressed on.
+        banks: its layers' experts and routers.
+        rows: calibration text.
+        static: fit the bias alone, the mean of the target: the best choice that sees no token. It
+            is not the bias of the whole fit, which is the prediction at x = 0.
 
     Returns:
         Per layer, the share of the targets' variance (within experts) that the gate explains.
@@ -110,7 +121,10 @@ def fit_gates(
     for bank, gram, moment, square in zip(banks, grams, moments, squares, strict=True):
         penalty = RIDGE * gram.diagonal()[:D].mean() * torch.eye(D + 1, device=gram.device)
         penalty[D, D] = 0
-        solution = torch.linalg.solve(gram + penalty, moment)
+        if static:
+            solution = F.pad(moment[D:] / gram[D, D], (0, 0, D, 0))
+        else:
+            solution = torch.linalg.solve(gram + penalty, moment)
         bank.router.weight.copy_(solution[:D].T)
         bank.router.bias.copy_(solution[D])
         residual = square - 2 * (solution * moment).sum(0) + (solution * (gram @ solution)).sum(0)
@@ -133,7 +147,7 @@ def expert_norms(
 def settle_budgets(
     dense: PreTrainedModel, banks: Sequence[ExpertBank], rows: Sequence[PackedRow]
 ) -> None:
-    """Set each budget's threshold to the one that meets its target on the calibration rows."""
+    """Set each budget's threshold to the mean of those that meet its target on each row."""
 
     def see(index: int, x_TD: Tensor) -> None:
         router = banks[index].router

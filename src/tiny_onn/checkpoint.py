@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.optim import split_parameters
 from tiny_onn.run_folder import write_json
 
+FILES = ("student.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
 KEPT = 2
 
@@ -40,14 +43,16 @@ def save_checkpoint(
     target = folder / f"step-{step:07d}"
     partial = folder / f".partial-{os.getpid()}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        # Left by a process that was killed while it wrote.
+        for stale in folder.glob(".partial-*"):
+            shutil.rmtree(stale)
         partial.mkdir(parents=True)
         save_file(student_tensors(student), partial / "student.safetensors")
         save_file(optimizer_tensors(student, optimizer), partial / "optimizer.safetensors")
         write_json(partial / "state.json", state)
         manifest = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(partial.iterdir())
+            name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+            for name in FILES
         }
         for name in manifest:
             _fsync(partial / name)
@@ -56,15 +61,23 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         _fsync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{target}: cannot write the checkpoint ({error.strerror or error}), expected free disk "
-            "and permission; the previous checkpoint is whole, free some space and use --resume"
+            f"{target}: cannot write the checkpoint ({reason}), expected free disk and permission; "
+            "the previous checkpoint is whole, free some space and use --resume"
         ) from error
-    for old in valid_checkpoints(folder)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _remove_old(folder, target.name)
     return target
+
+
+def _remove_old(folder: Path, newest: str) -> None:
+    """Remove all up to `newest` but the last whole ones; a damaged later one will be redone."""
+    kept = [path for path in valid_checkpoints(folder) if path.name <= newest][:KEPT]
+    for path in folder.glob("step-*"):
+        if path.name <= newest and path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def valid_checkpoints(folder: Path) -> list[Path]:
@@ -76,16 +89,21 @@ def valid_checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(
     folder: Path, student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
-    """Restore the newest checkpoint whose hashes hold; its loop state, or None if there is none."""
-    for path in valid_checkpoints(folder):
-        manifest = json.loads((path / MANIFEST).read_text())
-        if all(_sha256(path / name) == entry["sha256"] for name, entry in manifest.items()):
-            device = str(next(student.parameters()).device)
-            _restore_student(student, load_file(path / "student.safetensors", device=device))
-            _restore_optimizer(
-                student, optimizer, load_file(path / "optimizer.safetensors", device=device)
-            )
-            return json.loads((path / "state.json").read_text())
+    """Restore the newest checkpoint whose hashes hold; its loop state, or None if there is none.
+
+    Damaged ones are named on the terminal and passed over.
+    """
+    whole = valid_checkpoints(folder)
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if path not in whole or not _hashes_hold(path):
+            Console(stderr=True).print(f"{path}: damaged, going on from an earlier checkpoint")
+            continue
+        device = str(next(student.parameters()).device)
+        _restore_student(student, load_file(path / "student.safetensors", device=device))
+        _restore_optimizer(
+            student, optimizer, load_file(path / "optimizer.safetensors", device=device)
+        )
+        return json.loads((path / "state.json").read_text())
     return None
 
 
@@ -129,12 +147,25 @@ def _restore_optimizer(
             }
 
 
-def _sizes_hold(path: Path) -> bool:
+def _manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file; nothing if the manifest is missing or damaged."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        return all((path / n).stat().st_size == entry["bytes"] for n, entry in manifest.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _sizes_hold(path: Path) -> bool:
+    manifest = _manifest(path)
+    files = [path / name for name in FILES]
+    return bool(manifest) and all(
+        file.is_file() and file.stat().st_size == manifest[file.name][0] for file in files
+    )
+
+
+def _hashes_hold(path: Path) -> bool:
+    return all(_sha256(path / name) == sha256 for name, (_, sha256) in _manifest(path).items())
 
 
 def _sha256(path: Path) -> str:

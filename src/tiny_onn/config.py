@@ -25,7 +25,7 @@ class TeacherConfig:
     revision: str = "main"
     """Branch, tag or commit of a hub id."""
     placement: Literal["shared", "separate"] = "shared"
-    """`shared`: the student's frozen embeddings and attention with the teacher's MLPs; `separate`: a whole second model."""
+    """`shared`: the student's frozen backbone with the teacher's MLPs; `separate`: a whole copy."""
     dtype: DType = "bfloat16"
     """Number format of the teacher and of the frozen backbone."""
     trust_remote_code: bool = False
@@ -41,11 +41,14 @@ class ExpertsConfig:
     expert_dim: int = 0
     """Neurons per expert, I. 0: the MLP's width divided by `num_experts`."""
     init: ExpertInit = "slices"
-    """`random` (the model card), `slices` (contiguous dense neurons), `importance` (neurons ordered by calibrated importance)."""
+    """`random` (the model card), `slices` (contiguous dense neurons), `importance` (dense neurons,
+    ordered by their calibrated contribution to the output)."""
     gate_init: GateInit = "random"
-    """`random` (normal, std 0.02), `zeros`, or `ridge` (regression of the experts' output norms on calibration text)."""
+    """`random` (normal, std 0.02), `zeros`, or `ridge` (regression of the log norms of the experts'
+    outputs on calibration text)."""
     weighting: Weighting = "unit"
-    """What an active expert's output is multiplied by: 1, its softmax or sigmoid probability, or 1/k."""
+    """What an active expert's output is multiplied by: 1, its renormalised softmax or its sigmoid
+    probability, or 1/k."""
     calibration_tokens: int = 8192
     """Training tokens read by `importance` and `ridge`."""
 
@@ -55,13 +58,15 @@ class RouterConfig:
     """Which experts a token activates, and what the gate learns from."""
 
     selection: Selection = "budget"
-    """`top_k`: exactly k; `budget`: as many as the token needs, k on average; `static`, `random`: controls."""
+    """`top_k`: exactly k; `budget`: as many as the token needs, k on average; `static` (always the
+    same ones) and `random` (a frozen random gate): controls."""
     objective: Objective = "smk"
-    """`smk`: cross-entropy toward the expert surprise points at, decoupled; `task`: the distillation loss; `none`: frozen."""
+    """What the gate learns from. `smk`: cross-entropy toward the expert that surprise points at,
+    decoupled from the main loss; `task`: the main loss; `none`: nothing, it is frozen."""
     target_k: float = 16.0
     """Active experts per token: exact for `top_k`, the mean for `budget`."""
     budget_form: Literal["cumulative", "threshold"] = "cumulative"
-    """`cumulative`: experts by falling probability until the sum passes p; `threshold`: all experts above p."""
+    """`cumulative`: experts by falling probability until it sums to p; `threshold`: all above p."""
     budget_rate: float = 0.1
     """Share by which the budget's p moves toward the last batch's exact value, per step."""
     load_balancing_coef: float = 0.01
@@ -91,7 +96,7 @@ class LossConfig:
     """What the student is asked to match."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    """KL(teacher || student), KL(student || teacher), or generalised Jensen-Shannon divergence."""
     temperature: float = 1.0
     """Both distributions are softened by it; the loss is multiplied by its square."""
     jsd_beta: float = 0.5
@@ -105,7 +110,8 @@ class DataConfig:
     """The text."""
 
     sources: tuple[str, ...] = ("embedded",)
-    """`embedded`, files (.txt, .jsonl, .parquet), folders of them, or hub datasets as `hf:name` or `hf:name:config`."""
+    """`embedded`, files (.txt, .jsonl, .parquet), folders of them, or hub datasets as `hf:name` or
+    `hf:name:config`."""
     text_field: str = "text"
     """The field of a jsonl or parquet row, or of a hub dataset's row, that holds the text."""
     split: str = "train"
@@ -122,26 +128,37 @@ class DataConfig:
 class OptimConfig:
     """How the experts (fast) and the gates (slow) are updated."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"] = "adamw"
+    """The experts' optimizer. `adamw`: 32-bit state; `adamw8bit`: 8-bit state (bitsandbytes);
+    `paged_adamw8bit`: 8-bit state that moves to host memory when the GPU's is short (on a CPU the
+    same as `adamw8bit`); `adafactor`: factored second moment. Gates: AdamW with 32-bit state."""
+    master_dtype: DType = "float32"
+    """Number format of the experts' weights and gradients; `bfloat16` halves their memory, with
+    weights rounded stochastically."""
     expert_lr: float = 3e-4
     """Peak learning rate of the experts."""
     gate_lr: float = 1e-3
     """Peak learning rate of the gates."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment. Adafactor has none."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay of the second moment. Adafactor's is 1 - step^-0.8."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment. Adafactor adds 1e-30 to squared gradients."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of the experts. Gates are not decayed."""
+    """Decoupled weight decay of the experts."""
+    gate_weight_decay: float = 0.0
+    """Decoupled weight decay of the gates."""
     clip_norm: float = 1.0
     """The gradient's global L2 norm is clipped to it, experts and gates apart."""
     warmup_fraction: float = 0.05
-    """Share of the run in which the learning rates rise linearly from 0."""
+    """Share of the run in which the experts' learning rate rises linearly from 0."""
     decay_fraction: float = 0.5
-    """Share of the run, at its end, in which they fall linearly to 0."""
+    """Share of the run, at its end, in which it falls linearly to 0."""
+    gate_warmup_fraction: float = 0.05
+    """Share of the run in which the gates' learning rate rises linearly from 0."""
+    gate_decay_fraction: float = 0.5
+    """Share of the run, at its end, in which it falls linearly to 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

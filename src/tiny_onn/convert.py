@@ -15,16 +15,17 @@ from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny_onn.config import ExpertsConfig, RouterConfig
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import (
+    GatedMlp,
     TinyOnnConfig,
     TinyOnnForCausalLM,
-    gated_mlp_layers,
+    gated_mlps,
     head_of,
     last_hidden_states,
 )
@@ -41,7 +42,7 @@ def student_config(
     Raises:
         UserError: the architecture, the sizes or k do not fit.
     """
-    width = gated_mlp_layers(dense)[0].mlp.gate_proj.out_features  # pyright: ignore
+    width = gated_mlps(dense)[0].gate_proj.out_features
     if experts.expert_dim == 0 and width % experts.num_experts:
         raise UserError(
             f"experts.num_experts: got {experts.num_experts}, expected a divisor of {width}, the "
@@ -84,15 +85,13 @@ def convert(
     dense.requires_grad_(False)
     student = share_backbone(dense, config)
     std = getattr(dense.config.get_text_config(), "initializer_range", 0.02)
-    for index, (bank, layer) in enumerate(
-        zip(student.banks(), gated_mlp_layers(dense), strict=True)
-    ):
+    for index, (bank, mlp) in enumerate(zip(student.banks(), gated_mlps(dense), strict=True)):
         bank.router.reset(None if experts.gate_init == "zeros" else generator, GATE_STD)
         if experts.init == "random":
             bank.reset(generator, std)
         else:
-            fill_from_dense(bank, layer.mlp, None if neuron_order is None else neuron_order[index])  # pyright: ignore
-            _verify_layer(bank, layer.mlp, index, dense)  # pyright: ignore
+            fill_from_dense(bank, mlp, None if neuron_order is None else neuron_order[index])
+            _verify_layer(bank, mlp, index, dense)
         bank.requires_grad_(True)
     return student
 
@@ -121,33 +120,33 @@ def adopt_backbone(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def fill_from_dense(
-    bank: ExpertBank, mlp: nn.Module, order: Int[Tensor, " neurons"] | None = None
+    bank: ExpertBank, mlp: GatedMlp, order: Int[Tensor, " neurons"] | None = None
 ) -> None:
     """Cut a dense MLP into the bank: neuron `order[e * I + i]` becomes neuron i of expert e."""
     _, E, I, D = bank.gate_up_proj.shape
-    rows_FD = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)  # pyright: ignore
+    gate_up_down = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
     gate, up, down = (
-        (rows if order is None else rows[order.to(rows.device)]).reshape(E, I, D)  # pyright: ignore
-        for rows in rows_FD
+        (rows_FD if order is None else rows_FD[order.to(rows_FD.device)]).reshape(E, I, D)
+        for rows_FD in gate_up_down
     )
     bank.gate_up_proj.copy_(torch.stack((gate, up)))
     bank.down_proj.copy_(down)
 
 
 @torch.no_grad()
-def _verify_layer(bank: ExpertBank, mlp: nn.Module, index: int, dense: PreTrainedModel) -> None:
-    """Refuse an MLP that computes something else than act(gate x) * (up x), before any training."""
+def _verify_layer(bank: ExpertBank, mlp: GatedMlp, index: int, dense: PreTrainedModel) -> None:
+    """Refuse an MLP that computes something else than act(gate x) * (up x)."""
     generator = torch.Generator().manual_seed(index)
     x_TD = torch.randn(4, bank.gate_up_proj.shape[-1], generator=generator).to(dense.device)
-    expected = copy.deepcopy(mlp).float()(x_TD)
+    expected = copy.deepcopy(mlp.module).float()(x_TD)
     with all_experts_on([bank]):
         gap = (bank(x_TD) - expected).abs().max().item()
     size = expected.abs().max().item()
     if not gap <= 1e-4 * size + 1e-6:
         raise UserError(
             f"architecture {type(dense).__name__}: layer {index}'s MLP differs from "
-            f"down(act(gate(x)) * up(x)) by {gap:.3g} (outputs up to {size:.3g}), expected equality "
-            "to rounding; this family cannot be converted"
+            f"down(act(gate(x)) * up(x)) by {gap:.3g} (outputs up to {size:.3g}), expected "
+            "equality to rounding; this family cannot be converted"
         )
 
 
@@ -169,7 +168,7 @@ def all_experts_on(banks: Sequence[ExpertBank]) -> Iterator[None]:
 def identity_gap(
     student: TinyOnnForCausalLM, dense: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]
 ) -> float:
-    """Largest absolute difference between the dense logits and the student's with all experts on."""
+    """Largest absolute difference of the dense logits and the student's with all experts on."""
     expected = dense(input_ids=input_ids, use_cache=False).logits
     with all_experts_on(student.banks()):
         got = student(input_ids=input_ids, use_cache=False).logits

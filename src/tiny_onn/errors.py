@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Bad input, told in one line: what, got, expected, remedy. The CLI prints it and exits with 2."""
+    """Bad input in one line: what, got, expected, remedy. The CLI prints it and exits with 2."""

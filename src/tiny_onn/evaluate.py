@@ -1,18 +1,24 @@
-"""How good a student is and what it costs, against its teacher, on held-out rows."""
+"""How good a student is and what it costs, against its teacher, on held-out text."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import LossConfig
+from tiny_onn.config import DataConfig, LossConfig
+from tiny_onn.data import held_out_rows, read_documents
+from tiny_onn.errors import UserError
+from tiny_onn.loading import load_student, load_teacher_of
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
-from tiny_onn.packing import PackedRow
+from tiny_onn.packing import PackedRow, pack
 from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.teacher import pick_device, quiet_transformers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +133,50 @@ def forward_flops(
         "total_flops": ffn + linear + scores,
         "dense_total_flops": dense_ffn + linear + scores,
     }
+
+
+def run_eval(model: str, *, text: Path | None, device: str, max_tokens: int) -> dict[str, object]:
+    """The verb `eval`: a student against its teacher, on a file or on its run's held-out text.
+
+    Raises:
+        UserError: no such model or text, or the teacher cannot be had.
+    """
+    quiet_transformers()
+    where = pick_device(device)
+    loaded = load_student(model, where)
+    teacher = load_teacher_of(loaded, where)
+    data = loaded.config.data
+    rows = (
+        held_out_rows(data, loaded.tokenizer, data.row_tokens, max_tokens)
+        if text is None
+        else text_rows(text, loaded.tokenizer, data, max_tokens)
+    )
+    result = evaluate(loaded.student, teacher, rows, loaded.config.loss)
+    source = "held-out text of " + ", ".join(data.sources) if text is None else str(text)
+    return {"model": model, "teacher": loaded.config.teacher.path, "text": source, **asdict(result)}
+
+
+def text_rows(
+    path: Path, tokenizer: PreTrainedTokenizerBase, data: DataConfig, max_tokens: int
+) -> list[PackedRow]:
+    """All of a file's or folder's text as packed rows, up to `max_tokens` of it.
+
+    Raises:
+        UserError: no such text, or none of two tokens or more.
+    """
+    ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents = (
+        tokenizer(document.text, add_special_tokens=False)["input_ids"] + ending
+        for document in read_documents(str(path), data.text_field)
+    )
+    packed = pack(documents, row_tokens=data.row_tokens, pad_token_id=0)
+    rows = list(islice(packed, max(1, max_tokens // data.row_tokens)))
+    if not rows:
+        raise UserError(
+            f"--text: got {path} without a document of two tokens or more, expected some text; "
+            "nothing can be predicted in one token"
+        )
+    return rows
 
 
 @contextmanager

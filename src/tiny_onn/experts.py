@@ -13,13 +13,15 @@ from tiny_onn.router import Router, Routing, RoutingRule
 
 
 class ExpertBank(nn.Module):
-    """E experts of width I and their router: `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`.
+    """E experts of width I and their router.
 
-    The neurons are rows of stacked tensors: `gate_up_proj` (2, E, I, D) and `down_proj` (E, I, D),
-    the down projection transposed, so that one neuron is one row in each.
+    `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`. The neurons are rows of stacked
+    tensors, `gate_up_proj` (2, E, I, D) and `down_proj` (E, I, D): the down projection is
+    transposed, so that one neuron is one row in each.
 
     Attributes set for training by whoever owns the model, read at every call:
-        token_mask: (B * T,) tokens that count in SMK targets and statistics; None: all.
+        token_mask: (B * T,) tokens that count in SMK targets and statistics; None: all. It belongs
+            to the training rows; without gradients it is not read.
         smk: how the router is taught in the backward pass; None: it is not.
         coupled: whether the router's input and weights carry the main loss' gradient.
         compiled: whether the elementwise regions are compiled.
@@ -61,7 +63,7 @@ class ExpertBank(nn.Module):
             routing.router_logits,
             activation=self.activation,
             active_TE=routing.active,
-            token_mask_T=self.token_mask,
+            token_mask_T=self.token_mask if torch.is_grad_enabled() else None,
             smk=self.smk,
             compiled=self.compiled,
         )

@@ -2,18 +2,20 @@
 
 Both heads are projected for `chunk_tokens` tokens at a time, and the gradient of every token's
 loss with respect to its own hidden state is computed in the same pass, so that backward is one
-row-wise multiplication. The elementwise work runs on tiles of a few rows: on a CPU they stay in
-cache, on a GPU they bound the fp32 memory.
+row-wise multiplication. The elementwise work runs on tiles of a few rows, which bound the fp32
+memory and, on a CPU, the traffic beyond the cache.
 
-Memory: two (C, V) buffers in the hidden states' dtype, four (R, V) tiles of 2 MiB (CPU) or 64 MiB
+Memory: two (C, V) buffers in the hidden states' dtype, four (R, V) tiles of 8 MiB (CPU) or 64 MiB
 (GPU) in fp32, or of one row where that is more, a fifth under a softcap, and the saved (T, D)
 gradient in the hidden states' dtype.
 FLOPs per token: 2 V (D_student + D_teacher) forward and 2 V D_student for the gradient.
+Time of forward_kl with its gradient at V 151,936, D 1,024 on 2 AVX-512 cores: 0.81 (fp32) and 0.47
+(bf16) of all logits at once with F.kl_div and autograd; the three matmuls alone are 0.73 and 0.35.
 
 Precision: matmuls run in the hidden states' dtype, so the logits are those the model itself gives;
-everything elementwise is fp32, or float64 for float64 inputs. The saved gradient is rounded once
-to the hidden states' dtype, before any weighting, so that a mean over many tokens cannot push it
-out of range; temperature, scale and upstream weights multiply it in fp32 in backward.
+everything elementwise is fp32, or float64 for float64 inputs. The gradients at the logits and at
+the hidden states are rounded to that dtype before any weighting, so that a mean over many tokens
+cannot push them out of range; temperature, scale and upstream weights follow in fp32 in backward.
 
 Not done here: gradients for heads or teacher, second derivatives, and any clamping: NaN and Inf in
 the inputs show in the outputs.
@@ -36,9 +38,9 @@ from tiny_onn.errors import UserError
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 IGNORED_LABEL = -100
-# The fastest of 1, 2, 4, 8 and 16 MiB for vocabularies of 49,152 and 151,936 on 2 AVX-512 cores;
-# a GPU wants tiles that outlast a kernel launch, its cache being too small for any.
-_CPU_TILE_BYTES = 2 << 20
+# Within 13 % of the fastest of 1 to 16 MiB (V 49,152 and 151,936, 1 and 2 AVX-512 cores). On busy
+# cores smaller tiles lose: their threads wait for each other more often.
+_CPU_TILE_BYTES = 8 << 20
 _GPU_TILE_BYTES = 64 << 20
 
 
@@ -132,14 +134,8 @@ def distill(
     _check_settings(temperature, jsd_beta, chunk_tokens)
     student, teacher = _Side(student_hidden, student_head), _Side(teacher_hidden, teacher_head)
     _check_tensors(student, teacher, labels)
-    settings = _Settings(
-        divergence=divergence,
-        temperature=temperature,
-        jsd_beta=jsd_beta,
-        chunk_tokens=chunk_tokens,
-        need_metrics=need_metrics,
-        need_grad=student_hidden.requires_grad and torch.is_grad_enabled(),
-    )
+    need_grad = student_hidden.requires_grad and torch.is_grad_enabled()
+    settings = _Settings(divergence, temperature, jsd_beta, chunk_tokens, need_metrics, need_grad)
     with torch.no_grad():
         values, grad_TD = _distill_chunks(student, teacher, labels, settings)
     if not settings.need_grad:
@@ -196,7 +192,8 @@ def _distill_chunks(
 
     # One allocation for all chunks: on a CPU, faulting in fresh pages costs more than the maths.
     C = min(settings.chunk_tokens, T)
-    R = min(C, _tile_rows(V, dtype, s_TD.device))
+    tile_bytes = _CPU_TILE_BYTES if s_TD.device.type == "cpu" else _GPU_TILE_BYTES
+    R = min(C, max(1, tile_bytes // (V * dtype.itemsize)))
     s_CV, q_CV = s_TD.new_empty(C, V), q_TD.new_empty(C, V)
     tiles = [s_TD.new_empty((R, V), dtype=dtype) for _ in range(4)]
     need_slope = settings.need_grad and s_head.softcap is not None
@@ -351,11 +348,6 @@ def _unfilled_values(labels_T: Tensor, dtype: torch.dtype) -> DistillValues:
 
 def _math_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _tile_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    tile_bytes = _CPU_TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
-    return max(1, tile_bytes // (vocab * dtype.itemsize))
 
 
 def _check_settings(temperature: float, jsd_beta: float, chunk_tokens: int) -> None:

@@ -4,8 +4,9 @@
 replaced by an `ExpertBank`. Saving, loading, generation and caches are transformers' own.
 """
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,15 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
+    initialization,
 )
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tiny_onn.config import Selection, Weighting
 from tiny_onn.errors import UserError
@@ -27,6 +32,16 @@ from tiny_onn.losses import Head
 from tiny_onn.router import RoutingRule
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GatedMlp:
+    """One layer's dense MLP, `down_proj(act(gate_proj(x)) * up_proj(x))`, its parts by type."""
+
+    module: nn.Module
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
 
 
 class TinyOnnConfig(PretrainedConfig):
@@ -40,34 +55,36 @@ class TinyOnnConfig(PretrainedConfig):
     """
 
     model_type = "tiny_onn"
-    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 - transformers' class-level protocol
+    # The class-level protocol of transformers 5.17 and later.
+    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(
         self,
         backbone: PretrainedConfig | dict[str, Any] | None = None,
+        *,
         num_experts: int = 32,
         expert_dim: int = 0,
         selection: Selection = "budget",
         weighting: Weighting = "unit",
         target_k: float = 16.0,
-        budget_form: str = "cumulative",
-        **kwargs: Any,
+        budget_form: Literal["cumulative", "threshold"] = "cumulative",
+        **kwargs: Any,  # noqa: ANN401 - whatever transformers stores in a config
     ) -> None:
         if isinstance(backbone, dict):
             backbone = CONFIG_MAPPING[backbone["model_type"]](**backbone)
         self.backbone = CONFIG_MAPPING["qwen3"]() if backbone is None else backbone
         self.num_experts = num_experts
         self.expert_dim = expert_dim or self.backbone.intermediate_size // num_experts
-        self.selection = selection
-        self.weighting = weighting
+        self.selection: Selection = selection
+        self.weighting: Weighting = weighting
         self.target_k = target_k
-        self.budget_form = budget_form
+        self.budget_form: Literal["cumulative", "threshold"] = budget_form
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.backbone, name, None))
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
         super().__init__(**kwargs)
 
-    def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def get_text_config(self, *_: object, **__: object) -> PretrainedConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The backbone's configuration: what caches and generation ask about layers and heads."""
         return self.backbone
 
@@ -77,7 +94,7 @@ class TinyOnnConfig(PretrainedConfig):
             selection=self.selection,
             weighting=self.weighting,
             target_k=self.target_k,
-            budget_form=self.budget_form,  # pyright: ignore[reportArgumentType]
+            budget_form=self.budget_form,
         )
 
 
@@ -101,12 +118,35 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: TinyOnnConfig) -> None:
         super().__init__(config)
         self.backbone: PreTrainedModel = AutoModelForCausalLM.from_config(config.backbone)
-        for layer in gated_mlp_layers(self.backbone):
-            layer.mlp = expert_bank(layer.mlp, config)
+        mlps = gated_mlps(self.backbone)
+        for layer, mlp in zip(decoder_layers(self.backbone), mlps, strict=True):
+            layer.mlp = expert_bank(mlp, config)
         self.post_init()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - transformers' contract
-        return self.backbone(*args, **kwargs)
+    def forward(  # noqa: D102, PLR0917 - transformers' contract
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,  # noqa: ANN401 - the backbone's own arguments
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        # Spelled out because `generate` passes only what the signature names.
+        return self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
 
     def get_input_embeddings(self) -> nn.Module:  # noqa: D102
         return self.backbone.get_input_embeddings()
@@ -114,25 +154,26 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:  # noqa: D102
         self.backbone.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:  # noqa: D102
+    def get_output_embeddings(self) -> nn.Module | None:  # noqa: D102
         return self.backbone.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:  # noqa: D102
         self.backbone.set_output_embeddings(new_embeddings)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ExpertBank):
-            std = getattr(self.config.get_text_config(), "initializer_range", 0.02)
-            nn.init.normal_(module.gate_up_proj, std=std)
-            nn.init.normal_(module.down_proj, std=std)
-            module.router.reset(None)
-        elif not isinstance(module, nn.modules.module.Module) or module is not self.backbone:
-            self.backbone._init_weights(module)
+    def initialize_weights(self) -> None:
+        """Give every tensor that no checkpoint filled its first values."""
+        super().initialize_weights()
+        # transformers hands a nested model to its own class, which knows no expert bank.
+        std = getattr(self.config.get_text_config(), "initializer_range", 0.02)
+        for bank in self.banks():
+            initialization.normal_(bank.gate_up_proj, std=std)
+            initialization.normal_(bank.down_proj, std=std)
 
     def banks(self) -> list[ExpertBank]:
         """The expert banks, first layer first."""
-        return [layer.mlp for layer in decoder_layers(self.backbone)]  # pyright: ignore[reportReturnType]
+        mlps = [layer.mlp for layer in decoder_layers(self.backbone)]
+        return [mlp for mlp in mlps if isinstance(mlp, ExpertBank)]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of experts and routers, by name; everything else is frozen."""
@@ -151,42 +192,62 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(layers)
 
 
-def gated_mlp_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's layers, each checked to hold a plain gated MLP under `mlp`.
+def gated_mlps(model: PreTrainedModel) -> list[GatedMlp]:
+    """The decoder layers' MLPs, each checked to be a plain gated one under `mlp`.
 
     Raises:
-        UserError: one does not; the message names the architecture and the reason.
+        UserError: one is not; the message names the architecture and the reason.
     """
-    layers = decoder_layers(model)
-    for index, layer in enumerate(layers):
-        mlp = getattr(layer, "mlp", None)
-        if isinstance(mlp, ExpertBank):
-            raise _unsupported(model, "it is a Tiny-ONN student already")
-        if mlp is None:
-            raise _unsupported(model, f"layer {index} has no module named 'mlp'")
-        missing = [n for n in GATED_MLP if not isinstance(getattr(mlp, n, None), nn.Linear)]
-        if missing:
-            raise _unsupported(model, f"layer {index}'s MLP has no linear {', '.join(missing)}")
-        extra = [
-            n for n, child in mlp.named_children() if next(child.parameters(), None) is not None
-        ]
-        if extra := sorted(set(extra) - set(GATED_MLP)):
-            raise _unsupported(model, f"layer {index}'s MLP also holds {', '.join(extra)}")
-        if any(getattr(mlp, name).bias is not None for name in GATED_MLP):
-            raise _unsupported(model, f"layer {index}'s MLP has biases")
+    mlps = [_gated_mlp(model, layer, i) for i, layer in enumerate(decoder_layers(model))]
+    for index, mlp in enumerate(mlps):
         widths = {mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.down_proj.in_features}
-        if widths != {layers[0].mlp.gate_proj.out_features}:  # pyright: ignore
+        if widths != {mlps[0].gate_proj.out_features}:
             raise _unsupported(model, f"layer {index}'s MLP width differs from layer 0's")
-    return layers
+    return mlps
 
 
-def expert_bank(mlp: nn.Module, config: TinyOnnConfig) -> ExpertBank:
-    """An uninitialised bank of the shape that replaces a dense MLP.
+def _gated_mlp(model: PreTrainedModel, layer: nn.Module, index: int) -> GatedMlp:
+    mlp = getattr(layer, "mlp", None)
+    if isinstance(mlp, ExpertBank):
+        raise _unsupported(model, "it is a Tiny-ONN student already")
+    if not isinstance(mlp, nn.Module):
+        raise _unsupported(model, f"layer {index} has no module named 'mlp'")
+    children = dict(mlp.named_children())
+    linears = {n: m for n, m in children.items() if n in GATED_MLP and isinstance(m, nn.Linear)}
+    if missing := [name for name in GATED_MLP if name not in linears]:
+        raise _unsupported(model, f"layer {index}'s MLP has no linear {', '.join(missing)}")
+    own = [name for name, _ in mlp.named_parameters() if name.partition(".")[0] not in GATED_MLP]
+    if own:
+        extra = ", ".join(sorted({name.partition(".")[0] for name in own}))
+        raise _unsupported(model, f"layer {index}'s MLP also holds {extra}")
+    if any(linear.bias is not None for linear in linears.values()):
+        raise _unsupported(model, f"layer {index}'s MLP has biases")
+    return GatedMlp(module=mlp, **linears)
+
+
+def activation_name(config: PretrainedConfig) -> str:
+    """The name of a dense model's MLP activation.
+
+    Raises:
+        UserError: the configuration names none.
+    """
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if not isinstance(name, str) or name not in ACT2FN:
+        raise UserError(
+            f"model_type {config.model_type!r} cannot be converted: its configuration names the "
+            f"activation {name!r}, expected one that transformers knows in hidden_act or "
+            "hidden_activation"
+        )
+    return name
+
+
+def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
+    """A bank of the shape that replaces a dense MLP, its experts uninitialised.
 
     Raises:
         UserError: E * I is not the MLP's width, or k is not in 1 ... E.
     """
-    width = mlp.gate_proj.out_features  # pyright: ignore
+    width = mlp.gate_proj.out_features
     if config.num_experts * config.expert_dim != width:
         raise UserError(
             f"experts.num_experts x experts.expert_dim: got {config.num_experts} x "
@@ -198,13 +259,11 @@ def expert_bank(mlp: nn.Module, config: TinyOnnConfig) -> ExpertBank:
             f"router.target_k: got {config.target_k:g}, expected 1 to {config.num_experts} (the "
             "number of experts); lower it"
         )
-    backbone = config.backbone
-    activation = getattr(backbone, "hidden_activation", None) or backbone.hidden_act
     return ExpertBank(
-        mlp.gate_proj.in_features,  # pyright: ignore
+        mlp.gate_proj.in_features,
         config.num_experts,
         config.expert_dim,
-        activation,
+        activation_name(config.backbone),
         config.routing_rule(),
     )
 
@@ -228,7 +287,7 @@ def head_of(model: PreTrainedModel) -> Head:
     )
 
 
-def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
+def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, **kwargs: object) -> Tensor:
     """The hidden states (B, T, D) that the head reads, after the final norm."""
     backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
     output = backbone.base_model(input_ids=input_ids, use_cache=False, **kwargs)
@@ -236,12 +295,18 @@ def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any)
 
 
 def checkpoint_layers(student: TinyOnnForCausalLM) -> None:
-    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    """Recompute each decoder layer in the backward pass instead of keeping its activations.
+
+    Raises:
+        UserError: the backbone's layers do not support it.
+    """
+    # By hand: the model's own method has one name up to transformers 5.22 and another after it.
+    recompute = partial(checkpoint, use_reentrant=False)
     for layer in decoder_layers(student.backbone):
         if not isinstance(layer, GradientCheckpointingLayer):
             raise _unsupported(student.backbone, "its layers do not support gradient checkpointing")
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = recompute  # pyright: ignore[reportArgumentType]
 
 
 def _unsupported(model: PreTrainedModel, reason: str) -> UserError:

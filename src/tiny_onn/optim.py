@@ -1,10 +1,43 @@
-"""Optimizers and schedules of the two systems: experts are fast, gates are slow."""
+"""Optimizers and schedules of the two systems: experts are fast, gates are slow.
+
+The experts' optimizer is a setting; gates, 0.3 % of the parameters, are always stepped by AdamW
+with 32-bit state. Bytes per expert parameter, weight + gradient + state, with 96 x 1024 experts:
+
+    name                         float32 masters     bfloat16 with stochastic rounding
+    adamw                        4 + 4 + 8           2 + 2 + 8
+    adamw8bit, paged_adamw8bit   4 + 4 + 2.03        2 + 2 + 2.03
+    adafactor                    4 + 4 + 0.05        2 + 2 + 0.05
+
+Beside them a bfloat16 parameter needs, while it is stepped, float32 copies of itself and its
+gradient and 4 bytes of random bits: one tensor at a time.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import BFloat16, Float32
+from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
 from tiny_onn.config import OptimConfig
 from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.quantize import load_bitsandbytes
+
+# bitsandbytes' own numbers: smaller tensors keep 32-bit state; a scale per block; a map per moment.
+_MIN_8BIT_SIZE = 4096
+_BLOCK_SIZE = 256
+_QMAP_BYTES = 256 * 4
+
+
+class LrFactor(NamedTuple):
+    """Shares of the peak learning rates."""
+
+    experts: float
+    gates: float
 
 
 def split_parameters(
@@ -17,43 +50,256 @@ def split_parameters(
     return experts, gates
 
 
-def build_optimizer(student: TinyOnnForCausalLM, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over experts and gates, in that order of groups, float32 state beside float32 masters."""
-    experts, gates = split_parameters(student)
-    groups = [
-        {"params": list(experts.values()), "lr": config.expert_lr, "peak_lr": config.expert_lr,
-         "weight_decay": config.weight_decay},
-        {"params": list(gates.values()), "lr": config.gate_lr, "peak_lr": config.gate_lr,
-         "weight_decay": 0.0},
-    ]  # fmt: skip
-    assert config.name == "adamw"
+def build_optimizer(
+    student: TinyOnnForCausalLM, config: OptimConfig, *, seed: int = 0
+) -> torch.optim.Optimizer:
+    """The optimizer of experts and gates, in that order of groups.
+
+    Experts are cast to `config.master_dtype` first, in place; gates stay as they are.
+
+    Args:
+        student: the model; of its parameters those that require a gradient learn.
+        config: the settings.
+        seed: seed of stochastic rounding.
+
+    Raises:
+        UserError: the setting needs bitsandbytes, which is not installed.
+    """
+    experts, gates = (list(parameters.values()) for parameters in split_parameters(student))
+    for parameter in experts:
+        parameter.data = parameter.data.to(getattr(torch, config.master_dtype))
+    steppers = []
+    if experts:
+        group = {
+            "params": experts,
+            "system": "experts",
+            "lr": config.expert_lr,
+            "peak_lr": config.expert_lr,
+            "weight_decay": config.weight_decay,
+        }
+        steppers.append(_stepper(config, group, experts[0].device))
+    if gates:
+        group = {
+            "params": gates,
+            "system": "gates",
+            "lr": config.gate_lr,
+            "peak_lr": config.gate_lr,
+            "weight_decay": config.gate_weight_decay,
+        }
+        steppers.append(_adamw(config, group))
+    return SplitOptimizer(steppers, seed)
+
+
+def _stepper(
+    config: OptimConfig, group: dict[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    """The library's optimizer that the settings name."""
+    if config.name == "adamw":
+        return _adamw(config, group)
+    if config.name == "adafactor":
+        # Not torch.optim.Adafactor: there the learning rate is relative to the weights' norm and
+        # capped at 1 / sqrt(step), so it would mean something else than AdamW's, and its eps is
+        # larger than the squared gradients of a model of this size, which turns the update into a
+        # scaled gradient (torch 2.13).
+        return Adafactor([group], scale_parameter=False, relative_step=False)
+    bitsandbytes = load_bitsandbytes(f'optim.name = "{config.name}"')
+    # On a CPU the state is in host memory already.
+    paged = config.name == "paged_adamw8bit" and device.type == "cuda"
+    optimizer = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    return optimizer([group], betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def _adamw(config: OptimConfig, group: dict[str, Any]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+        [group], betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
 
 
-def lr_factor(progress: float, config: OptimConfig) -> float:
-    """Share of the peak learning rate at `progress` in [0, 1]: linear rise, constant, linear fall."""
-    rising = progress / config.warmup_fraction if config.warmup_fraction else 1.0
-    falling = (1 - progress) / config.decay_fraction if config.decay_fraction else 1.0
+class SplitOptimizer(torch.optim.Optimizer):
+    """Groups of parameters, each stepped by a library's optimizer of its own, seen as one.
+
+    The groups and the state are this object's; the libraries' optimizers are handed both at every
+    step and keep neither. bfloat16 parameters are stepped through float32 copies, one at a time,
+    and rounded back stochastically by random bits that depend on the seed, the parameter's place
+    and how often it was rounded, which is part of its state: restoring the state is enough to go
+    on bit for bit.
+
+    Args:
+        steppers: optimizers of one group each.
+        seed: seed of stochastic rounding.
+    """
+
+    def __init__(self, steppers: Sequence[torch.optim.Optimizer], seed: int) -> None:
+        super().__init__([group for stepper in steppers for group in stepper.param_groups], {})
+        self._steppers = tuple(steppers)
+        self._seed = seed
+
+    @torch.no_grad()
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Tensor | float] | None = None
+    ) -> Tensor | float | None:
+        """Update every parameter that has a gradient; the closure's loss if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, (group, stepper) in enumerate(
+            zip(self.param_groups, self._steppers, strict=True)
+        ):
+            plain = []
+            for number, p in enumerate(group["params"]):
+                if p.grad is not None and p.dtype == torch.bfloat16:
+                    self._rounded_step(stepper, group, p, f"{self._seed} {index} {number}")
+                elif p.grad is not None:
+                    plain.append(p)
+            if plain:
+                _step(stepper, group, plain, [self.state[p] for p in plain])
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, as it is.
+
+        torch's own would cast it to the number format of the weights.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, entries in state_dict["state"].items():
+            self.state[parameters[number]] = {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in entries.items()
+            }
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+
+    def _rounded_step(
+        self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
+    ) -> None:
+        assert p.grad is not None
+        master = nn.Parameter(p.float())
+        master.grad = p.grad.float()
+        state = self.state[p]
+        num_roundings = int(state.pop("num_roundings", 0))
+        _step(stepper, group, [master], [state])
+        digest = hashlib.blake2b(f"{place} {num_roundings}".encode(), digest_size=7).digest()
+        generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest))
+        p.copy_(stochastic_round(master.data, generator))
+        state["num_roundings"] = num_roundings + 1
+
+
+def _step(
+    stepper: torch.optim.Optimizer,
+    group: dict[str, Any],
+    parameters: list[nn.Parameter],
+    states: list[dict[str, Any]],
+) -> None:
+    """Let a library's optimizer update these parameters and their states."""
+    stepper.param_groups = [{**group, "params": parameters}]
+    stepper.state = defaultdict(dict, zip(parameters, states, strict=True))
+    for number, state in enumerate(states):
+        step = state.get("step", 0)
+        # torch's AdamW counts steps in a float32 tensor, the others in an int, which a checkpoint
+        # restores as an integer tensor.
+        restored = isinstance(step, Tensor) and not step.is_floating_point()
+        if hasattr(stepper, "init_state") and (restored or not state):
+            _settle_8bit(stepper, number)
+        elif restored:
+            state["step"] = int(step)
+    stepper.step()
+
+
+def _settle_8bit(stepper: torch.optim.Optimizer, number: int) -> None:
+    """Initialise a bitsandbytes state, then fill in what a checkpoint restored of it.
+
+    Only bitsandbytes can allocate paged state; it wants the step as an int; and it lets all
+    parameters share the quantisation maps, which safetensors does not write.
+    """
+    group = stepper.param_groups[0]
+    parameter = group["params"][number]
+    state = stepper.state[parameter]
+    restored = dict(state)
+    state.clear()
+    stepper.init_state(group, parameter, 0, number)  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("qmap1", "qmap2"):
+        if name in state:
+            state[name] = state[name].clone()
+    for name, value in restored.items():
+        if name == "step":
+            state[name] = int(value)
+        else:
+            state[name].copy_(value)
+
+
+def stochastic_round(
+    values: Float32[Tensor, "*shape"], generator: torch.Generator
+) -> BFloat16[Tensor, "*shape"]:
+    """One of the two bfloat16 neighbours of each value, the value itself on average.
+
+    bfloat16 is float32 without its last 16 bits: adding 16 random bits before cutting them off
+    carries into the rest with a probability of what is cut off. An update smaller than half a unit
+    in the last place, which rounding to nearest would lose, survives on average. Values beyond
+    bfloat16's largest may become infinite; infinities and NaN stay.
+
+    Args:
+        values: what to round.
+        generator: of the values' device; advanced.
+
+    Source: Gupta et al., arXiv 1502.02551, section 3.
+    """
+    bits = torch.randint(
+        1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
+    )
+    bits.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
+    # A NaN's bits could carry over into a number's.
+    return torch.where(values.isfinite(), bits.view(torch.float32), values).bfloat16()
+
+
+def state_bytes(
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"], shape: Sequence[int]
+) -> int:
+    """Bytes of optimizer state beside one expert tensor of this shape, counters left out."""
+    size = prod(shape)
+    if name == "adafactor":
+        return 4 * (size // shape[-1] + size // shape[-2])
+    if name == "adamw" or size < _MIN_8BIT_SIZE:
+        return 8 * size
+    return 2 * (size + 4 * -(-size // _BLOCK_SIZE) + _QMAP_BYTES)
+
+
+def lr_factor(progress: float, config: OptimConfig) -> LrFactor:
+    """Shares of the peak rates at `progress` in [0, 1]: linear rise, constant, linear fall."""
+    return LrFactor(
+        experts=_trapezoid(progress, config.warmup_fraction, config.decay_fraction),
+        gates=_trapezoid(progress, config.gate_warmup_fraction, config.gate_decay_fraction),
+    )
+
+
+def _trapezoid(progress: float, warmup: float, decay: float) -> float:
+    rising = progress / warmup if warmup else 1.0
+    falling = (1 - progress) / decay if decay else 1.0
     return max(0.0, min(1.0, rising, falling))
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to `factor` times its peak."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: LrFactor) -> None:
+    """Set every group's rate to its system's share of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * getattr(factor, group["system"])
 
 
-def clip_gradients(student: TinyOnnForCausalLM, clip_norm: float) -> tuple[float, float]:
-    """Clip experts' and gates' gradients apart, by global L2 norm; their norms before clipping."""
-    norms = []
-    for parameters in split_parameters(student):
-        if parameters:
-            norms.append(nn.utils.clip_grad_norm_(parameters.values(), clip_norm, foreach=True))
-        else:
-            norms.append(0.0)
-    return norms[0], norms[1]
+def clip_gradients(
+    student: TinyOnnForCausalLM, clip_norm: float
+) -> tuple[Tensor | float, Tensor | float]:
+    """Clip experts' and gates' gradients apart, by global L2 norm; their norms before clipping.
+
+    Norms are computed in float32, whatever the gradients' format.
+    """
+    experts, gates = split_parameters(student)
+    return _clip(list(experts.values()), clip_norm), _clip(list(gates.values()), clip_norm)
+
+
+def _clip(parameters: list[nn.Parameter], clip_norm: float) -> Tensor | float:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return 0.0
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+    return norm

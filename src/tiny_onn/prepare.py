@@ -48,7 +48,7 @@ def prepare(config: RunConfig) -> Prepared:
 def calibration_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[PackedRow]:
-    """The first training rows, at least `experts.calibration_tokens` of them, if any step needs them."""
+    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any."""
     stream = training_rows(config, tokenizer)
     num_rows = -(-config.experts.calibration_tokens // config.data.row_tokens)
     return [next(stream).to(device) for _ in range(num_rows)] if needs_text(config) else []
@@ -88,6 +88,8 @@ def make_student(
         generator=torch.Generator().manual_seed(config.train.seed),
         neuron_order=order,
     )
+    student.config.teacher = config.teacher.path
+    student.config.teacher_revision = config.teacher.revision
     banks = student.banks()
     selection = config.router.selection
     if selection == "static" or (config.experts.gate_init == "ridge" and selection != "random"):
@@ -102,7 +104,7 @@ def make_student(
 
 @torch.no_grad()
 def make_static(banks: Sequence[ExpertBank]) -> None:
-    """The static control: keep of each fitted gate only its bias, the same choice for every token."""
+    """The static control: keep of each fitted gate only its bias, one choice for every token."""
     for bank in banks:
         bank.router.weight.zero_()
 

@@ -27,7 +27,10 @@ class RunProgress:
 
     def update(self, tokens: int, record: dict[str, Any]) -> None:
         """Show a step's record."""
-        numbers = f"loss {record['loss']:.3f}  k {record['mean_k']:.1f}  {record['tokens_per_s']:.0f} tok/s"
+        numbers = (
+            f"loss {record['loss']:.3f}  k {record['mean_k']:.1f}"
+            f"  {record['tokens_per_s']:.0f} tok/s"
+        )
         self._progress.update(self._task, completed=tokens, numbers=numbers)
 
     def __enter__(self) -> "RunProgress":

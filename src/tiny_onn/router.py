@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from tiny_onn.config import Selection, Weighting
 
+# Share by which a probability falls with its rank in the token, 16 units in float32's last place:
+# without it all experts of a flat gate pass a threshold, or none.
+TIE_BREAK = 2.0**-20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingRule:
@@ -65,9 +69,10 @@ class Router(nn.Module):
         else:
             self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * std)
         self.bias.zero_()
-        share = self.rule.target_k / self.weight.shape[0]
-        flat = 1 - share if self.rule.budget_form == "cumulative" else 1 / self.weight.shape[0]
-        self.threshold.fill_(flat)
+        num_experts, rank = self.weight.shape[0], self.rule.target_k - 0.5
+        share = 1 - rank / num_experts
+        tied = (1 - rank * TIE_BREAK) / num_experts
+        self.threshold.fill_(share if self.rule.budget_form == "cumulative" else tied)
         self.num_updates.zero_()
 
     def forward(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:
@@ -94,8 +99,9 @@ def route(
     """Apply a rule to float32 logits.
 
     `budget`, cumulative form: experts by falling probability until their sum passes p; an expert's
-    score is 1 minus the probability mass ranked before it, the threshold is 1 - p. Threshold form:
-    the score is the probability. The token's first choice is always active.
+    score is the probability mass from its rank on (1 minus the mass before it), the threshold is
+    1 - p. Threshold form: the score is the probability, equal ones ordered by expert. The token's
+    first choice is always active.
     `top_k`, `static`, `random`: the `target_k` largest logits (for the controls the logits come
     from a frozen gate). Weights of `top_k` with softmax weighting are the active probabilities,
     renormalised to sum to 1 (Mixtral, arXiv 2401.04088, section 2.1; Qwen3-MoE).
@@ -119,12 +125,14 @@ def budget_scores(
     form: Literal["cumulative", "threshold"],
 ) -> Float[Tensor, "tokens experts"]:
     """What the budget's threshold is compared with; infinite for the token's first choice."""
+    sorted_TE = probs_TE.gather(-1, order_TE)
     if form == "cumulative":
-        sorted_TE = probs_TE.gather(-1, order_TE)
-        before_TE = sorted_TE.cumsum(-1) - sorted_TE
-        scores_TE = torch.empty_like(probs_TE).scatter_(-1, order_TE, 1 - before_TE)
+        # Summed from the small end: 1 - mass would round a sharp gate's later ranks to a tie at 0.
+        ranked_TE = sorted_TE.flip(-1).cumsum(-1).flip(-1)
     else:
-        scores_TE = probs_TE.clone()
+        rank_E = torch.arange(probs_TE.shape[-1], device=probs_TE.device)
+        ranked_TE = sorted_TE * (1 - rank_E * TIE_BREAK)
+    scores_TE = torch.empty_like(probs_TE).scatter_(-1, order_TE, ranked_TE)
     return scores_TE.scatter_(-1, order_TE[:, :1], float("inf"))
 
 
@@ -134,15 +142,21 @@ def routing_weights(
     active_TE: Bool[Tensor, "tokens experts"],
     weighting: Weighting,
 ) -> Float[Tensor, "tokens experts"]:
-    """The active experts' weights: 1, renormalised softmax, sigmoid of the logit, or 1 / k."""
+    """The active experts' weights: 1, renormalised softmax, sigmoid of the logit, or 1 / k.
+
+    Weights that do not depend on the logits (`unit`, `mean`) pass their gradient straight through
+    to `E * softmax`, for active and inactive experts alike: an expert's logit rises by what the
+    expert would gain beyond the softmax-weighted mean.
+    """
     if weighting == "softmax":
         kept_TE = probs_TE * active_TE
         return kept_TE / kept_TE.sum(-1, keepdim=True)
     if weighting == "sigmoid":
         return logits_TE.sigmoid() * active_TE
-    weights_TE = active_TE.to(logits_TE.dtype)
+    straight_TE = probs_TE.shape[-1] * (probs_TE - probs_TE.detach())
+    weights_TE = active_TE.to(logits_TE.dtype) + straight_TE
     if weighting == "mean":
-        weights_TE = weights_TE / weights_TE.sum(-1, keepdim=True)
+        weights_TE = weights_TE / active_TE.sum(-1, keepdim=True).clamp_min(1)
     return weights_TE
 
 
@@ -151,14 +165,17 @@ def exact_threshold(
     token_mask_T: Bool[Tensor, " tokens"],
     target_k: float,
 ) -> Float[Tensor, ""]:
-    """The threshold under which the counted tokens of this batch have `target_k` experts on average."""
+    """The threshold at which the counted tokens of this batch have `target_k` experts on average.
+
+    Halfway between the last score to pass and the next, for the ends of the order 1 and -1: scores
+    are probabilities, but for the first choices, which always pass. Equal scores pass together.
+    """
     scores_TE = torch.where(token_mask_T[:, None], scores_TE, float("-inf"))
-    ordered, _ = scores_TE.flatten().sort(descending=True)
+    ordered = torch.cat((scores_TE.flatten(), scores_TE.new_full((1,), float("-inf"))))
+    ordered, _ = ordered.sort(descending=True)
     num_active = (token_mask_T.sum() * target_k).round().long()
-    last = ordered.gather(0, (num_active - 1).clamp_min(0).view(1)).squeeze(0)
-    following = ordered.gather(0, num_active.clamp_max(ordered.numel() - 1).view(1)).squeeze(0)
-    midpoint = (last + following) / 2
-    return torch.where(midpoint.isfinite(), midpoint, torch.zeros_like(midpoint))
+    last_and_next = torch.stack(((num_active - 1).clamp_min(0), num_active))
+    return ordered.gather(0, last_and_next).clamp(-1, 1).mean()
 
 
 def load_balancing_loss(
@@ -168,8 +185,8 @@ def load_balancing_loss(
 ) -> Float[Tensor, ""]:
     """`E * sum_e f_e P_e`, over all layers' tokens together, as transformers' Mixtral computes it.
 
-    f_e is the share of counted tokens whose k largest probabilities include expert e (summing to k),
-    P_e the mean probability of e. Source: Switch Transformer, arXiv 2101.03961, equations 4 to 6.
+    f_e is the share of counted tokens whose k largest probabilities include expert e (their sum is
+    k), P_e the mean probability of e. Source: Switch Transformer, arXiv 2101.03961, equations 4-6.
     """
     probs = torch.cat([logits_TE[token_mask_T] for logits_TE in router_logits]).softmax(-1)
     chosen = probs.topk(top_k, dim=-1).indices
@@ -181,6 +198,9 @@ def z_loss(
     router_logits: Sequence[Float[Tensor, "tokens experts"]],
     token_mask_T: Bool[Tensor, " tokens"],
 ) -> Float[Tensor, ""]:
-    """Mean squared log-partition of the router logits. Source: ST-MoE, arXiv 2202.08906, equation 5."""
+    """Mean squared log-partition of the router logits.
+
+    Source: ST-MoE, arXiv 2202.08906, equation 5.
+    """
     logits = torch.cat([logits_TE[token_mask_T] for logits_TE in router_logits])
     return logits.logsumexp(-1).square().mean()

@@ -18,9 +18,9 @@ class RoutingStats:
     """Counted tokens, and per layer the sums of k, of k squared, and each expert's load."""
 
     num_tokens: Float[Tensor, ""]
-    k_L: Float[Tensor, " layers"]
-    k_squared_L: Float[Tensor, " layers"]
-    load_LE: Float[Tensor, "layers experts"]
+    k_L: Float[Tensor, " layers"]  # noqa: N815 - shape suffix
+    k_squared_L: Float[Tensor, " layers"]  # noqa: N815
+    load_LE: Float[Tensor, "layers experts"]  # noqa: N815
 
     @staticmethod
     def zeros(banks: Sequence[ExpertBank]) -> "RoutingStats":
@@ -46,7 +46,7 @@ class RoutingStats:
             self.load_LE[layer] += active_TE.sum(0)
 
     def summary(self) -> dict[str, float]:
-        """Mean k over layers and tokens, its spread over tokens (std, layers averaged), and more."""
+        """Mean k over layers and tokens, its standard deviation over tokens, and more."""
         num_tokens = self.num_tokens.clamp_min(1)
         mean_L = self.k_L / num_tokens
         variance_L = (self.k_squared_L / num_tokens - mean_L.square()).clamp_min(0)

@@ -43,14 +43,15 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a number >= 0",
         lambda value: value >= 0,
         "router.load_balancing_coef router.z_loss_coef smk.coef optim.expert_lr optim.gate_lr"
-        " optim.weight_decay",
+        " optim.weight_decay optim.gate_weight_decay",
     ),
     ("a number > 0 and < 1", lambda value: 0 < value < 1, "loss.jsd_beta data.held_out_fraction"),
     ("a number >= 0 and < 1", lambda value: 0 <= value < 1, "optim.beta1 optim.beta2"),
     (
         "a number from 0 to 1",
         lambda value: 0 <= value <= 1,
-        "router.budget_rate optim.warmup_fraction optim.decay_fraction",
+        "router.budget_rate optim.warmup_fraction optim.decay_fraction"
+        " optim.gate_warmup_fraction optim.gate_decay_fraction",
     ),
 )
 
@@ -140,12 +141,6 @@ def validate(config: RunConfig) -> None:
         raise UserError(
             f'router.objective: got "{router.objective}", expected "none" with router.selection'
             f' = "{router.selection}", which has no gate to train; set router.objective = "none"'
-        )
-    if router.objective == "task" and config.experts.weighting not in ("softmax", "sigmoid"):
-        raise UserError(
-            f'experts.weighting: got "{config.experts.weighting}", expected "softmax" or "sigmoid"'
-            ' with router.objective = "task", whose gradient reaches the gate through the weights;'
-            ' set experts.weighting = "softmax"'
         )
 
 

@@ -55,7 +55,7 @@ def smk_targets(
         rank_TE = signed_TE.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
         chosen_TE = rank_TE < num_T1
     chosen_TE = chosen_TE & active_TE & token_mask_T[:, None] & (farthest_T1 > best_T1)
-    return chosen_TE / chosen_TE.sum(-1, keepdim=True).clamp_min(1)
+    return chosen_TE.to(surprise_TE.dtype) / chosen_TE.sum(-1, keepdim=True).clamp_min(1)
 
 
 def _num_targets(

@@ -2,8 +2,10 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,15 +19,17 @@ from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import TeacherConfig
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import TinyOnnConfig, gated_mlp_layers
+from tiny_onn.modeling import TinyOnnConfig, gated_mlps
+from tiny_onn.settings import check_device
 
 
 def pick_device(name: str) -> torch.device:
     """The device a setting names; `auto` is the first CUDA device if there is one, else the CPU.
 
     Raises:
-        UserError: the machine has no such device.
+        UserError: it is no device, or the machine has no such device.
     """
+    check_device(name, "train.device")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -55,23 +59,35 @@ def load_dense(
         )
     source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
     hub = {} if Path(source).is_dir() else {"revision": config.revision}
-    options = {"trust_remote_code": config.trust_remote_code, **hub}
+    trust = {"trust_remote_code": config.trust_remote_code}
     try:
-        settings = AutoConfig.from_pretrained(source, **options)
+        settings = AutoConfig.from_pretrained(source, **trust, **hub)
         if isinstance(settings, TinyOnnConfig):
             raise UserError(
                 f"teacher.path: got {config.path}, a Tiny-ONN student, expected a dense model; "
                 "name the model it was converted from"
             )
         with torch.device("meta"):
-            gated_mlp_layers(AutoModelForCausalLM.from_config(settings, **options))
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), use_safetensors=True, **options
+            gated_mlps(AutoModelForCausalLM.from_config(settings, **trust))
+        # With loading info it returns a pair, which its annotation does not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **trust,
+            **hub,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, loading = loaded
+        if missing := sorted(loading["missing_keys"]):
+            raise UserError(
+                f"teacher.path: got {config.path}, whose weights lack {len(missing)} of the "
+                f"model's tensors ({missing[0]} first), expected all; download it again"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, **trust, **hub)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"teacher.path: got {config.path}, expected a causal language model in safetensors "

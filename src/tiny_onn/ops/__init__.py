@@ -1,1 +1,1 @@
-"""The expert layer's operators: their definition (`reference`) and their fast path (`dense_masked`)."""
+"""The expert layer's operators: the definition (`reference`), the fast path (`dense_masked`)."""

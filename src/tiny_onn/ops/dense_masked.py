@@ -40,7 +40,7 @@ class SurpriseTally:
     """Of these, tokens whose largest candidate logit is at a target."""
     chance: Tensor
     """Sum over tokens with a target of the agreement expected from a random candidate."""
-    surprise_E: Tensor
+    surprise_E: Tensor  # noqa: N815
     """Sum over counted tokens of each expert's surprise, in units of the per-token loss."""
 
     @staticmethod
@@ -62,7 +62,7 @@ class SmkStep:
     rule: SmkRule
     """Which surprise points where."""
     grad_scale: float
-    """The gate's gradient is `(softmax - target) * grad_scale`: coefficient / tokens of the step."""
+    """The gate's gradient is `(softmax - target) * grad_scale`: coefficient / the step's tokens."""
     loss_scale: float = 1.0
     """Surprise is multiplied by it: the divisor of the loss, so that surprise is free of it."""
     tally: SurpriseTally | None = None
@@ -74,9 +74,10 @@ class SmkStep:
 def activation_and_slope(
     activation: Activation, gate: Float[Tensor, "..."]
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """`act(gate)` and `act'(gate)`, by forward-mode differentiation of any elementwise activation."""
-    value, slope = torch.func.jvp(activation, (gate,), (torch.ones_like(gate),))
-    return value, slope
+    """`act(gate)` and `act'(gate)`, by differentiating any elementwise activation."""
+    # Not torch.func.jvp: torch.compile cannot trace it with a symbolic number of tokens (2.13).
+    value, pull_back = torch.func.vjp(activation, gate)  # pyright: ignore[reportAssignmentType]
+    return value, pull_back(torch.ones_like(value))[0]
 
 
 def hidden_region(
@@ -138,10 +139,11 @@ def expert_layer(
     smk: SmkStep | None = None,
     compiled: bool = False,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])`, as `reference.expert_layer`.
+    """The layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])`.
 
-    The gradient of x, the expert weights and the routing weights is the loss'. The gradient of
-    `router_logits_TE` is that of the SMK loss when `smk` is given and None otherwise.
+    Defined by `reference.expert_layer`. The gradient of x, of the experts and of the routing
+    weights (inactive ones too) is the loss'. The gradient of `router_logits_TE` is that of the SMK
+    loss when `smk` is given and None otherwise.
 
     Args:
         x_TD: the layer's input, in the compute format.
@@ -177,8 +179,8 @@ class _Options:
 
 class _DenseMasked(torch.autograd.Function):
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
+    def forward(  # noqa: PLR0917 # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
         x_TD: Tensor,
         gate_up_2EID: Tensor,
         down_EID: Tensor,
@@ -206,7 +208,10 @@ class _DenseMasked(torch.autograd.Function):
         return hidden_TEI.view(-1, E * I) @ down_EID.to(x_TD.dtype).view(E * I, D)
 
     @staticmethod
-    def backward(ctx: Any, grad_y_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
+        grad_y_TD: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         x_TD, gate_up, down, weights_TE, logits_TE, active_TE, token_mask_T, pre = ctx.saved_tensors
         options: _Options = ctx.options
         _, E, I, D = gate_up.shape
@@ -248,14 +253,14 @@ class _DenseMasked(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sums:
-    x_sq_T1: Tensor
-    grad_y_sq_T1: Tensor
-    pre_sq_TE: Tensor
-    hidden_sq_TE: Tensor
-    dot_TE: Tensor
+    x_sq_T1: Tensor  # noqa: N815
+    grad_y_sq_T1: Tensor  # noqa: N815
+    pre_sq_TE: Tensor  # noqa: N815
+    hidden_sq_TE: Tensor  # noqa: N815
+    dot_TE: Tensor  # noqa: N815
 
 
-def _surprise(
+def _surprise(  # noqa: PLR0917
     kind: Surprise,
     sums: _Sums,
     pre_T2EI: Tensor,
@@ -315,7 +320,7 @@ def _teach(
         tally.num_targets += (chosen_T > 0).sum()
         tally.num_agree += hits_T.sum()
         tally.chance += (chosen_T / choices_T).sum()
-        tally.surprise_E += (surprise_TE * token_mask_T[:, None]).sum(0)
+        tally.surprise_E += torch.where(token_mask_T[:, None], surprise_TE, 0).sum(0)
     return (smk_logits_grad(logits_TE, targets_TE) * smk.grad_scale).to(logits_TE.dtype)
 
 

@@ -33,19 +33,21 @@ def expert_layer(
     weights_TE: Float[Tensor, "tokens experts"],
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "tokens hidden"]:
-    """The layer's output: `y[t] = sum_e weights[t, e] * expert_e(x[t])`, inactive experts skipped."""
+    """The layer's output: `y[t] = sum_e weights[t, e] * expert_e(x[t])`, inactive experts too.
+
+    Their weight is 0, and the gradient of that weight is what the expert would contribute.
+    """
     rows = []
     for t in range(x_TD.shape[0]):
         y_D = torch.zeros_like(x_TD[t])
         for e in range(down_EID.shape[0]):
-            if weights_TE[t, e] != 0:
-                out_D = expert(x_TD[t], gate_up_2EID[:, e], down_EID[e], activation)
-                y_D = y_D + weights_TE[t, e] * out_D
+            out_D = expert(x_TD[t], gate_up_2EID[:, e], down_EID[e], activation)
+            y_D = y_D + weights_TE[t, e] * out_D
         rows.append(y_D)
     return torch.stack(rows)
 
 
-def surprise(
+def surprise(  # noqa: PLR0917
     kind: Surprise,
     x_TD: Float[Tensor, "tokens hidden"],
     gate_up_2EID: Float[Tensor, "2 experts width hidden"],
@@ -62,7 +64,8 @@ def surprise(
     - `output`: L2 norm of its gradient with respect to the expert's output, `|grad_y[t]|`;
     - `gain`: minus the loss, the first-order decrease that the expert brings;
     - `magnitude`: `|expert_e(x[t])|`;
-    - `relative`: `parameters` divided by the norm of the expert's hidden activations, 0 where it is 0.
+    - `relative`: `parameters` divided by the norm of the expert's hidden activations, 0 where that
+      is 0.
     """
     values_TE = x_TD.new_zeros(x_TD.shape[0], down_EID.shape[0])
     for t in range(x_TD.shape[0]):

@@ -1,0 +1,153 @@
+"""The demonstration: convert, distill, and compare with two controls trained just as long.
+
+All three arms start from the same experts, see the same text in the same order with the same
+optimizer, and are measured on the same held-out rows at the same mean number of active experts.
+Only the choice of experts differs: by the recipe's router, always the same ones (the k of largest
+mean output norm on calibration text), or by a frozen random gate.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tiny_onn.config import RunConfig
+from tiny_onn.convert import backbone_hash, identity_gap, verify_head
+from tiny_onn.data import check_vocabulary, held_out_rows
+from tiny_onn.evaluate import Evaluation
+from tiny_onn.packing import PackedRow
+from tiny_onn.prepare import Prepared, calibration_rows, make_student, with_router
+from tiny_onn.run_folder import write_json
+from tiny_onn.settings import load_config
+from tiny_onn.teacher import load_dense, pick_device, quiet_transformers, teacher_for
+from tiny_onn.train import RunResult, run_distill
+
+NUMBERS = ("KL to teacher", "top-1 agreement", "perplexity", "mean k", "FFN MFLOPs", "all MFLOPs")
+CONTROLS = {"static choice": "static", "random routing": "random"}
+
+
+def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
+    """Run the preset `demo` and its controls, print the table, and write it to `out/demo.json`.
+
+    Args:
+        out: a new folder; each arm's run is in a folder of its own inside.
+        overrides: settings over the preset, as for `--set`; they hold for all arms.
+
+    Raises:
+        UserError: bad settings, or no place to write.
+    """
+    quiet_transformers()
+    console = Console(stderr=True)
+    started = time.perf_counter()
+    config = load_config(None, "demo", overrides)
+    device = pick_device(config.train.device)
+    dense, tokenizer = load_dense(config.teacher, device)
+    check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
+    teacher = teacher_for(dense, config.teacher)
+    console.print(
+        f"Teacher: {config.teacher.path}, {dense.num_parameters() / 1e6:.1f} M parameters, "
+        f"{dense.config.num_hidden_layers} layers, on {device}",
+        highlight=False,
+    )
+    rows = calibration_rows(config, tokenizer, device)
+    arms = {"Tiny-ONN student": config} | {
+        name: with_router(config, selection=selection, objective="none")
+        for name, selection in CONTROLS.items()
+    }
+    results: dict[str, RunResult] = {}
+    for number, (name, arm) in enumerate(arms.items(), start=1):
+        prepared = Prepared(
+            dense=dense,
+            teacher=teacher,
+            student=make_student(arm, dense, rows),
+            tokenizer=tokenizer,
+        )
+        if number == 1:
+            _report_conversion(console, prepared, config)
+        results[name] = run_distill(
+            arm,
+            out=out / name.replace(" ", "-").lower(),
+            prepared=prepared,
+            title=f"[{number}/{len(arms)}] {name}",
+        )
+        if results[name].interrupted:
+            raise KeyboardInterrupt
+    seconds = time.perf_counter() - started
+    summary: dict[str, object] = {
+        "arms": {
+            name: {"before": r.before.as_dict(), "after": r.after.as_dict(), "tokens": r.tokens}
+            for name, r in results.items()
+        },
+        "seconds": seconds,
+        "seed": config.train.seed,
+    }
+    write_json(out / "demo.json", summary)
+    Console().print(comparison(results))
+    tokens = next(iter(results.values())).tokens
+    Console().print(
+        f"Each arm learned from {tokens:,} tokens, seed {config.train.seed}; all in "
+        f"{seconds:.0f} s. Run folder: {out}\n"
+        f'Next: tiny-onn generate {out / "tiny-onn-student"} --prompt "A list is"',
+        highlight=False,
+    )
+    return json.loads(json.dumps(summary))
+
+
+def _report_conversion(console: Console, prepared: Prepared, config: RunConfig) -> None:
+    sample = _sample_rows(prepared, config)[0].input_ids[:, :128].to(prepared.dense.device)
+    for network in (prepared.dense, prepared.student):
+        network.set_attn_implementation("sdpa")
+    gap = identity_gap(prepared.student, prepared.dense, sample)
+    verify_head(prepared.dense, sample)
+    for network in (prepared.dense, prepared.student):
+        network.set_attn_implementation("tiny_onn_documents")
+    same = backbone_hash(prepared.dense) == backbone_hash(prepared.student)
+    shape = prepared.student.config
+    console.print(
+        f"Student: {len(prepared.student.banks())} x {shape.num_experts} experts of "
+        f"{shape.expert_dim} neurons; all experts on: logits within {gap:.3g} of the teacher's; "
+        f"backbone {'identical (SHA-256)' if same else 'DIFFERS'}",
+        highlight=False,
+    )
+
+
+def _sample_rows(prepared: Prepared, config: RunConfig) -> list[PackedRow]:
+    tokens = config.data.row_tokens
+    return held_out_rows(config.data, prepared.tokenizer, tokens, tokens)
+
+
+def comparison(results: dict[str, RunResult]) -> Table:
+    """Teacher, student before and after, and the controls after, on the same held-out rows."""
+    table = Table(title="Held-out text: distance to the teacher, and cost per token")
+    table.add_column("model")
+    for column in NUMBERS:
+        table.add_column(column, justify="right")
+    first = next(iter(results.values()))
+    after = first.after
+    table.add_row(
+        "teacher (dense)",
+        "0",
+        "100.0%",
+        f"{after.teacher_perplexity:.2f}",
+        "all",
+        f"{after.dense_ffn_flops / 1e6:.1f}",
+        f"{after.dense_total_flops / 1e6:.1f}",
+    )
+    table.add_row("Tiny-ONN student, before training", *_cells(first.before))
+    for name, result in results.items():
+        table.add_row(f"{name}, after training", *_cells(result.after))
+    return table
+
+
+def _cells(result: Evaluation) -> tuple[str, ...]:
+    return (
+        f"{result.forward_kl:.4f}",
+        f"{result.top1_agreement:.1%}",
+        f"{result.student_perplexity:.2f}",
+        f"{result.mean_k:.2f}",
+        f"{result.ffn_flops / 1e6:.1f}",
+        f"{result.total_flops / 1e6:.1f}",
+    )

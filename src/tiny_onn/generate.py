@@ -1,0 +1,67 @@
+"""Text from a student or a teacher, streamed to standard output."""
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from tiny_onn.config import TeacherConfig
+from tiny_onn.errors import UserError
+from tiny_onn.loading import is_student, load_student
+from tiny_onn.teacher import load_dense, pick_device, quiet_transformers
+
+
+def run_generate(
+    model: str,
+    *,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str = "auto",
+) -> str:
+    """Print the continuation of a prompt as it comes, and return it.
+
+    Args:
+        model: a run folder, a student's folder, `embedded`, a dense model's folder or hub id.
+        prompt: the text to go on from.
+        max_new_tokens: tokens to write at most.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the sampling.
+        device: where to run.
+
+    Raises:
+        UserError: no such model, or an empty prompt.
+    """
+    if not prompt:
+        raise UserError("--prompt: got an empty text, expected at least one character; write one")
+    quiet_transformers()
+    network, tokenizer = _load(model, pick_device(device))
+    # transformers' sampling knows no generator argument.
+    set_seed(seed)
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
+    inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
+    output = network.generate(  # pyright: ignore[reportCallIssue]
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def _load(model: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if is_student(model):
+        loaded = load_student(model, device)
+        return loaded.student, loaded.tokenizer
+    dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
+    # Packed rows are for training; caches are transformers' own attention's business.
+    dense.set_attn_implementation(_generation_attention(dense))
+    return dense, tokenizer
+
+
+def _generation_attention(dense: PreTrainedModel) -> str:
+    return "sdpa" if dense._supports_sdpa else "eager"

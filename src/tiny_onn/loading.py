@@ -1,0 +1,96 @@
+"""Find a student by the name a user gives: a run folder, or one written by `save_pretrained`."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tiny_onn.attention import DOCUMENT_ATTENTION
+from tiny_onn.config import RunConfig, TeacherConfig
+from tiny_onn.convert import adopt_backbone, backbone_hash
+from tiny_onn.errors import UserError
+from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.run_folder import read_run_config
+from tiny_onn.teacher import load_dense
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedStudent:
+    """A student from disk, its tokenizer, and the settings it came from."""
+
+    student: TinyOnnForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    config: RunConfig
+
+
+def is_student(name: str) -> bool:
+    """Whether a name is a run folder or a student's folder."""
+    folder = Path(name)
+    return (folder / "student").is_dir() or _model_type(folder) == "tiny_onn"
+
+
+def load_student(name: str, device: torch.device) -> LoadedStudent:
+    """The student of a run folder (with the run's settings) or of its own folder (with defaults).
+
+    Raises:
+        UserError: there is none, or its files are damaged.
+    """
+    folder = Path(name)
+    if (folder / "student").is_dir():
+        config, student_folder = read_run_config(folder), folder / "student"
+    elif _model_type(folder) == "tiny_onn":
+        config, student_folder = RunConfig(), folder
+    else:
+        raise UserError(
+            f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student; "
+            "make one with `tiny-onn demo` or `tiny-onn distill`"
+        )
+    try:
+        student = TinyOnnForCausalLM.from_pretrained(student_folder)
+        tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"MODEL: got {student_folder}, expected config.json, model.safetensors and "
+            f"tokenizer.json of a student ({reason}); write it again with --resume"
+        ) from error
+    if not (folder / "student").is_dir():
+        settings = student.config
+        dtype = "bfloat16" if student.dtype == torch.bfloat16 else "float32"
+        teacher = TeacherConfig(
+            path=settings.teacher, revision=settings.teacher_revision, dtype=dtype
+        )
+        config = replace(config, teacher=teacher)
+    student.requires_grad_(False)
+    return LoadedStudent(
+        student=student.to(device).train(False), tokenizer=tokenizer, config=config
+    )
+
+
+def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedModel:
+    """The dense model a student came from; equal backbones are shared.
+
+    Raises:
+        UserError: the teacher cannot be had, or its vocabulary is another one.
+    """
+    dense, _ = load_dense(loaded.config.teacher, device)
+    ours, theirs = loaded.student.config.backbone.vocab_size, dense.config.vocab_size
+    if ours != theirs:
+        raise UserError(
+            f"teacher.path: got {loaded.config.teacher.path} with a vocabulary of {theirs}, "
+            f"expected the student's {ours}; name the model the student was converted from"
+        )
+    if backbone_hash(dense) == backbone_hash(loaded.student):
+        adopt_backbone(loaded.student, dense)
+    loaded.student.set_attn_implementation(DOCUMENT_ATTENTION)
+    return dense
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings.get("model_type") if isinstance(settings, dict) else None

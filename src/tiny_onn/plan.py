@@ -1,0 +1,362 @@
+"""What a run needs, before it starts, for a teacher, a recipe and a device.
+
+Nothing is downloaded beyond a hub id's config.json, and no weight is read. Parameters and FLOPs:
+`plan_costs.py`. Peak memory: `plan_memory.py`. Devices: `devices.toml`, with the source of every
+number. Time is FLOPs / (peak rate * efficiency).
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from tiny_onn.config import RunConfig
+from tiny_onn.errors import UserError
+from tiny_onn.plan_costs import (
+    Parameters,
+    Sizes,
+    StepFlops,
+    TokenFlops,
+    count_parameters,
+    meta_models,
+    sizes_of,
+    step_flops,
+    token_flops,
+)
+from tiny_onn.plan_memory import RUNTIME_BYTES, Moment, moments
+from tiny_onn.plan_sources import GIB, Device, find_device, load_shape
+
+# Share of the peak rate that a step reaches. Megatron-Turing NLG 530B reached 30.2 % of its GPUs'
+# (PaLM, arXiv 2204.02311, table 3); smaller matrices reach less, `--efficiency` takes your own.
+EFFICIENCY = 0.3
+# Tokens of a document where packing keeps documents apart: an assumption, `--document-tokens`.
+DOCUMENT_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardLine:
+    """One number of the model card beside the same number counted here."""
+
+    quantity: str
+    card: str
+    section: str
+    true: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run needs; `render` shows it, `as_dict` is its JSON."""
+
+    model: str
+    config: RunConfig
+    device: Device
+    efficiency: float
+    document_tokens: int
+    sizes: Sizes
+    parameters: Parameters
+    token: TokenFlops
+    whole_rows: StepFlops
+    """A step whose rows are one document each."""
+    packed: StepFlops
+    """A step whose rows hold documents of `document_tokens`, attention kept inside each."""
+    moments: tuple[Moment, ...]
+
+    @property
+    def peak(self) -> Moment:
+        """The moment of a step at which most memory is in use."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory at the peak, with interpreter, libraries and CUDA context."""
+        return self.peak.total + RUNTIME_BYTES[self.device.type]
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is at most the device's memory."""
+        return self.peak_bytes <= self.device.memory_bytes
+
+    @property
+    def steps(self) -> int:
+        """Steps until `train.tokens` are read."""
+        step = self.config.train.rows_per_step * self.config.data.row_tokens
+        return math.ceil(self.config.train.tokens / step)
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether the device's rate is one for the run's number format."""
+        return self.device.type == "cpu" or self.config.teacher.dtype == "bfloat16"
+
+    def seconds(self, step: StepFlops) -> float | None:
+        """Time of the whole run; None where the device's rate is for another number format."""
+        rate = self.device.bf16_tflops * 1e12 * self.efficiency
+        return self.steps * step.total / rate if self.has_rate else None
+
+    def decode_tokens_per_s(self, share_of_ffn: float) -> float:
+        """Tokens a second at which bf16 weights pass through memory once a token, for one sequence.
+
+        An upper bound on decoding: no cache, no computation, no overhead.
+        """
+        p = self.parameters
+        head = p.output_head or p.embeddings
+        weights = head + p.attention + p.norms + p.dense_mlps * share_of_ffn
+        return self.device.bandwidth_gb_s * 1e9 / (2 * weights)
+
+    def as_dict(self) -> dict[str, object]:
+        """Every number, in units that its name says, as JSON values."""
+        derived = ("backbone", "gates", "trainable", "student_total", "dense_total")
+        token_shares = {name: getattr(self.token, name) for name in ("ffn_saved", "model_saved")}
+        k_share = self.config.router.target_k / self.sizes.experts
+        return {
+            "model": self.model,
+            "device": asdict(self.device),
+            "row_tokens": self.config.data.row_tokens,
+            "rows_per_step": self.config.train.rows_per_step,
+            "document_tokens": self.document_tokens,
+            "parameters": asdict(self.parameters)
+            | {name: getattr(self.parameters, name) for name in derived},
+            "card": [asdict(line) for line in card_lines(self)],
+            "token_forward_flops": asdict(self.token) | token_shares,
+            "step_flops": {
+                name: asdict(step) | {"total": step.total}
+                for name, step in (("whole_rows", self.whole_rows), ("packed", self.packed))
+            },
+            "memory": {
+                "peak_at": self.peak.name,
+                "parts_bytes": self.peak.parts,
+                "step_bytes": self.peak.total,
+                "runtime_bytes": RUNTIME_BYTES[self.device.type],
+                "total_bytes": self.peak_bytes,
+                "device_bytes": self.device.memory_bytes,
+                "fits": self.fits,
+            },
+            "time": {
+                "tokens": self.config.train.tokens,
+                "steps": self.steps,
+                "efficiency": self.efficiency,
+                "whole_rows_s": self.seconds(self.whole_rows),
+                "packed_s": self.seconds(self.packed),
+            },
+            "decode_tokens_per_s_at_most": {
+                "dense": self.decode_tokens_per_s(1.0),
+                "student": self.decode_tokens_per_s(k_share),
+            },
+        }
+
+
+def plan(
+    config: RunConfig,
+    shape: str | Path,
+    device: str | Device,
+    *,
+    efficiency: float = EFFICIENCY,
+    document_tokens: int = DOCUMENT_TOKENS,
+) -> Plan:
+    """What distilling a teacher by these settings needs on a device.
+
+    Args:
+        config: the settings; `teacher.path` is not read.
+        shape: a bundled name, `embedded`, a folder or file with a config.json, or a hub id.
+        device: `auto`, `cpu` (measured now), a name of `devices.toml`, or numbers.
+        efficiency: share of the device's peak rate that a step reaches, in (0, 1].
+        document_tokens: tokens of a document, the mean over tokens.
+
+    Raises:
+        UserError: no such teacher or device, an architecture that cannot be converted, or sizes
+            that do not fit together.
+    """
+    if not 0 < efficiency <= 1:
+        raise UserError(
+            f"--efficiency: got {efficiency}, expected a number > 0 and <= 1, the share of the "
+            f"device's peak rate; leave it out for {EFFICIENCY}"
+        )
+    if document_tokens < 1:
+        raise UserError(
+            f"--document-tokens: got {document_tokens}, expected an integer >= 1; leave it out "
+            f"for {DOCUMENT_TOKENS}"
+        )
+    model, dense_config = load_shape(shape, config.teacher)
+    device = find_device(device, config.teacher.dtype) if isinstance(device, str) else device
+    dense, student = meta_models(config, dense_config)
+    sizes, parameters = sizes_of(student), count_parameters(dense, student)
+    document_tokens = min(document_tokens, config.data.row_tokens)
+    token = token_flops(
+        sizes,
+        parameters,
+        target_k=config.router.target_k,
+        row_tokens=config.data.row_tokens,
+        document_tokens=document_tokens,
+    )
+    return Plan(
+        model=model,
+        config=config,
+        device=device,
+        efficiency=efficiency,
+        document_tokens=document_tokens,
+        sizes=sizes,
+        parameters=parameters,
+        token=token,
+        whole_rows=step_flops(config, sizes, token, packed=False),
+        packed=step_flops(config, sizes, token, packed=True),
+        moments=tuple(moments(config, sizes, parameters, device.type)),
+    )
+
+
+def card_lines(plan: Plan) -> list[CardLine]:
+    """The model card's numbers beside the counted ones, for the student that the card describes.
+
+    The card's are transcribed from "Tiny-ONN 0.6B Hyper-SMoE", 2025-07-19.
+    """
+    s, p, t = plan.sizes, plan.parameters, plan.token
+    described = (s.layers, s.hidden, s.vocab, s.experts, s.expert_dim) == (28, 1024, 151936, 32, 96)
+    if not described or plan.config.router.target_k != 16:
+        return []
+    halved = "the card counts half of the attention (head_dim 64, or packed 4-bit weights)"
+    matrices = "the card counts two of three matrices, and a multiply-add as 1"
+    dense, at_k = t.ffn_dense / s.layers, (t.ffn_at_k + t.router) / s.layers
+    rows = (
+        ("shared backbone", "243.66 M", "2", millions(p.backbone), halved),
+        ("experts and gates", "265.16 M", "2", millions(p.trainable), "agrees"),
+        ("one expert", "0.295 M", "2", millions(p.one_expert), "agrees"),
+        ("dense total", "0.508 B", "2", millions(p.dense_total), halved),
+        ("student total", "0.509 B", "2", millions(p.student_total), halved),
+        ("dense MLP, FLOPs per token and layer", "6.29 M", "3.2", millions(dense), matrices),
+        ("16 experts and gate, the same", "3.15 M", "3.2", millions(at_k), matrices),
+        ("MLP FLOPs saved", "49.92 %", "3.2", f"{t.ffn_saved:.2%}", "the card leaves out the gate"),
+        ("all matmul FLOPs saved", "-", "-", f"{t.model_saved:.2%}", "not on the card"),
+    )
+    names = [item.name for item in fields(CardLine)]
+    order = ("quantity", "card", "section", "true", "why")
+    assert sorted(order) == sorted(names)
+    return [CardLine(**dict(zip(order, row, strict=True))) for row in rows]
+
+
+def millions(number: float) -> str:
+    """A number in millions, two decimals, or three below one million."""
+    return f"{number / 1e6:,.{2 if number >= 1e6 else 3}f} M"
+
+
+def render(plan: Plan) -> Group:
+    """The plan as tables for a terminal."""
+    title = f"{plan.model} on {plan.device.name}"
+    return Group(
+        f"[bold]{title}[/bold]: {plan.sizes.experts} experts of {plan.sizes.expert_dim} neurons in"
+        f" each of {plan.sizes.layers} layers",
+        _parameter_table(plan),
+        *([_card_table(plan)] if card_lines(plan) else []),
+        _flops_table(plan),
+        _memory_table(plan),
+        *_time_lines(plan),
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _parameter_table(plan: Plan) -> Table:
+    p = plan.parameters
+    table = _table("Parameters", "", "number")
+    rows = {
+        "embeddings": p.embeddings,
+        "output head" + ("" if p.output_head else " (the embeddings)"): p.output_head,
+        "attention": p.attention,
+        "norms": p.norms,
+        "backbone, frozen": p.backbone,
+        "experts": p.experts,
+        "gates, weights": p.gate_weights,
+        "gates, thresholds (biases)": p.gate_biases,
+        "student": p.student_total,
+        "trainable": p.trainable,
+        "one expert": p.one_expert,
+        "dense model": p.dense_total,
+    }
+    for name, number in rows.items():
+        table.add_row(name, f"{number:,}")
+    return table
+
+
+def _card_table(plan: Plan) -> Table:
+    table = _table("Beside the model card (2025-07-19)", "", "card", "section", "true")
+    table.add_column("why they differ")
+    for line in card_lines(plan):
+        table.add_row(line.quantity, line.card, line.section, line.true, line.why)
+    return table
+
+
+def _flops_table(plan: Plan) -> Table:
+    row_tokens, token = plan.config.data.row_tokens, plan.token
+    one, other = f"one document of {row_tokens:,}", f"documents of {plan.document_tokens:,}"
+    table = _table("FLOPs", "", one, other)
+    k = f"{plan.config.router.target_k:g}"
+    for name, number in (
+        ("attention projections", token.attention_projections),
+        ("attention scores", None),
+        ("MLPs or all experts, as trained", token.ffn_dense),
+        (f"{k} experts, as deployed", token.ffn_at_k),
+        ("gates", token.router),
+        ("head", token.head),
+    ):
+        scores = (token.attention_scores_row, token.attention_scores_documents)
+        cells = scores if number is None else (number, number)
+        table.add_row(f"token, forward: {name}", *(f"{cell / 1e6:,.1f} M" for cell in cells))
+    for item in fields(StepFlops):
+        cells = [getattr(step, item.name) for step in (plan.whole_rows, plan.packed)]
+        name = item.name.replace("_", " ")
+        table.add_row(f"step: {name}", *(f"{cell / 1e12:,.2f} T" for cell in cells))
+    totals = (plan.whole_rows.total, plan.packed.total)
+    table.add_row("[bold]step[/bold]", *(f"[bold]{total / 1e12:,.2f} T[/bold]" for total in totals))
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = _table(f"Memory at the peak of a step ({plan.peak.name})", "", "GiB")
+    for name, number in plan.peak.parts.items():
+        table.add_row(name, f"{number / GIB:,.3f}")
+    table.add_row(
+        "interpreter, libraries, context", f"{RUNTIME_BYTES[plan.device.type] / GIB:,.3f}"
+    )
+    has = plan.device.memory_bytes / GIB
+    verdict = "fits" if plan.fits else "does not fit"
+    total = f"[bold]{plan.peak_bytes / GIB:,.3f}[/bold]"
+    table.add_row(f"[bold]total: {verdict} in {has:,.1f} GiB[/bold]", total)
+    return table
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    device, tokens = plan.device, plan.config.train.tokens
+    rate = f"{device.bf16_tflops:,.4g} TFLOP/s x {plan.efficiency:g}"
+    whole, packed = plan.seconds(plan.whole_rows), plan.seconds(plan.packed)
+    if whole is None or packed is None:
+        time = "unknown: the device's rate is for bfloat16, teacher.dtype is float32"
+    else:
+        time = (
+            f"{_duration(whole)}, or {_duration(packed)} in documents of "
+            f"{plan.document_tokens:,} tokens"
+        )
+    share = plan.config.router.target_k / plan.sizes.experts
+    dense, student = plan.decode_tokens_per_s(1.0), plan.decode_tokens_per_s(share)
+    return [
+        f"Time of {tokens:,} tokens ({plan.steps:,} steps) at {rate}: {time}",
+        f"Decoding at {device.bandwidth_gb_s:,.4g} GB/s, at most: {student:,.0f} tokens/s, "
+        f"dense {dense:,.0f}",
+        f"MLP FLOPs saved when deployed: {plan.token.ffn_saved:.2%}; of all matmul FLOPs: "
+        f"{plan.token.model_saved:.2%}",
+        f"Device: {device.source}",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

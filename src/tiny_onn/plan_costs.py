@@ -1,0 +1,292 @@
+"""What a student is made of and what a token costs, counted from the real modules.
+
+No weight is read or allocated: the dense model and `TinyOnnForCausalLM` are built on the meta
+device, parameters are counted from them, matrix products from the shapes of their linear layers.
+
+FLOPs are 2 per multiply-add. Left out, as everywhere: norms, rotations, softmax, activations, the
+optimizer, and what unpacks 4-bit weights.
+
+Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons, V vocabulary, L layers,
+H query heads.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from tiny_onn.config import RunConfig
+from tiny_onn.convert import student_config
+from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
+from tiny_onn.optim import split_parameters
+
+# Backward of flash attention: five matrix products, one of them the forward's scores again, where
+# the forward has two. Source: FlashAttention-2, arXiv 2307.08691, section 4.1.
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """The lengths that every formula is made of."""
+
+    layers: int
+    hidden: int
+    vocab: int
+    heads: int
+    query: int
+    """Width of all query heads together."""
+    key_value: int
+    """Width of all key heads together, and of all value heads."""
+    head_dim: int
+    qk_norm: bool
+    """Whether queries and keys are normalised before they are rotated."""
+    experts: int
+    expert_dim: int
+
+    @property
+    def neurons(self) -> int:
+        """F = E * I."""
+        return self.experts * self.expert_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """Numbers of parameters; the student's parts sum to its total."""
+
+    embeddings: int
+    output_head: int
+    """0 where it is tied to the embeddings."""
+    attention: int
+    """Linear layers of all attention blocks."""
+    norms: int
+    experts: int
+    gate_weights: int
+    gate_biases: int
+    """One threshold per expert and layer that the gate learns."""
+    budget_thresholds: int
+    """Steered, not learned; not among the parameters."""
+    one_expert: int
+    dense_mlps: int
+    """The MLPs that the experts replace."""
+    attention_linear_layers: tuple[tuple[int, ...], ...]
+    """Shapes of one attention block's linear weights."""
+
+    @property
+    def backbone(self) -> int:
+        """Frozen parameters of the student."""
+        return self.embeddings + self.output_head + self.attention + self.norms
+
+    @property
+    def gates(self) -> int:
+        """Weights and biases of all gates."""
+        return self.gate_weights + self.gate_biases
+
+    @property
+    def trainable(self) -> int:
+        """Experts and gates."""
+        return self.experts + self.gates
+
+    @property
+    def student_total(self) -> int:
+        """Backbone, experts and gates."""
+        return self.backbone + self.trainable
+
+    @property
+    def dense_total(self) -> int:
+        """The teacher."""
+        return self.backbone + self.dense_mlps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenFlops:
+    """FLOPs of one token's forward pass through all layers, by part."""
+
+    attention_projections: int
+    attention_scores_row: int
+    """Where the whole row is one document: each token sees (T + 1) / 2 on average."""
+    attention_scores_documents: int
+    """Where documents are as long as the plan says."""
+    ffn_dense: int
+    """The teacher's MLPs, and the experts as training runs them: all computed, then masked."""
+    ffn_at_k: int
+    """The experts at `router.target_k` active ones, as decoding runs them; without the gate."""
+    router: int
+    head: int
+
+    @property
+    def ffn_saved(self) -> float:
+        """Share of the MLPs' FLOPs that k active experts and their gate save."""
+        return 1 - (self.ffn_at_k + self.router) / self.ffn_dense
+
+    @property
+    def model_saved(self) -> float:
+        """Share of all of the dense model's matrix products saved, attention scores left out."""
+        dense = self.attention_projections + self.ffn_dense + self.head
+        return (self.ffn_dense - self.ffn_at_k - self.router) / dense
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFlops:
+    """FLOPs of one training step, by phase."""
+
+    student_forward: float
+    recompute: float
+    """The forward pass again, layer by layer, under gradient checkpointing."""
+    backward: float
+    teacher_forward: float
+    loss_heads: float
+    """Student's and teacher's logits and the gradient at the student's hidden states."""
+
+    @property
+    def total(self) -> float:
+        """All phases."""
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+def meta_models(
+    config: RunConfig, shape: PreTrainedConfig
+) -> tuple[PreTrainedModel, TinyOnnForCausalLM]:
+    """The dense model and its student on the meta device.
+
+    Raises:
+        UserError: the architecture, the sizes or k do not fit.
+    """
+    dtype = getattr(torch, config.teacher.dtype)
+    with torch.device("meta"):
+        dense = AutoModelForCausalLM.from_config(
+            shape, dtype=dtype, trust_remote_code=config.teacher.trust_remote_code
+        )
+        student = TinyOnnForCausalLM(student_config(dense, config.experts, config.router))
+    return dense, student
+
+
+def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
+    """The student's lengths."""
+    text = student.config.get_text_config()
+    bank = student.banks()[0]
+    E, I, D = bank.down_proj.shape
+    head_dim = getattr(text, "head_dim", None) or D // text.num_attention_heads
+    attention = _attention(student)
+    return Sizes(
+        layers=text.num_hidden_layers,
+        hidden=D,
+        vocab=text.vocab_size,
+        heads=text.num_attention_heads,
+        query=text.num_attention_heads * head_dim,
+        key_value=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        * head_dim,
+        head_dim=head_dim,
+        qk_norm=hasattr(attention, "q_norm"),
+        experts=E,
+        expert_dim=I,
+    )
+
+
+def count_parameters(dense: PreTrainedModel, student: TinyOnnForCausalLM) -> Parameters:
+    """Every parameter of the two modules, shared ones once."""
+    embeddings = student.get_input_embeddings()
+    head = student.get_output_embeddings()
+    banks = student.banks()
+    experts, gates = split_parameters(student)
+    assert isinstance(embeddings, nn.Embedding)
+    assert isinstance(head, nn.Linear)
+    tied = head.weight is embeddings.weight
+    outer = {id(p) for p in (*embeddings.parameters(), *head.parameters())}
+    inner = [
+        (name, p)
+        for name, p in student.named_parameters()
+        if ".mlp." not in name and id(p) not in outer
+    ]
+    attention = sum(p.numel() for name, p in inner if p.ndim > 1 or name.endswith(".bias"))
+    return Parameters(
+        embeddings=embeddings.weight.numel(),
+        output_head=0 if tied else sum(p.numel() for p in head.parameters()),
+        attention=attention,
+        norms=sum(p.numel() for _, p in inner) - attention,
+        experts=sum(p.numel() for p in experts.values()),
+        gate_weights=sum(p.numel() for p in gates.values() if p.ndim > 1),
+        gate_biases=sum(p.numel() for p in gates.values() if p.ndim == 1),
+        budget_thresholds=sum(bank.router.threshold.numel() for bank in banks),
+        one_expert=3 * banks[0].down_proj[0].numel(),
+        dense_mlps=sum(p.numel() for name, p in dense.named_parameters() if ".mlp." in name),
+        attention_linear_layers=tuple(
+            tuple(linear.weight.shape)
+            for linear in _attention(student).modules()
+            if isinstance(linear, nn.Linear)
+        ),
+    )
+
+
+def token_flops(
+    sizes: Sizes,
+    parameters: Parameters,
+    *,
+    target_k: float,
+    row_tokens: int,
+    document_tokens: int,
+) -> TokenFlops:
+    """FLOPs of one token's forward pass.
+
+    Args:
+        sizes: the student's lengths.
+        parameters: the student's numbers of parameters.
+        target_k: active experts per token.
+        row_tokens: tokens of a row.
+        document_tokens: tokens of a document, the mean over tokens (a long document counts with
+            each of its tokens).
+    """
+    linear = sum(rows * columns for rows, columns in parameters.attention_linear_layers)
+    dense = 6 * sizes.layers * sizes.hidden * sizes.neurons
+    return TokenFlops(
+        attention_projections=2 * sizes.layers * linear,
+        # Scores and their product with the values, 2 * H * C each for every token that is seen.
+        attention_scores_row=round(2 * sizes.layers * sizes.query * (row_tokens + 1)),
+        attention_scores_documents=round(2 * sizes.layers * sizes.query * (document_tokens + 1)),
+        ffn_dense=dense,
+        ffn_at_k=round(dense * target_k / sizes.experts),
+        router=2 * sizes.layers * sizes.hidden * sizes.experts,
+        head=2 * sizes.hidden * sizes.vocab,
+    )
+
+
+def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bool) -> StepFlops:
+    """FLOPs of one step over `train.rows_per_step` rows.
+
+    Layer 0 has nothing trainable before it: its attention has no backward pass and its experts
+    pass no gradient to their input.
+
+    Args:
+        config: the settings.
+        sizes: the student's lengths.
+        token: the forward pass of one token.
+        packed: whether rows hold documents of the planned length or one document each.
+    """
+    tokens = config.train.rows_per_step * config.data.row_tokens
+    scores = token.attention_scores_documents if packed else token.attention_scores_row
+    attention = token.attention_projections + scores
+    student = attention + token.ffn_dense + token.router
+    # The gate's weights, and its input where the main loss teaches it.
+    router = {"none": 0, "smk": 1, "task": 2}[config.router.objective] * token.router
+    if config.router.objective == "task":
+        router -= token.router // sizes.layers
+    behind = (sizes.layers - 1) / sizes.layers
+    backward = (
+        behind * (token.attention_projections + ATTENTION_BACKWARD * scores)
+        + 2 * token.ffn_dense
+        - 4 * sizes.hidden * sizes.neurons
+        + router
+    )
+    return StepFlops(
+        student_forward=tokens * student,
+        recompute=tokens * student if config.train.gradient_checkpointing else 0,
+        backward=tokens * backward,
+        teacher_forward=tokens * (attention + token.ffn_dense),
+        loss_heads=tokens * 3 * token.head,
+    )
+
+
+def _attention(student: TinyOnnForCausalLM) -> nn.Module:
+    attention = decoder_layers(student.backbone)[0].self_attn
+    assert isinstance(attention, nn.Module)
+    return attention

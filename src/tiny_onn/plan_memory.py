@@ -1,0 +1,285 @@
+"""Peak memory of a training step, by part, from the lengths that the step's tensors have.
+
+A step is followed moment by moment: the teacher's forward, the loss, the backward pass at every
+layer, the update. A moment's memory is the sum of what is alive then; the peak is the largest. With
+gradient checkpointing the backward pass trades one layer's saved input for one layer's gradients at
+each layer, so that long rows peak at the last layer and short ones at the first.
+
+Every term is a tensor of the code it names. Terms below a kilobyte per layer are left out, and so
+are the interpreter, the libraries and the CUDA context (`RUNTIME_BYTES`) and what an allocator
+wastes. `benchmarks/plan_memory.py` measures the rest.
+
+Legend: T tokens, D hidden, E experts, F neurons, V vocabulary, L layers; b bytes of an activation,
+wide bytes of an activation's float32 copy (0 where it is float32 already).
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+from typing import Literal
+
+from tiny_onn.attention import _VARLEN_OPTIONS
+from tiny_onn.config import RunConfig
+from tiny_onn.losses import _CPU_TILE_BYTES, _GPU_TILE_BYTES
+from tiny_onn.optim import state_bytes
+from tiny_onn.plan_costs import Parameters, Sizes
+
+DeviceType = Literal["cpu", "cuda"]
+
+# The interpreter with torch and transformers loaded: 0.40 GB, 0.47 with the compiler (torch 2.13,
+# CPU build). A CUDA context with its kernels is taken to be 0.6 GB.
+RUNTIME_BYTES = MappingProxyType({"cpu": 470_000_000, "cuda": 600_000_000})
+_BYTES = MappingProxyType({"float32": 4, "bfloat16": 2})
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is alive at one moment of a step, in bytes by part."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+def nf4_bytes(shape: tuple[int, ...], *, double_quant: bool) -> int:
+    """Bytes of a weight in bitsandbytes' NF4: 4 bits and a scale for every 64.
+
+    Scales are float32 (4.5 bits a weight) or, doubly quantised, 8 bits with a float32 scale for
+    every 256 of them (4.13 bits a weight). Source: QLoRA, arXiv 2305.14314, section 3.
+    """
+    size = prod(shape)
+    blocks = -(-size // 64)
+    scales = blocks + 4 * -(-blocks // 256) if double_quant else 4 * blocks
+    return -(-size // 2) + scales
+
+
+def teacher_bytes(config: RunConfig, sizes: Sizes, parameters: Parameters) -> Counter[str]:
+    """Weights that never change: the student's backbone, and what the teacher has beside it."""
+    b = _BYTES[config.teacher.dtype]
+    nf4, double = _quantization(config)
+    mlps = b * parameters.dense_mlps
+    if nf4:
+        mlp = nf4_bytes((sizes.neurons, sizes.hidden), double_quant=double)
+        mlps = 3 * sizes.layers * mlp
+    weights = Counter({"backbone weights": b * parameters.backbone, "teacher's MLPs": mlps})
+    if config.teacher.placement == "shared":
+        return weights
+    rest = b * (parameters.backbone - parameters.attention)
+    attention = b * parameters.attention
+    if nf4:
+        shapes = parameters.attention_linear_layers
+        attention = sizes.layers * sum(nf4_bytes(s, double_quant=double) for s in shapes)
+    weights["teacher's own backbone"] = rest + attention
+    return weights
+
+
+class _Step:
+    """The sizes of one step's tensors: a row of `T` tokens on a device."""
+
+    def __init__(
+        self, config: RunConfig, sizes: Sizes, parameters: Parameters, device: DeviceType
+    ) -> None:
+        self.config, self.sizes, self.parameters, self.device = config, sizes, parameters, device
+        self.T = config.data.row_tokens
+        self.b = _BYTES[config.teacher.dtype]
+        self.m = _BYTES[config.optim.master_dtype]
+        self.wide = 4 if self.b != 4 else 0
+        self.D, self.F, self.E, self.L = sizes.hidden, sizes.neurons, sizes.experts, sizes.layers
+        self.TD, self.TF, self.TE = self.T * self.D, self.T * self.F, self.T * self.E
+        self.gates_learn = config.router.objective != "none"
+        self.layer_gradients = self.m * 3 * self.F * self.D
+
+    def resident(self) -> Counter[str]:
+        """Weights and optimizer state, from the first update on."""
+        E, I, D, L = self.E, self.sizes.expert_dim, self.D, self.L
+        name, p = self.config.optim.name, self.parameters
+        paged = name == "paged_adamw8bit" and self.device == "cuda"
+        state = 0 if paged else state_bytes(name, (2, E, I, D)) + state_bytes(name, (E, I, D))
+        parts = teacher_bytes(self.config, self.sizes, p)
+        parts["expert weights to train"] = self.m * p.experts
+        parts["gates"] = 4 * p.gates
+        parts["optimizer state"] = L * state + (8 * p.gates if self.gates_learn else 0)
+        return parts
+
+    def attention_saved(self) -> int:
+        """What one layer's norms and attention keep for their backward pass."""
+        T, q, kv, b = self.T, self.sizes.query, self.sizes.key_value, self.b
+        # Norms compute in float32: they keep a copy of their input, or the input itself, which for
+        # the first norm is the layer's input.
+        norms = self.wide * self.TD + 4 * self.TD
+        if self.sizes.qk_norm:
+            norms += 4 * T * (q + kv)
+        grouped = self.device == "cuda" and self.b == 2 and "enable_gqa" in _VARLEN_OPTIONS
+        keys_values = 2 * T * (kv if grouped else q)
+        return norms + b * (2 * T * q + keys_values) + 4 * T * self.sizes.heads
+
+    def ffn_saved(self) -> int:
+        """What one layer's experts and gate keep for their backward pass."""
+        router = (self.wide * self.TD + 4 * self.TE) if self.gates_learn else 0
+        return self.b * self.TD + 2 * self.b * self.TF + router
+
+    def routing(self, layers_done: int) -> int:
+        """Each bank's last routing: logits, scores, weights, active.
+
+        After a layer's backward pass, with the graph of its recomputation: the gate's input in
+        float32 and the probabilities.
+        """
+        graph = (4 * self.TD + 4 * self.TE) if self.gates_learn else 0
+        if not self.config.train.gradient_checkpointing:
+            graph = 0
+        return self.L * 13 * self.TE + layers_done * graph
+
+    def region(self) -> int:
+        """The expert layer's elementwise backward region at its largest, pre-activations aside."""
+        if self.config.train.compile:
+            outputs = 3 * self.b * self.TF + 12 * self.TE
+            # Inductor's CPU code (torch 2.13) writes out the activation's value and slope, and
+            # stacks the routed gradients in float32 before it rounds them. CUDA: outputs alone.
+            buffers = 8 + (8 if self.b == 2 else 0)
+            return outputs + (buffers * self.TF if self.device == "cpu" else 0)
+        # In float32: value, slope, hidden, its two gradients, and the squares and their sum; beside
+        # them copies of gate, up and gradient and the outputs in bfloat16, or the outputs alone.
+        return (44 + (6 if self.b == 2 else 0)) * self.TF
+
+    def weight_gradients(self) -> int:
+        """Around the weights' gradients: casts of weights, products, the gradients themselves."""
+        FD, cast = self.F * self.D, self.b if self.b != self.m else 0
+        return max(2 * cast * FD, (2 * self.m + 2 * cast) * FD, (3 * self.m + cast) * FD)
+
+    def surprise(self) -> int:
+        """Transient memory of surprise, before its (T, E) result."""
+        squares = self.wide * self.TD + 4 * self.TD
+        pre = 2 * self.wide * self.TF
+        kind = self.config.smk.surprise
+        if self.config.router.objective != "smk":
+            return 0
+        if kind in ("gain", "output"):
+            return squares
+        if kind == "magnitude":
+            return max(squares, pre + 12 * self.TF)
+        if kind == "input":
+            return max(squares, pre + self.wide * self.TF + 32 * self.TF)
+        return max(squares, pre)
+
+    def attention_backward(self) -> int:
+        """Transient gradients at one layer's queries, keys, values, attention output and norms."""
+        return self.b * 4 * self.T * self.sizes.query + (4 + self.wide) * self.TD
+
+    def saved(self, layer: int) -> int:
+        """Activations that wait for the backward pass of layers up to this one, itself included."""
+        inputs = (layer + 1) * self.b * self.TD
+        if self.config.train.gradient_checkpointing:
+            return inputs
+        attention = layer * self.attention_saved()
+        return self.b * self.TD + attention + (layer + 1) * self.ffn_saved()
+
+    def backward(self, layer: int) -> Iterator[Moment]:
+        """The moments of one layer's backward pass: experts, then attention."""
+        later = self.L - 1 - layer
+        if self.config.train.rows_per_step > 1:
+            later = self.L
+        common = self.resident()
+        common["saved activations"] = self.saved(layer)
+        common["hidden states of student and teacher"] = 2 * self.b * self.TD
+        common["positions"] = 2 * self.b * self.T * self.sizes.head_dim
+        common["gradients"] = later * self.layer_gradients
+        common["routing"] = self.routing(self.L - 1 - layer)
+        recomputed = self.config.train.gradient_checkpointing
+        # Nothing before layer 0's experts learns, so its attention keeps nothing.
+        attention = self.attention_saved() if recomputed and layer else 0
+        ffn = self.ffn_saved() if recomputed else 0
+        common["one layer's attention"] = attention
+        incoming = self.b * self.TD
+        experts = ffn + incoming + self.b * self.TF
+        name = f"backward of layer {layer}"
+        outputs = 3 * self.b * self.TF + 12 * self.TE
+        yield _moment(
+            f"{name}: elementwise", common, {"one layer's experts": experts + self.region()}
+        )
+        grad_x = self.b * self.TD if layer else 0
+        working = experts + outputs + grad_x
+        yield _moment(
+            f"{name}: weight gradients",
+            common,
+            {"one layer's experts": working, "gradients": self.weight_gradients()},
+        )
+        yield _moment(
+            f"{name}: surprise",
+            common,
+            {"one layer's experts": working + self.surprise(), "gradients": self.layer_gradients},
+        )
+        if layer:
+            yield _moment(
+                f"{name}: attention",
+                common,
+                {
+                    "one layer's attention": self.attention_backward() + incoming,
+                    "gradients": self.layer_gradients,
+                },
+            )
+
+    def loss(self) -> Moment:
+        """Logits of one chunk, tiles, and the gradient at the student's hidden states."""
+        V, chunk = self.sizes.vocab, min(self.config.loss.chunk_tokens, self.T)
+        tile = _CPU_TILE_BYTES if self.device == "cpu" else _GPU_TILE_BYTES
+        tile_rows = min(chunk, max(1, tile // (4 * V)))
+        parts = self.resident()
+        # The final norm keeps its input in float32, beside the layers' inputs.
+        parts["saved activations"] = self.saved(self.L - 1) + 4 * self.TD
+        parts["hidden states of student and teacher"] = 2 * self.b * self.TD
+        parts["positions"] = 2 * self.b * self.T * self.sizes.head_dim
+        parts["routing"] = self.routing(0)
+        parts["loss buffers"] = self.b * (2 * chunk * V + self.TD) + 4 * 4 * tile_rows * V
+        if self.config.train.rows_per_step > 1:
+            parts["gradients"] = self.L * self.layer_gradients
+        return _moment("loss", parts, {})
+
+    def teacher(self) -> Moment:
+        """One layer of the teacher: its MLP, or its attention."""
+        T, q, kv = self.T, self.sizes.query, self.sizes.key_value
+        parts = self.resident()
+        attention = self.b * T * (3 * q + 2 * kv) + self.wide * T * q
+        cast = self.b * self.F * self.D if _quantization(self.config)[0] else 0
+        parts["one layer of the teacher"] = 2 * self.b * self.TD + max(
+            3 * self.b * self.TF + cast, attention
+        )
+        # The last row's recomputed graphs live until the student's forward pass.
+        parts["routing"] = self.routing(self.L)
+        if self.config.train.rows_per_step > 1:
+            parts["gradients"] = self.L * self.layer_gradients
+        return _moment("teacher's forward", parts, {})
+
+    def update(self) -> Moment:
+        """The optimizer's step, with all gradients."""
+        parts = self.resident()
+        parts["gradients"] = self.L * self.layer_gradients + 4 * self.parameters.gates
+        parts["routing"] = self.routing(self.L)
+        # Stochastic rounding: float32 copies of one tensor and of its gradient, and random bits.
+        largest = 2 * self.F * self.D
+        return _moment("update", parts, {"rounding": 12 * largest if self.m == 2 else 0})
+
+
+def moments(
+    config: RunConfig, sizes: Sizes, parameters: Parameters, device: DeviceType
+) -> list[Moment]:
+    """The moments of a step among which the peak is, in order."""
+    step = _Step(config, sizes, parameters, device)
+    backward = [m for layer in reversed(range(sizes.layers)) for m in step.backward(layer)]
+    return [step.teacher(), step.loss(), *backward, step.update()]
+
+
+def _moment(name: str, common: Counter[str], parts: dict[str, int]) -> Moment:
+    total = common + Counter(parts)
+    return Moment(name, dict(total))
+
+
+def _quantization(config: RunConfig) -> tuple[bool, bool]:
+    """Whether the teacher is in NF4, and whether its scales are quantised too."""
+    name = getattr(config.teacher, "quantization", "none")
+    return name == "nf4", bool(getattr(config.teacher, "double_quant", False))

@@ -1,0 +1,197 @@
+"""Where a plan's numbers come from: a model's config.json and a device's memory and rates."""
+
+import json
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from tiny_onn.config import TeacherConfig
+from tiny_onn.errors import UserError
+
+GIB = 2**30
+# What `embedded` is, without unpacking it.
+_EMBEDDED = "SmolLM2-135M"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What a step runs on."""
+
+    name: str
+    type: Literal["cpu", "cuda"] = "cuda"
+    memory_bytes: int
+    bf16_tflops: float
+    """Peak rate of dense matrix products, TFLOP/s; a CPU's in the run's number format."""
+    bandwidth_gb_s: float
+    """Peak rate of reading memory."""
+    source: str = "given"
+    """Who says so."""
+
+
+def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTrainedConfig]:
+    """A model's name and configuration.
+
+    Args:
+        name: a folder or file with a config.json, `embedded`, a bundled name or its hub id, or
+            another hub id.
+        teacher: revision and trust of a hub id.
+
+    Raises:
+        UserError: nothing there, or not a configuration that transformers knows.
+    """
+    path, text = Path(name), str(name)
+    if path.is_file():
+        return text, _read_shape(path.read_text("utf-8"), text)
+    if path.is_dir():
+        return text, _from_pretrained(text, {})
+    for entry in sorted((files("tiny_onn") / "shapes").iterdir(), key=lambda entry: entry.name):
+        raw = entry.read_text("utf-8")
+        stem = entry.name.removesuffix(".json")
+        known = {stem.lower(), str(json.loads(raw)["_name_or_path"]).lower()}
+        if text.lower() in known or (text == "embedded" and stem == _EMBEDDED):
+            return stem, _read_shape(raw, stem)
+    if text.startswith((".", "/", "~")):
+        raise _no_shape(text, "nothing is there")
+    options = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+    return text, _from_pretrained(text, options)
+
+
+def find_device(text: str, dtype: str) -> Device:
+    """The device that a user names.
+
+    Args:
+        text: `auto` (this machine's GPU if it has one, else its CPU), `cpu`, a name of
+            `devices.toml`, or `MEMORY_GIB,TFLOPS,GB_PER_S` of a GPU.
+        dtype: number format in which a CPU is measured.
+
+    Raises:
+        UserError: no such device.
+    """
+    table = _device_table()
+    wanted = text.strip().lower()
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return measure_cpu(getattr(torch, dtype))
+    if wanted == "auto":
+        return _own_gpu(table)
+    for name, device in table.items():
+        if wanted in (
+            name.lower(),
+            name.lower().replace("rtx ", ""),
+            name.lower().replace(" ", ""),
+        ):
+            return device
+    if text.count(",") == 2:
+        return _custom_device(text)
+    raise UserError(
+        f"--device: got {text}, expected auto, cpu, {', '.join(table)}, or three numbers "
+        "MEMORY_GIB,TFLOPS,GB_PER_S; for example --device 48,91,864"
+    )
+
+
+def measure_cpu(dtype: torch.dtype) -> Device:
+    """This machine: its memory, and its rates measured now, in a third of a second or so."""
+    a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
+    source, target = (torch.ones(1 << 24) for _ in range(2))
+    product_s = _best_seconds(lambda: torch.mm(a, b))
+    copy_s = _best_seconds(lambda: target.copy_(source))
+    return Device(
+        name=f"CPU, {torch.get_num_threads()} threads",
+        type="cpu",
+        memory_bytes=psutil.virtual_memory().total,
+        bf16_tflops=2 * 1024**3 / product_s / 1e12,
+        bandwidth_gb_s=2 * source.nbytes / copy_s / 1e9,
+        source=f"measured now: a 1024 x 1024 x 1024 product in {dtype}, a copy of 64 MiB",
+    )
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _device_table() -> dict[str, Device]:
+    rows = tomllib.loads((files("tiny_onn") / "devices.toml").read_text("utf-8"))
+    return {
+        name: Device(
+            name=name,
+            memory_bytes=row["memory_gib"] * GIB,
+            bf16_tflops=row["bf16_tflops"],
+            bandwidth_gb_s=row["bandwidth_gb_s"],
+            source=row["source"],
+        )
+        for name, row in rows.items()
+    }
+
+
+def _own_gpu(table: dict[str, Device]) -> Device:
+    """This machine's first GPU: its own memory, the table's rates."""
+    properties = torch.cuda.get_device_properties(0)
+    for name, device in table.items():
+        if f" {name} " in f" {properties.name.replace('-', ' ')} ":
+            return Device(
+                name=properties.name,
+                memory_bytes=properties.total_memory,
+                bf16_tflops=device.bf16_tflops,
+                bandwidth_gb_s=device.bandwidth_gb_s,
+                source=device.source,
+            )
+    raise UserError(
+        f"--device: got auto, a {properties.name}, expected one of {', '.join(table)}; give its "
+        "numbers as --device MEMORY_GIB,TFLOPS,GB_PER_S"
+    )
+
+
+def _custom_device(text: str) -> Device:
+    try:
+        memory_gib, tflops, bandwidth = (float(part) for part in text.split(","))
+    except ValueError:
+        memory_gib = tflops = bandwidth = 0.0
+    if not all(0 < number < 1e6 for number in (memory_gib, tflops, bandwidth)):
+        raise UserError(
+            f"--device: got {text}, expected three numbers > 0, MEMORY_GIB,TFLOPS,GB_PER_S; for "
+            "example --device 48,91,864"
+        )
+    return Device(
+        name=f"GPU of {memory_gib:g} GiB, {tflops:g} TFLOP/s, {bandwidth:g} GB/s",
+        memory_bytes=round(memory_gib * GIB),
+        bf16_tflops=tflops,
+        bandwidth_gb_s=bandwidth,
+    )
+
+
+def _read_shape(text: str, name: str) -> PreTrainedConfig:
+    try:
+        table = json.loads(text)
+        return AutoConfig.for_model(table.pop("model_type"), **table)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_shape(name, str(error)) from error
+
+
+def _from_pretrained(name: str, options: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _no_shape(name, str(error)) from error
+
+
+def _no_shape(name: str, reason: str) -> UserError:
+    first = (reason.strip().splitlines() or ["no reason given"])[0]
+    stems = sorted(
+        entry.name.removesuffix(".json") for entry in (files("tiny_onn") / "shapes").iterdir()
+    )
+    return UserError(
+        f"teacher.path: got {name}, expected {', '.join(stems)}, embedded, a folder with a "
+        f"config.json, or a hub id ({first}); a hub id needs a network or a local cache"
+    )

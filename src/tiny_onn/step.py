@@ -1,0 +1,167 @@
+"""One update of online distillation, top to bottom: teacher, student, loss, one backward pass."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.config import RunConfig
+from tiny_onn.losses import distill
+from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
+from tiny_onn.ops.dense_masked import SmkStep, SurpriseTally
+from tiny_onn.optim import clip_gradients
+from tiny_onn.packing import PackedRow
+from tiny_onn.router import exact_threshold, load_balancing_loss, z_loss
+from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.surprise import SmkRule
+
+
+@dataclass(kw_only=True, slots=True)
+class StepResult:
+    """What one step measured: device tensors, read when a record is written."""
+
+    loss: Tensor
+    forward_kl: Tensor
+    agreement: Tensor
+    expert_grad_norm: Tensor | float
+    gate_grad_norm: Tensor | float
+    stats: RoutingStats
+    tallies: list[SurpriseTally] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Clock:
+    """Wall time of a step's phases; on a GPU only when asked to, since reading it waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to the phase."""
+        start = time.perf_counter()
+        yield
+        if not self._cuda:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def distill_step(
+    student: TinyOnnForCausalLM,
+    teacher: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[PackedRow],
+    config: RunConfig,
+) -> StepResult:
+    """One update from rows whose gradients are summed: the loss is a mean over all their tokens.
+
+    One backward pass a row teaches both systems: experts by the distillation loss, gates by SMK
+    (`objective = smk`), by the same loss (`task`), or not at all.
+    """
+    banks = student.banks()
+    device = banks[0].gate_up_proj.device
+    loss_tokens = max(1, sum(int(row.loss_mask.sum()) for row in rows))
+    router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
+    tallies = _teach_gates(student, config, loss_tokens, router_tokens)
+    stats = RoutingStats.zeros(banks)
+    sums = torch.zeros(3, device=device)
+    thresholds = torch.zeros(len(banks), device=device)
+    clock = Clock(device)
+    student.train()
+    for row in (row.to(device) for row in rows):
+        kwargs = packed_kwargs(row)
+        for bank in banks:
+            bank.token_mask = row.router_mask[0]
+        with clock.phase("teacher forward"), torch.no_grad():
+            teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
+        with clock.phase("student forward"):
+            student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
+        stats.add(banks, row.router_mask[0])
+        if config.router.selection == "budget":
+            share = row.router_mask.sum() / router_tokens
+            for layer, bank in enumerate(banks):
+                assert bank.routing is not None
+                thresholds[layer] += share * exact_threshold(
+                    bank.routing.scores, row.router_mask[0], config.router.target_k
+                )
+        mask_T = row.loss_mask[0]
+        with clock.phase("loss"):
+            values = distill(
+                student_hidden_TD,
+                teacher_hidden_TD,
+                head_of(student),
+                head_of(teacher),
+                row.labels[0],
+                divergence=config.loss.divergence,
+                temperature=config.loss.temperature,
+                jsd_beta=config.loss.jsd_beta,
+                chunk_tokens=config.loss.chunk_tokens,
+            )
+            loss = (values.loss * mask_T).sum() / loss_tokens
+            measured = (values.loss.detach(), values.forward_kl, values.agrees)
+            sums += torch.stack([(value_T * mask_T).sum() for value_T in measured])
+        with clock.phase("backward"):
+            (loss + _router_losses(student, row, config) / len(rows)).backward()
+    with clock.phase("optimizer"):
+        expert_norm, gate_norm = clip_gradients(student, config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if config.router.selection == "budget":
+        for bank, threshold in zip(banks, thresholds, strict=True):
+            bank.router.steer(threshold, config.router.budget_rate)
+    loss, forward_kl, agreement = sums / loss_tokens
+    return StepResult(
+        loss=loss,
+        forward_kl=forward_kl,
+        agreement=agreement,
+        expert_grad_norm=expert_norm,
+        gate_grad_norm=gate_norm,
+        stats=stats,
+        tallies=tallies,
+        seconds=clock.seconds,
+    )
+
+
+def _teach_gates(
+    student: TinyOnnForCausalLM, config: RunConfig, loss_tokens: int, router_tokens: int
+) -> list[SurpriseTally]:
+    """Hand every bank this step's SMK rule and scales, if SMK is the objective."""
+    if config.router.objective != "smk":
+        return []
+    smk = config.smk
+    rule = SmkRule(
+        surprise=smk.surprise,
+        direction=smk.direction,
+        candidates=smk.candidates,
+        targets=smk.targets,
+        num_targets=round(config.router.target_k),
+    )
+    tallies = []
+    for bank in student.banks():
+        tally = SurpriseTally.zeros(bank.down_proj.shape[0], bank.down_proj.device)
+        bank.smk = SmkStep(
+            rule=rule,
+            grad_scale=smk.coef / router_tokens,
+            loss_scale=float(loss_tokens),
+            tally=tally,
+        )
+        tallies.append(tally)
+    return tallies
+
+
+def _router_losses(
+    student: TinyOnnForCausalLM, row: PackedRow, config: RunConfig
+) -> Tensor | float:
+    """Load-balancing and z losses of a coupled top-k gate; 0 otherwise."""
+    router = config.router
+    if router.objective != "task" or router.selection != "top_k":
+        return 0.0
+    logits = [bank.routing.router_logits for bank in student.banks() if bank.routing is not None]
+    balance = load_balancing_loss(logits, round(router.target_k), row.router_mask[0])
+    penalty = z_loss(logits, row.router_mask[0])
+    return router.load_balancing_coef * balance + router.z_loss_coef * penalty

@@ -1,0 +1,243 @@
+"""The student is a Hugging Face model: saved, loaded, generating, and as exact as its backbone."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from tiny import FAMILIES, OTHERS, make_dense, make_documents, make_ids, make_student
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.convert import backbone_hash
+from tiny_onn.modeling import (
+    TinyOnnConfig,
+    TinyOnnForCausalLM,
+    activation_name,
+    head_of,
+    last_hidden_states,
+)
+from tiny_onn.packing import pack
+
+ALL = (*FAMILIES, *OTHERS)
+TIED = {"llama", "gemma2", "cohere"}
+# "layers.0.mlp.router.threshold" and the like are buffers: what training and calibration move.
+ROUTER_BUFFERS = ("threshold", "num_updates")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def make_settled(family, dtype="float32") -> Any:
+    """A student whose every routing tensor differs from its initial value."""
+    student = make_student(make_dense(family, dtype=dtype))
+    for index, bank in enumerate(student.banks()):
+        generator = torch.Generator().manual_seed(index)
+        bank.router.bias.data.copy_(torch.randn(8, generator=generator))
+        bank.router.threshold.fill_(0.3 + 0.1 * index)
+        bank.router.num_updates.fill_(5 + index)
+    return student
+
+
+def reload(student, folder, **options) -> Any:
+    student.save_pretrained(folder)
+    with warnings.catch_warnings():
+        # transformers reports missing and unexpected tensors as warnings.
+        warnings.simplefilter("error")
+        pair: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, **options
+        )
+    loaded, loading = pair
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert isinstance(loaded, TinyOnnForCausalLM)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, "float32") for family in ALL), *((family, "bfloat16") for family in FAMILIES)],
+)
+def test_saving_and_loading_changes_no_bit(family, dtype, tmp_path):
+    student = make_settled(family, dtype)
+    loaded = reload(student, tmp_path)
+    ours, theirs = student.state_dict(), loaded.state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+    ids = make_ids()
+    assert torch.equal(student(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    assert loaded.config.to_dict().keys() == student.config.to_dict().keys()
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_and_gates_stay_float32_beside_a_bfloat16_backbone(family, tmp_path):
+    loaded = reload(make_settled(family, "bfloat16"), tmp_path)
+    for name, tensor in loaded.state_dict().items():
+        expected = torch.float32 if ".mlp." in name else torch.bfloat16
+        assert tensor.dtype == expected, name
+    assert {name.rpartition(".")[2] for name, _ in loaded.named_buffers()} >= set(ROUTER_BUFFERS)
+    assert loaded(input_ids=make_ids()).logits.dtype == torch.bfloat16
+
+
+def test_asking_for_bfloat16_casts_the_backbone_alone(tmp_path):
+    loaded = reload(make_settled("llama"), tmp_path, dtype=torch.bfloat16)
+    assert loaded.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert {p.dtype for p in loaded.trainable().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_tied_heads_stay_tied_and_untied_ones_apart(family, tmp_path):
+    student = make_settled(family)
+    for model in (student, reload(student, tmp_path)):
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert tied == (family in TIED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_and_without_cache_agrees(family, tmp_path):
+    student = reload(make_settled(family), tmp_path)
+    # Longer than gemma2's window, so that its cache slides.
+    ids = make_ids(1, 12)
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    cached = student.generate(ids, use_cache=True, **options)
+    assert cached.shape == (1, 22)
+    assert torch.equal(cached, student.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding_does_not_change_what_a_prompt_generates(family, tmp_path):
+    student = reload(make_settled(family), tmp_path)
+    long, short = make_ids(1, 12), make_ids(1, 7, seed=1)
+    padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), short), dim=1)
+    batch = torch.cat((long, padded))
+    options = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    together = student.generate(batch, attention_mask=(batch != 0).long(), **options)
+    for row, prompt in enumerate((long, short)):
+        alone = student.generate(prompt, **options)
+        assert torch.equal(together.sequences[row, 12:], alone.sequences[0, prompt.shape[1] :])
+        for got, expected in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(got[row], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_found_by_generate_when_no_mask_is_given(tmp_path):
+    student = reload(make_settled("llama"), tmp_path)
+    short = make_ids(1, 7, seed=1)
+    padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), short), dim=1)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    alone = student.generate(short, **options)
+    assert torch.equal(student.generate(padded, **options)[:, 5:], alone)
+
+
+def test_prefill_projects_the_last_position_only():
+    student: Any = make_student(make_dense("llama"))
+    ids = make_ids()
+    whole = student(input_ids=ids).logits
+    last = student(input_ids=ids, logits_to_keep=1).logits
+    assert last.shape[1] == 1
+    torch.testing.assert_close(last, whole[:, -1:])
+    assert student._supports_logits_to_keep()
+
+
+def test_labels_give_the_next_token_loss():
+    student, ids = make_student(make_dense("llama")), make_ids()
+    out = student(input_ids=ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ALL)
+def test_head_of_reproduces_the_logits(family, dtype):
+    dense = make_dense(family, dtype=dtype)
+    for model in (dense, make_student(dense)):
+        ids = make_ids(1)
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits[0].float()
+            got = head_of(model).logits(last_hidden_states(model, ids)[0])
+        # The families scale and cap in bfloat16, ours in float32.
+        bound = 1e-6 if dtype == "float32" else 2.0**-7
+        assert (got - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_families_use_their_own_head_and_activation():
+    gemma, cohere, granite = (make_dense(family) for family in ("gemma2", "cohere", "granite"))
+    assert head_of(gemma).softcap == 5.0
+    assert head_of(cohere).scale == pytest.approx(0.3)
+    assert head_of(granite).scale == pytest.approx(0.25)
+    assert activation_name(gemma.config) == "gelu_pytorch_tanh"
+    assert activation_name(granite.config) == "silu"
+
+
+def test_a_student_from_its_configuration_alone_has_finite_experts():
+    config = make_student(make_dense("llama")).config
+    student = AutoModelForCausalLM.from_config(config)
+    for name, tensor in student.state_dict().items():
+        assert tensor.isfinite().all(), name
+    for bank in student.banks():
+        assert 0.1 < bank.gate_up_proj.std() < 0.3
+        assert 0.1 < bank.down_proj.std() < 0.3
+
+
+def test_configuration_survives_json(tmp_path):
+    dense = make_dense("gemma2")
+    config = make_student(
+        dense, num_experts=4, selection="top_k", weighting="softmax", target_k=2.0
+    ).config
+    config.save_pretrained(tmp_path)
+    read = TinyOnnConfig.from_pretrained(tmp_path)
+    assert read.routing_rule() == config.routing_rule()
+    assert (read.num_experts, read.expert_dim) == (4, 12)
+    assert type(read.backbone) is type(dense.config)
+    assert read.backbone.layer_types == dense.config.layer_types
+    assert read.eos_token_id == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("selection", ["budget", "top_k"])
+def test_packed_row_gives_each_document_the_logits_it_gets_alone(family, selection):
+    student = make_student(make_dense(family), selection=selection)
+    documents = make_documents((5, 17, 3, 11))
+    row = next(pack(documents, row_tokens=40, pad_token_id=0))
+    with torch.no_grad():
+        packed = last_hidden_states(student, row.input_ids, **packed_kwargs(row))[0]
+        routing = [bank.routing for bank in student.banks()]
+        start = 0
+        for document in documents:
+            alone = last_hidden_states(student, torch.tensor([document]))[0]
+            span = slice(start, start + len(document))
+            torch.testing.assert_close(packed[span], alone, rtol=1e-4, atol=1e-5)
+            for together, bank in zip(routing, student.banks(), strict=True):
+                assert together is not None
+                assert bank.routing is not None
+                assert torch.equal(together.active[span], bank.routing.active)
+            start += len(document)
+    ks = torch.cat([r.active.sum(-1) for r in routing if r is not None])
+    assert (ks.unique().numel() > 1) == (selection == "budget")
+
+
+def test_only_experts_and_gates_count_as_trainable():
+    student = make_student(make_dense("qwen3"))
+    names = {name.partition(".mlp.")[2] for name in student.trainable()}
+    assert names == {"gate_up_proj", "down_proj", "router.weight", "router.bias"}
+    assert {n for n, p in student.named_parameters() if p.requires_grad} == set(student.trainable())
+
+
+def test_loading_gives_the_backbone_its_hash(tmp_path):
+    dense = make_dense("qwen3")
+    assert backbone_hash(reload(make_student(dense), tmp_path)) == backbone_hash(dense)

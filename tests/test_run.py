@@ -1,0 +1,260 @@
+"""A whole run, from a teacher's folder and text files to a student that generates."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from tiny import change, save_teacher, write_corpus
+from tiny_onn import train as train_module
+from tiny_onn.config import RunConfig
+from tiny_onn.convert import backbone_hash
+from tiny_onn.errors import UserError
+from tiny_onn.run_folder import read_metrics
+from tiny_onn.step import distill_step
+from tiny_onn.teacher import load_dense, quiet_transformers
+from tiny_onn.train import run_distill
+
+# What a clock decides.
+TIMES = ("tokens_per_s", "seconds")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    quiet_transformers()
+    yield
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return change(
+        RunConfig(),
+        teacher={"path": str(save_teacher(folder / "teacher"))},
+        experts={"num_experts": 8, "calibration_tokens": 128},
+        router={"target_k": 4.0},
+        data={
+            "sources": (str(write_corpus(folder / "corpus")),),
+            "row_tokens": 64,
+            "eval_tokens": 128,
+            "held_out_fraction": 0.2,
+        },
+        optim={"expert_lr": 3e-3},
+        train={
+            "tokens": 8 * 64,
+            "eval_every_tokens": 4 * 64,
+            "save_every_tokens": 3 * 64,
+            "device": "cpu",
+            "compile": False,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run that nobody disturbed: its folder and its result."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, run_distill(config, out=out, argv=["tiny-onn", "distill"])
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Do something after a step of the loop, counted from 1 for each run."""
+
+    def arrange(number: int, action: Callable[[], object]):
+        count = iter(range(1, 1000))
+
+        def step(*arguments):
+            result = distill_step(*arguments)
+            if next(count) == number:
+                action()
+            return result
+
+        monkeypatch.setattr(train_module, "distill_step", step)
+
+    return arrange
+
+
+def records(out):
+    """The metrics but for what a clock decides."""
+    rows = read_metrics(out / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def student_of(out) -> Any:
+    return AutoModelForCausalLM.from_pretrained(out / "student")
+
+
+def assert_same_run(out, expected):
+    assert records(out) == records(expected)
+    ours, theirs = (student_of(folder).state_dict() for folder in (out, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_the_folder_holds_the_whole_run(whole):
+    out, result = whole
+    names = {entry.name for entry in out.iterdir()}
+    assert names >= {"config.json", "environment.json", "metrics.jsonl", "summary.json"}
+    assert {"checkpoints", "student"} <= names
+    assert not any(name.startswith(".") for name in names)
+    rows = read_metrics(out / "metrics.jsonl")
+    kinds = ["start", *["step"] * 4, "eval", *["step"] * 4, "end"]
+    assert [row["kind"] for row in rows] == kinds
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert [row["tokens"] for row in steps] == [64 * n for n in range(1, 9)]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "step-0000006",
+        "step-0000008",
+    ]
+    assert (result.tokens, result.interrupted) == (512, False)
+
+
+def test_the_summary_says_what_the_run_brought(whole):
+    out, result = whole
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["before"] == result.before.as_dict()
+    assert summary["after"] == result.after.as_dict()
+    assert (summary["steps"], summary["tokens"], summary["interrupted"]) == (8, 512, False)
+    assert result.after.forward_kl < 0.9 * result.before.forward_kl
+    rows = read_metrics(out / "metrics.jsonl")
+    assert summary["before"]["forward_kl"] == rows[0]["forward_kl"]
+    assert summary["after"]["forward_kl"] == rows[-1]["forward_kl"]
+
+
+def test_the_student_loads_and_generates(whole, config):
+    out, result = whole
+    student, tokenizer = student_of(out), AutoTokenizer.from_pretrained(out / "student")
+    prompt = tokenizer("the lazy dog", return_tensors="pt")
+    tokens = student.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert tokens.shape[1] == prompt["input_ids"].shape[1] + 8
+    assert isinstance(tokenizer.decode(tokens[0]), str)
+    dense, _ = load_dense(config.teacher, torch.device("cpu"))
+    assert backbone_hash(student) == backbone_hash(dense)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, result.prepared.student.state_dict()[name]), name
+
+
+def test_the_same_settings_give_the_same_run(whole, config, tmp_path):
+    run_distill(config, out=tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_a_folder_with_a_run_in_it_is_not_overwritten(whole, config):
+    with pytest.raises(UserError, match="not empty"):
+        run_distill(config, out=whole[0])
+
+
+class PowerCutError(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+def fail():
+    raise PowerCutError
+
+
+@pytest.mark.parametrize("last", [2, 3, 5])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
+    whole, config, tmp_path, at_step, last
+):
+    out = tmp_path / "run"
+    at_step(last, fail)
+    with pytest.raises(PowerCutError):
+        run_distill(config, out=out)
+    assert not (out / "student").exists()
+    at_step(1000, fail)
+    result = run_distill(config, out=out, resume=True)
+    assert not result.interrupted
+    assert_same_run(out, whole[0])
+
+
+def test_ctrl_c_stops_after_the_step_and_leaves_a_usable_student(config, tmp_path, at_step, capsys):
+    out = tmp_path / "run"
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    result = run_distill(config, out=out)
+    assert (result.interrupted, result.tokens) == (True, 128)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert "Stopping after this step" in capsys.readouterr().err
+    assert json.loads((out / "summary.json").read_text())["interrupted"] is True
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"]
+    prompt = AutoTokenizer.from_pretrained(out / "student")("the fox", return_tensors="pt")
+    assert student_of(out).generate(**prompt, max_new_tokens=2).shape[0] == 1
+
+
+def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(whole, config, tmp_path, at_step):
+    out = tmp_path / "run"
+    at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_distill(config, out=out).interrupted
+    at_step(1000, fail)
+    assert not run_distill(config, out=out, resume=True).interrupted
+    assert_same_run(out, whole[0])
+    assert json.loads((out / "summary.json").read_text())["interrupted"] is False
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_checkpoint_stays(whole, config, tmp_path, at_step):
+    out = tmp_path / "run"
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(4, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run_distill(config, out=out)
+    at_step(1000, fail)
+    run_distill(config, out=out, resume=True)
+    assert_same_run(out, whole[0])
+
+
+def test_resuming_a_finished_run_changes_nothing(config, tmp_path):
+    out = tmp_path / "run"
+    run_distill(config, out=out)
+    before = records(out), (out / "student" / "model.safetensors").read_bytes()
+    summary = json.loads((out / "summary.json").read_text())
+    run_distill(config, out=out, resume=True)
+    assert (records(out), (out / "student" / "model.safetensors").read_bytes()) == before
+    assert json.loads((out / "summary.json").read_text()) == summary
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    whole, config, tmp_path, at_step
+):
+    out = tmp_path / "run"
+    at_step(7, fail)
+    with pytest.raises(PowerCutError):
+        run_distill(config, out=out)
+    file = out / "checkpoints" / "step-0000006" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    at_step(1000, fail)
+    run_distill(config, out=out, resume=True)
+    assert_same_run(out, whole[0])
+
+
+def test_resuming_with_other_settings_is_refused(whole, config):
+    changed = change(config, optim={"expert_lr": 1.0})
+    with pytest.raises(UserError, match="expert_lr"):
+        run_distill(changed, out=whole[0], resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(config, tmp_path, monkeypatch):
+    def diverge(*arguments):
+        result = distill_step(*arguments)
+        result.loss.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(train_module, "distill_step", diverge)
+    with pytest.raises(UserError, match=r"^step 1: the loss is nan, expected a finite number.*$"):
+        run_distill(config, out=tmp_path / "run")

@@ -1,0 +1,151 @@
+"""Tiny models, rows and settings that the tests share: everything seeded, nothing downloaded."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from tiny_onn.attention import DOCUMENT_ATTENTION
+from tiny_onn.config import ExpertsConfig, RouterConfig, RunConfig
+from tiny_onn.convert import convert
+from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.packing import PackedRow, pack
+
+VOCAB = 64
+WIDTH = 48
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    # Far from a trained model's 0.02, so that logits differ and routing has something to say.
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 8, "tie_word_embeddings": False},
+    "llama": {"tie_word_embeddings": True},
+    "gemma2": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 8,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 5.0,
+    },
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "olmo2": {},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+}
+
+
+def make_dense(family="llama", *, dtype="float32", seed=0, **changes: Any) -> PreTrainedModel:
+    """A dense model of a family with random weights, frozen, reading packed rows."""
+    options = {**SIZES, **(FAMILIES | OTHERS).get(family, {}), **changes}
+    config = AutoConfig.for_model(family, **options)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        # Norms and biases start equal; as trained ones they must not be.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.requires_grad_(False)
+    model.set_attn_implementation(DOCUMENT_ATTENTION)
+    return model.train(False)
+
+
+def make_student(
+    dense: PreTrainedModel, *, seed=0, neuron_order=None, **changes: Any
+) -> TinyOnnForCausalLM:
+    """A student of it: 8 experts, 4 of them active, unless changed by field name."""
+    options = {"num_experts": 8, "target_k": 4.0, **changes}
+
+    def of(section: type) -> Any:
+        names = {field.name for field in fields(section)}
+        return section(**{name: value for name, value in options.items() if name in names})
+
+    return convert(
+        dense,
+        of(ExpertsConfig),
+        of(RouterConfig),
+        generator=torch.Generator().manual_seed(seed),
+        neuron_order=neuron_order,
+    )
+
+
+def make_ids(num_rows=2, num_tokens=16, seed=0):
+    """Random token ids, special ones left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (num_rows, num_tokens), generator=generator)
+
+
+def make_documents(lengths, seed=0):
+    """Random documents of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def make_rows(lengths, row_tokens, seed=0) -> list[PackedRow]:
+    """Random documents of these lengths, packed."""
+    return list(pack(make_documents(lengths, seed), row_tokens=row_tokens, pad_token_id=0))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of fewer than 320 tokens, trained on one sentence."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def save_teacher(folder: Path, family="llama", **changes: Any) -> Path:
+    """A dense model and its tokenizer in a folder, as a user has them."""
+    make_dense(family, vocab_size=320, **changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_corpus(folder: Path, num_files=40, seed=0) -> Path:
+    """A folder of small text files whose sentences can be learned."""
+    generator = torch.Generator().manual_seed(seed)
+    words = [["the", "a"], ["quick", "lazy", "brown"], ["fox", "dog"], ["jumps", "sleeps"]]
+    folder.mkdir()
+    for number in range(num_files):
+        picks = torch.randint(6, (12, 4), generator=generator).tolist()
+        sentences = [
+            " ".join(w[i % len(w)] for w, i in zip(words, row, strict=True)) for row in picks
+        ]
+        (folder / f"{number:02d}.txt").write_text(f"{number}. " + ". ".join(sentences) + ".\n")
+    return folder
+
+
+def change(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """The settings with fields of some sections changed."""
+    changed = {name: replace(getattr(config, name), **values) for name, values in sections.items()}
+    return replace(config, **changed)
