@@ -8,23 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import change, make_dense, make_rows, make_tokenizer, write_corpus
+from tiny import CONFIG, change, make_dense, make_rows, make_tokenizer, write_corpus
 from tiny_onn import prepare
 from tiny_onn.checkpoint import load_checkpoint, save_checkpoint, valid_checkpoints
-from tiny_onn.config import RunConfig
 from tiny_onn.convert import backbone_hash
 from tiny_onn.errors import UserError
 from tiny_onn.optim import build_optimizer
 from tiny_onn.step import distill_step
 
-CONFIG = change(
-    RunConfig(),
-    teacher={"dtype": "float32"},
-    experts={"num_experts": 8, "calibration_tokens": 64},
-    router={"target_k": 4.0},
-    data={"row_tokens": 32},
-    train={"compile": False},
-)
 ROWS = make_rows((20, 13, 30, 40, 9), 32)
 
 

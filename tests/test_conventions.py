@@ -17,12 +17,13 @@ TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text("utf-8")) for pat
 
 # A module imports from its own layer and those above it in this list.
 LAYERS = (
-    ("__init__", "ops", "packing", "config", "errors", "attention", "settings", "surprise"),
-    ("router", "experts", "losses"),
+    ("ops", "packing", "config", "errors", "attention", "settings", "surprise"),
+    ("router", "experts", "losses", "quantize"),
     ("modeling", "convert", "teacher", "data", "embedded", "calibrate", "routing_stats"),
-    ("optim", "checkpoint", "run_folder", "prepare"),
-    ("train", "evaluate", "demo", "generate", "progress"),
-    ("cli",),
+    ("optim", "checkpoint", "run_folder", "prepare", "loading"),
+    ("plan", "plan_costs", "plan_memory", "plan_sources", "step", "train", "evaluate", "demo")
+    + ("generate", "progress"),
+    ("cli", "__init__"),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 MUTABLE = ("list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict")

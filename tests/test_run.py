@@ -11,9 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from tiny import change, save_teacher, write_corpus
+from tiny import CONFIG, change, save_teacher, write_corpus
 from tiny_onn import train as train_module
-from tiny_onn.config import RunConfig
 from tiny_onn.convert import backbone_hash
 from tiny_onn.errors import UserError
 from tiny_onn.run_folder import read_metrics
@@ -37,23 +36,20 @@ def quiet():
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     return change(
-        RunConfig(),
-        teacher={"path": str(save_teacher(folder / "teacher"))},
-        experts={"num_experts": 8, "calibration_tokens": 128},
-        router={"target_k": 4.0},
+        CONFIG,
+        teacher={"path": str(save_teacher(folder / "teacher")), "dtype": "bfloat16"},
+        experts={"init": "importance", "gate_init": "ridge"},
         data={
             "sources": (str(write_corpus(folder / "corpus")),),
             "row_tokens": 64,
             "eval_tokens": 128,
             "held_out_fraction": 0.2,
         },
-        optim={"expert_lr": 3e-3},
         train={
             "tokens": 8 * 64,
             "eval_every_tokens": 4 * 64,
             "save_every_tokens": 3 * 64,
-            "device": "cpu",
-            "compile": False,
+            "gradient_checkpointing": True,
         },
     )
 

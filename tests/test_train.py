@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny import change, make_dense, make_documents, make_rows
+from tiny import CONFIG, change, make_dense, make_documents, make_rows
 from tiny_onn import experts, prepare
-from tiny_onn.config import RunConfig
 from tiny_onn.convert import backbone_hash
 from tiny_onn.modeling import TinyOnnForCausalLM, checkpoint_layers
 from tiny_onn.ops import reference
@@ -20,14 +19,6 @@ from tiny_onn.surprise import SmkRule, smk_loss, smk_targets
 from tiny_onn.teacher import teacher_for
 
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)
-CONFIG = change(
-    RunConfig(),
-    teacher={"dtype": "float32"},
-    experts={"num_experts": 8},
-    router={"target_k": 4.0},
-    optim={"expert_lr": 3e-3, "gate_lr": 3e-3},
-    train={"compile": False, "gradient_checkpointing": False},
-)
 COUPLED = change(
     CONFIG,
     experts={"weighting": "softmax"},
@@ -137,7 +128,11 @@ def test_smk_gives_the_gates_exactly_its_own_gradient(surprise, monkeypatch):
     experts_layer = experts.expert_layer
     monkeypatch.setattr(experts, "expert_layer", watched)
     (row,) = ROWS[:1]
-    got, student = gradients(config, [row])
+    student, teacher = start(config)
+    recorder = Recorder(student)
+    unclipped = change(config, optim={"clip_norm": 1e9})
+    result = distill_step(student, teacher, recorder, [row], unclipped)
+    (got,) = recorder.gradients
     mask_T, loss_tokens = row.router_mask[0], int(row.loss_mask.sum())
     rule = SmkRule(surprise=surprise, direction="max", candidates="active", num_targets=4)
     assert len(layers) == 2
@@ -151,6 +146,10 @@ def test_smk_gives_the_gates_exactly_its_own_gradient(surprise, monkeypatch):
             down.detach().double(),
             y_TD.grad.double() * loss_tokens,
             F.silu,
+        )
+        counted_E = (surprise_TE * active_TE)[mask_T].sum(0).float()
+        torch.testing.assert_close(
+            result.tallies[index].surprise_E, counted_E, rtol=1e-3, atol=1e-4
         )
         logits_TE = F.linear(x_TD, router.weight, router.bias)
         targets_TE = smk_targets(surprise_TE.float(), active_TE, mask_T, rule)
@@ -272,6 +271,10 @@ def test_rows_per_step_measures_as_one_row_does():
         assert one == pytest.approx(other, rel=1e-4), name
     one, other = (result.stats.summary() for result in results)
     assert one == pytest.approx(other, rel=1e-4)
+    for tally, same in zip(results[0].tallies, results[1].tallies, strict=True):
+        # In units of the per-token loss, whatever it was divided by.
+        torch.testing.assert_close(tally.surprise_E, same.surprise_E, rtol=1e-4, atol=1e-5)
+        assert tally.num_agree == same.num_agree
 
 
 def test_mixtral_like_training_runs_with_its_balance_losses():

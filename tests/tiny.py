@@ -74,8 +74,9 @@ def make_dense(family="llama", *, dtype="float32", seed=0, **changes: Any) -> Pr
 def make_student(
     dense: PreTrainedModel, *, seed=0, neuron_order=None, **changes: Any
 ) -> TinyOnnForCausalLM:
-    """A student of it: 8 experts, 4 of them active, unless changed by field name."""
-    options = {"num_experts": 8, "target_k": 4.0, **changes}
+    """A student of it: 8 experts of neurons in order, 4 active; changed by field name."""
+    pinned = {"num_experts": 8, "target_k": 4.0, "init": "slices", "gate_init": "random"}
+    options = {**pinned, **changes}
 
     def of(section: type) -> Any:
         names = {field.name for field in fields(section)}
@@ -149,3 +150,34 @@ def change(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
     """The settings with fields of some sections changed."""
     changed = {name: replace(getattr(config, name), **values) for name, values in sections.items()}
     return replace(config, **changed)
+
+
+# The model card's recipe at a tiny size, whatever the defaults are.
+CONFIG = change(
+    RunConfig(),
+    teacher={"dtype": "float32"},
+    experts={
+        "num_experts": 8,
+        "init": "slices",
+        "gate_init": "random",
+        "weighting": "unit",
+        "calibration_tokens": 128,
+    },
+    router={
+        "selection": "budget",
+        "objective": "smk",
+        "target_k": 4.0,
+        "budget_form": "cumulative",
+        "budget_rate": 0.3,
+    },
+    smk={
+        "surprise": "parameters",
+        "direction": "min",
+        "candidates": "active",
+        "targets": "single",
+        "coef": 1.0,
+    },
+    data={"row_tokens": 32},
+    optim={"expert_lr": 3e-3, "gate_lr": 3e-3},
+    train={"device": "cpu", "compile": False, "gradient_checkpointing": False},
+)

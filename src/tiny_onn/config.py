@@ -28,6 +28,11 @@ class TeacherConfig:
     """`shared`: the student's frozen backbone with the teacher's MLPs; `separate`: a whole copy."""
     dtype: DType = "bfloat16"
     """Number format of the teacher and of the frozen backbone."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the teacher's linear layers in 4 bits (bitsandbytes): all of a separate teacher's, the
+    MLPs of a shared one."""
+    double_quant: bool = True
+    """Quantise NF4's scales too: 0.516 bytes per weight instead of 0.563."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub id. Off unless you trust its author."""
 
@@ -40,10 +45,10 @@ class ExpertsConfig:
     """Experts per layer, E. `num_experts * expert_dim` must equal the MLP's width."""
     expert_dim: int = 0
     """Neurons per expert, I. 0: the MLP's width divided by `num_experts`."""
-    init: ExpertInit = "slices"
+    init: ExpertInit = "importance"
     """`random` (the model card), `slices` (contiguous dense neurons), `importance` (dense neurons,
     ordered by their calibrated contribution to the output)."""
-    gate_init: GateInit = "random"
+    gate_init: GateInit = "ridge"
     """`random` (normal, std 0.02), `zeros`, or `ridge` (regression of the log norms of the experts'
     outputs on calibration text)."""
     weighting: Weighting = "unit"
@@ -65,9 +70,9 @@ class RouterConfig:
     decoupled from the main loss; `task`: the main loss; `none`: nothing, it is frozen."""
     target_k: float = 16.0
     """Active experts per token: exact for `top_k`, the mean for `budget`."""
-    budget_form: Literal["cumulative", "threshold"] = "cumulative"
+    budget_form: Literal["cumulative", "threshold"] = "threshold"
     """`cumulative`: experts by falling probability until it sums to p; `threshold`: all above p."""
-    budget_rate: float = 0.1
+    budget_rate: float = 0.3
     """Share by which the budget's p moves toward the last batch's exact value, per step."""
     load_balancing_coef: float = 0.01
     """Weight of the load-balancing loss (objective `task` only)."""
@@ -79,11 +84,13 @@ class RouterConfig:
 class SmkConfig:
     """Surprise Min_K: the gate's own loss (objective `smk` only)."""
 
-    surprise: Surprise = "parameters"
-    """Which per-token, per-expert quantity points at the target."""
-    direction: Literal["min", "max"] = "min"
-    """Whether the target is where surprise is smallest (the model card) or largest."""
-    candidates: Literal["active", "all"] = "active"
+    surprise: Surprise = "gain"
+    """Which per-token, per-expert quantity points at the target: the norm of the gradient at the
+    expert's `parameters` (the model card), `input` or `output`; the first-order `gain` of having
+    the expert; its output's `magnitude`; or `parameters` relative to its hidden activations."""
+    direction: Literal["min", "max"] = "max"
+    """Whether the target is where the quantity is smallest (the model card) or largest."""
+    candidates: Literal["active", "all"] = "all"
     """Experts that may become the target: those the token activated, or all of them."""
     targets: Literal["single", "set"] = "single"
     """`single`: cross-entropy to one expert; `set`: to the k best."""
@@ -135,9 +142,9 @@ class OptimConfig:
     master_dtype: DType = "float32"
     """Number format of the experts' weights and gradients; `bfloat16` halves their memory, with
     weights rounded stochastically."""
-    expert_lr: float = 3e-4
+    expert_lr: float = 6e-4
     """Peak learning rate of the experts."""
-    gate_lr: float = 1e-3
+    gate_lr: float = 3e-3
     """Peak learning rate of the gates."""
     beta1: float = 0.9
     """Decay of the first moment. Adafactor has none."""

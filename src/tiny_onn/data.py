@@ -18,6 +18,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -39,8 +40,7 @@ _SHUFFLE_BUFFER = 1_000
 def read_documents(source: str, text_field: str) -> Iterator[Document]:
     """The documents of one embedded or local source in a fixed order, blank ones left out.
 
-    A folder is searched recursively, hidden entries left out; `text_field` is the field of a jsonl
-    or parquet row that holds the text.
+    Folders are searched recursively, hidden entries left out; `text_field` holds a row's text.
 
     Raises:
         UserError: If the source is missing, unreadable or without text.
@@ -131,7 +131,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
         raise _bad(path, f"not readable as parquet ({_one_line(error)}); write it anew") from error
 
 
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS = MappingProxyType({".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet})
 _ENDINGS = ", ".join(_READERS)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from tiny_onn.config import RunConfig
 from tiny_onn.convert import backbone_hash, identity_gap, verify_head
@@ -26,7 +27,7 @@ from tiny_onn.teacher import load_dense, pick_device, quiet_transformers, teache
 from tiny_onn.train import RunResult, run_distill
 
 NUMBERS = ("KL to teacher", "top-1 agreement", "perplexity", "mean k", "FFN MFLOPs", "all MFLOPs")
-CONTROLS = {"static choice": "static", "random routing": "random"}
+CONTROLS = (("static choice", "static"), ("random routing", "random"))
 
 
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
@@ -55,18 +56,17 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     rows = calibration_rows(config, tokenizer, device)
     arms = {"Tiny-ONN student": config} | {
         name: with_router(config, selection=selection, objective="none")
-        for name, selection in CONTROLS.items()
+        for name, selection in CONTROLS
     }
     results: dict[str, RunResult] = {}
     for number, (name, arm) in enumerate(arms.items(), start=1):
         prepared = Prepared(
-            dense=dense,
             teacher=teacher,
             student=make_student(arm, dense, rows),
             tokenizer=tokenizer,
         )
         if number == 1:
-            _report_conversion(console, prepared, config)
+            _report_conversion(console, dense, prepared, config)
         results[name] = run_distill(
             arm,
             out=out / name.replace(" ", "-").lower(),
@@ -96,15 +96,17 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     return json.loads(json.dumps(summary))
 
 
-def _report_conversion(console: Console, prepared: Prepared, config: RunConfig) -> None:
-    sample = _sample_rows(prepared, config)[0].input_ids[:, :128].to(prepared.dense.device)
-    for network in (prepared.dense, prepared.student):
+def _report_conversion(
+    console: Console, dense: PreTrainedModel, prepared: Prepared, config: RunConfig
+) -> None:
+    sample = _sample_rows(prepared, config)[0].input_ids[:, :128].to(dense.device)
+    for network in (dense, prepared.student):
         network.set_attn_implementation("sdpa")
-    gap = identity_gap(prepared.student, prepared.dense, sample)
-    verify_head(prepared.dense, sample)
-    for network in (prepared.dense, prepared.student):
+    gap = identity_gap(prepared.student, dense, sample)
+    verify_head(dense, sample)
+    for network in (dense, prepared.student):
         network.set_attn_implementation("tiny_onn_documents")
-    same = backbone_hash(prepared.dense) == backbone_hash(prepared.student)
+    same = backbone_hash(dense) == backbone_hash(prepared.student)
     shape = prepared.student.config
     console.print(
         f"Student: {len(prepared.student.banks())} x {shape.num_experts} experts of "

@@ -42,7 +42,7 @@ class Evaluation:
     """FFN as measured, projections, attention scores of these documents, and the head."""
     dense_total_flops: float
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | int]:
         """Field names to numbers."""
         return asdict(self)
 

@@ -52,6 +52,7 @@ class TinyOnnConfig(PretrainedConfig):
         num_experts: experts per layer, E.
         expert_dim: neurons per expert, I; E * I is the dense MLP's width.
         selection, weighting, target_k, budget_form: see `RoutingRule`.
+        teacher, teacher_revision: the dense model it was cut from: a folder, hub id, or `embedded`.
     """
 
     model_type = "tiny_onn"
@@ -67,7 +68,9 @@ class TinyOnnConfig(PretrainedConfig):
         selection: Selection = "budget",
         weighting: Weighting = "unit",
         target_k: float = 16.0,
-        budget_form: Literal["cumulative", "threshold"] = "cumulative",
+        budget_form: Literal["cumulative", "threshold"] = "threshold",
+        teacher: str = "",
+        teacher_revision: str = "main",
         **kwargs: Any,  # noqa: ANN401 - whatever transformers stores in a config
     ) -> None:
         if isinstance(backbone, dict):
@@ -78,6 +81,8 @@ class TinyOnnConfig(PretrainedConfig):
         self.selection: Selection = selection
         self.weighting: Weighting = weighting
         self.target_k = target_k
+        self.teacher = teacher
+        self.teacher_revision = teacher_revision
         self.budget_form: Literal["cumulative", "threshold"] = budget_form
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.backbone, name, None))

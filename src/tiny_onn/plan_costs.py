@@ -277,12 +277,13 @@ def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bo
         - 4 * sizes.hidden * sizes.neurons
         + router
     )
+    recompute = tokens * student if config.train.gradient_checkpointing else 0
     return StepFlops(
-        student_forward=tokens * student,
-        recompute=tokens * student if config.train.gradient_checkpointing else 0,
-        backward=tokens * backward,
-        teacher_forward=tokens * (attention + token.ffn_dense),
-        loss_heads=tokens * 3 * token.head,
+        student_forward=float(tokens * student),
+        recompute=float(recompute),
+        backward=float(tokens * backward),
+        teacher_forward=float(tokens * (attention + token.ffn_dense)),
+        loss_heads=float(tokens * 3 * token.head),
     )
 
 

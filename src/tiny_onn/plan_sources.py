@@ -127,8 +127,8 @@ def _device_table() -> dict[str, Device]:
         name: Device(
             name=name,
             memory_bytes=row["memory_gib"] * GIB,
-            bf16_tflops=row["bf16_tflops"],
-            bandwidth_gb_s=row["bandwidth_gb_s"],
+            bf16_tflops=float(row["bf16_tflops"]),
+            bandwidth_gb_s=float(row["bandwidth_gb_s"]),
             source=row["source"],
         )
         for name, row in rows.items()

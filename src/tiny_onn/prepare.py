@@ -21,7 +21,6 @@ from tiny_onn.teacher import load_dense, pick_device, teacher_for
 class Prepared:
     """What a run starts from."""
 
-    dense: PreTrainedModel
     teacher: PreTrainedModel
     student: TinyOnnForCausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -38,7 +37,6 @@ def prepare(config: RunConfig) -> Prepared:
     check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
     student = make_student(config, dense, calibration_rows(config, tokenizer, device))
     return Prepared(
-        dense=dense,
         teacher=teacher_for(dense, config.teacher),
         student=student,
         tokenizer=tokenizer,

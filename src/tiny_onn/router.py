@@ -29,7 +29,7 @@ class RoutingRule:
     selection: Selection = "budget"
     weighting: Weighting = "unit"
     target_k: float = 16.0
-    budget_form: Literal["cumulative", "threshold"] = "cumulative"
+    budget_form: Literal["cumulative", "threshold"] = "threshold"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

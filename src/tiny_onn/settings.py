@@ -120,11 +120,16 @@ def validate(config: RunConfig) -> None:
                     f" {_toml(_get(RunConfig(), name))}"
                 )
     check_device(config.train.device, "train.device")
-    if config.optim.warmup_fraction + config.optim.decay_fraction > 1:
-        raise UserError(
-            f"optim.decay_fraction: got {config.optim.decay_fraction} after optim.warmup_fraction"
-            f" {config.optim.warmup_fraction}, expected a sum of at most 1; lower one of them"
-        )
+    for prefix in ("optim.", "optim.gate_"):
+        warmup = _get(config, f"{prefix}warmup_fraction")
+        decay = _get(config, f"{prefix}decay_fraction")
+        assert isinstance(warmup, float)
+        assert isinstance(decay, float)
+        if warmup + decay > 1:
+            raise UserError(
+                f"{prefix}decay_fraction: got {decay} after {prefix}warmup_fraction {warmup},"
+                " expected a sum of at most 1; lower one of them"
+            )
 
     router, num_experts = config.router, config.experts.num_experts
     if router.target_k > num_experts:

@@ -20,6 +20,7 @@ from tiny_onn.config import TeacherConfig
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnConfig, gated_mlps
+from tiny_onn.quantize import quantize_nf4
 from tiny_onn.settings import check_device
 
 
@@ -100,8 +101,22 @@ def load_dense(
 
 
 def teacher_for(dense: PreTrainedModel, config: TeacherConfig) -> PreTrainedModel:
-    """The model that teaches: the dense model itself when shared, a copy of it when separate."""
-    return dense if config.placement == "shared" else copy.deepcopy(dense)
+    """The model that teaches, made of the dense one after students were cut from it.
+
+    Shared: the dense model itself, its MLPs quantised in place if asked. Separate: a copy with
+    tensors of its own, or quantised ones; what is not quantised of it stays shared.
+
+    Raises:
+        UserError: quantisation needs bitsandbytes, or other widths.
+    """
+    if config.placement == "separate":
+        quantised = config.quantization != "none"
+        shared = {id(p): p for p in dense.parameters()} if quantised else {}
+        dense = copy.deepcopy(dense, shared)
+    if config.quantization == "nf4":
+        only_mlps = config.placement == "shared"
+        quantize_nf4(dense, only_mlps=only_mlps, double_quant=config.double_quant)
+    return dense
 
 
 def quiet_transformers() -> None:

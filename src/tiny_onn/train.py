@@ -84,7 +84,7 @@ class _Run:
         self.student, self.teacher = prepared.student, prepared.teacher
         if config.train.gradient_checkpointing:
             checkpoint_layers(self.student)
-        self.optimizer = build_optimizer(self.student, config.optim)
+        self.optimizer = build_optimizer(self.student, config.optim, seed=config.train.seed)
         self.stream = training_rows(config, prepared.tokenizer)
         self.held_out = held_out_rows(
             config.data, prepared.tokenizer, config.data.row_tokens, config.data.eval_tokens
@@ -200,7 +200,7 @@ class _Run:
         show_evaluation(self.title, self.tokens, result)
         return result
 
-    def _next(self, every: int) -> float:
+    def _next(self, every: int) -> int | float:
         return (self.tokens // every + 1) * every if every else math.inf
 
     def _save(self) -> None:
