@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import RunConfig
 from tiny_onn.convert import convert
-from tiny_onn.modeling import checkpoint_layers
 from tiny_onn.optim import build_optimizer
 from tiny_onn.packing import build_row
 from tiny_onn.plan import plan
@@ -61,7 +61,7 @@ CASES = (
     ("qwen3", ("data.row_tokens=4096",)),
     ("qwen3", ("data.row_tokens=4096", "train.compile=false")),
     ("llama", ("data.row_tokens=2048", "teacher.dtype=float32", "teacher.placement=separate")),
-    ("qwen3", ("data.row_tokens=2048", "train.gradient_checkpointing=false")),
+    ("qwen3", ("data.row_tokens=2048", "train.checkpointing=none")),
     (
         "qwen3",
         ("data.row_tokens=4096", "optim.name=adamw8bit", "optim.master_dtype=bfloat16"),
@@ -174,8 +174,7 @@ def run_steps(shape: dict, config: RunConfig, device: str, *, num_steps: int) ->
     generator = torch.Generator().manual_seed(0)
     student = convert(dense, config.experts, config.router, generator=generator)
     set_objective(student.banks(), config)
-    if config.train.gradient_checkpointing:
-        checkpoint_layers(student)
+    checkpoint_layers(student, config.train.checkpointing)
     teacher = teacher_for(dense, config.teacher)
     del dense
     optimizer = build_optimizer(student, config.optim)

@@ -16,7 +16,7 @@ from tiny_onn.run_folder import create_run_folder
 from tiny_onn.settings import config_template, load_config
 
 FINISHED = types.SimpleNamespace(interrupted=False)
-VERBS = ("demo", "distill", "eval", "generate", "config")
+VERBS = ("demo", "plan", "distill", "eval", "generate", "config")
 
 
 def run_cli(*arguments, cwd=None):

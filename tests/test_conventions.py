@@ -20,9 +20,9 @@ LAYERS = (
     ("ops", "packing", "config", "errors", "attention", "settings", "surprise"),
     ("router", "experts", "losses", "quantize"),
     ("modeling", "convert", "teacher", "data", "embedded", "calibrate", "routing_stats"),
-    ("optim", "checkpoint", "run_folder", "prepare", "loading"),
-    ("plan", "plan_costs", "plan_memory", "plan_sources", "step", "train", "evaluate", "demo")
-    + ("generate", "progress"),
+    ("optim", "checkpoint", "run_folder", "prepare", "loading", "activations"),
+    ("plan_costs", "plan_memory", "plan_sources"),
+    ("plan", "step", "train", "evaluate", "demo", "generate", "progress", "profile"),
     ("cli", "__init__"),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}

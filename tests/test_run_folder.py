@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import signal
 import subprocess
@@ -212,7 +211,7 @@ def test_number_that_is_not_finite_is_kept(tmp_path):
     assert str(record) == "{'loss': nan, 'norm': inf}"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_full_disk_stops_the_metrics_with_a_user_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.symlink_to("/dev/full")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tiny_onn.experts import ExpertBank
 from tiny_onn.ops import reference
-from tiny_onn.ops.dense_masked import SmkStep, SurpriseTally, expert_layer
+from tiny_onn.ops.dense_masked import expert_layer
+from tiny_onn.ops.teaching import SmkStep, SurpriseTally
 from tiny_onn.router import Router, RoutingRule, route
 from tiny_onn.surprise import SmkRule, smk_logits_grad, smk_loss, smk_targets
 

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from tiny import CONFIG, change, make_dense, make_documents, make_rows
-from tiny_onn import experts, prepare
+from tiny_onn import prepare
+from tiny_onn.activations import checkpoint_layers
 from tiny_onn.convert import backbone_hash
-from tiny_onn.modeling import TinyOnnForCausalLM, checkpoint_layers
-from tiny_onn.ops import reference
+from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.ops import dense_masked, reference
 from tiny_onn.optim import build_optimizer
 from tiny_onn.packing import build_row
 from tiny_onn.step import StepResult, distill_step
@@ -58,8 +59,7 @@ def start(config, family="llama"):
 def train(config, num_steps, family="llama"):
     """Steps over the rows, `rows_per_step` at a time, round and round."""
     student, teacher = start(config, family)
-    if config.train.gradient_checkpointing:
-        checkpoint_layers(student)
+    checkpoint_layers(student, config.train.checkpointing)
     optimizer = build_optimizer(student, config.optim)
     trained, size = Trained(student), config.train.rows_per_step
     for step in range(num_steps):
@@ -115,7 +115,7 @@ def test_all_objectives_start_from_the_same_forward_pass():
 @pytest.mark.parametrize("surprise", ["parameters", "gain"])
 def test_smk_gives_the_gates_exactly_its_own_gradient(surprise, monkeypatch):
     smk = {"surprise": surprise, "coef": 0.5, "direction": "max", "candidates": "active"}
-    config = change(CONFIG, smk=smk)
+    config = change(CONFIG, smk=smk, train={"expert_path": "dense"})
     layers = []
 
     def watched(x_TD, gate_up, down, weights_TE, logits_TE, **options):
@@ -125,8 +125,8 @@ def test_smk_gives_the_gates_exactly_its_own_gradient(surprise, monkeypatch):
             layers.append((x_TD.detach(), gate_up, down, y_TD, options["active_TE"]))
         return y_TD
 
-    experts_layer = experts.expert_layer
-    monkeypatch.setattr(experts, "expert_layer", watched)
+    experts_layer = dense_masked.expert_layer
+    monkeypatch.setattr(dense_masked, "expert_layer", watched)
     (row,) = ROWS[:1]
     student, teacher = start(config)
     recorder = Recorder(student)
@@ -177,7 +177,7 @@ def test_smk_moves_the_gates_and_leaves_the_experts_gradient_alone():
 def test_the_loss_gradient_is_what_torch_computes(config, monkeypatch):
     config = change(config, router={"load_balancing_coef": 0.0, "z_loss_coef": 0.0})
     got, _ = gradients(config, ROWS[:1])
-    monkeypatch.setattr(experts, "expert_layer", plain_expert_layer)
+    monkeypatch.setattr(dense_masked, "expert_layer", plain_expert_layer)
     expected, _ = gradients(config, ROWS[:1])
     compared = got if config.router.objective == "task" else experts_of(got)
     for name, gradient in compared.items():
@@ -217,7 +217,7 @@ def test_the_backbone_never_changes_and_the_experts_do(objective, dtype):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_checkpointing_layers_changes_no_bit(config, family):
     plain = train(config, 3, family)
-    recomputed = train(change(config, train={"gradient_checkpointing": True}), 3, family)
+    recomputed = train(change(config, train={"checkpointing": "layer"}), 3, family)
     assert_same_bits(plain.parameters(), recomputed.parameters())
     for one, other in zip(plain.results, recomputed.results, strict=True):
         assert one.loss == other.loss
@@ -245,7 +245,7 @@ def test_shared_and_separate_teachers_teach_the_same(dtype):
 
 @pytest.mark.parametrize("smk", [{}, {"surprise": "gain", "direction": "max"}])
 def test_two_rows_teach_as_one_row_of_the_same_documents(smk):
-    config = change(CONFIG, smk=smk)
+    config = change(CONFIG, smk=smk, train={"expert_path": "dense"})
     first, second = make_documents((11, 21)), make_documents((7, 5, 20), seed=1)
     halves = [build_row(docs, row_tokens=32, pad_token_id=0) for docs in (first, second)]
     whole = build_row([*first, *second], row_tokens=64, pad_token_id=0)

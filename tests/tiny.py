@@ -179,5 +179,5 @@ CONFIG = change(
     },
     data={"row_tokens": 32},
     optim={"expert_lr": 3e-3, "gate_lr": 3e-3},
-    train={"device": "cpu", "compile": False, "gradient_checkpointing": False},
+    train={"device": "cpu", "compile": False, "checkpointing": "none"},
 )

@@ -87,7 +87,9 @@ class Plan:
         from rich.console import Console
 
         from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, plan, render
+        from tiny_onn.teacher import quiet_transformers
 
+        quiet_transformers()
         planned = plan(
             config,
             config.teacher.path,
@@ -123,12 +125,18 @@ class Distill:
     """Run folder."""
     resume: bool = False
     """Go on with the run in --out, with its own settings if none are given."""
+    profile: bool = False
+    """Run six steps, show where the time of the last three goes, and end without a checkpoint."""
 
     def __call__(self) -> None:
         """Run the verb."""
         named = self.run is not None or self.preset is not None
         if self.resume and self.out is None:
             raise UserError("--resume: got no --out, expected the folder of the run; add --out")
+        if self.resume and self.profile:
+            raise UserError(
+                "--profile: got --resume, expected a new run folder; leave out --resume"
+            )
         if not named and (self.overrides or not self.resume):
             raise UserError(
                 "distill: got neither RUN.toml nor --preset, expected one; try --preset demo, or"
@@ -141,10 +149,15 @@ class Distill:
 
             assert self.out is not None
             config = read_run_config(self.out)
-        from tiny_onn.train import run_distill
-
         name = self.run.stem if self.run is not None else str(self.preset)
         out = _default_out(name) if self.out is None else self.out
+        if self.profile:
+            from tiny_onn.profile import run_profile
+
+            run_profile(config, out=out, argv=sys.argv)
+            return
+        from tiny_onn.train import run_distill
+
         result = run_distill(config, out=out, resume=self.resume, argv=sys.argv)
         if result.interrupted:
             raise KeyboardInterrupt

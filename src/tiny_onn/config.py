@@ -14,6 +14,8 @@ Objective = Literal["smk", "task", "none"]
 ExpertInit = Literal["random", "slices", "importance"]
 GateInit = Literal["random", "zeros", "ridge"]
 DType = Literal["float32", "bfloat16"]
+ExpertPath = Literal["auto", "dense", "grouped"]
+Checkpointing = Literal["none", "layer", "selective", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,8 +110,9 @@ class LossConfig:
     """Both distributions are softened by it; the loss is multiplied by its square."""
     jsd_beta: float = 0.5
     """Weight of the teacher in the mixture of `jsd`, in (0, 1)."""
-    chunk_tokens: int = 512
-    """Tokens whose logits exist at once."""
+    chunk_tokens: int = 0
+    """Tokens whose logits exist at once. 0: chosen when the run starts, 512 on a CPU, on a GPU from
+    its free memory; the number is in every step's record, and setting it repeats that run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +185,17 @@ class TrainConfig:
     """`auto` (cuda if there is one, else cpu), `cpu`, `cuda` or `cuda:N`."""
     compile: bool = True
     """Fuse the expert layer's elementwise regions with torch.compile."""
-    gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    expert_path: ExpertPath = "auto"
+    """How an expert layer computes. `dense`: every expert on every token, masked; `grouped`: each
+    expert on its own tokens, faster at low k, but blind to inactive experts; `auto`: the faster one
+    as measured on this kind of device, `dense` where inactive experts are needed."""
+    checkpointing: Checkpointing = "layer"
+    """What the backward pass computes again instead of keeping it. `none`: nothing; `layer`: each
+    layer, from its kept input; `selective`: as `layer`, but attention's outputs are kept;
+    `offload`: as `layer`, with the inputs in host memory (on a CPU the same as `layer`)."""
+    ffn_chunk_tokens: int = 0
+    """Tokens that an expert layer processes at once, so that its working memory does not grow with
+    the row; its hidden activations are then computed again in the backward pass. 0: the row."""
     eval_every_tokens: int = 65_536
     """Training tokens between evaluations on held-out text. 0: only at the start and the end."""
     save_every_tokens: int = 65_536

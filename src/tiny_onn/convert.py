@@ -168,11 +168,20 @@ def all_experts_on(banks: Sequence[ExpertBank]) -> Iterator[None]:
 def identity_gap(
     student: TinyOnnForCausalLM, dense: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]
 ) -> float:
-    """Largest absolute difference of the dense logits and the student's with all experts on."""
-    expected = dense(input_ids=input_ids, use_cache=False).logits
-    with all_experts_on(student.banks()):
-        got = student(input_ids=input_ids, use_cache=False).logits
-    return (got.float() - expected.float()).abs().max().item()
+    """Largest absolute difference of the dense logits and the student's with all experts on.
+
+    Both are computed in float32, whatever they are stored in: in bfloat16 the two ways of adding up
+    the same MLP differ by rounding alone, which says nothing about the conversion. Memory: the
+    dense model once more, in float32, for the time of the call.
+    """
+    wide = copy.deepcopy(dense).float()
+    twin = share_backbone(wide, student.config)
+    for bank, own in zip(twin.banks(), student.banks(), strict=True):
+        bank.load_state_dict(own.state_dict(), assign=True)
+    expected = wide(input_ids=input_ids, use_cache=False).logits
+    with all_experts_on(twin.banks()):
+        got = twin(input_ids=input_ids, use_cache=False).logits
+    return (got - expected).abs().max().item()
 
 
 @torch.no_grad()

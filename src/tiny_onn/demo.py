@@ -13,14 +13,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
-from tiny_onn.config import RunConfig
-from tiny_onn.convert import backbone_hash, identity_gap, verify_head
-from tiny_onn.data import check_vocabulary, held_out_rows
+from tiny_onn.data import check_vocabulary
 from tiny_onn.evaluate import Evaluation
-from tiny_onn.packing import PackedRow
-from tiny_onn.prepare import Prepared, calibration_rows, make_student, with_router
+from tiny_onn.prepare import (
+    Conversion,
+    Prepared,
+    calibration_rows,
+    check_conversion,
+    make_student,
+    with_router,
+)
 from tiny_onn.run_folder import write_json
 from tiny_onn.settings import load_config
 from tiny_onn.teacher import load_dense, pick_device, quiet_transformers, teacher_for
@@ -41,32 +44,26 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         UserError: bad settings, or no place to write.
     """
     quiet_transformers()
-    console = Console(stderr=True)
     started = time.perf_counter()
     config = load_config(None, "demo", overrides)
     device = pick_device(config.train.device)
     dense, tokenizer = load_dense(config.teacher, device)
     check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
     teacher = teacher_for(dense, config.teacher)
-    console.print(
-        f"Teacher: {config.teacher.path}, {dense.num_parameters() / 1e6:.1f} M parameters, "
-        f"{dense.config.num_hidden_layers} layers, on {device}",
-        highlight=False,
-    )
     rows = calibration_rows(config, tokenizer, device)
     arms = {"Tiny-ONN student": config} | {
         name: with_router(config, selection=selection, objective="none")
         for name, selection in CONTROLS
     }
     results: dict[str, RunResult] = {}
+    conversion: Conversion | None = None
     for number, (name, arm) in enumerate(arms.items(), start=1):
+        student = make_student(arm, dense, rows)
+        # All arms start from the same experts: one check holds for all.
+        conversion = conversion or check_conversion(config, student, dense, tokenizer)
         prepared = Prepared(
-            teacher=teacher,
-            student=make_student(arm, dense, rows),
-            tokenizer=tokenizer,
+            teacher=teacher, student=student, tokenizer=tokenizer, conversion=conversion
         )
-        if number == 1:
-            _report_conversion(console, dense, prepared, config)
         results[name] = run_distill(
             arm,
             out=out / name.replace(" ", "-").lower(),
@@ -94,31 +91,6 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         highlight=False,
     )
     return json.loads(json.dumps(summary))
-
-
-def _report_conversion(
-    console: Console, dense: PreTrainedModel, prepared: Prepared, config: RunConfig
-) -> None:
-    sample = _sample_rows(prepared, config)[0].input_ids[:, :128].to(dense.device)
-    for network in (dense, prepared.student):
-        network.set_attn_implementation("sdpa")
-    gap = identity_gap(prepared.student, dense, sample)
-    verify_head(dense, sample)
-    for network in (dense, prepared.student):
-        network.set_attn_implementation("tiny_onn_documents")
-    same = backbone_hash(dense) == backbone_hash(prepared.student)
-    shape = prepared.student.config
-    console.print(
-        f"Student: {len(prepared.student.banks())} x {shape.num_experts} experts of "
-        f"{shape.expert_dim} neurons; all experts on: logits within {gap:.3g} of the teacher's; "
-        f"backbone {'identical (SHA-256)' if same else 'DIFFERS'}",
-        highlight=False,
-    )
-
-
-def _sample_rows(prepared: Prepared, config: RunConfig) -> list[PackedRow]:
-    tokens = config.data.row_tokens
-    return held_out_rows(config.data, prepared.tokenizer, tokens, tokens)
 
 
 def comparison(results: dict[str, RunResult]) -> Table:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import DataConfig, LossConfig
 from tiny_onn.data import held_out_rows, read_documents
@@ -61,6 +62,7 @@ def evaluate(
     sums = torch.zeros(4, device=device, dtype=torch.float64)
     num_tokens = torch.zeros((), device=device, dtype=torch.int64)
     score_pairs = 0
+    chunk_tokens = loss_chunk_tokens(loss, head_of(student).weight)
     with inference_mode_of(student):
         for row in (row.to(device) for row in rows):
             kwargs = packed_kwargs(row)
@@ -73,7 +75,7 @@ def evaluate(
                 divergence="forward_kl",
                 temperature=1.0,
                 jsd_beta=loss.jsd_beta,
-                chunk_tokens=loss.chunk_tokens,
+                chunk_tokens=chunk_tokens,
             )
             stats.add(banks, row.router_mask[0])
             mask_T = row.loss_mask[0]

@@ -3,12 +3,16 @@
 Legend: B batch, T tokens, D hidden, E experts, I expert width, F = E * I neurons.
 """
 
+from functools import partial
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tiny_onn.ops.dense_masked import SmkStep, expert_layer
+from tiny_onn.ops import dense_masked, grouped
+from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import Router, Routing, RoutingRule
 
 
@@ -25,7 +29,11 @@ class ExpertBank(nn.Module):
         smk: how the router is taught in the backward pass; None: it is not.
         coupled: whether the router's input and weights carry the main loss' gradient.
         compiled: whether the elementwise regions are compiled.
-        routing: the last call's routing, with its graph.
+        path: every expert on every token, masked, or each expert on its own tokens.
+        chunk_tokens: tokens processed at once; 0: all.
+        recording: whether calls leave their routing behind. Off while a backward pass runs: what
+            it recomputes would keep a graph, and so the layer's activations, alive.
+        routing: the last recorded call's routing, with its graph only if coupled.
     """
 
     def __init__(
@@ -40,6 +48,9 @@ class ExpertBank(nn.Module):
         self.smk: SmkStep | None = None
         self.coupled = False
         self.compiled = False
+        self.path: Literal["dense", "grouped"] = "dense"
+        self.chunk_tokens = 0
+        self.recording = True
         self.routing: Routing | None = None
 
     @torch.no_grad()
@@ -54,8 +65,12 @@ class ExpertBank(nn.Module):
         """The routed sum of the active experts' outputs."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.router(x_TD if self.coupled else x_TD.detach())
-        self.routing = routing
-        y_TD = expert_layer(
+        if self.recording:
+            self.routing = routing if self.coupled else routing.detach()
+        layer = grouped.expert_layer
+        if self.path == "dense":
+            layer = partial(dense_masked.expert_layer, chunk_tokens=self.chunk_tokens)
+        y_TD = layer(
             x_TD,
             self.gate_up_proj,
             self.down_proj,

@@ -50,7 +50,9 @@ def run_generate(
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         **sampling,
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
 
 
 def _load(model: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
@@ -50,7 +51,7 @@ def load_student(name: str, device: torch.device) -> LoadedStudent:
     try:
         student = TinyOnnForCausalLM.from_pretrained(student_folder)
         tokenizer = AutoTokenizer.from_pretrained(student_folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"MODEL: got {student_folder}, expected config.json, model.safetensors and "
@@ -64,9 +65,8 @@ def load_student(name: str, device: torch.device) -> LoadedStudent:
         )
         config = replace(config, teacher=teacher)
     student.requires_grad_(False)
-    return LoadedStudent(
-        student=student.to(device).train(False), tokenizer=tokenizer, config=config
-    )
+    student.to(device)  # pyright: ignore[reportArgumentType] - transformers hides Module.to
+    return LoadedStudent(student=student.train(False), tokenizer=tokenizer, config=config)
 
 
 def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedModel:

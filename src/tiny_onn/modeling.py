@@ -5,12 +5,10 @@ replaced by an `ExpertBank`. Saving, loading, generation and caches are transfor
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -22,7 +20,6 @@ from transformers import (
     initialization,
 )
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tiny_onn.config import Selection, Weighting
@@ -297,21 +294,6 @@ def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, **kwargs: obje
     backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
     output = backbone.base_model(input_ids=input_ids, use_cache=False, **kwargs)
     return output.last_hidden_state
-
-
-def checkpoint_layers(student: TinyOnnForCausalLM) -> None:
-    """Recompute each decoder layer in the backward pass instead of keeping its activations.
-
-    Raises:
-        UserError: the backbone's layers do not support it.
-    """
-    # By hand: the model's own method has one name up to transformers 5.22 and another after it.
-    recompute = partial(checkpoint, use_reentrant=False)
-    for layer in decoder_layers(student.backbone):
-        if not isinstance(layer, GradientCheckpointingLayer):
-            raise _unsupported(student.backbone, "its layers do not support gradient checkpointing")
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = recompute  # pyright: ignore[reportArgumentType]
 
 
 def _unsupported(model: PreTrainedModel, reason: str) -> UserError:

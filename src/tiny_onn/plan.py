@@ -36,7 +36,7 @@ EFFICIENCY = 0.3
 DOCUMENT_TOKENS = 2048
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class CardLine:
     """One number of the model card beside the same number counted here."""
 
@@ -202,7 +202,7 @@ def plan(
         token=token,
         whole_rows=step_flops(config, sizes, token, packed=False),
         packed=step_flops(config, sizes, token, packed=True),
-        moments=tuple(moments(config, sizes, parameters, device.type)),
+        moments=tuple(moments(config, sizes, parameters, device.type, device.memory_bytes)),
     )
 
 
@@ -230,10 +230,7 @@ def card_lines(plan: Plan) -> list[CardLine]:
         ("MLP FLOPs saved", "49.92 %", "3.2", f"{100 * t.ffn_saved:.2f} %", no_gate),
         ("all matmul FLOPs saved", "-", "-", f"{100 * t.model_saved:.2f} %", "not on the card"),
     )
-    names = [item.name for item in fields(CardLine)]
-    order = ("quantity", "card", "section", "true", "why")
-    assert sorted(order) == sorted(names)
-    return [CardLine(**dict(zip(order, row, strict=True))) for row in rows]
+    return [CardLine(*row) for row in rows]
 
 
 def millions(number: int | float) -> str:

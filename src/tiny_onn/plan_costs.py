@@ -277,7 +277,11 @@ def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bo
         - 4 * sizes.hidden * sizes.neurons
         + router
     )
-    recompute = tokens * student if config.train.gradient_checkpointing else 0
+    kept = scores if config.train.checkpointing == "selective" else 0
+    recompute = 0 if config.train.checkpointing == "none" else tokens * (student - kept)
+    if config.train.ffn_chunk_tokens:
+        # The pre-activations: two of the three projections.
+        recompute += tokens * token.ffn_dense * 2 // 3
     return StepFlops(
         student_forward=float(tokens * student),
         recompute=float(recompute),

@@ -20,6 +20,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Literal
 
+from tiny_onn.activations import auto_chunk_tokens
 from tiny_onn.attention import _VARLEN_OPTIONS
 from tiny_onn.config import RunConfig
 from tiny_onn.losses import _CPU_TILE_BYTES, _GPU_TILE_BYTES
@@ -59,23 +60,19 @@ def nf4_bytes(shape: tuple[int, ...], *, double_quant: bool) -> int:
     return -(-size // 2) + scales
 
 
-def teacher_bytes(config: RunConfig, sizes: Sizes, parameters: Parameters) -> Counter[str]:
+def weight_bytes(config: RunConfig, sizes: Sizes, parameters: Parameters) -> Counter[str]:
     """Weights that never change: the student's backbone, and what the teacher has beside it."""
-    b = _BYTES[config.teacher.dtype]
-    nf4, double = _quantization(config)
-    mlps = b * parameters.dense_mlps
-    if nf4:
-        mlp = nf4_bytes((sizes.neurons, sizes.hidden), double_quant=double)
-        mlps = 3 * sizes.layers * mlp
-    weights = Counter({"backbone weights": b * parameters.backbone, "teacher's MLPs": mlps})
-    if config.teacher.placement == "shared":
-        return weights
-    rest = b * (parameters.backbone - parameters.attention)
-    attention = b * parameters.attention
-    if nf4:
-        shapes = parameters.attention_linear_layers
-        attention = sizes.layers * sum(nf4_bytes(s, double_quant=double) for s in shapes)
-    weights["teacher's own backbone"] = rest + attention
+    b, teacher = _BYTES[config.teacher.dtype], config.teacher
+    weights = Counter({"backbone weights": b * parameters.backbone})
+    if teacher.quantization == "nf4":
+        # A separate teacher's attention is quantised too; embeddings and norms stay shared.
+        mlp = 3 * nf4_bytes((sizes.neurons, sizes.hidden), double_quant=teacher.double_quant)
+        shapes = parameters.attention_linear_layers if teacher.placement == "separate" else ()
+        attention = sum(nf4_bytes(shape, double_quant=teacher.double_quant) for shape in shapes)
+        weights["teacher's weights"] = sizes.layers * (mlp + attention)
+    else:
+        own = parameters.backbone if teacher.placement == "separate" else 0
+        weights["teacher's weights"] = b * (parameters.dense_mlps + own)
     return weights
 
 
@@ -83,8 +80,14 @@ class _Step:
     """The sizes of one step's tensors: a row of `T` tokens on a device."""
 
     def __init__(
-        self, config: RunConfig, sizes: Sizes, parameters: Parameters, device: DeviceType
+        self,
+        config: RunConfig,
+        sizes: Sizes,
+        parameters: Parameters,
+        device: DeviceType,
+        memory_bytes: int,
     ) -> None:
+        self.memory_bytes = memory_bytes
         self.config, self.sizes, self.parameters, self.device = config, sizes, parameters, device
         self.T = config.data.row_tokens
         self.b = _BYTES[config.teacher.dtype]
@@ -92,6 +95,10 @@ class _Step:
         self.wide = 4 if self.b != 4 else 0
         self.D, self.F, self.E, self.L = sizes.hidden, sizes.neurons, sizes.experts, sizes.layers
         self.TD, self.TF, self.TE = self.T * self.D, self.T * self.F, self.T * self.E
+        # Tokens that an expert layer processes at once.
+        self.C = min(config.train.ffn_chunk_tokens or self.T, self.T)
+        self.CF = self.C * self.F
+        self.chunked = config.train.ffn_chunk_tokens > 0
         self.gates_learn = config.router.objective != "none"
         self.layer_gradients = self.m * 3 * self.F * self.D
 
@@ -101,7 +108,7 @@ class _Step:
         name, p = self.config.optim.name, self.parameters
         paged = name == "paged_adamw8bit" and self.device == "cuda"
         state = 0 if paged else state_bytes(name, (2, E, I, D)) + state_bytes(name, (E, I, D))
-        parts = teacher_bytes(self.config, self.sizes, p)
+        parts = weight_bytes(self.config, self.sizes, p)
         parts["expert weights to train"] = self.m * p.experts
         parts["gates"] = 4 * p.gates
         parts["optimizer state"] = L * state + (8 * p.gates if self.gates_learn else 0)
@@ -122,50 +129,45 @@ class _Step:
     def ffn_saved(self) -> int:
         """What one layer's experts and gate keep for their backward pass."""
         router = (self.wide * self.TD + 4 * self.TE) if self.gates_learn else 0
-        return self.b * self.TD + 2 * self.b * self.TF + router
+        pre = 0 if self.chunked else 2 * self.b * self.TF
+        return self.b * self.TD + pre + router
 
-    def routing(self, layers_done: int) -> int:
-        """Each bank's last routing: logits, scores, weights, active.
-
-        After a layer's backward pass, with the graph of its recomputation: the gate's input in
-        float32 and the probabilities.
-        """
-        graph = (4 * self.TD + 4 * self.TE) if self.gates_learn else 0
-        if not self.config.train.gradient_checkpointing:
-            graph = 0
-        return self.L * 13 * self.TE + layers_done * graph
+    def routing(self) -> int:
+        """Each bank's last routing: logits, scores, weights, active."""
+        return self.L * 13 * self.TE
 
     def region(self) -> int:
         """The expert layer's elementwise backward region at its largest, pre-activations aside."""
         if self.config.train.compile:
-            outputs = 3 * self.b * self.TF + 12 * self.TE
+            outputs = 3 * self.b * self.CF + 12 * self.TE
             # Inductor's CPU code (torch 2.13) writes out the activation's value and slope, and
             # stacks the routed gradients in float32 before it rounds them. CUDA: outputs alone.
             buffers = 8 + (8 if self.b == 2 else 0)
-            return outputs + (buffers * self.TF if self.device == "cpu" else 0)
+            return outputs + (buffers * self.CF if self.device == "cpu" else 0)
         # In float32: value, slope, hidden, its two gradients, and the squares and their sum; beside
         # them copies of gate, up and gradient and the outputs in bfloat16, or the outputs alone.
-        return (44 + (6 if self.b == 2 else 0)) * self.TF
+        return (44 + (6 if self.b == 2 else 0)) * self.CF
 
     def weight_gradients(self) -> int:
         """Around the weights' gradients: casts of weights, products, the gradients themselves."""
         FD, cast = self.F * self.D, self.b if self.b != self.m else 0
+        if self.chunked:
+            # Sums in float32, and the product of a chunk.
+            return (12 + 3 * cast + 2 * self.b) * FD
         return max(2 * cast * FD, (2 * self.m + 2 * cast) * FD, (3 * self.m + cast) * FD)
 
     def surprise(self) -> int:
         """Transient memory of surprise, before its (T, E) result."""
-        squares = self.wide * self.TD + 4 * self.TD
-        pre = 2 * self.wide * self.TF
+        squares = (self.wide + 4) * self.C * self.D
+        pre = 2 * self.wide * self.CF
         kind = self.config.smk.surprise
         if self.config.router.objective != "smk":
             return 0
-        if kind in ("gain", "output"):
-            return squares
         if kind == "magnitude":
-            return max(squares, pre + 12 * self.TF)
+            return max(squares, pre + 12 * self.CF)
         if kind == "input":
-            return max(squares, pre + self.wide * self.TF + 32 * self.TF)
-        return max(squares, pre)
+            return max(squares, pre + self.wide * self.CF + 32 * self.CF)
+        return squares
 
     def attention_backward(self) -> int:
         """Transient gradients at one layer's queries, keys, values, attention output and norms."""
@@ -174,7 +176,14 @@ class _Step:
     def saved(self, layer: int) -> int:
         """Activations that wait for the backward pass of layers up to this one, itself included."""
         inputs = (layer + 1) * self.b * self.TD
-        if self.config.train.gradient_checkpointing:
+        mode = self.config.train.checkpointing
+        if mode == "offload" and self.device == "cuda":
+            return self.b * self.TD
+        if mode == "selective":
+            # Attention's output and log-sum-exp.
+            kept = self.b * self.T * self.sizes.query + 4 * self.T * self.sizes.heads
+            return inputs + (layer + 1) * kept
+        if mode != "none":
             return inputs
         attention = layer * self.attention_saved()
         return self.b * self.TD + attention + (layer + 1) * self.ffn_saved()
@@ -189,16 +198,17 @@ class _Step:
         common["hidden states of student and teacher"] = 2 * self.b * self.TD
         common["positions"] = 2 * self.b * self.T * self.sizes.head_dim
         common["gradients"] = later * self.layer_gradients
-        common["routing"] = self.routing(self.L - 1 - layer)
-        recomputed = self.config.train.gradient_checkpointing
+        common["routing"] = self.routing()
+        recomputed = self.config.train.checkpointing != "none"
         # Nothing before layer 0's experts learns, so its attention keeps nothing.
         attention = self.attention_saved() if recomputed and layer else 0
         ffn = self.ffn_saved() if recomputed else 0
         common["one layer's attention"] = attention
         incoming = self.b * self.TD
-        experts = ffn + incoming + self.b * self.TF
+        pre = 2 * self.b * self.CF if self.chunked else 0
+        experts = ffn + incoming + pre + self.b * self.CF
         name = f"backward of layer {layer}"
-        outputs = 3 * self.b * self.TF + 12 * self.TE
+        outputs = 3 * self.b * self.CF + 12 * self.TE
         yield _moment(
             f"{name}: elementwise", common, {"one layer's experts": experts + self.region()}
         )
@@ -226,7 +236,13 @@ class _Step:
 
     def loss(self) -> Moment:
         """Logits of one chunk, tiles, and the gradient at the student's hidden states."""
-        V, chunk = self.sizes.vocab, min(self.config.loss.chunk_tokens, self.T)
+        V, free_bytes = self.sizes.vocab, None
+        if self.device == "cuda":
+            # Asked before the first step makes the optimizer's state.
+            weights = self.resident() - Counter({"optimizer state": 1 << 62})
+            free_bytes = max(0, self.memory_bytes - RUNTIME_BYTES["cuda"] - weights.total())
+        automatic = auto_chunk_tokens(V, self.b, free_bytes)
+        chunk = min(self.config.loss.chunk_tokens or automatic, self.T)
         tile = _CPU_TILE_BYTES if self.device == "cpu" else _GPU_TILE_BYTES
         tile_rows = min(chunk, max(1, tile // (4 * V)))
         parts = self.resident()
@@ -234,7 +250,7 @@ class _Step:
         parts["saved activations"] = self.saved(self.L - 1) + 4 * self.TD
         parts["hidden states of student and teacher"] = 2 * self.b * self.TD
         parts["positions"] = 2 * self.b * self.T * self.sizes.head_dim
-        parts["routing"] = self.routing(0)
+        parts["routing"] = self.routing()
         parts["loss buffers"] = self.b * (2 * chunk * V + self.TD) + 4 * 4 * tile_rows * V
         if self.config.train.rows_per_step > 1:
             parts["gradients"] = self.L * self.layer_gradients
@@ -245,12 +261,14 @@ class _Step:
         T, q, kv = self.T, self.sizes.query, self.sizes.key_value
         parts = self.resident()
         attention = self.b * T * (3 * q + 2 * kv) + self.wide * T * q
-        cast = self.b * self.F * self.D if _quantization(self.config)[0] else 0
+        # An NF4 weight is unpacked for its product.
+        quantised = self.config.teacher.quantization != "none"
+        cast = self.b * self.F * self.D if quantised else 0
         parts["one layer of the teacher"] = 2 * self.b * self.TD + max(
             3 * self.b * self.TF + cast, attention
         )
         # The last row's recomputed graphs live until the student's forward pass.
-        parts["routing"] = self.routing(self.L)
+        parts["routing"] = self.routing()
         if self.config.train.rows_per_step > 1:
             parts["gradients"] = self.L * self.layer_gradients
         return _moment("teacher's forward", parts, {})
@@ -259,17 +277,21 @@ class _Step:
         """The optimizer's step, with all gradients."""
         parts = self.resident()
         parts["gradients"] = self.L * self.layer_gradients + 4 * self.parameters.gates
-        parts["routing"] = self.routing(self.L)
+        parts["routing"] = self.routing()
         # Stochastic rounding: float32 copies of one tensor and of its gradient, and random bits.
         largest = 2 * self.F * self.D
         return _moment("update", parts, {"rounding": 12 * largest if self.m == 2 else 0})
 
 
 def moments(
-    config: RunConfig, sizes: Sizes, parameters: Parameters, device: DeviceType
+    config: RunConfig,
+    sizes: Sizes,
+    parameters: Parameters,
+    device: DeviceType,
+    memory_bytes: int,
 ) -> list[Moment]:
     """The moments of a step among which the peak is, in order."""
-    step = _Step(config, sizes, parameters, device)
+    step = _Step(config, sizes, parameters, device, memory_bytes)
     backward = [m for layer in reversed(range(sizes.layers)) for m in step.backward(layer)]
     return [step.teacher(), step.loss(), *backward, step.update()]
 
@@ -277,9 +299,3 @@ def moments(
 def _moment(name: str, common: Counter[str], parts: dict[str, int]) -> Moment:
     total = common + Counter(parts)
     return Moment(name, dict(total))
-
-
-def _quantization(config: RunConfig) -> tuple[bool, bool]:
-    """Whether the teacher is in NF4, and whether its scales are quantised too."""
-    name = getattr(config.teacher, "quantization", "none")
-    return name == "nf4", bool(getattr(config.teacher, "double_quant", False))

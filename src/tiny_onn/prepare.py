@@ -9,12 +9,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.calibrate import fit_gates, importance_order, neuron_importance, settle_budgets
 from tiny_onn.config import RunConfig
-from tiny_onn.convert import convert
-from tiny_onn.data import TokenStream, check_vocabulary
+from tiny_onn.convert import backbone_hash, convert, identity_gap, verify_head
+from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
 from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.ops.crossover import PathChoice, choose_path
 from tiny_onn.packing import PackedRow
 from tiny_onn.teacher import load_dense, pick_device, teacher_for
+
+# Tokens on which a conversion is checked.
+CHECKED_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """What a conversion was checked to be."""
+
+    logit_gap: float | None
+    """Largest difference to the teacher's logits with all experts on, in float32; None for experts
+    that do not come from the teacher."""
+    head_gap: float
+    """Largest difference between the teacher's logits and those our loss computes from its hidden
+    states, in its own number format."""
+    backbone_sha256: str
+    """Of every tensor outside the MLPs, equal in teacher and student."""
+    expert_path: PathChoice
+    """How the expert layers compute, and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +44,7 @@ class Prepared:
     teacher: PreTrainedModel
     student: TinyOnnForCausalLM
     tokenizer: PreTrainedTokenizerBase
+    conversion: Conversion
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -36,10 +57,37 @@ def prepare(config: RunConfig) -> Prepared:
     dense, tokenizer = load_dense(config.teacher, device)
     check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
     student = make_student(config, dense, calibration_rows(config, tokenizer, device))
+    conversion = check_conversion(config, student, dense, tokenizer)
     return Prepared(
         teacher=teacher_for(dense, config.teacher),
         student=student,
         tokenizer=tokenizer,
+        conversion=conversion,
+    )
+
+
+def check_conversion(
+    config: RunConfig,
+    student: TinyOnnForCausalLM,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Conversion:
+    """Hold a fresh student against its teacher on a little held-out text.
+
+    Raises:
+        UserError: the family's output head is not supported.
+    """
+    rows = held_out_rows(config.data, tokenizer, config.data.row_tokens, config.data.row_tokens)
+    sample = rows[0].input_ids[:, :CHECKED_TOKENS].to(dense.device)
+    head_gap = verify_head(dense, sample)
+    own, theirs = backbone_hash(student), backbone_hash(dense)
+    assert own == theirs
+    exact = config.experts.init != "random"
+    return Conversion(
+        logit_gap=identity_gap(student, dense, sample) if exact else None,
+        head_gap=head_gap,
+        backbone_sha256=own,
+        expert_path=choose_path(config, dense.device.type),
     )
 
 
@@ -91,27 +139,20 @@ def make_student(
     banks = student.banks()
     selection = config.router.selection
     if selection == "static" or (config.experts.gate_init == "ridge" and selection != "random"):
-        fit_gates(dense, banks, rows)
-    if selection == "static":
-        make_static(banks)
+        fit_gates(dense, banks, rows, static=selection == "static")
     if selection == "budget":
         settle_budgets(dense, banks, rows)
     set_objective(banks, config)
     return student
 
 
-@torch.no_grad()
-def make_static(banks: Sequence[ExpertBank]) -> None:
-    """The static control: keep of each fitted gate only its bias, one choice for every token."""
-    for bank in banks:
-        bank.router.weight.zero_()
-
-
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
-    """Tell each bank how its gate learns: coupled to the main loss, by SMK alone, or not at all."""
+    """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
     for bank in banks:
         bank.coupled = config.router.objective == "task"
         bank.compiled = config.train.compile
+        bank.chunk_tokens = config.train.ffn_chunk_tokens
+        bank.path = choose_path(config, bank.down_proj.device.type).path
         bank.requires_grad_(True)
         bank.router.requires_grad_(config.router.objective != "none")
 

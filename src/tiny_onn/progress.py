@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tiny_onn.evaluate import Evaluation
+from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.prepare import Conversion
 
 
 class RunProgress:
@@ -46,6 +48,24 @@ class RunProgress:
         self._progress.stop()
 
 
+def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Conversion) -> None:
+    """One line on what was converted and how exactly."""
+    shape = student.config
+    exact = (
+        "experts are random"
+        if conversion.logit_gap is None
+        else f"all experts on, logits are within {conversion.logit_gap:.1e} of the teacher's"
+        " (float32)"
+    )
+    Console(stderr=True).print(
+        f"{title}: {len(student.banks())} layers x {shape.num_experts} experts x "
+        f"{shape.expert_dim} neurons; {exact}; backbone SHA-256 "
+        f"{conversion.backbone_sha256[:12]} in both",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def show_evaluation(title: str, tokens: int, result: Evaluation) -> None:
     """One line on an evaluation."""
     Console(stderr=True).print(
@@ -53,4 +73,5 @@ def show_evaluation(title: str, tokens: int, result: Evaluation) -> None:
         f"agreement {result.top1_agreement:.1%}  perplexity {result.student_perplexity:.2f} "
         f"(teacher {result.teacher_perplexity:.2f})  k {result.mean_k:.2f}",
         highlight=False,
+        soft_wrap=True,
     )

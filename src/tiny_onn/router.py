@@ -44,6 +44,15 @@ class Routing:
     weights: Float[Tensor, "tokens experts"]
     """0 where inactive, the graph of the weighting elsewhere."""
 
+    def detach(self) -> "Routing":
+        """The same routing without its graph."""
+        return Routing(
+            router_logits=self.router_logits.detach(),
+            scores=self.scores,
+            active=self.active,
+            weights=self.weights.detach(),
+        )
+
 
 class Router(nn.Module):
     """The gate of one layer: a linear map to one logit per expert, and the budget's threshold.

@@ -22,20 +22,22 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from tiny_onn import config as config_module
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
+from tiny_onn.ops.crossover import check_path
 
 # What to expect, the check, and the settings it holds for.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "an integer >= 1",
         lambda value: value >= 1,
-        "experts.num_experts experts.calibration_tokens loss.chunk_tokens data.eval_tokens"
+        "experts.num_experts experts.calibration_tokens data.eval_tokens"
         " train.tokens train.rows_per_step train.log_every_steps",
     ),
-    ("an integer >= 2", lambda value: value >= 2, "data.row_tokens"),
+    ("an integer >= 3", lambda value: value >= 3, "data.row_tokens"),
     (
         "an integer >= 0",
         lambda value: value >= 0,
-        "experts.expert_dim train.eval_every_tokens train.save_every_tokens train.seed",
+        "experts.expert_dim loss.chunk_tokens train.ffn_chunk_tokens train.eval_every_tokens"
+        " train.save_every_tokens train.seed",
     ),
     ("a number >= 1", lambda value: value >= 1, "router.target_k"),
     ("a number > 0", lambda value: value > 0, "loss.temperature optim.eps optim.clip_norm"),
@@ -121,16 +123,13 @@ def validate(config: RunConfig) -> None:
                 )
     check_device(config.train.device, "train.device")
     for prefix in ("optim.", "optim.gate_"):
-        warmup = _get(config, f"{prefix}warmup_fraction")
-        decay = _get(config, f"{prefix}decay_fraction")
-        assert isinstance(warmup, float)
-        assert isinstance(decay, float)
+        warmup, decay = (_get(config, f"{prefix}{part}_fraction") for part in ("warmup", "decay"))
+        assert isinstance(warmup, float) and isinstance(decay, float)
         if warmup + decay > 1:
             raise UserError(
                 f"{prefix}decay_fraction: got {decay} after {prefix}warmup_fraction {warmup},"
                 " expected a sum of at most 1; lower one of them"
             )
-
     router, num_experts = config.router, config.experts.num_experts
     if router.target_k > num_experts:
         raise UserError(
@@ -147,6 +146,7 @@ def validate(config: RunConfig) -> None:
             f'router.objective: got "{router.objective}", expected "none" with router.selection'
             f' = "{router.selection}", which has no gate to train; set router.objective = "none"'
         )
+    check_path(config)
 
 
 def check_device(device: str, name: str) -> None:

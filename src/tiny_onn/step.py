@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
+from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import RunConfig
+from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
-from tiny_onn.ops.dense_masked import SmkStep, SurpriseTally
+from tiny_onn.ops.teaching import SmkStep, SurpriseTally
 from tiny_onn.optim import clip_gradients
 from tiny_onn.packing import PackedRow
 from tiny_onn.router import exact_threshold, load_balancing_loss, z_loss
@@ -36,18 +39,24 @@ class StepResult:
 
 
 class Clock:
-    """Wall time of a step's phases; on a GPU only when asked to, since reading it waits for it."""
+    """Wall time of a step's phases, which are also named ranges of a profiler's trace.
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    On a GPU there is a time only with `wait`: for the GPU, at the end of each phase.
+    """
+
+    def __init__(self, device: torch.device, *, wait: bool = False) -> None:
+        self._cuda, self._wait = device.type == "cuda", wait
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to the phase."""
         start = time.perf_counter()
-        yield
-        if not self._cuda:
+        with record_function(name):
+            yield
+            if self._cuda and self._wait:
+                torch.cuda.synchronize()
+        if self._wait or not self._cuda:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -57,11 +66,15 @@ def distill_step(
     optimizer: torch.optim.Optimizer,
     rows: Sequence[PackedRow],
     config: RunConfig,
+    *,
+    clock: Clock | None = None,
 ) -> StepResult:
     """One update from rows whose gradients are summed: the loss is a mean over all their tokens.
 
     One backward pass a row teaches both systems: experts by the distillation loss, gates by SMK
     (`objective = smk`), by the same loss (`task`), or not at all.
+
+    `clock` adds up the phases' times; None: one that does not wait for a GPU.
     """
     banks = student.banks()
     device = banks[0].gate_up_proj.device
@@ -71,7 +84,8 @@ def distill_step(
     stats = RoutingStats.zeros(banks)
     sums = torch.zeros(3, device=device)
     thresholds = torch.zeros(len(banks), device=device)
-    clock = Clock(device)
+    clock = clock or Clock(device)
+    chunk_tokens = loss_chunk_tokens(config.loss, head_of(student).weight)
     student.train()
     for row in (row.to(device) for row in rows):
         kwargs = packed_kwargs(row)
@@ -84,11 +98,7 @@ def distill_step(
         stats.add(banks, row.router_mask[0])
         if config.router.selection == "budget":
             share = row.router_mask.sum() / router_tokens
-            for layer, bank in enumerate(banks):
-                assert bank.routing is not None
-                thresholds[layer] += share * exact_threshold(
-                    bank.routing.scores, row.router_mask[0], config.router.target_k
-                )
+            thresholds += share * _exact_thresholds(banks, row, config.router.target_k)
         mask_T = row.loss_mask[0]
         with clock.phase("loss"):
             values = distill(
@@ -100,13 +110,18 @@ def distill_step(
                 divergence=config.loss.divergence,
                 temperature=config.loss.temperature,
                 jsd_beta=config.loss.jsd_beta,
-                chunk_tokens=config.loss.chunk_tokens,
+                chunk_tokens=chunk_tokens,
             )
             loss = (values.loss * mask_T).sum() / loss_tokens
             measured = (values.loss.detach(), values.forward_kl, values.agrees)
             sums += torch.stack([(value_T * mask_T).sum() for value_T in measured])
         with clock.phase("backward"):
-            (loss + _router_losses(student, row, config) / len(rows)).backward()
+            total = loss + _router_losses(student, row, config) / len(rows)
+            for bank in banks:
+                bank.recording = False
+            total.backward()
+            for bank in banks:
+                bank.recording, bank.routing = True, None
     with clock.phase("optimizer"):
         expert_norm, gate_norm = clip_gradients(student, config.optim.clip_norm)
         optimizer.step()
@@ -125,6 +140,13 @@ def distill_step(
         tallies=tallies,
         seconds=clock.seconds,
     )
+
+
+def _exact_thresholds(banks: Sequence[ExpertBank], row: PackedRow, target_k: float) -> Tensor:
+    """Each layer's threshold at which the row's counted tokens have `target_k` experts each."""
+    routings = [bank.routing for bank in banks if bank.routing is not None]
+    mask_T = row.router_mask[0]
+    return torch.stack([exact_threshold(r.scores, mask_T, target_k) for r in routings])
 
 
 def _teach_gates(

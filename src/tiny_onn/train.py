@@ -5,22 +5,24 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors import SafetensorError
 
+from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
 from tiny_onn.checkpoint import load_checkpoint, save_checkpoint
 from tiny_onn.config import RunConfig
 from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import Evaluation, evaluate
-from tiny_onn.modeling import checkpoint_layers
+from tiny_onn.modeling import head_of
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import Prepared, prepare, training_rows
-from tiny_onn.progress import RunProgress, show_evaluation
+from tiny_onn.progress import RunProgress, show_conversion, show_evaluation
 from tiny_onn.run_folder import (
     METRICS_NAME,
     MetricsWriter,
@@ -70,6 +72,8 @@ def run_distill(
     quiet_transformers()
     (resume_run_folder if resume else create_run_folder)(out, config, argv=argv)
     prepared = prepared or prepare(config)
+    write_json(out / "conversion.json", asdict(prepared.conversion))
+    show_conversion(title, prepared.student, prepared.conversion)
     run = _Run(config, out, prepared, resume, title)
     return run.loop()
 
@@ -82,8 +86,12 @@ class _Run:
     ) -> None:
         self.config, self.out, self.prepared, self.title = config, out, prepared, title
         self.student, self.teacher = prepared.student, prepared.teacher
-        if config.train.gradient_checkpointing:
-            checkpoint_layers(self.student)
+        checkpoint_layers(self.student, config.train.checkpointing)
+        self._set_loss_chunk(loss_chunk_tokens(config.loss, head_of(self.student).weight))
+        if config.loss.chunk_tokens == 0 and self.student.device.type == "cuda":
+            Console(stderr=True).print(
+                f"{title}: loss.chunk_tokens = {self.config.loss.chunk_tokens}, from free memory"
+            )
         self.optimizer = build_optimizer(self.student, config.optim, seed=config.train.seed)
         self.stream = training_rows(config, prepared.tokenizer)
         self.held_out = held_out_rows(
@@ -121,9 +129,11 @@ class _Run:
                 if self.tokens >= next_save and self.tokens < train.tokens:
                     next_save = self._next(train.save_every_tokens)
                     self._save()
+            # Before the last evaluation, whose record a resumed run writes again.
+            self._save()
             if self.step:
                 after = self._evaluate("end")
-            self._save()
+        self.student.train(False)
         save_student(self.out / "student", self.prepared)
         summary = {
             "before": before.as_dict(),
@@ -174,6 +184,7 @@ class _Run:
             "gate_grad_norm": float(result.gate_grad_norm),
             "lr": [group["lr"] for group in self.optimizer.param_groups],
             "tokens_per_s": step_tokens / seconds,
+            "loss_chunk_tokens": self.config.loss.chunk_tokens,
             "seconds": result.seconds,
             **result.stats.summary(),
         }
@@ -200,6 +211,12 @@ class _Run:
         show_evaluation(self.title, self.tokens, result)
         return result
 
+    def _set_loss_chunk(self, chunk_tokens: int) -> None:
+        """One number for the whole run, resumptions included, however much memory is free then."""
+        self.config = replace(
+            self.config, loss=replace(self.config.loss, chunk_tokens=chunk_tokens)
+        )
+
     def _next(self, every: int) -> int | float:
         return (self.tokens // every + 1) * every if every else math.inf
 
@@ -209,6 +226,7 @@ class _Run:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "metrics_offset": self.metrics.offset,
+            "loss_chunk_tokens": self.config.loss.chunk_tokens,
             "stream": self.stream.state_dict(),
             "before": asdict(self.before) if self.before else None,
         }
@@ -223,6 +241,7 @@ class _Run:
             return
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.metrics_offset = state["metrics_offset"]
+        self._set_loss_chunk(state["loss_chunk_tokens"])
         self.stream.load_state_dict(state["stream"])
         self.before = Evaluation(**state["before"]) if state["before"] else None
 
@@ -236,10 +255,11 @@ def save_student(folder: Path, prepared: Prepared) -> None:
     try:
         prepared.student.save_pretrained(folder)
         prepared.tokenizer.save_pretrained(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{folder}: cannot write the student ({error.strerror or error}), expected free disk "
-            "and permission; the last checkpoint is whole, free some space and use --resume"
+            f"{folder}: cannot write the student ({reason}), expected free disk and permission; "
+            "the last checkpoint is whole, free some space and use --resume"
         ) from error
 
 

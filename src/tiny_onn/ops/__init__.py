@@ -1,1 +1,1 @@
-"""The expert layer's operators: the definition (`reference`), the fast path (`dense_masked`)."""
+"""The expert layer: definition (`reference`), dense path, grouped path, and which when."""

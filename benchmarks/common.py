@@ -1,0 +1,259 @@
+"""What the benchmarks share: timing, peak memory, the record of the machine, and the report.
+
+Functions are timed interleaved (A B B A A B ...), so that a machine that slows down slows all of
+them. Peak memory is what a call adds to what is held before it. Every benchmark ends in one JSON
+line, written to `results/NAME.json` too, and reports no time where its parity check fails.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "liger-kernel", "trl", "tiny-onn")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Quantiles of a function's times, milliseconds."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    repeats: int
+
+
+class Deadline:
+    """A budget of wall time that starts now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> bool:
+        """Whether there is some left."""
+        return time.monotonic() < self._end
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    first = (description or "").partition("\n")[0]
+    options = argparse.ArgumentParser(description=first)
+    options.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    options.add_argument("--smoke", action="store_true", help="a tiny size, to see that it runs")
+    options.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the JSON record; default: benchmarks/results, with --smoke none",
+    )
+    return options
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The machine and the versions that a number belongs to."""
+    device = torch.device(device)
+    record: dict[str, Any] = {
+        "machine": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    return record
+
+
+def measure(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Time every function `repeats` times after `warmup` calls, interleaved."""
+    device = torch.device(device)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(warmup + repeats):
+        names = list(functions)
+        for name in names if number % 2 == 0 else reversed(names):
+            _wait(device)
+            start = time.perf_counter()
+            functions[name]()
+            _wait(device)
+            if number >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _quantiles(values) for name, values in times.items()}
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Memory that one call needs at its peak beyond what is held before it.
+
+    On a GPU: allocated by torch. On a CPU: resident, Linux only; call it in a process started by
+    `in_subprocess`, whose allocator gives freed tensors back at once.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        _wait(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    # 5 resets the peak to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    function()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(key: str) -> int:
+    """`VmRSS` (resident now) or `VmHWM` (its peak) of this process. Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def in_subprocess(script: str, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Run `script --case JSON` in a process of its own; its last line, which is JSON.
+
+    Raises:
+        SystemExit: it failed; with its error output.
+    """
+    # glibc keeps freed blocks below a threshold that grows with use; a fixed one gives tensors back
+    # to the system when they are freed, so that resident memory is what is alive.
+    variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, script, "--case", json.dumps(dict(case))]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{script} {command[-1]} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(name: str, gap: float, limit: float) -> dict[str, float]:
+    """The parity check that stands before every time.
+
+    Raises:
+        SystemExit: the gap is above the limit: nothing is timed.
+    """
+    if not gap <= limit:
+        raise SystemExit(f"{name}: parity gap {gap:.3g} above {limit:.3g}; no time is reported")
+    return {"gap": gap, "limit": limit}
+
+
+def report(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float | None],
+    out: Path | None,
+    **record: Any,
+) -> dict[str, Any]:
+    """Print a table and one JSON line; write the line to `out/NAME.json` if a folder is given.
+
+    Args:
+        name: the benchmark.
+        rows: its lines; the first one's keys are the table's columns.
+        ratios: named ratios to peers of the same run, with what is divided by what in the name.
+        out: folder of the record.
+        record: what else the record holds: settings, parity, environment.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    # By hand, so that a GPU machine needs no more than torch and transformers.
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    for label, value in ratios.items():
+        print(f"{label}: {_cell(value)}")
+    whole = {"benchmark": name, "rows": list(rows), "ratios": dict(ratios), **record}
+    line = json.dumps(whole, default=_plain)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.json").write_text(f"{line}\n", encoding="utf-8")
+    print(line, flush=True)
+    return whole
+
+
+def results_folder(arguments: argparse.Namespace) -> Path | None:
+    """Where the record goes: `--out`, or `results/` unless it is a smoke run."""
+    return arguments.out or (None if arguments.smoke else RESULTS)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the context torch's global generators start from `seed`; restored after it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def relative_gap(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """`|got - expected| / |expected|`, in float64 on the CPU."""
+    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def _quantiles(values: list[float]) -> Timing:
+    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return Timing(p20_ms=p20.item(), p50_ms=p50.item(), p80_ms=p80.item(), repeats=len(values))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: object) -> object:
+    return asdict(value) if isinstance(value, Timing) else str(value)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().splitlines()[0] if path.is_file() else None

@@ -1,0 +1,358 @@
+"""One expert layer, forward and backward with surprise, against a dense MLP and transformers' MoE.
+
+    python benchmarks/expert_layer.py [--device cuda] [--tokens 2048] [--dtype float32 bfloat16]
+        [--k 2 4 8 16 32] [--write-crossover] [--smoke]
+
+Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96. Ours are whole `ExpertBank`s, router
+included, on both paths, taught by the model card's SMK rule. Peers, timed in turns with them:
+transformers' `Qwen3MLP` of the same width, as it is and compiled, and its `Qwen3MoeSparseMoeBlock`
+with each experts implementation that runs here; those make no surprise. Weights are in the compute
+format on all sides.
+
+Parity comes first, at the timed size: with coupled routers both paths give the block's output and
+gradients; both give the same surprise, and that of `ops/reference.py` on some tokens; all experts
+on are the MLP. `--write-crossover` stores the share k / E up to which the grouped path is faster,
+which `train.expert_path = "auto"` reads. Peak memory: with the time on a GPU; on a CPU in a process
+of its own for each k of `MEMORY_KS`, in float32. Ends in one JSON line.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from common import (
+    Timing,
+    check,
+    environment,
+    in_subprocess,
+    measure,
+    parser,
+    peak_bytes,
+    relative_gap,
+    report,
+    results_folder,
+)
+from tiny_onn.experts import ExpertBank
+from tiny_onn.ops import reference
+from tiny_onn.ops.crossover import FILE, crossover_share
+from tiny_onn.ops.teaching import SmkStep
+from tiny_onn.router import RoutingRule
+from tiny_onn.surprise import SmkRule
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Relative norms of differences; bf16 keeps 8 bits, and gradients pass through several roundings.
+LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}
+PATHS = ("dense", "grouped")
+MEMORY_KS = (4, 16)
+CHECKED_TOKENS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One comparison."""
+
+    device: str
+    dtype: str
+    tokens: int
+    hidden: int
+    num_experts: int
+    expert_dim: int
+    k: int
+    compiled: bool
+
+
+class Layers:
+    """All contenders with the same weights, and their input."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        torch.manual_seed(0)
+        D, E, I = case.hidden, case.num_experts, case.expert_dim
+        kwargs: Any = {"device": case.device, "dtype": DTYPES[case.dtype]}
+        self.gate_up_2EID = 0.02 * torch.randn(2, E, I, D, **kwargs)
+        self.down_EID = 0.02 * torch.randn(E, I, D, **kwargs)
+        self.router_ED = torch.randn(E, D, **kwargs) / D**0.5
+        self.x_TD = torch.randn(case.tokens, D, **kwargs).requires_grad_()
+        self.grad_y_TD = torch.randn(case.tokens, D, **kwargs)
+
+    def bank(self, path: str, *, k: int | None = None, weighting: Any = "softmax") -> ExpertBank:
+        """Ours, with renormalised softmax weights of the k largest logits."""
+        case = self.case
+        rule = RoutingRule(selection="top_k", weighting=weighting, target_k=float(k or case.k))
+        bank = ExpertBank(case.hidden, case.num_experts, case.expert_dim, "silu", rule)
+        bank = bank.to(case.device)
+        bank.gate_up_proj = nn.Parameter(self.gate_up_2EID.clone())
+        bank.down_proj = nn.Parameter(self.down_EID.clone())
+        bank.router.weight.data.copy_(self.router_ED)
+        bank.path, bank.compiled = path, case.compiled  # pyright: ignore[reportAttributeAccessIssue]
+        rule = SmkRule(surprise="parameters", direction="min", candidates="active")
+        bank.smk = SmkStep(rule=rule, grad_scale=1 / case.tokens, loss_scale=float(case.tokens))
+        return bank
+
+    def block(self, implementation: str) -> Qwen3MoeSparseMoeBlock:
+        """Transformers' MoE block."""
+        case = self.case
+        config = Qwen3MoeConfig(
+            hidden_size=case.hidden,
+            moe_intermediate_size=case.expert_dim,
+            num_experts=case.num_experts,
+            num_experts_per_tok=case.k,
+            norm_topk_prob=True,
+        )
+        config._experts_implementation = implementation
+        block = Qwen3MoeSparseMoeBlock(config).to(case.device, DTYPES[case.dtype])
+        with torch.no_grad():
+            block.gate.weight.copy_(self.router_ED)
+            block.experts.gate_up_proj.copy_(self.gate_up_2EID.transpose(0, 1).flatten(1, 2))
+            block.experts.down_proj.copy_(self.down_EID.mT)
+        return block
+
+    def mlp(self) -> nn.Module:
+        """Transformers' dense MLP of the same neurons."""
+        case = self.case
+        width = case.num_experts * case.expert_dim
+        mlp = Qwen3MLP(Qwen3Config(hidden_size=case.hidden, intermediate_size=width))
+        mlp = mlp.to(case.device, DTYPES[case.dtype])
+        with torch.no_grad():
+            mlp.gate_proj.weight.copy_(self.gate_up_2EID[0].flatten(0, 1))
+            mlp.up_proj.weight.copy_(self.gate_up_2EID[1].flatten(0, 1))
+            mlp.down_proj.weight.copy_(self.down_EID.flatten(0, 1).T)
+        return mlp
+
+    def step(self, module: nn.Module) -> Tensor:
+        """Forward and backward; gradients are new each time."""
+        self.x_TD.grad = None
+        module.zero_grad(set_to_none=True)
+        y_TD = module(self.x_TD[None])[0]
+        y_TD.backward(self.grad_y_TD)
+        return y_TD
+
+
+def contenders(layers: Layers) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules to time, by name, and why an implementation of transformers is not among them."""
+    modules = {path: layers.bank(path) for path in PATHS}
+    modules |= {"Qwen3MLP": layers.mlp()}
+    if layers.case.compiled:
+        compiled = layers.mlp()
+        compiled.compile()
+        modules["Qwen3MLP compiled"] = compiled
+    skipped = {}
+    for name in ("eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())):
+        if (reason := why_not(name, layers.case)) is None:
+            modules[f"MoE {name}"] = layers.block(name)
+        else:
+            skipped[name] = reason
+    return modules, skipped
+
+
+def why_not(implementation: str, case: Case) -> str | None:
+    """Why an experts implementation cannot be timed here; None if it can."""
+    if implementation in ("deepgemm", "sonicmoe"):
+        return "needs kernels from the hub"
+    if implementation == "batched_mm":
+        # Its weights, gathered for every token and expert, and their gradients.
+        size = DTYPES[case.dtype].itemsize * 6 * case.expert_dim * case.hidden
+        needed = size * case.tokens * case.k
+        if case.device == "cpu":
+            free = psutil.virtual_memory().available
+        else:
+            free, _ = torch.cuda.mem_get_info(case.device)
+        if needed > 0.6 * free:
+            return f"needs {needed / 2**30:.0f} GiB for gathered weights"
+    return None
+
+
+def parity(layers: Layers) -> dict[str, Any]:
+    """Both paths against the block, each other, the definition and the MLP.
+
+    Raises:
+        SystemExit: one is off: nothing is timed.
+    """
+    case, limit = layers.case, LIMITS[layers.case.dtype]
+    block = layers.block("eager")
+    theirs = [layers.step(block), layers.x_TD.grad, block.gate.weight.grad]
+    D, E, I = case.hidden, case.num_experts, case.expert_dim
+    of_gate_up, of_down = (p.grad for p in (block.experts.gate_up_proj, block.experts.down_proj))
+    assert of_gate_up is not None and of_down is not None
+    theirs += [of_gate_up.view(E, 2, I, D).transpose(0, 1), of_down.mT]
+    gaps: dict[str, Any] = {}
+    surprises: list[Tensor] = []
+    for path in PATHS:
+        bank = layers.bank(path)
+        smk, bank.smk, bank.coupled = bank.smk, None, True
+        ours = [layers.step(bank), layers.x_TD.grad, bank.router.weight.grad]
+        ours += [bank.gate_up_proj.grad, bank.down_proj.grad]
+        for name, got, expected in zip(
+            ("y", "grad x", "grad router", "grad gate_up", "grad down"), ours, theirs, strict=True
+        ):
+            assert got is not None and expected is not None
+            # Where two experts tie for the last place, bf16 logits choose otherwise than float32's.
+            loose = 10 * limit if case.dtype == "bfloat16" else limit
+            gaps[f"{path}: {name}"] = check(f"{path}, {name}", relative_gap(got, expected), loose)
+        assert smk is not None
+        smk.capture, bank.smk, bank.coupled = surprises, smk, False
+        layers.step(bank)
+    gap = relative_gap(surprises[1], surprises[0])
+    gaps["surprise: grouped, dense"] = check("surprise", gap, limit)
+    gap = relative_gap(surprises[0][:CHECKED_TOKENS], defined_surprise(layers))
+    gaps["surprise: dense, definition"] = check("surprise of the definition", gap, limit)
+    whole = layers.bank("dense", k=E, weighting="unit")
+    gap = relative_gap(layers.step(whole), layers.step(layers.mlp()))
+    gaps["all experts, Qwen3MLP"] = check("all experts, Qwen3MLP", gap, limit)
+    return gaps
+
+
+def defined_surprise(layers: Layers) -> Tensor:
+    """Surprise of the first tokens by the definition, in float64, routed as the layer routes."""
+    x, grad_y = (t[:CHECKED_TOKENS].detach() for t in (layers.x_TD, layers.grad_y_TD))
+    weights = layers.bank("dense").router(x).weights.detach().cpu().double()
+    x, gate_up, down, grad_y = (
+        t.cpu().double() for t in (x, layers.gate_up_2EID, layers.down_EID, grad_y)
+    )
+    surprise = reference.surprise("parameters", x, gate_up, down, grad_y, nn.functional.silu)
+    return surprise * weights * layers.case.tokens
+
+
+def compare(case: Case, *, repeats: int, warmup: int) -> dict[str, Any]:
+    """Times (and on a GPU peak memory) of everything that runs for one k."""
+    layers = Layers(case)
+    gaps = parity(layers)
+    modules, skipped = contenders(layers)
+    steps: dict[str, Callable[[], object]] = {
+        name: partial(layers.step, module) for name, module in modules.items()
+    }
+    times = measure(steps, repeats=repeats, warmup=warmup, device=case.device)
+    peaks = {}
+    if case.device != "cpu":
+        for name, module in modules.items():
+            module.zero_grad(set_to_none=True)
+            layers.x_TD.grad = None
+            peaks[name] = peak_bytes(steps[name], case.device)
+            module.zero_grad(set_to_none=True)
+    return {
+        "dtype": case.dtype,
+        "k": case.k,
+        "timings": times,
+        "peak_bytes": peaks,
+        "skipped": skipped,
+        "parity": gaps,
+    }
+
+
+def memory_case(case: Case, name: str) -> dict[str, int]:
+    """Peak memory of one contender, in this process."""
+    layers = Layers(case)
+    modules, _ = contenders(layers)
+    step = partial(layers.step, modules[name])
+    step()
+    layers.x_TD.grad = None
+    modules[name].zero_grad(set_to_none=True)
+    return {"bytes": peak_bytes(step, case.device)}
+
+
+def cpu_memory(results: list[dict[str, Any]], cases: list[Case]) -> None:
+    """Add the peak memory on a CPU, each in a process of its own."""
+    for result, case in zip(results, cases, strict=True):
+        if case.k in MEMORY_KS and case.dtype == "float32":
+            for name in result["timings"]:
+                whole = {"name": name, "case": {s: getattr(case, s) for s in case.__slots__}}
+                result["peak_bytes"][name] = in_subprocess(__file__, whole)["bytes"]
+
+
+def row_of(result: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table: medians in milliseconds, and the ratios of the goals."""
+    medians = {name: timing.p50_ms for name, timing in result["timings"].items()}
+    ours = min(medians[path] for path in PATHS)
+    best = min(value for name, value in medians.items() if name.startswith("MoE "))
+    return {
+        "dtype": result["dtype"],
+        "k": result["k"],
+        **medians,
+        "ours / Qwen3MLP": ours / medians["Qwen3MLP"],
+        "dense / Qwen3MLP": medians["dense"] / medians["Qwen3MLP"],
+        "ours / best MoE": ours / best,
+    }
+
+
+def write_crossover(results: list[dict[str, Any]], case: Case, where: dict[str, Any]) -> None:
+    """Store the measured crossover of every number format that was timed."""
+    table = json.loads(FILE.read_text("utf-8"))
+    for dtype in {result["dtype"] for result in results}:
+        timings: dict[int, dict[str, Timing]] = {
+            result["k"]: result["timings"] for result in results if result["dtype"] == dtype
+        }
+        dense = [timing["dense"].p50_ms for timing in timings.values()]
+        grouped = {k: timing["grouped"].p50_ms for k, timing in timings.items()}
+        # The dense path's time does not depend on k: the middle of all.
+        share = crossover_share(sorted(dense)[len(dense) // 2], grouped, case.num_experts)
+        table[f"{torch.device(case.device).type} {dtype}"] = {
+            "share": round(share, 3),
+            "machine": f"{where.get('gpu', where['machine'])}, {where['threads']} threads",
+            "torch": where["versions"]["torch"],
+            "tokens": case.tokens,
+        }
+    text = json.dumps(dict(sorted(table.items())), indent=2)
+    Path(str(FILE)).write_text(f"{text}\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Time every case and report."""
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, default=2048)
+    options.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    options.add_argument("--k", nargs="+", type=int, default=[2, 4, 8, 16, 32])
+    options.add_argument("--repeats", type=int, default=9)
+    options.add_argument("--write-crossover", action="store_true")
+    options.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
+    # Inductor imports parts of torch that torch itself deprecates.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+    # One region meets many shapes here: two paths, two formats, and row counts that grow with k.
+    torch._dynamo.config.recompile_limit = 64
+    if arguments.case:
+        whole = json.loads(arguments.case)
+        print(json.dumps(memory_case(Case(**whole["case"]), whole["name"])))
+        return
+    if arguments.smoke:
+        shape = {"tokens": 64, "hidden": 64, "num_experts": 8, "expert_dim": 16, "compiled": False}
+        ks = [2, 8]
+    else:
+        shape = {"tokens": arguments.tokens, "hidden": 1024, "num_experts": 32, "expert_dim": 96}
+        shape["compiled"] = True
+        ks = arguments.k
+    device = arguments.device
+    cases = [Case(device=device, dtype=d, k=k, **shape) for d in arguments.dtype for k in ks]
+    repeats, warmup = (2, 1) if arguments.smoke else (arguments.repeats, 3)
+    results = [compare(case, repeats=repeats, warmup=warmup) for case in cases]
+    if device == "cpu" and not arguments.smoke:
+        cpu_memory(results, cases)
+    where = environment(device)
+    if arguments.write_crossover:
+        write_crossover(results, cases[0], where)
+    rows = [row_of(result) for result in results]
+    ratios = {
+        f"{name}, {row['dtype']}, k={row['k']}": row[name]
+        for row in rows
+        for name in ("ours / Qwen3MLP", "ours / best MoE")
+    }
+    settings = {"shape": shape, "repeats": repeats, "warmup": warmup}
+    name = "expert_layer" if device == "cpu" else f"expert_layer_{torch.device(device).type}"
+    folder = results_folder(arguments)
+    report(name, rows, ratios, folder, settings=settings, cases=results, environment=where)
+
+
+if __name__ == "__main__":
+    main()

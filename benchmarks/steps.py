@@ -1,0 +1,167 @@
+"""Models, rows and steps that the benchmarks of whole training steps share."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from common import seeded
+from tiny_onn.activations import checkpoint_layers
+from tiny_onn.attention import DOCUMENT_ATTENTION
+from tiny_onn.config import Objective, RunConfig
+from tiny_onn.convert import convert
+from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.optim import build_optimizer
+from tiny_onn.packing import PackedRow, build_row
+from tiny_onn.plan_sources import load_shape
+from tiny_onn.prepare import set_objective
+from tiny_onn.settings import load_config
+from tiny_onn.step import Clock, StepResult, distill_step
+from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
+
+# Divisible into 32 experts and into NF4's blocks of 64.
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 65536,
+}
+# No text is read: experts are slices and gates are random, which costs a step the same. The loss'
+# chunk is fixed, so that a number does not depend on how much memory was free.
+FIXED = (
+    "experts.init=slices",
+    "experts.gate_init=random",
+    "loss.chunk_tokens=512",
+    # Also where the gate is frozen, for which `auto` may choose another path.
+    "train.expert_path=dense",
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Step:
+    """A student, its teacher and optimizer, and the rows it reads in turn."""
+
+    student: TinyOnnForCausalLM
+    teacher: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    rows: Iterator[PackedRow]
+    config: RunConfig
+
+    def __call__(
+        self, objective: Objective | None = None, *, clock: Clock | None = None
+    ) -> StepResult:
+        """One update; the gate learns by `objective`, the settings' own where it is None."""
+        config = self.config
+        if objective is not None:
+            config = replace(config, router=replace(config.router, objective=objective))
+            set_objective(self.student.banks(), config)
+        for bank in self.student.banks():
+            bank.smk = None
+        rows = [next(self.rows)]
+        return distill_step(self.student, self.teacher, self.optimizer, rows, config, clock=clock)
+
+
+class GradientRecorder(torch.optim.Optimizer):
+    """An optimizer that changes nothing and keeps every gradient it is given, by name."""
+
+    def __init__(self, student: TinyOnnForCausalLM) -> None:
+        self.names = {p: name for name, p in student.trainable().items()}
+        self.gradients: dict[str, torch.Tensor] = {}
+        super().__init__(list(self.names), {})
+
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Copy the gradients."""
+        del closure
+        self.gradients = {n: p.grad.clone() for p, n in self.names.items() if p.grad is not None}
+
+
+def settings(*overrides: str) -> RunConfig:
+    """The defaults with `section.field=value` changes."""
+    return load_config(None, None, [*FIXED, *overrides])
+
+
+def shape_of(name: str) -> PreTrainedConfig:
+    """`tiny`, or a bundled model's configuration."""
+    if name == "tiny":
+        return AutoConfig.for_model(**TINY)
+    return load_shape(name, RunConfig().teacher)[1]
+
+
+def random_dense(name: str, config: RunConfig, device: torch.device | str) -> PreTrainedModel:
+    """A frozen dense model of a bundled shape with random weights, reading packed rows."""
+    with seeded(0), torch.device(device):
+        dtype = getattr(torch, config.teacher.dtype)
+        dense = AutoModelForCausalLM.from_config(shape_of(name), dtype=dtype).train(False)
+    dense.requires_grad_(False)
+    dense.set_attn_implementation(DOCUMENT_ATTENTION)
+    return dense
+
+
+def embedded_dense(config: RunConfig, device: torch.device | str) -> PreTrainedModel:
+    """The embedded teacher, its weights and all."""
+    quiet_transformers()
+    return load_dense(config.teacher, torch.device(device))[0]
+
+
+def make_step(dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRow]) -> Step:
+    """A student of the dense model, ready to take steps over the rows, again and again."""
+    generator = torch.Generator().manual_seed(0)
+    student = convert(dense, config.experts, config.router, generator=generator)
+    set_objective(student.banks(), config)
+    checkpoint_layers(student, config.train.checkpointing)
+    optimizer = build_optimizer(student, config.optim, seed=0)
+    return Step(
+        student=student,
+        teacher=teacher_for(dense, config.teacher),
+        optimizer=optimizer,
+        rows=itertools.cycle(rows),
+        config=config,
+    )
+
+
+def random_rows(
+    vocab: int,
+    row_tokens: int,
+    *,
+    documents: tuple[int, int] | None = None,
+    num_rows: int = 1,
+    seed: int = 0,
+) -> list[PackedRow]:
+    """Rows of random tokens: one document each, or documents of lengths in the given range."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    rows = []
+    for _ in range(num_rows):
+        lengths, left = [], row_tokens
+        while left:
+            length = left if documents is None else min(left, draw(*documents))
+            # No document of a single token.
+            length = left if left - length < 2 else length
+            lengths.append(length)
+            left -= length
+        fragments = [
+            torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths
+        ]
+        rows.append(build_row(fragments, row_tokens=row_tokens, pad_token_id=0))
+    return rows
+
+
+@torch.no_grad()
+def perturb(student: TinyOnnForCausalLM) -> None:
+    """Move the experts away from the teacher's, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(1)
+    for bank in student.banks():
+        for weight in (bank.gate_up_proj, bank.down_proj):
+            noise = torch.randn(weight.shape, generator=generator) * 0.1
+            weight.add_(noise.to(weight.device))

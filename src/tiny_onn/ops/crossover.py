@@ -1,0 +1,102 @@
+"""Which path an expert layer takes: dense and masked, or grouped, by measurement.
+
+The grouped path's time grows with the share of active experts, the dense path's does not; they
+meet at a share that depends on the device and the number format. `benchmarks/expert_layer.py
+--write-crossover` measures it and writes `crossover.json`, which is read here.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Literal
+
+from tiny_onn.config import RunConfig
+from tiny_onn.errors import UserError
+
+FILE = files("tiny_onn.ops") / "crossover.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PathChoice:
+    """The path of a run's expert layers, and why."""
+
+    path: Literal["dense", "grouped"]
+    reason: str
+
+
+def choose_path(config: RunConfig, device_type: str) -> PathChoice:
+    """The path that `train.expert_path` asks for; for `auto` the faster one as measured."""
+    path = config.train.expert_path
+    if path != "auto":
+        return PathChoice(path=path, reason=f'train.expert_path = "{path}"')
+    if (need := dense_need(config)) is not None:
+        return PathChoice(path="dense", reason=need)
+    measured = read_crossover().get(f"{device_type} {config.teacher.dtype}")
+    if measured is None:
+        return PathChoice(
+            path="dense",
+            reason=f"no crossover is measured for {device_type} in {config.teacher.dtype}",
+        )
+    share = config.router.target_k / config.experts.num_experts
+    grouped = share < measured["share"]
+    return PathChoice(
+        path="grouped" if grouped else "dense",
+        reason=f"k/E = {share:.3g} is {'below' if grouped else 'not below'} {measured['share']:.3g}"
+        f", where the paths were equally fast on {device_type} in {config.teacher.dtype}"
+        f" ({measured['machine']})",
+    )
+
+
+def check_path(config: RunConfig) -> None:
+    """Return if the path that the settings ask for can run them.
+
+    Raises:
+        UserError: `train.expert_path = "grouped"` with settings that only the dense path runs.
+    """
+    need = dense_need(config)
+    if config.train.expert_path == "grouped" and need is not None:
+        raise UserError(
+            f'train.expert_path: got "grouped", expected "auto" or "dense": {need}; set'
+            ' train.expert_path = "auto"'
+        )
+
+
+def dense_need(config: RunConfig) -> str | None:
+    """Why a run can only take the dense path; None if it can take either."""
+    if config.router.objective == "smk" and config.smk.candidates == "all":
+        return 'smk.candidates = "all" needs the surprise of inactive experts'
+    weighting = config.experts.weighting
+    if config.router.objective == "task" and weighting in ("unit", "mean"):
+        return (
+            f'router.objective = "task" with experts.weighting = "{weighting}" needs the gradient'
+            " of inactive experts' weights"
+        )
+    if config.train.ffn_chunk_tokens:
+        return f"train.ffn_chunk_tokens = {config.train.ffn_chunk_tokens} chunks the dense path"
+    return None
+
+
+def read_crossover() -> dict[str, dict[str, Any]]:
+    """The measured share k / E of equal speed, by `device dtype`, and where it was measured."""
+    return json.loads(FILE.read_text("utf-8"))
+
+
+def crossover_share(dense_s: float, grouped_s: dict[int, float], num_experts: int) -> float:
+    """The share k / E at which the grouped path becomes as slow as the dense one.
+
+    Between the first measured k at which it is slower and the one before, by a straight line; at
+    the largest measured k, and at 0, if there is no such pair.
+
+    Args:
+        dense_s: the dense path's time, whatever k is.
+        grouped_s: the grouped path's time by k.
+        num_experts: E.
+    """
+    last_k, last_s = 0, 0.0
+    for k, seconds in sorted(grouped_s.items()):
+        if seconds >= dense_s:
+            if last_k == 0:
+                return 0.0
+            return (last_k + (k - last_k) * (dense_s - last_s) / (seconds - last_s)) / num_experts
+        last_k, last_s = k, seconds
+    return last_k / num_experts

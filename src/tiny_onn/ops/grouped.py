@@ -1,0 +1,344 @@
+"""The expert layer, grouped: only active experts computed, each on the tokens that chose it.
+
+One row per active pair of token and expert, sorted by expert (and by token within it): six ragged
+matrix products, the dense path's two elementwise regions on rows, and the same surprise and
+SMK gradient. Work falls with the share of active experts, so this path takes over at low k.
+
+Cost: 9 * R * 2I * D floating-point operations for R rows, k / E of the dense path's. Memory kept
+for backward: x, the (R, 2I) pre-activations and row indices. The loop over experts (CPU, and GPUs
+whose grouped product is itself a loop) gathers one expert's tokens at a time; the grouped kernel
+(compute capability 9 and 10, bf16) gathers (R, D).
+
+Sums over a token's rows run in a fixed order, so that results repeat bit for bit: the loop adds
+expert after expert, in float32; the kernel's rows are summed by `embedding_bag`, one thread per
+token and feature over the token's rows, in float32. What it does not do: say anything about
+inactive experts, neither their surprise nor the gradient of their weights, which is returned as 0.
+
+Legend: T tokens, R rows (active pairs), D hidden, E experts, I expert width, P planes (gate and up:
+2, down: 1), J = P * I.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tiny_onn.config import Surprise
+from tiny_onn.ops.regions import (
+    Activation,
+    activation_and_slope,
+    compiled_region,
+    gradient_region,
+    hidden_region,
+    wide,
+)
+from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, teach
+
+
+class Groups(NamedTuple):
+    """Which token and expert each row is, and where experts and tokens begin and end."""
+
+    token_R: Tensor  # noqa: N815
+    expert_R: Tensor  # noqa: N815
+    ends_E: Tensor  # noqa: N815
+    """Row after each expert's last, int32."""
+    order_R: Tensor | None  # noqa: N815
+    """Rows by token, for the kernel; None: the loop runs."""
+    starts_T: Tensor | None  # noqa: N815
+    """Where each token's rows begin in `order_R`."""
+
+
+def group_rows(active_TE: Bool[Tensor, "tokens experts"], *, kernel: bool) -> Groups:
+    """The active pairs sorted by expert, then by token.
+
+    `nonzero` of the transposed mask lists them in that order; on a GPU it waits for the device once
+    to learn their number.
+    """
+    expert_R, token_R = (index.contiguous() for index in active_TE.T.nonzero().unbind(1))
+    ends_E = active_TE.sum(0).cumsum(0).int()
+    if not kernel or token_R.numel() == 0:
+        return Groups(token_R, expert_R, ends_E, None, None)
+    num_T = active_TE.sum(1)
+    order_R = token_R.argsort(stable=True)
+    return Groups(token_R, expert_R, ends_E, order_R, num_T.cumsum(0) - num_T)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, *dims: int) -> bool:
+    """Whether torch's grouped product is one kernel here: Hopper or data-centre Blackwell, bf16.
+
+    Elsewhere torch copies the offsets to the host and loops, as we do without its (R, D) copies.
+    Rows of every operand must start at multiples of 16 bytes.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10) and all(n % 8 == 0 for n in dims)
+
+
+def gather_mm(
+    x_TD: Float[Tensor, "tokens hidden"],
+    weight_PEID: Float[Tensor, "planes experts width hidden"],
+    groups: Groups,
+) -> Float[Tensor, "rows neurons"]:
+    """`weight[:, expert of r] @ x[token of r]` for every row r, in x's number format."""
+    P, _, I, D = weight_PEID.shape
+    if groups.order_R is not None:
+        rows_RD = x_TD.index_select(0, groups.token_R)
+        return F.grouped_mm(rows_RD, _by_expert(weight_PEID, x_TD.dtype).mT, offs=groups.ends_E)
+    out_RJ = x_TD.new_empty(len(groups.token_R), P * I)
+    for e, begin, end in _bounds(groups):
+        rows_ND = x_TD.index_select(0, groups.token_R[begin:end])
+        weight_JD = weight_PEID[:, e].reshape(P * I, D).to(x_TD.dtype)
+        torch.mm(rows_ND, weight_JD.T, out=out_RJ[begin:end])
+    return out_RJ
+
+
+def scatter_mm(
+    rows_RJ: Float[Tensor, "rows neurons"],
+    weight_PEID: Float[Tensor, "planes experts width hidden"],
+    groups: Groups,
+    num_tokens: int,
+) -> Float[Tensor, "tokens hidden"]:
+    """`sum of weight[:, expert of r]^T @ rows[r]` over each token's rows, summed in float32."""
+    P, _, I, D = weight_PEID.shape
+    if groups.order_R is not None:
+        out_RD = F.grouped_mm(rows_RJ, _by_expert(weight_PEID, rows_RJ.dtype), offs=groups.ends_E)
+        return F.embedding_bag(groups.order_R, out_RD, groups.starts_T, mode="sum")
+    wide = torch.float64 if rows_RJ.dtype == torch.float64 else torch.float32
+    y_TD = rows_RJ.new_zeros(num_tokens, D, dtype=wide)
+    for e, begin, end in _bounds(groups):
+        weight_JD = weight_PEID[:, e].reshape(P * I, D).to(rows_RJ.dtype)
+        # A token occurs once per expert: no two additions of a call meet.
+        y_TD.index_add_(0, groups.token_R[begin:end], (rows_RJ[begin:end] @ weight_JD).to(wide))
+    return y_TD.to(rows_RJ.dtype)
+
+
+def outer_mm(
+    rows_RJ: Float[Tensor, "rows neurons"],
+    x_TD: Float[Tensor, "tokens hidden"],
+    groups: Groups,
+    weight_PEID: Float[Tensor, "planes experts width hidden"],
+) -> Float[Tensor, "planes experts width hidden"]:
+    """The weight's gradient, `sum of rows[r] x[token of r]^T` per expert, in its format."""
+    P, E, I, D = weight_PEID.shape
+    if groups.order_R is not None:
+        rows_RD = x_TD.index_select(0, groups.token_R)
+        grad_EJD = F.grouped_mm(rows_RJ.mT, rows_RD, offs=groups.ends_E)
+        return _copy(grad_EJD.view(E, P, I, D).transpose(0, 1), weight_PEID.dtype)
+    grad_PEID = torch.zeros_like(weight_PEID)
+    for e, begin, end in _bounds(groups):
+        rows_ND = x_TD.index_select(0, groups.token_R[begin:end])
+        grad_PEID[:, e] = (rows_RJ[begin:end].mT @ rows_ND).view(P, I, D)
+    return grad_PEID
+
+
+def _bounds(groups: Groups) -> list[tuple[int, int, int]]:
+    """Experts that have rows, with their first row and the one after their last, on the host."""
+    ends = groups.ends_E.tolist()
+    spans = zip(range(len(ends)), [0, *ends], ends, strict=False)
+    return [(e, begin, end) for e, begin, end in spans if begin < end]
+
+
+def _by_expert(weight_PEID: Tensor, dtype: torch.dtype) -> Float[Tensor, "experts rows hidden"]:
+    P, E, I, D = weight_PEID.shape
+    if P == 1:
+        return weight_PEID[0].to(dtype)
+    return _copy(weight_PEID.transpose(0, 1), dtype).view(E, P * I, D)
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and in the number format, in one pass."""
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+
+
+def row_hidden(
+    pre_R2I: Float[Tensor, "rows 2 width"], weights_R: Float[Tensor, " rows"], act: Activation
+) -> Float[Tensor, "rows width"]:
+    """`hidden_region` of rows: a layer of one expert."""
+    return hidden_region(pre_R2I[:, :, None], weights_R[:, None], act)[:, 0]
+
+
+def row_gradients(
+    pre_R2I: Float[Tensor, "rows 2 width"],
+    grad_hidden_RI: Float[Tensor, "rows width"],
+    weights_R: Float[Tensor, " rows"],
+    act: Activation,
+) -> tuple[Tensor, ...]:
+    """`gradient_region` of rows: a layer of one expert, that axis removed."""
+    hidden, grad_pre, *sums = gradient_region(
+        pre_R2I[:, :, None], grad_hidden_RI[:, None], weights_R[:, None], act
+    )
+    return hidden[:, 0], grad_pre[:, :, 0], *(sum_R1[:, 0] for sum_R1 in sums)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    activation: Activation
+    smk: SmkStep | None
+    compiled: bool
+
+
+def expert_layer(
+    x_TD: Float[Tensor, "tokens hidden"],
+    gate_up_2EID: Float[Tensor, "2 experts width hidden"],
+    down_EID: Float[Tensor, "experts width hidden"],
+    weights_TE: Float[Tensor, "tokens experts"],
+    router_logits_TE: Float[Tensor, "tokens experts"],
+    *,
+    activation: Activation,
+    active_TE: Bool[Tensor, "tokens experts"] | None = None,
+    token_mask_T: Bool[Tensor, " tokens"] | None = None,
+    smk: SmkStep | None = None,
+    compiled: bool = False,
+) -> Float[Tensor, "tokens hidden"]:
+    """The layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])` over the active experts.
+
+    Arguments and gradients are those of `dense_masked.expert_layer`, but that the gradient of an
+    inactive expert's weight is 0.
+
+    Raises:
+        ValueError: `smk` takes all experts as candidates, inactive ones too.
+    """
+    if smk is not None and smk.rule.candidates == "all":
+        raise ValueError(
+            "smk.rule.candidates: got 'all', expected 'active': the grouped path computes no "
+            "inactive expert; use dense_masked.expert_layer"
+        )
+    if active_TE is None:
+        active_TE = weights_TE != 0
+    if token_mask_T is None:
+        token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
+    options = _Options(activation, smk, compiled)
+    return _Grouped.apply(
+        x_TD, gate_up_2EID, down_EID, weights_TE, router_logits_TE, active_TE, token_mask_T, options
+    )  # pyright: ignore[reportReturnType]
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917 # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
+        x_TD: Tensor,
+        gate_up_2EID: Tensor,
+        down_EID: Tensor,
+        weights_TE: Tensor,
+        router_logits_TE: Tensor,
+        active_TE: Tensor,
+        token_mask_T: Tensor,
+        options: _Options,
+    ) -> Tensor:
+        _, _, I, D = gate_up_2EID.shape
+        groups = group_rows(active_TE, kernel=has_kernel(x_TD.device, x_TD.dtype, I, D))
+        pre_R2I = gather_mm(x_TD, gate_up_2EID, groups).view(-1, 2, I)
+        weights_R = weights_TE[groups.token_R, groups.expert_R]
+        region = compiled_region(row_hidden) if options.compiled else row_hidden
+        hidden_RI = region(pre_R2I, weights_R, options.activation)
+        ctx.save_for_backward(
+            x_TD,
+            gate_up_2EID,
+            down_EID,
+            weights_TE,
+            router_logits_TE,
+            active_TE,
+            token_mask_T,
+            pre_R2I,
+            *groups,
+        )
+        ctx.options = options
+        return scatter_mm(hidden_RI, down_EID[None], groups, len(x_TD))
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
+        grad_y_TD: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        x_TD, gate_up, down, weights_TE, logits_TE, active_TE, token_mask_T, pre_R2I, *indices = (
+            ctx.saved_tensors
+        )
+        groups = Groups(*indices)
+        options: _Options = ctx.options
+        grad_y_TD = grad_y_TD.contiguous()
+        weights_R = weights_TE[groups.token_R, groups.expert_R]
+        grad_hidden_RI = gather_mm(grad_y_TD, down[None], groups)
+        region = compiled_region(row_gradients) if options.compiled else row_gradients
+        hidden_RI, grad_pre, pre_sq_R, hidden_sq_R, dot_R = region(
+            pre_R2I, grad_hidden_RI, weights_R, options.activation
+        )
+        grad_pre_RJ = grad_pre.flatten(1)
+        need_x, need_gate_up, need_down, need_weights, need_logits = ctx.needs_input_grad[:5]
+        grad_x = grad_gate_up = grad_down = grad_weights = grad_logits = None
+        if need_x:
+            grad_x = scatter_mm(grad_pre_RJ, gate_up, groups, len(x_TD))
+        if need_gate_up:
+            grad_gate_up = outer_mm(grad_pre_RJ, x_TD, groups, gate_up)
+        if need_down:
+            grad_down = outer_mm(hidden_RI, grad_y_TD, groups, down[None])[0]
+        if need_weights:
+            grad_weights = _spread(dot_R, groups, active_TE).to(weights_TE.dtype)
+        if need_logits and (smk := options.smk) is not None:
+            sums = Sums(
+                x_sq_T1=_squared_norm(x_TD)[groups.token_R, None],
+                grad_y_sq_T1=_squared_norm(grad_y_TD)[groups.token_R, None],
+                pre_sq_TE=pre_sq_R[:, None],
+                hidden_sq_TE=hidden_sq_R[:, None],
+                dot_TE=dot_R[:, None],
+            )
+            surprise_R = _row_surprise(
+                smk.rule.surprise,
+                sums,
+                pre_R2I,
+                grad_hidden_RI,
+                gate_up,
+                down,
+                groups,
+                options.activation,
+            )
+            surprise_TE = _spread(surprise_R, groups, active_TE)
+            grad_logits = teach(smk, surprise_TE, weights_TE, logits_TE, active_TE, token_mask_T)
+        return grad_x, grad_gate_up, grad_down, grad_weights, grad_logits, None, None, None
+
+
+def _row_surprise(  # noqa: PLR0917
+    kind: Surprise,
+    sums: Sums,
+    pre_R2I: Tensor,
+    grad_hidden_RI: Tensor,
+    gate_up_2EID: Tensor,
+    down_EID: Tensor,
+    groups: Groups,
+    activation: Activation,
+) -> Float[Tensor, " rows"]:
+    """Surprise of every row at unit weight: `reference.surprise` of the active pairs."""
+    if kind not in ("magnitude", "input"):
+        return closed_form(kind, sums)[:, 0]
+    gate, up = wide(pre_R2I[:, 0]), wide(pre_R2I[:, 1])
+    if kind == "magnitude":
+        return _gram_norm(activation(gate) * up, down_EID[None], groups)
+    value, slope = activation_and_slope(activation, gate)
+    grad_hidden = wide(grad_hidden_RI)
+    grads_RJ = torch.cat((grad_hidden * up * slope, grad_hidden * value), dim=-1)
+    return _gram_norm(grads_RJ, gate_up_2EID, groups)
+
+
+def _gram_norm(rows_RJ: Tensor, weight_PEID: Tensor, groups: Groups) -> Float[Tensor, " rows"]:
+    """`|sum_j rows[r, j] weight[j of r's expert]|`, through each expert's Gram matrix."""
+    P, _, I, D = weight_PEID.shape
+    squared_R = rows_RJ.new_empty(len(rows_RJ))
+    for e, begin, end in _bounds(groups):
+        weight_JD = weight_PEID[:, e].reshape(P * I, D).to(rows_RJ.dtype)
+        rows_NJ = rows_RJ[begin:end]
+        squared_R[begin:end] = ((rows_NJ @ (weight_JD @ weight_JD.T)) * rows_NJ).sum(-1)
+    return squared_R.clamp_min(0).sqrt()
+
+
+def _squared_norm(x_TD: Tensor) -> Float[Tensor, " tokens"]:
+    return wide(x_TD).square().sum(-1)
+
+
+def _spread(values_R: Tensor, groups: Groups, active_TE: Tensor) -> Tensor:
+    """Rows' values in a (T, E) table, 0 where inactive."""
+    table_TE = values_R.new_zeros(active_TE.shape)
+    table_TE[groups.token_R, groups.expert_R] = values_R
+    return table_TE

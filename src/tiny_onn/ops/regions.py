@@ -1,0 +1,80 @@
+"""The elementwise regions of the expert layer, shared by its paths: plain functions to compile.
+
+Arithmetic is float32 (float64 for float64 inputs) whatever the inputs' number format.
+
+Legend: T tokens, E experts, I expert width.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def activation_and_slope(
+    activation: Activation, gate: Float[Tensor, "..."]
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """`act(gate)` and `act'(gate)`, by differentiating any elementwise activation."""
+    # Not torch.func.jvp: torch.compile cannot trace it with a symbolic number of tokens (2.13).
+    value, pull_back = torch.func.vjp(activation, gate)  # pyright: ignore[reportAssignmentType]
+    return value, pull_back(torch.ones_like(value))[0]
+
+
+def hidden_region(
+    gate_up_T2EI: Float[Tensor, "tokens 2 experts width"],
+    weights_TE: Float[Tensor, "tokens experts"],
+    activation: Activation,
+) -> Float[Tensor, "tokens experts width"]:
+    """Routed hidden activations: `weights * act(gate) * up`, in the inputs' number format."""
+    gate, up = wide(gate_up_T2EI[:, 0]), wide(gate_up_T2EI[:, 1])
+    hidden = activation(gate) * up * weights_TE[..., None].to(gate.dtype)
+    return hidden.to(gate_up_T2EI.dtype)
+
+
+def gradient_region(
+    gate_up_T2EI: Float[Tensor, "tokens 2 experts width"],
+    grad_hidden_TEI: Float[Tensor, "tokens experts width"],
+    weights_TE: Float[Tensor, "tokens experts"],
+    activation: Activation,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Everything elementwise in the backward pass, from the gradient at the unrouted hidden.
+
+    Returns:
+        Routed hidden (T, E, I); routed gradient of gate and up (T, 2, E, I); and, in float32, the
+        sums over the width (T, E) of: the squared unrouted gradients of gate and up, the squared
+        unrouted hidden, and hidden times its gradient (`<grad_y, expert_e(x)>`).
+    """
+    gate, up = wide(gate_up_T2EI[:, 0]), wide(gate_up_T2EI[:, 1])
+    grad_hidden = wide(grad_hidden_TEI)
+    value, slope = activation_and_slope(activation, gate)
+    hidden = value * up
+    grad_gate = grad_hidden * up * slope
+    grad_up = grad_hidden * value
+    weights_TE1 = weights_TE[..., None].to(gate.dtype)
+    dtype = gate_up_T2EI.dtype
+    # Rounded before they are stacked: the compiler would write the whole stack in float32 first.
+    return (
+        (hidden * weights_TE1).to(dtype),
+        torch.stack(
+            ((grad_gate * weights_TE1).to(dtype), (grad_up * weights_TE1).to(dtype)), dim=1
+        ),
+        (grad_gate.square() + grad_up.square()).sum(-1),
+        hidden.square().sum(-1),
+        (hidden * grad_hidden).sum(-1),
+    )
+
+
+@functools.cache
+def compiled_region(region: Callable[..., Any]) -> Callable[..., Any]:
+    """The region compiled, once per process and region."""
+    return torch.compile(region, fullgraph=True)
+
+
+def wide(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """In float32, or float64 as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,125 @@
+"""From surprise to the gate's gradient inside a backward pass, shared by the expert layer's paths.
+
+Legend: T tokens, E experts.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tiny_onn.config import Surprise
+from tiny_onn.surprise import SmkRule, smk_logits_grad, smk_targets
+
+
+@dataclass(kw_only=True, slots=True)
+class SurpriseTally:
+    """What one layer's backward passes saw, summed on the device. Tensors, read when logging."""
+
+    num_tokens: Tensor
+    """Tokens that count (not masked)."""
+    num_targets: Tensor
+    """Of these, tokens whose surprise gave a target."""
+    num_agree: Tensor
+    """Of these, tokens whose largest candidate logit is at a target."""
+    chance: Tensor
+    """Sum over tokens with a target of the agreement expected from a random candidate."""
+    surprise_E: Tensor  # noqa: N815
+    """Sum over counted tokens of each expert's surprise, in units of the per-token loss."""
+
+    @staticmethod
+    def zeros(num_experts: int, device: torch.device) -> "SurpriseTally":
+        """An empty tally."""
+        return SurpriseTally(
+            num_tokens=torch.zeros((), device=device),
+            num_targets=torch.zeros((), device=device),
+            num_agree=torch.zeros((), device=device),
+            chance=torch.zeros((), device=device),
+            surprise_E=torch.zeros(num_experts, device=device),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class SmkStep:
+    """What the backward pass needs to teach the gate."""
+
+    rule: SmkRule
+    """Which surprise points where."""
+    grad_scale: float
+    """The gate's gradient is `(softmax - target) * grad_scale`: coefficient / the step's tokens."""
+    loss_scale: float = 1.0
+    """Surprise is multiplied by it: the divisor of the loss, so that surprise is free of it."""
+    tally: SurpriseTally | None = None
+    """Where statistics go."""
+    capture: list[Tensor] | None = field(default=None, repr=False)
+    """Where whole (tokens, experts) surprise tensors go, for probing; None: nowhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sums:
+    """What every surprise but the Gram ones is made of, at unit routing weight, in float32.
+
+    Whole (T, E) tables, or one column of active pairs.
+    """
+
+    x_sq_T1: Tensor  # noqa: N815
+    """Squared norm of the input."""
+    grad_y_sq_T1: Tensor  # noqa: N815
+    """Squared norm of the gradient at the layer's output."""
+    pre_sq_TE: Tensor  # noqa: N815
+    """Squared gradients of gate and up pre-activations."""
+    hidden_sq_TE: Tensor  # noqa: N815
+    """Squared hidden activations."""
+    dot_TE: Tensor  # noqa: N815
+    """Hidden activations times their gradient, `<grad_y, expert(x)>`."""
+
+
+def closed_form(kind: Surprise, sums: Sums) -> Float[Tensor, "tokens experts"]:
+    """`reference.surprise` of a kind that needs no Gram matrix (not `input`, not `magnitude`).
+
+    A token's gradient of a linear map is an outer product, whose norm is the product of two vector
+    norms. Source: Goodfellow, "Efficient Per-Example Gradient Computations", arXiv 1510.01799.
+    """
+    if kind == "gain":
+        return -sums.dot_TE
+    if kind == "output":
+        return sums.grad_y_sq_T1.sqrt().expand_as(sums.dot_TE)
+    squared_TE = sums.x_sq_T1 * sums.pre_sq_TE + sums.hidden_sq_TE * sums.grad_y_sq_T1
+    if kind == "relative":
+        ratio_TE = squared_TE / sums.hidden_sq_TE
+        return torch.where(sums.hidden_sq_TE > 0, ratio_TE, 0).sqrt()
+    return squared_TE.sqrt()
+
+
+def teach(  # noqa: PLR0917
+    smk: SmkStep,
+    surprise_TE: Tensor,
+    weights_TE: Tensor,
+    logits_TE: Tensor,
+    active_TE: Tensor,
+    token_mask_T: Tensor,
+) -> Float[Tensor, "tokens experts"]:
+    """The SMK gradient of the router logits, from surprise at unit weight; fills the tally.
+
+    Surprise is multiplied by the loss' divisor and, where only active experts are candidates, by
+    the routing weight.
+    """
+    if smk.rule.surprise != "magnitude":
+        surprise_TE = surprise_TE * smk.loss_scale
+    if smk.rule.candidates == "active":
+        surprise_TE = surprise_TE * weights_TE
+    targets_TE = smk_targets(surprise_TE, active_TE, token_mask_T, smk.rule)
+    if smk.capture is not None:
+        smk.capture.append(surprise_TE)
+    if (tally := smk.tally) is not None:
+        candidates_TE = active_TE if smk.rule.candidates == "active" else torch.ones_like(active_TE)
+        pick_T1 = logits_TE.masked_fill(~candidates_TE, float("-inf")).argmax(-1, keepdim=True)
+        hits_T = targets_TE.gather(-1, pick_T1).squeeze(-1) > 0
+        chosen_T, choices_T = (targets_TE > 0).sum(-1), candidates_TE.sum(-1).clamp_min(1)
+        tally.num_tokens += token_mask_T.sum()
+        tally.num_targets += (chosen_T > 0).sum()
+        tally.num_agree += hits_T.sum()
+        tally.chance += (chosen_T / choices_T).sum()
+        tally.surprise_E += torch.where(token_mask_T[:, None], surprise_TE, 0).sum(0)
+    return (smk_logits_grad(logits_TE, targets_TE) * smk.grad_scale).to(logits_TE.dtype)

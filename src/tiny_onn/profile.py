@@ -1,0 +1,162 @@
+"""Where a training step's time goes: some steps of a run under torch's profiler, then no more.
+
+Nothing is trained that lasts: the run folder gets `profile/trace.json` (for chrome://tracing or
+Perfetto) and `profile/summary.json`, and no checkpoint. The first steps are not counted: they
+compile, allocate and warm up. On a GPU each phase ends by waiting for it, so that a phase's time
+is its own; a run does not wait, and is that much faster.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console, Group
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
+from tiny_onn.config import RunConfig
+from tiny_onn.modeling import head_of
+from tiny_onn.optim import build_optimizer
+from tiny_onn.prepare import Prepared, prepare, training_rows
+from tiny_onn.run_folder import create_run_folder, write_json
+from tiny_onn.step import Clock, distill_step
+from tiny_onn.teacher import quiet_transformers
+
+WARMUP_STEPS = 3
+PROFILED_STEPS = 3
+TOP_OPERATORS = 15
+OUTSIDE = "outside the phases"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operator:
+    """One operator's time in itself, without the operators that it calls."""
+
+    name: str
+    milliseconds: float
+    """Per step: on the GPU, or on a CPU in all threads that called it."""
+    calls: float
+    """Per step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepProfile:
+    """Means over the profiled steps."""
+
+    device: str
+    steps: int
+    tokens_per_step: int
+    step_milliseconds: float
+    phase_milliseconds: dict[str, float]
+    """By name; their sum and `outside the phases` are the step."""
+    operators: list[Operator]
+    """Those that take most, first."""
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+def run_profile(config: RunConfig, *, out: Path, argv: Sequence[str] = ()) -> StepProfile:
+    """Profile a few steps of the run that the settings describe, show and write the result.
+
+    Args:
+        config: the settings.
+        out: the run folder, a new one.
+        argv: the command line, recorded.
+
+    Raises:
+        UserError: bad settings, text, teacher, folder or disk.
+    """
+    quiet_transformers()
+    create_run_folder(out, config, argv=argv)
+    folder = out / "profile"
+    folder.mkdir()
+    result = profile_steps(config, prepare(config), folder / "trace.json")
+    write_json(folder / "summary.json", result.as_dict())
+    console = Console()
+    console.print(render(result))
+    console.print(f"Trace: {folder / 'trace.json'}", highlight=False)
+    return result
+
+
+def profile_steps(config: RunConfig, prepared: Prepared, trace: Path) -> StepProfile:
+    """Steps over the run's first rows; the last `PROFILED_STEPS` are recorded into `trace`."""
+    student, teacher = prepared.student, prepared.teacher
+    checkpoint_layers(student, config.train.checkpointing)
+    chunk_tokens = loss_chunk_tokens(config.loss, head_of(student).weight)
+    config = replace(config, loss=replace(config.loss, chunk_tokens=chunk_tokens))
+    optimizer = build_optimizer(student, config.optim, seed=config.train.seed)
+    stream = training_rows(config, prepared.tokenizer)
+    device = student.banks()[0].down_proj.device
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    plan = schedule(wait=WARMUP_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1)
+    clocks, seconds = [], []
+    with profile(
+        activities=activities,
+        schedule=plan,
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
+        acc_events=True,
+    ) as profiler:
+        for _ in range(WARMUP_STEPS + PROFILED_STEPS):
+            rows = list(islice(stream, config.train.rows_per_step))
+            clock, start = Clock(device, wait=True), perf_counter()
+            distill_step(student, teacher, optimizer, rows, config, clock=clock)
+            seconds.append(perf_counter() - start)
+            clocks.append(clock)
+            profiler.step()
+    phases = {
+        name: sum(clock.seconds[name] for clock in clocks[WARMUP_STEPS:]) * 1e3 / PROFILED_STEPS
+        for name in clocks[-1].seconds
+    }
+    step = sum(seconds[WARMUP_STEPS:]) * 1e3 / PROFILED_STEPS
+    return StepProfile(
+        device=str(device),
+        steps=PROFILED_STEPS,
+        tokens_per_step=config.train.rows_per_step * config.data.row_tokens,
+        step_milliseconds=step,
+        phase_milliseconds=phases | {OUTSIDE: step - sum(phases.values())},
+        operators=_operators(profiler, phases, on_gpu=device.type == "cuda"),
+    )
+
+
+def _operators(profiler: profile, phases: dict[str, float], *, on_gpu: bool) -> list[Operator]:
+    operators = [
+        Operator(
+            name=event.key,
+            milliseconds=(event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+            / (1e3 * PROFILED_STEPS),
+            calls=event.count / PROFILED_STEPS,
+        )
+        for event in profiler.key_averages()
+        # Phases and steps are ranges around operators; kernels are counted with their callers.
+        if event.device_type.name == "CPU"
+        and event.key not in phases
+        and not event.key.startswith("ProfilerStep")
+    ]
+    return sorted(operators, key=lambda o: o.milliseconds, reverse=True)[:TOP_OPERATORS]
+
+
+def render(result: StepProfile) -> Group:
+    """The tables of phases and operators."""
+    step = result.step_milliseconds
+    rate = result.tokens_per_step / step * 1e3
+    phases = Table(
+        "phase",
+        "ms/step",
+        "share",
+        title=f"{step:,.1f} ms a step, {rate:,.0f} tokens/s on {result.device}, under the profiler",
+    )
+    for name, milliseconds in result.phase_milliseconds.items():
+        phases.add_row(name, f"{milliseconds:,.1f}", f"{milliseconds / step:.1%}")
+    operators = Table("operator", "ms/step", "share", "calls/step", title="Most time in itself")
+    for o in result.operators:
+        operators.add_row(
+            o.name, f"{o.milliseconds:,.2f}", f"{o.milliseconds / step:.1%}", f"{o.calls:,.0f}"
+        )
+    return Group(phases, operators)
