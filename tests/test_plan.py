@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import tiny_onn_cli as cli
 from tiny import make_dense, make_rows
-from tiny_onn import cli
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.convert import convert
 from tiny_onn.errors import UserError

@@ -5,8 +5,8 @@ import json
 import pytest
 from rich.console import Console
 
+import tiny_onn_cli as cli
 from tiny import CONFIG, change, save_teacher, write_corpus
-from tiny_onn import cli
 from tiny_onn.config import RunConfig
 from tiny_onn.profile import OUTSIDE, PROFILED_STEPS, render, run_profile
 from tiny_onn.settings import resolved_json

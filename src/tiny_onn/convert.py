@@ -175,6 +175,7 @@ def identity_gap(
     dense model once more, in float32, for the time of the call.
     """
     wide = copy.deepcopy(dense).float()
+    assert isinstance(student.config, TinyOnnConfig)
     twin = share_backbone(wide, student.config)
     for bank, own in zip(twin.banks(), student.banks(), strict=True):
         bank.load_state_dict(own.state_dict(), assign=True)

@@ -9,13 +9,16 @@ mean output norm on calibration text), or by a frozen random gate.
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from tiny_onn.console import stage
 from tiny_onn.data import check_vocabulary
 from tiny_onn.evaluate import Evaluation
+from tiny_onn.ops.crossover import choose_path
 from tiny_onn.prepare import (
     Conversion,
     Prepared,
@@ -47,22 +50,32 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     started = time.perf_counter()
     config = load_config(None, "demo", overrides)
     device = pick_device(config.train.device)
-    dense, tokenizer = load_dense(config.teacher, device)
-    check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
-    teacher = teacher_for(dense, config.teacher)
-    rows = calibration_rows(config, tokenizer, device)
+    with stage("Loading the embedded teacher"):
+        dense, tokenizer = load_dense(config.teacher, device)
+        check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
+        plain = config.teacher.placement == "shared" and config.teacher.quantization == "none"
+        # Every arm is cut from the dense weights, so what quantises them gets a copy.
+        teacher = (
+            dense if plain else teacher_for(dense, replace(config.teacher, placement="separate"))
+        )
+    with stage("Reading the embedded text"):
+        rows = calibration_rows(config, tokenizer, device)
     arms = {"Tiny-ONN student": config} | {
         name: with_router(config, selection=selection, objective="none")
         for name, selection in CONTROLS
     }
     results: dict[str, RunResult] = {}
-    conversion: Conversion | None = None
+    checked: Conversion | None = None
     for number, (name, arm) in enumerate(arms.items(), start=1):
-        student = make_student(arm, dense, rows)
-        # All arms start from the same experts: one check holds for all.
-        conversion = conversion or check_conversion(config, student, dense, tokenizer)
+        with stage(f"[{number}/{len(arms)}] {name}: converting"):
+            student = make_student(arm, dense, rows)
+            # All arms start from the same experts: one check holds for all.
+            checked = checked or check_conversion(config, student, dense, tokenizer)
         prepared = Prepared(
-            teacher=teacher, student=student, tokenizer=tokenizer, conversion=conversion
+            teacher=teacher,
+            student=student,
+            tokenizer=tokenizer,
+            conversion=replace(checked, expert_path=choose_path(arm, device.type)),
         )
         results[name] = run_distill(
             arm,

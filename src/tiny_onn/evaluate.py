@@ -1,8 +1,8 @@
 """How good a student is and what it costs, against its teacher, on held-out text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow, pack
 from tiny_onn.routing_stats import RoutingStats
-from tiny_onn.teacher import pick_device, quiet_transformers
+from tiny_onn.teacher import pick_device, quiet_transformers, teacher_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,69 @@ class Evaluation:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A model against a reference, means over the tokens that have a label."""
+
+    num_tokens: int
+    forward_kl: float
+    """KL(reference || model), nats per token."""
+    top1_agreement: float
+    perplexity: float
+    reference_perplexity: float
+
+
 @torch.no_grad()
+def compare(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    rows: Iterable[PackedRow],
+    loss: LossConfig,
+    seen: Callable[[PackedRow], None] = lambda _: None,
+) -> Comparison:
+    """Compare two models' next-token distributions on packed rows.
+
+    Args:
+        model: the one in question.
+        reference: the one it should equal.
+        rows: packed text.
+        loss: how many tokens' logits may exist at once.
+        seen: called after each row, on the device.
+    """
+    device = reference.device
+    sums = torch.zeros(4, device=device, dtype=torch.float64)
+    num_tokens = torch.zeros((), device=device, dtype=torch.int64)
+    chunk_tokens = loss_chunk_tokens(loss, head_of(model).weight)
+    for row in (row.to(device) for row in rows):
+        kwargs = packed_kwargs(row)
+        values = distill(
+            last_hidden_states(model, row.input_ids, **kwargs)[0],
+            last_hidden_states(reference, row.input_ids, **kwargs)[0],
+            head_of(model),
+            head_of(reference),
+            row.labels[0],
+            divergence="forward_kl",
+            temperature=1.0,
+            jsd_beta=loss.jsd_beta,
+            chunk_tokens=chunk_tokens,
+        )
+        mask_T = row.loss_mask[0]
+        num_tokens += mask_T.sum()
+        for index, value_T in enumerate(
+            (values.forward_kl, values.agrees, values.student_nll, values.teacher_nll)
+        ):
+            sums[index] += value_T[mask_T].double().sum()
+        seen(row)
+    kl, agreement, nll, reference_nll = (sums / num_tokens.clamp_min(1)).tolist()
+    return Comparison(
+        num_tokens=int(num_tokens),
+        forward_kl=kl,
+        top1_agreement=agreement,
+        perplexity=_exp(nll),
+        reference_perplexity=_exp(reference_nll),
+    )
+
+
 def evaluate(
     student: TinyOnnForCausalLM,
     teacher: PreTrainedModel,
@@ -57,49 +119,24 @@ def evaluate(
 ) -> Evaluation:
     """Compare the student with its teacher on packed rows. Budgets stay as they are."""
     banks = student.banks()
-    device = banks[0].gate_up_proj.device
     stats = RoutingStats.zeros(banks)
-    sums = torch.zeros(4, device=device, dtype=torch.float64)
-    num_tokens = torch.zeros((), device=device, dtype=torch.int64)
-    score_pairs = 0
-    chunk_tokens = loss_chunk_tokens(loss, head_of(student).weight)
     with inference_mode_of(student):
-        for row in (row.to(device) for row in rows):
-            kwargs = packed_kwargs(row)
-            values = distill(
-                last_hidden_states(student, row.input_ids, **kwargs)[0],
-                last_hidden_states(teacher, row.input_ids, **kwargs)[0],
-                head_of(student),
-                head_of(teacher),
-                row.labels[0],
-                divergence="forward_kl",
-                temperature=1.0,
-                jsd_beta=loss.jsd_beta,
-                chunk_tokens=chunk_tokens,
-            )
-            stats.add(banks, row.router_mask[0])
-            mask_T = row.loss_mask[0]
-            num_tokens += mask_T.sum()
-            for index, value_T in enumerate(
-                (values.forward_kl, values.agrees, values.student_nll, values.teacher_nll)
-            ):
-                sums[index] += value_T[mask_T].double().sum()
-            score_pairs += sum(n * (n + 1) // 2 for n in document_lengths(row))
-    kl, agreement, student_nll, teacher_nll = (sums / num_tokens.clamp_min(1)).tolist()
+        quality = compare(
+            student, teacher, rows, loss, lambda row: stats.add(banks, row.router_mask[0])
+        )
+    score_pairs = sum(n * (n + 1) // 2 for row in rows for n in document_lengths(row))
+    mean_context = score_pairs / sum(row.labels.numel() for row in rows)
     summary = stats.summary()
-    flops = forward_flops(
-        student, summary["mean_k"], score_pairs / sum(r.labels.numel() for r in rows)
-    )
     return Evaluation(
-        num_tokens=int(num_tokens),
-        forward_kl=kl,
-        top1_agreement=agreement,
-        student_perplexity=_exp(student_nll),
-        teacher_perplexity=_exp(teacher_nll),
+        num_tokens=quality.num_tokens,
+        forward_kl=quality.forward_kl,
+        top1_agreement=quality.top1_agreement,
+        student_perplexity=quality.perplexity,
+        teacher_perplexity=quality.reference_perplexity,
         mean_k=summary["mean_k"],
         std_k=summary["std_k"],
         dead_experts=int(summary["dead_experts"]),
-        **flops,
+        **forward_flops(student, summary["mean_k"], mean_context),
     )
 
 
@@ -140,6 +177,9 @@ def forward_flops(
 def run_eval(model: str, *, text: Path | None, device: str, max_tokens: int) -> dict[str, object]:
     """The verb `eval`: a student against its teacher, on a file or on its run's held-out text.
 
+    The teacher is the dense model as it is; where the run's teacher was quantised, the result also
+    says what that cost the teacher itself, under `quantised_teacher`.
+
     Raises:
         UserError: no such model or text, or the teacher cannot be had.
     """
@@ -154,8 +194,13 @@ def run_eval(model: str, *, text: Path | None, device: str, max_tokens: int) -> 
         else text_rows(text, loaded.tokenizer, data, max_tokens)
     )
     result = evaluate(loaded.student, teacher, rows, loaded.config.loss)
+    found: dict[str, object] = dict(asdict(result))
+    if loaded.config.teacher.quantization != "none":
+        settings = replace(loaded.config.teacher, placement="separate")
+        quantised = teacher_for(teacher, settings)
+        found["quantised_teacher"] = asdict(compare(quantised, teacher, rows, loaded.config.loss))
     source = "held-out text of " + ", ".join(data.sources) if text is None else str(text)
-    return {"model": model, "teacher": loaded.config.teacher.path, "text": source, **asdict(result)}
+    return {"model": model, "teacher": loaded.config.teacher.path, "text": source, **found}
 
 
 def text_rows(

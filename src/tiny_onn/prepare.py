@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.calibrate import fit_gates, importance_order, neuron_importance, settle_budgets
 from tiny_onn.config import RunConfig
+from tiny_onn.console import stage
 from tiny_onn.convert import backbone_hash, convert, identity_gap, verify_head
 from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
 from tiny_onn.experts import ExpertBank
@@ -54,10 +54,15 @@ def prepare(config: RunConfig) -> Prepared:
         UserError: whatever is wrong with the teacher, the text or the sizes.
     """
     device = pick_device(config.train.device)
-    dense, tokenizer = load_dense(config.teacher, device)
-    check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
-    student = make_student(config, dense, calibration_rows(config, tokenizer, device))
-    conversion = check_conversion(config, student, dense, tokenizer)
+    with stage(f"Loading the teacher, {config.teacher.path}"):
+        dense, tokenizer = load_dense(config.teacher, device)
+        check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
+    with stage("Reading calibration text"):
+        rows = calibration_rows(config, tokenizer, device)
+    with stage("Converting"):
+        student = make_student(config, dense, rows)
+    with stage("Checking the conversion"):
+        conversion = check_conversion(config, student, dense, tokenizer)
     return Prepared(
         teacher=teacher_for(dense, config.teacher),
         student=student,
@@ -160,9 +165,3 @@ def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
 def with_router(config: RunConfig, **changes: object) -> RunConfig:
     """The same settings with another router: how controls are made from a recipe."""
     return replace(config, router=replace(config.router, **changes))  # pyright: ignore[reportArgumentType]
-
-
-def frozen_names(student: TinyOnnForCausalLM) -> list[str]:
-    """Names of the parameters that must never change in a run."""
-    parameters: dict[str, nn.Parameter] = dict(student.named_parameters())
-    return [name for name, p in parameters.items() if not p.requires_grad]

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tiny_onn.console import say
 from tiny_onn.evaluate import Evaluation
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.prepare import Conversion
@@ -57,21 +58,18 @@ def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Convers
         else f"all experts on, logits are within {conversion.logit_gap:.1e} of the teacher's"
         " (float32)"
     )
-    Console(stderr=True).print(
+    say(
         f"{title}: {len(student.banks())} layers x {shape.num_experts} experts x "
         f"{shape.expert_dim} neurons; {exact}; backbone SHA-256 "
-        f"{conversion.backbone_sha256[:12]} in both",
-        highlight=False,
-        soft_wrap=True,
+        f"{conversion.backbone_sha256[:12]} in both; expert path: {conversion.expert_path.path} "
+        f"({conversion.expert_path.reason})"
     )
 
 
 def show_evaluation(title: str, tokens: int, result: Evaluation) -> None:
     """One line on an evaluation."""
-    Console(stderr=True).print(
+    say(
         f"{title}: {tokens:,} tokens  held-out KL {result.forward_kl:.4f}  "
         f"agreement {result.top1_agreement:.1%}  perplexity {result.student_perplexity:.2f} "
-        f"(teacher {result.teacher_perplexity:.2f})  k {result.mean_k:.2f}",
-        highlight=False,
-        soft_wrap=True,
+        f"(teacher {result.teacher_perplexity:.2f})  k {result.mean_k:.2f}"
     )

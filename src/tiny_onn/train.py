@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from safetensors import SafetensorError
 
 from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
 from tiny_onn.checkpoint import load_checkpoint, save_checkpoint
 from tiny_onn.config import RunConfig
+from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import Evaluation, evaluate
@@ -89,9 +89,7 @@ class _Run:
         checkpoint_layers(self.student, config.train.checkpointing)
         self._set_loss_chunk(loss_chunk_tokens(config.loss, head_of(self.student).weight))
         if config.loss.chunk_tokens == 0 and self.student.device.type == "cuda":
-            Console(stderr=True).print(
-                f"{title}: loss.chunk_tokens = {self.config.loss.chunk_tokens}, from free memory"
-            )
+            say(f"{title}: loss.chunk_tokens = {self.config.loss.chunk_tokens}, from free memory")
         self.optimizer = build_optimizer(self.student, config.optim, seed=config.train.seed)
         self.stream = training_rows(config, prepared.tokenizer)
         self.held_out = held_out_rows(
@@ -235,9 +233,7 @@ class _Run:
     def _restore(self) -> None:
         state = load_checkpoint(self.out / "checkpoints", self.student, self.optimizer)
         if state is None:
-            Console(stderr=True).print(
-                f"{self.out}: no checkpoint yet, starting from the first step"
-            )
+            say(f"{self.out}: no checkpoint yet, starting from the first step")
             return
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.metrics_offset = state["metrics_offset"]
@@ -272,7 +268,7 @@ def stop_on_signal() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        Console(stderr=True).print("Stopping after this step; once more to stop at once.")
+        say("Stopping after this step; once more to stop at once.")
 
     previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

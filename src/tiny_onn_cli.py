@@ -1,7 +1,8 @@
 """The command line: parse, call, print.
 
-Every verb is a dataclass whose fields are its arguments. Modules that load torch are imported when
-their verb runs, so that help and mistakes in settings answer at once.
+Every verb is a dataclass whose fields are its arguments. This module lies beside the package, whose
+import registers the model with transformers and takes seconds: help and malformed command lines
+answer before it.
 """
 
 # ruff: noqa: PLC0415
@@ -20,9 +21,6 @@ from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
-
-from tiny_onn.errors import UserError
-from tiny_onn.settings import check_device, config_template, load_config
 
 _Run = Annotated[Positional[Path | None], arg(metavar="RUN.toml", help_behavior_hint="(optional)")]
 _Preset = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(optional)")]
@@ -82,6 +80,8 @@ class Plan:
 
     def __call__(self) -> None:
         """Run the verb."""
+        from tiny_onn.settings import load_config
+
         tokens = () if self.tokens is None else (f"train.tokens={self.tokens}",)
         config = load_config(self.run, self.preset, (*self.overrides, *tokens))
         from rich.console import Console
@@ -130,6 +130,9 @@ class Distill:
 
     def __call__(self) -> None:
         """Run the verb."""
+        from tiny_onn.errors import UserError
+        from tiny_onn.settings import load_config
+
         named = self.run is not None or self.preset is not None
         if self.resume and self.out is None:
             raise UserError("--resume: got no --out, expected the folder of the run; add --out")
@@ -183,6 +186,8 @@ class Eval:
 
     def __call__(self) -> None:
         """Run the verb."""
+        from tiny_onn.settings import check_device
+
         check_device(self.device, "--device")
         _require(self.max_tokens >= 1, "--max-tokens", self.max_tokens, "an integer >= 1")
         from tiny_onn.evaluate import run_eval
@@ -249,6 +254,8 @@ class Config:
 
     def __call__(self) -> None:
         """Run the verb."""
+        from tiny_onn.settings import config_template, load_config
+
         print(config_template(load_config(self.run, self.preset, self.overrides)), end="")
 
 
@@ -265,15 +272,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"tiny-onn {version('tiny-onn')}")
         return 0
+    verb = tyro.cli(
+        Demo | Plan | Distill | Eval | Generate | Config,
+        prog="tiny-onn",
+        description="Turn a dense language model into many ultra-light experts, by"
+        " distillation.\n\nExample: tiny-onn demo",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    from tiny_onn.errors import UserError
+
     try:
-        verb = tyro.cli(
-            Demo | Plan | Distill | Eval | Generate | Config,
-            prog="tiny-onn",
-            description="Turn a dense language model into many ultra-light experts, by"
-            " distillation.\n\nExample: tiny-onn demo",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
         verb()
         sys.stdout.flush()
     except UserError as error:
@@ -294,6 +303,8 @@ def _default_out(name: str) -> Path:
 
 
 def _require(accepted: bool, name: str, value: int | float, expected: str) -> None:
+    from tiny_onn.errors import UserError
+
     if not accepted:
         raise UserError(f"{name}: got {value}, expected {expected}; leave it out for the default")
 
