@@ -25,6 +25,7 @@ from tiny_onn.prepare import (
     calibration_rows,
     check_conversion,
     make_student,
+    partition,
     with_router,
 )
 from tiny_onn.run_folder import write_json
@@ -60,6 +61,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         )
     with stage("Reading the embedded text"):
         rows = calibration_rows(config, tokenizer, device)
+        order = partition(config, dense, rows)
     arms = {"Tiny-ONN student": config} | {
         name: with_router(config, selection=selection, objective="none")
         for name, selection in CONTROLS
@@ -68,7 +70,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     checked: Conversion | None = None
     for number, (name, arm) in enumerate(arms.items(), start=1):
         with stage(f"[{number}/{len(arms)}] {name}: converting"):
-            student = make_student(arm, dense, rows)
+            student = make_student(arm, dense, rows, order)
             # All arms start from the same experts: one check holds for all.
             checked = checked or check_conversion(config, student, dense, tokenizer)
         prepared = Prepared(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.calibrate import fit_gates, importance_order, neuron_importance, settle_budgets
@@ -125,13 +127,30 @@ def needs_text(config: RunConfig) -> bool:
     )
 
 
-def make_student(
+def partition(
     config: RunConfig, dense: PreTrainedModel, rows: Sequence[PackedRow]
+) -> list[Int[Tensor, " neurons"]] | None:
+    """Per layer, the order in which neurons fill the experts; None: as they are."""
+    if config.experts.init != "importance":
+        return None
+    return importance_order(neuron_importance(dense, rows))
+
+
+def make_student(
+    config: RunConfig,
+    dense: PreTrainedModel,
+    rows: Sequence[PackedRow],
+    order: Sequence[Int[Tensor, " neurons"]] | None = None,
 ) -> TinyOnnForCausalLM:
-    """Convert the dense model and set experts, gates and budgets as the settings say."""
-    order = None
-    if config.experts.init == "importance":
-        order = importance_order(neuron_importance(dense, rows))
+    """Convert the dense model and set experts, gates and budgets as the settings say.
+
+    Args:
+        config: the settings.
+        dense: the model to cut.
+        rows: calibration text.
+        order: what `partition` gave for the same settings and rows, if known; None: worked out.
+    """
+    order = partition(config, dense, rows) if order is None else order
     student = convert(
         dense,
         config.experts,
