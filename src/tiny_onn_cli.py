@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -29,6 +29,10 @@ _Overrides = Annotated[
 ]
 _Out = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(runs/NAME-TIME)")]
 _Model = Annotated[Positional[str], arg(metavar="MODEL")]
+
+
+# Below it the logits overflow.
+MIN_TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +229,8 @@ class Generate:
         """Run the verb."""
         tokens, temperature, seed = self.max_new_tokens, self.temperature, self.seed
         _require(tokens >= 1, "--max-new-tokens", tokens, "an integer >= 1")
-        _require(0 <= temperature < math.inf, "--temperature", temperature, "a number >= 0")
+        accepted = temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf
+        _require(accepted, "--temperature", temperature, f"0, or a number >= {MIN_TEMPERATURE}")
         _require(0 <= seed < 2**63, "--seed", seed, "an integer from 0 to 2**63 - 1")
         from tiny_onn.generate import run_generate
 
@@ -280,6 +285,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    try:
+        return _run(verb)
+    except KeyboardInterrupt:
+        print("tiny-onn: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has left (`tiny-onn config | head`); keep the interpreter's own flush quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(verb: Callable[[], None]) -> int:
     from tiny_onn.errors import UserError
 
     try:
@@ -288,13 +305,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tiny-onn: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("tiny-onn: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader has left (`tiny-onn config | head`); keep the interpreter's own flush quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return 0
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.optim import split_parameters
@@ -92,11 +92,15 @@ def load_checkpoint(
     """Restore the newest checkpoint whose hashes hold; its loop state, or None if there is none.
 
     Damaged ones are named on the terminal and passed over.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
     """
     whole = valid_checkpoints(folder)
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for path in found:
         if path not in whole or not _hashes_hold(path):
-            Console(stderr=True).print(f"{path}: damaged, going on from an earlier checkpoint")
+            say(f"{path}: damaged, passed over")
             continue
         device = str(next(student.parameters()).device)
         _restore_student(student, load_file(path / "student.safetensors", device=device))
@@ -104,6 +108,11 @@ def load_checkpoint(
             student, optimizer, load_file(path / "optimizer.safetensors", device=device)
         )
         return json.loads((path / "state.json").read_text())
+    if found:
+        raise UserError(
+            f"{folder}: got {len(found)} checkpoints, all of them damaged, expected a whole one; "
+            "restore one from a copy, or start a new run with another --out"
+        )
     return None
 
 

@@ -33,7 +33,7 @@ from tiny_onn.settings import load_config
 from tiny_onn.teacher import load_dense, pick_device, quiet_transformers, teacher_for
 from tiny_onn.train import RunResult, run_distill
 
-NUMBERS = ("KL to teacher", "top-1 agreement", "perplexity", "mean k", "FFN MFLOPs", "all MFLOPs")
+NUMBERS = ("KL", "agreement", "perplexity", "mean k", "FFN", "total")
 CONTROLS = (("static choice", "static"), ("random routing", "random"))
 
 
@@ -62,7 +62,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     with stage("Reading the embedded text"):
         rows = calibration_rows(config, tokenizer, device)
         order = partition(config, dense, rows)
-    arms = {"Tiny-ONN student": config} | {
+    arms = {"student": config} | {
         name: with_router(config, selection=selection, objective="none")
         for name, selection in CONTROLS
     }
@@ -72,7 +72,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         with stage(f"[{number}/{len(arms)}] {name}: converting"):
             student = make_student(arm, dense, rows, order)
             # All arms start from the same experts: one check holds for all.
-            checked = checked or check_conversion(config, student, dense, tokenizer)
+            checked = checked or check_conversion(config, student, dense, rows)
         prepared = Prepared(
             teacher=teacher,
             student=student,
@@ -102,7 +102,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     Console().print(
         f"Each arm learned from {tokens:,} tokens, seed {config.train.seed}; all in "
         f"{seconds:.0f} s. Run folder: {out}\n"
-        f'Next: tiny-onn generate {out / "tiny-onn-student"} --prompt "A list is"',
+        f'Next: tiny-onn generate {out / "student"} --prompt "A list is"',
         highlight=False,
     )
     return json.loads(json.dumps(summary))
@@ -110,14 +110,14 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
 
 def comparison(results: dict[str, RunResult]) -> Table:
     """Teacher, student before and after, and the controls after, on the same held-out rows."""
-    table = Table(title="Held-out text: distance to the teacher, and cost per token")
+    table = Table(title="Held-out text: distance to the teacher; forward MFLOPs per token")
     table.add_column("model")
     for column in NUMBERS:
         table.add_column(column, justify="right")
     first = next(iter(results.values()))
     after = first.after
     table.add_row(
-        "teacher (dense)",
+        "teacher",
         "0",
         "100.0%",
         f"{after.teacher_perplexity:.2f}",
@@ -125,9 +125,9 @@ def comparison(results: dict[str, RunResult]) -> Table:
         f"{after.dense_ffn_flops / 1e6:.1f}",
         f"{after.dense_total_flops / 1e6:.1f}",
     )
-    table.add_row("Tiny-ONN student, before training", *_cells(first.before))
+    table.add_row("student, untrained", *_cells(first.before))
     for name, result in results.items():
-        table.add_row(f"{name}, after training", *_cells(result.after))
+        table.add_row(name, *_cells(result.after))
     return table
 
 

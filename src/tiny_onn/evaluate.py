@@ -217,7 +217,11 @@ def text_rows(
         for document in read_documents(str(path), data.text_field)
     )
     packed = pack(documents, row_tokens=data.row_tokens, pad_token_id=0)
-    rows = list(islice(packed, max(1, max_tokens // data.row_tokens)))
+    try:
+        rows = list(islice(packed, max(1, max_tokens // data.row_tokens)))
+    except UserError as error:
+        # The readers speak of the setting that usually names the text.
+        raise UserError(f"--text:{str(error).removeprefix('data.sources:')}") from error
     if not rows:
         raise UserError(
             f"--text: got {path} without a document of two tokens or more, expected some text; "

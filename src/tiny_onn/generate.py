@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from tiny_onn.config import TeacherConfig
 from tiny_onn.errors import UserError
@@ -35,10 +35,17 @@ def run_generate(
     """
     if not prompt:
         raise UserError("--prompt: got an empty text, expected at least one character; write one")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--prompt: got a byte that is not UTF-8 at character {error.start}, expected text; "
+            "check the terminal's encoding"
+        ) from error
     quiet_transformers()
     network, tokenizer = _load(model, pick_device(device))
     # transformers' sampling knows no generator argument.
-    set_seed(seed)
+    torch.manual_seed(seed)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )

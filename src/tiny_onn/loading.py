@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import RunConfig, TeacherConfig
 from tiny_onn.convert import adopt_backbone, backbone_hash
-from tiny_onn.errors import UserError
+from tiny_onn.errors import LOAD_ERRORS, UserError, reason_of
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.run_folder import read_run_config
 from tiny_onn.teacher import load_dense
@@ -51,11 +50,10 @@ def load_student(name: str, device: torch.device) -> LoadedStudent:
     try:
         student = TinyOnnForCausalLM.from_pretrained(student_folder)
         tokenizer = AutoTokenizer.from_pretrained(student_folder)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except LOAD_ERRORS as error:
         raise UserError(
             f"MODEL: got {student_folder}, expected config.json, model.safetensors and "
-            f"tokenizer.json of a student ({reason}); write it again with --resume"
+            f"tokenizer.json of a student ({reason_of(error)}); write it again with --resume"
         ) from error
     if not (folder / "student").is_dir():
         settings = student.config

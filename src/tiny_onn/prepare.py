@@ -61,10 +61,12 @@ def prepare(config: RunConfig) -> Prepared:
         check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
     with stage("Reading calibration text"):
         rows = calibration_rows(config, tokenizer, device)
+        # Read here, so that a lack of held-out text shows before the work.
+        held_out = held_out_rows(config.data, tokenizer, config.data.row_tokens, 1)
     with stage("Converting"):
         student = make_student(config, dense, rows)
     with stage("Checking the conversion"):
-        conversion = check_conversion(config, student, dense, tokenizer)
+        conversion = check_conversion(config, student, dense, held_out)
     return Prepared(
         teacher=teacher_for(dense, config.teacher),
         student=student,
@@ -77,14 +79,13 @@ def check_conversion(
     config: RunConfig,
     student: TinyOnnForCausalLM,
     dense: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[PackedRow],
 ) -> Conversion:
-    """Hold a fresh student against its teacher on a little held-out text.
+    """Hold a fresh student against its teacher on a little text.
 
     Raises:
         UserError: the family's output head is not supported.
     """
-    rows = held_out_rows(config.data, tokenizer, config.data.row_tokens, config.data.row_tokens)
     sample = rows[0].input_ids[:, :CHECKED_TOKENS].to(dense.device)
     head_gap = verify_head(dense, sample)
     own, theirs = backbone_hash(student), backbone_hash(dense)

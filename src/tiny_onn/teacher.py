@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import TeacherConfig
 from tiny_onn.embedded import embedded_teacher
-from tiny_onn.errors import UserError
+from tiny_onn.errors import LOAD_ERRORS, UserError, reason_of
 from tiny_onn.modeling import TinyOnnConfig, gated_mlps
 from tiny_onn.quantize import quantize_nf4
 from tiny_onn.settings import check_device
@@ -69,7 +68,11 @@ def load_dense(
                 "name the model it was converted from"
             )
         with torch.device("meta"):
-            gated_mlps(AutoModelForCausalLM.from_config(settings, **trust))
+            skeleton = AutoModelForCausalLM.from_config(settings, **trust)
+        try:
+            gated_mlps(skeleton)
+        except UserError as error:
+            raise UserError(f"teacher.path: got {config.path}: {error}") from error
         # With loading info it returns a pair, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -88,12 +91,11 @@ def load_dense(
         tokenizer = AutoTokenizer.from_pretrained(source, **trust, **hub)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except LOAD_ERRORS as error:
         raise UserError(
             f"teacher.path: got {config.path}, expected a causal language model in safetensors "
-            f"format with its tokenizer ({reason}); a hub id needs a network or a local cache, a "
-            "folder needs config.json, model.safetensors and tokenizer.json"
+            f"format with its tokenizer ({reason_of(error)}); a hub id needs a network or a local "
+            "cache, a folder needs config.json, model.safetensors and tokenizer.json"
         ) from error
     model.requires_grad_(False)
     model.set_attn_implementation(DOCUMENT_ATTENTION)

@@ -160,22 +160,31 @@ class _Run:
         set_learning_rates(self.optimizer, lr_factor(progress, self.config.optim))
         result = distill_step(self.student, self.teacher, self.optimizer, rows, self.config)
         self.step += 1
+        self._check_finite(result)
         self.tokens += step_tokens
         return result
 
+    def _check_finite(self, result: StepResult) -> None:
+        """Stop before anything of a diverged run is saved."""
+        measured = {
+            "loss": float(result.loss),
+            "gradient norm of the experts": float(result.expert_grad_norm),
+            "gradient norm of the gates": float(result.gate_grad_norm),
+        }
+        for name, value in measured.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"step {self.step}: the {name} is {value}, expected a finite number; lower "
+                    "optim.expert_lr or optim.gate_lr and start a new run with another --out"
+                )
+
     def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
-        loss = result.loss.item()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {self.step}: the loss is {loss}, expected a finite number; lower "
-                "optim.expert_lr or optim.gate_lr and use --resume from the last checkpoint"
-            )
         step_tokens = self.config.train.rows_per_step * self.config.data.row_tokens
         record: dict[str, Any] = {
             "kind": "step",
             "step": self.step,
             "tokens": self.tokens,
-            "loss": loss,
+            "loss": result.loss.item(),
             "forward_kl": result.forward_kl.item(),
             "top1_agreement": result.agreement.item(),
             "expert_grad_norm": float(result.expert_grad_norm),
