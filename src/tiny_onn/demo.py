@@ -6,7 +6,6 @@ Only the choice of experts differs: by the recipe's router, always the same ones
 mean output norm on calibration text), or by a frozen random gate.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -105,7 +104,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         f'Next: tiny-onn generate {out / "student"} --prompt "A list is"',
         highlight=False,
     )
-    return json.loads(json.dumps(summary))
+    return summary
 
 
 def comparison(results: dict[str, RunResult]) -> Table:

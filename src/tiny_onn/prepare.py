@@ -173,11 +173,12 @@ def make_student(
 
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
     """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
+    path = choose_path(config, banks[0].down_proj.device.type).path
     for bank in banks:
         bank.coupled = config.router.objective == "task"
         bank.compiled = config.train.compile
         bank.chunk_tokens = config.train.ffn_chunk_tokens
-        bank.path = choose_path(config, bank.down_proj.device.type).path
+        bank.path = path
         bank.requires_grad_(True)
         bank.router.requires_grad_(config.router.objective != "none")
 
