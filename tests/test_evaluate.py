@@ -1,0 +1,79 @@
+"""The verb `eval` on a run, on a student's folder and on text, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from tiny import CONFIG, change, make_dense, make_tokenizer, save_teacher, write_corpus
+from tiny_onn.errors import UserError
+from tiny_onn.evaluate import run_eval
+from tiny_onn.run_folder import read_run_config, write_json
+from tiny_onn.settings import resolved_json
+from tiny_onn.train import run_distill
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    config = change(
+        CONFIG,
+        teacher={"path": str(save_teacher(folder / "teacher"))},
+        data={
+            "sources": (str(write_corpus(folder / "corpus")),),
+            "row_tokens": 64,
+            "eval_tokens": 128,
+            "held_out_fraction": 0.2,
+        },
+        train={"tokens": 128},
+    )
+    return folder / "run", run_distill(config, out=folder / "run")
+
+
+def evaluated(model, text=None, max_tokens=128):
+    return run_eval(str(model), text=text, device="cpu", max_tokens=max_tokens)
+
+
+def test_a_run_evaluates_to_what_it_ended_with(finished):
+    out, result = finished
+    got = evaluated(out)
+    for name, value in result.after.as_dict().items():
+        assert got[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_students_folder_finds_its_teacher(finished, tmp_path):
+    out, _ = finished
+    shutil.copytree(out / "student", tmp_path / "student")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat")
+    from_run, alone = (evaluated(m, tmp_path / "text.txt") for m in (out, tmp_path / "student"))
+    assert alone["forward_kl"] == pytest.approx(from_run["forward_kl"], rel=1e-4)
+    assert alone["num_tokens"] == from_run["num_tokens"] != 0
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(finished, tmp_path):
+    out, _ = finished
+    other = tmp_path / "other"
+    shutil.copytree(out, tmp_path / "run")
+    make_dense(vocab_size=400).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    changed = change(read_run_config(out), teacher={"path": str(other)})
+    write_json(tmp_path / "run" / "config.json", json.loads(resolved_json(changed)))
+    with pytest.raises(UserError, match="with a vocabulary of 400, expected the student's 320"):
+        evaluated(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(None, "no such file"), ("", "no text in it"), (b"\xff\xfe\xff", "UTF-8")],
+)
+def test_bad_text_is_named_by_its_argument(finished, tmp_path, text, said):
+    path = tmp_path / "text.txt"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=f"^--text: .*{said}"):
+        evaluated(finished[0], path)
+
+
+def test_what_is_no_student_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^MODEL: got .*, expected a run folder"):
+        evaluated(tmp_path)
