@@ -190,7 +190,7 @@ class Eval:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.settings import check_device
+        from tiny_onn.checks import check_device
 
         check_device(self.device, "--device")
         _require(self.max_tokens >= 1, "--max-tokens", self.max_tokens, "an integer >= 1")

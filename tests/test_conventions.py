@@ -17,9 +17,19 @@ TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text("utf-8")) for pat
 
 # A module imports from its own layer and those above it in this list.
 LAYERS = (
-    ("ops", "packing", "config", "errors", "console", "attention", "settings", "surprise"),
+    (
+        "ops",
+        "packing",
+        "config",
+        "errors",
+        "console",
+        "attention",
+        "settings",
+        "surprise",
+        "checks",
+    ),
     ("router", "experts", "losses", "quantize"),
-    ("modeling", "convert", "teacher", "data", "embedded", "calibrate", "routing_stats"),
+    ("modeling", "convert", "teacher", "data", "sources", "embedded", "calibrate", "routing_stats"),
     ("optim", "checkpoint", "run_folder", "prepare", "loading", "activations"),
     ("plan_costs", "plan_memory", "plan_sources"),
     ("plan", "step", "train", "evaluate", "demo", "generate", "progress", "profile"),

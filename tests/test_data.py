@@ -22,11 +22,11 @@ from tiny_onn.data import (
     check_vocabulary,
     held_out_rows,
     is_held_out,
-    read_documents,
 )
 from tiny_onn.embedded import Document
 from tiny_onn.errors import UserError
 from tiny_onn.packing import PackedRow
+from tiny_onn.sources import read_documents
 
 EOS = 256
 

@@ -30,6 +30,7 @@ from test_expert_layer import (
     smk_step,
 )
 from tiny import make_dense, make_student
+from tiny_onn.checks import validate
 from tiny_onn.config import ExpertsConfig, RouterConfig, RunConfig, SmkConfig, TrainConfig
 from tiny_onn.errors import UserError
 from tiny_onn.ops import dense_masked, grouped, reference
@@ -43,7 +44,6 @@ from tiny_onn.ops.crossover import (
 from tiny_onn.ops.grouped import expert_layer, gather_mm, group_rows, outer_mm, scatter_mm
 from tiny_onn.ops.teaching import SurpriseTally
 from tiny_onn.prepare import set_objective
-from tiny_onn.settings import validate
 from tiny_onn.surprise import SmkRule
 
 ROUTINGS = (*PATTERNS, "nobody")

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tiny_onn.checks import RANGES, validate
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.settings import (
-    _RANGES,
     config_diff,
     config_from_json,
     config_template,
@@ -19,10 +19,9 @@ from tiny_onn.settings import (
     load_config,
     preset_names,
     resolved_json,
-    validate,
 )
 
-CHECKS = {name: accepts for _, accepts, names in _RANGES for name in names.split()}
+CHECKS = {name: accepts for _, accepts, names in RANGES for name in names.split()}
 SETTINGS = tuple(
     (section, key, hint)
     for section, cls in get_type_hints(RunConfig).items()
@@ -208,7 +207,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [(name, rule) for rule, _, names in _RANGES for name in names.split()]
+    ("name", "expected"), [(name, rule) for rule, _, names in RANGES for name in names.split()]
 )
 def test_value_out_of_range_names_the_setting(name, expected):
     with pytest.raises(UserError, match=f"^{name}: got .*, expected {expected}; its default is"):
@@ -217,7 +216,7 @@ def test_value_out_of_range_names_the_setting(name, expected):
 
 def test_every_number_has_one_range_and_every_range_a_setting():
     numbers = [f"{section}.{key}" for section, key, hint in SETTINGS if hint in (int, float)]
-    ranged = [name for _, _, names in _RANGES for name in names.split()]
+    ranged = [name for _, _, names in RANGES for name in names.split()]
     assert sorted(numbers) == sorted(ranged)
 
 

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import DataConfig, LossConfig
-from tiny_onn.data import held_out_rows, read_documents
+from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.loading import load_student, load_teacher_of
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow, pack
 from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.sources import read_documents
 from tiny_onn.teacher import pick_device, quiet_transformers, teacher_for
 
 

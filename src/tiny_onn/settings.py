@@ -1,8 +1,7 @@
 """Settings in and out: TOML, presets and `--set` to a checked `RunConfig`, and back to text.
 
-Everything is driven by the fields, type hints and docstrings of `config.py`; the only facts added
-here are the ranges in `_RANGES` and the combinations in `validate`. What depends on the teacher
-(its MLP width, its memory) is checked where the teacher is loaded.
+Everything is driven by the fields, type hints and docstrings of `config.py`; what makes sense is
+said in `checks.py`.
 """
 
 import ast
@@ -10,52 +9,18 @@ import difflib
 import inspect
 import itertools
 import json
-import re
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from tiny_onn import config as config_module
+from tiny_onn.checks import RANGES, shown, to_toml, validate
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.ops.crossover import check_path
-
-# What to expect, the check, and the settings it holds for.
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "an integer >= 1",
-        lambda value: value >= 1,
-        "experts.num_experts experts.calibration_tokens data.eval_tokens"
-        " train.tokens train.rows_per_step train.log_every_steps",
-    ),
-    ("an integer >= 3", lambda value: value >= 3, "data.row_tokens"),
-    (
-        "an integer >= 0",
-        lambda value: value >= 0,
-        "experts.expert_dim loss.chunk_tokens train.ffn_chunk_tokens train.eval_every_tokens"
-        " train.save_every_tokens train.seed",
-    ),
-    ("a number >= 1", lambda value: value >= 1, "router.target_k"),
-    ("a number > 0", lambda value: value > 0, "loss.temperature optim.eps optim.clip_norm"),
-    (
-        "a number >= 0",
-        lambda value: value >= 0,
-        "router.load_balancing_coef router.z_loss_coef smk.coef optim.expert_lr optim.gate_lr"
-        " optim.weight_decay optim.gate_weight_decay",
-    ),
-    ("a number > 0 and < 1", lambda value: 0 < value < 1, "loss.jsd_beta data.held_out_fraction"),
-    ("a number >= 0 and < 1", lambda value: 0 <= value < 1, "optim.beta1 optim.beta2"),
-    (
-        "a number from 0 to 1",
-        lambda value: 0 <= value <= 1,
-        "router.budget_rate optim.warmup_fraction optim.decay_fraction"
-        " optim.gate_warmup_fraction optim.gate_decay_fraction",
-    ),
-)
 
 
 class FieldDoc(NamedTuple):
@@ -89,7 +54,7 @@ def load_config(path: Path | None, preset: str | None, overrides: Sequence[str])
     in_file = table.pop("preset", None)
     if in_file is not None and preset is not None and in_file != preset:
         raise UserError(
-            f"preset: got {preset} and, in {path}, {_shown(in_file)}, expected one; remove either"
+            f"preset: got {preset} and, in {path}, {shown(in_file)}, expected one; remove either"
         )
     name = preset if in_file is None else in_file
     config = RunConfig()
@@ -106,60 +71,6 @@ def preset_names() -> tuple[str, ...]:
     """Return the names of the presets that come with the package, sorted."""
     folder = files("tiny_onn") / "presets"
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir()))
-
-
-def validate(config: RunConfig) -> None:
-    """Return if every range and combination of settings makes sense.
-
-    Raises:
-        UserError: The first setting that does not, with the value and what was expected.
-    """
-    for expected, accepts, names in _RANGES:
-        for name in names.split():
-            if not accepts(value := _get(config, name)):
-                raise UserError(
-                    f"{name}: got {_shown(value)}, expected {expected}; its default is"
-                    f" {_toml(_get(RunConfig(), name))}"
-                )
-    check_device(config.train.device, "train.device")
-    for prefix in ("optim.", "optim.gate_"):
-        warmup, decay = (_get(config, f"{prefix}{part}_fraction") for part in ("warmup", "decay"))
-        assert isinstance(warmup, float) and isinstance(decay, float)
-        if warmup + decay > 1:
-            raise UserError(
-                f"{prefix}decay_fraction: got {decay} after {prefix}warmup_fraction {warmup},"
-                " expected a sum of at most 1; lower one of them"
-            )
-    router, num_experts = config.router, config.experts.num_experts
-    if router.target_k > num_experts:
-        raise UserError(
-            f"router.target_k: got {router.target_k}, expected at most experts.num_experts"
-            f" = {num_experts}; lower it or raise experts.num_experts"
-        )
-    if router.selection != "budget" and not float(router.target_k).is_integer():
-        raise UserError(
-            f"router.target_k: got {router.target_k}, expected a whole number with router.selection"
-            f' = "{router.selection}"; round it or use router.selection = "budget"'
-        )
-    if router.selection in ("static", "random") and router.objective != "none":
-        raise UserError(
-            f'router.objective: got "{router.objective}", expected "none" with router.selection'
-            f' = "{router.selection}", which has no gate to train; set router.objective = "none"'
-        )
-    check_path(config)
-
-
-def check_device(device: str, name: str) -> None:
-    """Return if `device` reads as a device; whether the machine has it shows on first use.
-
-    Raises:
-        UserError: It does not; the message starts with `name`.
-    """
-    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device, re.ASCII) is None:
-        raise UserError(
-            f"{name}: got {_shown(device)}, expected auto, cpu, cuda or cuda:N; use auto to take"
-            " what there is"
-        )
 
 
 def resolved_json(config: RunConfig) -> str:
@@ -181,7 +92,7 @@ def config_from_json(text: str, source: str = "config.json") -> RunConfig:
             " start the run again from its TOML"
         ) from error
     if not isinstance(table, dict):
-        raise UserError(f"{source}: got {_shown(table)}, expected an object; restore the file")
+        raise UserError(f"{source}: got {shown(table)}, expected an object; restore the file")
     config = _apply(RunConfig(), table, source)
     for section, keys in asdict(config).items():
         for key in keys:
@@ -198,7 +109,7 @@ def config_diff(before: RunConfig, after: RunConfig) -> list[str]:
     """Return `section.key: before -> after` for each setting that differs."""
     old, new = asdict(before), asdict(after)
     return [
-        f"{section}.{key}: {_toml(value)} -> {_toml(new[section][key])}"
+        f"{section}.{key}: {to_toml(value)} -> {to_toml(new[section][key])}"
         for section, keys in old.items()
         for key, value in keys.items()
         if value != new[section][key]
@@ -209,7 +120,7 @@ def field_docs() -> Iterator[FieldDoc]:
     """Yield every setting with the docstring under its field in `config.py`."""
     tree = ast.parse(inspect.getsource(config_module))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    ranges = {name: expected for expected, _, names in _RANGES for name in names.split()}
+    ranges = {name: expected for expected, _, names in RANGES for name in names.split()}
     defaults = asdict(RunConfig())
     for section, cls in _sections().items():
         body = classes[cls.__name__].body
@@ -227,7 +138,7 @@ def field_docs() -> Iterator[FieldDoc]:
                 section=section,
                 field=key,
                 type=ranges.get(f"{section}.{key}", _expected(hint)),
-                default=_toml(defaults[section][key]),
+                default=to_toml(defaults[section][key]),
                 doc=docs[key],
             )
 
@@ -246,7 +157,7 @@ def config_template(config: RunConfig | None = None) -> str:
             current = entry.section
             lines += ["", f"# {inspect.getdoc(sections[current])}", f"[{current}]"]
         lines += textwrap.wrap(entry.doc, 98, initial_indent="# ", subsequent_indent="# ")
-        lines.append(f"{entry.field} = {_toml(values[current][entry.field])}  # {entry.type}")
+        lines.append(f"{entry.field} = {to_toml(values[current][entry.field])}  # {entry.type}")
     return "\n".join(lines) + "\n"
 
 
@@ -257,15 +168,10 @@ def _sections() -> dict[str, type]:
     return hints
 
 
-def _get(config: RunConfig, name: str) -> object:
-    section, key = name.split(".")
-    return getattr(getattr(config, section), key)
-
-
 def _read_preset(name: object) -> dict[str, Any]:
     if name not in preset_names():
         expected = ", ".join(preset_names())
-        raise UserError(f"preset: got {_shown(name)}, expected one of {expected}")
+        raise UserError(f"preset: got {shown(name)}, expected one of {expected}")
     file = files("tiny_onn") / "presets" / f"{name}.toml"
     return _parse_toml(file.read_bytes(), f"preset {name}")
 
@@ -286,7 +192,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
         raise UserError(
-            f"--set: got {_shown(text)}, expected SECTION.KEY=VALUE; for example"
+            f"--set: got {shown(text)}, expected SECTION.KEY=VALUE; for example"
             " --set router.target_k=8"
         )
     value = value.strip()
@@ -314,7 +220,7 @@ def _apply(config: RunConfig, table: Mapping[str, Any], source: str) -> RunConfi
             raise UserError(f"{source}: {_unknown(section, None)}")
         if not isinstance(values, dict):
             raise UserError(
-                f"{source}: {section}: got {_shown(values)}, expected a table; write [{section}]"
+                f"{source}: {section}: got {shown(values)}, expected a table; write [{section}]"
             )
         hints = get_type_hints(sections[section])
         for key in values:
@@ -339,7 +245,7 @@ def _unknown(section: str, key: str | None) -> str:
     )
     remedy = f"did you mean {near[0]}?" if near else "`tiny-onn config` lists all settings"
     kind = "section" if key is None else "setting"
-    return f"got unknown {kind} {_shown(name)}, expected a {kind} of Tiny-ONN; {remedy}"
+    return f"got unknown {kind} {shown(name)}, expected a {kind} of Tiny-ONN; {remedy}"
 
 
 def _coerce(value: object, hint: object, where: str) -> object:
@@ -366,35 +272,15 @@ def _coerce(value: object, hint: object, where: str) -> object:
         accepted = isinstance(value, bool)
     if not accepted:
         remedy = "put it in TOML's quotes" if hint is str else "`tiny-onn config` shows its form"
-        raise UserError(f"{where}: got {_shown(value)}, expected {_expected(hint)}; {remedy}")
+        raise UserError(f"{where}: got {shown(value)}, expected {_expected(hint)}; {remedy}")
     return value
 
 
 def _expected(hint: object) -> str:
     """Return a field's type in words."""
     if get_origin(hint) is Literal:
-        return "one of " + ", ".join(_toml(choice) for choice in get_args(hint))
+        return "one of " + ", ".join(to_toml(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return 'a non-empty list of strings, as ["a", "b"]'
     words: dict[object, str] = {bool: "true or false", int: "a 64-bit integer", float: "a number"}
     return words.get(hint, "a non-empty string in one line")
-
-
-def _shown(value: object) -> str:
-    """Return a value for an error message, short and in one line."""
-    if not isinstance(value, str | bool | int | float):
-        return f"a {type(value).__name__}"
-    text = _toml(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _toml(value: object) -> str:
-    """Return a setting's value as TOML; what no setting may hold comes out escaped."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=not value.isprintable())
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # Python refuses to write integers of thousands of digits, except in hexadecimal.
-    return hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)

@@ -15,12 +15,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
+from tiny_onn.checks import check_device
 from tiny_onn.config import TeacherConfig
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import LOAD_ERRORS, UserError, reason_of
 from tiny_onn.modeling import TinyOnnConfig, gated_mlps
 from tiny_onn.quantize import quantize_nf4
-from tiny_onn.settings import check_device
 
 
 def pick_device(name: str) -> torch.device:

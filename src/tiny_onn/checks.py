@@ -1,0 +1,125 @@
+"""Which settings make sense: ranges of single settings, and combinations of several.
+
+What depends on the teacher (its MLP width, its memory) is checked where the teacher is loaded.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from tiny_onn.config import RunConfig
+from tiny_onn.errors import UserError
+from tiny_onn.ops.crossover import check_path
+
+# What to expect, the check, and the settings it holds for.
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "an integer >= 1",
+        lambda value: value >= 1,
+        "experts.num_experts experts.calibration_tokens data.eval_tokens"
+        " train.tokens train.rows_per_step train.log_every_steps",
+    ),
+    ("an integer >= 3", lambda value: value >= 3, "data.row_tokens"),
+    (
+        "an integer >= 0",
+        lambda value: value >= 0,
+        "experts.expert_dim loss.chunk_tokens train.ffn_chunk_tokens train.eval_every_tokens"
+        " train.save_every_tokens train.seed",
+    ),
+    ("a number >= 1", lambda value: value >= 1, "router.target_k"),
+    ("a number > 0", lambda value: value > 0, "loss.temperature optim.eps optim.clip_norm"),
+    (
+        "a number >= 0",
+        lambda value: value >= 0,
+        "router.load_balancing_coef router.z_loss_coef smk.coef optim.expert_lr optim.gate_lr"
+        " optim.weight_decay optim.gate_weight_decay",
+    ),
+    ("a number > 0 and < 1", lambda value: 0 < value < 1, "loss.jsd_beta data.held_out_fraction"),
+    ("a number >= 0 and < 1", lambda value: 0 <= value < 1, "optim.beta1 optim.beta2"),
+    (
+        "a number from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        "router.budget_rate optim.warmup_fraction optim.decay_fraction"
+        " optim.gate_warmup_fraction optim.gate_decay_fraction",
+    ),
+)
+
+
+def validate(config: RunConfig) -> None:
+    """Return if every range and combination of settings makes sense.
+
+    Raises:
+        UserError: The first setting that does not, with the value and what was expected.
+    """
+    for expected, accepts, names in RANGES:
+        for name in names.split():
+            if not accepts(value := _get(config, name)):
+                raise UserError(
+                    f"{name}: got {shown(value)}, expected {expected}; its default is"
+                    f" {to_toml(_get(RunConfig(), name))}"
+                )
+    check_device(config.train.device, "train.device")
+    for prefix in ("optim.", "optim.gate_"):
+        warmup, decay = (_get(config, f"{prefix}{part}_fraction") for part in ("warmup", "decay"))
+        assert isinstance(warmup, float) and isinstance(decay, float)
+        if warmup + decay > 1:
+            raise UserError(
+                f"{prefix}decay_fraction: got {decay} after {prefix}warmup_fraction {warmup},"
+                " expected a sum of at most 1; lower one of them"
+            )
+    router, num_experts = config.router, config.experts.num_experts
+    if router.target_k > num_experts:
+        raise UserError(
+            f"router.target_k: got {router.target_k}, expected at most experts.num_experts"
+            f" = {num_experts}; lower it or raise experts.num_experts"
+        )
+    if router.selection != "budget" and not float(router.target_k).is_integer():
+        raise UserError(
+            f"router.target_k: got {router.target_k}, expected a whole number with router.selection"
+            f' = "{router.selection}"; round it or use router.selection = "budget"'
+        )
+    if router.selection in ("static", "random") and router.objective != "none":
+        raise UserError(
+            f'router.objective: got "{router.objective}", expected "none" with router.selection'
+            f' = "{router.selection}", which has no gate to train; set router.objective = "none"'
+        )
+    check_path(config)
+
+
+def check_device(device: str, name: str) -> None:
+    """Return if `device` reads as a device; whether the machine has it shows on first use.
+
+    Raises:
+        UserError: It does not; the message starts with `name`.
+    """
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device, re.ASCII) is None:
+        raise UserError(
+            f"{name}: got {shown(device)}, expected auto, cpu, cuda or cuda:N; use auto to take"
+            " what there is"
+        )
+
+
+def _get(config: RunConfig, name: str) -> object:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def shown(value: object) -> str:
+    """Return a value for an error message, short and in one line."""
+    if not isinstance(value, str | bool | int | float):
+        return f"a {type(value).__name__}"
+    text = to_toml(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def to_toml(value: object) -> str:
+    """Return a setting's value as TOML; what no setting may hold comes out escaped."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=not value.isprintable())
+    if isinstance(value, tuple):
+        return "[" + ", ".join(to_toml(item) for item in value) + "]"
+    # Python refuses to write integers of thousands of digits, except in hexadecimal.
+    return hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
