@@ -34,10 +34,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tiny_onn.errors import UserError
+from tiny_onn.ops.divergence import (
+    IGNORED_LABEL,
+    ChunkValues,
+    HeadMap,
+    divergence_region,
+    finish_,
+    nll,
+    tile_forward_kl,
+    tile_jsd_,
+    tile_reverse_kl_,
+)
+from tiny_onn.ops.regions import compiled_region
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
-IGNORED_LABEL = -100
 # Within 13 % of the fastest of 1 to 16 MiB (V 49,152 and 151,936, 1 and 2 AVX-512 cores). On busy
 # cores smaller tiles lose: their threads wait for each other more often.
 _CPU_TILE_BYTES = 8 << 20
@@ -60,6 +71,10 @@ class Head:
     softcap: float | None = None
     """Bound of the logits' magnitude (Gemma-2's final_logit_softcapping). None: unbounded."""
 
+    def map(self) -> HeadMap:
+        """What follows the matrix product."""
+        return HeadMap(self.scale, self.softcap)
+
     def logits(
         self, hidden_states: Float[Tensor, "tokens hidden"]
     ) -> Float[Tensor, "tokens vocab"]:
@@ -81,6 +96,8 @@ class DistillValues:
     """KL(teacher || student) at temperature 1, whatever the loss is."""
     teacher_entropy: Float[Tensor, " tokens"]
     """Soft-label cross-entropy is `forward_kl + teacher_entropy`. NaN without metrics."""
+    student_entropy: Float[Tensor, " tokens"]
+    """Of the student's own distribution at temperature 1. NaN without metrics."""
     student_nll: Float[Tensor, " tokens"]
     """-log p(label), 0 where the label is -100. NaN without metrics."""
     teacher_nll: Float[Tensor, " tokens"]
@@ -101,6 +118,7 @@ def distill(
     jsd_beta: float,
     chunk_tokens: int,
     need_metrics: bool = True,
+    compiled: bool = False,
 ) -> DistillValues:
     """Per-token divergence between two models' next-token distributions, from hidden states.
 
@@ -123,7 +141,9 @@ def distill(
         temperature: Above 0.
         jsd_beta: Weight of the teacher in the mixture of `jsd`, in (0, 1).
         chunk_tokens: Tokens whose logits exist at once, at least 1.
-        need_metrics: Whether to fill `teacher_entropy`, the two `nll` and `agrees`.
+        need_metrics: Whether to fill the entropies, the two `nll` and `agrees`.
+        compiled: Whether the elementwise work runs through torch.compile, which a GPU gains from;
+            it then fills the metrics in any case.
 
     Raises:
         UserError: A ValueError, for sizes, dtypes, labels or settings that do not fit.
@@ -137,7 +157,8 @@ def distill(
     need_grad = student_hidden.requires_grad and torch.is_grad_enabled()
     settings = _Settings(divergence, temperature, jsd_beta, chunk_tokens, need_metrics, need_grad)
     with torch.no_grad():
-        values, grad_TD = _distill_chunks(student, teacher, labels, settings)
+        chunks = _compiled_chunks if compiled else _distill_chunks
+        values, grad_TD = chunks(student, teacher, labels, settings)
     if not settings.need_grad:
         return values
     # loss = t**2 * divergence(logits / t): the chain rule leaves one factor t.
@@ -180,12 +201,44 @@ class _WithGradient(torch.autograd.Function):
         return (grad_TD * weight_T1).to(grad_TD.dtype), None, None, None
 
 
+def _compiled_chunks(
+    student: _Side, teacher: _Side, labels: Tensor, settings: _Settings
+) -> tuple[DistillValues, Tensor]:
+    """As `_distill_chunks`, a chunk's elementwise work in one compiled region."""
+    (s_TD, s_head), (q_TD, q_head) = student, teacher
+    values = _unfilled_values(labels, _math_dtype(s_TD.dtype, q_TD.dtype))
+    grad_TD = s_TD.new_empty(s_TD.shape if settings.need_grad else 0)
+    region = compiled_region(divergence_region)
+    for start in range(0, len(labels), settings.chunk_tokens):
+        rows = slice(start, min(start + settings.chunk_tokens, len(labels)))
+        s_CV, q_CV = (
+            torch.nn.functional.linear(x_TD[rows], head.weight, head.bias)
+            for x_TD, head in (student, teacher)
+        )
+        chunk: ChunkValues = region(
+            s_CV,
+            q_CV,
+            labels[rows],
+            s_head.map(),
+            q_head.map(),
+            settings.divergence,
+            settings.temperature,
+            settings.jsd_beta,
+        )
+        for name in ChunkValues._fields[:-1]:
+            getattr(values, name)[rows] = getattr(chunk, name)
+        if settings.need_grad:
+            torch.mm(chunk.grad, s_head.weight, out=grad_TD[rows])
+    return values, grad_TD
+
+
 def _distill_chunks(
     student: _Side, teacher: _Side, labels: Tensor, settings: _Settings
 ) -> tuple[DistillValues, Tensor]:
     """All values, and the gradient at the student's hidden states short of constant factors."""
     (s_TD, s_head), (q_TD, q_head) = student, teacher
     T, V = len(labels), len(s_head.weight)
+    s_map, q_map = s_head.map(), q_head.map()
     dtype = _math_dtype(s_TD.dtype, q_TD.dtype)
     values = _unfilled_values(labels, dtype)
     grad_TD = s_TD.new_empty(s_TD.shape if settings.need_grad else 0)
@@ -208,8 +261,8 @@ def _distill_chunks(
             s_RV, q_RV, w1_RV, w2_RV = (tile[: high - low] for tile in tiles)
             slope_RV = None if slope is None else slope[: high - low]
             raw_RV = s_CV[low - start : high - start]
-            _finish_(s_RV.copy_(raw_RV), s_head, slope_RV)
-            _finish_(q_RV.copy_(q_CV[low - start : high - start]), q_head)
+            finish_(s_RV.copy_(raw_RV), s_map, slope_RV)
+            finish_(q_RV.copy_(q_CV[low - start : high - start]), q_map)
             work = (s_RV, q_RV, w1_RV, w2_RV)
             grad_RV = _fill_rows(values, slice(low, high), labels, work, settings)
             if grad_RV is not None:
@@ -238,10 +291,11 @@ def _fill_rows(
     log_q_RV = torch.log_softmax(q_RV, -1, out=s_RV)
     probs_q_RV = torch.exp(log_q_RV, out=q_RV)
     if settings.need_metrics:
-        values.student_nll[rows] = _nll(log_s_RV, labels[rows])
-        values.teacher_nll[rows] = _nll(log_q_RV, labels[rows])
+        values.student_nll[rows] = nll(log_s_RV, labels[rows])
+        values.teacher_nll[rows] = nll(log_q_RV, labels[rows])
         values.teacher_entropy[rows] = -torch.mul(probs_q_RV, log_q_RV, out=w2_RV).sum(-1)
-    forward_kl_R = _forward_kl(log_s_RV, log_q_RV, probs_q_RV, w2_RV)
+        values.student_entropy[rows] = -torch.exp(log_s_RV, out=w2_RV).mul_(log_s_RV).sum(-1)
+    forward_kl_R = tile_forward_kl(log_s_RV, log_q_RV, probs_q_RV, w2_RV)
     values.forward_kl[rows] = forward_kl_R
     work = (log_s_RV, log_q_RV, probs_q_RV, w2_RV)
 
@@ -253,69 +307,17 @@ def _fill_rows(
         work = (log_s_RV, log_q_RV, torch.exp(log_q_RV, out=w1_RV), s_RV)
     match settings.divergence:
         case "forward_kl":
-            loss_R = forward_kl_R if t == 1 else _forward_kl(*work)
+            loss_R = forward_kl_R if t == 1 else tile_forward_kl(*work)
             grad_RV = work[0].exp_().sub_(work[2]) if settings.need_grad else None
         case "reverse_kl":
-            loss_R, grad_RV = _reverse_kl_(*work[:2], work[3], need_grad=settings.need_grad)
+            loss_R, grad_RV = tile_reverse_kl_(*work[:2], work[3], need_grad=settings.need_grad)
         case "jsd":
             beta = settings.jsd_beta
-            loss_R, grad_RV = _jsd_(*work, beta=beta, need_grad=settings.need_grad)
+            loss_R, grad_RV = tile_jsd_(*work, beta=beta, need_grad=settings.need_grad)
         case _ as unknown:
             assert_never(unknown)
     values.loss[rows] = loss_R * t**2
     return grad_RV
-
-
-def _forward_kl(
-    log_s_RV: Tensor, log_q_RV: Tensor, probs_q_RV: Tensor, scratch_RV: Tensor
-) -> Tensor:
-    """KL(q || s) as sum q (log q - log s); overwrites only the scratch tile."""
-    # The difference first: as entropy less cross-entropy it would cancel where the models agree.
-    return torch.sub(log_q_RV, log_s_RV, out=scratch_RV).mul_(probs_q_RV).sum(-1)
-
-
-def _reverse_kl_(
-    log_s_RV: Tensor, log_q_RV: Tensor, scratch_RV: Tensor, *, need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """KL(s || q), and its gradient s (log s - log q - KL); overwrites the tiles."""
-    log_ratio_RV = torch.sub(log_s_RV, log_q_RV, out=scratch_RV)
-    probs_s_RV = log_s_RV.exp_()
-    loss_R = torch.mul(probs_s_RV, log_ratio_RV, out=log_q_RV).sum(-1)
-    if not need_grad:
-        return loss_R, None
-    return loss_R, log_ratio_RV.sub_(loss_R[:, None]).mul_(probs_s_RV)
-
-
-def _jsd_(
-    log_s_RV: Tensor,
-    log_q_RV: Tensor,
-    probs_q_RV: Tensor,
-    scratch_RV: Tensor,
-    *,
-    beta: float,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Generalised JSD, and its gradient (1 - beta) s (log s - log m - KL(s || m)).
-
-    What the gradient takes through the mixture m cancels. Overwrites the tiles.
-    """
-    log_m_RV = torch.add(log_s_RV, math.log1p(-beta) - math.log(beta), out=scratch_RV)
-    torch.logaddexp(log_m_RV, log_q_RV, out=log_m_RV).add_(math.log(beta))
-    kl_q_R = log_q_RV.sub_(log_m_RV).mul_(probs_q_RV).sum(-1)
-    log_ratio_RV = torch.sub(log_s_RV, log_m_RV, out=log_m_RV)
-    probs_s_RV = log_s_RV.exp_()
-    kl_s_R = torch.mul(probs_s_RV, log_ratio_RV, out=log_q_RV).sum(-1)
-    loss_R = beta * kl_q_R + (1 - beta) * kl_s_R
-    if not need_grad:
-        return loss_R, None
-    return loss_R, log_ratio_RV.sub_(kl_s_R[:, None]).mul_(probs_s_RV).mul_(1 - beta)
-
-
-def _nll(log_probs_RV: Tensor, labels_R: Tensor) -> Tensor:
-    """-log p(label), 0 where the label is ignored."""
-    ignored_R = labels_R == IGNORED_LABEL
-    index_R1 = labels_R.masked_fill(ignored_R, 0).long()[:, None]
-    return -log_probs_RV.gather(-1, index_R1)[:, 0].masked_fill(ignored_R, 0)
 
 
 def _project(hidden_CD: Tensor, head: Head, out_CV: Tensor) -> None:
@@ -326,24 +328,12 @@ def _project(hidden_CD: Tensor, head: Head, out_CV: Tensor) -> None:
         torch.addmm(head.bias, hidden_CD, head.weight.T, out=out_CV)
 
 
-def _finish_(logits_RV: Tensor, head: Head, slope_RV: Tensor | None = None) -> None:
-    """Scale and softcap in place; the softcap's derivative goes into `slope_RV`."""
-    if head.scale != 1:
-        logits_RV.mul_(head.scale)
-    if head.softcap is None:
-        return
-    logits_RV.div_(head.softcap).tanh_()
-    if slope_RV is not None:
-        torch.square(logits_RV, out=slope_RV).neg_().add_(1)
-    logits_RV.mul_(head.softcap)
-
-
 def _unfilled_values(labels_T: Tensor, dtype: torch.dtype) -> DistillValues:
     """Values that say NaN and False until they are written."""
-    floats_5T = torch.full((5, len(labels_T)), math.nan, dtype=dtype, device=labels_T.device)
-    names = ("loss", "forward_kl", "teacher_entropy", "student_nll", "teacher_nll")
+    floats_6T = torch.full((6, len(labels_T)), math.nan, dtype=dtype, device=labels_T.device)
+    names = tuple(name for name in ChunkValues._fields if name not in ("agrees", "grad"))
     agrees_T = torch.zeros_like(labels_T, dtype=torch.bool)
-    return DistillValues(**dict(zip(names, floats_5T, strict=True)), agrees=agrees_T)
+    return DistillValues(**dict(zip(names, floats_6T, strict=True)), agrees=agrees_T)
 
 
 def _math_dtype(*dtypes: torch.dtype) -> torch.dtype:

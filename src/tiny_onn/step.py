@@ -111,6 +111,8 @@ def distill_step(
                 temperature=config.loss.temperature,
                 jsd_beta=config.loss.jsd_beta,
                 chunk_tokens=chunk_tokens,
+                # On a CPU the tiles by hand stay in its cache.
+                compiled=config.train.compile and device.type == "cuda",
             )
             loss = (values.loss * mask_T).sum() / loss_tokens
             measured = (values.loss.detach(), values.forward_kl, values.agrees)
