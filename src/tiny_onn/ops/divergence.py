@@ -1,0 +1,165 @@
+"""The elementwise work of the distillation loss: a plain function to compile, and parts by hand.
+
+`divergence_region` compiled on a GPU is two passes over both chunks of logits, one for the softmax
+statistics and one for the sums and the gradient, with nothing of the chunk's size in float32. The
+other functions do the same in tiles that fit a CPU's cache, in place; `losses.py` puts both to use.
+
+Legend: C tokens of a chunk, R rows of a tile, V vocabulary. Tensors `s_` are the student's, `q_`
+the teacher's.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tiny_onn.ops.regions import wide
+
+IGNORED_LABEL = -100
+
+
+class HeadMap(NamedTuple):
+    """From a head's matrix product to its logits: `softcap * tanh(scale * x / softcap)`."""
+
+    scale: float
+    softcap: float | None
+
+
+class ChunkValues(NamedTuple):
+    """Per token, in nats; float32, or float64 for float64 logits."""
+
+    loss: Tensor
+    forward_kl: Tensor
+    teacher_entropy: Tensor
+    student_entropy: Tensor
+    student_nll: Tensor
+    teacher_nll: Tensor
+    agrees: Tensor
+    grad: Tensor
+    """The loss' gradient at the matrix product over temperature and scale, (C, V)."""
+
+
+def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
+    s_CV: Float[Tensor, "tokens vocab"],
+    q_CV: Float[Tensor, "tokens vocab"],
+    labels_C: Int[Tensor, " tokens"],
+    student: HeadMap,
+    teacher: HeadMap,
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"],
+    temperature: float,
+    jsd_beta: float,
+) -> ChunkValues:
+    """`losses.distill` of one chunk from its matrix products, all values and the gradient."""
+    s, q = _finish(wide(s_CV), student), _finish(wide(q_CV), teacher)
+    lse_s, lse_q = s.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
+    log_s, log_q = s - lse_s, q - lse_q
+    probs_s, probs_q = log_s.exp(), log_q.exp()
+    # The difference first: as entropy less cross-entropy it would cancel where the models agree.
+    forward_kl = (probs_q * (log_q - log_s)).sum(-1)
+    ignored = labels_C == IGNORED_LABEL
+    index_C1 = labels_C.masked_fill(ignored, 0).long()[:, None]
+    student_entropy, teacher_entropy = (
+        -(p * log_p).sum(-1) for p, log_p in ((probs_s, log_s), (probs_q, log_q))
+    )
+    # Gathered from the products: no chunk of log-probabilities is then ever written.
+    student_nll = (lse_s - _finish(wide(s_CV.gather(-1, index_C1)), student))[:, 0]
+    teacher_nll = (lse_q - _finish(wide(q_CV.gather(-1, index_C1)), teacher))[:, 0]
+    if temperature != 1:
+        s_t, q_t = s / temperature, q / temperature
+        log_s = s_t - s_t.logsumexp(-1, keepdim=True)
+        log_q = q_t - q_t.logsumexp(-1, keepdim=True)
+        probs_s, probs_q = log_s.exp(), log_q.exp()
+    if divergence == "forward_kl":
+        loss = (probs_q * (log_q - log_s)).sum(-1)
+        grad = probs_s - probs_q
+    elif divergence == "reverse_kl":
+        loss = (probs_s * (log_s - log_q)).sum(-1)
+        grad = probs_s * (log_s - log_q - loss[:, None])
+    else:
+        log_m = torch.logaddexp(log_s + math.log1p(-jsd_beta), log_q + math.log(jsd_beta))
+        kl_s = (probs_s * (log_s - log_m)).sum(-1)
+        loss = jsd_beta * (probs_q * (log_q - log_m)).sum(-1) + (1 - jsd_beta) * kl_s
+        grad = (1 - jsd_beta) * probs_s * (log_s - log_m - kl_s[:, None])
+    if student.softcap is not None:
+        grad = grad * (1 - (s / student.softcap).square())
+    return ChunkValues(
+        loss * temperature**2,
+        forward_kl,
+        teacher_entropy,
+        student_entropy,
+        student_nll.masked_fill(ignored, 0),
+        teacher_nll.masked_fill(ignored, 0),
+        s.argmax(-1) == q.argmax(-1),
+        grad.to(s_CV.dtype),
+    )
+
+
+def _finish(logits: Tensor, head: HeadMap) -> Tensor:
+    logits = logits * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+def tile_forward_kl(
+    log_s_RV: Tensor, log_q_RV: Tensor, probs_q_RV: Tensor, scratch_RV: Tensor
+) -> Tensor:
+    """KL(q || s) as sum q (log q - log s); overwrites only the scratch tile."""
+    # The difference first: as entropy less cross-entropy it would cancel where the models agree.
+    return torch.sub(log_q_RV, log_s_RV, out=scratch_RV).mul_(probs_q_RV).sum(-1)
+
+
+def tile_reverse_kl_(
+    log_s_RV: Tensor, log_q_RV: Tensor, scratch_RV: Tensor, *, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """KL(s || q), and its gradient s (log s - log q - KL); overwrites the tiles."""
+    log_ratio_RV = torch.sub(log_s_RV, log_q_RV, out=scratch_RV)
+    probs_s_RV = log_s_RV.exp_()
+    loss_R = torch.mul(probs_s_RV, log_ratio_RV, out=log_q_RV).sum(-1)
+    if not need_grad:
+        return loss_R, None
+    return loss_R, log_ratio_RV.sub_(loss_R[:, None]).mul_(probs_s_RV)
+
+
+def tile_jsd_(
+    log_s_RV: Tensor,
+    log_q_RV: Tensor,
+    probs_q_RV: Tensor,
+    scratch_RV: Tensor,
+    *,
+    beta: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Generalised JSD, and its gradient (1 - beta) s (log s - log m - KL(s || m)).
+
+    What the gradient takes through the mixture m cancels. Overwrites the tiles.
+    """
+    log_m_RV = torch.add(log_s_RV, math.log1p(-beta) - math.log(beta), out=scratch_RV)
+    torch.logaddexp(log_m_RV, log_q_RV, out=log_m_RV).add_(math.log(beta))
+    kl_q_R = log_q_RV.sub_(log_m_RV).mul_(probs_q_RV).sum(-1)
+    log_ratio_RV = torch.sub(log_s_RV, log_m_RV, out=log_m_RV)
+    probs_s_RV = log_s_RV.exp_()
+    kl_s_R = torch.mul(probs_s_RV, log_ratio_RV, out=log_q_RV).sum(-1)
+    loss_R = beta * kl_q_R + (1 - beta) * kl_s_R
+    if not need_grad:
+        return loss_R, None
+    return loss_R, log_ratio_RV.sub_(kl_s_R[:, None]).mul_(probs_s_RV).mul_(1 - beta)
+
+
+def nll(log_probs_RV: Tensor, labels_R: Tensor) -> Tensor:
+    """-log p(label), 0 where the label is ignored."""
+    ignored_R = labels_R == IGNORED_LABEL
+    index_R1 = labels_R.masked_fill(ignored_R, 0).long()[:, None]
+    return -log_probs_RV.gather(-1, index_R1)[:, 0].masked_fill(ignored_R, 0)
+
+
+def finish_(logits_RV: Tensor, head: HeadMap, slope_RV: Tensor | None = None) -> None:
+    """Scale and softcap in place; the softcap's derivative goes into `slope_RV`."""
+    if head.scale != 1:
+        logits_RV.mul_(head.scale)
+    if head.softcap is None:
+        return
+    logits_RV.div_(head.softcap).tanh_()
+    if slope_RV is not None:
+        torch.square(logits_RV, out=slope_RV).neg_().add_(1)
+    logits_RV.mul_(head.softcap)
