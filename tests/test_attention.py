@@ -292,7 +292,7 @@ def test_attention_dropout_is_refused_in_training_only() -> None:
 def test_bounds_that_do_not_split_the_row_are_refused(
     bounds: tuple[int, ...], message: str
 ) -> None:
-    kwargs = {**packed_kwargs(make_row((2, 4))), "document_bounds": bounds}
+    kwargs = {**packed_kwargs(make_row((2, 4))), "document_bounds": torch.tensor(bounds)}
     with pytest.raises(UserError, match=message):
         make_model("llama")(inputs_embeds=random_tensor(1, 6, HIDDEN), **kwargs)
 

@@ -30,7 +30,7 @@ LAYERS = (
     ),
     ("router", "experts", "losses", "quantize"),
     ("modeling", "convert", "teacher", "data", "sources", "embedded", "calibrate", "routing_stats"),
-    ("optim", "checkpoint", "run_folder", "prepare", "loading", "activations"),
+    ("optim", "checkpoint", "run_folder", "prepare", "loading", "activations", "fusion"),
     ("plan_costs", "plan_memory", "plan_sources"),
     ("plan", "step", "train", "evaluate", "demo", "generate", "progress", "profile"),
     ("__init__",),

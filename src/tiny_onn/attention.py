@@ -7,7 +7,7 @@ the name `DOCUMENT_ATTENTION`, for any decoder family that calls its attention t
 
 Bounds travel as keyword arguments of the model's forward, down to each layer, and so through
 gradient checkpointing: `cu_seq_lens_q` and `max_length_q` as for flash attention, and
-`document_bounds`, the same numbers as Python ints. `packed_kwargs` makes them all from a row, with
+`document_bounds`, the same numbers on the host. `packed_kwargs` makes them all from a row, with
 at most one device sync a row; no layer ever syncs. Without bounds each batch row is one document.
 Restarting position ids alone do not separate documents.
 
@@ -72,13 +72,18 @@ def packed_kwargs(row: Packed) -> dict[str, Any]:
     bounds are copied to the host here, once for all layers. The caches that many models return by
     default are of no use with packed rows: pass `use_cache=False` beside these.
     """
+    # A tensor on the host too: compiled layers would be compiled anew for every tuple.
+    host_bounds = row.cu_seqlens.cpu()
+    if row.cu_seqlens.is_cuda:
+        for bounds in (row.cu_seqlens, host_bounds):
+            torch._dynamo.maybe_mark_dynamic(bounds, 0)
     return {
         "position_ids": row.position_ids.view(1, -1),
         "cu_seq_lens_q": row.cu_seqlens,
         "cu_seq_lens_k": row.cu_seqlens,
         "max_length_q": row.max_seqlen,
         "max_length_k": row.max_seqlen,
-        "document_bounds": tuple(row.cu_seqlens.tolist()),
+        "document_bounds": host_bounds,
     }
 
 
@@ -95,7 +100,7 @@ def document_attention(
     softcap: float | None = None,
     cu_seq_lens_q: Int[Tensor, " bounds"] | None = None,
     max_length_q: int | None = None,
-    document_bounds: tuple[int, ...] | None = None,
+    document_bounds: Int[Tensor, " bounds"] | None = None,
     **kwargs: object,
 ) -> tuple[Float[Tensor, "batch tokens heads value_dim"], None]:
     """Causal self-attention inside each document, in the form that transformers calls.
@@ -139,7 +144,7 @@ def document_attention(
     if bounds is None and cu_seq_lens_q is not None:
         raise UserError(
             f"document_bounds: got none with cu_seq_lens_q on {cu_seq_lens_q.device}, expected "
-            "the bounds as Python ints; build the arguments with packed_kwargs"
+            "them on the host too; build the arguments with packed_kwargs"
         )
     spans = (0, query.shape[2]) if bounds is None else bounds
     options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
@@ -313,20 +318,21 @@ def _expand_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 def _host_bounds(
-    query: Tensor, cu_seqlens: Tensor | None, bounds: tuple[int, ...] | None
+    query: Tensor, cu_seqlens: Tensor | None, host_bounds: Tensor | None
 ) -> tuple[int, ...] | None:
-    """Checked document bounds on the host; None if there are none or they are on a device."""
-    if cu_seqlens is None and bounds is None:
+    """Checked document bounds as ints; None if there are none or they are on a device alone."""
+    if cu_seqlens is None and host_bounds is None:
         return None
     batch, tokens = query.shape[0], query.shape[2]
     if batch != 1:
         raise UserError(
             f"document bounds: got a batch of {batch} rows, expected 1; lay the rows end to end"
         )
-    if bounds is None:
-        if cu_seqlens is None or cu_seqlens.device.type != "cpu":
-            return None
-        bounds = tuple(cu_seqlens.tolist())
+    if host_bounds is None:
+        host_bounds = cu_seqlens
+    if host_bounds is None or host_bounds.device.type != "cpu":
+        return None
+    bounds = tuple(host_bounds.tolist())
     if bounds[0] != 0 or bounds[-1] != tokens or any(a >= b for a, b in pairwise(bounds)):
         raise UserError(
             f"document bounds: got {len(bounds)} from {bounds[0]} to {bounds[-1]}, expected rising "

@@ -184,7 +184,8 @@ class TrainConfig:
     device: str = "auto"
     """`auto` (cuda if there is one, else cpu), `cpu`, `cuda` or `cuda:N`."""
     compile: bool = True
-    """Fuse the expert layer's elementwise regions with torch.compile."""
+    """Fuse elementwise work with torch.compile: the expert layers', and on a GPU the loss' and the
+    frozen backbone's."""
     expert_path: ExpertPath = "auto"
     """How an expert layer computes. `dense`: every expert on every token, masked; `grouped`: each
     expert on its own tokens, faster at low k, but blind to inactive experts; `auto`: the faster one

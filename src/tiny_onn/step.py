@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def distill_step(
     sums = torch.zeros(3, device=device)
     thresholds = torch.zeros(len(banks), device=device)
     clock = clock or Clock(device)
-    chunk_tokens = loss_chunk_tokens(config.loss, head_of(student).weight)
+    loss_options = _loss_options(student, config)
     student.train()
     for row in (row.to(device) for row in rows):
         kwargs = packed_kwargs(row)
@@ -107,12 +108,7 @@ def distill_step(
                 head_of(student),
                 head_of(teacher),
                 row.labels[0],
-                divergence=config.loss.divergence,
-                temperature=config.loss.temperature,
-                jsd_beta=config.loss.jsd_beta,
-                chunk_tokens=chunk_tokens,
-                # On a CPU the tiles by hand stay in its cache.
-                compiled=config.train.compile and device.type == "cuda",
+                **loss_options,
             )
             loss = (values.loss * mask_T).sum() / loss_tokens
             measured = (values.loss.detach(), values.forward_kl, values.agrees)
@@ -149,6 +145,18 @@ def _exact_thresholds(banks: Sequence[ExpertBank], row: PackedRow, target_k: flo
     routings = [bank.routing for bank in banks if bank.routing is not None]
     mask_T = row.router_mask[0]
     return torch.stack([exact_threshold(r.scores, mask_T, target_k) for r in routings])
+
+
+def _loss_options(student: TinyOnnForCausalLM, config: RunConfig) -> dict[str, Any]:
+    """The settings of the loss, and how it is computed here."""
+    return {
+        "divergence": config.loss.divergence,
+        "temperature": config.loss.temperature,
+        "jsd_beta": config.loss.jsd_beta,
+        "chunk_tokens": loss_chunk_tokens(config.loss, head_of(student).weight),
+        # On a CPU the tiles by hand stay in its cache.
+        "compiled": config.train.compile and student.device.type == "cuda",
+    }
 
 
 def _teach_gates(

@@ -18,6 +18,7 @@ from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import Evaluation, evaluate
+from tiny_onn.fusion import compile_backbone
 from tiny_onn.modeling import head_of
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
@@ -87,6 +88,9 @@ class _Run:
         self.config, self.out, self.prepared, self.title = config, out, prepared, title
         self.student, self.teacher = prepared.student, prepared.teacher
         checkpoint_layers(self.student, config.train.checkpointing)
+        if config.train.compile:
+            compile_backbone(self.student)
+            compile_backbone(self.teacher)
         self._set_loss_chunk(loss_chunk_tokens(config.loss, head_of(self.student).weight))
         if config.loss.chunk_tokens == 0 and self.student.device.type == "cuda":
             say(f"{title}: loss.chunk_tokens = {self.config.loss.chunk_tokens}, from free memory")

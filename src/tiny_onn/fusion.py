@@ -1,0 +1,31 @@
+"""The frozen backbone's own elementwise work, fused by torch.compile on a GPU.
+
+transformers writes RMSNorm and rotary embeddings as chains of small operations, which at 32,768
+tokens cost a GPU more time than the matrix products. Every child of a decoder layer but its `mlp`
+is compiled in place: no module is replaced, and names and state stay as they are. Attention itself
+stays a call of its own (`attention.document_attention`), so that rows with other documents do not
+compile anew. On a CPU the same costs little and compiling costs much: nothing is done.
+"""
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from tiny_onn.attention import DOCUMENT_ATTENTION, document_attention
+from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
+
+
+def compile_backbone(model: PreTrainedModel) -> None:
+    """Compile norms and attention layers of a model on a GPU, when they are first called."""
+    if model.device.type != "cuda":
+        return
+    # Here, not where it is defined: naming the compiler imports it, which takes seconds.
+    AttentionInterface.register(DOCUMENT_ATTENTION, torch.compiler.disable(document_attention))
+    backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
+    for layer in decoder_layers(backbone):
+        for name, child in layer.named_children():
+            if name != "mlp":
+                child.compile()
+    # The final norm; the other children are the embeddings and the list of layers.
+    norm = getattr(backbone.base_model, "norm", None)
+    if norm is not None:
+        norm.compile()
