@@ -32,10 +32,12 @@ from common import (
     report,
     results_folder,
 )
+from tiny_onn.activations import CPU_LOSS_CHUNK_TOKENS, GPU_LOSS_CHUNK_TOKENS
 from tiny_onn.losses import Head, distill
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-CHUNK_TOKENS = 512
+# What the trainer takes where memory is not short.
+CHUNK_TOKENS = {"cpu": CPU_LOSS_CHUNK_TOKENS, "cuda": GPU_LOSS_CHUNK_TOKENS[1]}
 PARITY_TOKENS = 48
 
 
@@ -86,8 +88,9 @@ def ours(need_metrics: bool, s_TD: Tensor, q_TD: Tensor, s_VD: Tensor, q_VD: Ten
         divergence="forward_kl",
         temperature=1.0,
         jsd_beta=0.5,
-        chunk_tokens=CHUNK_TOKENS,
+        chunk_tokens=CHUNK_TOKENS[s_TD.device.type],
         need_metrics=need_metrics,
+        compiled=s_TD.is_cuda,
     )
     return values.loss.mean()
 
@@ -251,7 +254,7 @@ def main() -> None:
         settings={
             "vocab": arguments.vocab,
             "hidden": arguments.hidden,
-            "chunk_tokens": CHUNK_TOKENS,
+            "chunk_tokens": CHUNK_TOKENS[torch.device(arguments.device).type],
             "smoke": arguments.smoke,
         },
         environment=environment(arguments.device),

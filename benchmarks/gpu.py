@@ -1,21 +1,24 @@
 """Everything a GPU has to say about this package, in sections, each printed as soon as it is known.
 
-    python benchmarks/gpu.py [--sections correctness card experts loss determinism] [--device cuda]
+    python benchmarks/gpu.py [--sections correctness card experts loss determinism plan]
 
 correctness: expert layer, losses and attention in float32 and bfloat16 against float64 on the CPU.
 card: the model card's step (Qwen3-0.6B's shape, 1 x 32,768 tokens, NF4 shared and separate, 8-bit
 AdamW, checkpointing): time with SMK and with the gate frozen, for packed rows and whole ones, time
 and share of the roofline by phase, memory with the process capped at 24 and 12 GiB. experts:
-`expert_layer.py` at growing numbers of tokens. loss: `distill_loss.py`, likewise. determinism: two
-runs of some steps, compared bit for bit.
+`expert_layer.py` at growing numbers of tokens, the crossover written down at the largest. loss:
+`distill_loss.py`, likewise. determinism: two runs of some steps, compared bit for bit. plan:
+`plan_memory.py`, predicted against measured.
 
 Times come only after the correctness section passed, if it was asked for. Each section has a time
-budget, checked between its measurements. Every record is a JSON line; the last line holds them all.
+budget, checked between its measurements. Every record is a JSON line, appended to
+`results/gpu_NAME.jsonl` as soon as it is known.
 Imports neither text nor command line: torch, transformers and jaxtyping are enough.
 """
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import traceback
@@ -29,7 +32,7 @@ from torch.nn.functional import silu
 
 import distill_loss
 import gpu_card
-from common import Deadline, environment, parser, relative_gap, report, results_folder
+from common import Deadline, environment, parser, relative_gap, results_folder
 from steps import make_step, perturb, random_dense, random_rows, settings
 from tiny_onn.attention import loop_attention, varlen_attention, varlen_supported
 from tiny_onn.losses import Head, distill
@@ -38,7 +41,14 @@ from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.surprise import SmkRule
 
 # Seconds after which a section starts nothing new.
-BUDGETS = {"correctness": 60, "card": 200, "experts": 120, "loss": 60, "determinism": 45}
+BUDGETS = {
+    "correctness": 60,
+    "card": 200,
+    "experts": 120,
+    "loss": 60,
+    "determinism": 45,
+    "plan": 60,
+}
 # Of the largest value's rounding error: float32's products are summed in another order, bfloat16
 # keeps 8 bits.
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -211,7 +221,9 @@ def card(run: Run, deadline: Deadline) -> Iterator[dict]:
 def experts(run: Run, deadline: Deadline) -> Iterator[dict]:
     """`expert_layer.py` in a process of its own for every number of tokens; its last line."""
     script = Path(__file__).with_name("expert_layer.py")
-    ks = {64: ()} if run.smoke else {2048: (2, 4, 8, 16, 32), 8192: (4, 16), 32_768: (4, 16)}
+    every = (2, 4, 8, 16, 32)
+    # The largest first: it is the one that decides the path.
+    ks = {64: ()} if run.smoke else {32_768: every, 2048: every, 8192: (4, 16)}
     for tokens, k in ks.items():
         if not deadline.left():
             yield {"tokens": tokens, "skipped": "time budget"}
@@ -221,6 +233,7 @@ def experts(run: Run, deadline: Deadline) -> Iterator[dict]:
             command.append("--smoke")
         else:
             command += ["--tokens", str(tokens), "--dtype", "bfloat16", "--k", *map(str, k)]
+            command += ["--write-crossover"] if tokens == max(ks) else []
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
         if done.returncode:
             yield {"tokens": tokens, "error": done.stderr[-2000:]}
@@ -246,6 +259,17 @@ def loss(run: Run, deadline: Deadline) -> Iterator[dict]:
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def plan(run: Run, deadline: Deadline) -> Iterator[dict]:
+    """`plan_memory.py` in a process of its own; its last line."""
+    del deadline
+    script = Path(__file__).with_name("plan_memory.py")
+    kind = torch.device(run.device).type
+    command = [sys.executable, str(script), "--device", kind, *(["--smoke"] if run.smoke else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    lines = done.stdout.splitlines()
+    yield json.loads(lines[-1]) if lines else {"error": done.stderr[-2000:]}
 
 
 def determinism(run: Run, deadline: Deadline) -> Iterator[dict]:
@@ -295,6 +319,7 @@ SECTIONS: dict[str, Callable[[Run, Deadline], Iterator[dict]]] = {
     "experts": experts,
     "loss": loss,
     "determinism": determinism,
+    "plan": plan,
 }
 
 
@@ -306,32 +331,25 @@ def main() -> None:
     arguments = options.parse_args()
     run = Run(arguments.device, arguments.smoke)
     device = environment(arguments.device)
-    print(json.dumps({"section": "environment", **device}), flush=True)
-    records = []
-    for name in sorted(arguments.sections, key=list(SECTIONS).index):
-        for record in _records(name, run):
-            print(json.dumps({"section": name, **record}), flush=True)
-            records.append({"section": name, **record})
-        if name == "correctness" and not all(r.get("ok") for r in records):
+    folder = results_folder(arguments)
+    name = re.sub(r"[^a-z0-9]+", "_", str(device.get("gpu", "cpu")).lower())
+    passed = True
+
+    def record(section: str, values: dict) -> None:
+        line = json.dumps({"section": section, **values})
+        print(line, flush=True)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"gpu_{name}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+    record("environment", {**device, "sections": arguments.sections, "smoke": arguments.smoke})
+    for section in sorted(arguments.sections, key=list(SECTIONS).index):
+        for values in _records(section, run):
+            record(section, values)
+            passed &= section != "correctness" or bool(values.get("ok"))
+        if not passed:
             raise SystemExit("correctness failed; no time is reported")
-    rows = [
-        {"section": name, "records": sum(r["section"] == name for r in records)}
-        for name in arguments.sections
-    ]
-    ratios = {
-        f"{r['placement']}, {r['rows']}: smk / frozen": r["smk / frozen"]
-        for r in records
-        if r.get("kind") == "ratio"
-    }
-    report(
-        "gpu",
-        rows,
-        ratios,
-        results_folder(arguments),
-        records=records,
-        settings={"sections": arguments.sections, "smoke": arguments.smoke},
-        environment=device,
-    )
 
 
 def _records(name: str, run: Run) -> Iterator[dict]:

@@ -140,10 +140,9 @@ class _Step:
         """The expert layer's elementwise backward region at its largest, pre-activations aside."""
         if self.config.train.compile:
             outputs = 3 * self.b * self.CF + 12 * self.TE
-            # Inductor's CPU code (torch 2.13) writes out the activation's value and slope, and
-            # stacks the routed gradients in float32 before it rounds them. CUDA: outputs alone.
-            buffers = 8 + (8 if self.b == 2 else 0)
-            return outputs + (buffers * self.CF if self.device == "cpu" else 0)
+            # Inductor's CPU code (torch 2.13) writes out the activation's value and slope in
+            # float32. CUDA: outputs alone.
+            return outputs + (8 * self.CF if self.device == "cpu" else 0)
         # In float32: value, slope, hidden, its two gradients, and the squares and their sum; beside
         # them copies of gate, up and gradient and the outputs in bfloat16, or the outputs alone.
         return (44 + (6 if self.b == 2 else 0)) * self.CF
@@ -251,7 +250,12 @@ class _Step:
         parts["hidden states of student and teacher"] = 2 * self.b * self.TD
         parts["positions"] = 2 * self.b * self.T * self.sizes.head_dim
         parts["routing"] = self.routing()
-        parts["loss buffers"] = self.b * (2 * chunk * V + self.TD) + 4 * 4 * tile_rows * V
+        if self.device == "cuda" and self.config.train.compile:
+            # The compiled region writes the gradient at the logits beside them.
+            working = 3 * self.b * chunk * V
+        else:
+            working = 2 * self.b * chunk * V + 4 * 4 * tile_rows * V
+        parts["loss buffers"] = working + self.b * self.TD
         if self.config.train.rows_per_step > 1:
             parts["gradients"] = self.L * self.layer_gradients
         return _moment("loss", parts, {})
