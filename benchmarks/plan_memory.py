@@ -137,7 +137,10 @@ def predict(family: str, config: RunConfig, device: str, smoke: bool) -> dict:
         where = Device(
             name=device,
             type="cuda" if device == "cuda" else "cpu",
-            memory_bytes=1,
+            # Decides the loss' chunk on a GPU.
+            memory_bytes=torch.cuda.get_device_properties(0).total_memory
+            if device == "cuda"
+            else 1,
             bf16_tflops=1.0,
             bandwidth_gb_s=1.0,
         )

@@ -209,12 +209,16 @@ def _compiled_chunks(
     values = _unfilled_values(labels, _math_dtype(s_TD.dtype, q_TD.dtype))
     grad_TD = s_TD.new_empty(s_TD.shape if settings.need_grad else 0)
     region = compiled_region(divergence_region)
+    C = min(settings.chunk_tokens, len(labels))
+    s_buffer, q_buffer = (
+        s_TD.new_empty(C, len(s_head.weight)),
+        q_TD.new_empty(C, len(q_head.weight)),
+    )
     for start in range(0, len(labels), settings.chunk_tokens):
         rows = slice(start, min(start + settings.chunk_tokens, len(labels)))
-        s_CV, q_CV = (
-            torch.nn.functional.linear(x_TD[rows], head.weight, head.bias)
-            for x_TD, head in (student, teacher)
-        )
+        s_CV, q_CV = (buffer[: rows.stop - start] for buffer in (s_buffer, q_buffer))
+        _project(s_TD[rows], s_head, s_CV)
+        _project(q_TD[rows], q_head, q_CV)
         chunk: ChunkValues = region(
             s_CV,
             q_CV,
@@ -225,10 +229,10 @@ def _compiled_chunks(
             settings.temperature,
             settings.jsd_beta,
         )
-        for name in ChunkValues._fields[:-1]:
+        for name in ChunkValues._fields:
             getattr(values, name)[rows] = getattr(chunk, name)
         if settings.need_grad:
-            torch.mm(chunk.grad, s_head.weight, out=grad_TD[rows])
+            torch.mm(s_CV, s_head.weight, out=grad_TD[rows])
     return values, grad_TD
 
 
@@ -331,7 +335,7 @@ def _project(hidden_CD: Tensor, head: Head, out_CV: Tensor) -> None:
 def _unfilled_values(labels_T: Tensor, dtype: torch.dtype) -> DistillValues:
     """Values that say NaN and False until they are written."""
     floats_6T = torch.full((6, len(labels_T)), math.nan, dtype=dtype, device=labels_T.device)
-    names = tuple(name for name in ChunkValues._fields if name not in ("agrees", "grad"))
+    names = tuple(name for name in ChunkValues._fields if name != "agrees")
     agrees_T = torch.zeros_like(labels_T, dtype=torch.bool)
     return DistillValues(**dict(zip(names, floats_6T, strict=True)), agrees=agrees_T)
 

@@ -30,9 +30,10 @@ from tiny_onn.ops.regions import (
     compiled_region,
     gradient_region,
     hidden_region,
+    squared_norm_region,
     wide,
 )
-from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, teach
+from tiny_onn.ops.teaching import NORMED, SmkStep, Sums, closed_form, teach
 
 
 def expert_layer(
@@ -164,14 +165,20 @@ class _DenseMasked(torch.autograd.Function):
             del hidden, grad_pre
             dots.append(dot)
             if smk is not None:
+                kind, act = smk.rule.surprise, options.activation
+                squared_norm = options.region(squared_norm_region)
+                # Two passes over (T, D), which cost a GPU a tenth of the layer.
+                x_sq, grad_y_sq = (
+                    squared_norm(tensor) if kind in NORMED else dot.new_zeros(())
+                    for tensor in (x, grad_y)
+                )
                 sums = Sums(
-                    x_sq_T1=wide(x).square().sum(-1, keepdim=True),
-                    grad_y_sq_T1=wide(grad_y).square().sum(-1, keepdim=True),
+                    x_sq_T1=x_sq,
+                    grad_y_sq_T1=grad_y_sq,
                     pre_sq_TE=pre_sq,
                     hidden_sq_TE=hidden_sq,
                     dot_TE=dot,
                 )
-                kind, act = smk.rule.surprise, options.activation
                 surprises.append(_surprise(kind, sums, pre, grad_hidden, gate_up, down, act))
         del gate_up_FD, down_FD
         grad_weights = _joined(dots).to(weights_TE.dtype) if need_weights else None

@@ -37,8 +37,6 @@ class ChunkValues(NamedTuple):
     student_nll: Tensor
     teacher_nll: Tensor
     agrees: Tensor
-    grad: Tensor
-    """The loss' gradient at the matrix product over temperature and scale, (C, V)."""
 
 
 def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
@@ -51,7 +49,11 @@ def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
     temperature: float,
     jsd_beta: float,
 ) -> ChunkValues:
-    """`losses.distill` of one chunk from its matrix products, all values and the gradient."""
+    """`losses.distill` of one chunk from its matrix products.
+
+    `s_CV` is overwritten by the loss' gradient at it, over temperature and scale: a third chunk of
+    logits would be half as much memory again.
+    """
     s, q = _finish(wide(s_CV), student), _finish(wide(q_CV), teacher)
     lse_s, lse_q = s.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
     log_s, log_q = s - lse_s, q - lse_q
@@ -84,6 +86,8 @@ def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
         grad = (1 - jsd_beta) * probs_s * (log_s - log_m - kl_s[:, None])
     if student.softcap is not None:
         grad = grad * (1 - (s / student.softcap).square())
+    agrees = s.argmax(-1) == q.argmax(-1)
+    s_CV.copy_(grad)
     return ChunkValues(
         loss * temperature**2,
         forward_kl,
@@ -91,8 +95,7 @@ def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
         student_entropy,
         student_nll.masked_fill(ignored, 0),
         teacher_nll.masked_fill(ignored, 0),
-        s.argmax(-1) == q.argmax(-1),
-        grad.to(s_CV.dtype),
+        agrees,
     )
 
 

@@ -33,9 +33,10 @@ from tiny_onn.ops.regions import (
     compiled_region,
     gradient_region,
     hidden_region,
+    squared_norm_region,
     wide,
 )
-from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, teach
+from tiny_onn.ops.teaching import NORMED, SmkStep, Sums, closed_form, teach
 
 
 class Groups(NamedTuple):
@@ -278,15 +279,23 @@ class _Grouped(torch.autograd.Function):
         if need_weights:
             grad_weights = _spread(dot_R, groups, active_TE).to(weights_TE.dtype)
         if need_logits and (smk := options.smk) is not None:
+            kind = smk.rule.surprise
+            squared_norm = (
+                compiled_region(squared_norm_region) if options.compiled else (squared_norm_region)
+            )
+            x_sq, grad_y_sq = (
+                squared_norm(tensor)[groups.token_R] if kind in NORMED else dot_R.new_zeros(())
+                for tensor in (x_TD, grad_y_TD)
+            )
             sums = Sums(
-                x_sq_T1=_squared_norm(x_TD)[groups.token_R, None],
-                grad_y_sq_T1=_squared_norm(grad_y_TD)[groups.token_R, None],
+                x_sq_T1=x_sq,
+                grad_y_sq_T1=grad_y_sq,
                 pre_sq_TE=pre_sq_R[:, None],
                 hidden_sq_TE=hidden_sq_R[:, None],
                 dot_TE=dot_R[:, None],
             )
             surprise_R = _row_surprise(
-                smk.rule.surprise,
+                kind,
                 sums,
                 pre_R2I,
                 grad_hidden_RI,
@@ -331,10 +340,6 @@ def _gram_norm(rows_RJ: Tensor, weight_PEID: Tensor, groups: Groups) -> Float[Te
         rows_NJ = rows_RJ[begin:end]
         squared_R[begin:end] = ((rows_NJ @ (weight_JD @ weight_JD.T)) * rows_NJ).sum(-1)
     return squared_R.clamp_min(0).sqrt()
-
-
-def _squared_norm(x_TD: Tensor) -> Float[Tensor, " tokens"]:
-    return wide(x_TD).square().sum(-1)
 
 
 def _spread(values_R: Tensor, groups: Groups, active_TE: Tensor) -> Tensor:

@@ -69,6 +69,11 @@ def gradient_region(
     )
 
 
+def squared_norm_region(x_TD: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens 1"]:
+    """Each row's squared L2 norm, in float32."""
+    return wide(x_TD).square().sum(-1, keepdim=True)
+
+
 @functools.cache
 def compiled_region(region: Callable[..., Any]) -> Callable[..., Any]:
     """The region compiled, once per process and region."""

@@ -12,6 +12,9 @@ from torch import Tensor
 from tiny_onn.config import Surprise
 from tiny_onn.surprise import SmkRule, smk_logits_grad, smk_targets
 
+# The kinds that read the norms of the layer's input and of the gradient at its output.
+NORMED = ("parameters", "output", "relative")
+
 
 @dataclass(kw_only=True, slots=True)
 class SurpriseTally:
@@ -64,9 +67,9 @@ class Sums:
     """
 
     x_sq_T1: Tensor  # noqa: N815
-    """Squared norm of the input."""
+    """Squared norm of the input; any number for a kind that is not `NORMED`."""
     grad_y_sq_T1: Tensor  # noqa: N815
-    """Squared norm of the gradient at the layer's output."""
+    """Squared norm of the gradient at the layer's output, likewise."""
     pre_sq_TE: Tensor  # noqa: N815
     """Squared gradients of gate and up pre-activations."""
     hidden_sq_TE: Tensor  # noqa: N815
