@@ -18,9 +18,11 @@ Imports neither text nor command line: torch, transformers and jaxtyping are eno
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -35,6 +37,7 @@ import gpu_card
 from common import Deadline, environment, parser, relative_gap, results_folder
 from steps import make_step, perturb, random_dense, random_rows, settings
 from tiny_onn.attention import loop_attention, varlen_attention, varlen_supported
+from tiny_onn.determinism import ask_for_same_bits
 from tiny_onn.losses import Head, distill
 from tiny_onn.ops import dense_masked, grouped
 from tiny_onn.ops.teaching import SmkStep
@@ -273,21 +276,23 @@ def plan(run: Run, deadline: Deadline) -> Iterator[dict]:
 
 
 def determinism(run: Run, deadline: Deadline) -> Iterator[dict]:
-    """Whether two runs end in the same bits, as they are and with deterministic kernels asked for.
-
-    Flash attention's backward pass adds up in no fixed order unless it is asked to.
-    """
-    for asked in (True, False):
+    """Whether two runs end in the same bits, without `train.deterministic` and with it."""
+    for asked in (False, True):
         if not deadline.left():
             yield {"deterministic_algorithms": asked, "skipped": "time budget"}
             continue
-        torch.use_deterministic_algorithms(asked, warn_only=True)
+        if asked:
+            ask_for_same_bits(run.device)
+        _train(run)
+        start = time.perf_counter()
         first, second = (_train(run) for _ in range(2))
+        seconds = time.perf_counter() - start
         torch.use_deterministic_algorithms(False)
         differ = [name for name in first if not torch.equal(first[name], second[name])]
         yield {
             "deterministic_algorithms": asked,
             "equal": not differ,
+            "seconds": seconds,
             "tensors": len(first),
             "different": len(differ),
             "largest_difference": max(
@@ -329,6 +334,8 @@ def main() -> None:
     options.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     arguments = options.parse_args()
+    # Before the GPU is first used; without deterministic kernels it changes nothing.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     run = Run(arguments.device, arguments.smoke)
     device = environment(arguments.device)
     folder = results_folder(arguments)

@@ -186,6 +186,8 @@ class TrainConfig:
     compile: bool = True
     """Fuse elementwise work with torch.compile: the expert layers', and on a GPU the loss' and the
     frozen backbone's."""
+    deterministic: bool = True
+    """On a GPU, take only kernels whose results repeat bit for bit. A CPU's always do."""
     expert_path: ExpertPath = "auto"
     """How an expert layer computes. `dense`: every expert on every token, masked; `grouped`: each
     expert on its own tokens, faster at low k, but blind to inactive experts; `auto`: the faster one

@@ -16,6 +16,7 @@ from tiny_onn.checkpoint import load_checkpoint, save_checkpoint
 from tiny_onn.config import RunConfig
 from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
+from tiny_onn.determinism import ask_for_same_bits
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import Evaluation, evaluate
 from tiny_onn.fusion import compile_backbone
@@ -32,7 +33,7 @@ from tiny_onn.run_folder import (
     write_json,
 )
 from tiny_onn.step import StepResult, distill_step
-from tiny_onn.teacher import quiet_transformers
+from tiny_onn.teacher import pick_device, quiet_transformers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,6 +72,8 @@ def run_distill(
         UserError: bad settings, text, teacher, folder or disk.
     """
     quiet_transformers()
+    if config.train.deterministic:
+        ask_for_same_bits(pick_device(config.train.device))
     (resume_run_folder if resume else create_run_folder)(out, config, argv=argv)
     prepared = prepared or prepare(config)
     write_json(out / "conversion.json", asdict(prepared.conversion))
