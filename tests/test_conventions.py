@@ -27,6 +27,7 @@ LAYERS = (
         "settings",
         "surprise",
         "checks",
+        "lock",
     ),
     ("router", "experts", "losses", "quantize"),
     ("modeling", "convert", "teacher", "data", "sources", "embedded", "calibrate", "routing_stats"),

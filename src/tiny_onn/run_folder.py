@@ -23,6 +23,7 @@ import torch
 
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
+from tiny_onn.lock import LOCK_NAME
 from tiny_onn.settings import config_diff, config_from_json, resolved_json
 
 METRICS_NAME = "metrics.jsonl"
@@ -42,7 +43,8 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
     with _explain_write(path):
         path.mkdir(parents=True, exist_ok=True)
         # A run that failed before its first record may be started again in its folder.
-        if any(entry.name not in ("config.json", "environment.json") for entry in path.iterdir()):
+        early = ("config.json", "environment.json", LOCK_NAME)
+        if any(entry.name not in early for entry in path.iterdir()):
             raise UserError(
                 f"{path}: got a folder that is not empty, expected a new one; add --resume to go"
                 " on with its run, or choose another --out"
