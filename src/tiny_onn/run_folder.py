@@ -10,6 +10,7 @@ read.
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -22,11 +23,13 @@ from pathlib import Path
 import torch
 
 from tiny_onn.config import RunConfig
+from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.lock import LOCK_NAME
 from tiny_onn.settings import config_diff, config_from_json, resolved_json
 
 METRICS_NAME = "metrics.jsonl"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
@@ -107,7 +110,8 @@ def write_json(path: Path, obj: object) -> None:
 class MetricsWriter:
     """Appends records to a JSON-lines file, each with the system before `write` returns.
 
-    A context manager; closing it also waits until the disk has what was written.
+    A full disk does not stop a run: records then wait in memory, in order, for space. A context
+    manager; closing it also waits until the disk has what was written.
 
     Args:
         path: The file.
@@ -121,7 +125,7 @@ class MetricsWriter:
     def __init__(self, path: Path, offset: int = 0) -> None:
         self._path = path
         with _explain_write(path):
-            self._file = path.open("ab")
+            self._file = path.open("ab", buffering=0)
             size = self._file.seek(0, os.SEEK_END)
             if size > offset:
                 self._file.truncate(offset)
@@ -132,31 +136,54 @@ class MetricsWriter:
                 " restore the file or start a new run"
             )
         self._offset = offset
+        self._waiting = b""
 
     @property
     def offset(self) -> int:
-        """Bytes written so far: what a checkpoint stores to resume from."""
+        """Bytes written so far, waiting ones included: what a checkpoint stores to resume from."""
         return self._offset
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Append one record.
+        """Append one record; if the disk is full it waits, which is said once.
+
+        Raises:
+            UserError: The file system refuses for another reason.
+        """
+        line = json.dumps(record).encode() + b"\n"
+        self._offset += len(line)
+        were_waiting = bool(self._waiting)
+        self._waiting += line
+        with _explain_write(self._path):
+            try:
+                self._drain()
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                if not were_waiting:
+                    say(f"{self._path}: {error.strerror}; records wait in memory for space")
+
+    def sync(self) -> None:
+        """Return once the disk has everything written, so that a checkpoint may count on it.
 
         Raises:
             UserError: The file system refuses.
         """
-        line = json.dumps(record).encode() + b"\n"
         with _explain_write(self._path):
-            self._file.write(line)
-            self._file.flush()
-        self._offset += len(line)
+            self._drain()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Sync the file to disk and close it."""
         if self._file.closed:
             return
         with _explain_write(self._path), self._file:
-            self._file.flush()
+            self._drain()
             os.fsync(self._file.fileno())
+
+    def _drain(self) -> None:
+        # What a full disk took of a line stays; the rest follows it.
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def __enter__(self) -> "MetricsWriter":
         return self
