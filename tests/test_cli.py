@@ -183,7 +183,9 @@ def test_distill_passes_the_resolved_settings(stand_in, tmp_path):
     arguments = ["distill", "--preset", "demo", "--set", "train.seed=1", "--set", "train.tokens=9"]
     assert status_of([*arguments, "--out", out]) == 0
     config = load_config(None, "demo", ["train.seed=1", "train.tokens=9"])
-    assert calls == [((config,), {"out": Path(out), "resume": False, "argv": sys.argv})]
+    assert calls == [
+        ((config,), {"out": Path(out), "resume": False, "allow_change": (), "argv": sys.argv})
+    ]
 
 
 @pytest.mark.parametrize("arguments", [["--preset", "demo"], ["demo.toml"]])
@@ -205,7 +207,9 @@ def test_resuming_needs_only_the_folder(stand_in, tmp_path):
     create_run_folder(tmp_path / "run", config, argv=[])
     calls = stand_in("train", "run_distill", FINISHED)
     assert status_of(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
-    assert calls == [((config,), {"out": tmp_path / "run", "resume": True, "argv": sys.argv})]
+    assert calls == [
+        ((config,), {"out": tmp_path / "run", "resume": True, "allow_change": (), "argv": sys.argv})
+    ]
 
 
 def test_demo_passes_folder_and_overrides(stand_in):

@@ -31,9 +31,22 @@ LAYERS = (
     ),
     ("router", "experts", "losses", "quantize"),
     ("modeling", "convert", "teacher", "data", "sources", "embedded", "calibrate", "routing_stats"),
-    ("optim", "checkpoint", "run_folder", "prepare", "loading", "activations", "fusion"),
+    ("optim", "checkpoint", "run_folder", "resuming", "prepare", "loading", "activations")
+    + ("fusion",),
     ("plan_costs", "plan_memory", "plan_sources"),
-    ("plan", "step", "train", "evaluate", "demo", "generate", "progress", "profile"),
+    ("memory_advice",),
+    (
+        "plan",
+        "step",
+        "guard",
+        "stopping",
+        "train",
+        "evaluate",
+        "demo",
+        "generate",
+        "progress",
+        "profile",
+    ),
     ("__init__",),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}

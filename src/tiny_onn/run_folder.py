@@ -26,7 +26,8 @@ from tiny_onn.config import RunConfig
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.lock import LOCK_NAME
-from tiny_onn.settings import config_diff, config_from_json, resolved_json
+from tiny_onn.resuming import check_changes, with_absolute_paths
+from tiny_onn.settings import config_from_json, resolved_json
 
 METRICS_NAME = "metrics.jsonl"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,23 +58,30 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
     _write_atomically(path / "config.json", resolved_json(config))
 
 
-def resume_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
+def resume_run_folder(
+    path: Path, config: RunConfig, *, argv: Sequence[str], allow_change: Sequence[str] = ()
+) -> None:
     """Check that `path` holds a run of the same settings and record where it goes on.
+
+    Args:
+        path: The folder.
+        config: The settings to go on with, paths absolute.
+        argv: The command line.
+        allow_change: Names of the settings that may differ; `config.json` then gets the new ones,
+            `environment-N.json` the differences.
 
     Raises:
         UserError: It holds no run, or one of other settings, or cannot be written.
     """
-    changed = config_diff(read_run_config(path), config)
-    if changed:
-        raise UserError(
-            f"{path}: got changed settings ({'; '.join(changed)}), expected those of the run;"
-            " undo them or start a new run without --resume"
-        )
+    before = with_absolute_paths(read_run_config(path))
+    changes = check_changes(before, config, allow_change)
     number = 1
     while (path / f"environment-{number}.json").exists():
         number += 1
-    environment = _environment(config.train.device, argv)
+    environment = {**_environment(config.train.device, argv), "changes": changes}
     write_json(path / f"environment-{number}.json", environment)
+    if changes:
+        _write_atomically(path / "config.json", resolved_json(config))
 
 
 def read_run_config(path: Path) -> RunConfig:
