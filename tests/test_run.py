@@ -15,6 +15,8 @@ from tiny import CONFIG, change, save_teacher, write_corpus
 from tiny_onn import train as train_module
 from tiny_onn.convert import backbone_hash
 from tiny_onn.errors import UserError
+from tiny_onn.lock import run_lock
+from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.step import distill_step
 from tiny_onn.teacher import load_dense, quiet_transformers
@@ -246,12 +248,31 @@ def test_resuming_with_other_settings_is_refused(whole, config):
         run_distill(changed, out=whole[0], resume=True)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(config, tmp_path, monkeypatch):
-    def diverge(*arguments):
-        result = distill_step(*arguments)
-        result.loss.fill_(float("nan"))
-        return result
+def test_a_second_run_in_the_folder_is_refused(whole, config):
+    with run_lock(whole[0]), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        run_distill(config, out=whole[0], resume=True)
 
-    monkeypatch.setattr(train_module, "distill_step", diverge)
-    with pytest.raises(UserError, match=r"^step 1: the loss is nan, expected a finite number.*$"):
-        run_distill(config, out=tmp_path / "run")
+
+def test_resuming_where_there_is_no_run_makes_no_folder(config, tmp_path):
+    with pytest.raises(UserError, match="cannot read it"):
+        run_distill(config, out=tmp_path / "none", resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_is_told_and_leaves_a_folder_to_start_in(
+    whole, config, tmp_path, monkeypatch, number, capsys
+):
+    out = tmp_path / "run"
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(train_module, "prepare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_distill(config, out=out)
+    assert f"Stopped by {number.name} before the first step" in capsys.readouterr().err
+    monkeypatch.setattr(train_module, "prepare", prepare)
+    run_distill(config, out=out, resume=True)
+    assert_same_run(out, whole[0])

@@ -77,8 +77,7 @@ def distill_step(
 ) -> StepResult:
     """One update from rows whose gradients are summed: the loss is a mean over all their tokens.
 
-    A loss or gradient that is not finite updates nothing: no weight, no state, no controller. A GPU
-    is waited for once, to know.
+    If loss or gradient is not finite, nothing is updated. A GPU is waited for once, to know.
 
     One backward pass a row teaches both systems: experts by the distillation loss, gates by SMK
     (`objective = smk`), by the same loss (`task`), or not at all.
@@ -91,8 +90,7 @@ def distill_step(
     router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
     tallies = _teach_gates(student, config, loss_tokens, router_tokens)
     stats = RoutingStats.zeros(banks)
-    sums = torch.zeros(3, device=device)
-    token_losses = []
+    sums, token_losses = torch.zeros(3, device=device), []
     thresholds = torch.zeros(len(banks), device=device)
     clock = clock or Clock(device)
     loss_options = _loss_options(student, config)
@@ -119,12 +117,12 @@ def distill_step(
                 row.labels[0],
                 **loss_options,
             )
-            loss = (values.loss * mask_T).sum() / loss_tokens
+            loss_T = values.loss * mask_T
+            token_losses.append(loss_T.detach())
             measured = (values.loss.detach(), values.forward_kl, values.agrees)
-            token_losses.append(values.loss.detach() * mask_T)
             sums += torch.stack([(value_T * mask_T).sum() for value_T in measured])
         with clock.phase("backward"):
-            total = loss + _router_losses(student, row, config) / len(rows)
+            total = loss_T.sum() / loss_tokens + _router_losses(student, row, config) / len(rows)
             for bank in banks:
                 bank.recording = False
             total.backward()
