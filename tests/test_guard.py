@@ -88,9 +88,9 @@ def test_an_update_that_is_not_finite_changes_nothing(poison, name, part, value)
 
     def tensors():
         found = {n: t.clone() for n, t in student_tensors(student).items()}
-        for name, parameter in student.trainable().items():
+        for label, parameter in student.trainable().items():
             for entry, state in optimizer.state[parameter].items():
-                found[f"{name} {entry}"] = torch.as_tensor(state).clone()
+                found[f"{label} {entry}"] = torch.as_tensor(state).clone()
         return found
 
     stepped = poison([2], part, value)

@@ -261,8 +261,9 @@ def test_resuming_where_there_is_no_run_makes_no_folder(config, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_step_is_told_and_leaves_a_folder_to_start_in(
-    whole, config, tmp_path, monkeypatch, number, capsys
+    request, whole, tmp_path, monkeypatch, number
 ):
+    config, capsys = (request.getfixturevalue(name) for name in ("config", "capsys"))
     out = tmp_path / "run"
 
     def interrupted(*arguments):
