@@ -21,6 +21,7 @@ from tiny_onn.step import distill_step
 from tiny_onn.train import run_distill
 
 ROWS = make_rows((20, 13, 30, 40, 9), 32)
+REAL_DISTILL, REAL_CLIP = step.distill, step.clip_gradients
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,6 @@ def poison(monkeypatch):
 
     def arrange(numbers, part="loss", value=math.nan):
         count = iter(range(1, 1000))
-        real_distill, real_clip = step.distill, step.clip_gradients
         current = {"poisoned": False}
 
         def stepped(*arguments, **options):
@@ -58,7 +58,7 @@ def poison(monkeypatch):
             return distill_step(*arguments, **options)
 
         def distill(*arguments, **options):
-            values = real_distill(*arguments, **options)
+            values = REAL_DISTILL(*arguments, **options)
             if current["poisoned"] and part == "loss":
                 values.loss.data[3] = value
             return values
@@ -67,7 +67,7 @@ def poison(monkeypatch):
             if current["poisoned"] and part == "gradient":
                 bank = student.banks()[1]
                 bank.down_proj.grad.view(-1)[7] = value
-            return real_clip(student, clip_norm)
+            return REAL_CLIP(student, clip_norm)
 
         monkeypatch.setattr(step, "distill", distill)
         monkeypatch.setattr(step, "clip_gradients", clip_gradients)
@@ -152,15 +152,13 @@ def test_a_run_that_is_never_finite_leaves_no_checkpoint(config, tmp_path, poiso
 
 
 def test_spikes_stand_out_from_the_losses_before_them():
-    guard = Guard()
-    losses = [1.0 + 0.01 * (-1) ** n for n in range(MIN_WINDOW)]
-    assert [guard.spike(loss) for loss in losses] == [None] * MIN_WINDOW
-    limit = 1.0 + SPIKE_MADS * 0.01
-    assert guard.spike(limit - 1e-6) is None
-    found = guard.spike(limit + 0.01)
-    assert found is not None
-    assert found["limit"] == pytest.approx(limit, abs=0.11)
-    assert found["median"] == pytest.approx(1.0, abs=0.011)
+    losses = [1.0 + 0.02 * (-1) ** n for n in range(MIN_WINDOW)]
+    limit = 1.0 + SPIKE_MADS * 0.02
+    below, guard = Guard(), Guard()
+    for each in (below, guard):
+        assert [each.spike(loss) for loss in losses] == [None] * MIN_WINDOW
+    assert below.spike(limit - 1e-6) is None
+    assert guard.spike(limit + 1e-6) == pytest.approx({"median": 1.0, "limit": limit})
     # A lasting rise stops being a spike.
     for _ in range(WINDOW):
         guard.spike(3.0)
@@ -209,7 +207,8 @@ def test_provenance_names_each_fragments_document_and_place():
     packer = Packer(8, pad_token_id=0)
     packer.add([5] * 5, Origin("a.txt", 3, 0))
     packer.add([6] * 9, Origin("b.txt", 0, 0))
-    rows = [row for row in (packer.pop(), packer.finish()) if row is not None]
+    popped = (packer.pop(), packer.pop(), packer.finish())
+    rows = [row for row in popped if row is not None]
     losses = [torch.arange(8.0) * row.loss_mask[0] for row in rows]
     first, second = provenance(rows, losses)
     assert [tuple(f.values()) for f in first] == [

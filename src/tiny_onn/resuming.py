@@ -10,50 +10,22 @@ from tiny_onn.errors import UserError
 from tiny_onn.settings import config_diff
 from tiny_onn.sources import HUB_PREFIX
 
-# Settings that a resumed run can take over from the next step on.
+# Settings that a resumed run can take over from the next step on, by section.
+_CHANGEABLE_KEYS = MappingProxyType(
+    {
+        "teacher": "path revision trust_remote_code",
+        "router": "budget_rate load_balancing_coef z_loss_coef",
+        "smk": "surprise direction candidates targets coef",
+        "loss": "divergence temperature jsd_beta chunk_tokens",
+        "data": "sources",
+        "optim": "expert_lr gate_lr beta1 beta2 eps weight_decay gate_weight_decay clip_norm"
+        " warmup_fraction decay_fraction gate_warmup_fraction gate_decay_fraction",
+        "train": "tokens rows_per_step device compile expert_path checkpointing ffn_chunk_tokens"
+        " eval_every_tokens save_every_tokens keep_checkpoints max_skipped_steps log_every_steps",
+    }
+)
 CHANGEABLE = frozenset(
-    [
-        "teacher.path",
-        "teacher.revision",
-        "teacher.trust_remote_code",
-        "router.budget_rate",
-        "router.load_balancing_coef",
-        "router.z_loss_coef",
-        "smk.surprise",
-        "smk.direction",
-        "smk.candidates",
-        "smk.targets",
-        "smk.coef",
-        "loss.divergence",
-        "loss.temperature",
-        "loss.jsd_beta",
-        "loss.chunk_tokens",
-        "data.sources",
-        "optim.expert_lr",
-        "optim.gate_lr",
-        "optim.beta1",
-        "optim.beta2",
-        "optim.eps",
-        "optim.weight_decay",
-        "optim.gate_weight_decay",
-        "optim.clip_norm",
-        "optim.warmup_fraction",
-        "optim.decay_fraction",
-        "optim.gate_warmup_fraction",
-        "optim.gate_decay_fraction",
-        "train.tokens",
-        "train.rows_per_step",
-        "train.device",
-        "train.compile",
-        "train.expert_path",
-        "train.checkpointing",
-        "train.ffn_chunk_tokens",
-        "train.eval_every_tokens",
-        "train.save_every_tokens",
-        "train.keep_checkpoints",
-        "train.max_skipped_steps",
-        "train.log_every_steps",
-    ]
+    f"{section}.{key}" for section, keys in _CHANGEABLE_KEYS.items() for key in keys.split()
 )
 # Why the others cannot, by section or setting.
 REASONS = MappingProxyType(
