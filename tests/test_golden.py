@@ -76,9 +76,8 @@ def plain() -> list[float]:
 
 
 def test_the_curve_is_the_one_on_record(plain, golden):
-    # Another processor or torch sums in another order: 1e-7 a step, and where a sum decides which
-    # expert a token activates, more from there on.
-    assert plain == pytest.approx(golden, rel=2e-3)
+    # Another processor or torch sums in another order: 2e-7 with two threads for one.
+    assert plain == pytest.approx(golden, rel=1e-4)
     # It says something: the loss falls.
     assert sum(golden[-5:]) < 0.9 * sum(golden[:5])
 
@@ -93,27 +92,33 @@ def test_recomputing_activations_moves_nothing(plain, mode):
     assert curve(change(GOLDEN, train={"checkpointing": mode})) == plain
 
 
-@pytest.mark.parametrize("rows_of", [half_rows, backward_order])
-def test_the_same_documents_in_other_rows_teach_the_same(plain, rows_of):
-    # Sums over tokens in another order.
-    assert curve(rows_of=rows_of) == pytest.approx(plain, rel=2e-3)
+def test_the_order_of_documents_in_a_row_does_not_matter(plain):
+    # Sums over tokens in another order; measured: 1.7e-7.
+    assert curve(rows_of=backward_order) == pytest.approx(plain, rel=1e-5)
+
+
+def test_two_rows_teach_as_one_of_the_same_documents():
+    # Sums over tokens in another order; measured: 1.9e-7. A budget moves the curve by a tenth: two
+    # rows steer it by the mean of their exact thresholds, which is not that of one row.
+    config = change(GOLDEN, router={"selection": "top_k"})
+    assert curve(config, half_rows) == pytest.approx(curve(config), rel=1e-5)
 
 
 def test_chunks_of_the_experts_and_of_the_loss_move_only_last_bits(plain):
-    # Matrix products of other sizes.
+    # Matrix products of other sizes; measured: 3.5e-7.
     for changes in ({"train": {"ffn_chunk_tokens": 16}}, {"loss": {"chunk_tokens": 16}}):
         sections: dict[str, Any] = changes
-        assert curve(change(GOLDEN, **sections)) == pytest.approx(plain, rel=2e-3)
+        assert curve(change(GOLDEN, **sections)) == pytest.approx(plain, rel=1e-5)
 
 
 def test_the_expert_paths_teach_the_same():
     # What the grouped path can run: surprise of active experts only. It sums over an expert's own
-    # tokens, the dense one over all of them with zeros between.
+    # tokens, the dense one over all of them with zeros between; measured: 2.1e-7.
     config = change(GOLDEN, smk={"candidates": "active"})
     dense, grouped = (
         curve(change(config, train={"expert_path": path})) for path in ("dense", "grouped")
     )
-    assert grouped == pytest.approx(dense, rel=2e-3)
+    assert grouped == pytest.approx(dense, rel=1e-5)
 
 
 if __name__ == "__main__":
