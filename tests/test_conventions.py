@@ -31,8 +31,16 @@ LAYERS = (
     ),
     ("router", "experts", "losses", "quantize"),
     ("modeling", "convert", "teacher", "data", "sources", "embedded", "calibrate", "routing_stats"),
-    ("optim", "checkpoint", "run_folder", "resuming", "prepare", "loading", "activations")
-    + ("fusion",),
+    (
+        "optim",
+        "checkpoint",
+        "run_folder",
+        "resuming",
+        "prepare",
+        "loading",
+        "activations",
+        "fusion",
+    ),
     ("plan_costs", "plan_memory", "plan_sources"),
     ("memory_advice",),
     (
