@@ -128,14 +128,18 @@ class Distill:
     out: _Out = None
     """Run folder."""
     resume: bool = False
-    """Go on with the run in --out, with its own settings if none are given."""
+    """Go on with the run in --out, with its own settings but for --set if none are given."""
+    allow_change: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(name="allow-change", metavar="SECTION.KEY")
+    ] = ()
+    """A setting that may differ from the run's when it goes on."""
     profile: bool = False
     """Run six steps, show where the time of the last three goes, and end without a checkpoint."""
 
     def __call__(self) -> None:
         """Run the verb."""
         from tiny_onn.errors import UserError
-        from tiny_onn.settings import load_config
+        from tiny_onn.settings import load_config, override
 
         named = self.run is not None or self.preset is not None
         if self.resume and self.out is None:
@@ -144,7 +148,11 @@ class Distill:
             raise UserError(
                 "--profile: got --resume, expected a new run folder; leave out --resume"
             )
-        if not named and (self.overrides or not self.resume):
+        if self.allow_change and not self.resume:
+            raise UserError(
+                "--allow-change: got no --resume, expected a run that goes on; add --resume"
+            )
+        if not named and not self.resume:
             raise UserError(
                 "distill: got neither RUN.toml nor --preset, expected one; try --preset demo, or"
                 " write a file with `tiny-onn config > RUN.toml`"
@@ -155,7 +163,7 @@ class Distill:
             from tiny_onn.run_folder import read_run_config
 
             assert self.out is not None
-            config = read_run_config(self.out)
+            config = override(read_run_config(self.out), self.overrides)
         name = self.run.stem if self.run is not None else str(self.preset)
         out = _default_out(name) if self.out is None else self.out
         if self.profile:
@@ -165,7 +173,9 @@ class Distill:
             return
         from tiny_onn.train import run_distill
 
-        result = run_distill(config, out=out, resume=self.resume, argv=sys.argv)
+        result = run_distill(
+            config, out=out, resume=self.resume, allow_change=self.allow_change, argv=sys.argv
+        )
         if result.interrupted:
             raise KeyboardInterrupt
 

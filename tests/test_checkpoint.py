@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from typing import Any
 
 import pytest
@@ -9,8 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from tiny import CONFIG, change, make_dense, make_rows, make_tokenizer, write_corpus
+from tiny_onn import checkpoint as checkpoint_module
 from tiny_onn import prepare
-from tiny_onn.checkpoint import load_checkpoint, save_checkpoint, valid_checkpoints
+from tiny_onn.checkpoint import (
+    Checkpointer,
+    load_checkpoint,
+    save_checkpoint,
+    take_snapshot,
+    valid_checkpoints,
+    write_checkpoint,
+)
 from tiny_onn.convert import backbone_hash
 from tiny_onn.errors import UserError
 from tiny_onn.optim import build_optimizer
@@ -234,3 +243,127 @@ def test_a_disk_that_refuses_is_told_and_leaves_the_previous_checkpoint(
     blocked.write_text("not a folder")
     with pytest.raises(UserError, match="cannot write the checkpoint"):
         session.save(blocked, 2)
+
+
+def test_the_first_checkpoint_that_fails_promises_no_earlier_one(config, tmp_path, monkeypatch):
+    session = Session(config).train(1)
+    real = checkpoint_module.save_file
+    monkeypatch.setattr(checkpoint_module, "save_file", out_of_space)
+    with pytest.raises(UserError, match=r"there is no earlier checkpoint; free some space$"):
+        session.save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint_module, "save_file", real)
+    session.save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint_module, "save_file", out_of_space)
+    with pytest.raises(UserError, match="previous checkpoint, step-0000002, is whole: free some"):
+        session.save(tmp_path, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000002"]
+
+
+def out_of_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+def snapshot(session, step):
+    return take_snapshot(step, session.student, session.optimizer, {"step": step})
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(config, tmp_path, monkeypatch):
+    session = Session(config).train(1)
+    at_work, go_on = threading.Event(), threading.Event()
+    real = checkpoint_module.save_file
+
+    def slow(*arguments):
+        at_work.set()
+        assert go_on.wait(60)
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", slow)
+    with Checkpointer(tmp_path, keep=2) as writer:
+        expected = {name: tensor.clone() for name, tensor in session.tensors().items()}
+        assert writer.save(snapshot(session, 1)) is None
+        assert at_work.wait(60)
+        session.train(2)
+        assert writer.poll() is None
+        assert valid_checkpoints(tmp_path) == []
+        go_on.set()
+        assert writer.wait() is None
+    # What was saved is the moment of saving, whatever the steps did since.
+    restored = Session(config)
+    load_checkpoint(tmp_path, restored.student, restored.optimizer)
+    assert_same_bits(restored.tensors(), expected)
+
+
+def test_one_write_is_in_flight_at_most_and_leaving_waits_for_it(config, tmp_path, monkeypatch):
+    session, writing, most = Session(config).train(1), [], []
+    real = checkpoint_module.write_checkpoint
+
+    def counted(*arguments, **options):
+        writing.append(1)
+        most.append(len(writing))
+        path = real(*arguments, **options)
+        writing.pop()
+        return path
+
+    monkeypatch.setattr(checkpoint_module, "write_checkpoint", counted)
+    with Checkpointer(tmp_path, keep=3) as writer:
+        for step in range(1, 5):
+            assert writer.save(snapshot(session, step)) is None
+    assert most == [1, 1, 1, 1]
+    names = ["step-0000004", "step-0000003", "step-0000002"]
+    assert [path.name for path in valid_checkpoints(tmp_path)] == names
+
+
+def test_a_write_that_fails_is_told_once_and_the_next_is_tried(config, tmp_path, monkeypatch):
+    session = Session(config).train(1)
+    real = checkpoint_module.save_file
+    with Checkpointer(tmp_path, keep=2) as writer:
+        writer.save(snapshot(session, 1))
+        assert writer.wait() is None
+        monkeypatch.setattr(checkpoint_module, "save_file", out_of_space)
+        writer.save(snapshot(session, 2))
+        monkeypatch.setattr(checkpoint_module, "save_file", out_of_space)
+        told = writer.save(snapshot(session, 3))
+        assert told is not None
+        assert "step-0000002: cannot write the checkpoint (No space left" in told
+        assert "step-0000003" in str(writer.wait())
+        assert writer.wait() is None
+        monkeypatch.setattr(checkpoint_module, "save_file", real)
+        assert writer.save(snapshot(session, 4)) is None
+    names = [path.name for path in valid_checkpoints(tmp_path)]
+    assert names == ["step-0000004", "step-0000001"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_best_is_kept_beside_the_newest(config, tmp_path, keep):
+    session = Session(config).train(1)
+    for step in range(1, 8):
+        best = 2 if step < 6 else 6
+        write_checkpoint(tmp_path, snapshot(session, step), keep=keep, best=best)
+        newest = range(max(1, step - keep + 1), step + 1)
+        expected = {*newest, *([best] if step >= best else [])}
+        assert {int(path.name[5:]) for path in tmp_path.iterdir()} == expected
+
+
+def test_tidying_leaves_the_newest_and_the_best(config, tmp_path):
+    session = Session(config).train(1)
+    with Checkpointer(tmp_path, keep=1) as writer:
+        writer.best = 1
+        for step in (1, 2, 3):
+            writer.save(snapshot(session, step))
+        writer.wait()
+        assert [path.name for path in valid_checkpoints(tmp_path)] == [
+            "step-0000003",
+            "step-0000001",
+        ]
+        writer.best = 3
+        writer.tidy()
+    assert [path.name[-1] for path in valid_checkpoints(tmp_path)] == ["3"]
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_name(config, tmp_path, monkeypatch):
+    session = Session(config).train(1)
+    monkeypatch.setattr(checkpoint_module, "FORMAT", 1)
+    session.save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="step-0000001: got a checkpoint of format 1, expected 2"):
+        session.load(tmp_path)

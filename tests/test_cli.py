@@ -111,6 +111,7 @@ MISTAKES = [
     (["distill"], "got neither RUN.toml nor --preset"),
     (["distill", "--resume"], "--resume: got no --out"),
     (["distill", "--set", "train.seed=1"], "got neither RUN.toml nor --preset"),
+    (["distill", "--preset", "demo", "--allow-change", "train.tokens"], "got no --resume"),
     (["distill", "missing.toml"], "missing.toml: cannot read it (No such file or directory)"),
     (["distill", "."], "cannot read it (Is a directory)"),
     (["distill", "--preset", "nope"], 'preset: got "nope", expected one of demo'),
@@ -183,7 +184,8 @@ def test_distill_passes_the_resolved_settings(stand_in, tmp_path):
     arguments = ["distill", "--preset", "demo", "--set", "train.seed=1", "--set", "train.tokens=9"]
     assert status_of([*arguments, "--out", out]) == 0
     config = load_config(None, "demo", ["train.seed=1", "train.tokens=9"])
-    assert calls == [((config,), {"out": Path(out), "resume": False, "argv": sys.argv})]
+    options = {"resume": False, "allow_change": (), "argv": sys.argv}
+    assert calls == [((config,), {"out": Path(out), **options})]
 
 
 @pytest.mark.parametrize("arguments", [["--preset", "demo"], ["demo.toml"]])
@@ -205,7 +207,19 @@ def test_resuming_needs_only_the_folder(stand_in, tmp_path):
     create_run_folder(tmp_path / "run", config, argv=[])
     calls = stand_in("train", "run_distill", FINISHED)
     assert status_of(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
-    assert calls == [((config,), {"out": tmp_path / "run", "resume": True, "argv": sys.argv})]
+    options = {"resume": True, "allow_change": (), "argv": sys.argv}
+    assert calls == [((config,), {"out": tmp_path / "run", **options})]
+
+
+def test_resuming_takes_settings_over_the_runs_own(stand_in, tmp_path):
+    out = tmp_path / "run"
+    create_run_folder(out, load_config(None, "demo", ["train.seed=3"]), argv=[])
+    calls = stand_in("train", "run_distill", FINISHED)
+    arguments = ["--set", "train.tokens=9", "--allow-change", "train.tokens"]
+    assert status_of(["distill", "--resume", "--out", str(out), *arguments]) == 0
+    ((config,), options) = calls[0]
+    assert config == load_config(None, "demo", ["train.seed=3", "train.tokens=9"])
+    assert options["allow_change"] == ("train.tokens",)
 
 
 def test_demo_passes_folder_and_overrides(stand_in):

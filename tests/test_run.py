@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny_onn import checkpoint as checkpoint_module
 from tiny_onn import train as train_module
 from tiny_onn.convert import backbone_hash
 from tiny_onn.errors import UserError
+from tiny_onn.lock import run_lock
+from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.step import distill_step
 from tiny_onn.teacher import load_dense, quiet_transformers
@@ -246,12 +250,93 @@ def test_resuming_with_other_settings_is_refused(whole, config):
         run_distill(changed, out=whole[0], resume=True)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(config, tmp_path, monkeypatch):
-    def diverge(*arguments):
-        result = distill_step(*arguments)
-        result.loss.fill_(float("nan"))
-        return result
+def test_a_second_run_in_the_folder_is_refused(whole, config):
+    with run_lock(whole[0]), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        run_distill(config, out=whole[0], resume=True)
 
-    monkeypatch.setattr(train_module, "distill_step", diverge)
-    with pytest.raises(UserError, match=r"^step 1: the loss is nan, expected a finite number.*$"):
-        run_distill(config, out=tmp_path / "run")
+
+def test_resuming_where_there_is_no_run_makes_no_folder(config, tmp_path):
+    with pytest.raises(UserError, match="cannot read it"):
+        run_distill(config, out=tmp_path / "none", resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_is_told_and_leaves_a_folder_to_start_in(
+    request, whole, tmp_path, monkeypatch, number
+):
+    config, capsys = (request.getfixturevalue(name) for name in ("config", "capsys"))
+    out = tmp_path / "run"
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(train_module, "prepare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_distill(config, out=out)
+    assert f"Stopped by {number.name} before the first step" in capsys.readouterr().err
+    monkeypatch.setattr(train_module, "prepare", prepare)
+    run_distill(config, out=out, resume=True)
+    assert_same_run(out, whole[0])
+
+
+def test_the_best_checkpoint_by_held_out_kl_is_named_and_kept(whole, config, tmp_path, monkeypatch):
+    scores = iter([9.0, 5.0, 1.0, 4.0, 3.0, 2.0])
+    real = train_module.evaluate
+
+    def scored(*arguments):
+        return replace(real(*arguments), forward_kl=next(scores))
+
+    monkeypatch.setattr(train_module, "evaluate", scored)
+    train = {"eval_every_tokens": 2 * 64, "save_every_tokens": 5 * 64, "keep_checkpoints": 1}
+    out = tmp_path / "run"
+    run_distill(change(config, train=train), out=out)
+    summary = json.loads((out / "summary.json").read_text())
+    # Evaluated after steps 2, 4, 6 and 8: the best was not on the schedule of saving.
+    assert summary["best"] == {
+        "step": 4,
+        "tokens": 256,
+        "forward_kl": 1.0,
+        "checkpoint": "checkpoints/step-0000004",
+    }
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["step-0000004", "step-0000008"]
+    # An undisturbed run improves to its end.
+    assert json.loads((whole[0] / "summary.json").read_text())["best"]["step"] == 8
+
+
+def refuse(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_for_a_while_stops_nothing(
+    request, whole, tmp_path, monkeypatch, at_step
+):
+    config, capsys = (request.getfixturevalue(name) for name in ("config", "capsys"))
+    out, real = tmp_path / "run", checkpoint_module.save_file
+    monkeypatch.setattr(checkpoint_module, "save_file", refuse)
+    at_step(4, lambda: monkeypatch.setattr(checkpoint_module, "save_file", real))
+    run_distill(config, out=out)
+    assert_same_run(out, whole[0])
+    said = capsys.readouterr().err
+    assert said.count("the run goes on, but") == 1
+    assert "step-0000003: cannot write the checkpoint (No space left on device)" in said
+    assert "there is no earlier checkpoint; free some space" in said
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["step-0000006", "step-0000008"]
+
+
+def test_a_disk_that_is_full_at_the_end_stops_the_run_with_one_line(
+    whole, config, tmp_path, monkeypatch, at_step
+):
+    out, real = tmp_path / "run", checkpoint_module.save_file
+    at_step(5, lambda: monkeypatch.setattr(checkpoint_module, "save_file", refuse))
+    told = r"^\S*step-0000008: cannot write .*step-0000004, is whole: free some space and use --res"
+    with pytest.raises(UserError, match=told):
+        run_distill(config, out=out)
+    assert not (out / "student").exists()
+    monkeypatch.setattr(checkpoint_module, "save_file", real)
+    at_step(1000, fail)
+    run_distill(config, out=out, resume=True)
+    assert_same_run(out, whole[0])

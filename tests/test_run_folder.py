@@ -212,12 +212,41 @@ def test_number_that_is_not_finite_is_kept(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
-def test_full_disk_stops_the_metrics_with_a_user_error(tmp_path):
+def test_full_disk_lets_records_wait_and_is_told_once(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.symlink_to("/dev/full")
     writer = MetricsWriter(path)
-    with pytest.raises(UserError, match="No space left on device"):
-        writer.write({"step": 0})
-    with pytest.raises(UserError, match="No space left on device"):
-        writer.close()
+    for step in range(3):
+        writer.write({"step": step})
+    said = capsys.readouterr().err
+    assert said.count("No space left on device; records wait in memory") == 1
+    assert writer.offset == 3 * len(b'{"step": 0}\n')
+    for end in (writer.sync, writer.close):
+        with pytest.raises(UserError, match="No space left on device"):
+            end()
     writer.close()
+
+
+def test_records_that_waited_follow_once_there_is_space(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    done = run_python(
+        """
+        import resource, signal, sys
+        from pathlib import Path
+        from tiny_onn.run_folder import MetricsWriter
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+        with MetricsWriter(Path(sys.argv[1])) as writer:
+            for step in range(5):
+                writer.write({"step": step})
+            print(Path(sys.argv[1]).stat().st_size)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            writer.write({"step": 5})
+            print(Path(sys.argv[1]).stat().st_size == writer.offset)
+        """,
+        path,
+    )
+    # The third line was cut in its middle.
+    assert done.stdout.split() == ["30", "True"], done.stderr
+    assert [record["step"] for record in read_metrics(path)] == list(range(6))

@@ -3,12 +3,18 @@
 A checkpoint is a folder `step-N` of safetensors and JSON with a manifest of sizes and SHA-256. It
 is written beside its place and renamed into it; the newest one whose manifest holds is the one that
 a run resumes from.
+
+Saving overlaps training: what is to be saved is copied to host memory between two steps (a
+`Snapshot`), and a thread writes the copy while the next steps run (`Checkpointer`).
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +31,78 @@ from tiny_onn.run_folder import write_json
 
 FILES = ("student.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
-KEPT = 2
+# Of `state.json`; a checkpoint of another version of the package is refused by name.
+FORMAT = 2
 
 
-def save_checkpoint(
-    folder: Path,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """A run between two steps, in host memory, on its own."""
+
+    step: int
+    student: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: str
+    """The loop's, as JSON."""
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's folder."""
+        return checkpoint_name(self.step)
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint; names sort as steps do."""
+    return f"step-{step:07d}"
+
+
+def take_snapshot(
     step: int,
     student: TinyOnnForCausalLM,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+) -> Snapshot:
+    """A copy of everything that decides how the run goes on; waits for a GPU.
+
+    Args:
+        step: updates done.
+        student: the model.
+        optimizer: of its parameters.
+        state: the loop's state, of JSON values; a stage of the run keeps its own under `stage`.
+    """
+    if next(student.parameters()).is_cuda:
+        # Paged state is host memory that kernels still in flight may write.
+        torch.cuda.synchronize()
+    return Snapshot(
+        step=step,
+        student=_to_host(student_tensors(student)),
+        optimizer=_to_host(optimizer_tensors(student, optimizer)),
+        state=json.dumps({"format": FORMAT, **state}, indent=2) + "\n",
+    )
+
+
+def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def write_checkpoint(
+    folder: Path, snapshot: Snapshot, *, keep: int, best: int | None = None
 ) -> Path:
-    """Write `folder/step-N` and remove all but the newest two.
+    """Write `folder/step-N` and remove all but the newest `keep` and that of the step `best`.
 
     Raises:
         UserError: the disk refuses; earlier checkpoints are untouched.
     """
-    target = folder / f"step-{step:07d}"
+    target = folder / snapshot.name
     partial = folder / f".partial-{os.getpid()}"
     try:
         # Left by a process that was killed while it wrote.
         for stale in folder.glob(".partial-*"):
             shutil.rmtree(stale)
         partial.mkdir(parents=True)
-        save_file(student_tensors(student), partial / "student.safetensors")
-        save_file(optimizer_tensors(student, optimizer), partial / "optimizer.safetensors")
-        write_json(partial / "state.json", state)
+        save_file(snapshot.student, partial / "student.safetensors")
+        save_file(snapshot.optimizer, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(snapshot.state, encoding="utf-8")
         manifest = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
             for name in FILES
@@ -61,28 +114,118 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         _fsync(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{target}: cannot write the checkpoint ({reason}), expected free disk and permission; "
-            "the previous checkpoint is whole, free some space and use --resume"
+            f"{target}: cannot write the checkpoint ({_reason(error)}), expected free disk and"
+            f" permission; {_what_is_left(folder)}"
         ) from error
-    _remove_old(folder, target.name)
+    _remove_old(folder, snapshot.step, keep, best)
     return target
 
 
-def _remove_old(folder: Path, newest: str) -> None:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    student: TinyOnnForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Take a snapshot and write it, at once.
+
+    Raises:
+        UserError: as `write_checkpoint`.
+    """
+    return write_checkpoint(folder, take_snapshot(step, student, optimizer, state), keep=keep)
+
+
+class Checkpointer:
+    """Writes snapshots in a thread of its own, one at a time. A context manager.
+
+    Leaving the context waits for the write in flight and passes over its error.
+
+    Args:
+        folder: of the checkpoints.
+        keep: newest checkpoints to keep, the best not counted.
+
+    Attributes:
+        best: step of the best checkpoint, kept beside the newest; None: there is none.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.best: int | None = None
+        self._folder, self._keep = folder, keep
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(self, snapshot: Snapshot) -> str | None:
+        """Begin to write; the error of the write before, for which it waits."""
+        error = self.wait()
+        self._writing = self._executor.submit(
+            write_checkpoint, self._folder, snapshot, keep=self._keep, best=self.best
+        )
+        return error
+
+    def poll(self) -> str | None:
+        """The error of a write that has ended since the last call, if it failed."""
+        done = self._writing is not None and self._writing.done()
+        return self.wait() if done else None
+
+    def wait(self) -> str | None:
+        """Wait for the write in flight, if there is one; its error if it fails."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        try:
+            writing.result()
+        except UserError as error:
+            return str(error)
+        return None
+
+    def tidy(self) -> None:
+        """Remove what is neither among the newest nor the best; nothing may be in flight."""
+        if newest := valid_checkpoints(self._folder):
+            _remove_old(self._folder, step_of(newest[0]), self._keep, self.best)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._executor.shutdown(wait=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder; -1 for a name that is none."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isascii() and number.isdigit() else -1
+
+
+def _reason(error: BaseException) -> str:
+    error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _what_is_left(folder: Path) -> str:
+    whole = valid_checkpoints(folder)
+    if not whole:
+        return "there is no earlier checkpoint; free some space"
+    return f"the previous checkpoint, {whole[0].name}, is whole: free some space and use --resume"
+
+
+def _remove_old(folder: Path, newest: int, keep: int, best: int | None) -> None:
     """Remove all up to `newest` but the last whole ones; a damaged later one will be redone."""
-    kept = [path for path in valid_checkpoints(folder) if path.name <= newest][:KEPT]
+    whole = [path for path in valid_checkpoints(folder) if step_of(path) <= newest]
+    kept: Sequence[Path] = [*whole[:keep], *(p for p in whole if step_of(p) == best)]
     for path in folder.glob("step-*"):
-        if path.name <= newest and path not in kept:
+        if step_of(path) <= newest and path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def valid_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints whose files are all there at their sizes, newest first (hashes unread)."""
-    found = sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+    found = sorted(folder.glob("step-*"), key=step_of, reverse=True) if folder.is_dir() else []
     return [path for path in found if _sizes_hold(path)]
 
 
@@ -97,17 +240,23 @@ def load_checkpoint(
         UserError: there are checkpoints, but none is whole.
     """
     whole = valid_checkpoints(folder)
-    found = sorted(folder.glob("step-*"), reverse=True)
+    found = sorted(folder.glob("step-*"), key=step_of, reverse=True)
     for path in found:
         if path not in whole or not _hashes_hold(path):
             say(f"{path}: damaged, passed over")
             continue
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if (got := state.pop("format", None)) != FORMAT:
+            raise UserError(
+                f"{path}: got a checkpoint of format {got}, expected {FORMAT}; go"
+                " on with the version of tiny-onn in environment.json, or start a new run"
+            )
         device = str(next(student.parameters()).device)
         _restore_student(student, load_file(path / "student.safetensors", device=device))
         _restore_optimizer(
             student, optimizer, load_file(path / "optimizer.safetensors", device=device)
         )
-        return json.loads((path / "state.json").read_text())
+        return state
     if found:
         raise UserError(
             f"{folder}: got {len(found)} checkpoints, all of them damaged, expected a whole one; "

@@ -18,7 +18,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "an integer >= 1",
         lambda value: value >= 1,
         "experts.num_experts experts.calibration_tokens data.eval_tokens"
-        " train.tokens train.rows_per_step train.log_every_steps",
+        " train.tokens train.rows_per_step train.log_every_steps train.keep_checkpoints"
+        " train.max_skipped_steps",
     ),
     ("an integer >= 3", lambda value: value >= 3, "data.row_tokens"),
     (

@@ -202,7 +202,13 @@ class TrainConfig:
     eval_every_tokens: int = 65_536
     """Training tokens between evaluations on held-out text. 0: only at the start and the end."""
     save_every_tokens: int = 65_536
-    """Training tokens between checkpoints. 0: only at the end."""
+    """Training tokens between checkpoints. 0: only at the end and where held-out KL is best. They
+    are written while training goes on, from a copy in host memory."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep, beside the one of best held-out KL."""
+    max_skipped_steps: int = 5
+    """Updates in a row that may be skipped because loss or gradient is not finite; then the run
+    ends."""
     log_every_steps: int = 1
     """Steps between metric records."""
 

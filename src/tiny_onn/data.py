@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from tiny_onn.config import DataConfig
 from tiny_onn.embedded import Document
 from tiny_onn.errors import UserError
-from tiny_onn.packing import PackedRow, Packer
+from tiny_onn.packing import Origin, PackedRow, Packer
 from tiny_onn.sources import HUB_PREFIX, hub_documents, read_documents
 
 Split = Literal["train", "held_out"]
@@ -85,9 +85,9 @@ class TokenStream:
 
     def __next__(self) -> PackedRow:
         while (row := self.packer.pop()) is None:
-            token_ids = next(self._token_ids, None)
-            if token_ids is not None:
-                self.packer.add(token_ids)
+            document = next(self._token_ids, None)
+            if document is not None:
+                self.packer.add(*document)
                 self._position += 1
                 continue
             if self.packer.num_tokens == 0:
@@ -143,17 +143,20 @@ class TokenStream:
             "vocabulary size": len(self._tokenizer),
         }
 
-    def _tokenise(self) -> Iterator[list[int]]:
-        """Token ids of this epoch's documents from the current position on."""
+    def _tokenise(self) -> Iterator[tuple[list[int], Origin]]:
+        """Token ids and origins of this epoch's documents from the current position on."""
         documents = itertools.islice(self._epoch_documents(), self._position, None)
         eos_token_id = self._tokenizer.eos_token_id
         ending = [] if eos_token_id is None else [eos_token_id]
-        for texts in _batches(document.text for document in documents):
+        for batch in _batches(documents):
             encoded = self._tokenizer(
-                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+                [document.text for document in batch],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
             )
-            for token_ids in encoded["input_ids"]:
-                yield token_ids + ending
+            for document, token_ids in zip(batch, encoded["input_ids"], strict=True):
+                yield token_ids + ending, Origin(document.source, document.index, 0)
 
     def _epoch_documents(self) -> Iterator[Document]:
         fraction = self._config.held_out_fraction
@@ -203,13 +206,13 @@ def _empty_split_error(config: DataConfig, split: Split) -> UserError:
     )
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts, closed once they hold `_BATCH_CHARS` characters."""
-    batch: list[str] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Lists of documents, closed once they hold `_BATCH_CHARS` characters."""
+    batch: list[Document] = []
     chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
         if chars >= _BATCH_CHARS:
             yield batch
             batch, chars = [], 0

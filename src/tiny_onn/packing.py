@@ -20,7 +20,7 @@ Shapes: "tokens" is T, a row's length; a row is a batch of one.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -30,6 +30,20 @@ from tiny_onn.errors import UserError
 
 IGNORED_LABEL = -100
 _MIN_FRAGMENT_TOKENS = 2
+
+
+class Origin(NamedTuple):
+    """Where a fragment's tokens come from."""
+
+    source: str
+    """The file, hub dataset or part of the embedded text; empty where nobody said."""
+    document: int
+    """The document's number in the source, from 0."""
+    token: int
+    """The fragment's first token, counted in the document."""
+
+
+NO_ORIGIN = Origin("", 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +64,8 @@ class PackedRow:
     """True where there is a label."""
     router_mask: Bool[Tensor, "1 tokens"]
     """False on the first token of each fragment (the attention sink) and on padding."""
+    origins: tuple[Origin, ...] = ()
+    """Of each fragment in order, padding left out."""
 
     @property
     def num_documents(self) -> int:
@@ -66,11 +82,16 @@ class PackedRow:
             labels=self.labels.to(device),
             loss_mask=self.loss_mask.to(device),
             router_mask=self.router_mask.to(device),
+            origins=self.origins,
         )
 
 
 def build_row(
-    fragments: Sequence[Sequence[int]], *, row_tokens: int, pad_token_id: int
+    fragments: Sequence[Sequence[int]],
+    *,
+    row_tokens: int,
+    pad_token_id: int,
+    origins: Sequence[Origin] = (),
 ) -> PackedRow:
     """The row holding `fragments` (each of 2 tokens or more) in order, padded to `row_tokens`."""
     lengths = [len(fragment) for fragment in fragments]
@@ -96,6 +117,7 @@ def build_row(
         labels=labels_1T,
         loss_mask=labels_1T != IGNORED_LABEL,
         router_mask=router_mask[None],
+        origins=tuple(origins),
     )
 
 
@@ -121,24 +143,27 @@ class Packer:
         self.num_skipped = 0
         self.num_tokens = 0
         self.num_padding = 0
-        self._row: list[list[int]] = []
-        self._pending: deque[list[int]] = deque()
+        self._row: list[tuple[list[int], Origin]] = []
+        self._pending: deque[tuple[list[int], Origin]] = deque()
         # Tokens of the first pending document that are already placed.
         self._offset = 0
 
-    def add(self, document: Sequence[int]) -> None:
-        """Queue one document's token ids; one of fewer than 2 tokens is skipped and counted."""
+    def add(self, document: Sequence[int], origin: Origin = NO_ORIGIN) -> None:
+        """Queue one document's token ids; one of fewer than 2 tokens is skipped and counted.
+
+        Its `origin` is told by the rows that hold its fragments.
+        """
         if len(document) < _MIN_FRAGMENT_TOKENS:
             self.num_skipped += 1
             return
         self.num_documents += 1
         self.num_tokens += len(document)
-        self._pending.append(list(document))
+        self._pending.append((list(document), origin))
 
     def pop(self) -> PackedRow | None:
         """The next full row, or None if the documents added so far do not fill one."""
         while self._pending:
-            document = self._pending[0]
+            document, origin = self._pending[0]
             room = self._room()
             rest = len(document) - self._offset
             take = min(room, rest)
@@ -146,7 +171,8 @@ class Packer:
                 take -= 1
             if take < _MIN_FRAGMENT_TOKENS:
                 return self._close()
-            self._row.append(document[self._offset : self._offset + take])
+            fragment = document[self._offset : self._offset + take]
+            self._row.append((fragment, origin._replace(token=origin.token + self._offset)))
             self._offset += take
             if self._offset == len(document):
                 self._pending.popleft()
@@ -162,12 +188,14 @@ class Packer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next rows, as JSON values."""
-        pending = [list(document) for document in self._pending]
+        pending = [(list(document), origin) for document, origin in self._pending]
         if pending:
-            pending[0] = pending[0][self._offset :]
+            document, origin = pending[0]
+            rest = origin._replace(token=origin.token + self._offset)
+            pending[0] = (document[self._offset :], rest)
         return {
-            "row": [list(fragment) for fragment in self._row],
-            "pending": pending,
+            "row": [[list(fragment), list(origin)] for fragment, origin in self._row],
+            "pending": [[document, list(origin)] for document, origin in pending],
             "num_documents": self.num_documents,
             "num_skipped": self.num_skipped,
             "num_tokens": self.num_tokens,
@@ -176,8 +204,8 @@ class Packer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
-        self._row = [list(fragment) for fragment in state["row"]]
-        self._pending = deque(list(document) for document in state["pending"])
+        self._row = [(list(ids), Origin(*origin)) for ids, origin in state["row"]]
+        self._pending = deque((list(ids), Origin(*origin)) for ids, origin in state["pending"])
         self._offset = 0
         self.num_documents = state["num_documents"]
         self.num_skipped = state["num_skipped"]
@@ -185,11 +213,16 @@ class Packer:
         self.num_padding = state["num_padding"]
 
     def _room(self) -> int:
-        return self.row_tokens - sum(len(fragment) for fragment in self._row)
+        return self.row_tokens - sum(len(fragment) for fragment, _ in self._row)
 
     def _close(self) -> PackedRow:
         self.num_padding += self._room()
-        row = build_row(self._row, row_tokens=self.row_tokens, pad_token_id=self.pad_token_id)
+        row = build_row(
+            [fragment for fragment, _ in self._row],
+            row_tokens=self.row_tokens,
+            pad_token_id=self.pad_token_id,
+            origins=[origin for _, origin in self._row],
+        )
         self._row = []
         return row
 

@@ -10,6 +10,7 @@ read.
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -22,10 +23,14 @@ from pathlib import Path
 import torch
 
 from tiny_onn.config import RunConfig
+from tiny_onn.console import say
 from tiny_onn.errors import UserError
-from tiny_onn.settings import config_diff, config_from_json, resolved_json
+from tiny_onn.lock import LOCK_NAME
+from tiny_onn.resuming import check_changes, with_absolute_paths
+from tiny_onn.settings import config_from_json, resolved_json
 
 METRICS_NAME = "metrics.jsonl"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
@@ -42,7 +47,8 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
     with _explain_write(path):
         path.mkdir(parents=True, exist_ok=True)
         # A run that failed before its first record may be started again in its folder.
-        if any(entry.name not in ("config.json", "environment.json") for entry in path.iterdir()):
+        early = ("config.json", "environment.json", LOCK_NAME)
+        if any(entry.name not in early for entry in path.iterdir()):
             raise UserError(
                 f"{path}: got a folder that is not empty, expected a new one; add --resume to go"
                 " on with its run, or choose another --out"
@@ -52,23 +58,30 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
     _write_atomically(path / "config.json", resolved_json(config))
 
 
-def resume_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
+def resume_run_folder(
+    path: Path, config: RunConfig, *, argv: Sequence[str], allow_change: Sequence[str] = ()
+) -> None:
     """Check that `path` holds a run of the same settings and record where it goes on.
+
+    Args:
+        path: The folder.
+        config: The settings to go on with, paths absolute.
+        argv: The command line.
+        allow_change: Names of the settings that may differ; `config.json` then gets the new ones,
+            `environment-N.json` the differences.
 
     Raises:
         UserError: It holds no run, or one of other settings, or cannot be written.
     """
-    changed = config_diff(read_run_config(path), config)
-    if changed:
-        raise UserError(
-            f"{path}: got changed settings ({'; '.join(changed)}), expected those of the run;"
-            " undo them or start a new run without --resume"
-        )
+    before = with_absolute_paths(read_run_config(path))
+    changes = check_changes(before, config, allow_change)
     number = 1
     while (path / f"environment-{number}.json").exists():
         number += 1
-    environment = _environment(config.train.device, argv)
+    environment = {**_environment(config.train.device, argv), "changes": changes}
     write_json(path / f"environment-{number}.json", environment)
+    if changes:
+        _write_atomically(path / "config.json", resolved_json(config))
 
 
 def read_run_config(path: Path) -> RunConfig:
@@ -105,7 +118,8 @@ def write_json(path: Path, obj: object) -> None:
 class MetricsWriter:
     """Appends records to a JSON-lines file, each with the system before `write` returns.
 
-    A context manager; closing it also waits until the disk has what was written.
+    A full disk does not stop a run: records then wait in memory, in order, for space. A context
+    manager; closing it also waits until the disk has what was written.
 
     Args:
         path: The file.
@@ -119,7 +133,7 @@ class MetricsWriter:
     def __init__(self, path: Path, offset: int = 0) -> None:
         self._path = path
         with _explain_write(path):
-            self._file = path.open("ab")
+            self._file = path.open("ab", buffering=0)
             size = self._file.seek(0, os.SEEK_END)
             if size > offset:
                 self._file.truncate(offset)
@@ -130,31 +144,54 @@ class MetricsWriter:
                 " restore the file or start a new run"
             )
         self._offset = offset
+        self._waiting = b""
 
     @property
     def offset(self) -> int:
-        """Bytes written so far: what a checkpoint stores to resume from."""
+        """Bytes written so far, waiting ones included: what a checkpoint stores to resume from."""
         return self._offset
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Append one record.
+        """Append one record; if the disk is full it waits, which is said once.
+
+        Raises:
+            UserError: The file system refuses for another reason.
+        """
+        line = json.dumps(record).encode() + b"\n"
+        self._offset += len(line)
+        were_waiting = bool(self._waiting)
+        self._waiting += line
+        with _explain_write(self._path):
+            try:
+                self._drain()
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                if not were_waiting:
+                    say(f"{self._path}: {error.strerror}; records wait in memory for space")
+
+    def sync(self) -> None:
+        """Return once the disk has everything written, so that a checkpoint may count on it.
 
         Raises:
             UserError: The file system refuses.
         """
-        line = json.dumps(record).encode() + b"\n"
         with _explain_write(self._path):
-            self._file.write(line)
-            self._file.flush()
-        self._offset += len(line)
+            self._drain()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Sync the file to disk and close it."""
         if self._file.closed:
             return
         with _explain_write(self._path), self._file:
-            self._file.flush()
+            self._drain()
             os.fsync(self._file.fileno())
+
+    def _drain(self) -> None:
+        # What a full disk took of a line stays; the rest follows it.
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -60,7 +60,15 @@ def load_config(path: Path | None, preset: str | None, overrides: Sequence[str])
     config = RunConfig()
     if name is not None:
         config = _apply(config, _read_preset(name), f"preset {name}")
-    config = _apply(config, table, str(path))
+    return override(_apply(config, table, str(path)), overrides)
+
+
+def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Return the checked settings with each `section.key=value` of `overrides` in place.
+
+    Raises:
+        UserError: As `load_config`.
+    """
     for text in overrides:
         config = _apply(config, _parse_override(text), "--set")
     validate(config)

@@ -1,5 +1,6 @@
 """One update of online distillation, top to bottom: teacher, student, loss, one backward pass."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,10 @@ class StepResult:
     expert_grad_norm: Tensor | float
     gate_grad_norm: Tensor | float
     stats: RoutingStats
+    token_losses: list[Tensor]
+    """Per row, every token's loss; 0 where there is no label."""
+    finite: bool = True
+    """Whether loss and gradients were; otherwise nothing was updated."""
     tallies: list[SurpriseTally] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -72,6 +77,8 @@ def distill_step(
 ) -> StepResult:
     """One update from rows whose gradients are summed: the loss is a mean over all their tokens.
 
+    If loss or gradient is not finite, nothing is updated. A GPU is waited for once, to know.
+
     One backward pass a row teaches both systems: experts by the distillation loss, gates by SMK
     (`objective = smk`), by the same loss (`task`), or not at all.
 
@@ -83,7 +90,7 @@ def distill_step(
     router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
     tallies = _teach_gates(student, config, loss_tokens, router_tokens)
     stats = RoutingStats.zeros(banks)
-    sums = torch.zeros(3, device=device)
+    sums, token_losses = torch.zeros(3, device=device), []
     thresholds = torch.zeros(len(banks), device=device)
     clock = clock or Clock(device)
     loss_options = _loss_options(student, config)
@@ -110,24 +117,20 @@ def distill_step(
                 row.labels[0],
                 **loss_options,
             )
-            loss = (values.loss * mask_T).sum() / loss_tokens
+            loss_T = values.loss * mask_T
+            token_losses.append(loss_T.detach())
             measured = (values.loss.detach(), values.forward_kl, values.agrees)
             sums += torch.stack([(value_T * mask_T).sum() for value_T in measured])
         with clock.phase("backward"):
-            total = loss + _router_losses(student, row, config) / len(rows)
+            total = loss_T.sum() / loss_tokens + _router_losses(student, row, config) / len(rows)
             for bank in banks:
                 bank.recording = False
             total.backward()
             for bank in banks:
                 bank.recording, bank.routing = True, None
-    with clock.phase("optimizer"):
-        expert_norm, gate_norm = clip_gradients(student, config.optim.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    if config.router.selection == "budget":
-        for bank, threshold in zip(banks, thresholds, strict=True):
-            bank.router.steer(threshold, config.router.budget_rate)
     loss, forward_kl, agreement = sums / loss_tokens
+    with clock.phase("optimizer"):
+        expert_norm, gate_norm, finite = _update(student, optimizer, loss, thresholds, config)
     return StepResult(
         loss=loss,
         forward_kl=forward_kl,
@@ -135,9 +138,37 @@ def distill_step(
         expert_grad_norm=expert_norm,
         gate_grad_norm=gate_norm,
         stats=stats,
+        token_losses=token_losses,
+        finite=finite,
         tallies=tallies,
         seconds=clock.seconds,
     )
+
+
+def _all_finite(*values: Tensor | float) -> bool:
+    """Whether all are finite numbers; reads a GPU once."""
+    device = next(value.device for value in values if isinstance(value, Tensor))
+    numbers = torch.stack([torch.as_tensor(value, device=device).float() for value in values])
+    return all(math.isfinite(number) for number in numbers.tolist())
+
+
+def _update(
+    student: TinyOnnForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    thresholds: Tensor,
+    config: RunConfig,
+) -> tuple[Tensor | float, Tensor | float, bool]:
+    """Clip, step and steer if loss and gradients are finite; the norms, and whether they were."""
+    expert_norm, gate_norm = clip_gradients(student, config.optim.clip_norm)
+    finite = _all_finite(loss, expert_norm, gate_norm)
+    if finite:
+        optimizer.step()
+        if config.router.selection == "budget":
+            for bank, threshold in zip(student.banks(), thresholds, strict=True):
+                bank.router.steer(threshold, config.router.budget_rate)
+    optimizer.zero_grad(set_to_none=True)
+    return expert_norm, gate_norm, finite
 
 
 def _exact_thresholds(banks: Sequence[ExpertBank], row: PackedRow, target_k: float) -> Tensor:

@@ -1,10 +1,9 @@
 """The run: prepare, step until the token budget is spent, evaluate, save. `step.py` is one step."""
 
+import json
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
-from tiny_onn.checkpoint import load_checkpoint, save_checkpoint
+from tiny_onn.checkpoint import (
+    Checkpointer,
+    checkpoint_name,
+    load_checkpoint,
+    take_snapshot,
+    valid_checkpoints,
+)
 from tiny_onn.config import RunConfig
 from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
@@ -20,19 +25,25 @@ from tiny_onn.determinism import ask_for_same_bits
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import Evaluation, evaluate
 from tiny_onn.fusion import compile_backbone
+from tiny_onn.guard import Guard, provenance
+from tiny_onn.lock import run_lock
+from tiny_onn.memory_advice import explain_out_of_memory
 from tiny_onn.modeling import head_of
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import Prepared, prepare, training_rows
 from tiny_onn.progress import RunProgress, show_conversion, show_evaluation
+from tiny_onn.resuming import with_absolute_paths
 from tiny_onn.run_folder import (
     METRICS_NAME,
     MetricsWriter,
     create_run_folder,
+    read_run_config,
     resume_run_folder,
     write_json,
 )
 from tiny_onn.step import StepResult, distill_step
+from tiny_onn.stopping import StopRequest, stop_on_signal
 from tiny_onn.teacher import pick_device, quiet_transformers
 
 
@@ -54,6 +65,7 @@ def run_distill(
     *,
     out: Path,
     resume: bool = False,
+    allow_change: Sequence[str] = (),
     argv: Sequence[str] = (),
     prepared: Prepared | None = None,
     title: str = "distill",
@@ -64,31 +76,61 @@ def run_distill(
         config: the settings.
         out: the run folder, new unless `resume`.
         resume: go on from the folder's newest checkpoint.
+        allow_change: settings that may differ from the run's when it goes on.
         argv: the command line, recorded.
         prepared: a teacher and student made by the caller; None: made here.
         title: what the progress bar is called.
 
     Raises:
-        UserError: bad settings, text, teacher, folder or disk.
+        UserError: bad settings, text, teacher, folder, disk or memory; another run in the folder;
+            or updates that are not finite.
+        KeyboardInterrupt: a signal before the first step, or a second one.
     """
     quiet_transformers()
     if config.train.deterministic:
         ask_for_same_bits(pick_device(config.train.device))
-    (resume_run_folder if resume else create_run_folder)(out, config, argv=argv)
-    prepared = prepared or prepare(config)
-    write_json(out / "conversion.json", asdict(prepared.conversion))
-    show_conversion(title, prepared.student, prepared.conversion)
-    run = _Run(config, out, prepared, resume, title)
-    return run.loop()
+    config = with_absolute_paths(config)
+    if resume:
+        # Before a lock would make the folder.
+        read_run_config(out)
+    with stop_on_signal() as stop, run_lock(out):
+        if resume:
+            resume_run_folder(out, config, argv=argv, allow_change=allow_change)
+        else:
+            create_run_folder(out, config, argv=argv)
+        prepared = prepared or prepare(config)
+        _record_conversion(out / "conversion.json", prepared)
+        show_conversion(title, prepared.student, prepared.conversion)
+        return _Run(config, out, prepared, resume=resume, title=title, stop=stop).loop()
+
+
+def _record_conversion(path: Path, prepared: Prepared) -> None:
+    """Write what the conversion was checked to be; a resumed run's backbone must be the first's."""
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8")).get("backbone_sha256")
+        if before != prepared.conversion.backbone_sha256:
+            raise UserError(
+                "teacher.path: got other weights than the run began with, expected a backbone of "
+                f"SHA-256 {before}; restore them, or start a new run with another --out"
+            )
+    write_json(path, asdict(prepared.conversion))
 
 
 class _Run:
     """The loop's state: counters, stream, optimizer, metrics."""
 
     def __init__(
-        self, config: RunConfig, out: Path, prepared: Prepared, resume: bool, title: str
+        self,
+        config: RunConfig,
+        out: Path,
+        prepared: Prepared,
+        *,
+        resume: bool,
+        title: str,
+        stop: StopRequest,
     ) -> None:
         self.config, self.out, self.prepared, self.title = config, out, prepared, title
+        self.stop, self.checkpoints, self.guard = stop, out / "checkpoints", Guard()
         self.student, self.teacher = prepared.student, prepared.teacher
         checkpoint_layers(self.student, config.train.checkpointing)
         if config.train.compile:
@@ -104,51 +146,35 @@ class _Run:
         )
         self.step, self.tokens, self.metrics_offset, self.seconds = 0, 0, 0, 0.0
         self.before: Evaluation | None = None
+        self.best: dict[str, Any] | None = None
+        self.saved_step = -1
         if resume:
             self._restore()
 
     def loop(self) -> RunResult:
         """Steps until the token budget is spent or someone stops the run."""
-        train = self.config.train
+        self.stop.graceful = True
+        teacher = self.teacher.config
         with (
-            MetricsWriter(self.out / METRICS_NAME, self.metrics_offset) as metrics,
-            stop_on_signal() as stop,
-            RunProgress(self.title, train.tokens) as progress,
+            explain_out_of_memory(self.config, self.student, teacher, self.checkpoints),
+            MetricsWriter(self.out / METRICS_NAME, self.metrics_offset) as self.metrics,
+            RunProgress(self.title, self.config.train.tokens) as self.progress,
+            Checkpointer(self.checkpoints, self.config.train.keep_checkpoints) as self.writer,
         ):
-            self.metrics = metrics
+            self.writer.best = self.best["step"] if self.best else None
             before = self.before or self._evaluate("start")
-            self.before, after = before, before
-            next_eval, next_save = (
-                self._next(train.eval_every_tokens),
-                self._next(train.save_every_tokens),
-            )
-            while self.tokens < train.tokens and not stop:
-                started = time.perf_counter()
-                result = self._one_step()
-                self.seconds += time.perf_counter() - started
-                if self.step % train.log_every_steps == 0:
-                    record = self._record(result, time.perf_counter() - started)
-                    progress.update(self.tokens, record)
-                if self.tokens >= next_eval and self.tokens < train.tokens:
-                    after, next_eval = self._evaluate("eval"), self._next(train.eval_every_tokens)
-                if self.tokens >= next_save and self.tokens < train.tokens:
-                    next_save = self._next(train.save_every_tokens)
-                    self._save()
+            self.before = before
+            after = self._steps() or before
             # Before the last evaluation, whose record a resumed run writes again.
             self._save()
             if self.step:
                 after = self._evaluate("end")
+            if (error := self.writer.wait()) is not None:
+                raise UserError(error)
+            self.writer.tidy()
         self.student.train(False)
         save_student(self.out / "student", self.prepared)
-        summary = {
-            "before": before.as_dict(),
-            "after": after.as_dict(),
-            "tokens": self.tokens,
-            "steps": self.step,
-            "training_seconds": self.seconds,
-            "interrupted": bool(stop),
-        }
-        write_json(self.out / "summary.json", summary)
+        write_json(self.out / "summary.json", self._summary(before, after))
         return RunResult(
             prepared=self.prepared,
             held_out=self.held_out,
@@ -156,10 +182,37 @@ class _Run:
             after=after,
             tokens=self.tokens,
             seconds=self.seconds,
-            interrupted=bool(stop),
+            interrupted=bool(self.stop),
         )
 
-    def _one_step(self) -> StepResult:
+    def _steps(self) -> Evaluation | None:
+        """The training itself; the last evaluation, if there was one."""
+        train, after = self.config.train, None
+        next_eval, next_save = (
+            self._next(train.eval_every_tokens),
+            self._next(train.save_every_tokens),
+        )
+        while self.tokens < train.tokens and not self.stop:
+            started = time.perf_counter()
+            rows, result = self._one_step()
+            self.seconds += time.perf_counter() - started
+            self._watch(rows, result)
+            if self.step % train.log_every_steps == 0 and result.finite:
+                record = self._record(result, time.perf_counter() - started)
+                self.progress.update(self.tokens, record)
+            is_best = False
+            if self.tokens >= next_eval and self.tokens < train.tokens:
+                after, next_eval = self._evaluate("eval"), self._next(train.eval_every_tokens)
+                is_best = self.writer.best == self.step
+            due = is_best or self.tokens >= next_save
+            # What follows a skipped update may be no better: the last good checkpoint stays.
+            if due and self.tokens < train.tokens and not self.guard.skipped_in_row:
+                next_save = self._next(train.save_every_tokens)
+                self._save()
+            self._warn(self.writer.poll())
+        return after
+
+    def _one_step(self) -> tuple[list[PackedRow], StepResult]:
         rows = [next(self.stream) for _ in range(self.config.train.rows_per_step)]
         step_tokens = sum(row.input_ids.numel() for row in rows)
         # The factor at the step's middle, so that neither the first nor the last step is at rate 0.
@@ -167,23 +220,45 @@ class _Run:
         set_learning_rates(self.optimizer, lr_factor(progress, self.config.optim))
         result = distill_step(self.student, self.teacher, self.optimizer, rows, self.config)
         self.step += 1
-        self._check_finite(result)
         self.tokens += step_tokens
-        return result
+        return rows, result
 
-    def _check_finite(self, result: StepResult) -> None:
-        """Stop before anything of a diverged run is saved."""
+    def _watch(self, rows: Sequence[PackedRow], result: StepResult) -> None:
+        """Record an update that was skipped, or a loss that jumped, with the batch's documents."""
+        if result.finite:
+            kind, extra = "spike", self.guard.spike(float(result.loss))
+        else:
+            self.guard.skip()
+            kind, extra = "skipped", {"in_row": self.guard.skipped_in_row}
+        if extra is None:
+            return
         measured = {
             "loss": float(result.loss),
-            "gradient norm of the experts": float(result.expert_grad_norm),
-            "gradient norm of the gates": float(result.gate_grad_norm),
+            "expert_grad_norm": float(result.expert_grad_norm),
+            "gate_grad_norm": float(result.gate_grad_norm),
         }
-        for name, value in measured.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"step {self.step}: the {name} is {value}, expected a finite number; lower "
-                    "optim.expert_lr or optim.gate_lr and start a new run with another --out"
-                )
+        where = {"kind": kind, "step": self.step, "tokens": self.tokens}
+        documents = provenance(rows, result.token_losses)
+        self.metrics.write({**where, **measured, **extra, "rows": documents})
+        if result.finite:
+            return
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+        say(f"step {self.step}: not finite, skipped ({numbers}); its documents are in the metrics")
+        if self.guard.skipped_in_row >= self.config.train.max_skipped_steps:
+            self._warn(self.writer.wait())
+            whole = valid_checkpoints(self.checkpoints)
+            remedy = (
+                f"go on from {whole[0].name} with --resume --set optim.expert_lr=RATE"
+                " --allow-change optim.expert_lr"
+                if whole
+                else "start a new run with another --out"
+            )
+            raise UserError(
+                f"step {self.step}: got {self.guard.skipped_in_row} updates in a row that are not"
+                f" finite (the last: {numbers}), expected fewer than train.max_skipped_steps;"
+                f" lower optim.expert_lr or optim.gate_lr, look at the documents in {METRICS_NAME}"
+                f" (kind skipped), and {remedy}"
+            )
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
         step_tokens = self.config.train.rows_per_step * self.config.data.row_tokens
@@ -223,7 +298,28 @@ class _Run:
             {"kind": kind, "step": self.step, "tokens": self.tokens, **result.as_dict()}
         )
         show_evaluation(self.title, self.tokens, result)
+        best = self.best["forward_kl"] if self.best else math.inf
+        if kind != "start" and result.forward_kl < best:
+            self.best = {"step": self.step, "tokens": self.tokens, "forward_kl": result.forward_kl}
+            self.writer.best = self.step
         return result
+
+    def _summary(self, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+        best = self.best
+        if best is not None:
+            path = self.checkpoints / checkpoint_name(best["step"])
+            kept = path in valid_checkpoints(self.checkpoints)
+            best = {**best, "checkpoint": str(path.relative_to(self.out)) if kept else None}
+        return {
+            "before": before.as_dict(),
+            "after": after.as_dict(),
+            "best": best,
+            "tokens": self.tokens,
+            "steps": self.step,
+            "skipped_steps": self.guard.skipped,
+            "training_seconds": self.seconds,
+            "interrupted": bool(self.stop),
+        }
 
     def _set_loss_chunk(self, chunk_tokens: int) -> None:
         """One number for the whole run, resumptions included, however much memory is free then."""
@@ -235,25 +331,47 @@ class _Run:
         return (self.tokens // every + 1) * every if every else math.inf
 
     def _save(self) -> None:
+        """Begin to write a checkpoint, unless this step's is there already."""
+        if self.saved_step == self.step:
+            return
         state = {
+            "stage": {"name": "global"},
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "metrics_offset": self.metrics.offset,
             "loss_chunk_tokens": self.config.loss.chunk_tokens,
             "stream": self.stream.state_dict(),
+            "guard": self.guard.state_dict(),
             "before": asdict(self.before) if self.before else None,
+            "best": self.best,
         }
-        save_checkpoint(self.out / "checkpoints", self.step, self.student, self.optimizer, state)
+        try:
+            # The checkpoint counts on them.
+            self.metrics.sync()
+        except UserError as error:
+            self._warn(str(error))
+            return
+        self._warn(self.writer.save(take_snapshot(self.step, self.student, self.optimizer, state)))
+        self.saved_step = self.step
+
+    def _warn(self, error: str | None) -> None:
+        """Tell of a checkpoint that could not be written; the next interval tries again."""
+        if error is not None:
+            self.saved_step = -1
+            say(f"{self.title}: the run goes on, but {error}")
 
     def _restore(self) -> None:
-        state = load_checkpoint(self.out / "checkpoints", self.student, self.optimizer)
+        state = load_checkpoint(self.checkpoints, self.student, self.optimizer)
         if state is None:
             say(f"{self.out}: no checkpoint yet, starting from the first step")
             return
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.metrics_offset = state["metrics_offset"]
-        self._set_loss_chunk(state["loss_chunk_tokens"])
+        if read_run_config(self.out).loss.chunk_tokens == 0:
+            self._set_loss_chunk(state["loss_chunk_tokens"])
+        self.guard.load_state_dict(state["guard"])
+        self.best, self.saved_step = state["best"], self.step
         self.stream.load_state_dict(state["stream"])
         self.before = Evaluation(**state["before"]) if state["before"] else None
 
@@ -273,22 +391,3 @@ def save_student(folder: Path, prepared: Prepared) -> None:
             f"{folder}: cannot write the student ({reason}), expected free disk and permission; "
             "the last checkpoint is whole, free some space and use --resume"
         ) from error
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """A list that fills on the first Ctrl-C or SIGTERM; a second one interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        say("Stopping after this step; once more to stop at once.")
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

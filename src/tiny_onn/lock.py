@@ -1,0 +1,100 @@
+"""One run in a folder at a time: a lock that dies with the process that holds it.
+
+The lock is the operating system's (`flock`) on the file `lock` of the folder, so that a process
+that was killed, whatever the signal, holds nothing. The file's text only says who holds it. It is
+removed when the run ends; one that is left behind belongs to a run that was killed.
+
+On a network file system the lock reaches as far as the server's: NFS since version 4 keeps runs on
+different hosts apart, a mount with `nolock` or `local_lock=flock` does not.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tiny_onn.console import say
+from tiny_onn.errors import UserError
+
+LOCK_NAME = "lock"
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock inside the context; a lock left by a killed run is taken over.
+
+    Args:
+        folder: the run folder; made if it is missing.
+
+    Raises:
+        UserError: another process holds it (its pid, host and start are named), or the folder
+            cannot be written.
+    """
+    path = folder / LOCK_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{folder}: got a folder in use by {_holder(path)}, expected one run in it at a time;"
+            " wait for that run, stop it, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot lock it ({error.strerror}), expected a folder with permission and"
+            " space on a file system with locks; choose another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        # Removed while still held: who waits for this file finds that it is no longer the folder's.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    """The locked file's descriptor, with this process written into it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_current(descriptor, path):
+                os.close(descriptor)
+                continue
+            if os.fstat(descriptor).st_size:
+                say(f"{path}: left by {_holder(path)}, which is gone; taken over")
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(_own()).encode())
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+def _is_current(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`: a holder that ended has removed its own."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _own() -> dict[str, object]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _holder(path: Path) -> str:
+    """Who the lock's text names, in words."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since_utc']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "an unknown process"

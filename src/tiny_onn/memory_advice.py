@@ -1,0 +1,156 @@
+"""What to lower when memory runs out, and by how much, from the plan's numbers."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from tiny_onn.checkpoint import valid_checkpoints
+from tiny_onn.checks import to_toml, validate
+from tiny_onn.config import RunConfig
+from tiny_onn.errors import UserError
+from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.plan_costs import count_parameters, meta_models, sizes_of
+from tiny_onn.plan_memory import DeviceType, moments
+from tiny_onn.resuming import CHANGEABLE
+
+MAX_REMEDIES = 4
+# Remedies that save a smaller share of the peak are not worth a word.
+MIN_SAVED_SHARE = 0.01
+
+
+@contextmanager
+def explain_out_of_memory(
+    config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrainedConfig, checkpoints: Path
+) -> Iterator[None]:
+    """Turn running out of memory into one line that says what to lower.
+
+    Args:
+        config: the run's settings.
+        student: the model in training.
+        teacher: the dense model's own settings.
+        checkpoints: the folder of the run's checkpoints.
+
+    Raises:
+        UserError: memory ran out inside.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(_message(config, teacher, student.device, checkpoints)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or in the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def remedies(
+    config: RunConfig, teacher: PreTrainedConfig, device: DeviceType, memory_bytes: int
+) -> tuple[int, list[tuple[str, object, int]]]:
+    """A step's peak in bytes, and what lowers it: setting, value, bytes saved, most first."""
+
+    def peak(settings: RunConfig) -> int:
+        dense, student = meta_models(settings, teacher)
+        student.requires_grad_(True)
+        parts = moments(
+            settings,
+            sizes_of(student),
+            count_parameters(dense, student),
+            device,
+            memory_bytes,
+        )
+        return max(moment.total for moment in parts)
+
+    now = peak(config)
+    found = []
+    for name, value in _candidates(config, device):
+        section, key = name.split(".")
+        change: dict[str, Any] = {key: value}
+        changes: dict[str, Any] = {section: replace(getattr(config, section), **change)}
+        changed = replace(config, **changes)
+        try:
+            validate(changed)
+        except UserError:
+            # It contradicts another setting of this run.
+            continue
+        saved = now - peak(changed)
+        if saved >= MIN_SAVED_SHARE * now:
+            found.append((name, value, saved))
+    return now, sorted(found, key=lambda remedy: -remedy[2])[:MAX_REMEDIES]
+
+
+def _candidates(config: RunConfig, device: DeviceType) -> Iterator[tuple[str, object]]:
+    """Settings that may save memory."""
+    row_tokens, train = config.data.row_tokens, config.train
+    if row_tokens >= 512:
+        yield "data.row_tokens", row_tokens // 2
+    if train.checkpointing in ("none", "selective"):
+        yield "train.checkpointing", "layer"
+    elif train.checkpointing == "layer" and device == "cuda":
+        yield "train.checkpointing", "offload"
+    chunk = train.ffn_chunk_tokens or row_tokens
+    if chunk >= 512:
+        yield "train.ffn_chunk_tokens", chunk // (2 if train.ffn_chunk_tokens else 8)
+    if config.loss.chunk_tokens >= 128:
+        yield "loss.chunk_tokens", config.loss.chunk_tokens // 2
+    if train.rows_per_step > 1:
+        yield "train.rows_per_step", 1
+    if config.optim.name == "adamw":
+        yield "optim.name", "adamw8bit"
+    elif config.optim.name == "adamw8bit" and device == "cuda":
+        yield "optim.name", "paged_adamw8bit"
+    if config.optim.master_dtype == "float32":
+        yield "optim.master_dtype", "bfloat16"
+    if config.teacher.quantization == "none" and device == "cuda":
+        yield "teacher.quantization", "nf4"
+
+
+def _message(
+    config: RunConfig, teacher: PreTrainedConfig, device: torch.device, checkpoints: Path
+) -> str:
+    kind: DeviceType = "cuda" if device.type == "cuda" else "cpu"
+    memory = (
+        torch.cuda.get_device_properties(device).total_memory
+        if kind == "cuda"
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
+    peak, found = remedies(config, teacher, kind, memory)
+    told = [
+        f"{name} {to_toml(_value(config, name))} -> {to_toml(value)} saves {_shown(saved)}"
+        + ("" if name in CHANGEABLE else " (new run)")
+        for name, value, saved in found
+    ]
+    whole = valid_checkpoints(checkpoints)
+    kept = (
+        f"the checkpoint {whole[0].name} is whole: --resume, with --set and --allow-change for what"
+        " you lower"
+        if whole
+        else "there is no checkpoint yet: start again with --resume or another --out"
+    )
+    lower = "; ".join(told) or "nothing here saves much: take a larger device or a smaller teacher"
+    return (
+        f"train.device: out of memory on {device}, which has {_shown(memory)}, expected room for"
+        f" the {_shown(peak)} that `plan` counts at the peak of a step, and the libraries;"
+        f" lower one of: {lower}; {kept}"
+    )
+
+
+def _value(config: RunConfig, name: str) -> object:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _shown(num_bytes: int) -> str:
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:,.2f} {name}"
