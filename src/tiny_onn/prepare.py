@@ -17,6 +17,7 @@ from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.ops.crossover import PathChoice, choose_path
 from tiny_onn.packing import PackedRow
+from tiny_onn.routing_checks import has_budget
 from tiny_onn.teacher import load_dense, pick_device, teacher_for
 
 # Tokens on which a conversion is checked.
@@ -124,7 +125,8 @@ def needs_text(config: RunConfig) -> bool:
     return (
         config.experts.init == "importance"
         or config.experts.gate_init == "ridge"
-        or config.router.selection in ("static", "budget")
+        or config.router.selection == "static"
+        or has_budget(config.router)
     )
 
 
@@ -163,10 +165,11 @@ def make_student(
     student.config.teacher_revision = config.teacher.revision
     banks = student.banks()
     selection = config.router.selection
-    if selection == "static" or (config.experts.gate_init == "ridge" and selection != "random"):
+    linear = selection in ("top_k", "budget")
+    if selection == "static" or (config.experts.gate_init == "ridge" and linear):
         fit_gates(dense, banks, rows, static=selection == "static")
-    if selection == "budget":
-        settle_budgets(dense, banks, rows)
+    if has_budget(config.router):
+        settle_budgets(dense, banks, rows, config.router.budget_scope)
     set_objective(banks, config)
     return student
 
