@@ -1,6 +1,9 @@
 """Every selection with every objective: it trains, or it is refused with the setting's name."""
 
+import importlib
 import itertools
+import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -17,6 +20,7 @@ from tiny_onn.optim import build_optimizer
 from tiny_onn.steering import settle
 from tiny_onn.step import distill_step
 
+ROOT = Path(__file__).parents[1]
 ROWS = make_rows((14, 9, 16, 12, 13, 16), 16)
 PAIRS = list(itertools.product(get_args(Selection), get_args(Objective)))
 
@@ -177,3 +181,43 @@ def test_a_saved_student_routes_as_before_and_generates(selection, dense, tmp_pa
         got, expected = loaded(input_ids=ids).logits, student(input_ids=ids).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert loaded.generate(ids[:, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The generator of the docs' table."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield importlib.import_module("routing_rules")
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_the_table_in_the_docs_is_what_the_record_renders_to(benchmark):
+    text = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
+    record = benchmark.read_record()
+    assert benchmark.table_of(text) == benchmark.render(record)
+    if record is not None:
+        assert [(r["selection"], r["objective"]) for r in record["rows"]] == PAIRS
+        assert not record["settings"]["smoke"]
+
+
+def test_the_table_has_a_line_for_every_pair(benchmark):
+    measured = {"kl_before": 1.0, "kl_after": 0.5, "mean_k": 16.0, "step_s": 2.0}
+    rows = [
+        {"selection": s, "objective": o, **measured, "dead_experts": 3, "dead_layers": 0}
+        for s, o in PAIRS[:-1]
+    ]
+    rows.append({"selection": "oracle", "objective": "none", "refused": "no reason"})
+    machine = {"machine": "a machine", "versions": {"torch": "2"}}
+    made = {"steps": 20, "row_tokens": 1024, "eval_tokens": 4096}
+    table = benchmark.render({"rows": rows, "settings": made, "environment": machine})
+    lines = [line for line in table.splitlines() if line.startswith("| `")]
+    assert len(lines) == len(PAIRS)
+    assert lines[0] == "| `top_k` | `smk` | 1.000 | 0.500 | 16.00 | 3 | 0 | 1.00 |"
+    assert lines[-1] == "| `oracle` | `none` | refused: no reason | | | | | |"
+    assert all(line.count(" |") == 8 for line in lines)
+
+
+def test_every_rule_has_a_paragraph():
+    text = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
+    for name in (*get_args(Selection), *get_args(Objective)):
+        assert f"`{name}`" in text.partition("## All pairs")[0]
