@@ -23,12 +23,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import RESULTS, environment, parser, report, results_folder
 from steps import random_dense, random_rows
-from tiny_onn.checks import validate
 from tiny_onn.config import Objective, RunConfig, Selection
 from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
@@ -66,9 +64,7 @@ def settings(selection: str, objective: str, arguments: argparse.Namespace) -> R
     ]
     if arguments.smoke:
         overrides += ["train.compile=false", "teacher.dtype=float32"]
-    config = load_config(None, "demo", overrides)
-    validate(config)
-    return config
+    return load_config(None, "demo", overrides)
 
 
 def measure_pair(config: RunConfig, world: "World") -> dict[str, Any]:
@@ -113,16 +109,17 @@ class World:
 
     def __init__(self, config: RunConfig, steps: int, *, smoke: bool) -> None:
         device = pick_device(config.train.device)
-        self.order: list[Tensor] | None
+        self.dense: PreTrainedModel
+        self.calibration: list[PackedRow]
         if smoke:
-            self.dense: PreTrainedModel = random_dense("tiny", config, str(device))
+            self.dense = random_dense("tiny", config, str(device))
             vocab, tokens = self.dense.config.get_text_config().vocab_size, config.data.row_tokens
             rows = random_rows(vocab, tokens, documents=(tokens // 2, tokens))
             drawn = [next(rows) for _ in range(steps + 2)]
             self.training, self.held_out, self.calibration = drawn[:steps], drawn[-1:], drawn[:1]
         else:
             self.dense, tokenizer = load_dense(config.teacher, device)
-            self.calibration: list[PackedRow] = calibration_rows(config, tokenizer, device)
+            self.calibration = calibration_rows(config, tokenizer, device)
             stream = training_rows(config, tokenizer)
             self.training = [next(stream) for _ in range(steps)]
             data = config.data
@@ -149,8 +146,8 @@ def render(record: Mapping[str, Any] | None) -> str:
     lines = [
         f"`{command}`: {made['steps']} steps of {made['row_tokens']:,} tokens from the embedded"
         f" teacher's weights, {made['eval_tokens']:,} held-out tokens, seed 0,"
-        f" {machine.get('gpu', machine['machine'])}, torch {machine['versions']['torch']}. KL to the"
-        " teacher in nats per token; time of a step by that of `top_k` with `task`.",
+        f" {machine.get('gpu', machine['machine'])}, torch {machine['versions']['torch']}. KL to"
+        " the teacher in nats per token; time of a step by that of `top_k` with `task`.",
         "",
         "| selection | objective | KL before | KL after | mean k | dead experts | dead layers |"
         " time |",

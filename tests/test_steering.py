@@ -59,13 +59,13 @@ def gates(seed, scales, favourites, num_layers=1):
         ]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     form=st.sampled_from(["cumulative", "threshold"]),
     target_k=st.sampled_from([5.5, 16.0, 27.25]),
     gate=st.tuples(
         st.sampled_from([0.01, 0.3, 1.0, 4.0]),
-        st.sampled_from([0.99, 1.0, 1.02]),
+        st.sampled_from([0.995, 1.0, 1.005]),
         st.sampled_from([0.0, 1.0, 4.0]),
     ),
     seed=st.integers(0, 99),
@@ -82,7 +82,7 @@ def test_mean_k_holds_within_two_percent_from_any_gate_that_drifts(form, target_
     assert ((stretches / target_k - 1).abs() < 0.02).all()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     form=st.sampled_from(["cumulative", "threshold"]),
     scales=st.sampled_from([(0.5, 2.0), (1.0, 1.0), (3.0, 0.5)]),
@@ -107,7 +107,7 @@ def test_a_lagging_average_of_thresholds_alone_misses_what_the_integral_holds():
         for step in range(200):
             # Experts become unequal: the share of probability above any threshold falls.
             generator = torch.Generator().manual_seed(step)
-            logits = torch.randn(TOKENS, EXPERTS, generator=generator) * 0.3 * 1.02**step
+            logits = torch.randn(TOKENS, EXPERTS, generator=generator) * 0.3 * 1.005**step
             routing = route(logits, layer.rule, layer.threshold)
             k = routing.active.sum(-1).float().mean()
             means.append(k.item())

@@ -24,7 +24,7 @@ from tiny_onn.config import AtLeastOne, BudgetScope, Selection, Weighting
 # without it all experts of a flat gate pass a threshold, or none.
 TIE_BREAK = 2.0**-20
 # The budget's integral control: its rate as a share of the threshold's (a quarter is critical
-# damping), the largest relative error it takes from one step, and how far it may go.
+# damping), the largest relative error that it sums up, and how far it may go.
 INTEGRAL_SHARE = 0.25
 MAX_STEP_ERROR = 0.1
 MAX_CORRECTION = 0.2
@@ -197,14 +197,15 @@ class Router(nn.Module):
 
         A moving mean of thresholds lags behind a gate that changes, and its mean k is not that of
         the thresholds it averages. Where `mean_k`, what the batch in fact used, is given, its
-        relative error is summed up and taken from the next aims, so that on average it is 0.
+        relative error, if small, is summed up and taken from the next aims: on average it is 0.
 
         Deterministic and causal: a batch is routed by thresholds that earlier batches made.
         """
         if mean_k is not None:
-            error = (mean_k / self.rule.target_k - 1).clamp(-MAX_STEP_ERROR, MAX_STEP_ERROR)
-            # The first batch was routed by a flat gate's threshold, which says nothing.
-            error = torch.where(self.num_updates > 0, error, 0.0)
+            error = mean_k / self.rule.target_k - 1
+            # A large one is the start, or new text: the moving mean is on its way, and what was
+            # summed up meanwhile would overshoot.
+            error = torch.where(error.abs() <= MAX_STEP_ERROR, error, 0.0)
             correction = self.correction + INTEGRAL_SHARE * rate * error
             self.correction.copy_(correction.clamp(-MAX_CORRECTION, MAX_CORRECTION))
         self.num_updates += 1
