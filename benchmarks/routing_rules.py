@@ -73,7 +73,7 @@ def measure_pair(config: RunConfig, world: "World") -> dict[str, Any]:
     teacher = teacher_for(world.dense, config.teacher)
     optimizer = build_optimizer(student, config.optim, seed=config.train.seed)
     scope = config.router.budget_scope
-    settle(student, world.calibration, scope)
+    settle(student, world.settling, scope)
     before = evaluate(student, teacher, world.held_out, config.loss)
     seconds, result = [], None
     for step, row in enumerate(world.training):
@@ -85,7 +85,7 @@ def measure_pair(config: RunConfig, world: "World") -> dict[str, Any]:
         if not finite:
             raise SystemExit(f"{config.router}: the loss of step {step} is not finite")
     assert result is not None
-    settle(student, world.calibration, scope)
+    settle(student, world.settling, scope)
     after = evaluate(student, teacher, world.held_out, config.loss)
     used_L = (result.stats.load_LE > 0).sum(-1)
     return {
@@ -114,12 +114,14 @@ class World:
         if smoke:
             self.dense = random_dense("tiny", config, str(device))
             vocab, tokens = self.dense.config.get_text_config().vocab_size, config.data.row_tokens
-            rows = random_rows(vocab, tokens, documents=(tokens // 2, tokens))
-            drawn = [next(rows) for _ in range(steps + 2)]
-            self.training, self.held_out, self.calibration = drawn[:steps], drawn[-1:], drawn[:1]
+            lengths = (tokens // 2, tokens)
+            drawn = random_rows(vocab, tokens, documents=lengths, num_rows=steps + 2)
+            self.training, self.held_out = drawn[:steps], drawn[-1:]
+            self.calibration, self.settling = drawn[:1], drawn[1:2]
         else:
             self.dense, tokenizer = load_dense(config.teacher, device)
             self.calibration = calibration_rows(config, tokenizer, device)
+            self.settling = calibration_rows(config, tokenizer, device, later=True)
             stream = training_rows(config, tokenizer)
             self.training = [next(stream) for _ in range(steps)]
             data = config.data

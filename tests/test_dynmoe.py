@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from tiny import CONFIG, change, make_dense, make_rows
 from tiny_onn import dynmoe, prepare
+from tiny_onn.config import AtLeastOne, Weighting
 from tiny_onn.experts import ExpertBank
 from tiny_onn.optim import build_optimizer
 from tiny_onn.router import Router, RoutingRule
@@ -21,7 +22,7 @@ def normal(*shape, seed=0, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def make_bank(weighting="mean", at_least_one="evaluation", raised=0.0):
+def make_bank(weighting: Weighting = "mean", at_least_one: AtLeastOne = "evaluation", raised=0.0):
     rule = RoutingRule(selection="top_any", weighting=weighting, at_least_one=at_least_one)
     bank = ExpertBank(HIDDEN, EXPERTS, WIDTH, "silu", rule)
     generator = torch.Generator().manual_seed(0)

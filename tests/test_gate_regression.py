@@ -23,12 +23,9 @@ def normal(*shape, seed=0):
 def loss_by_loop(logits, values, active, mask, rule):
     """The regression's loss summed over tokens, from its definition, one pair at a time."""
     if rule.targets == "log":
-        rows = [t for t in range(len(values)) if mask[t]]
-        squares = [
-            sum((logits[t, e] - math.log(values[t, e])) ** 2 for e in range(EXPERTS)) / EXPERTS
-            for t in rows
-        ]
-        return sum(squares)
+        pairs = [(t, e) for t in range(len(values)) for e in range(EXPERTS) if mask[t]]
+        squares = [(logits[t, e] - math.log(values[t, e])) ** 2 / EXPERTS for t, e in pairs]
+        return torch.stack(squares).sum()
     sign = 1 if rule.direction == "max" else -1
     tokens = []
     for t in range(len(values)):
@@ -39,7 +36,7 @@ def loss_by_loop(logits, values, active, mask, rule):
             tokens.append((t, among, [q - mean for q in quantity]))
     pairs = [q for _, _, centred in tokens for q in centred]
     spread = math.sqrt(sum(q * q for q in pairs) / len(pairs))
-    total = 0.0
+    total = torch.zeros((), dtype=logits.dtype)
     for t, among, centred in tokens:
         level = sum(logits[t, e] for e in among) / len(among)
         errors = [logits[t, e] - level - q / spread for e, q in zip(among, centred, strict=True)]

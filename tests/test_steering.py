@@ -9,6 +9,7 @@ from tiny import CONFIG, change, make_dense, make_rows, make_student
 from tiny_onn import prepare
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import packed_kwargs
+from tiny_onn.config import BudgetScope, Checkpointing
 from tiny_onn.modeling import last_hidden_states
 from tiny_onn.optim import build_optimizer
 from tiny_onn.router import (
@@ -33,7 +34,7 @@ def routers(form, target_k, num_layers=1):
     return [Router(HIDDEN, EXPERTS, rule) for _ in range(num_layers)]
 
 
-def run(layers, batches, *, rate=0.3, scope="layer"):
+def run(layers, batches, *, rate=0.3, scope: BudgetScope = "layer"):
     """Route simulated logits, batch by batch, and steer after each; mean k by batch and layer."""
     means = []
     for batch in batches:
@@ -183,7 +184,7 @@ def test_balance_evens_the_load_and_leaves_the_weights_alone():
     router = Router(HIDDEN, 8, rule)
     generator = torch.Generator().manual_seed(0)
     likes = torch.linspace(-1, 1, 8)
-    loads = []
+    loads, logits, routing = [], torch.zeros(TOKENS, 8), None
     for _ in range(300):
         logits = torch.randn(TOKENS, 8, generator=generator) + likes
         routing = route(logits, rule, router.threshold, router.selection_bias)
@@ -194,6 +195,7 @@ def test_balance_evens_the_load_and_leaves_the_weights_alone():
     assert last.max() < 1.15
     assert last.min() > 0.85
     # Selected with the bias, weighted without it.
+    assert routing is not None
     kept = torch.where(routing.active, logits, float("-inf")).softmax(-1)
     torch.testing.assert_close(routing.weights, kept)
 
@@ -254,7 +256,7 @@ def test_exploration_swaps_the_weakest_for_one_outside_and_keeps_the_number(frac
     assert fraction > 0 or not moved.any()
 
 
-def explored(checkpointing="none", **changes):
+def explored(checkpointing: Checkpointing = "none", **changes):
     smk = {"explore_fraction": 0.5, "candidates": "active"}
     config = change(CONFIG, smk=smk, train={"checkpointing": checkpointing, **changes})
     dense = make_dense("llama")

@@ -59,7 +59,8 @@ class ExpertsConfig:
     """What an active expert's output is multiplied by: 1, its renormalised softmax or its sigmoid
     probability, or 1/k."""
     calibration_tokens: int = 8192
-    """Training tokens read by `importance` and `ridge`, and before each evaluation by a budget."""
+    """Training tokens read by `importance` and `ridge`, and, before each evaluation, as many others
+    that a budget settles on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from jaxtyping import Int
@@ -101,12 +102,23 @@ def check_conversion(
 
 
 def calibration_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    later: bool = False,
 ) -> list[PackedRow]:
-    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any."""
-    stream = training_rows(config, tokenizer)
+    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any.
+
+    `later`: as many that come after them, for budgets to settle on: on text that a gate was fitted
+    to, it is surer than elsewhere.
+    """
+    if not needs_text(config):
+        return []
     num_rows = -(-config.experts.calibration_tokens // config.data.row_tokens)
-    return [next(stream).to(device) for _ in range(num_rows)] if needs_text(config) else []
+    first = num_rows if later else 0
+    rows = islice(training_rows(config, tokenizer), first, first + num_rows)
+    return [row.to(device) for row in rows]
 
 
 def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStream:

@@ -147,7 +147,7 @@ class _Run:
             config.data, prepared.tokenizer, config.data.row_tokens, config.data.eval_tokens
         )
         self.settling_rows = (
-            calibration_rows(config, prepared.tokenizer, self.student.device)
+            calibration_rows(config, prepared.tokenizer, self.student.device, later=True)
             if has_budget(config.router)
             else []
         )
