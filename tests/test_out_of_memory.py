@@ -50,10 +50,10 @@ def test_a_step_without_memory_keeps_the_checkpoint_and_says_what_to_lower(
 ):
     count = iter(range(1, 100))
 
-    def step(*arguments):
+    def step(*arguments, **options):
         if next(count) == 4:
             exhaust()
-        return distill_step(*arguments)
+        return distill_step(*arguments, **options)
 
     monkeypatch.setattr(train_module, "distill_step", step)
     out = tmp_path / "run"
@@ -82,7 +82,7 @@ def test_an_evaluation_without_memory_is_told_the_same_way(config, tmp_path, mon
 
 
 def test_other_errors_pass(config, tmp_path, monkeypatch):
-    def step(*_):
+    def step(*_, **options):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(train_module, "distill_step", step)

@@ -46,8 +46,8 @@ def signal_at(monkeypatch):
     def arrange(number, at):
         count = iter(range(1, 1000))
 
-        def step(*arguments):
-            result = distill_step(*arguments)
+        def step(*arguments, **options):
+            result = distill_step(*arguments, **options)
             if next(count) == at:
                 os.kill(os.getpid(), number)
             return result

@@ -72,8 +72,8 @@ def at_step(monkeypatch):
     def arrange(number: int, action: Callable[[], object]):
         count = iter(range(1, 1000))
 
-        def step(*arguments):
-            result = distill_step(*arguments)
+        def step(*arguments, **options):
+            result = distill_step(*arguments, **options)
             if next(count) == number:
                 action()
             return result

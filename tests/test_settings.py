@@ -55,14 +55,30 @@ TABLES = st.fixed_dictionaries(
 )
 
 
+def mend_routing(router, experts, smk):
+    """Make the drawn settings of routing go together."""
+    selection = router["selection"]
+    if selection in ("static", "random", "oracle"):
+        router |= {"objective": "none", "balance_rate": 0.0, "revive_after_steps": 0}
+    if selection == "top_any":
+        router["objective"] = "task"
+        experts |= {"weighting": "mean", "gate_init": "random"}
+    else:
+        router |= {"at_least_one": "evaluation", "reseed_every_steps": 0}
+    if selection != "oracle":
+        router["oracle_budget"] = False
+    if selection != "budget" and not router["oracle_budget"]:
+        router["budget_scope"] = "layer"
+    if router["objective"] != "smk" or smk["candidates"] == "all" or experts["num_experts"] == 1:
+        smk["explore_fraction"] = 0.0
+
+
 def config_of(tables):
     """Build the configuration of drawn values, with the combinations mended."""
     # Every num_experts allows a single active expert.
     tables["router"]["target_k"] = 1.0
-    if tables["router"]["selection"] in ("static", "random"):
-        tables["router"]["objective"] = "none"
-    if tables["train"]["ffn_chunk_tokens"]:
-        tables["train"]["expert_path"] = "auto"
+    mend_routing(tables["router"], tables["experts"], tables["smk"])
+    tables["train"]["expert_path"] = "auto"
     for prefix in ("", "gate_"):
         optim = tables["optim"]
         if optim[f"{prefix}warmup_fraction"] + optim[f"{prefix}decay_fraction"] > 1:
@@ -162,7 +178,7 @@ MISTAKES = [
     (["loss.temperature=inf"], "loss.temperature: got inf, expected a number"),
     (["loss.temperature=1" + "0" * 400], "loss.temperature: got 0x.*, expected a number"),
     (["loss.temperature=false"], "loss.temperature: got false, expected a number"),
-    (["router.selection=topk"], 'got "topk", expected one of "top_k", "budget", "static"'),
+    (["router.selection=topk"], 'got "topk", expected one of "top_k", "top_any", "budget"'),
     (["router.selection=[1]"], 'got a list, expected one of "top_k"'),
     (["data.sources=embedded"], 'data.sources: got "embedded", expected a non-empty list'),
     (["data.sources=[]"], "data.sources: got a list, expected a non-empty list"),

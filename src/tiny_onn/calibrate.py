@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.experts import ExpertBank
+from tiny_onn.config import BudgetScope
+from tiny_onn.experts import MIN_NORM, ExpertBank, expert_norms
 from tiny_onn.modeling import activation_name, gated_mlps, last_hidden_states
-from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.packing import PackedRow
-from tiny_onn.router import exact_threshold
+from tiny_onn.router import exact_thresholds
 
 RIDGE = 1e-3
 
@@ -107,7 +107,7 @@ def fit_gates(
     squares = [zeros(E) for _ in banks]
 
     def see(index: int, x_TD: Tensor) -> None:
-        targets_TE = expert_norms(banks[index], x_TD[mask_T]).clamp_min(1e-6).log()
+        targets_TE = expert_norms(banks[index], x_TD[mask_T]).clamp_min(MIN_NORM).log()
         features_TD = F.pad(x_TD[mask_T].float(), (0, 1), value=1.0)
         grams[index] += features_TD.T @ features_TD
         moments[index] += features_TD.T @ targets_TE
@@ -133,29 +133,26 @@ def fit_gates(
     return explained
 
 
-def expert_norms(
-    bank: ExpertBank, x_TD: Float[Tensor, "tokens hidden"]
-) -> Float[Tensor, "tokens experts"]:
-    """`|expert_e(x)|` of every expert, active or not, in float32."""
-    _, E, I, D = bank.gate_up_proj.shape
-    gate_up_FD = bank.gate_up_proj.to(x_TD.dtype).view(2 * E * I, D)
-    gate_up_T2EI = F.linear(x_TD, gate_up_FD).view(-1, 2, E, I).float()
-    return gram_norm(bank.activation(gate_up_T2EI[:, 0]) * gate_up_T2EI[:, 1], bank.down_proj)
-
-
 @torch.no_grad()
 def settle_budgets(
-    dense: PreTrainedModel, banks: Sequence[ExpertBank], rows: Sequence[PackedRow]
+    dense: PreTrainedModel,
+    banks: Sequence[ExpertBank],
+    rows: Sequence[PackedRow],
+    scope: BudgetScope = "layer",
 ) -> None:
     """Set each budget's threshold to the mean of those that meet its target on each row."""
+    if not banks[0].router.rule.has_budget:
+        return
+    scores: list[Tensor] = []
 
     def see(index: int, x_TD: Tensor) -> None:
-        router = banks[index].router
-        if router.rule.selection == "budget":
-            routing = router(x_TD)
-            router.steer(exact_threshold(routing.scores, mask_T, router.rule.target_k), rate=0.0)
+        scores.append(banks[index].route(x_TD).scores)
 
     with _mlp_inputs(dense, see):
         for row in rows:
-            mask_T = row.router_mask.flatten()
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+            aims = [bank.router.aim() for bank in banks]
+            thresholds = exact_thresholds(scores, row.router_mask.flatten(), aims, scope)
+            scores.clear()
+            for bank, threshold in zip(banks, thresholds, strict=True):
+                bank.router.steer(threshold, rate=0.0)

@@ -11,6 +11,7 @@ from typing import Any
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.ops.crossover import check_path
+from tiny_onn.routing_checks import check_routing
 
 # What to expect, the check, and the settings it holds for.
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -26,14 +27,15 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "an integer >= 0",
         lambda value: value >= 0,
         "experts.expert_dim loss.chunk_tokens train.ffn_chunk_tokens train.eval_every_tokens"
-        " train.save_every_tokens train.seed",
+        " train.save_every_tokens train.seed router.reseed_every_steps router.revive_after_steps",
     ),
     ("a number >= 1", lambda value: value >= 1, "router.target_k"),
     ("a number > 0", lambda value: value > 0, "loss.temperature optim.eps optim.clip_norm"),
     (
         "a number >= 0",
         lambda value: value >= 0,
-        "router.load_balancing_coef router.z_loss_coef smk.coef optim.expert_lr optim.gate_lr"
+        "router.load_balancing_coef router.z_loss_coef router.diversity_coef router.balance_rate"
+        " smk.coef optim.expert_lr optim.gate_lr"
         " optim.weight_decay optim.gate_weight_decay",
     ),
     ("a number > 0 and < 1", lambda value: 0 < value < 1, "loss.jsd_beta data.held_out_fraction"),
@@ -41,7 +43,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a number from 0 to 1",
         lambda value: 0 <= value <= 1,
-        "router.budget_rate optim.warmup_fraction optim.decay_fraction"
+        "router.budget_rate smk.explore_fraction optim.warmup_fraction optim.decay_fraction"
         " optim.gate_warmup_fraction optim.gate_decay_fraction",
     ),
 )
@@ -69,22 +71,7 @@ def validate(config: RunConfig) -> None:
                 f"{prefix}decay_fraction: got {decay} after {prefix}warmup_fraction {warmup},"
                 " expected a sum of at most 1; lower one of them"
             )
-    router, num_experts = config.router, config.experts.num_experts
-    if router.target_k > num_experts:
-        raise UserError(
-            f"router.target_k: got {router.target_k}, expected at most experts.num_experts"
-            f" = {num_experts}; lower it or raise experts.num_experts"
-        )
-    if router.selection != "budget" and not float(router.target_k).is_integer():
-        raise UserError(
-            f"router.target_k: got {router.target_k}, expected a whole number with router.selection"
-            f' = "{router.selection}"; round it or use router.selection = "budget"'
-        )
-    if router.selection in ("static", "random") and router.objective != "none":
-        raise UserError(
-            f'router.objective: got "{router.objective}", expected "none" with router.selection'
-            f' = "{router.selection}", which has no gate to train; set router.objective = "none"'
-        )
+    check_routing(config)
     check_path(config)
 
 

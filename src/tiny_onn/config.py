@@ -9,8 +9,10 @@ from typing import Literal
 
 Surprise = Literal["parameters", "input", "output", "gain", "magnitude", "relative"]
 Weighting = Literal["unit", "softmax", "sigmoid", "mean"]
-Selection = Literal["top_k", "budget", "static", "random"]
-Objective = Literal["smk", "task", "none"]
+Selection = Literal["top_k", "top_any", "budget", "static", "random", "oracle"]
+Objective = Literal["smk", "task", "regression", "none"]
+AtLeastOne = Literal["evaluation", "always"]
+BudgetScope = Literal["layer", "global"]
 ExpertInit = Literal["random", "slices", "importance"]
 GateInit = Literal["random", "zeros", "ridge"]
 DType = Literal["float32", "bfloat16"]
@@ -52,12 +54,13 @@ class ExpertsConfig:
     ordered by their calibrated contribution to the output)."""
     gate_init: GateInit = "ridge"
     """`random` (normal, std 0.02), `zeros`, or `ridge` (regression of the log norms of the experts'
-    outputs on calibration text)."""
+    outputs on calibration text). With `top_any`, `random` means orthogonal prototypes."""
     weighting: Weighting = "unit"
     """What an active expert's output is multiplied by: 1, its renormalised softmax or its sigmoid
     probability, or 1/k."""
     calibration_tokens: int = 8192
-    """Training tokens read by `importance` and `ridge`."""
+    """Training tokens read by `importance` and `ridge`, and, before each evaluation, as many others
+    that a budget settles on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,21 +68,45 @@ class RouterConfig:
     """Which experts a token activates, and what the gate learns from."""
 
     selection: Selection = "budget"
-    """`top_k`: exactly k; `budget`: as many as the token needs, k on average; `static` (always the
-    same ones) and `random` (a frozen random gate): controls."""
+    """`top_k`: exactly k; `top_any`: all whose similarity to the token passes their own learned
+    threshold (DynMoE); `budget`: as many as the token needs, k on average; `static` (always the
+    same ones), `random` (a frozen random gate) and `oracle` (largest true output norm, which costs
+    computing all experts): controls."""
     objective: Objective = "smk"
     """What the gate learns from. `smk`: cross-entropy toward the expert that surprise points at,
-    decoupled from the main loss; `task`: the main loss; `none`: nothing, it is frozen."""
+    decoupled from the main loss; `task`: the main loss; `regression`: the log norms of all experts'
+    outputs, decoupled; `none`: nothing, it is frozen."""
     target_k: float = 16.0
-    """Active experts per token: exact for `top_k`, the mean for `budget`."""
+    """Active experts per token: exact for `top_k` and the controls, the mean for a budget.
+    `top_any` finds its own number."""
     budget_form: Literal["cumulative", "threshold"] = "threshold"
     """`cumulative`: experts by falling probability until it sums to p; `threshold`: all above p."""
+    budget_scope: BudgetScope = "layer"
+    """`layer`: every layer meets the target; `global`: one p for all layers, which meet it
+    together, so that layers differ in how much they use."""
     budget_rate: float = 0.3
     """Share by which the budget's p moves toward the last batch's exact value, per step."""
+    oracle_budget: bool = False
+    """Let the oracle spend its experts as a budget does: more on some tokens, k on average."""
+    at_least_one: AtLeastOne = "evaluation"
+    """When a token that passes no threshold of `top_any` still gets its nearest expert: at
+    `evaluation` (DynMoE; in training the layer adds nothing to it), or `always`."""
+    diversity_coef: float = 0.01
+    """Weight of the diversity and simplicity loss (`top_any` with objective `task` only)."""
+    reseed_every_steps: int = 0
+    """Steps after which a `top_any` expert that nobody used gets a new prototype: the mean
+    direction of the tokens that passed no threshold. 0: never."""
     load_balancing_coef: float = 0.01
-    """Weight of the load-balancing loss (objective `task` only)."""
+    """Weight of the load-balancing loss (`top_k` with objective `task` only)."""
     z_loss_coef: float = 0.001
-    """Weight of the squared log-partition of the router logits (objective `task` only)."""
+    """Weight of the squared log-partition of the router logits (`top_k` with objective `task`
+    only)."""
+    balance_rate: float = 0.0
+    """Step by which a bias on the logits, used for selection only, rises for an expert used less
+    than the mean and falls for one used more (DeepSeek-V3), per update. 0: no such bias."""
+    revive_after_steps: int = 0
+    """Steps without use after which an expert's selection bias is raised to where it would have
+    been chosen by 1 % of the tokens. 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,8 +121,12 @@ class SmkConfig:
     """Whether the target is where the quantity is smallest (the model card) or largest."""
     candidates: Literal["active", "all"] = "all"
     """Experts that may become the target: those the token activated, or all of them."""
-    targets: Literal["single", "set"] = "single"
-    """`single`: cross-entropy to one expert; `set`: to the k best."""
+    targets: Literal["single", "set", "regress"] = "single"
+    """`single`: cross-entropy to one expert; `set`: to the k best; `regress`: squared error to the
+    quantity itself, without its mean over the token's candidates and in units of its spread."""
+    explore_fraction: float = 0.0
+    """Share of tokens that use a random inactive expert in place of their weakest active one, so
+    that `active` candidates see others too."""
     coef: float = 1.0
     """Weight of the SMK loss. It acts on the gate's gradient only."""
 

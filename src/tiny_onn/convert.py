@@ -56,6 +56,8 @@ def student_config(
         weighting=experts.weighting,
         target_k=router.target_k,
         budget_form=router.budget_form,
+        at_least_one=router.at_least_one,
+        oracle_budget=router.oracle_budget,
         dtype=dense.dtype,
     )
 

@@ -7,13 +7,18 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from tiny_onn.ops import dense_masked, grouped
+from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import Router, Routing, RoutingRule
+
+# Where the logarithm of an expert's output norm begins.
+MIN_NORM = 1e-6
 
 
 class ExpertBank(nn.Module):
@@ -59,14 +64,23 @@ class ExpertBank(nn.Module):
         for weight in (self.gate_up_proj, self.down_proj):
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
+    def route(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:
+        """The routing of these inputs; the oracle's logits are the log norms of the outputs."""
+        if self.router.rule.selection != "oracle":
+            return self.router(x_TD)
+        with torch.no_grad():
+            return self.router(x_TD, expert_norms(self, x_TD).clamp_min(MIN_NORM).log())
+
     def forward(
         self, hidden_states: Float[Tensor, "*batch hidden"]
     ) -> Float[Tensor, "*batch hidden"]:
         """The routed sum of the active experts' outputs."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.router(x_TD if self.coupled else x_TD.detach())
+        routing = self.route(x_TD if self.coupled else x_TD.detach())
         if self.recording:
             self.routing = routing if self.coupled else routing.detach()
+            if self.router.recording_window and self.token_mask is not None:
+                self.router.record(x_TD.detach(), routing, self.token_mask)
         layer = grouped.expert_layer
         if self.path == "dense":
             layer = partial(dense_masked.expert_layer, chunk_tokens=self.chunk_tokens)
@@ -83,3 +97,13 @@ class ExpertBank(nn.Module):
             compiled=self.compiled,
         )
         return y_TD.view_as(hidden_states)
+
+
+def expert_norms(
+    bank: ExpertBank, x_TD: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens experts"]:
+    """`|expert_e(x)|` of every expert, active or not, in float32."""
+    _, E, I, D = bank.gate_up_proj.shape
+    gate_up_FD = bank.gate_up_proj.to(x_TD.dtype).view(2 * E * I, D)
+    gate_up_T2EI = F.linear(x_TD, gate_up_FD).view(-1, 2, E, I).float()
+    return gram_norm(bank.activation(gate_up_T2EI[:, 0]) * gate_up_T2EI[:, 1], bank.down_proj)

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tiny_onn.config import Selection, Weighting
+from tiny_onn.config import AtLeastOne, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import Head
@@ -48,7 +48,7 @@ class TinyOnnConfig(PretrainedConfig):
         backbone: the dense model's configuration, or its dictionary.
         num_experts: experts per layer, E.
         expert_dim: neurons per expert, I; E * I is the dense MLP's width.
-        selection, weighting, target_k, budget_form: see `RoutingRule`.
+        selection, weighting, target_k, budget_form, at_least_one, oracle_budget: see `RoutingRule`.
         teacher, teacher_revision: the dense model it was cut from: a folder, hub id, or `embedded`.
     """
 
@@ -66,6 +66,8 @@ class TinyOnnConfig(PretrainedConfig):
         weighting: Weighting = "unit",
         target_k: float = 16.0,
         budget_form: Literal["cumulative", "threshold"] = "threshold",
+        at_least_one: AtLeastOne = "evaluation",
+        oracle_budget: bool = False,
         teacher: str = "",
         teacher_revision: str = "main",
         **kwargs: Any,  # noqa: ANN401 - whatever transformers stores in a config
@@ -81,6 +83,8 @@ class TinyOnnConfig(PretrainedConfig):
         self.teacher = teacher
         self.teacher_revision = teacher_revision
         self.budget_form: Literal["cumulative", "threshold"] = budget_form
+        self.at_least_one: AtLeastOne = at_least_one
+        self.oracle_budget = oracle_budget
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.backbone, name, None))
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
@@ -97,6 +101,8 @@ class TinyOnnConfig(PretrainedConfig):
             weighting=self.weighting,
             target_k=self.target_k,
             budget_form=self.budget_form,
+            at_least_one=self.at_least_one,
+            oracle_budget=self.oracle_budget,
         )
 
 
@@ -171,6 +177,9 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         for bank in self.banks():
             initialization.normal_(bank.gate_up_proj, std=std)
             initialization.normal_(bank.down_proj, std=std)
+            # Zero unless a checkpoint says otherwise: students of before these buffers have none.
+            for buffer in (bank.router.selection_bias, bank.router.unused_steps):
+                initialization.zeros_(buffer)
 
     def banks(self) -> list[ExpertBank]:
         """The expert banks, first layer first."""

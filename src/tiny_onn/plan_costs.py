@@ -267,7 +267,9 @@ def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bo
     attention = token.attention_projections + scores
     student = attention + token.ffn_dense + token.router
     # The gate's weights, and its input where the main loss teaches it.
-    router = {"none": 0, "smk": 1, "task": 2}[config.router.objective] * token.router
+    router = {"none": 0, "smk": 1, "regression": 1, "task": 2}[
+        config.router.objective
+    ] * token.router
     if config.router.objective == "task":
         router -= token.router // sizes.layers
     behind = (sizes.layers - 1) / sizes.layers

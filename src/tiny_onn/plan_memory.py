@@ -159,8 +159,10 @@ class _Step:
         """Transient memory of surprise, before its (T, E) result."""
         squares = (self.wide + 4) * self.C * self.D
         pre = 2 * self.wide * self.CF
-        kind = self.config.smk.surprise
-        if self.config.router.objective != "smk":
+        objective, kind = self.config.router.objective, self.config.smk.surprise
+        if objective == "regression":
+            kind = "magnitude"
+        elif objective != "smk":
             return 0
         if kind == "magnitude":
             return max(squares, pre + 12 * self.CF)

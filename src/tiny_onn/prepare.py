@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from jaxtyping import Int
@@ -17,6 +18,7 @@ from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.ops.crossover import PathChoice, choose_path
 from tiny_onn.packing import PackedRow
+from tiny_onn.routing_checks import has_budget
 from tiny_onn.teacher import load_dense, pick_device, teacher_for
 
 # Tokens on which a conversion is checked.
@@ -100,12 +102,23 @@ def check_conversion(
 
 
 def calibration_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    later: bool = False,
 ) -> list[PackedRow]:
-    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any."""
-    stream = training_rows(config, tokenizer)
+    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any.
+
+    `later`: as many that come after them, for budgets to settle on: on text that a gate was fitted
+    to, it is surer than elsewhere.
+    """
+    if not needs_text(config):
+        return []
     num_rows = -(-config.experts.calibration_tokens // config.data.row_tokens)
-    return [next(stream).to(device) for _ in range(num_rows)] if needs_text(config) else []
+    first = num_rows if later else 0
+    rows = islice(training_rows(config, tokenizer), first, first + num_rows)
+    return [row.to(device) for row in rows]
 
 
 def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
@@ -124,7 +137,8 @@ def needs_text(config: RunConfig) -> bool:
     return (
         config.experts.init == "importance"
         or config.experts.gate_init == "ridge"
-        or config.router.selection in ("static", "budget")
+        or config.router.selection == "static"
+        or has_budget(config.router)
     )
 
 
@@ -163,10 +177,11 @@ def make_student(
     student.config.teacher_revision = config.teacher.revision
     banks = student.banks()
     selection = config.router.selection
-    if selection == "static" or (config.experts.gate_init == "ridge" and selection != "random"):
+    linear = selection in ("top_k", "budget")
+    if selection == "static" or (config.experts.gate_init == "ridge" and linear):
         fit_gates(dense, banks, rows, static=selection == "static")
-    if selection == "budget":
-        settle_budgets(dense, banks, rows)
+    if has_budget(config.router):
+        settle_budgets(dense, banks, rows, config.router.budget_scope)
     set_objective(banks, config)
     return student
 

@@ -1,13 +1,15 @@
 """Routing: how many experts a token activates, and which. Everything runs in float32.
 
-A selection turns router logits into scores and activates the experts whose score exceeds a
-threshold (`budget`) or ranks among the k largest (`top_k`, `static`, `random`).
+Something scores the experts: a linear gate, cosines with prototypes (`top_any`, dynmoe.py), or the
+true norms of their outputs (`oracle`, given from outside). A selection then activates those whose
+score exceeds a threshold (a budget) or ranks among the k largest. What a router changes without a
+gradient is in steering.py.
 
 Legend: T tokens, D hidden, E experts, L layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,11 +17,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tiny_onn.config import Selection, Weighting
+from tiny_onn import dynmoe
+from tiny_onn.config import AtLeastOne, BudgetScope, Selection, Weighting
 
 # Share by which a probability falls with its rank in the token, 16 units in float32's last place:
 # without it all experts of a flat gate pass a threshold, or none.
 TIE_BREAK = 2.0**-20
+# The budget's integral control: its rate as a share of the threshold's (a quarter is critical
+# damping), the largest relative error that it sums up, and how far it may go.
+INTEGRAL_SHARE = 0.25
+MAX_STEP_ERROR = 0.1
+MAX_CORRECTION = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +38,23 @@ class RoutingRule:
     weighting: Weighting = "unit"
     target_k: float = 16.0
     budget_form: Literal["cumulative", "threshold"] = "threshold"
+    at_least_one: AtLeastOne = "evaluation"
+    oracle_budget: bool = False
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a threshold decides how many, k on average."""
+        return self.selection == "budget" or (self.selection == "oracle" and self.oracle_budget)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exploration:
+    """Which tokens try an expert that they did not choose."""
+
+    fraction: float
+    """Share of the tokens."""
+    seed: int
+    """Of the draws: the same for every call, so that what is computed again repeats them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +62,7 @@ class Routing:
     """One layer's routing of one batch."""
 
     router_logits: Float[Tensor, "tokens experts"]
-    """float32, with the router's graph."""
+    """float32, with the router's graph; without the selection bias."""
     scores: Float[Tensor, "tokens experts"]
     """What a budget's threshold is compared with; the token's first choice is infinite."""
     active: Bool[Tensor, "tokens experts"]
@@ -46,19 +71,29 @@ class Routing:
 
     def detach(self) -> "Routing":
         """The same routing without its graph."""
-        return Routing(
-            router_logits=self.router_logits.detach(),
-            scores=self.scores,
-            active=self.active,
-            weights=self.weights.detach(),
+        return replace(
+            self, router_logits=self.router_logits.detach(), weights=self.weights.detach()
         )
 
 
 class Router(nn.Module):
-    """The gate of one layer: a linear map to one logit per expert, and the budget's threshold.
+    """The gate of one layer: scores the experts and selects.
 
-    The bias is each expert's own threshold: without it a gate cannot say that an expert is useful
-    for every token.
+    Parameters: `weight` (E, D) and `bias` (E), a linear map to one logit per expert. The bias is
+    each expert's own threshold: without it a gate cannot say that an expert is useful for every
+    token. With `top_any` they are prototypes and thresholds, and there is a `log_temperature`.
+
+    Buffers, all of them in checkpoints:
+        threshold, settled: the budget's, in training and at evaluation.
+        correction: what its integral control adds to the target, relative.
+        num_updates: how often it was steered.
+        selection_bias: added to the logits for selection, not for weights or teaching.
+        unused_steps: steps since each expert was last used.
+        window_loads, idle_input: of `top_any`, what a window of steps saw.
+
+    Attributes set for training by whoever owns the model:
+        exploration: which tokens try another expert; None: none does.
+        recording_window: whether `record` adds to the window.
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, rule: RoutingRule) -> None:
@@ -67,43 +102,124 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_dim))
         self.bias = nn.Parameter(torch.empty(num_experts))
         self.threshold = nn.Buffer(torch.empty(()))
+        self.settled = nn.Buffer(torch.empty(()))
+        self.correction = nn.Buffer(torch.empty(()))
         self.num_updates = nn.Buffer(torch.empty(()))
+        self.selection_bias = nn.Buffer(torch.empty(num_experts))
+        self.unused_steps = nn.Buffer(torch.empty(num_experts))
+        if rule.selection == "top_any":
+            self.log_temperature = nn.Parameter(torch.empty(1))
+            self.window_loads = nn.Buffer(torch.empty(num_experts))
+            self.idle_input = nn.Buffer(torch.empty(hidden_dim))
+        self.exploration: Exploration | None = None
+        self.recording_window = False
         self.reset(None)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None, std: float = 0.02) -> None:
-        """Zero gate, or a normal one when a generator is given, and a threshold for a flat gate."""
+        """Zero gate, or a random one when a generator is given, and a threshold for a flat gate.
+
+        Normal weights of standard deviation `std`, or for `top_any` orthogonal prototypes.
+        """
+        num_experts, hidden_dim = self.weight.shape
         if generator is None:
             self.weight.zero_()
+        elif self.rule.selection == "top_any":
+            self.weight.copy_(dynmoe.orthogonal_prototypes(num_experts, hidden_dim, generator))
         else:
             self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * std)
         self.bias.zero_()
-        num_experts, rank = self.weight.shape[0], self.rule.target_k - 0.5
+        for buffer in self.buffers():
+            buffer.zero_()
+        if self.rule.selection == "top_any":
+            self.log_temperature.fill_(dynmoe.START_LOG_TEMPERATURE)
+        rank = self.rule.target_k - 0.5
         share = 1 - rank / num_experts
         tied = (1 - rank * TIE_BREAK) / num_experts
         self.threshold.fill_(share if self.rule.budget_form == "cumulative" else tied)
-        self.num_updates.zero_()
+        self.settled.copy_(self.threshold)
 
-    def forward(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:
-        """The routing of every token."""
-        logits_TE = F.linear(x_TD.float(), self.weight.float(), self.bias.float())
-        return route(logits_TE, self.rule, self.threshold)
+    def forward(
+        self,
+        x_TD: Float[Tensor, "tokens hidden"],
+        given_TE: Float[Tensor, "tokens experts"] | None = None,
+    ) -> Routing:
+        """The routing of every token, by the gate's logits or by those that are given."""
+        if self.rule.selection == "top_any":
+            return self._top_any(x_TD.float())
+        logits_TE = given_TE
+        if logits_TE is None:
+            logits_TE = F.linear(x_TD.float(), self.weight.float(), self.bias.float())
+        threshold = self.threshold if self.training else self.settled
+        exploration = self.exploration if self.training else None
+        return route(logits_TE, self.rule, threshold, self.selection_bias, exploration)
+
+    def _top_any(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:
+        similarity_TE = dynmoe.similarity(x_TD, self.weight.float())
+        tau, thresholds_E = dynmoe.temperature(self.log_temperature.float()), self.bias.float()
+        logits_TE = tau * (similarity_TE - thresholds_E)
+        selecting_TE = logits_TE.detach() + self.selection_bias
+        always = self.rule.at_least_one == "always" or not self.training
+        active_TE = dynmoe.activate(similarity_TE.detach(), selecting_TE, at_least_one=always)
+        weights_TE = dynmoe.straight_weights(
+            similarity_TE, thresholds_E, tau, active_TE, mean=self.rule.weighting == "mean"
+        )
+        return Routing(
+            router_logits=logits_TE, scores=selecting_TE, active=active_TE, weights=weights_TE
+        )
 
     @torch.no_grad()
-    def steer(self, exact_threshold: Float[Tensor, ""], rate: float) -> None:
+    def record(
+        self,
+        x_TD: Float[Tensor, "tokens hidden"],
+        routing: Routing,
+        token_mask_T: Bool[Tensor, " tokens"],
+    ) -> None:
+        """Add to a `top_any` window: each expert's tokens, and the inputs that passed none."""
+        passed_TE = (routing.scores > 0) & token_mask_T[:, None]
+        idle_T = ~passed_TE.any(-1) & token_mask_T
+        self.window_loads += passed_TE.sum(0)
+        self.idle_input += idle_T.float() @ x_TD.float()
+
+    def aim(self) -> Float[Tensor, ""]:
+        """The mean k that a batch's exact threshold should give, integral control included."""
+        aimed = self.rule.target_k * (1 - self.correction)
+        return aimed.clamp(1.0, self.weight.shape[0])
+
+    @torch.no_grad()
+    def steer(
+        self,
+        exact_threshold: Float[Tensor, ""],
+        rate: float,
+        mean_k: Float[Tensor, ""] | None = None,
+    ) -> None:
         """Move the threshold toward the last batch's exact one: a mean at first, then a moving one.
+
+        A moving mean of thresholds lags behind a gate that changes, and its mean k is not that of
+        the thresholds it averages. Where `mean_k`, what the batch in fact used, is given, its
+        relative error, if small, is summed up and taken from the next aims: on average it is 0.
 
         Deterministic and causal: a batch is routed by thresholds that earlier batches made.
         """
+        if mean_k is not None:
+            error = mean_k / self.rule.target_k - 1
+            # A large one is the start, or new text: the moving mean is on its way, and what was
+            # summed up meanwhile would overshoot.
+            error = torch.where(error.abs() <= MAX_STEP_ERROR, error, 0.0)
+            correction = self.correction + INTEGRAL_SHARE * rate * error
+            self.correction.copy_(correction.clamp(-MAX_CORRECTION, MAX_CORRECTION))
         self.num_updates += 1
         step = (1.0 / self.num_updates).clamp_min(rate)
         self.threshold += step * (exact_threshold - self.threshold)
+        self.settled.copy_(self.threshold)
 
 
 def route(
     logits_TE: Float[Tensor, "tokens experts"],
     rule: RoutingRule,
     threshold: Float[Tensor, ""],
+    selection_bias_E: Float[Tensor, " experts"] | None = None,
+    exploration: Exploration | None = None,
 ) -> Routing:
     """Apply a rule to float32 logits.
 
@@ -111,21 +227,47 @@ def route(
     score is the probability mass from its rank on (1 minus the mass before it), the threshold is
     1 - p. Threshold form: the score is the probability, equal ones ordered by expert. The token's
     first choice is always active.
-    `top_k`, `static`, `random`: the `target_k` largest logits (for the controls the logits come
-    from a frozen gate). Weights of `top_k` with softmax weighting are the active probabilities,
-    renormalised to sum to 1 (Mixtral, arXiv 2401.04088, section 2.1; Qwen3-MoE).
+    `top_k`, `static`, `random`, `oracle`: the `target_k` largest logits (for the controls the
+    logits come from a frozen gate, or from the experts). Weights of `top_k` with softmax weighting
+    are the active probabilities, renormalised to sum to 1 (Mixtral, arXiv 2401.04088, section 2.1;
+    Qwen3-MoE). The selection bias is added to the logits that select; weights do not see it.
     """
     probs_TE = logits_TE.softmax(-1)
-    order_TE = logits_TE.detach().argsort(dim=-1, descending=True, stable=True)
-    if rule.selection == "budget":
-        scores_TE = budget_scores(probs_TE.detach(), order_TE, rule.budget_form)
+    selecting_TE = logits_TE.detach()
+    if selection_bias_E is not None:
+        selecting_TE = selecting_TE + selection_bias_E
+    order_TE = selecting_TE.argsort(dim=-1, descending=True, stable=True)
+    if rule.has_budget:
+        scores_TE = budget_scores(selecting_TE.softmax(-1), order_TE, rule.budget_form)
         active_TE = scores_TE > threshold
     else:
-        scores_TE = logits_TE.detach()
+        scores_TE = selecting_TE
         active_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
         active_TE.scatter_(-1, order_TE[:, : round(rule.target_k)], True)
+    if exploration is not None:
+        active_TE = explore(active_TE, selecting_TE, exploration)
     weights_TE = routing_weights(logits_TE, probs_TE, active_TE, rule.weighting)
     return Routing(router_logits=logits_TE, scores=scores_TE, active=active_TE, weights=weights_TE)
+
+
+def explore(
+    active_TE: Bool[Tensor, "tokens experts"],
+    logits_TE: Float[Tensor, "tokens experts"],
+    exploration: Exploration,
+) -> Bool[Tensor, "tokens experts"]:
+    """The same with the weakest active expert of some tokens swapped for a random inactive one.
+
+    The draws depend on the seed alone, the number of a token's experts does not change, and a
+    token that uses all or none stays as it is.
+    """
+    generator = torch.Generator(active_TE.device).manual_seed(exploration.seed)
+    draws_TE = torch.rand(active_TE.shape, generator=generator, device=active_TE.device)
+    chance_T = torch.rand(len(active_TE), generator=generator, device=active_TE.device)
+    some_T = active_TE.any(-1) & ~active_TE.all(-1) & (chance_T < exploration.fraction)
+    weakest_T1 = logits_TE.masked_fill(~active_TE, float("inf")).argmin(-1, keepdim=True)
+    stranger_T1 = draws_TE.masked_fill(active_TE, -1.0).argmax(-1, keepdim=True)
+    swapped_TE = active_TE.scatter(-1, weakest_T1, False).scatter(-1, stranger_T1, True)
+    return torch.where(some_T[:, None], swapped_TE, active_TE)
 
 
 def budget_scores(
@@ -172,7 +314,7 @@ def routing_weights(
 def exact_threshold(
     scores_TE: Float[Tensor, "tokens experts"],
     token_mask_T: Bool[Tensor, " tokens"],
-    target_k: float,
+    target_k: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """The threshold at which the counted tokens of this batch have `target_k` experts on average.
 
@@ -185,6 +327,20 @@ def exact_threshold(
     num_active = (token_mask_T.sum() * target_k).round().long()
     last_and_next = torch.stack(((num_active - 1).clamp_min(0), num_active))
     return ordered.gather(0, last_and_next).clamp(-1, 1).mean()
+
+
+def exact_thresholds(
+    scores: Sequence[Float[Tensor, "tokens experts"]],
+    token_mask_T: Bool[Tensor, " tokens"],
+    aims: Sequence[Float[Tensor, ""]],
+    scope: BudgetScope,
+) -> Float[Tensor, " layers"]:
+    """Each layer's exact threshold, or one at which all together meet the first layer's aim."""
+    if scope == "layer":
+        pairs = zip(scores, aims, strict=True)
+        return torch.stack([exact_threshold(s_TE, token_mask_T, aim) for s_TE, aim in pairs])
+    pooled = exact_threshold(torch.cat(list(scores)), token_mask_T.repeat(len(scores)), aims[0])
+    return pooled.expand(len(scores))
 
 
 def load_balancing_loss(

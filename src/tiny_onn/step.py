@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import RunConfig
-from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally
 from tiny_onn.optim import clip_gradients
 from tiny_onn.packing import PackedRow
-from tiny_onn.router import exact_threshold, load_balancing_loss, z_loss
+from tiny_onn.router import load_balancing_loss, z_loss
 from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.steering import Steering, gate_losses
 from tiny_onn.surprise import SmkRule
 
 
@@ -73,6 +73,7 @@ def distill_step(
     rows: Sequence[PackedRow],
     config: RunConfig,
     *,
+    step: int = 0,
     clock: Clock | None = None,
 ) -> StepResult:
     """One update from rows whose gradients are summed: the loss is a mean over all their tokens.
@@ -80,8 +81,10 @@ def distill_step(
     If loss or gradient is not finite, nothing is updated. A GPU is waited for once, to know.
 
     One backward pass a row teaches both systems: experts by the distillation loss, gates by SMK
-    (`objective = smk`), by the same loss (`task`), or not at all.
+    (`objective = smk`), by their experts' norms (`regression`), by the same loss (`task`), or not
+    at all.
 
+    `step` counts the steps before; what is explored and when experts are re-seeded depends on it.
     `clock` adds up the phases' times; None: one that does not wait for a GPU.
     """
     banks = student.banks()
@@ -91,22 +94,19 @@ def distill_step(
     tallies = _teach_gates(student, config, loss_tokens, router_tokens)
     stats = RoutingStats.zeros(banks)
     sums, token_losses = torch.zeros(3, device=device), []
-    thresholds = torch.zeros(len(banks), device=device)
+    steering = Steering(banks, config, router_tokens, step)
     clock = clock or Clock(device)
     loss_options = _loss_options(student, config)
     student.train()
     for row in (row.to(device) for row in rows):
         kwargs = packed_kwargs(row)
-        for bank in banks:
-            bank.token_mask = row.router_mask[0]
+        steering.begin_row(row.router_mask[0])
         with clock.phase("teacher forward"), torch.no_grad():
             teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
         with clock.phase("student forward"):
             student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
         stats.add(banks, row.router_mask[0])
-        if config.router.selection == "budget":
-            share = row.router_mask.sum() / router_tokens
-            thresholds += share * _exact_thresholds(banks, row, config.router.target_k)
+        steering.see(row.router_mask[0])
         mask_T = row.loss_mask[0]
         with clock.phase("loss"):
             values = distill(
@@ -130,7 +130,7 @@ def distill_step(
                 bank.recording, bank.routing = True, None
     loss, forward_kl, agreement = sums / loss_tokens
     with clock.phase("optimizer"):
-        expert_norm, gate_norm, finite = _update(student, optimizer, loss, thresholds, config)
+        expert_norm, gate_norm, finite = _update(student, optimizer, loss, steering, config)
     return StepResult(
         loss=loss,
         forward_kl=forward_kl,
@@ -156,7 +156,7 @@ def _update(
     student: TinyOnnForCausalLM,
     optimizer: torch.optim.Optimizer,
     loss: Tensor,
-    thresholds: Tensor,
+    steering: Steering,
     config: RunConfig,
 ) -> tuple[Tensor | float, Tensor | float, bool]:
     """Clip, step and steer if loss and gradients are finite; the norms, and whether they were."""
@@ -164,18 +164,9 @@ def _update(
     finite = _all_finite(loss, expert_norm, gate_norm)
     if finite:
         optimizer.step()
-        if config.router.selection == "budget":
-            for bank, threshold in zip(student.banks(), thresholds, strict=True):
-                bank.router.steer(threshold, config.router.budget_rate)
+    steering.end(update=finite)
     optimizer.zero_grad(set_to_none=True)
     return expert_norm, gate_norm, finite
-
-
-def _exact_thresholds(banks: Sequence[ExpertBank], row: PackedRow, target_k: float) -> Tensor:
-    """Each layer's threshold at which the row's counted tokens have `target_k` experts each."""
-    routings = [bank.routing for bank in banks if bank.routing is not None]
-    mask_T = row.router_mask[0]
-    return torch.stack([exact_threshold(r.scores, mask_T, target_k) for r in routings])
 
 
 def _loss_options(student: TinyOnnForCausalLM, config: RunConfig) -> dict[str, Any]:
@@ -193,10 +184,10 @@ def _loss_options(student: TinyOnnForCausalLM, config: RunConfig) -> dict[str, A
 def _teach_gates(
     student: TinyOnnForCausalLM, config: RunConfig, loss_tokens: int, router_tokens: int
 ) -> list[SurpriseTally]:
-    """Hand every bank this step's SMK rule and scales, if SMK is the objective."""
-    if config.router.objective != "smk":
+    """Hand every bank what its gate learns in this step's backward passes, if anything."""
+    objective, smk = config.router.objective, config.smk
+    if objective not in ("smk", "regression"):
         return []
-    smk = config.smk
     rule = SmkRule(
         surprise=smk.surprise,
         direction=smk.direction,
@@ -204,12 +195,16 @@ def _teach_gates(
         targets=smk.targets,
         num_targets=round(config.router.target_k),
     )
+    if objective == "regression":
+        # D2DMoE, arXiv 2310.04361, section 3.3: the gate predicts the norms of all experts' outputs
+        # by squared error. In logs, so that loud layers do not decide.
+        rule = SmkRule(surprise="magnitude", direction="max", candidates="all", targets="log")
     tallies = []
     for bank in student.banks():
         tally = SurpriseTally.zeros(bank.down_proj.shape[0], bank.down_proj.device)
         bank.smk = SmkStep(
             rule=rule,
-            grad_scale=smk.coef / router_tokens,
+            grad_scale=(smk.coef if objective == "smk" else 1.0) / router_tokens,
             loss_scale=float(loss_tokens),
             tally=tally,
         )
@@ -220,8 +215,10 @@ def _teach_gates(
 def _router_losses(
     student: TinyOnnForCausalLM, row: PackedRow, config: RunConfig
 ) -> Tensor | float:
-    """Load-balancing and z losses of a coupled top-k gate; 0 otherwise."""
+    """The gate's own losses that go with a coupled selection; 0 for the others."""
     router = config.router
+    if router.objective == "task" and router.selection == "top_any":
+        return gate_losses(student.banks(), router)
     if router.objective != "task" or router.selection != "top_k":
         return 0.0
     logits = [bank.routing.router_logits for bank in student.banks() if bank.routing is not None]

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from tiny_onn.config import Surprise
 
+# Where the logarithm of a norm begins, as in the calibration of gates.
+MIN_QUANTITY = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmkRule:
@@ -24,7 +27,8 @@ class SmkRule:
     surprise: Surprise = "parameters"
     direction: Literal["min", "max"] = "min"
     candidates: Literal["active", "all"] = "active"
-    targets: Literal["single", "set"] = "single"
+    targets: Literal["single", "set", "regress", "log"] = "single"
+    """Of these, `regress` and `log` are no distributions: see `regression_grad`."""
     num_targets: int = 16
 
 
@@ -38,7 +42,8 @@ def smk_targets(
 
     `single` spreads the row over the candidates that share the extreme value (one, but for ties).
     `set` spreads it over the best `num_targets` candidates, for `active` candidates over the better
-    half of them (the best k of k experts would be all of them). A row has no target when the token
+    half of them (the best k of k experts would be all of them). `regress` and `log` have no target
+    distribution; for statistics they are as `single`. A row has no target when the token
     is masked or when its candidates do not differ (all zero, or only one).
     """
     signed_TE = surprise_TE if rule.direction == "min" else -surprise_TE
@@ -48,7 +53,7 @@ def smk_targets(
     signed_TE = torch.where(active_TE, signed_TE, worst)
     best_T1 = signed_TE.amin(-1, keepdim=True)
     farthest_T1 = torch.where(active_TE, signed_TE, -worst).amax(-1, keepdim=True)
-    if rule.targets == "single":
+    if rule.targets != "set":
         chosen_TE = signed_TE == best_T1
     else:
         num_T1 = _num_targets(active_TE, rule)
@@ -82,3 +87,59 @@ def smk_logits_grad(
     """Gradient of `smk_loss(...).sum()` with respect to the logits: softmax minus target."""
     has_target_T1 = targets_TE.sum(-1, keepdim=True)
     return router_logits_TE.softmax(-1) * has_target_T1 - targets_TE
+
+
+def regression_targets(
+    surprise_TE: Float[Tensor, "tokens experts"],
+    active_TE: Bool[Tensor, "tokens experts"],
+    token_mask_T: Bool[Tensor, " tokens"],
+    rule: SmkRule,
+) -> tuple[Float[Tensor, "tokens experts"], Bool[Tensor, "tokens experts"]]:
+    """What the logits regress on, and the pairs that count.
+
+    `regress`: the quantity, its sign turned so that larger is better, minus its mean over the
+    token's candidates, divided by the root mean square of that over all counted pairs of the layer
+    and row. Free of the loss' scale and of the layer's, and yet one scale for all tokens, so that
+    the expectation which a regression learns is that of the quantity. A token whose candidates do
+    not differ does not count. `log`: the logarithm of the quantity, as it is.
+    """
+    candidates_TE = torch.ones_like(active_TE) if rule.candidates == "all" else active_TE
+    counts_TE = candidates_TE & token_mask_T[:, None]
+    if rule.targets == "log":
+        return surprise_TE.clamp_min(MIN_QUANTITY).log(), counts_TE
+    signed_TE = surprise_TE if rule.direction == "max" else -surprise_TE
+    centred_TE = centre(signed_TE, candidates_TE)
+    farthest_TE = torch.where(candidates_TE, signed_TE, float("-inf"))
+    nearest_TE = torch.where(candidates_TE, signed_TE, float("inf"))
+    differ_T1 = farthest_TE.amax(-1, keepdim=True) > nearest_TE.amin(-1, keepdim=True)
+    counts_TE = counts_TE & differ_T1
+    squares = torch.where(counts_TE, centred_TE.square(), 0).sum()
+    spread = (squares / counts_TE.sum().clamp_min(1)).sqrt()
+    return centred_TE / spread.clamp_min(torch.finfo(spread.dtype).tiny), counts_TE
+
+
+def regression_grad(
+    router_logits_TE: Float[Tensor, "tokens experts"],
+    surprise_TE: Float[Tensor, "tokens experts"],
+    active_TE: Bool[Tensor, "tokens experts"],
+    token_mask_T: Bool[Tensor, " tokens"],
+    rule: SmkRule,
+) -> Float[Tensor, "tokens experts"]:
+    """Gradient, with respect to the logits, of the sum over tokens of the mean squared error.
+
+    The mean is over a token's candidates. For `regress` the logits are centred as their targets
+    are: their common level means nothing to a softmax.
+    """
+    targets_TE, counts_TE = regression_targets(surprise_TE, active_TE, token_mask_T, rule)
+    if rule.targets == "regress":
+        router_logits_TE = centre(router_logits_TE, counts_TE)
+    errors_TE = torch.where(counts_TE, router_logits_TE - targets_TE, 0)
+    return 2 * errors_TE / counts_TE.sum(-1, keepdim=True).clamp_min(1)
+
+
+def centre(
+    values_TE: Float[Tensor, "tokens experts"], among_TE: Bool[Tensor, "tokens experts"]
+) -> Float[Tensor, "tokens experts"]:
+    """The values minus their mean over the chosen experts of each token."""
+    total_T1 = torch.where(among_TE, values_TE, 0).sum(-1, keepdim=True)
+    return values_TE - total_T1 / among_TE.sum(-1, keepdim=True).clamp_min(1)

@@ -31,9 +31,10 @@ from tiny_onn.memory_advice import explain_out_of_memory
 from tiny_onn.modeling import head_of
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
-from tiny_onn.prepare import Prepared, prepare, training_rows
+from tiny_onn.prepare import Prepared, calibration_rows, prepare, training_rows
 from tiny_onn.progress import RunProgress, show_conversion, show_evaluation
 from tiny_onn.resuming import with_absolute_paths
+from tiny_onn.routing_checks import has_budget
 from tiny_onn.run_folder import (
     METRICS_NAME,
     MetricsWriter,
@@ -42,6 +43,7 @@ from tiny_onn.run_folder import (
     resume_run_folder,
     write_json,
 )
+from tiny_onn.steering import settle
 from tiny_onn.step import StepResult, distill_step
 from tiny_onn.stopping import StopRequest, stop_on_signal
 from tiny_onn.teacher import pick_device, quiet_transformers
@@ -144,6 +146,11 @@ class _Run:
         self.held_out = held_out_rows(
             config.data, prepared.tokenizer, config.data.row_tokens, config.data.eval_tokens
         )
+        self.settling_rows = (
+            calibration_rows(config, prepared.tokenizer, self.student.device, later=True)
+            if has_budget(config.router)
+            else []
+        )
         self.step, self.tokens, self.metrics_offset, self.seconds = 0, 0, 0, 0.0
         self.before: Evaluation | None = None
         self.best: dict[str, Any] | None = None
@@ -218,7 +225,9 @@ class _Run:
         # The factor at the step's middle, so that neither the first nor the last step is at rate 0.
         progress = min(1.0, (self.tokens + step_tokens / 2) / self.config.train.tokens)
         set_learning_rates(self.optimizer, lr_factor(progress, self.config.optim))
-        result = distill_step(self.student, self.teacher, self.optimizer, rows, self.config)
+        result = distill_step(
+            self.student, self.teacher, self.optimizer, rows, self.config, step=self.step
+        )
         self.step += 1
         self.tokens += step_tokens
         return rows, result
@@ -293,6 +302,7 @@ class _Run:
         return record
 
     def _evaluate(self, kind: str) -> Evaluation:
+        settle(self.student, self.settling_rows, self.config.router.budget_scope)
         result = evaluate(self.student, self.teacher, self.held_out, self.config.loss)
         self.metrics.write(
             {"kind": kind, "step": self.step, "tokens": self.tokens, **result.as_dict()}

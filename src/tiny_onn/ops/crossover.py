@@ -65,8 +65,11 @@ def dense_need(config: RunConfig) -> str | None:
     """Why a run can only take the dense path; None if it can take either."""
     if config.router.objective == "smk" and config.smk.candidates == "all":
         return 'smk.candidates = "all" needs the surprise of inactive experts'
+    if config.router.objective == "regression":
+        return 'router.objective = "regression" needs the norms of inactive experts\' outputs'
     weighting = config.experts.weighting
-    if config.router.objective == "task" and weighting in ("unit", "mean"):
+    straight = weighting in ("unit", "mean") and config.router.selection != "top_any"
+    if config.router.objective == "task" and straight:
         return (
             f'router.objective = "task" with experts.weighting = "{weighting}" needs the gradient'
             " of inactive experts' weights"

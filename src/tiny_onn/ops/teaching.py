@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiny_onn.config import Surprise
-from tiny_onn.surprise import SmkRule, smk_logits_grad, smk_targets
+from tiny_onn.surprise import SmkRule, regression_grad, smk_logits_grad, smk_targets
 
 # The kinds that read the norms of the layer's input and of the gradient at its output.
 NORMED = ("parameters", "output", "relative")
@@ -125,4 +125,8 @@ def teach(  # noqa: PLR0917
         tally.num_agree += hits_T.sum()
         tally.chance += (chosen_T / choices_T).sum()
         tally.surprise_E += torch.where(token_mask_T[:, None], surprise_TE, 0).sum(0)
-    return (smk_logits_grad(logits_TE, targets_TE) * smk.grad_scale).to(logits_TE.dtype)
+    if smk.rule.targets in ("regress", "log"):
+        grad_TE = regression_grad(logits_TE, surprise_TE, active_TE, token_mask_T, smk.rule)
+    else:
+        grad_TE = smk_logits_grad(logits_TE, targets_TE)
+    return (grad_TE * smk.grad_scale).to(logits_TE.dtype)

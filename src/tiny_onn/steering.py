@@ -1,0 +1,208 @@
+"""What a router changes without a gradient: budgets, balance, revival, re-seeding, exploration.
+
+All of it is in the router's buffers, so that checkpoints hold it, and happens on the device without
+waiting for it. Nothing here runs at evaluation, but `settle`, which is asked for.
+
+Legend: T tokens, D hidden, E experts, L layers.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tiny_onn import dynmoe
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.config import BudgetScope, RouterConfig, RunConfig
+from tiny_onn.experts import ExpertBank
+from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
+from tiny_onn.packing import PackedRow
+from tiny_onn.router import Exploration, Router, Routing, exact_thresholds
+
+# A revived expert would have been chosen by this share of the tokens, by this much in its logit.
+REVIVED_SHARE = 0.01
+REVIVED_MARGIN = 1e-3
+
+
+class Steering:
+    """A step's sums over its rows, and the update of the routers that they give.
+
+    Args:
+        banks: the layers.
+        config: the settings.
+        router_tokens: tokens of the step that count.
+        step: how many steps there were before.
+    """
+
+    def __init__(
+        self, banks: Sequence[ExpertBank], config: RunConfig, router_tokens: int, step: int
+    ) -> None:
+        self.banks, self.router, self.step = banks, config.router, step
+        self._seed, self._fraction = config.train.seed, config.smk.explore_fraction
+        self._tokens, self._rows = router_tokens, 0
+        first, L = banks[0].router, len(banks)
+        device, E = first.weight.device, first.weight.shape[0]
+        self._threshold_L = torch.zeros(L, device=device)
+        self._load_LE = torch.zeros(L, E, device=device)
+        self._lift_LE = torch.zeros(L, E, device=device)
+        # Rows add to a window in their forward pass, which a skipped step takes back.
+        self._windows = [
+            (bank.router.window_loads.clone(), bank.router.idle_input.clone())
+            for bank in banks
+            if self.router.reseed_every_steps
+        ]
+
+    def begin_row(self, token_mask_T: Bool[Tensor, " tokens"]) -> None:
+        """Tell every layer which tokens of the next row count, what to draw and to record."""
+        self._rows += 1
+        for layer, bank in enumerate(self.banks):
+            bank.token_mask = token_mask_T
+            bank.router.recording_window = self.router.reseed_every_steps > 0
+            if self._fraction:
+                text = f"{self._seed} {self.step} {self._rows} {layer}"
+                digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+                seed = int.from_bytes(digest)
+                bank.router.exploration = Exploration(fraction=self._fraction, seed=seed)
+
+    @torch.no_grad()
+    def see(self, token_mask_T: Bool[Tensor, " tokens"]) -> None:
+        """Count a row's routing, after its forward pass."""
+        routings = [bank.routing for bank in self.banks if bank.routing is not None]
+        for layer, (bank, routing) in enumerate(zip(self.banks, routings, strict=True)):
+            self._load_LE[layer] += (routing.active & token_mask_T[:, None]).sum(0)
+            if self.router.revive_after_steps:
+                self._lift_LE[layer] = revival_lift(bank.router, routing, token_mask_T)
+        if self.banks[0].router.rule.has_budget:
+            thresholds_L = exact_thresholds(
+                [routing.scores for routing in routings],
+                token_mask_T,
+                [bank.router.aim() for bank in self.banks],
+                self.router.budget_scope,
+            )
+            self._threshold_L += token_mask_T.sum() / self._tokens * thresholds_L
+
+    @torch.no_grad()
+    def end(self, *, update: bool) -> None:
+        """Update the routers, after the optimizer; or leave them as they were before the step."""
+        for bank, (loads_E, idle_D) in zip(self.banks, self._windows, strict=False):
+            if not update:
+                bank.router.window_loads.copy_(loads_E)
+                bank.router.idle_input.copy_(idle_D)
+        for bank in self.banks:
+            bank.router.exploration, bank.router.recording_window = None, False
+        if update:
+            self._update()
+
+    def _update(self) -> None:
+        mean_k_L = self._load_LE.sum(-1) / self._tokens
+        if self.router.budget_scope == "global":
+            mean_k_L = mean_k_L.mean().expand_as(mean_k_L)
+        for layer, bank in enumerate(self.banks):
+            router, load_E = bank.router, self._load_LE[layer]
+            if router.rule.has_budget:
+                router.steer(self._threshold_L[layer], self.router.budget_rate, mean_k_L[layer])
+            if self.router.balance_rate:
+                balance(router, load_E, self.router.balance_rate)
+            if self.router.revive_after_steps:
+                revive(router, load_E, self._lift_LE[layer], self.router.revive_after_steps)
+            every = self.router.reseed_every_steps
+            if every and (self.step + 1) % every == 0:
+                reseed(router)
+
+
+def balance(router: Router, load_E: Float[Tensor, " experts"], rate: float) -> None:
+    """Raise the selection bias of experts used less than the mean by `rate`, lower the others'.
+
+    `b_e += rate * sign(mean load - load_e)`, then centred, so that it says which experts and not
+    how many. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2, where b is added to sigmoid
+    affinities; here to the logits, which all selections have.
+    """
+    bias_E = router.selection_bias + rate * torch.sign(load_E.mean() - load_E)
+    router.selection_bias.copy_(bias_E - bias_E.mean())
+
+
+def revival_lift(
+    router: Router, routing: Routing, token_mask_T: Bool[Tensor, " tokens"]
+) -> Float[Tensor, " experts"]:
+    """How much each expert's selection logit lacks to be chosen by 1 % of the counted tokens.
+
+    A token chooses what reaches the lowest logit among its active experts (`top_any`: 0). At least
+    one token counts; 0 where the expert is chosen as often already, or no token counts.
+    """
+    logits_TE = routing.router_logits.detach() + router.selection_bias
+    cutoff_T1 = logits_TE.masked_fill(~routing.active, math.inf).amin(-1, keepdim=True)
+    if router.rule.selection == "top_any":
+        cutoff_T1 = torch.zeros_like(cutoff_T1)
+    lack_TE = torch.where(token_mask_T[:, None], cutoff_T1 - logits_TE, math.inf)
+    ranked_TE = lack_TE.sort(dim=0).values
+    rank = (token_mask_T.sum() * REVIVED_SHARE).ceil().long().clamp_min(1) - 1
+    lack_E = ranked_TE.index_select(0, rank[None])[0] + REVIVED_MARGIN
+    return torch.where(lack_E.isfinite(), lack_E, 0.0).clamp_min(0.0)
+
+
+def revive(
+    router: Router,
+    load_E: Float[Tensor, " experts"],
+    lift_E: Float[Tensor, " experts"],
+    after_steps: int,
+) -> None:
+    """Lift the selection bias of experts unused for `after_steps` steps to where they are used.
+
+    The bias stays: the gate learns about the expert from the tokens that now reach it.
+    """
+    router.unused_steps.copy_(torch.where(load_E > 0, 0.0, router.unused_steps + 1))
+    due_E = router.unused_steps >= after_steps
+    router.selection_bias.add_(torch.where(due_E, lift_E, 0.0))
+    router.unused_steps.masked_fill_(due_E, 0.0)
+
+
+def reseed(router: Router) -> None:
+    """Close the window that `top_any` recorded: `dynmoe.reseed`, then start another."""
+    weight_ED, bias_E = dynmoe.reseed(
+        router.weight, router.bias, router.window_loads, router.idle_input
+    )
+    router.weight.copy_(weight_ED)
+    router.bias.copy_(bias_E)
+    router.window_loads.zero_()
+    router.idle_input.zero_()
+
+
+@torch.no_grad()
+def settle(
+    student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
+) -> None:
+    """Set the thresholds of evaluation to those that meet the target on these rows, pooled.
+
+    A threshold that was steered on the last batches lags behind the gate and carries their noise;
+    here the gate stands still. Training's own thresholds stay as they are. One pass over the rows:
+    each layer is measured on the inputs that the layers before it give with their old thresholds.
+    """
+    banks = student.banks()
+    if not rows or not banks[0].router.rule.has_budget:
+        return
+    was_training = student.training
+    student.train(False)
+    scores: list[list[Tensor]] = [[] for _ in banks]
+    for row in rows:
+        last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+        for bank, kept in zip(banks, scores, strict=True):
+            assert bank.routing is not None
+            kept.append(bank.routing.scores)
+    student.train(was_training)
+    mask_T = torch.cat([row.router_mask[0] for row in rows])
+    targets = [torch.tensor(bank.router.rule.target_k, device=mask_T.device) for bank in banks]
+    pooled = [torch.cat(kept) for kept in scores]
+    for bank, threshold in zip(
+        banks, exact_thresholds(pooled, mask_T, targets, scope), strict=True
+    ):
+        bank.router.settled.copy_(threshold)
+        bank.routing = None
+
+
+def gate_losses(banks: Sequence[ExpertBank], config: RouterConfig) -> Float[Tensor, ""]:
+    """DynMoE's diversity and simplicity loss, weighted and summed over layers as its authors do."""
+    losses = [dynmoe.diversity_and_simplicity(bank.router.weight.float()) for bank in banks]
+    return config.diversity_coef * torch.stack(losses).sum()
