@@ -1,0 +1,237 @@
+"""The performance tables of README and docs, from the records in `results/`.
+
+    python benchmarks/performance.py          # write the tables where they belong
+    python benchmarks/performance.py --check  # say whether they are up to date
+
+Every row is what one benchmark wrote on one machine; nothing is measured here.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BEGIN, END = "<!-- performance: {name} -->\n", "<!-- end -->"
+GIB = 2**30
+
+
+class Row(NamedTuple):
+    """One line: what was measured, ours, the peer's, their ratio, what was aimed at."""
+
+    what: str
+    ours: str
+    peer: str
+    ratio: str
+    goal: str
+
+
+def load(name: str) -> dict[str, Any]:
+    """A benchmark's record."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def cpu_rows() -> Iterator[Row]:
+    """What the benchmarks measured on two CPU cores."""
+    layer = load("expert_layer")
+    for row in layer["rows"]:
+        if row["k"] in (4, 16, 32):
+            label = f"expert layer, {row['dtype']}, k = {row['k']}"
+            ours = min(row["dense"], row["grouped"])
+            moe = min(value for key, value in row.items() if key.startswith("MoE") and value)
+            goal = "<= 0.5" if row["k"] == 4 else "<= 1.0"
+            dense = row["Qwen3MLP"]
+            yield Row(label, ms(ours), f"{ms(dense)} dense MLP", f"{ours / dense:.2f}", goal)
+            yield Row(
+                "", ms(ours), f"{ms(moe)} best MoE of transformers", f"{ours / moe:.2f}", "< 1"
+            )
+    smk = {row["step"]: row for row in load("surprise_overhead")["rows"]}
+    frozen = smk["gate frozen"]["p50_ms"]
+    for label, name in (
+        ("step with SMK", "smk (default rule)"),
+        ("step with SMK, model card's rule", "smk (model card's rule)"),
+        ("the textbook way: hooks, second backward", "textbook (default rule)"),
+    ):
+        time = smk[name]["p50_ms"]
+        goal = "" if "textbook" in label else "<= 1.05"
+        yield Row(label, ms(time), f"{ms(frozen)} gate frozen", f"{time / frozen:.2f}", goal)
+    steps = {row["step"]: row for row in load("distill_step")["rows"]}
+    ours, plain = steps["ours"], steps["plain"]
+    yield Row(
+        "whole step, tokens/s",
+        f"{ours['tokens_per_s']:.0f}",
+        f"{plain['tokens_per_s']:.0f} plain trainer",
+        f"{ours['tokens_per_s'] / plain['tokens_per_s']:.2f}",
+        ">= 1.5",
+    )
+    yield Row(
+        "whole step, memory beyond the models",
+        gib(ours["step_peak_bytes"]),
+        f"{gib(plain['step_peak_bytes'])} plain trainer",
+        f"{ours['step_peak_bytes'] / plain['step_peak_bytes']:.2f}",
+        "",
+    )
+    growth = load("scaling")["ratios"]["memory per token / saved inputs"]
+    yield Row("memory per further token of a row", f"{growth:.2f}", "1 = saved inputs", "", "~ 1")
+
+
+def gpu_rows(name: str) -> Iterator[Row]:
+    """What `gpu.py` measured; the last record of a kind wins."""
+    lines = (RESULTS / f"gpu_{name}.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    card = {
+        (r["placement"], r["rows"], r["kind"], r.get("step", r.get("cap_gib")), r.get("variant")): r
+        for r in records
+        if r["section"] == "card" and "placement" in r
+    }
+    for rows in ("packed", "whole"):
+        packed = rows == "packed"
+        time = card["shared", rows, "time", "smk", None]
+        hours = time["hours_for_0.5B_tokens"]
+        there = time["hours_on_a_4090_at_this_share"]
+        yield Row(
+            f"card's step, {rows} rows, tokens/s",
+            f"{time['tokens_per_s']:,.0f}",
+            f"{hours:.1f} h for 0.5B tokens ({there:.0f} h on an RTX 4090 at this share)",
+            "",
+            "< 4 h" if packed else "",
+        )
+        share = time["share_of_matmul_peak"]
+        yield Row(
+            f"card's step, {rows} rows, share of the measured matmul peak",
+            f"{100 * share:.0f} %",
+            "",
+            "",
+            ">= 60 %" if packed else "",
+        )
+        ratio = card["shared", rows, "ratio", None, None]["smk / frozen"]
+        yield Row(f"SMK's cost, {rows} rows", "", "gate frozen", f"{ratio:.3f}", "<= 1.03")
+    memory = card["shared", "packed", "memory", 12, "layer"]
+    used = gib(memory["peak_reserved_bytes"] + memory["context_bytes"])
+    fits = "fits" if memory["fits"] else "does not fit"
+    yield Row("card's step, memory with the context", used, f"{fits} a cap of 12 GiB", "", "fits")
+    layers = {r["tokens"]: r for r in records if r["section"] == "experts" and "rows" in r}
+    for tokens, record in sorted(layers.items()):
+        for row in record["rows"]:
+            if row["k"] not in (4, 16):
+                continue
+            ours = min(row["dense"], row["grouped"])
+            moe = min(value for key, value in row.items() if key.startswith("MoE") and value)
+            dense = row["Qwen3MLP"]
+            label = f"expert layer, {tokens:,} tokens, k = {row['k']}"
+            yield Row(label, ms(ours), f"{ms(dense)} dense MLP", f"{ours / dense:.2f}", "<= 1.15")
+            yield Row(
+                "", ms(ours), f"{ms(moe)} best MoE of transformers", f"{ours / moe:.2f}", "< 1"
+            )
+    losses = {
+        (row["tokens"], row["loss"]): row
+        for r in records
+        if r["section"] == "loss"
+        for row in r.get("rows", ())
+    }
+    for tokens in sorted({tokens for tokens, _ in losses}):
+        ours = losses[tokens, "ours"]
+        for peer in ("naive", "liger", "trl"):
+            if (other := losses.get((tokens, peer))) is None:
+                yield Row(f"loss, {tokens:,} tokens", "", f"{peer}: out of memory", "", "")
+                continue
+            yield Row(
+                f"loss, {tokens:,} tokens",
+                f"{ms(ours['p50_ms'])}, {gib(ours['peak_bytes'])}",
+                f"{ms(other['p50_ms'])}, {gib(other['peak_bytes'])} {peer}",
+                f"{ours['p50_ms'] / other['p50_ms']:.2f}, "
+                f"{ours['peak_bytes'] / other['peak_bytes']:.2f}",
+                "<= 1, < 1",
+            )
+
+
+def ms(value: float) -> str:
+    """Milliseconds in three figures."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def gib(value: float) -> str:
+    """Bytes as GiB."""
+    return f"{value / GIB:.2f} GiB"
+
+
+def where(environment: dict[str, Any]) -> str:
+    """The machine and the versions of a record."""
+    versions = environment["versions"]
+    machine = (
+        environment.get("gpu") or f"{environment['cores']} cores of an {environment['machine']}"
+    )
+    return (
+        f"{machine}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{environment['time'][:10]}"
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown."""
+    lines = ["| | ours | peer | ratio | goal |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+# What the README shows of the whole.
+README_ROWS = (
+    "card's step, packed rows, tokens/s",
+    "card's step, packed rows, share of the measured matmul peak",
+    "card's step, memory with the context",
+    "SMK's cost, packed rows",
+    "expert layer, 32,768 tokens, k = 16",
+    "loss, 32,768 tokens",
+    "expert layer, bfloat16, k = 16",
+    "step with SMK",
+    "whole step, tokens/s",
+)
+
+
+def sections() -> dict[str, str]:
+    """The generated text by the name of its place."""
+    gpu = "nvidia_h100_80gb_hbm3"
+    first = (RESULTS / f"gpu_{gpu}.jsonl").read_text("utf-8").splitlines()[0]
+    cpu = load("distill_step")["environment"]
+    on_gpu, on_cpu = where(json.loads(first)), where(cpu)
+    short = (
+        f"Measured on {place}:\n\n{table(row for row in rows if row.what in README_ROWS)}"
+        for place, rows in ((on_gpu, gpu_rows(gpu)), (on_cpu, cpu_rows()))
+    )
+    return {
+        "cpu": f"Measured on {on_cpu}.\n\n{table(cpu_rows())}",
+        "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows(gpu))}",
+        "readme": "\n".join(short),
+    }
+
+
+def filled(text: str) -> str:
+    """A page with the generated text in its places."""
+    for name, content in sections().items():
+        begin = BEGIN.format(name=name)
+        if begin in text:
+            head, _, rest = text.partition(begin)
+            _, end, tail = rest.partition(END)
+            assert end, f"{name}: no {END}"
+            text = f"{head}{begin}{content}{end}{tail}"
+    return text
+
+
+def main() -> int:
+    """Write the pages, or check them."""
+    parser = argparse.ArgumentParser(description="Performance tables from the records.")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if stale")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if filled(page.read_text("utf-8")) != page.read_text("utf-8")]
+    for page in () if check else stale:
+        page.write_text(filled(page.read_text("utf-8")), encoding="utf-8")
+    if check and stale:
+        print(f"stale: {', '.join(page.name for page in stale)}; run {Path(__file__).name}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
