@@ -20,7 +20,15 @@ from tiny_onn.router import RoutingRule
 from tiny_onn.surprise import SmkRule
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("surprise_overhead", "distill_loss", "distill_step", "scaling", "full_size", "gpu")
+NAMES = (
+    "surprise_overhead",
+    "distill_loss",
+    "distill_step",
+    "scaling",
+    "full_size",
+    "gpu",
+    "partitions",
+)
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,8 @@ def student_config(
         weighting=experts.weighting,
         target_k=router.target_k,
         budget_form=router.budget_form,
+        compensation=experts.compensation,
+        learn_scale=experts.learn_scale,
         dtype=dense.dtype,
     )
 
@@ -87,6 +89,7 @@ def convert(
     std = getattr(dense.config.get_text_config(), "initializer_range", 0.02)
     for index, (bank, mlp) in enumerate(zip(student.banks(), gated_mlps(dense), strict=True)):
         bank.router.reset(None if experts.gate_init == "zeros" else generator, GATE_STD)
+        bank.reset_corrections()
         if experts.init == "random":
             bank.reset(generator, std)
         else:
