@@ -60,7 +60,7 @@ class ExpertsConfig:
     """What an active expert's output is multiplied by: 1, its renormalised softmax or its sigmoid
     probability, or 1/k."""
     compensation: Compensation = "none"
-    """What stands in for an inactive expert: `none`, or the `mean` of its output over the calibration
+    """What stands in for an inactive expert: `none`, or the `mean` of its output over calibration
     tokens that leave it inactive, which then learns with the experts."""
     learn_scale: bool = False
     """Multiply each expert's weight by a learned scale that starts at 1."""
