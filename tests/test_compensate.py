@@ -27,6 +27,19 @@ def counted_inputs(dense, layer):
     return torch.cat(seen)[torch.cat([row.router_mask[0] for row in ROWS])]
 
 
+def corrections(bank) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """A bank's mean outputs and scales."""
+    assert bank.mean_outputs is not None
+    assert bank.expert_scale is not None
+    return bank.mean_outputs, bank.expert_scale
+
+
+def means(student, layer=0) -> torch.nn.Parameter:
+    found = student.banks()[layer].mean_outputs
+    assert found is not None
+    return found
+
+
 def expert_outputs(bank, x):
     """Every expert's output, (E, T, D)."""
     return torch.stack(
@@ -39,7 +52,8 @@ def expert_outputs(bank, x):
 
 def test_mean_outputs_are_those_of_the_tokens_that_leave_the_expert_inactive():
     dense = make_dense("llama")
-    banks = make_student(dense, compensation="mean", selection="top_k").banks()
+    student = make_student(dense, compensation="mean", selection="top_k")
+    banks = student.banks()
     # One expert that is always active has no such token.
     with torch.no_grad():
         banks[1].router.bias[2] = 1e3
@@ -49,7 +63,7 @@ def test_mean_outputs_are_those_of_the_tokens_that_leave_the_expert_inactive():
     for e, outputs in enumerate(expert_outputs(banks[1], x)):
         rows = outputs[inactive[:, e]]
         expected = rows.mean(0) if len(rows) else torch.zeros(32)
-        torch.testing.assert_close(banks[1].mean_outputs[e], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(means(student, 1)[e], expected, rtol=1e-4, atol=1e-5)
     assert not inactive[:, 2].any()
 
 
@@ -58,15 +72,16 @@ def test_a_bank_adds_the_means_of_inactive_experts_and_scales_active_ones(path):
     bank = make_student(make_dense("llama"), compensation="mean", learn_scale=True).banks()[0]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in (bank.mean_outputs, bank.expert_scale):
+        for parameter in corrections(bank):
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     bank.path = path
+    mean_outputs, scale = corrections(bank)
     x = torch.randn(9, 32, generator=generator)
     active = bank.router(x).active
     expected = torch.zeros(9, 32)
     for e, outputs in enumerate(expert_outputs(bank, x)):
-        given = bank.expert_scale[e] * outputs
-        expected += torch.where(active[:, e, None], given, bank.mean_outputs[e])
+        given = scale[e] * outputs
+        expected += torch.where(active[:, e, None], given, mean_outputs[e])
     torch.testing.assert_close(bank(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -88,7 +103,7 @@ def test_all_experts_on_is_the_dense_model():
     dense, ids = make_dense("llama"), make_ids()
     student = make_student(dense, compensation="mean", learn_scale=True)
     fit_compensation(dense, student.banks(), ROWS)
-    assert student.banks()[0].mean_outputs.abs().sum() > 0
+    assert means(student).abs().sum() > 0
     size = dense(input_ids=ids).logits.abs().max().item()
     assert identity_gap(student, dense, ids) <= 1e-5 * size
 
@@ -114,14 +129,14 @@ def test_both_are_saved_with_the_student(tmp_path):
     student = make_student(dense, compensation="mean", learn_scale=True)
     fit_compensation(dense, student.banks(), ROWS)
     with torch.no_grad():
-        student.banks()[1].expert_scale[3] = 1.25
+        corrections(student.banks()[1])[1][3] = 1.25
     student.save_pretrained(tmp_path)
     again = TinyOnnForCausalLM.from_pretrained(tmp_path)
     assert again.config.compensation == "mean"
     for ours, theirs in zip(student.banks(), again.banks(), strict=True):
-        assert torch.equal(ours.mean_outputs, theirs.mean_outputs)
-        assert torch.equal(ours.expert_scale, theirs.expert_scale)
-        assert theirs.mean_outputs.dtype == torch.float32
+        for mine, loaded in zip(corrections(ours), corrections(theirs), strict=True):
+            assert torch.equal(mine, loaded)
+            assert loaded.dtype == torch.float32
 
 
 def test_settings_fit_the_means_from_text_and_count_their_work():
@@ -131,6 +146,6 @@ def test_settings_fit_the_means_from_text_and_count_their_work():
     assert not needs_text(plain)
     assert needs_text(helped)
     students = [prepared_student(config, dense, ROWS) for config in (plain, helped)]
-    assert students[1].banks()[0].mean_outputs.abs().sum() > 0
+    assert means(students[1]).abs().sum() > 0
     before, after = (forward_flops(student, 4.0, 10.0)["ffn_flops"] for student in students)
     assert after - before == 2 * 2 * 8 * 32

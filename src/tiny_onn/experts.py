@@ -38,6 +38,9 @@ class ExpertBank(nn.Module):
         routing: the last recorded call's routing, with its graph only if coupled.
     """
 
+    mean_outputs: nn.Parameter | None
+    expert_scale: nn.Parameter | None
+
     def __init__(
         self,
         hidden_dim: int,
