@@ -28,6 +28,7 @@ NAMES = (
     "full_size",
     "gpu",
     "routing_rules",
+    "partitions",
 )
 
 

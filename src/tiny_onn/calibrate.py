@@ -29,7 +29,7 @@ RIDGE = 1e-3
 
 
 @contextmanager
-def _mlp_inputs(dense: PreTrainedModel, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+def mlp_inputs(dense: PreTrainedModel, see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Within the context, `see(layer, x)` gets each MLP's input in the dense model's passes."""
 
     def hook(index: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -59,7 +59,7 @@ def neuron_importance(
         hidden_TF = activation(mlps[index].gate_proj(x_TD)) * mlps[index].up_proj(x_TD)
         sums[index] = sums[index] + hidden_TF[mask_T].float().square().sum(0)
 
-    with _mlp_inputs(dense, see):
+    with mlp_inputs(dense, see):
         for row in rows:
             mask_T = row.router_mask.flatten()
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
@@ -67,6 +67,46 @@ def neuron_importance(
         total * mlp.down_proj.weight.float().square().sum(0)
         for total, mlp in zip(sums, mlps, strict=True)
     ]
+
+
+@torch.no_grad()
+def sample_inputs(
+    dense: PreTrainedModel, rows: Sequence[PackedRow], max_tokens: int
+) -> list[Float[Tensor, "tokens hidden"]]:
+    """Per layer, the MLP's inputs at about `max_tokens` counted tokens, evenly spaced.
+
+    Memory: `L * max_tokens * D` numbers in the model's own format, whatever the text's length.
+    """
+    stride = max(1, -(-sum(int(row.router_mask.sum()) for row in rows) // max_tokens))
+    kept: list[list[Tensor]] = [[] for _ in gated_mlps(dense)]
+
+    def see(index: int, x_TD: Tensor) -> None:
+        kept[index].append(x_TD[mask_T][start::stride])
+
+    start = 0
+    with mlp_inputs(dense, see):
+        for row in rows:
+            mask_T = row.router_mask.flatten()
+            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+            start = (start - int(mask_T.sum())) % stride
+    return [torch.cat(layer) for layer in kept]
+
+
+def ridge(
+    x_TD: Float[Tensor, "tokens hidden"], target_TE: Float[Tensor, "tokens experts"]
+) -> tuple[Float[Tensor, "hidden experts"], Float[Tensor, " experts"]]:
+    """Weight and bias of the ridge regression of targets on inputs, float64; the bias is free."""
+    features_TD = F.pad(x_TD.double(), (0, 1), value=1.0)
+    solution = solve_ridge(features_TD.T @ features_TD, features_TD.T @ target_TE.double())
+    return solution[:-1], solution[-1]
+
+
+def solve_ridge(gram_DD: Tensor, moment_DE: Tensor) -> Tensor:
+    """The ridge solution; the last feature is the constant 1, which goes unpenalised."""
+    D = len(gram_DD) - 1
+    penalty = RIDGE * gram_DD.diagonal()[:D].mean() * torch.eye(D + 1, device=gram_DD.device)
+    penalty[D, D] = 0
+    return torch.linalg.solve(gram_DD + penalty, moment_DE)
 
 
 def importance_order(
@@ -113,18 +153,16 @@ def fit_gates(
         moments[index] += features_TD.T @ targets_TE
         squares[index] += targets_TE.double().square().sum(0)
 
-    with _mlp_inputs(dense, see):
+    with mlp_inputs(dense, see):
         for row in rows:
             mask_T = row.router_mask.flatten()
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
     explained = []
     for bank, gram, moment, square in zip(banks, grams, moments, squares, strict=True):
-        penalty = RIDGE * gram.diagonal()[:D].mean() * torch.eye(D + 1, device=gram.device)
-        penalty[D, D] = 0
         if static:
             solution = F.pad(moment[D:] / gram[D, D], (0, 0, D, 0))
         else:
-            solution = torch.linalg.solve(gram + penalty, moment)
+            solution = solve_ridge(gram, moment)
         bank.router.weight.copy_(solution[:D].T)
         bank.router.bias.copy_(solution[D])
         residual = square - 2 * (solution * moment).sum(0) + (solution * (gram @ solution)).sum(0)
@@ -148,7 +186,7 @@ def settle_budgets(
     def see(index: int, x_TD: Tensor) -> None:
         scores.append(banks[index].route(x_TD).scores)
 
-    with _mlp_inputs(dense, see):
+    with mlp_inputs(dense, see):
         for row in rows:
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
             aims = [bank.router.aim() for bank in banks]

@@ -13,8 +13,9 @@ Selection = Literal["top_k", "top_any", "budget", "static", "random", "oracle"]
 Objective = Literal["smk", "task", "regression", "none"]
 AtLeastOne = Literal["evaluation", "always"]
 BudgetScope = Literal["layer", "global"]
-ExpertInit = Literal["random", "slices", "importance"]
+ExpertInit = Literal["random", "slices", "importance", "cluster", "coactivation", "learned"]
 GateInit = Literal["random", "zeros", "ridge"]
+Compensation = Literal["none", "mean"]
 DType = Literal["float32", "bfloat16"]
 ExpertPath = Literal["auto", "dense", "grouped"]
 Checkpointing = Literal["none", "layer", "selective", "offload"]
@@ -50,17 +51,24 @@ class ExpertsConfig:
     expert_dim: int = 0
     """Neurons per expert, I. 0: the MLP's width divided by `num_experts`."""
     init: ExpertInit = "importance"
-    """`random` (the model card), `slices` (contiguous dense neurons), `importance` (dense neurons,
-    ordered by their calibrated contribution to the output)."""
+    """`random` (the model card), or dense neurons: `slices` (contiguous), `importance` (ordered by
+    their calibrated contribution to the output), `cluster` (gate rows that point the same way),
+    `coactivation` (large at the same tokens), `learned` (most of the output's energy in the experts
+    that a linear gate chooses, `router.target_k` a token)."""
     gate_init: GateInit = "ridge"
     """`random` (normal, std 0.02), `zeros`, or `ridge` (regression of the log norms of the experts'
     outputs on calibration text). With `top_any`, `random` means orthogonal prototypes."""
     weighting: Weighting = "unit"
     """What an active expert's output is multiplied by: 1, its renormalised softmax or its sigmoid
     probability, or 1/k."""
+    compensation: Compensation = "none"
+    """What stands in for an inactive expert: `none`, or the `mean` of its output over calibration
+    tokens that leave it inactive, which then learns with the experts."""
+    learn_scale: bool = False
+    """Multiply each expert's weight by a learned scale that starts at 1."""
     calibration_tokens: int = 8192
-    """Training tokens read by `importance` and `ridge`, and, before each evaluation, as many others
-    that a budget settles on."""
+    """Training tokens read by partitions other than `slices` and `cluster`, by `ridge` and by
+    `mean`, and, before each evaluation, as many others that a budget settles on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,6 +58,8 @@ def student_config(
         budget_form=router.budget_form,
         at_least_one=router.at_least_one,
         oracle_budget=router.oracle_budget,
+        compensation=experts.compensation,
+        learn_scale=experts.learn_scale,
         dtype=dense.dtype,
     )
 
@@ -89,6 +91,7 @@ def convert(
     std = getattr(dense.config.get_text_config(), "initializer_range", 0.02)
     for index, (bank, mlp) in enumerate(zip(student.banks(), gated_mlps(dense), strict=True)):
         bank.router.reset(None if experts.gate_init == "zeros" else generator, GATE_STD)
+        bank.reset_corrections()
         if experts.init == "random":
             bank.reset(generator, std)
         else:

@@ -151,9 +151,9 @@ def forward_flops(
 ) -> dict[str, float]:
     """Forward FLOPs per token at a mean number of active experts and attended positions.
 
-    Two per multiply-add: FFN `6 * k * I * D` and the gate's `2 * E * D` per layer; every other
-    linear map by its size, the head once; attention scores and values `4 * heads * head_dim`
-    per attended position.
+    Two per multiply-add: FFN `6 * k * I * D`, the gate's `2 * E * D` and as many for the mean
+    outputs of inactive experts, if there are any, per layer; every other linear map by its size,
+    the head once; attention scores and values `4 * heads * head_dim` per attended position.
     """
     banks = student.banks()
     E, I, D = banks[0].down_proj.shape
@@ -166,7 +166,8 @@ def forward_flops(
         if isinstance(module, torch.nn.Linear) and ".mlp." not in name
     )
     dense_ffn = len(banks) * 6.0 * E * I * D
-    ffn = len(banks) * (6.0 * mean_k * I * D + 2.0 * E * D)
+    gates = 1 if banks[0].mean_outputs is None else 2
+    ffn = len(banks) * (6.0 * mean_k * I * D + gates * 2.0 * E * D)
     return {
         "ffn_flops": ffn,
         "dense_ffn_flops": dense_ffn,

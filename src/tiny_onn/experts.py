@@ -26,7 +26,9 @@ class ExpertBank(nn.Module):
 
     `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`. The neurons are rows of stacked
     tensors, `gate_up_proj` (2, E, I, D) and `down_proj` (E, I, D): the down projection is
-    transposed, so that one neuron is one row in each.
+    transposed, so that one neuron is one row in each. Two parameters are there if asked for, and
+    change nothing while all experts are active and scales are 1: `mean_outputs` (E, D), added for
+    inactive experts, and `expert_scale` (E,), a factor of the experts' weights.
 
     Attributes set for training by whoever owns the model, read at every call:
         token_mask: (B * T,) tokens that count in SMK targets and statistics; None: all. It belongs
@@ -41,12 +43,27 @@ class ExpertBank(nn.Module):
         routing: the last recorded call's routing, with its graph only if coupled.
     """
 
+    mean_outputs: nn.Parameter | None
+    expert_scale: nn.Parameter | None
+
     def __init__(
-        self, hidden_dim: int, num_experts: int, expert_dim: int, activation: str, rule: RoutingRule
+        self,
+        hidden_dim: int,
+        num_experts: int,
+        expert_dim: int,
+        activation: str,
+        rule: RoutingRule,
+        *,
+        compensated: bool = False,
+        scaled: bool = False,
     ) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(2, num_experts, expert_dim, hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, expert_dim, hidden_dim))
+        mean_outputs = nn.Parameter(torch.zeros(num_experts, hidden_dim)) if compensated else None
+        expert_scale = nn.Parameter(torch.ones(num_experts)) if scaled else None
+        self.register_parameter("mean_outputs", mean_outputs)
+        self.register_parameter("expert_scale", expert_scale)
         self.router = Router(hidden_dim, num_experts, rule)
         self.activation = ACT2FN[activation]
         self.token_mask: Bool[Tensor, " tokens"] | None = None
@@ -71,6 +88,14 @@ class ExpertBank(nn.Module):
         with torch.no_grad():
             return self.router(x_TD, expert_norms(self, x_TD).clamp_min(MIN_NORM).log())
 
+    @torch.no_grad()
+    def reset_corrections(self) -> None:
+        """Nothing added for inactive experts, every scale 1."""
+        if self.mean_outputs is not None:
+            self.mean_outputs.zero_()
+        if self.expert_scale is not None:
+            self.expert_scale.fill_(1)
+
     def forward(
         self, hidden_states: Float[Tensor, "*batch hidden"]
     ) -> Float[Tensor, "*batch hidden"]:
@@ -81,6 +106,9 @@ class ExpertBank(nn.Module):
             self.routing = routing if self.coupled else routing.detach()
             if self.router.recording_window and self.token_mask is not None:
                 self.router.record(x_TD.detach(), routing, self.token_mask)
+        weights_TE = routing.weights if self.coupled else routing.weights.detach()
+        if self.expert_scale is not None:
+            weights_TE = weights_TE * self.expert_scale
         layer = grouped.expert_layer
         if self.path == "dense":
             layer = partial(dense_masked.expert_layer, chunk_tokens=self.chunk_tokens)
@@ -88,7 +116,7 @@ class ExpertBank(nn.Module):
             x_TD,
             self.gate_up_proj,
             self.down_proj,
-            routing.weights if self.coupled else routing.weights.detach(),
+            weights_TE,
             routing.router_logits,
             activation=self.activation,
             active_TE=routing.active,
@@ -96,6 +124,9 @@ class ExpertBank(nn.Module):
             smk=self.smk,
             compiled=self.compiled,
         )
+        if self.mean_outputs is not None:
+            missing_TE = (~routing.active).to(y_TD.dtype)
+            y_TD = y_TD + missing_TE @ self.mean_outputs.to(y_TD.dtype)
         return y_TD.view_as(hidden_states)
 
 

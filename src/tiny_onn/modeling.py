@@ -22,7 +22,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tiny_onn.config import AtLeastOne, Selection, Weighting
+from tiny_onn.config import AtLeastOne, Compensation, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import Head
@@ -49,6 +49,7 @@ class TinyOnnConfig(PretrainedConfig):
         num_experts: experts per layer, E.
         expert_dim: neurons per expert, I; E * I is the dense MLP's width.
         selection, weighting, target_k, budget_form, at_least_one, oracle_budget: see `RoutingRule`.
+        compensation, learn_scale: see `ExpertsConfig`.
         teacher, teacher_revision: the dense model it was cut from: a folder, hub id, or `embedded`.
     """
 
@@ -68,6 +69,8 @@ class TinyOnnConfig(PretrainedConfig):
         budget_form: Literal["cumulative", "threshold"] = "threshold",
         at_least_one: AtLeastOne = "evaluation",
         oracle_budget: bool = False,
+        compensation: Compensation = "none",
+        learn_scale: bool = False,
         teacher: str = "",
         teacher_revision: str = "main",
         **kwargs: Any,  # noqa: ANN401 - whatever transformers stores in a config
@@ -80,6 +83,8 @@ class TinyOnnConfig(PretrainedConfig):
         self.selection: Selection = selection
         self.weighting: Weighting = weighting
         self.target_k = target_k
+        self.compensation: Compensation = compensation
+        self.learn_scale = learn_scale
         self.teacher = teacher
         self.teacher_revision = teacher_revision
         self.budget_form: Literal["cumulative", "threshold"] = budget_form
@@ -121,7 +126,13 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     # Masters: a bf16 expert would lose the small updates of distillation.
-    _keep_in_fp32_modules_strict = ["gate_up_proj", "down_proj", "router"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "gate_up_proj",
+        "down_proj",
+        "router",
+        "mean_outputs",
+        "expert_scale",
+    ]
 
     def __init__(self, config: TinyOnnConfig) -> None:
         super().__init__(config)
@@ -180,6 +191,10 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             # Zero unless a checkpoint says otherwise: students of before these buffers have none.
             for buffer in (bank.router.selection_bias, bank.router.unused_steps):
                 initialization.zeros_(buffer)
+            if bank.mean_outputs is not None:
+                initialization.zeros_(bank.mean_outputs)
+            if bank.expert_scale is not None:
+                initialization.ones_(bank.expert_scale)
 
     def banks(self) -> list[ExpertBank]:
         """The expert banks, first layer first."""
@@ -276,6 +291,8 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
         config.expert_dim,
         activation_name(config.backbone),
         config.routing_rule(),
+        compensated=config.compensation != "none",
+        scaled=config.learn_scale,
     )
 
 

@@ -43,6 +43,8 @@ class Sizes:
     """Whether queries and keys are normalised before they are rotated."""
     experts: int
     expert_dim: int
+    compensated: bool
+    """Whether inactive experts' mean outputs are added."""
 
     @property
     def neurons(self) -> int:
@@ -61,6 +63,7 @@ class Parameters:
     """Linear layers of all attention blocks."""
     norms: int
     experts: int
+    """Mean outputs and scales included."""
     gate_weights: int
     gate_biases: int
     """One threshold per expert and layer that the gate learns."""
@@ -110,7 +113,8 @@ class TokenFlops:
     ffn_dense: int
     """The teacher's MLPs, and the experts as training runs them: all computed, then masked."""
     ffn_at_k: int
-    """The experts at `router.target_k` active ones, as decoding runs them; without the gate."""
+    """The experts at `router.target_k` active ones, as decoding runs them, and the mean outputs of
+    the others; without the gate."""
     router: int
     head: int
 
@@ -180,6 +184,7 @@ def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
         qk_norm=hasattr(attention, "q_norm"),
         experts=E,
         expert_dim=I,
+        compensated=bank.mean_outputs is not None,
     )
 
 
@@ -238,14 +243,15 @@ def token_flops(
     """
     linear = sum(rows * columns for rows, columns in parameters.attention_linear_layers)
     dense = 6 * sizes.layers * sizes.hidden * sizes.neurons
+    gate = 2 * sizes.layers * sizes.hidden * sizes.experts
     return TokenFlops(
         attention_projections=2 * sizes.layers * linear,
         # Scores and their product with the values, 2 * H * C each for every token that is seen.
         attention_scores_row=round(2 * sizes.layers * sizes.query * (row_tokens + 1)),
         attention_scores_documents=round(2 * sizes.layers * sizes.query * (document_tokens + 1)),
         ffn_dense=dense,
-        ffn_at_k=round(dense * target_k / sizes.experts),
-        router=2 * sizes.layers * sizes.hidden * sizes.experts,
+        ffn_at_k=round(dense * target_k / sizes.experts) + (gate if sizes.compensated else 0),
+        router=gate,
         head=2 * sizes.hidden * sizes.vocab,
     )
 

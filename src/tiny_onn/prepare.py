@@ -10,19 +10,30 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.calibrate import fit_gates, importance_order, neuron_importance, settle_budgets
+from tiny_onn.compensate import fit_compensation
 from tiny_onn.config import RunConfig
 from tiny_onn.console import stage
-from tiny_onn.convert import backbone_hash, convert, identity_gap, verify_head
+from tiny_onn.convert import (
+    backbone_hash,
+    convert,
+    identity_gap,
+    student_config,
+    verify_head,
+)
 from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
 from tiny_onn.experts import ExpertBank
+from tiny_onn.massive import MassiveActivation, massive_activations
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.ops.crossover import PathChoice, choose_path
 from tiny_onn.packing import PackedRow
+from tiny_onn.partition import partition_neurons
 from tiny_onn.routing_checks import has_budget
 from tiny_onn.teacher import load_dense, pick_device, teacher_for
 
 # Tokens on which a conversion is checked.
 CHECKED_TOKENS = 128
+# Tokens that are searched for massive activations.
+SEARCHED_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +50,8 @@ class Conversion:
     """Of every tensor outside the MLPs, equal in teacher and student."""
     expert_path: PathChoice
     """How the expert layers compute, and why."""
+    massive_activations: tuple[MassiveActivation, ...]
+    """Of the teacher's MLPs, on the text that the conversion was checked on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +81,7 @@ def prepare(config: RunConfig) -> Prepared:
     with stage("Converting"):
         student = make_student(config, dense, rows)
     with stage("Checking the conversion"):
-        conversion = check_conversion(config, student, dense, held_out)
+        conversion = check_conversion(config, student, dense, rows or held_out)
     return Prepared(
         teacher=teacher_for(dense, config.teacher),
         student=student,
@@ -93,11 +106,17 @@ def check_conversion(
     own, theirs = backbone_hash(student), backbone_hash(dense)
     assert own == theirs
     exact = config.experts.init != "random"
+    searched_rows = SEARCHED_TOKENS // config.data.row_tokens
     return Conversion(
         logit_gap=identity_gap(student, dense, sample) if exact else None,
         head_gap=head_gap,
         backbone_sha256=own,
         expert_path=choose_path(config, dense.device.type),
+        massive_activations=tuple(
+            massive_activations(
+                dense, [row.to(dense.device) for row in rows[: max(1, searched_rows)]]
+            )
+        ),
     )
 
 
@@ -135,20 +154,27 @@ def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Toke
 def needs_text(config: RunConfig) -> bool:
     """Whether conversion reads calibration text."""
     return (
-        config.experts.init == "importance"
+        config.experts.init in ("importance", "coactivation", "learned")
         or config.experts.gate_init == "ridge"
         or config.router.selection == "static"
         or has_budget(config.router)
+        or config.experts.compensation == "mean"
     )
 
 
 def partition(
     config: RunConfig, dense: PreTrainedModel, rows: Sequence[PackedRow]
 ) -> list[Int[Tensor, " neurons"]] | None:
-    """Per layer, the order in which neurons fill the experts; None: as they are."""
-    if config.experts.init != "importance":
-        return None
-    return importance_order(neuron_importance(dense, rows))
+    """Per layer, the order in which neurons fill the experts; None: as they are.
+
+    Raises:
+        UserError: the architecture or the sizes do not fit.
+    """
+    student_config(dense, config.experts, config.router)
+    if config.experts.init == "importance":
+        return importance_order(neuron_importance(dense, rows))
+    generator = torch.Generator().manual_seed(config.train.seed)
+    return partition_neurons(dense, rows, config.experts, config.router.target_k, generator)
 
 
 def make_student(
@@ -182,6 +208,8 @@ def make_student(
         fit_gates(dense, banks, rows, static=selection == "static")
     if has_budget(config.router):
         settle_budgets(dense, banks, rows, config.router.budget_scope)
+    if config.experts.compensation == "mean":
+        fit_compensation(dense, banks, rows)
     set_objective(banks, config)
     return student
 

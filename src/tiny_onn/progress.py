@@ -64,6 +64,13 @@ def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Convers
         f"{conversion.backbone_sha256[:12]} in both; expert path: {conversion.expert_path.path} "
         f"({conversion.expert_path.reason})"
     )
+    for found in conversion.massive_activations:
+        say(
+            f"{title}: massive activation: layer {found.layer}'s MLP writes {found.value:.0f} "
+            f"({found.ratio:,.0f} times its median) to feature {found.feature} at "
+            f"{'a first' if found.first_token else 'another'} token; neurons "
+            f"{', '.join(map(str, found.neurons))}"
+        )
 
 
 def show_evaluation(title: str, tokens: int, result: Evaluation) -> None:

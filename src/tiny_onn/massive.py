@@ -1,0 +1,85 @@
+"""Massive activations: where a few MLP neurons write values that dwarf everything else.
+
+Legend: T tokens, D hidden, F neurons.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.calibrate import mlp_inputs
+from tiny_onn.modeling import activation_name, gated_mlps, last_hidden_states
+from tiny_onn.packing import PackedRow
+
+# Sun et al., arXiv 2402.17762, section 2: above 100, and about 1,000 times the median magnitude of
+# its hidden state or more. Here of what one MLP adds to it, so that the layer that writes shows.
+MIN_VALUE = 100.0
+MIN_RATIO = 1000.0
+# Share of the value that a neuron must bring to be named.
+MIN_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MassiveActivation:
+    """The largest value that one layer's MLP writes, where it is massive."""
+
+    layer: int
+    feature: int
+    """Index in the hidden state."""
+    value: float
+    ratio: float
+    """To the median magnitude of the MLP's output at that token."""
+    first_token: bool
+    """Whether that token begins a document."""
+    neurons: tuple[int, ...]
+    """Those that bring a tenth of the value or more, largest first."""
+
+
+@torch.no_grad()
+def massive_activations(
+    dense: PreTrainedModel, rows: Sequence[PackedRow]
+) -> list[MassiveActivation]:
+    """The massive activations in the MLPs' outputs on this text, at most one a layer.
+
+    First tokens count here: it is there that most models write them.
+    """
+    mlps = gated_mlps(dense)
+    activation = ACT2FN[activation_name(dense.config.get_text_config())]
+    found: dict[int, MassiveActivation] = {}
+
+    def see(index: int, x_TD: Tensor) -> None:
+        hidden_TF = activation(mlps[index].gate_proj(x_TD)) * mlps[index].up_proj(x_TD)
+        sizes_TD = mlps[index].down_proj(hidden_TF).float().abs()
+        ratio_TD = sizes_TD / sizes_TD.sort(dim=1).values[
+            :, (sizes_TD.shape[1] - 1) // 2, None
+        ].clamp_min(1e-30)
+        ratio_TD = torch.where(text_T[:, None] & (sizes_TD > MIN_VALUE), ratio_TD, 0.0)
+        ratio, place = ratio_TD.max(), int(ratio_TD.argmax())
+        if ratio < MIN_RATIO or (index in found and found[index].ratio >= ratio):
+            return
+        token, feature = divmod(place, x_TD.shape[1])
+        parts_F = hidden_TF[token].float() * mlps[index].down_proj.weight[feature].float()
+        value = parts_F.sum()
+        order_F = (parts_F * value.sign()).argsort(descending=True)
+        large = [f for f in order_F[:32].tolist() if parts_F[f] / value >= MIN_SHARE]
+        found[index] = MassiveActivation(
+            layer=index,
+            feature=feature,
+            value=value.item(),
+            ratio=ratio.item(),
+            first_token=bool(first_T[token]),
+            neurons=tuple(large),
+        )
+
+    with mlp_inputs(dense, see):
+        for row in rows:
+            first_T = row.position_ids[0] == 0
+            # Padding has no router and no label; a fragment's last token has a router alone.
+            text_T = row.router_mask[0] | (first_T & row.loss_mask[0])
+            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+    return [found[layer] for layer in sorted(found)]

@@ -1,0 +1,163 @@
+"""Which neurons share an expert: partitions of a dense MLP from its weights or from text.
+
+Every function here gives one expert per neuron, equally many neurons each. What text says about a
+layer is read from a bounded sample of its inputs, layer after layer, so that memory grows neither
+with the text nor with the MLP's width. A neuron's energy at a token is `(h |down|)^2`, what it adds
+to the squared output if neurons do not interfere.
+
+Legend: T sampled tokens, D hidden, F neurons, E experts, R random directions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from tiny_onn.assignment import balanced_assignment
+from tiny_onn.calibrate import ridge, sample_inputs
+from tiny_onn.config import ExpertsConfig
+from tiny_onn.modeling import GatedMlp, activation_name, gated_mlps
+from tiny_onn.packing import PackedRow
+from tiny_onn.router import exact_threshold
+
+SAMPLED_TOKENS = 8192
+KMEANS_ROUNDS = 15
+LEARNING_ROUNDS = 12
+DIRECTIONS = 512
+
+
+@torch.no_grad()
+def partition_neurons(
+    dense: PreTrainedModel,
+    rows: Sequence[PackedRow],
+    experts: ExpertsConfig,
+    target_k: float,
+    generator: torch.Generator,
+) -> list[Int[Tensor, " neurons"]] | None:
+    """Per layer, the order in which neurons fill the experts; None: as they are.
+
+    Args:
+        dense: the model to cut.
+        rows: calibration text; `cluster` needs none.
+        experts: `init` names the partition.
+        target_k: active experts per token that `learned` partitions for.
+        generator: CPU generator of k-means' first centres and of random directions.
+    """
+    if experts.init in ("random", "slices"):
+        return None
+    mlps = gated_mlps(dense)
+    num_experts = experts.num_experts
+    if experts.init == "cluster":
+        weights = [F.normalize(mlp.gate_proj.weight.float(), dim=1) for mlp in mlps]
+        parts = [balanced_kmeans(rows_FD, num_experts, generator) for rows_FD in weights]
+        return [expert_F.argsort(stable=True) for expert_F in parts]
+    orders = []
+    activation = ACT2FN[activation_name(dense.config.get_text_config())]
+    for mlp, x_TD in zip(mlps, sample_inputs(dense, rows, SAMPLED_TOKENS), strict=True):
+        energy_TF = neuron_energy(mlp, x_TD, activation)
+        if experts.init == "coactivation":
+            expert_F = coactivation(energy_TF, num_experts, generator)
+        else:
+            expert_F = by_importance(energy_TF, num_experts)
+            expert_F = learn_partition(energy_TF, x_TD, expert_F, num_experts, target_k)
+        orders.append(expert_F.argsort(stable=True))
+    return orders
+
+
+def neuron_energy(
+    mlp: GatedMlp, x_TD: Float[Tensor, "tokens hidden"], activation: torch.nn.Module
+) -> Float[Tensor, "tokens neurons"]:
+    """`h^2 * |down|^2` of every neuron, float32."""
+    hidden_TF = (activation(mlp.gate_proj(x_TD)) * mlp.up_proj(x_TD)).float()
+    return hidden_TF.square_().mul_(mlp.down_proj.weight.float().square().sum(0))
+
+
+def by_importance(
+    energy_TF: Float[Tensor, "tokens neurons"], num_experts: int
+) -> Int[Tensor, " neurons"]:
+    """Neurons by falling total energy, cut into experts."""
+    num_neurons = energy_TF.shape[1]
+    ranked_F = energy_TF.sum(0).argsort(descending=True, stable=True).cpu()
+    expert_F = torch.empty(num_neurons, dtype=torch.long)
+    expert_F[ranked_F] = torch.arange(num_neurons) // (num_neurons // num_experts)
+    return expert_F
+
+
+def coactivation(
+    energy_TF: Float[Tensor, "tokens neurons"], num_experts: int, generator: torch.Generator
+) -> Int[Tensor, " neurons"]:
+    """Neurons that are large at the same tokens: clusters of `|h| |down|` over tokens.
+
+    Tokens are mixed into few random directions, which keeps angles (Johnson-Lindenstrauss).
+    """
+    size_FT = F.normalize(energy_TF.sqrt().T, dim=1)
+    if len(energy_TF) > DIRECTIONS:
+        mix_TR = torch.randn(len(energy_TF), DIRECTIONS, generator=generator)
+        size_FT = F.normalize(size_FT @ mix_TR.to(size_FT.device), dim=1)
+    return balanced_kmeans(size_FT, num_experts, generator)
+
+
+def balanced_kmeans(
+    points_FN: Float[Tensor, "neurons features"], num_experts: int, generator: torch.Generator
+) -> Int[Tensor, " neurons"]:
+    """Spherical k-means with clusters of equal size; points have length 1."""
+    first = torch.randperm(len(points_FN), generator=generator)[:num_experts]
+    centres_EN = points_FN[first.to(points_FN.device)]
+    expert_F = torch.empty(0, dtype=torch.long)
+    for _ in range(KMEANS_ROUNDS):
+        previous, expert_F = expert_F, balanced_assignment(points_FN @ centres_EN.T)
+        if torch.equal(previous, expert_F):
+            break
+        centres_EN = F.normalize(_members(expert_F, num_experts, points_FN) @ points_FN, dim=1)
+    return expert_F
+
+
+def learn_partition(
+    energy_TF: Float[Tensor, "tokens neurons"],
+    x_TD: Float[Tensor, "tokens hidden"],
+    expert_F: Int[Tensor, " neurons"],
+    num_experts: int,
+    target_k: float,
+) -> Int[Tensor, " neurons"]:
+    """The experts of which `target_k` a token, chosen by a linear gate, hold most of the energy.
+
+    Two steps alternate until the share of the energy that active experts hold stops rising:
+
+    1. A linear gate is fitted to the log energies of the experts (ridge regression; each half of
+       the tokens is routed by the gate of the other half, so that what a gate cannot predict does
+       not count) and activates the experts of largest softmax probability, `target_k` on average.
+    2. Neurons move: `sum_t active[t, e] * energy[t, f]` is what neuron f brings in expert e, and
+       the balanced assignment takes the largest total.
+
+    Energies are shares of their token's, so that every token counts the same.
+    """
+    share_TF = energy_TF / energy_TF.sum(1, keepdim=True).clamp_min(1e-30)
+    halves = torch.arange(len(share_TF), device=share_TF.device) % 2 == 0
+    counted_T = torch.ones_like(halves)
+    best, best_F = -1.0, expert_F
+    for _ in range(LEARNING_ROUNDS):
+        energy_TE = share_TF @ _members(expert_F, num_experts, share_TF).T
+        target_TE = energy_TE.clamp_min(1e-12).log()
+        logits_TE = torch.empty_like(target_TE)
+        for half in (halves, ~halves):
+            weight_DE, bias_E = ridge(x_TD[~half], target_TE[~half])
+            logits_TE[half] = x_TD[half].float() @ weight_DE.float() + bias_E.float()
+        probs_TE = logits_TE.softmax(-1)
+        active_TE = (probs_TE > exact_threshold(probs_TE, counted_T, target_k)).float()
+        captured = (energy_TE * active_TE).sum().item() / len(energy_TE)
+        if captured <= best + 1e-4:
+            break
+        best, best_F = captured, expert_F
+        expert_F = balanced_assignment(share_TF.T @ active_TE)
+    return best_F
+
+
+def _members(
+    expert_F: Int[Tensor, " neurons"], num_experts: int, like: Tensor
+) -> Float[Tensor, "experts neurons"]:
+    """1 where a neuron belongs to an expert."""
+    return F.one_hot(expert_F, num_experts).T.to(like)
