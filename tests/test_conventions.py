@@ -31,7 +31,7 @@ LAYERS = (
         "routing_checks",
         "dynmoe",
     ),
-    ("router", "experts", "losses", "quantize"),
+    ("router", "experts", "losses", "quantize", "integrity"),
     ("modeling", "convert", "teacher", "data", "sources", "embedded", "calibrate", "routing_stats"),
     (
         "optim",
@@ -58,6 +58,8 @@ LAYERS = (
         "generate",
         "progress",
         "profile",
+        "records",
+        "health",
     ),
     ("__init__",),
 )
