@@ -45,6 +45,8 @@ LAYERS = (
         "massive",
         "routing_stats",
     ),
+    ("router", "experts", "losses", "quantize", "integrity"),
+    ("modeling", "convert", "teacher", "data", "sources", "embedded", "calibrate", "routing_stats"),
     (
         "optim",
         "checkpoint",
@@ -70,6 +72,8 @@ LAYERS = (
         "generate",
         "progress",
         "profile",
+        "records",
+        "health",
     ),
     ("__init__",),
 )

@@ -283,12 +283,13 @@ def test_a_signal_before_the_first_step_is_told_and_leaves_a_folder_to_start_in(
 
 def test_the_best_checkpoint_by_held_out_kl_is_named_and_kept(whole, config, tmp_path, monkeypatch):
     scores = iter([9.0, 5.0, 1.0, 4.0, 3.0, 2.0])
-    real = train_module.evaluate
+    real = train_module.evaluate_layers
 
     def scored(*arguments):
-        return replace(real(*arguments), forward_kl=next(scores))
+        result, layers = real(*arguments)
+        return replace(result, forward_kl=next(scores)), layers
 
-    monkeypatch.setattr(train_module, "evaluate", scored)
+    monkeypatch.setattr(train_module, "evaluate_layers", scored)
     train = {"eval_every_tokens": 2 * 64, "save_every_tokens": 5 * 64, "keep_checkpoints": 1}
     out = tmp_path / "run"
     run_distill(change(config, train=train), out=out)

@@ -165,7 +165,7 @@ def test_settling_meets_the_target_at_evaluation_and_leaves_training_alone(scope
     with torch.no_grad():
         for row in ROWS:
             last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-            stats.add(banks, row.router_mask[0])
+            stats.add(banks, row)
     k_L = stats.k_L / stats.num_tokens
     assert k_L.mean().item() == pytest.approx(4, rel=0.02)
     if scope == "layer":

@@ -250,6 +250,9 @@ class TrainConfig:
     ends."""
     log_every_steps: int = 1
     """Steps between metric records."""
+    stats_every_steps: int = 100
+    """Steps between metric records that also hold the routing of each layer and expert, as
+    evaluations do. 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,12 +1,16 @@
 """How good a student is and what it costs, against its teacher, on held-out text."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.activations import loss_chunk_tokens
@@ -18,33 +22,55 @@ from tiny_onn.loading import load_student, load_teacher_of
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow, pack
-from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.sources import read_documents
 from tiny_onn.teacher import pick_device, quiet_transformers, teacher_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
+class Evaluation(RoutingSummary):
     """Means over the tokens that have a label; FLOPs are forward, per token, 2 per multiply-add."""
 
     num_tokens: int
+    """Tokens that have a label."""
     forward_kl: float
     """KL(teacher || student), nats per token."""
     top1_agreement: float
     """Share of tokens for which both rank the same next token first."""
     student_perplexity: float
+    """exp of `student_nll`."""
     teacher_perplexity: float
-    mean_k: float
-    std_k: float
-    dead_experts: int
+    """exp of `teacher_nll`."""
+    student_nll: float
+    """Loss on the text itself, -log p(next token), nats."""
+    teacher_nll: float
+    """The same of the teacher."""
+    teacher_entropy: float
+    """Entropy of the teacher's next-token distribution, nats; `forward_kl` plus it is the
+    soft-label cross-entropy."""
+    tau: float
+    """Entropy of the student's next-token distribution, nats."""
+    uniform_nll: float
+    """log of the vocabulary's size: the loss of a uniform guess."""
+    unigram_nll: float
+    """Loss that the labels' own frequencies reach without context, see `unigram_nll`."""
+    oracle_overlap: float
+    """Share of the active experts that are among the token's k largest |expert(x)|, on the first
+    row, mean over tokens and layers; k is what the token has."""
+    oracle_chance: float
+    """The overlap of random sets of the same sizes, k / E."""
+    min_expert_norm: float
+    """Mean norm of an active expert's output in the layer where it is smallest, on that row."""
     ffn_flops: float
     """Of the active experts and the gates, as measured from the routing."""
     dense_ffn_flops: float
+    """Of the teacher's MLPs."""
     total_flops: float
     """FFN as measured, projections, attention scores of these documents, and the head."""
     dense_total_flops: float
+    """The same of the teacher."""
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, Any]:
         """Field names to numbers."""
         return asdict(self)
 
@@ -59,6 +85,11 @@ class Comparison:
     top1_agreement: float
     perplexity: float
     reference_perplexity: float
+    nll: float
+    reference_nll: float
+    entropy: float
+    """Of the model's next-token distribution, nats."""
+    reference_entropy: float
 
 
 @torch.no_grad()
@@ -79,7 +110,7 @@ def compare(
         seen: called after each row, on the device.
     """
     device = reference.device
-    sums = torch.zeros(4, device=device, dtype=torch.float64)
+    sums = torch.zeros(6, device=device, dtype=torch.float64)
     num_tokens = torch.zeros((), device=device, dtype=torch.int64)
     chunk_tokens = loss_chunk_tokens(loss, head_of(model).weight)
     for row in (row.to(device) for row in rows):
@@ -97,18 +128,29 @@ def compare(
         )
         mask_T = row.loss_mask[0]
         num_tokens += mask_T.sum()
-        for index, value_T in enumerate(
-            (values.forward_kl, values.agrees, values.student_nll, values.teacher_nll)
-        ):
+        measured = (
+            values.forward_kl,
+            values.agrees,
+            values.student_nll,
+            values.teacher_nll,
+            values.student_entropy,
+            values.teacher_entropy,
+        )
+        for index, value_T in enumerate(measured):
             sums[index] += value_T[mask_T].double().sum()
         seen(row)
-    kl, agreement, nll, reference_nll = (sums / num_tokens.clamp_min(1)).tolist()
+    means = (sums / num_tokens.clamp_min(1)).tolist()
+    kl, agreement, nll, reference_nll, entropy, reference_entropy = means
     return Comparison(
         num_tokens=int(num_tokens),
         forward_kl=kl,
         top1_agreement=agreement,
         perplexity=_exp(nll),
         reference_perplexity=_exp(reference_nll),
+        nll=nll,
+        reference_nll=reference_nll,
+        entropy=entropy,
+        reference_entropy=reference_entropy,
     )
 
 
@@ -119,26 +161,59 @@ def evaluate(
     loss: LossConfig,
 ) -> Evaluation:
     """Compare the student with its teacher on packed rows. Budgets stay as they are."""
+    return evaluate_layers(student, teacher, rows, loss)[0]
+
+
+@torch.no_grad()
+def evaluate_layers(
+    student: TinyOnnForCausalLM,
+    teacher: PreTrainedModel,
+    rows: Sequence[PackedRow],
+    loss: LossConfig,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """As `evaluate`, and what the routing statistics are in each layer.
+
+    The first row passes through the student once more, for the oracle.
+    """
     banks = student.banks()
-    stats = RoutingStats.zeros(banks)
+    stats, oracle = RoutingStats.zeros(banks), OracleStats.zeros(banks)
     with inference_mode_of(student):
-        quality = compare(
-            student, teacher, rows, loss, lambda row: stats.add(banks, row.router_mask[0])
-        )
+        quality = compare(student, teacher, rows, loss, lambda row: stats.add(banks, row))
+        row = rows[0].to(student.device)
+        with oracle.watch(banks, row.router_mask[0]):
+            last_hidden_states(student, row.input_ids, **packed_kwargs(row))
     score_pairs = sum(n * (n + 1) // 2 for row in rows for n in document_lengths(row))
     mean_context = score_pairs / sum(row.labels.numel() for row in rows)
-    summary = stats.summary()
-    return Evaluation(
+    summary = stats.summary() | oracle.summary()
+    result = Evaluation(
         num_tokens=quality.num_tokens,
         forward_kl=quality.forward_kl,
         top1_agreement=quality.top1_agreement,
         student_perplexity=quality.perplexity,
         teacher_perplexity=quality.reference_perplexity,
-        mean_k=summary["mean_k"],
-        std_k=summary["std_k"],
-        dead_experts=int(summary["dead_experts"]),
+        student_nll=quality.nll,
+        teacher_nll=quality.reference_nll,
+        teacher_entropy=quality.reference_entropy,
+        tau=quality.entropy,
+        uniform_nll=math.log(len(head_of(student).weight)),
+        unigram_nll=unigram_nll(torch.cat([row.labels[row.loss_mask] for row in rows])),
+        **summary,
         **forward_flops(student, summary["mean_k"], mean_context),
     )
+    return result, stats.layers() | oracle.layers() | stats.counts()
+
+
+def unigram_nll(labels: Int[Tensor, " labels"]) -> float:
+    """The loss, in nats, that tokens' frequencies alone reach on these labels.
+
+    The entropy of the labels' own frequencies, which is the least that any model without context
+    reaches on them, plus `(distinct - 1) / (2 labels)`: the frequencies were counted on what they
+    are judged by. Source: Miller, "Note on the bias of information estimates", 1955.
+    """
+    _, counts = labels.unique(return_counts=True)
+    share = counts.double() / max(1, len(labels))
+    bias = (len(counts) - 1) / max(1, 2 * len(labels))
+    return float(torch.special.entr(share).sum()) + bias
 
 
 def document_lengths(row: PackedRow) -> list[int]:

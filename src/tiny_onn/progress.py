@@ -4,7 +4,13 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from tiny_onn.console import say
 from tiny_onn.evaluate import Evaluation
@@ -13,26 +19,37 @@ from tiny_onn.prepare import Conversion
 
 
 class RunProgress:
-    """A live line with loss, tokens/s, mean k and the time left. A context manager."""
+    """A live line with KL (and loss, where it is another), mean k, tokens/s and the time left.
 
-    def __init__(self, title: str, total_tokens: int) -> None:
+    A context manager.
+
+    Args:
+        title: what the line is called.
+        total_tokens: where it ends.
+        done_tokens: where it begins, so that a resumed run's time left is of its own speed.
+    """
+
+    def __init__(self, title: str, total_tokens: int, done_tokens: int = 0) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed:,}/{task.total:,} tokens"),
+            # With a demo's title all of it fits 80 columns.
+            BarColumn(bar_width=10),
+            TaskProgressColumn(),
             TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=Console(stderr=True),
         )
-        self._task = self._progress.add_task(title, total=total_tokens, numbers="")
+        self._task = self._progress.add_task(
+            title, total=total_tokens, completed=done_tokens, numbers=""
+        )
 
     def update(self, tokens: int, record: dict[str, Any]) -> None:
         """Show a step's record."""
+        loss, kl = f"{record['loss']:.3f}", f"{record['forward_kl']:.3f}"
         numbers = (
-            f"loss {record['loss']:.3f}  k {record['mean_k']:.1f}"
-            f"  {record['tokens_per_s']:.0f} tok/s"
+            f"{'' if loss == kl else f'loss {loss}  '}KL {kl}  k {record['mean_k']:.1f}"
+            f"  {record['tokens_per_s']:,.0f} tok/s"
         )
         self._progress.update(self._task, completed=tokens, numbers=numbers)
 

@@ -1,62 +1,270 @@
 """Sums over tokens of what the routers did: on the device, read once per record.
 
-Legend: L layers, E experts.
+Counted are the tokens of `router_mask`; the first token of each document, whose activations are
+thousands of times larger, is counted apart. Nothing here waits for the device until `summary`,
+`layers` or `OracleStats.summary` is called.
+
+Cost: per layer and row a few passes over (T, E) tables. `OracleStats` costs a forward pass of the
+experts (two of the three matrix products and a Gram matrix), so it belongs to evaluations.
+
+Legend: T tokens, D hidden, E experts, L layers, K = E + 1 possible numbers of active experts.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tiny_onn.calibrate import expert_norms
 from tiny_onn.experts import ExpertBank
+from tiny_onn.packing import PackedRow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingSummary:
+    """What routers did, one number per statistic. Counted tokens exclude first ones and padding."""
+
+    mean_k: float
+    """Active experts per token, over layers and counted tokens."""
+    std_k: float
+    """Standard deviation of k over counted tokens, mean over layers."""
+    min_layer_k: float
+    """Mean k of the layer where it is smallest."""
+    max_layer_k: float
+    """Mean k of the layer where it is largest."""
+    zero_expert_rate: float
+    """Share of counted tokens without an active expert, mean over layers."""
+    dead_experts: float
+    """Experts that no counted token activated, all layers together."""
+    load_entropy: float
+    """Entropy of the experts' shares of a layer's activations, nats, mean over layers."""
+    max_load_share: float
+    """Largest share of a layer's activations that one expert has, in the worst layer."""
+    gate_entropy: float
+    """Entropy of the softmax of a token's router logits, nats, mean over tokens and layers."""
+    tie_rate: float
+    """Share of counted tokens whose lowest active logit equals their highest inactive one, so that
+    the order of the experts decided, not the gate; mean over layers."""
+    first_mean_k: float
+    """Active experts of the documents' first tokens, which are counted nowhere else."""
+
+
+# Tokens whose hidden activations the oracle holds at once, in float32.
+ORACLE_CHUNK_TOKENS = 2048
 
 
 @dataclass(kw_only=True, slots=True)
 class RoutingStats:
-    """Counted tokens, and per layer the sums of k, of k squared, and each expert's load."""
+    """Counts and sums of one step or evaluation; several are summed field by field."""
 
-    num_tokens: Float[Tensor, ""]
-    k_L: Float[Tensor, " layers"]  # noqa: N815 - shape suffix
-    k_squared_L: Float[Tensor, " layers"]  # noqa: N815
-    load_LE: Float[Tensor, "layers experts"]  # noqa: N815
+    num_tokens: Int[Tensor, ""]
+    """Counted tokens."""
+    num_first: Int[Tensor, ""]
+    """First tokens of documents, not among the counted ones."""
+    k_histogram_LK: Int[Tensor, "layers experts_plus_one"]  # noqa: N815 - shape suffix
+    """Counted tokens by number of active experts, 0 to E."""
+    load_LE: Int[Tensor, "layers experts"]  # noqa: N815
+    """Counted tokens that activated the expert."""
+    first_load_LE: Int[Tensor, "layers experts"]  # noqa: N815
+    """First tokens that activated the expert."""
+    gate_entropy_L: Float[Tensor, " layers"]  # noqa: N815
+    """Sum over counted tokens of the entropy of the softmax of the logits, nats."""
+    ties_L: Int[Tensor, " layers"]  # noqa: N815
+    """Counted tokens with a tie at the border, see `border_ties`."""
 
     @staticmethod
     def zeros(banks: Sequence[ExpertBank]) -> "RoutingStats":
         """Empty sums for these layers."""
-        num_experts, device = banks[0].router.weight.shape[0], banks[0].router.weight.device
+        L, (E, _), device = len(banks), banks[0].router.weight.shape, banks[0].router.weight.device
+        count = partial(torch.zeros, device=device, dtype=torch.int64)
         return RoutingStats(
-            num_tokens=torch.zeros((), device=device),
-            k_L=torch.zeros(len(banks), device=device),
-            k_squared_L=torch.zeros(len(banks), device=device),
-            load_LE=torch.zeros(len(banks), num_experts, device=device),
+            num_tokens=count(()),
+            num_first=count(()),
+            k_histogram_LK=count(L, E + 1),
+            load_LE=count(L, E),
+            first_load_LE=count(L, E),
+            gate_entropy_L=torch.zeros(L, device=device),
+            ties_L=count(L),
         )
 
     @torch.no_grad()
-    def add(self, banks: Sequence[ExpertBank], token_mask_T: Bool[Tensor, " tokens"]) -> None:
-        """Count the banks' last routing."""
-        self.num_tokens += token_mask_T.sum()
+    def add(self, banks: Sequence[ExpertBank], row: PackedRow) -> None:
+        """Count the banks' last routing, which was of this row."""
+        mask_T, first_T = row.router_mask[0], first_tokens(row)
+        self.num_tokens += mask_T.sum()
+        self.num_first += first_T.sum()
+        numbers_K = torch.arange(self.k_histogram_LK.shape[1], device=mask_T.device)
         for layer, bank in enumerate(banks):
             assert bank.routing is not None
-            active_TE = bank.routing.active & token_mask_T[:, None]
-            k_T = active_TE.sum(-1).float()
-            self.k_L[layer] += k_T.sum()
-            self.k_squared_L[layer] += k_T.square().sum()
-            self.load_LE[layer] += active_TE.sum(0)
+            active_TE, logits_TE = bank.routing.active, bank.routing.router_logits
+            has_k_TK = active_TE.sum(-1)[:, None] == numbers_K
+            self.k_histogram_LK[layer] += (has_k_TK & mask_T[:, None]).sum(0)
+            self.load_LE[layer] += (active_TE & mask_T[:, None]).sum(0)
+            self.first_load_LE[layer] += (active_TE & first_T[:, None]).sum(0)
+            entropy_T = torch.special.entr(logits_TE.softmax(-1)).sum(-1)
+            self.gate_entropy_L[layer] += torch.where(mask_T, entropy_T, 0).sum()
+            self.ties_L[layer] += (border_ties(logits_TE, active_TE) & mask_T).sum()
 
     def summary(self) -> dict[str, float]:
-        """Mean k over layers and tokens, its standard deviation over tokens, and more."""
-        num_tokens = self.num_tokens.clamp_min(1)
-        mean_L = self.k_L / num_tokens
-        variance_L = (self.k_squared_L / num_tokens - mean_L.square()).clamp_min(0)
-        share_LE = self.load_LE / self.load_LE.sum(-1, keepdim=True).clamp_min(1)
-        entropy_L = -torch.xlogy(share_LE, share_LE).sum(-1)
+        """The fields of `RoutingSummary`."""
+        layers = self.layers()
+        mean_k, load_LE = layers["mean_k"], self.load_LE.cpu()
         return {
-            "mean_k": mean_L.mean().item(),
-            "std_k": variance_L.sqrt().mean().item(),
-            "min_layer_k": mean_L.min().item(),
-            "max_layer_k": mean_L.max().item(),
-            "dead_experts": float((self.load_LE == 0).sum().item()),
-            "load_entropy": entropy_L.mean().item(),
+            "mean_k": _mean(mean_k),
+            "std_k": _mean(layers["std_k"]),
+            "min_layer_k": min(mean_k),
+            "max_layer_k": max(mean_k),
+            "zero_expert_rate": _mean(layers["zero_expert_rate"]),
+            "dead_experts": float((load_LE == 0).sum()),
+            "load_entropy": _mean(layers["load_entropy"]),
+            "max_load_share": max(layers["max_load_share"]),
+            "gate_entropy": _mean(layers["gate_entropy"]),
+            "tie_rate": _mean(layers["tie_rate"]),
+            "first_mean_k": _mean(layers["first_mean_k"]),
         }
+
+    def layers(self) -> dict[str, list[float]]:
+        """The statistics that are one number per layer: fields of `records.LayersRecord`."""
+        num_tokens, num_first = (max(1, int(n)) for n in (self.num_tokens, self.num_first))
+        histogram_LK, load_LE = self.k_histogram_LK.double().cpu(), self.load_LE.double().cpu()
+        numbers_K = torch.arange(histogram_LK.shape[1], dtype=torch.float64)
+        mean_L = histogram_LK @ numbers_K / num_tokens
+        variance_L = histogram_LK @ numbers_K.square() / num_tokens - mean_L.square()
+        share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp_min(1)
+        per_layer = {
+            "mean_k": mean_L,
+            "std_k": variance_L.clamp_min(0).sqrt(),
+            "zero_expert_rate": histogram_LK[:, 0] / num_tokens,
+            "load_entropy": torch.special.entr(share_LE).sum(-1),
+            "max_load_share": share_LE.amax(-1),
+            "gate_entropy": self.gate_entropy_L.double().cpu() / num_tokens,
+            "tie_rate": self.ties_L.double().cpu() / num_tokens,
+            "first_mean_k": self.first_load_LE.double().cpu().sum(-1) / num_first,
+        }
+        return {name: values_L.tolist() for name, values_L in per_layer.items()}
+
+    def counts(self) -> dict[str, int | list[list[int]]]:
+        """What was counted: fields of `records.LayersRecord`."""
+        return {
+            "num_tokens": int(self.num_tokens),
+            "num_first": int(self.num_first),
+            "load": self.load_LE.tolist(),
+            "first_load": self.first_load_LE.tolist(),
+            "k_histogram": self.k_histogram_LK.tolist(),
+        }
+
+
+def first_tokens(row: PackedRow) -> Bool[Tensor, " tokens"]:
+    """The first token of each fragment of text, padding left out.
+
+    A fragment has two tokens or more, so its first one has a label; padding has none.
+    """
+    return row.loss_mask[0] & ~row.router_mask[0]
+
+
+def border_ties(
+    logits_TE: Float[Tensor, "tokens experts"], active_TE: Bool[Tensor, "tokens experts"]
+) -> Bool[Tensor, " tokens"]:
+    """Whether a token's lowest active logit equals its highest inactive one.
+
+    Then the order of the experts, not the gate, decided which of them is active. A token without
+    active or without inactive experts has no border and no tie.
+    """
+    lowest_T = logits_TE.masked_fill(~active_TE, math.inf).amin(-1)
+    highest_T = logits_TE.masked_fill(active_TE, -math.inf).amax(-1)
+    return lowest_T == highest_T
+
+
+@dataclass(kw_only=True, slots=True)
+class OracleStats:
+    """The active experts against the token's k largest `|expert_e(x)|`, k being what it has."""
+
+    num_tokens: Int[Tensor, " layers"]
+    """Counted tokens with at least one active expert."""
+    overlap_L: Float[Tensor, " layers"]  # noqa: N815
+    """Sum over them of the share of the active experts that the oracle picks too."""
+    chance_L: Float[Tensor, " layers"]  # noqa: N815
+    """Sum over them of k / E: what a random set of k overlaps on average."""
+    norm_L: Float[Tensor, " layers"]  # noqa: N815
+    """Sum over them of the mean norm of their active experts' outputs, unweighted."""
+
+    @staticmethod
+    def zeros(banks: Sequence[ExpertBank]) -> "OracleStats":
+        """Empty sums for these layers."""
+        L, device = len(banks), banks[0].router.weight.device
+        return OracleStats(
+            num_tokens=torch.zeros(L, device=device, dtype=torch.int64),
+            overlap_L=torch.zeros(L, device=device),
+            chance_L=torch.zeros(L, device=device),
+            norm_L=torch.zeros(L, device=device),
+        )
+
+    @torch.no_grad()
+    def add(
+        self,
+        layer: int,
+        norms_TE: Float[Tensor, "tokens experts"],
+        active_TE: Bool[Tensor, "tokens experts"],
+        token_mask_T: Bool[Tensor, " tokens"],
+    ) -> None:
+        """Count one layer's tokens."""
+        k_T = active_TE.sum(-1)
+        mask_T = token_mask_T & (k_T > 0)
+        order_TE = norms_TE.argsort(dim=-1, descending=True, stable=True)
+        ranked_TE = active_TE.gather(-1, order_TE)
+        ranks_E = torch.arange(norms_TE.shape[1], device=norms_TE.device)
+        hits_T = (ranked_TE & (ranks_E < k_T[:, None])).sum(-1)
+        divisor_T = k_T.clamp_min(1)
+        self.num_tokens[layer] += mask_T.sum()
+        self.overlap_L[layer] += torch.where(mask_T, hits_T / divisor_T, 0).sum()
+        self.chance_L[layer] += torch.where(mask_T, k_T / norms_TE.shape[1], 0).sum()
+        norm_T = torch.where(active_TE, norms_TE, 0).sum(-1) / divisor_T
+        self.norm_L[layer] += torch.where(mask_T, norm_T, 0).sum()
+
+    def watch(
+        self, banks: Sequence[ExpertBank], token_mask_T: Bool[Tensor, " tokens"]
+    ) -> AbstractContextManager[object]:
+        """A context in which every forward pass of the banks, of one row, is counted."""
+
+        def hook(layer: int, bank: ExpertBank, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+            assert bank.routing is not None
+            parts = inputs[0].flatten(0, -2).split(ORACLE_CHUNK_TOKENS)
+            norms_TE = torch.cat([expert_norms(bank, x_TD) for x_TD in parts])
+            self.add(layer, norms_TE, bank.routing.active, token_mask_T)
+
+        stack = ExitStack()
+        for layer, bank in enumerate(banks):
+            see: Callable[..., None] = partial(hook, layer)
+            stack.callback(bank.register_forward_hook(see).remove)
+        return stack
+
+    def layers(self) -> dict[str, list[float]]:
+        """Per layer: overlap and its chance level, 0 to 1, and the mean norm of an active expert.
+
+        All three are 0 in a layer that activates no expert.
+        """
+        num_tokens = self.num_tokens.clamp_min(1).double().cpu()
+        sums = {
+            "oracle_overlap": self.overlap_L,
+            "oracle_chance": self.chance_L,
+            "expert_norm": self.norm_L,
+        }
+        return {name: (s.double().cpu() / num_tokens).tolist() for name, s in sums.items()}
+
+    def summary(self) -> dict[str, float]:
+        """Overlap and chance, means over layers, and the smallest norm of a layer."""
+        layers = self.layers()
+        return {
+            "oracle_overlap": _mean(layers["oracle_overlap"]),
+            "oracle_chance": _mean(layers["oracle_chance"]),
+            "min_expert_norm": min(layers["expert_norm"]),
+        }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import RunConfig
-from tiny_onn.losses import distill
+from tiny_onn.losses import DistillValues, distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally
 from tiny_onn.optim import clip_gradients
@@ -33,6 +33,7 @@ class StepResult:
     loss: Tensor
     forward_kl: Tensor
     agreement: Tensor
+    student_entropy: Tensor
     expert_grad_norm: Tensor | float
     gate_grad_norm: Tensor | float
     stats: RoutingStats
@@ -93,7 +94,7 @@ def distill_step(
     router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
     tallies = _teach_gates(student, config, loss_tokens, router_tokens)
     stats = RoutingStats.zeros(banks)
-    sums, token_losses = torch.zeros(3, device=device), []
+    sums, token_losses = torch.zeros(4, device=device), []
     steering = Steering(banks, config, router_tokens, step)
     clock = clock or Clock(device)
     loss_options = _loss_options(student, config)
@@ -105,7 +106,7 @@ def distill_step(
             teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
         with clock.phase("student forward"):
             student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
-        stats.add(banks, row.router_mask[0])
+        stats.add(banks, row)
         steering.see(row.router_mask[0])
         mask_T = row.loss_mask[0]
         with clock.phase("loss"):
@@ -119,8 +120,7 @@ def distill_step(
             )
             loss_T = values.loss * mask_T
             token_losses.append(loss_T.detach())
-            measured = (values.loss.detach(), values.forward_kl, values.agrees)
-            sums += torch.stack([(value_T * mask_T).sum() for value_T in measured])
+            sums += _sums(values, mask_T)
         with clock.phase("backward"):
             total = loss_T.sum() / loss_tokens + _router_losses(student, row, config) / len(rows)
             for bank in banks:
@@ -128,13 +128,14 @@ def distill_step(
             total.backward()
             for bank in banks:
                 bank.recording, bank.routing = True, None
-    loss, forward_kl, agreement = sums / loss_tokens
+    loss, forward_kl, agreement, student_entropy = sums / loss_tokens
     with clock.phase("optimizer"):
         expert_norm, gate_norm, finite = _update(student, optimizer, loss, steering, config)
     return StepResult(
         loss=loss,
         forward_kl=forward_kl,
         agreement=agreement,
+        student_entropy=student_entropy,
         expert_grad_norm=expert_norm,
         gate_grad_norm=gate_norm,
         stats=stats,
@@ -143,6 +144,13 @@ def distill_step(
         tallies=tallies,
         seconds=clock.seconds,
     )
+
+
+def _sums(values: DistillValues, mask_T: Tensor) -> Tensor:
+    """Sums over the tokens that count of loss, KL, agreement and the student's entropy."""
+    loss_T = values.loss.detach()
+    measured = (loss_T, values.forward_kl, values.agrees, values.student_entropy)
+    return torch.stack([(value_T * mask_T).sum() for value_T in measured])
 
 
 def _all_finite(*values: Tensor | float) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -23,9 +23,10 @@ from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
 from tiny_onn.determinism import ask_for_same_bits
 from tiny_onn.errors import UserError
-from tiny_onn.evaluate import Evaluation, evaluate
+from tiny_onn.evaluate import Evaluation, evaluate_layers
 from tiny_onn.fusion import compile_backbone
 from tiny_onn.guard import Guard, provenance
+from tiny_onn.health import HealthWatch
 from tiny_onn.lock import run_lock
 from tiny_onn.memory_advice import explain_out_of_memory
 from tiny_onn.modeling import head_of
@@ -33,12 +34,14 @@ from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import Prepared, calibration_rows, prepare, training_rows
 from tiny_onn.progress import RunProgress, show_conversion, show_evaluation
+from tiny_onn.records import evaluation_record, step_record
 from tiny_onn.resuming import with_absolute_paths
 from tiny_onn.routing_checks import has_budget
 from tiny_onn.run_folder import (
     METRICS_NAME,
     MetricsWriter,
     create_run_folder,
+    read_metrics,
     read_run_config,
     resume_run_folder,
     write_json,
@@ -165,10 +168,13 @@ class _Run:
         with (
             explain_out_of_memory(self.config, self.student, teacher, self.checkpoints),
             MetricsWriter(self.out / METRICS_NAME, self.metrics_offset) as self.metrics,
-            RunProgress(self.title, self.config.train.tokens) as self.progress,
+            RunProgress(self.title, self.config.train.tokens, self.tokens) as self.progress,
             Checkpointer(self.checkpoints, self.config.train.keep_checkpoints) as self.writer,
         ):
             self.writer.best = self.best["step"] if self.best else None
+            self.health = HealthWatch(
+                self.config, self.title, read_metrics(self.out / METRICS_NAME)
+            )
             before = self.before or self._evaluate("start")
             self.before = before
             after = self._steps() or before
@@ -270,44 +276,30 @@ class _Run:
             )
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
-        step_tokens = self.config.train.rows_per_step * self.config.data.row_tokens
-        record: dict[str, Any] = {
-            "kind": "step",
-            "step": self.step,
-            "tokens": self.tokens,
-            "loss": result.loss.item(),
-            "forward_kl": result.forward_kl.item(),
-            "top1_agreement": result.agreement.item(),
-            "expert_grad_norm": float(result.expert_grad_norm),
-            "gate_grad_norm": float(result.gate_grad_norm),
-            "lr": [group["lr"] for group in self.optimizer.param_groups],
-            "tokens_per_s": step_tokens / seconds,
-            "loss_chunk_tokens": self.config.loss.chunk_tokens,
-            "seconds": result.seconds,
-            **result.stats.summary(),
-        }
-        if result.tallies:
-            agree, targets, chance, tokens = (
-                sum(float(getattr(tally, name)) for tally in result.tallies)
-                for name in ("num_agree", "num_targets", "chance", "num_tokens")
-            )
-            record["smk"] = {
-                "agreement": agree / max(1.0, targets),
-                "chance": chance / max(1.0, targets),
-                "targets": targets / max(1.0, tokens),
-                "mean_surprise": sum(float(t.surprise_E.mean()) for t in result.tallies)
-                / max(1.0, tokens),
-            }
+        train = self.config.train
+        every = train.stats_every_steps
+        record = step_record(
+            result,
+            step=self.step,
+            tokens=self.tokens,
+            lr=[group["lr"] for group in self.optimizer.param_groups],
+            tokens_per_s=train.rows_per_step * self.config.data.row_tokens / seconds,
+            loss_chunk_tokens=self.config.loss.chunk_tokens,
+            with_layers=every > 0 and self.step % every == 0,
+        )
         self.metrics.write(record)
+        self.health.see(record)
         return record
 
-    def _evaluate(self, kind: str) -> Evaluation:
+    def _evaluate(self, kind: Literal["start", "eval", "end"]) -> Evaluation:
         settle(self.student, self.settling_rows, self.config.router.budget_scope)
-        result = evaluate(self.student, self.teacher, self.held_out, self.config.loss)
-        self.metrics.write(
-            {"kind": kind, "step": self.step, "tokens": self.tokens, **result.as_dict()}
+        result, layers = evaluate_layers(
+            self.student, self.teacher, self.held_out, self.config.loss
         )
         show_evaluation(self.title, self.tokens, result)
+        record = evaluation_record(kind, result, layers, step=self.step, tokens=self.tokens)
+        self.metrics.write(record)
+        self.health.see(record)
         best = self.best["forward_kl"] if self.best else math.inf
         if kind != "start" and result.forward_kl < best:
             self.best = {"step": self.step, "tokens": self.tokens, "forward_kl": result.forward_kl}
@@ -329,6 +321,7 @@ class _Run:
             "skipped_steps": self.guard.skipped,
             "training_seconds": self.seconds,
             "interrupted": bool(self.stop),
+            "health": self.health.verdict(),
         }
 
     def _set_loss_chunk(self, chunk_tokens: int) -> None:

@@ -30,6 +30,12 @@ class SurpriseTally:
     """Sum over tokens with a target of the agreement expected from a random candidate."""
     surprise_E: Tensor  # noqa: N815
     """Sum over counted tokens of each expert's surprise, in units of the per-token loss."""
+    active_surprise_E: Tensor  # noqa: N815
+    """The same over those of them that activated the expert."""
+    pick_E: Tensor  # noqa: N815
+    """Tokens with a target whose largest candidate logit is the expert's."""
+    target_E: Tensor  # noqa: N815
+    """Tokens whose target includes the expert."""
 
     @staticmethod
     def zeros(num_experts: int, device: torch.device) -> "SurpriseTally":
@@ -40,7 +46,20 @@ class SurpriseTally:
             num_agree=torch.zeros((), device=device),
             chance=torch.zeros((), device=device),
             surprise_E=torch.zeros(num_experts, device=device),
+            active_surprise_E=torch.zeros(num_experts, device=device),
+            pick_E=torch.zeros(num_experts, device=device),
+            target_E=torch.zeros(num_experts, device=device),
         )
+
+    def shuffled_agreements(self) -> float:
+        """How many tokens' largest candidate logit is at the target of another token, on average.
+
+        Over all other tokens with a target, each as likely: what targets agree with by their
+        frequencies alone. Of N tokens, pairs of pick and target meet `pick . target` times, of
+        which `num_agree` are tokens with themselves, in N - 1 pairs each.
+        """
+        pairs = float(self.pick_E.double() @ self.target_E.double())
+        return (pairs - float(self.num_agree)) / max(1.0, float(self.num_targets) - 1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,7 +143,12 @@ def teach(  # noqa: PLR0917
         tally.num_targets += (chosen_T > 0).sum()
         tally.num_agree += hits_T.sum()
         tally.chance += (chosen_T / choices_T).sum()
-        tally.surprise_E += torch.where(token_mask_T[:, None], surprise_TE, 0).sum(0)
+        counted_TE = torch.where(token_mask_T[:, None], surprise_TE, 0)
+        tally.surprise_E += counted_TE.sum(0)
+        tally.active_surprise_E += torch.where(active_TE, counted_TE, 0).sum(0)
+        picked_TE = torch.zeros_like(targets_TE).scatter_(-1, pick_T1, 1)
+        tally.pick_E += torch.where(chosen_T[:, None] > 0, picked_TE, 0).sum(0)
+        tally.target_E += (targets_TE > 0).sum(0)
     if smk.rule.targets in ("regress", "log"):
         grad_TE = regression_grad(logits_TE, surprise_TE, active_TE, token_mask_T, smk.rule)
     else:
