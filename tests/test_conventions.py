@@ -31,7 +31,7 @@ LAYERS = (
         "routing_checks",
         "dynmoe",
     ),
-    ("router", "experts", "losses", "quantize", "assignment"),
+    ("router", "experts", "losses", "quantize", "assignment", "integrity"),
     (
         "modeling",
         "convert",
@@ -45,8 +45,6 @@ LAYERS = (
         "massive",
         "routing_stats",
     ),
-    ("router", "experts", "losses", "quantize", "integrity"),
-    ("modeling", "convert", "teacher", "data", "sources", "embedded", "calibrate", "routing_stats"),
     (
         "optim",
         "checkpoint",

@@ -166,7 +166,7 @@ def test_settling_meets_the_target_at_evaluation_and_leaves_training_alone(scope
         for row in ROWS:
             last_hidden_states(student, row.input_ids, **packed_kwargs(row))
             stats.add(banks, row)
-    k_L = stats.k_L / stats.num_tokens
+    k_L = stats.load_LE.sum(-1) / stats.num_tokens
     assert k_L.mean().item() == pytest.approx(4, rel=0.02)
     if scope == "layer":
         assert (k_L / 4 - 1).abs().max() < 0.02

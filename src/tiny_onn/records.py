@@ -22,8 +22,9 @@ INTRODUCTION = (
     "`metrics.jsonl` in a run's folder holds one JSON object per line: a `start` evaluation, steps,"
     " `eval` evaluations between them and an `end` evaluation; and, of kind `skipped` and `spike`,"
     " the documents of steps whose update was not finite or whose loss jumped. A number that is"
-    " not finite is written as `NaN` or `Infinity`. *Counted* tokens are all but padding and the first of each"
-    " document; E is the number of experts. Floats under `layers` have six significant digits."
+    " not finite is written as `NaN` or `Infinity`. *Counted* tokens are all but padding and the"
+    " first of each document; E is the number of experts. Floats under `layers` have six"
+    " significant digits."
 )
 COMMAND = """This page is generated:
 `python -c "import tiny_onn.records as r; print(r.metrics_docs(), end='')" > docs/metrics.md`."""

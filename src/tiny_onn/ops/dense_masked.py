@@ -185,7 +185,7 @@ class _DenseMasked(torch.autograd.Function):
         grad_logits = None
         if smk is not None:
             routing = (weights_TE, logits_TE, active_TE, token_mask_T)
-            grad_logits = teach(smk, _joined(surprises), *routing)
+            grad_logits = teach(smk, _joined(surprises), *routing, compiled=options.compiled)
         return (
             grad_x,
             grad_gate_up.take(gate_up) if need_gate_up else None,

@@ -305,7 +305,8 @@ class _Grouped(torch.autograd.Function):
                 options.activation,
             )
             surprise_TE = _spread(surprise_R, groups, active_TE)
-            grad_logits = teach(smk, surprise_TE, weights_TE, logits_TE, active_TE, token_mask_T)
+            routing = (weights_TE, logits_TE, active_TE, token_mask_T)
+            grad_logits = teach(smk, surprise_TE, *routing, compiled=options.compiled)
         return grad_x, grad_gate_up, grad_down, grad_weights, grad_logits, None, None, None
 
 

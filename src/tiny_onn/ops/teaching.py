@@ -4,12 +4,14 @@ Legend: T tokens, E experts.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tiny_onn.config import Surprise
+from tiny_onn.ops.regions import compiled_region
 from tiny_onn.surprise import SmkRule, regression_grad, smk_logits_grad, smk_targets
 
 # The kinds that read the norms of the layer's input and of the gradient at its output.
@@ -114,6 +116,20 @@ def closed_form(kind: Surprise, sums: Sums) -> Float[Tensor, "tokens experts"]:
     return squared_TE.sqrt()
 
 
+class Lesson(NamedTuple):
+    """What one layer's surprise says: the gate's gradient, and what a `SurpriseTally` counts."""
+
+    grad_TE: Tensor  # noqa: N815
+    num_tokens: Tensor
+    num_targets: Tensor
+    num_agree: Tensor
+    chance: Tensor
+    surprise_E: Tensor  # noqa: N815
+    active_surprise_E: Tensor  # noqa: N815
+    pick_E: Tensor  # noqa: N815
+    target_E: Tensor  # noqa: N815
+
+
 def teach(  # noqa: PLR0917
     smk: SmkStep,
     surprise_TE: Tensor,
@@ -121,36 +137,53 @@ def teach(  # noqa: PLR0917
     logits_TE: Tensor,
     active_TE: Tensor,
     token_mask_T: Tensor,
+    *,
+    compiled: bool = False,
 ) -> Float[Tensor, "tokens experts"]:
     """The SMK gradient of the router logits, from surprise at unit weight; fills the tally.
 
     Surprise is multiplied by the loss' divisor and, where only active experts are candidates, by
-    the routing weight.
+    the routing weight. `compiled` fuses some forty small operations, on a GPU alone.
     """
     if smk.rule.surprise != "magnitude":
         surprise_TE = surprise_TE * smk.loss_scale
     if smk.rule.candidates == "active":
         surprise_TE = surprise_TE * weights_TE
-    targets_TE = smk_targets(surprise_TE, active_TE, token_mask_T, smk.rule)
     if smk.capture is not None:
         smk.capture.append(surprise_TE)
-    if (tally := smk.tally) is not None:
-        candidates_TE = active_TE if smk.rule.candidates == "active" else torch.ones_like(active_TE)
-        pick_T1 = logits_TE.masked_fill(~candidates_TE, float("-inf")).argmax(-1, keepdim=True)
-        hits_T = targets_TE.gather(-1, pick_T1).squeeze(-1) > 0
-        chosen_T, choices_T = (targets_TE > 0).sum(-1), candidates_TE.sum(-1).clamp_min(1)
-        tally.num_tokens += token_mask_T.sum()
-        tally.num_targets += (chosen_T > 0).sum()
-        tally.num_agree += hits_T.sum()
-        tally.chance += (chosen_T / choices_T).sum()
-        counted_TE = torch.where(token_mask_T[:, None], surprise_TE, 0)
-        tally.surprise_E += counted_TE.sum(0)
-        tally.active_surprise_E += torch.where(active_TE, counted_TE, 0).sum(0)
-        picked_TE = torch.zeros_like(targets_TE).scatter_(-1, pick_T1, 1)
-        tally.pick_E += torch.where(chosen_T[:, None] > 0, picked_TE, 0).sum(0)
-        tally.target_E += (targets_TE > 0).sum(0)
-    if smk.rule.targets in ("regress", "log"):
-        grad_TE = regression_grad(logits_TE, surprise_TE, active_TE, token_mask_T, smk.rule)
+    fused = compiled and surprise_TE.is_cuda
+    region = compiled_region(lesson_region) if fused else lesson_region
+    lesson: Lesson = region(smk.rule, surprise_TE, logits_TE, active_TE, token_mask_T)
+    if smk.tally is not None:
+        for name in Lesson._fields[1:]:
+            getattr(smk.tally, name).add_(getattr(lesson, name))
+    return (lesson.grad_TE * smk.grad_scale).to(logits_TE.dtype)
+
+
+def lesson_region(
+    rule: SmkRule, surprise_TE: Tensor, logits_TE: Tensor, active_TE: Tensor, token_mask_T: Tensor
+) -> Lesson:
+    """Targets from surprise, their gradient at the logits, and the counts: to compile."""
+    targets_TE = smk_targets(surprise_TE, active_TE, token_mask_T, rule)
+    candidates_TE = active_TE if rule.candidates == "active" else torch.ones_like(active_TE)
+    pick_T1 = logits_TE.masked_fill(~candidates_TE, float("-inf")).argmax(-1, keepdim=True)
+    is_target_TE = targets_TE > 0
+    chosen_T, choices_T = is_target_TE.sum(-1), candidates_TE.sum(-1).clamp_min(1)
+    experts_E = torch.arange(logits_TE.shape[-1], device=logits_TE.device)
+    picked_TE = (experts_E == pick_T1) & (chosen_T > 0)[:, None]
+    counted_TE = torch.where(token_mask_T[:, None], surprise_TE, 0)
+    if rule.targets in ("regress", "log"):
+        grad_TE = regression_grad(logits_TE, surprise_TE, active_TE, token_mask_T, rule)
     else:
         grad_TE = smk_logits_grad(logits_TE, targets_TE)
-    return (grad_TE * smk.grad_scale).to(logits_TE.dtype)
+    return Lesson(
+        grad_TE=grad_TE,
+        num_tokens=token_mask_T.sum(),
+        num_targets=(chosen_T > 0).sum(),
+        num_agree=(picked_TE & is_target_TE).sum(),
+        chance=(chosen_T / choices_T).sum(),
+        surprise_E=counted_TE.sum(0),
+        active_surprise_E=torch.where(active_TE, counted_TE, 0).sum(0),
+        pick_E=picked_TE.sum(0),
+        target_E=is_target_TE.sum(0),
+    )
