@@ -33,7 +33,13 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
-from tiny_onn.prepare import calibration_rows, make_student, partition, training_rows
+from tiny_onn.prepare import (
+    calibration_rows,
+    make_student,
+    partition,
+    settling_rows,
+    training_rows,
+)
 from tiny_onn.settings import load_config
 from tiny_onn.steering import settle
 from tiny_onn.step import distill_step
@@ -121,7 +127,7 @@ class World:
         else:
             self.dense, tokenizer = load_dense(config.teacher, device)
             self.calibration = calibration_rows(config, tokenizer, device)
-            self.settling = calibration_rows(config, tokenizer, device, later=True)
+            self.settling = settling_rows(config, tokenizer, device)
             stream = training_rows(config, tokenizer)
             self.training = [next(stream) for _ in range(steps)]
             data = config.data

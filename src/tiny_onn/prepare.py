@@ -121,23 +121,29 @@ def check_conversion(
 
 
 def calibration_rows(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    *,
-    later: bool = False,
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[PackedRow]:
-    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any.
+    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any."""
+    rows = islice(training_rows(config, tokenizer), _num_calibration_rows(config))
+    return [row.to(device) for row in rows] if needs_text(config) else []
 
-    `later`: as many that come after them, for budgets to settle on: on text that a gate was fitted
-    to, it is surer than elsewhere.
+
+def settling_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> list[PackedRow]:
+    """As many training rows, the ones after those, if there is a budget that settles on them.
+
+    On text that a gate was fitted to, it is surer than elsewhere.
     """
-    if not needs_text(config):
+    if not has_budget(config.router):
         return []
-    num_rows = -(-config.experts.calibration_tokens // config.data.row_tokens)
-    first = num_rows if later else 0
-    rows = islice(training_rows(config, tokenizer), first, first + num_rows)
+    num_rows = _num_calibration_rows(config)
+    rows = islice(training_rows(config, tokenizer), num_rows, 2 * num_rows)
     return [row.to(device) for row in rows]
+
+
+def _num_calibration_rows(config: RunConfig) -> int:
+    return -(-config.experts.calibration_tokens // config.data.row_tokens)
 
 
 def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStream:

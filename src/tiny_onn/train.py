@@ -32,11 +32,10 @@ from tiny_onn.memory_advice import explain_out_of_memory
 from tiny_onn.modeling import head_of
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
-from tiny_onn.prepare import Prepared, calibration_rows, prepare, training_rows
+from tiny_onn.prepare import Prepared, prepare, settling_rows, training_rows
 from tiny_onn.progress import RunProgress, show_conversion, show_evaluation
 from tiny_onn.records import evaluation_record, step_record
 from tiny_onn.resuming import with_absolute_paths
-from tiny_onn.routing_checks import has_budget
 from tiny_onn.run_folder import (
     METRICS_NAME,
     MetricsWriter,
@@ -149,11 +148,7 @@ class _Run:
         self.held_out = held_out_rows(
             config.data, prepared.tokenizer, config.data.row_tokens, config.data.eval_tokens
         )
-        self.settling_rows = (
-            calibration_rows(config, prepared.tokenizer, self.student.device, later=True)
-            if has_budget(config.router)
-            else []
-        )
+        self.settling_rows = settling_rows(config, prepared.tokenizer, self.student.device)
         self.step, self.tokens, self.metrics_offset, self.seconds = 0, 0, 0, 0.0
         self.before: Evaluation | None = None
         self.best: dict[str, Any] | None = None
