@@ -422,7 +422,7 @@ def full_disk(lab: Lab) -> Outcome:
     """A run in a small tmpfs that fills up, then gets more space and is resumed."""
     outcome, disk = Outcome(), lab.folder / "disk"
     needed = sum(file.stat().st_size for file in lab.reference.rglob("*") if file.is_file())
-    size = int(needed * lab.random.uniform(0.1, 1.0))
+    size = int(needed * lab.random.uniform(0.3, 1.0))
     if not mounted(disk, size):
         return without_space(lab)
     try:

@@ -160,7 +160,7 @@ def main() -> int:
         "run": f"{STEPS} steps of {ROW} tokens, saved every {SAVE_TOKENS} tokens",
         "seed": options.seed,
         "seconds": round(time.monotonic() - started),
-        "disk": "a tmpfs of 0.1 to 1 times the run's size"
+        "disk": "a tmpfs of 0.3 to 1 times the run's size"
         if real_disk
         else "checkpoint writes that answer ENOSPC (no right to mount a tmpfs)",
         "permission": "mode 0555 for a process without CAP_DAC_OVERRIDE",
