@@ -203,7 +203,12 @@ class Eval:
         from tiny_onn.checks import check_device
 
         check_device(self.device, "--device")
-        _require(self.max_tokens >= 1, "--max-tokens", self.max_tokens, "an integer >= 1")
+        _require(
+            1 <= self.max_tokens < 2**31,
+            "--max-tokens",
+            self.max_tokens,
+            "an integer from 1 to 2**31 - 1",
+        )
         from tiny_onn.evaluate import run_eval
 
         # Standard output belongs to the result.
@@ -238,7 +243,7 @@ class Generate:
     def __call__(self) -> None:
         """Run the verb."""
         tokens, temperature, seed = self.max_new_tokens, self.temperature, self.seed
-        _require(tokens >= 1, "--max-new-tokens", tokens, "an integer >= 1")
+        _require(1 <= tokens < 2**31, "--max-new-tokens", tokens, "an integer from 1 to 2**31 - 1")
         accepted = temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf
         _require(accepted, "--temperature", temperature, f"0, or a number >= {MIN_TEMPERATURE}")
         _require(0 <= seed < 2**63, "--seed", seed, "an integer from 0 to 2**63 - 1")
@@ -307,13 +312,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: Callable[[], None]) -> int:
-    from tiny_onn.errors import UserError
+    from tiny_onn.errors import UserError, reason_line
 
     try:
         verb()
         sys.stdout.flush()
     except UserError as error:
-        print(f"tiny-onn: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"tiny-onn: error: {reason_line(error)}", file=sys.stderr)
         return 2
     return 0
 

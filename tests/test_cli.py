@@ -122,7 +122,7 @@ MISTAKES = [
     (["config", "broken.toml"], "broken.toml: got malformed TOML"),
     (["config", "--set", "a\nb.c=1"], 'got unknown section "a\\nb"'),
     (["eval", "m", "--device", "tpu"], '--device: got "tpu", expected auto, cpu, cuda or cuda:N'),
-    (["eval", "m", "--max-tokens", "0"], "--max-tokens: got 0, expected an integer >= 1"),
+    (["eval", "m", "--max-tokens", "0"], "--max-tokens: got 0, expected an integer from 1"),
     (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: got 0"),
     (["generate", "m", "--prompt", "x", "--temperature", "-1"], "--temperature: got -1.0"),
     (["generate", "m", "--prompt", "x", "--temperature", "nan"], "--temperature: got nan"),

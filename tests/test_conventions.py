@@ -38,6 +38,8 @@ LAYERS = (
         "teacher",
         "data",
         "sources",
+        "readers",
+        "model_files",
         "embedded",
         "calibrate",
         "partition",

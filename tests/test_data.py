@@ -142,7 +142,7 @@ def number_column(folder: Path) -> Path:
     [
         (lambda folder: folder / "gone.txt", r"gone\.txt: no such file or folder; correct it"),
         (lambda folder: folder / ("n" * 300), r"nnn: cannot be read \(File name too long\)"),
-        (lambda folder: folder, "no text in it, expected a .txt, .jsonl, .parquet file"),
+        (lambda folder: folder, r"no text in it, expected a \.txt, \.jsonl, \.parquet"),
         (write("a.txt", b""), r"a\.txt: no text in it"),
         (write("a.txt", b" \n\n"), r"a\.txt: no text in it"),
         (write("a.txt", b"ok \xff"), r"a\.txt: not UTF-8 .*position 3.*convert it"),
@@ -158,7 +158,7 @@ def number_column(folder: Path) -> Path:
         (write("a.jsonl", b'{"text": 3}'), r"line 1: 'text' holds int, expected text"),
         (write("a.jsonl", rb'{"text": "\ud800"}'), r"document 0: holds a lone surrogate"),
         (write("a.parquet", b"not parquet"), r"a\.parquet: not readable as parquet"),
-        (number_column, r"n\.parquet row 0: 'text' holds int"),
+        (number_column, r"n\.parquet: 'text' holds int64, expected text"),
     ],
 )
 def test_bad_sources_are_told_in_one_line(

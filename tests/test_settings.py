@@ -211,7 +211,8 @@ def test_mistake_in_an_override_is_told_in_one_line(overrides, message):
 
 OUTSIDE = {
     "an integer >= 1": 0,
-    "an integer >= 3": 2,
+    "an integer from 3 to 16,777,216": 2,
+    "an integer from 1 to 16,777,216": 2**24 + 1,
     "an integer >= 0": -1,
     "a number >= 1": 0.99,
     "a number > 0": 0.0,

@@ -18,11 +18,20 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "an integer >= 1",
         lambda value: value >= 1,
-        "experts.num_experts experts.calibration_tokens data.eval_tokens"
-        " train.tokens train.rows_per_step train.log_every_steps train.keep_checkpoints"
-        " train.max_skipped_steps",
+        "experts.num_experts data.eval_tokens train.tokens train.log_every_steps"
+        " train.keep_checkpoints train.max_skipped_steps",
     ),
-    ("an integer >= 3", lambda value: value >= 3, "data.row_tokens"),
+    # What is held in memory at once has an end.
+    (
+        "an integer from 3 to 16,777,216",
+        lambda value: 3 <= value <= 2**24,
+        "data.row_tokens",
+    ),
+    (
+        "an integer from 1 to 16,777,216",
+        lambda value: 1 <= value <= 2**24,
+        "experts.calibration_tokens train.rows_per_step",
+    ),
     (
         "an integer >= 0",
         lambda value: value >= 0,

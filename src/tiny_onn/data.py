@@ -16,6 +16,7 @@ is tokenised as that token.
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.config import DataConfig
 from tiny_onn.embedded import Document
-from tiny_onn.errors import UserError
+from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.packing import Origin, PackedRow, Packer
 from tiny_onn.sources import HUB_PREFIX, hub_documents, read_documents
 
@@ -149,12 +150,14 @@ class TokenStream:
         eos_token_id = self._tokenizer.eos_token_id
         ending = [] if eos_token_id is None else [eos_token_id]
         for batch in _batches(documents):
-            encoded = self._tokenizer(
-                [document.text for document in batch],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                verbose=False,
-            )
+            first = f"{batch[0].source} document {batch[0].index}"
+            with LoadErrors(partial(_tokenizer_failed, first)):
+                encoded = self._tokenizer(
+                    [document.text for document in batch],
+                    add_special_tokens=False,
+                    return_attention_mask=False,
+                    verbose=False,
+                )
             for document, token_ids in zip(batch, encoded["input_ids"], strict=True):
                 yield token_ids + ending, Origin(document.source, document.index, 0)
 
@@ -196,6 +199,13 @@ def _local_documents(config: DataConfig, split: Split) -> list[tuple[bytes, Docu
         raise _empty_split_error(config, split)
     # Stable: documents of equal text keep the order of their sources.
     return sorted(documents, key=lambda pair: pair[0])
+
+
+def _tokenizer_failed(first: str, reason: str) -> str:
+    return (
+        f"teacher.path: its tokenizer failed ({reason}) on the documents from {first} on; try again"
+        " with --resume, or leave that text out"
+    )
 
 
 def _empty_split_error(config: DataConfig, split: Split) -> UserError:

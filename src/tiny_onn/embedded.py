@@ -53,13 +53,17 @@ class Document:
     """Its number in the source, from 0."""
 
     def digest(self) -> bytes:
-        """SHA-256 of the text.
+        """SHA-256 of the text, as `utf8` gives it."""
+        return hashlib.sha256(self.utf8()).digest()
+
+    def utf8(self) -> bytes:
+        """The text's bytes.
 
         Raises:
             UserError: If the text is not valid Unicode (a lone surrogate, as JSON can spell one).
         """
         try:
-            return hashlib.sha256(self.text.encode("utf-8")).digest()
+            return self.text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(
                 f"data.sources: {self.source} document {self.index}: holds a lone surrogate,"

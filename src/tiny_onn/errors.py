@@ -1,5 +1,7 @@
 """The one exception for mistakes a user can mend, and what libraries raise on damaged files."""
 
+from collections.abc import Callable
+
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
@@ -13,6 +15,8 @@ LOAD_ERRORS = (
     TypeError,
     AttributeError,
     ArithmeticError,
+    AssertionError,
+    MemoryError,
     SafetensorError,
     StrictDataclassError,
 )
@@ -20,10 +24,47 @@ LOAD_ERRORS = (
 
 def reason_of(error: BaseException) -> str:
     """What a library's exception says, in part of one line."""
-    text = " ".join(str(error).split())
+    text = reason_line(error)
     if len(text) > 240:
         text = text[:240].rstrip() + " ..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def reason_line(error: BaseException) -> str:
+    """An exception's text in one line that a terminal shows as it is."""
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey or cannot show (control characters) escaped."""
+    if text.isprintable():
+        return text
+    shown = (
+        char if char.isprintable() else char.encode("unicode_escape", "replace").decode()
+        for char in text
+    )
+    return "".join(shown)
+
+
+class LoadErrors:
+    """A context in which what libraries raise on damaged files becomes one line.
+
+    Args:
+        explain: makes the line from the library's reason.
+    """
+
+    def __init__(self, explain: Callable[[str], str]) -> None:
+        self._explain = explain
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # tokenizers raises Exception itself on files it cannot parse, and panics on some.
+        damaged = isinstance(error, LOAD_ERRORS) or type(error) is Exception
+        panic = type(error).__name__ == "PanicException"
+        if error is not None and (damaged or panic) and not isinstance(error, UserError):
+            raise UserError(self._explain(reason_of(error))) from error
 
 
 class UserError(ValueError):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -10,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import RunConfig, TeacherConfig
 from tiny_onn.convert import adopt_backbone, backbone_hash
-from tiny_onn.errors import LOAD_ERRORS, UserError, reason_of
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.errors import LoadErrors, UserError
+from tiny_onn.model_files import check_loaded, check_model_config, check_weights
+from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.run_folder import read_run_config
 from tiny_onn.teacher import load_dense
 
@@ -48,13 +50,15 @@ def load_student(name: str, device: torch.device) -> LoadedStudent:
             "make one with `tiny-onn demo` or `tiny-onn distill`"
         )
     try:
-        student = TinyOnnForCausalLM.from_pretrained(student_folder)
-        tokenizer = AutoTokenizer.from_pretrained(student_folder)
-    except LOAD_ERRORS as error:
-        raise UserError(
-            f"MODEL: got {student_folder}, expected config.json, model.safetensors and "
-            f"tokenizer.json of a student ({reason_of(error)}); write it again with --resume"
-        ) from error
+        with LoadErrors(
+            lambda reason: (
+                "expected config.json, model.safetensors and tokenizer.json of a student "
+                f"({reason}); write it again with --resume"
+            )
+        ):
+            student, tokenizer = _read_student(student_folder)
+    except UserError as error:
+        raise UserError(f"MODEL: got {student_folder}, {error}") from error
     if not (folder / "student").is_dir():
         settings = student.config
         dtype = "bfloat16" if student.dtype == torch.bfloat16 else "float32"
@@ -65,6 +69,25 @@ def load_student(name: str, device: torch.device) -> LoadedStudent:
     student.requires_grad_(False)
     student.to(device)  # pyright: ignore[reportArgumentType] - transformers hides Module.to
     return LoadedStudent(student=student.train(False), tokenizer=tokenizer, config=config)
+
+
+def _read_student(folder: Path) -> tuple[TinyOnnForCausalLM, PreTrainedTokenizerBase]:
+    """The student and tokenizer in a folder, looked over like a dense model's."""
+    source = str(folder)
+    check_model_config(source, None)
+    settings = TinyOnnConfig.from_pretrained(source)
+    if not isinstance(settings.teacher, str) or not isinstance(settings.teacher_revision, str):
+        raise UserError("config.json has teacher or teacher_revision, expected strings")
+    with torch.device("meta"):
+        skeleton = TinyOnnForCausalLM(settings)
+    check_weights(source, None, skeleton)
+    # With loading info it returns a pair, which its annotation does not say.
+    loaded: Any = TinyOnnForCausalLM.from_pretrained(
+        source, use_safetensors=True, output_loading_info=True
+    )
+    student, loading = loaded
+    check_loaded(student, loading)
+    return student, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedModel:
@@ -87,8 +110,12 @@ def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedMo
 
 
 def _model_type(folder: Path) -> str | None:
+    file = folder / "config.json"
+    if not file.is_file():
+        # A pipe would block for ever.
+        return None
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
     return settings.get("model_type") if isinstance(settings, dict) else None

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from tiny_onn.config import TeacherConfig
-from tiny_onn.errors import UserError
+from tiny_onn.errors import LOAD_ERRORS, UserError, printable, reason_line, reason_of
+from tiny_onn.model_files import check_config_table, check_model_config, read_object
 
 GIB = 2**30
 # What `embedded` is, without unpacking it.
@@ -49,7 +50,7 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
     """
     path, text = Path(name), str(name)
     if path.is_file():
-        return text, _read_shape(path.read_text("utf-8"), text)
+        return text, _read_shape(path, text)
     if path.is_dir():
         return text, _from_pretrained(text, {})
     for entry in sorted((files("tiny_onn") / "shapes").iterdir(), key=lambda entry: entry.name):
@@ -57,7 +58,7 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
         stem = entry.name.removesuffix(".json")
         known = {stem.lower(), str(json.loads(raw)["_name_or_path"]).lower()}
         if text.lower() in known or (text == "embedded" and stem == _EMBEDDED):
-            return stem, _read_shape(raw, stem)
+            return stem, _for_model(json.loads(raw), stem)
     if text.startswith((".", "/", "~")):
         raise _no_shape(text, "nothing is there")
     options = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
@@ -171,23 +172,34 @@ def _custom_device(text: str) -> Device:
     )
 
 
-def _read_shape(text: str, name: str) -> PreTrainedConfig:
+def _read_shape(path: Path, name: str) -> PreTrainedConfig:
     try:
-        table = json.loads(text)
+        table = read_object(path)
+        check_config_table(table, path.name)
+    except (UserError, OSError) as error:
+        raise _no_shape(name, reason_line(error)) from error
+    return _for_model(table, name)
+
+
+def _for_model(table: dict[str, Any], name: str) -> PreTrainedConfig:
+    try:
         return AutoConfig.for_model(table.pop("model_type"), **table)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _no_shape(name, str(error)) from error
+    except LOAD_ERRORS as error:
+        raise _no_shape(name, reason_of(error)) from error
 
 
 def _from_pretrained(name: str, options: dict[str, Any]) -> PreTrainedConfig:
     try:
+        check_model_config(name, options.get("revision"))
         return AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UserError as error:
+        raise _no_shape(name, reason_line(error)) from error
+    except LOAD_ERRORS as error:
         raise _no_shape(name, str(error)) from error
 
 
 def _no_shape(name: str, reason: str) -> UserError:
-    first = (reason.strip().splitlines() or ["no reason given"])[0]
+    first = printable((reason.strip().splitlines() or ["no reason given"])[0])[:240]
     stems = sorted(
         entry.name.removesuffix(".json") for entry in (files("tiny_onn") / "shapes").iterdir()
     )

@@ -15,6 +15,7 @@ from tiny_onn.config import RunConfig
 from tiny_onn.console import stage
 from tiny_onn.convert import (
     backbone_hash,
+    check_finite,
     convert,
     identity_gap,
     student_config,
@@ -48,6 +49,8 @@ class Conversion:
     states, in its own number format."""
     backbone_sha256: str
     """Of every tensor outside the MLPs, equal in teacher and student."""
+    teacher_commit: str | None
+    """The commit that a hub id's revision was when it was read; None for a folder."""
     expert_path: PathChoice
     """How the expert layers compute, and why."""
     massive_activations: tuple[MassiveActivation, ...]
@@ -78,6 +81,7 @@ def prepare(config: RunConfig) -> Prepared:
         rows = calibration_rows(config, tokenizer, device)
         # Read here, so that a lack of held-out text shows before the work.
         held_out = held_out_rows(config.data, tokenizer, config.data.row_tokens, 1)
+        check_finite(dense, held_out[0].input_ids[:, :CHECKED_TOKENS].to(device))
     with stage("Converting"):
         student = make_student(config, dense, rows)
     with stage("Checking the conversion"):
@@ -111,6 +115,7 @@ def check_conversion(
         logit_gap=identity_gap(student, dense, sample) if exact else None,
         head_gap=head_gap,
         backbone_sha256=own,
+        teacher_commit=getattr(dense.config, "_commit_hash", None),
         expert_path=choose_path(config, dense.device.type),
         massive_activations=tuple(
             massive_activations(

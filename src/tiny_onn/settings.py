@@ -22,6 +22,9 @@ from tiny_onn.checks import RANGES, shown, to_toml, validate
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
 
+# `tiny-onn config` prints 13 KB.
+_MAX_TOML_BYTES = 2**18
+
 
 class FieldDoc(NamedTuple):
     """One setting: table, key, what it accepts in words, default as TOML, its docstring."""
@@ -45,7 +48,7 @@ def load_config(path: Path | None, preset: str | None, overrides: Sequence[str])
         UserError: Anything unreadable, unknown, of a wrong type, out of range or contradictory.
     """
     try:
-        table = {} if path is None else _parse_toml(path.read_bytes(), str(path))
+        table = {} if path is None else _parse_toml(_read_bounded(path), str(path))
     except OSError as error:
         raise UserError(
             f"{path}: cannot read it ({error.strerror}), expected a TOML file; `tiny-onn config`"
@@ -184,6 +187,18 @@ def _read_preset(name: object) -> dict[str, Any]:
     return _parse_toml(file.read_bytes(), f"preset {name}")
 
 
+def _read_bounded(path: Path) -> bytes:
+    """A file's bytes; one that is no settings file for its length is not read to its end."""
+    with path.open("rb") as file:
+        content = file.read(_MAX_TOML_BYTES + 1)
+    if len(content) > _MAX_TOML_BYTES:
+        raise UserError(
+            f"{path}: got more than {_MAX_TOML_BYTES // 1024} KiB, expected a TOML file of"
+            " settings; `tiny-onn config` prints one"
+        )
+    return content
+
+
 def _parse_toml(text: bytes, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text.decode())
@@ -210,12 +225,12 @@ def _parse_override(text: str) -> dict[str, Any]:
         # A quote or a bracket begins TOML, so its mistake is worth telling.
         if value.startswith(("'", '"', "[", "{")):
             raise UserError(
-                f"--set: {name}: got malformed TOML ({error}), expected a value; quote it for the"
-                " shell as a whole"
+                f"--set: {name[:80]}: got malformed TOML ({error}), expected a value; quote it for"
+                " the shell as a whole"
             ) from error
         parsed = {"value": value}
     if parsed.keys() != {"value"}:
-        raise UserError(f"--set: {name}: got several lines, expected one value; repeat --set")
+        raise UserError(f"--set: {name[:80]}: got several lines, expected one value; repeat --set")
     return {section: {key: parsed["value"]}}
 
 

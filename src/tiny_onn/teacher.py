@@ -1,8 +1,9 @@
 """Load the dense model: the embedded one, a local folder or a hub id, with clear refusals."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from transformers import (
@@ -18,9 +19,13 @@ from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.checks import check_device
 from tiny_onn.config import TeacherConfig
 from tiny_onn.embedded import embedded_teacher
-from tiny_onn.errors import LOAD_ERRORS, UserError, reason_of
+from tiny_onn.errors import LoadErrors, UserError
+from tiny_onn.model_files import check_loaded, check_model_config, check_weights
 from tiny_onn.modeling import TinyOnnConfig, gated_mlps
 from tiny_onn.quantize import quantize_nf4
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def pick_device(name: str) -> torch.device:
@@ -57,10 +62,27 @@ def load_dense(
             f"teacher.path: got {config.path}, expected a folder with a model, which is not there; "
             "check the path, or use a hub id such as Qwen/Qwen3-0.6B"
         )
+    if Path(source).expanduser().is_file():
+        raise UserError(
+            f"teacher.path: got {config.path}, a file, expected a folder with a model; name the "
+            "folder it lies in"
+        )
     source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
-    hub = {} if Path(source).is_dir() else {"revision": config.revision}
+    revision = None if Path(source).is_dir() else config.revision
     trust = {"trust_remote_code": config.trust_remote_code}
-    try:
+
+    def explain(reason: str) -> str:
+        return (
+            f"teacher.path: got {config.path}, expected a causal language model in safetensors "
+            f"format with its tokenizer ({reason}); a hub id needs a network or a local cache, a "
+            "folder needs config.json, model.safetensors and tokenizer.json"
+        )
+
+    with LoadErrors(explain):
+        commit = _checked(config, check_model_config, source, revision)
+        # All that follows comes from one commit, whatever is pushed meanwhile.
+        revision = commit or revision
+        hub = {} if revision is None else {"revision": revision}
         settings = AutoConfig.from_pretrained(source, **trust, **hub)
         if isinstance(settings, TinyOnnConfig):
             raise UserError(
@@ -69,10 +91,8 @@ def load_dense(
             )
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(settings, **trust)
-        try:
-            gated_mlps(skeleton)
-        except UserError as error:
-            raise UserError(f"teacher.path: got {config.path}: {error}") from error
+        _checked(config, gated_mlps, skeleton)
+        _checked(config, check_weights, source, revision, skeleton)
         # With loading info it returns a pair, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -83,23 +103,24 @@ def load_dense(
             **hub,
         )
         model, loading = loaded
-        if missing := sorted(loading["missing_keys"]):
-            raise UserError(
-                f"teacher.path: got {config.path}, whose weights lack {len(missing)} of the "
-                f"model's tensors ({missing[0]} first), expected all; download it again"
-            )
+        _checked(config, check_loaded, model, loading)
         tokenizer = AutoTokenizer.from_pretrained(source, **trust, **hub)
-    except UserError:
-        raise
-    except LOAD_ERRORS as error:
-        raise UserError(
-            f"teacher.path: got {config.path}, expected a causal language model in safetensors "
-            f"format with its tokenizer ({reason_of(error)}); a hub id needs a network or a local "
-            "cache, a folder needs config.json, model.safetensors and tokenizer.json"
-        ) from error
     model.requires_grad_(False)
     model.set_attn_implementation(DOCUMENT_ATTENTION)
     return model.to(device).train(False), tokenizer
+
+
+def _checked(
+    config: TeacherConfig,
+    check: Callable[Arguments, Result],
+    *args: Arguments.args,
+    **kwargs: Arguments.kwargs,
+) -> Result:
+    """What a check returns; what it refuses is told with the teacher's name."""
+    try:
+        return check(*args, **kwargs)
+    except UserError as error:
+        raise UserError(f"teacher.path: got {config.path}: {error}") from error
 
 
 def teacher_for(dense: PreTrainedModel, config: TeacherConfig) -> PreTrainedModel:

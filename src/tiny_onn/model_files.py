@@ -1,0 +1,198 @@
+"""A model folder looked over before transformers reads it: it may come from anyone.
+
+config.json is bounded, so that no number in it makes transformers build a model for ever; weights
+are safetensors under plain names in the same folder, and hold about as many numbers as the
+configuration describes; nothing but regular files is opened and nothing is unpickled. What is left
+for transformers to refuse (unknown families, damaged tensors) comes out as its own errors.
+"""
+
+import json
+import math
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from tiny_onn.checks import shown
+from tiny_onn.errors import UserError, printable
+
+# The largest configurations that are published have some 20 KB and 130 layers.
+_CONFIG_BYTES = 2**22
+_MAX_LAYERS = 1024
+_MAX_NUMBER = 2**31
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_model_config(source: str, revision: str | None) -> str | None:
+    """The commit of a hub id's configuration, None for a folder, once config.json is bounded.
+
+    Args:
+        source: a folder or a hub id.
+        revision: of a hub id; None for a folder.
+
+    Raises:
+        UserError: the configuration is none, or describes what cannot be a dense model.
+        OSError: there is none, or no network.
+    """
+    if revision is None:
+        check_regular_files(Path(source))
+    file = cached_file(source, _CONFIG, revision=revision)
+    assert file is not None
+    check_config_table(read_object(Path(file)), _CONFIG)
+    return extract_commit_hash(file, None)
+
+
+def check_regular_files(folder: Path) -> None:
+    """Refuse a folder with a pipe or device, which could block for ever, or with an adapter.
+
+    Raises:
+        UserError: there is one.
+    """
+    for entry in sorted(folder.iterdir()):
+        # A link may point nowhere; transformers says so if it needs the file.
+        mode = entry.stat().st_mode if entry.exists() else stat.S_IFREG
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{entry.name} is a pipe or a device, expected a regular file")
+        if entry.name == "adapter_config.json":
+            raise UserError(f"{entry.name} makes it an adapter; merge it into its base model")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: it is too long, not UTF-8, not JSON or no object.
+    """
+    if file.stat().st_size > _CONFIG_BYTES:
+        raise UserError(f"{file.name} is longer than {_CONFIG_BYTES // 2**20} MiB")
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = printable(" ".join(str(error).split()))[:120]
+        raise UserError(f"{file.name} is not JSON ({reason})") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{file.name} holds a {type(table).__name__}, expected an object")
+    return table
+
+
+def check_config_table(table: dict[str, Any], where: str) -> None:
+    """Refuse a configuration that names other files, is quantised, or holds absurd numbers.
+
+    Raises:
+        UserError: the first such entry.
+    """
+    if "transformers_weights" in table:
+        raise UserError(f"{where} names its own weights file; rename that to {_WEIGHTS}")
+    if table.get("quantization_config"):
+        raise UserError(
+            f"{where} says that its weights are quantised; name the original model, and quantise "
+            "with teacher.quantization"
+        )
+    waiting: list[tuple[str, object]] = [("", table)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(str(key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, item) for item in value]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            many = isinstance(value, int) and ("layer" in name or "block" in name)
+            limit = _MAX_LAYERS if many else _MAX_NUMBER
+            # Settings that are factors may be larger than counts; none is infinite.
+            if not math.isfinite(value) if isinstance(value, float) else abs(value) > limit:
+                raise UserError(
+                    f"{where} has {printable(name)[:60]} = {shown(value)}, expected at most {limit}"
+                )
+
+
+def check_weights(source: str, revision: str | None, skeleton: PreTrainedModel) -> None:
+    """Refuse weights that are not safetensors of about the size of the model to fill.
+
+    Args:
+        source: a folder or a hub id, whose weights are downloaded by this.
+        revision: of a hub id; None for a folder.
+        skeleton: the model on the meta device.
+
+    Raises:
+        UserError: wrong names, number formats or sizes.
+        OSError: there are no safetensors.
+    """
+    stored = 0
+    for file in _weight_files(source, revision):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                part = tensors.get_slice(name)
+                if name.endswith("weight") and part.get_dtype() not in _FLOATS:
+                    raise UserError(
+                        f"{file.name} holds {printable(name)[:80]} as {part.get_dtype()}, expected"
+                        f" one of {', '.join(_FLOATS)}; name the model before quantisation"
+                    )
+                stored += math.prod(part.get_shape())
+    needed = sum(parameter.numel() for parameter in skeleton.parameters())
+    if needed > 2 * stored:
+        raise UserError(
+            f"{_CONFIG} describes a model of {needed:,} parameters, but the weights have {stored:,}"
+        )
+
+
+def _weight_files(source: str, revision: str | None) -> Iterator[Path]:
+    optional: dict[str, Any] = {
+        "revision": revision,
+        "_raise_exceptions_for_missing_entries": False,
+    }
+    whole = cached_file(source, _WEIGHTS, **optional)
+    if whole is not None:
+        yield Path(whole)
+        return
+    index = cached_file(source, _INDEX, **optional)
+    if index is None:
+        raise OSError(f"no {_WEIGHTS}; other formats are not read, they can run code")
+    names = read_object(Path(index)).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{_INDEX} has no weight_map, expected tensor names with their files")
+    for name in names.values():
+        # Else a folder could have files outside it read.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise UserError(
+                f"{_INDEX} names the file {printable(repr(name))[:80]}, expected the plain name of"
+                " a .safetensors file beside it"
+            )
+    for name in sorted(set(names.values())):
+        file = cached_file(source, name, revision=revision)
+        assert file is not None
+        yield Path(file)
+
+
+@torch.no_grad()
+def check_loaded(model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Refuse a model some of whose tensors were missing, left over, or are not finite.
+
+    Raises:
+        UserError: the first such tensor.
+    """
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"its weights lack {len(missing)} of the model's tensors ({missing[0]} first), "
+            "expected all; download it again"
+        )
+    # Outside the decoder are parts of other models (a vision tower), which nobody misses here.
+    prefix = f"{model.base_model_prefix}."
+    if extra := sorted(name for name in loading["unexpected_keys"] if name.startswith(prefix)):
+        raise UserError(
+            f"its weights hold {len(extra)} tensors that its config.json has no place for "
+            f"({printable(extra[0])[:80]} first); restore the config.json that belongs to them"
+        )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"its tensor {name} holds NaN or infinite numbers in {tensor.dtype}, expected "
+                'finite ones; download it again, or use teacher.dtype = "float32"'
+            )

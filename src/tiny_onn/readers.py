@@ -1,0 +1,293 @@
+"""Files of text to documents' texts, for .txt, .jsonl and .parquet, gzip and zstd included.
+
+Files may come from anyone. Beside the texts themselves, which the caller keeps or drops one by one,
+reading holds at most `WORKING_BYTES`, whatever the file says: text is decoded in blocks, a line of
+.jsonl is at most `LINE_BYTES` long, a parquet column is decoded some rows at a time, and a file
+that holds far more than its size (a bomb) is refused. Parquet has no limit for one value: one of
+more than 80 MiB takes six times its size. Only regular files are opened, and one that changes
+meanwhile is refused. What is wrong is a `UserError` that names the file.
+"""
+
+import codecs
+import gzip
+import io
+import itertools
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO, TypeVar
+
+from tiny_onn.embedded import split_text
+from tiny_onn.errors import UserError, reason_of
+
+Part = TypeVar("Part", str, bytes)
+WORKING_BYTES = 512 * 2**20
+"""Memory that reading takes beside the texts it has given away (tests/fuzz_inputs.py)."""
+LINE_BYTES = 8 * 2**20
+"""Longest line of .jsonl. JSON takes up to 34 times its size when parsed."""
+BOMB_RATIO = 100
+"""Text a file may hold per byte of its size; prose compresses to a third or less."""
+BOMB_BYTES = 64 * 2**20
+"""Text any file may hold, however small it is."""
+_BLOCK_BYTES = 2**18
+_PIECE_CHARS = 64_000
+_PARQUET_ROWS = 64
+
+
+def is_text_file(path: Path) -> bool:
+    """Whether the name ends as one of `ENDINGS`."""
+    return _reader_name(path) is not None
+
+
+def read_texts(path: Path, text_field: str) -> Iterator[str]:
+    """The texts of a file in order, blank ones included.
+
+    Args:
+        path: the file.
+        text_field: the field or column of a row that holds its text.
+
+    Raises:
+        UserError: whatever is wrong with the file.
+        OSError: it cannot be opened or read.
+    """
+    name = _reader_name(path)
+    if name is None:
+        raise bad_source(
+            path, f"got ending {path.suffix!r}, expected {ENDINGS}; convert or rename it"
+        )
+    read, unpack = _READERS[name]
+    with _open_regular(path) as file:
+        before = os.fstat(file.fileno())
+        allowed = max(BOMB_BYTES, BOMB_RATIO * before.st_size)
+        try:
+            if read is None:
+                yield from _limited(_parquet_texts(file, path, text_field, allowed), allowed, path)
+            else:
+                blocks = _limited(_unpacked(file, path, unpack), allowed, path)
+                yield from read(blocks, path, text_field)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise _damaged(path, unpack, error) from error
+        except UnicodeDecodeError as error:
+            raise bad_source(path, f"not UTF-8 ({error.reason}); convert it to UTF-8") from error
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise bad_source(path, "changed while it was read; wait until its writer is done")
+
+
+def bad_source(where: object, problem: str) -> UserError:
+    """The error for a source of text."""
+    return UserError(f"data.sources: {where}: {problem}")
+
+
+def field_text(row: dict[str, Any], text_field: str, where: object) -> str:
+    """The row's text; null counts as blank.
+
+    Raises:
+        UserError: the field is missing or holds something else.
+    """
+    if text_field not in row:
+        names = ", ".join(str(name)[:40] for name in itertools.islice(row, 20)) or "none"
+        raise UserError(
+            f"data.text_field: {where}: got {text_field!r}, expected one of: {names}; correct it"
+        )
+    value = row[text_field]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(
+            f"data.text_field: {where}: {text_field!r} holds {type(value).__name__}, expected text;"
+            " name another field"
+        )
+    return value
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """The file, open; a pipe or device, which could block for ever, is refused."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise bad_source(path, "got a pipe or a device, expected a regular file; copy it into one")
+    return os.fdopen(descriptor, "rb")
+
+
+def _limited(parts: Iterable[Part], allowed: int, path: Path) -> Iterator[Part]:
+    """The parts, as long as they are no more than `allowed` characters or bytes together."""
+    total = 0
+    for part in parts:
+        total += len(part)
+        if total > allowed:
+            raise _bomb(path, allowed)
+        yield part
+
+
+def _bomb(path: Path, allowed: int) -> UserError:
+    return bad_source(
+        path,
+        f"holds more than {allowed / 2**20:.0f} MiB of text, expected at most {BOMB_RATIO} times"
+        " its size on disk; if it is no mistake, unpack it into plain files",
+    )
+
+
+def _unpacked(file: BinaryIO, path: Path, packing: str) -> Iterator[bytes]:
+    """What a file holds, in blocks."""
+    if packing == ".gz":
+        # Closing it leaves `file` open.
+        with gzip.GzipFile(fileobj=file) as plain:
+            yield from _blocks(plain)
+    elif packing == ".zst":
+        # Slow to import and needed for this packing only; datasets depends on it.
+        import pyarrow as pa  # noqa: PLC0415
+
+        if os.fstat(file.fileno()).st_size:
+            # pyarrow closes what it reads from when it likes to.
+            own = os.fdopen(os.dup(file.fileno()), "rb")
+            try:
+                yield from _blocks(pa.CompressedInputStream(pa.PythonFile(own, mode="r"), "zstd"))
+            except OSError as error:
+                raise _damaged(path, packing, error) from error
+    else:
+        yield from _blocks(file)
+
+
+def _blocks(file: Any) -> Iterator[bytes]:  # noqa: ANN401 - pyarrow's files are no BinaryIO
+    while block := file.read(_BLOCK_BYTES):
+        yield block
+
+
+def _txt_texts(blocks: Iterable[bytes], path: Path, _: str) -> Iterator[str]:
+    """The whole file, or pieces as `split_text` cuts them if it is longer than one."""
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8-sig")(), translate=True
+    )
+    held, chars, num_bytes = "", 0, 0
+    for block in itertools.chain(blocks, (b"",)):
+        num_bytes += len(block)
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            position = num_bytes - len(error.object) + error.start
+            raise bad_source(
+                path, f"not UTF-8 ({error.reason}, position {position}); convert it to UTF-8"
+            ) from error
+        if (found := text.find("\0")) != -1:
+            raise bad_source(
+                path,
+                f"holds a NUL at character {chars + found}, expected text; it is binary or UTF-16,"
+                " convert it to UTF-8",
+            )
+        chars += len(text)
+        held += text
+        if len(held) > _PIECE_CHARS:
+            *pieces, held = split_text(held, _PIECE_CHARS)
+            yield from pieces
+    if held:
+        yield held
+
+
+def _jsonl_texts(blocks: Iterable[bytes], path: Path, text_field: str) -> Iterator[str]:
+    for number, raw in _lines(blocks, path):
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(raw.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise bad_source(
+                where, f"not JSON in UTF-8 ({reason_of(error)}); write one object"
+            ) from error
+        if not isinstance(row, dict):
+            got = raw.strip()[:20].decode("utf-8", "replace")
+            raise bad_source(where, f"got {got!r}, expected a JSON object; write one")
+        yield field_text(row, text_field, where)
+
+
+def _lines(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, blank ones left out; the last one may lack its end."""
+    held: list[bytes] = []
+    number, length = 1, 0
+    for block in itertools.chain(blocks, (b"\n",)):
+        if not held and not block.strip():
+            # A hundred million blank lines take no time.
+            number += block.count(b"\n")
+            continue
+        first, *others = block.split(b"\n")
+        for part, ended in [(first, False), *((other, True) for other in others)]:
+            if ended:
+                if (line := b"".join(held)).strip():
+                    yield number, line
+                held, number, length = [], number + 1, 0
+            if part:
+                held.append(part)
+                length += len(part)
+            if length > LINE_BYTES:
+                raise bad_source(
+                    f"{path} line {number}",
+                    f"got more than {LINE_BYTES // 2**20} MiB, expected one document; split it",
+                )
+
+
+def _parquet_texts(file: BinaryIO, path: Path, text_field: str, allowed: int) -> Iterator[str]:
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    try:
+        with pq.ParquetFile(file) as table:
+            _check_column(table.schema_arrow, path, text_field)
+            metadata = table.metadata
+        if _column_bytes(metadata, text_field) > allowed:
+            raise _bomb(path, allowed)
+        # Dictionaries stay packed, so that a few bytes of indices do not become gigabytes.
+        with pq.ParquetFile(file, metadata=metadata, read_dictionary=[text_field]) as table:
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
+                yield from (scalar.as_py() or "" for scalar in batch.column(0))
+    except (pa.ArrowException, OverflowError) as error:
+        raise _damaged(path, ".parquet", error) from error
+
+
+def _column_bytes(metadata: Any, text_field: str) -> int:  # noqa: ANN401
+    """What a column says it takes unpacked, its repetitions not counted."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    return sum(group.column(paths.index(text_field)).total_uncompressed_size for group in groups)
+
+
+def _check_column(schema: Any, path: Path, text_field: str) -> None:  # noqa: ANN401
+    """Refuse a table whose column is missing, there twice or not of text."""
+    import pyarrow as pa  # noqa: PLC0415
+
+    field_text(dict.fromkeys(schema.names), text_field, path)
+    if (number := schema.names.count(text_field)) > 1:
+        raise bad_source(
+            path, f"got {number} columns named {text_field!r}, expected one; rename the others"
+        )
+    kind = schema.field(text_field).type
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if plain not in (pa.string(), pa.large_string(), pa.null()):
+        raise UserError(
+            f"data.text_field: {path}: {text_field!r} holds {str(kind)[:80]}, expected text; name"
+            " another column, or cast it to string"
+        )
+
+
+def _damaged(path: Path, packing: str, error: Exception) -> UserError:
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(packing, "parquet")
+    return bad_source(path, f"not readable as {kind} ({reason_of(error)}); write it anew")
+
+
+# By the end of the name: who reads its bytes (parquet needs the file itself), and its packing.
+_READERS = MappingProxyType(
+    {
+        f"{ending}{packing}": (read, packing)
+        for ending, read in ((".txt", _txt_texts), (".jsonl", _jsonl_texts))
+        for packing in ("", ".gz", ".zst")
+    }
+    | {".parquet": (None, "")}
+)
+ENDINGS = ".txt, .jsonl, .parquet (.txt and .jsonl also with .gz or .zst)"
+
+
+def _reader_name(path: Path) -> str | None:
+    name = path.name.lower()
+    return next((ending for ending in _READERS if name.endswith(ending)), None)
