@@ -5,9 +5,11 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from tiny_onn.budgets import set_budget
 from tiny_onn.config import TeacherConfig
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
+from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.teacher import load_dense, pick_device, quiet_transformers
 
 
@@ -19,6 +21,7 @@ def run_generate(
     temperature: float,
     seed: int,
     device: str = "auto",
+    budget: float | None = None,
 ) -> str:
     """Print the continuation of a prompt as it comes, and return it.
 
@@ -29,6 +32,7 @@ def run_generate(
         temperature: 0 takes the likeliest token each time.
         seed: of the sampling.
         device: where to run.
+        budget: experts a token of a student may use, on average; None: what it was trained for.
 
     Raises:
         UserError: no such model, or an empty prompt.
@@ -44,6 +48,12 @@ def run_generate(
         ) from error
     quiet_transformers()
     network, tokenizer = _load(model, pick_device(device))
+    if budget is not None:
+        if not isinstance(network, TinyOnnForCausalLM):
+            raise UserError(
+                f"--budget: got {model}, a dense model, expected a student; leave --budget out"
+            )
+        set_budget(network, budget)
     # transformers' sampling knows no generator argument.
     torch.manual_seed(seed)
     sampling = (
