@@ -371,7 +371,7 @@ def _layer_record(
 def quantities(gain_TE: Tensor, magnitude_TE: Tensor) -> dict[str, Tensor]:
     """What a gate could be asked to predict, by name."""
     half = gain_TE.shape[1] // 2
-    order_TE = gain_TE.argsort(-1, descending=True, stable=True)
+    order_TE = gain_TE.argsort(dim=-1, descending=True, stable=True)
     top_TE = torch.zeros_like(gain_TE).scatter_(-1, order_TE[:, :half], 1.0)
     return {
         "gain": gain_TE,
