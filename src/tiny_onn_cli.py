@@ -361,14 +361,13 @@ class Generate:
         _require(0 <= seed < 2**63, "--seed", seed, "an integer from 0 to 2**63 - 1")
         from tiny_onn.generate import run_generate
 
-        options = {} if self.budget is None else {"budget": self.budget}
         run_generate(
             self.model,
             prompt=self.prompt,
             max_new_tokens=tokens,
             temperature=temperature,
             seed=seed,
-            **options,
+            budget=self.budget,
         )
 
 

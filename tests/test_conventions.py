@@ -80,7 +80,7 @@ LAYERS = (
         "health",
     ),
     ("plan", "step", "train", "evaluate", "demo", "generate", "progress", "profile"),
-    ("probe", "probe_report", "frontier"),
+    ("probe", "probe_record", "probe_report", "frontier"),
     ("__init__",),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}

@@ -10,7 +10,8 @@ import torch
 from tiny import CONFIG, change, make_rows, save_teacher, write_corpus
 from tiny_onn.errors import UserError
 from tiny_onn.loading import load_student
-from tiny_onn.probe import quantities, run_probe, sample_documents
+from tiny_onn.probe import run_probe, sample_documents
+from tiny_onn.probe_record import quantities
 from tiny_onn.probe_report import console_tables, markdown
 from tiny_onn.train import run_distill
 

@@ -27,6 +27,10 @@ def make_wide(family, weighting, **changes):
     return student.requires_grad_(False), dense
 
 
+def active_of(bank, token):
+    return bank.routing.active[token]
+
+
 def own_loss(student, ids, teacher_logits, token):
     logits = student(input_ids=ids).logits[0, token]
     if teacher_logits is None:
@@ -97,7 +101,7 @@ def test_truth_is_that_of_single_changes(family, weighting, loss):
         assert got_TE[-1].abs().max() == 0
         for token in range(TOKENS - 1):
             base = own_loss(student, ids, teacher_logits, token)
-            active_E = student.banks()[layer].routing.active[token]
+            active_E = active_of(student.banks()[layer], token)
             assert document.losses_T[token] == pytest.approx(base.item(), abs=1e-9)
             for expert in range(0, 8, 3):
                 handle = flipped(student, layer, token, expert)

@@ -79,7 +79,8 @@ def line_plot(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> 
     """Series of labelled points, joined."""
     left, top, width, height = 70, 30, 460, 280
     points = [point for line in lines for point in line.points]
-    (x_low, x_high), (y_low, y_high) = (_span([p[i] for p in points] + [0.0]) for i in (0, 1))
+    x_low, x_high = _span([0.0, *(x for x, _, _ in points)])
+    y_low, y_high = _span([0.0, *(y for _, y, _ in points)])
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (

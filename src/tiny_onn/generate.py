@@ -9,7 +9,6 @@ from tiny_onn.budgets import set_budget
 from tiny_onn.config import TeacherConfig
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
-from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.teacher import load_dense, pick_device, quiet_transformers
 
 
@@ -47,13 +46,7 @@ def run_generate(
             "check the terminal's encoding"
         ) from error
     quiet_transformers()
-    network, tokenizer = _load(model, pick_device(device))
-    if budget is not None:
-        if not isinstance(network, TinyOnnForCausalLM):
-            raise UserError(
-                f"--budget: got {model}, a dense model, expected a student; leave --budget out"
-            )
-        set_budget(network, budget)
+    network, tokenizer = _load(model, pick_device(device), budget)
     # transformers' sampling knows no generator argument.
     torch.manual_seed(seed)
     sampling = (
@@ -72,10 +65,18 @@ def run_generate(
     return text
 
 
-def _load(model: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    model: str, device: torch.device, budget: float | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if is_student(model):
         loaded = load_student(model, device)
+        if budget is not None:
+            set_budget(loaded.student, budget)
         return loaded.student, loaded.tokenizer
+    if budget is not None:
+        raise UserError(
+            f"--budget: got {model}, a dense model, expected a student; leave --budget out"
+        )
     dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
     # Packed rows are for training; caches are transformers' own attention's business.
     dense.set_attn_implementation(_generation_attention(dense))

@@ -72,4 +72,4 @@ def own_keys(student: TinyOnnForCausalLM) -> Iterator[None]:
     try:
         yield
     finally:
-        student.set_attn_implementation(before)
+        student.set_attn_implementation(before or "eager")

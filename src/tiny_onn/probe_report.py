@@ -129,6 +129,11 @@ def _with_interval(value: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def _bar(label: str, value: Sequence[float], colour: int = 0) -> Bar:
+    mean, low, high = value
+    return Bar(label, mean, low, high, colour)
+
+
 def html_page(found: Mapping[str, Any]) -> str:
     """A self-contained page: per layer, rank correlations and what the two ends point at."""
     pictures = []
@@ -140,7 +145,7 @@ def html_page(found: Mapping[str, Any]) -> str:
             pictures.append(
                 dot_plot(
                     f"Layer {layer}, {name}: rank correlation with the truth",
-                    [Bar(rule, *values["spearman"]) for rule, values in rules.items()],
+                    [_bar(rule, values["spearman"]) for rule, values in rules.items()],
                     [("0", 0.0)],
                 )
             )
@@ -148,7 +153,7 @@ def html_page(found: Mapping[str, Any]) -> str:
                 dot_plot(
                     f"Layer {layer}, {name}: nats of the expert pointed at",
                     [
-                        Bar(f"{rule}, {end}", *values[f"truth_at_{end}"], colour)
+                        _bar(f"{rule}, {end}", values[f"truth_at_{end}"], colour)
                         for rule, values in rules.items()
                         for colour, end in enumerate(ENDS)
                     ],
@@ -160,7 +165,7 @@ def html_page(found: Mapping[str, Any]) -> str:
                 dot_plot(
                     f"Layer {layer}: regression from the token, rank correlation with the truth",
                     [
-                        Bar(f"{name}, {who}", *guess[who]["rank_of_truth"], colour)
+                        _bar(f"{name}, {who}", guess[who]["rank_of_truth"], colour)
                         for name, guess in record["predictable"].items()
                         for colour, who in enumerate(("token", "blind"))
                     ],

@@ -277,14 +277,14 @@ def _hooked(bank: ExpertBank, hook: _Flip) -> Iterator[None]:
 @contextmanager
 def _taught(banks: Sequence[ExpertBank], steps: Sequence[SmkStep]) -> Iterator[None]:
     """Within the context the banks' backward passes capture surprise, by the dense path."""
-    kept = [(bank.smk, bank.path, bank.router.weight.requires_grad) for bank in banks]
+    kept = [(bank.smk, bank.path == "grouped", bank.router.weight.requires_grad) for bank in banks]
     for bank, step in zip(banks, steps, strict=True):
         bank.smk, bank.path = step, "dense"
         bank.router.requires_grad_(True)
     try:
         yield
     finally:
-        for bank, (smk, path, needed) in zip(banks, kept, strict=True):
-            bank.smk, bank.path = smk, path
+        for bank, (smk, grouped, needed) in zip(banks, kept, strict=True):
+            bank.smk, bank.path = smk, "grouped" if grouped else "dense"
             bank.router.requires_grad_(needed)
             bank.router.zero_grad(set_to_none=True)
