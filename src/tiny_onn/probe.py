@@ -101,6 +101,9 @@ def run_probe(
     """
     if loss not in LOSSES:
         raise UserError(f"--loss: got {loss}, expected one of {', '.join(LOSSES)}; try auto")
+    if init not in get_args(ExpertInit):
+        expected = ", ".join(get_args(ExpertInit))
+        raise UserError(f"--init: got {init}, expected one of {expected}; try slices")
     quiet_transformers()
     started = time.perf_counter()
     where = pick_device(device)
@@ -116,37 +119,16 @@ def run_probe(
     )
     probed, fitted = sample_documents(rows, document_tokens, max_tokens, fit_tokens)
     use_kl = loss == "forward-kl" or (loss == "auto" and not subject.fresh)
-    on_kl = subject.teacher if use_kl else None
-    with _bar(len(probed) * (len(probed_layers) + 1) + len(fitted)) as advance:
-        seen, losses_T = look(subject.student, on_kl, probed, probed_layers, advance)
-        fit = look_again(subject.student, on_kl, fitted, probed_layers, advance)
-    groups_T = torch.cat([torch.full((ids.shape[1],), n) for n, ids in enumerate(probed)])
-    first_T, last_T = (_edges(probed, edge) for edge in (0, -1))
-    where_first = first_T & ~last_T
-    counted_T = ~first_T & ~last_T
-    by_document = len(probed) >= MIN_DOCUMENTS
-    groups_T = groups_T if by_document else torch.arange(len(groups_T))
-    found: dict[str, Any] = {
+    found = {
         "model": model,
         "teacher": subject.config.teacher.path,
-        "loss": "forward_kl" if use_kl else "next_token",
         "conversion": f"{init}, all experts on" if subject.fresh else "student",
         "num_layers": len(subject.student.banks()),
         "num_experts": subject.student.config.num_experts,
-        "num_documents": len(probed),
         "document_tokens": document_tokens,
-        "num_tokens": int(counted_T.sum()),
-        "num_first_tokens": int(where_first.sum()),
-        "fit_tokens": sum(ids.shape[1] - 2 for ids in fitted),
-        "intervals": "documents" if by_document else "tokens",
-        "mean_loss": losses_T[counted_T].mean().item(),
-        "mean_loss_first_token": losses_T[where_first].mean().item(),
-        "layers": {
-            str(layer): layer_record(seen[layer], fit.get(layer), groups_T, counted_T, where_first)
-            for layer in probed_layers
-        },
+        **measure(subject, probed, fitted, probed_layers, use_kl=use_kl),
+        "seconds": time.perf_counter() - started,
     }
-    found["seconds"] = time.perf_counter() - started
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "probe.json", found)
@@ -156,6 +138,49 @@ def run_probe(
             f"--out: got {out}, expected a folder to write to ({error.strerror}); choose another"
         ) from error
     return found
+
+
+def measure(
+    subject: Subject,
+    probed: Sequence[Tensor],
+    fitted: Sequence[Tensor],
+    layers: Sequence[int],
+    *,
+    use_kl: bool,
+) -> dict[str, Any]:
+    """The numbers of some documents' tokens, the first of each apart, by layer.
+
+    Args:
+        subject: the model.
+        probed: documents to probe.
+        fitted: documents to fit regressions on; none: none are made.
+        layers: which.
+        use_kl: whether a token's own loss is the KL to the teacher, or that of the next token.
+    """
+    teacher = subject.teacher if use_kl else None
+    with _bar(len(probed) * (len(layers) + 1) + len(fitted)) as advance:
+        seen, losses_T = look(subject.student, teacher, probed, layers, advance)
+        fit = look_again(subject.student, teacher, fitted, layers, advance)
+    # The last token of a document has no loss.
+    is_first_T, is_last_T = (_edges(probed, edge) for edge in (0, -1))
+    counted_T = ~is_first_T & ~is_last_T
+    by_document = len(probed) >= MIN_DOCUMENTS
+    groups = [torch.full((ids.shape[1],), number) for number, ids in enumerate(probed)]
+    groups_T = torch.cat(groups) if by_document else torch.arange(len(losses_T))
+    return {
+        "loss": "forward_kl" if use_kl else "next_token",
+        "num_documents": len(probed),
+        "num_tokens": int(counted_T.sum()),
+        "num_first_tokens": len(probed),
+        "fit_tokens": sum(ids.shape[1] - 2 for ids in fitted),
+        "intervals": "documents" if by_document else "tokens",
+        "mean_loss": losses_T[counted_T].mean().item(),
+        "mean_loss_first_token": losses_T[is_first_T].mean().item(),
+        "layers": {
+            str(layer): layer_record(seen[layer], fit.get(layer), groups_T, counted_T, is_first_T)
+            for layer in layers
+        },
+    }
 
 
 def load_subject(name: str, device: torch.device, *, init: str, num_experts: int) -> Subject:
@@ -178,9 +203,6 @@ def load_subject(name: str, device: torch.device, *, init: str, num_experts: int
             config=loaded.config,
             fresh=False,
         )
-    if init not in get_args(ExpertInit):
-        expected = ", ".join(get_args(ExpertInit))
-        raise UserError(f"--init: got {init}, expected one of {expected}; try slices")
     config = RunConfig()
     config = replace(
         config,
