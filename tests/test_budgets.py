@@ -34,14 +34,14 @@ def mean_k_of(student, rows):
 @pytest.mark.parametrize("form", ["threshold", "cumulative"])
 def test_mean_k_on_other_text_is_the_budget(form):
     student, rows = make_measured(form)
-    for budget in (8, 7, 6, 5, 4, 3, 2.5, 2, 1):
+    for budget in (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.0):
         set_budget(student, budget)
         assert mean_k_of(student, rows) == pytest.approx(budget, rel=0.05), budget
 
 
 def test_all_experts_are_the_model_with_all_experts_on():
     student, rows = make_measured()
-    set_budget(student, 8)
+    set_budget(student, 8.0)
     ids = rows[0].input_ids
     with torch.no_grad():
         got = student(input_ids=ids).logits
@@ -76,7 +76,7 @@ def test_a_saved_student_keeps_its_table(tmp_path):
     again = TinyOnnForCausalLM.from_pretrained(tmp_path)
     for ours, theirs in zip(student.banks(), again.banks(), strict=True):
         assert torch.equal(ours.router.threshold_table, theirs.router.threshold_table)
-    set_budget(again, 3)
+    set_budget(again, 3.0)
 
 
 def test_a_student_of_before_has_no_table_and_says_what_to_do(tmp_path):
@@ -88,7 +88,7 @@ def test_a_student_of_before_has_no_table_and_says_what_to_do(tmp_path):
     old = TinyOnnForCausalLM.from_pretrained(tmp_path)
     threshold = old.banks()[0].router.threshold.item()
     with pytest.raises(UserError, match=r"without measured thresholds.*tiny-onn distill --resume"):
-        set_budget(old, 3)
+        set_budget(old, 3.0)
     assert old.banks()[0].router.threshold.item() == threshold
     assert old.banks()[0].router.threshold_table.isnan().all()
 
@@ -99,13 +99,13 @@ def test_a_fixed_selection_takes_whole_numbers_and_needs_no_table(selection):
     rows = make_rows(LENGTHS, 64)[:2]
     tabulate(student, rows)
     assert student.banks()[0].router.threshold_table.isnan().all()
-    set_budget(student, 3)
+    set_budget(student, 3.0)
     assert mean_k_of(student, rows) == 3
     with pytest.raises(UserError, match=r"--budget: got 2\.5, expected a whole number"):
         set_budget(student, 2.5)
 
 
-@pytest.mark.parametrize("budget", [0.5, 9, -1, math.nan, math.inf])
+@pytest.mark.parametrize("budget", [0.5, 9.0, -1.0, math.nan, math.inf])
 def test_budgets_out_of_range_are_refused(budget):
     student, _ = make_measured()
     with pytest.raises(UserError, match=r"--budget: got .*, expected 1 to 8"):

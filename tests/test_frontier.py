@@ -70,9 +70,9 @@ def test_a_budget_that_cannot_be_is_refused_before_anything_is_measured(run, tmp
 
 def test_generation_takes_a_budget(run, capsys):
     options = {"prompt": "the", "max_new_tokens": 3, "temperature": 0.0, "seed": 0}
-    assert run_generate(str(run / "run"), budget=8, device="cpu", **options)
+    assert run_generate(str(run / "run"), budget=8.0, device="cpu", **options)
     with pytest.raises(UserError, match="--budget: got 0, expected 1 to 8"):
-        run_generate(str(run / "run"), budget=0, **options)
+        run_generate(str(run / "run"), budget=0.0, **options)
     with pytest.raises(UserError, match="a dense model, expected a student"):
-        run_generate(str(run / "teacher"), budget=4, **options)
+        run_generate(str(run / "teacher"), budget=4.0, **options)
     assert capsys.readouterr().out

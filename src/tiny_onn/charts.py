@@ -96,8 +96,8 @@ def line_plot(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> 
     ]
     for tick in range(5):
         x, y = (low + (high - low) * tick / 4 for low, high in ((x_low, x_high), (y_low, y_high)))
-        parts.append(_text(place(x, 0)[0], top + height + 16, f"{x:.4g}", anchor="middle"))
-        parts.append(_text(left - 6, place(0, y)[1] + 4, f"{y:.3g}", anchor="end"))
+        parts.append(_text(place(x, 0.0)[0], top + height + 16, f"{x:.4g}", anchor="middle"))
+        parts.append(_text(left - 6, place(0.0, y)[1] + 4, f"{y:.3g}", anchor="end"))
     for number, line in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
         placed = [(*place(x, y), label) for x, y, label in line.points]
@@ -117,7 +117,13 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _text(
-    x: float, y: float, text: str, *, anchor: str = "start", weight: str = "", colour: str = ""
+    x: int | float,
+    y: int | float,
+    text: str,
+    *,
+    anchor: str = "start",
+    weight: str = "",
+    colour: str = "",
 ) -> str:
     style = (f"font-weight:{weight};" if weight else "") + (f"fill:{colour};" if colour else "")
     return (
@@ -126,7 +132,7 @@ def _text(
     )
 
 
-def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:
+def _svg(width: int | float, height: int | float, parts: Sequence[str], label: str) -> str:
     return (
         f'<svg role="img" aria-label="{html.escape(label)}" width="{width:.0f}" '
         f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">{"".join(parts)}</svg>\n'

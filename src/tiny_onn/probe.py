@@ -359,7 +359,7 @@ def _checked_layers(layers: Sequence[int], num_layers: int) -> list[int]:
 
 
 @contextmanager
-def _bar(total: float) -> Iterator[Callable[[float], None]]:
+def _bar(total: int) -> Iterator[Callable[[float], None]]:
     """A progress bar on standard error, and what moves it."""
     with Progress(
         TextColumn("probe"),
