@@ -17,13 +17,13 @@ from tiny_onn.modeling import TinyOnnForCausalLM
 LENGTHS = [40, 64, 30, 50, 33] * 12
 
 
-def make_measured(form="threshold", **changes):
+def make_measured(form="threshold", scope="layer"):
     """A student whose gates choose by token, its table filled, and rows it has not seen."""
-    student = make_student(make_dense(), budget_form=form, **changes)
+    student = make_student(make_dense(), budget_form=form)
     with torch.no_grad():
         for bank in student.banks():
             bank.router.weight.mul_(30)
-    tabulate(student, make_rows(LENGTHS, 64, seed=1)[:30])
+    tabulate(student, make_rows(LENGTHS, 64, seed=1)[:30], scope)
     return student, make_rows(LENGTHS, 64, seed=2)[:30]
 
 
@@ -31,9 +31,10 @@ def mean_k_of(student, rows):
     return evaluate(student, make_dense(), rows, LossConfig()).mean_k
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("form", ["threshold", "cumulative"])
-def test_mean_k_on_other_text_is_the_budget(form):
-    student, rows = make_measured(form)
+def test_mean_k_on_other_text_is_the_budget(form, scope):
+    student, rows = make_measured(form, scope)
     for budget in (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.0):
         set_budget(student, budget)
         assert mean_k_of(student, rows) == pytest.approx(budget, rel=0.05), budget
@@ -86,11 +87,11 @@ def test_a_student_of_before_has_no_table_and_says_what_to_do(tmp_path):
     tensors = {name: t for name, t in load_file(file).items() if "threshold_table" not in name}
     save_file(tensors, file, metadata={"format": "pt"})
     old = TinyOnnForCausalLM.from_pretrained(tmp_path)
-    threshold = old.banks()[0].router.threshold.item()
+    threshold = old.banks()[0].router.settled.item()
     with pytest.raises(UserError, match=r"without measured thresholds.*tiny-onn distill --resume"):
         set_budget(old, 3.0)
-    assert old.banks()[0].router.threshold.item() == threshold
-    assert old.banks()[0].router.threshold_table.isnan().all()
+    assert old.banks()[0].router.settled.item() == threshold
+    assert old.banks()[0].router.threshold_table.eq(0).all()
 
 
 @pytest.mark.parametrize("selection", ["top_k", "static", "random"])
@@ -98,7 +99,7 @@ def test_a_fixed_selection_takes_whole_numbers_and_needs_no_table(selection):
     student = make_student(make_dense(), selection=selection, objective="none")
     rows = make_rows(LENGTHS, 64)[:2]
     tabulate(student, rows)
-    assert student.banks()[0].router.threshold_table.isnan().all()
+    assert student.banks()[0].router.threshold_table.eq(0).all()
     set_budget(student, 3.0)
     assert mean_k_of(student, rows) == 3
     with pytest.raises(UserError, match=r"--budget: got 2\.5, expected a whole number"):

@@ -79,7 +79,6 @@ LAYERS = (
         "records",
         "health",
     ),
-    ("plan", "step", "train", "evaluate", "demo", "generate", "progress", "profile"),
     ("probe", "probe_record", "probe_report", "frontier"),
     ("__init__",),
 )

@@ -17,13 +17,17 @@ TOKENS = 7
 def make_wide(family, weighting, **changes):
     """A student that left its teacher, and the teacher, in float64 for exact differences."""
     dense = make_dense(family, **changes).double()
-    student = make_student(dense, weighting=weighting)
+    extra = {"compensation": "mean", "learn_scale": True} if weighting == "softmax" else {}
+    student = make_student(dense, weighting=weighting, **extra)
     with torch.no_grad():
         for bank in student.banks():
             bank.double()
             # A gate that chooses by token.
             bank.router.weight.mul_(20)
             bank.gate_up_proj.add_(torch.randn_like(bank.gate_up_proj) * 0.05)
+            if bank.mean_outputs is not None:
+                bank.mean_outputs.copy_(torch.randn_like(bank.mean_outputs) * 0.1)
+                bank.expert_scale.copy_(torch.rand_like(bank.expert_scale) + 0.5)
     return student.requires_grad_(False), dense
 
 
@@ -53,6 +57,8 @@ def flipped(student, layer, token, expert):
         output = output.clone()
         if module.routing.active[token, expert]:
             output[0, token] = without(inputs[0])[0, token]
+            if module.mean_outputs is not None:
+                output[0, token] += module.mean_outputs[expert]
         else:
             added = reference.expert(
                 inputs[0][0, token],
@@ -70,6 +76,9 @@ def flipped(student, layer, token, expert):
                 "sigmoid": logits[expert].sigmoid(),
                 "softmax": logits.softmax(-1)[expert] / logits.softmax(-1)[kept].sum(),
             }[rule]
+            if module.mean_outputs is not None:
+                weight = weight * module.expert_scale[expert]
+                output[0, token] -= module.mean_outputs[expert]
             output[0, token] += weight * added
         return output
 

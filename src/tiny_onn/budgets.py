@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny_onn.attention import packed_kwargs
+from tiny_onn.config import BudgetScope
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
@@ -29,7 +30,9 @@ PASSES = (0.75, 0.5, 0.375, 0.25, 0.125)
 
 
 @torch.no_grad()
-def tabulate(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> None:
+def tabulate(
+    student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
+) -> None:
     """Fill every router's table of thresholds from text; what else the student has stays.
 
     Nothing is done for a selection that has no threshold.
@@ -37,9 +40,10 @@ def tabulate(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> None:
     Args:
         student: at the end of its training.
         rows: text of the kind it will see; the first `TABLE_TOKENS` or so are read.
+        scope: whether each layer has the budget, or all together.
     """
     banks = student.banks()
-    if banks[0].router.rule.selection != "budget":
+    if not banks[0].router.rule.has_budget:
         return
     row = _joined(rows).to(banks[0].router.weight.device)
     num_experts = banks[0].router.weight.shape[0]
@@ -53,6 +57,9 @@ def tabulate(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> None:
                 for other in range(1, num_experts)
                 if min(passes, key=lambda p: (abs(p - other), p)) == k
             ]
+            if scope == "global":
+                _fill_together(student, row, k, nearest)
+                continue
             with ExitStack() as hooks:
                 for bank in banks:
                     hooks.enter_context(_settling(bank, k, nearest, row.router_mask[0]))
@@ -82,7 +89,7 @@ def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
             f"--budget: got a student with router.selection = {rule.selection!r}, expected budget, "
             "top_k, static or random; this one decides by itself how many experts it uses"
         )
-    if rule.selection != "budget" and not float(budget).is_integer():
+    if not rule.has_budget and not float(budget).is_integer():
         raise UserError(
             f"--budget: got {budget:g}, expected a whole number with router.selection = "
             f"{rule.selection!r}; round it"
@@ -114,8 +121,8 @@ def _settling(bank: ExpertBank, k: int, nearest: Sequence[int], mask_T: Tensor) 
 
     def settle(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         router = bank.router
-        scores_TE = router(inputs[0].flatten(0, -2)).scores
-        router.threshold.copy_(exact_threshold(scores_TE, mask_T, float(k)))
+        scores_TE = bank.route(inputs[0].flatten(0, -2)).scores
+        router.settled.copy_(exact_threshold(scores_TE, mask_T, float(k)))
         for other in nearest:
             router.threshold_table[other - 1] = exact_threshold(scores_TE, mask_T, float(other))
 
@@ -126,15 +133,33 @@ def _settling(bank: ExpertBank, k: int, nearest: Sequence[int], mask_T: Tensor) 
         handle.remove()
 
 
+def _fill_together(
+    student: TinyOnnForCausalLM, row: PackedRow, k: int, nearest: Sequence[int]
+) -> None:
+    """Settle all layers at one threshold for k experts on average, and fill their tables."""
+    banks, mask_T = student.banks(), row.router_mask[0]
+    # Twice: the inputs of the first pass are those of another budget.
+    masks_T, scores = mask_T.repeat(len(banks)), banks[0].router.weight.new_empty(0)
+    for _ in range(2):
+        last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+        scores = torch.cat([bank.routing.scores for bank in banks if bank.routing is not None])
+        for bank in banks:
+            bank.router.settled.copy_(exact_threshold(scores, masks_T, float(k)))
+    for other in nearest:
+        threshold = exact_threshold(scores, masks_T, float(other))
+        for bank in banks:
+            bank.router.threshold_table[other - 1] = threshold
+
+
 @contextmanager
 def _thresholds_kept(banks: Sequence[ExpertBank]) -> Iterator[None]:
     """After the context thresholds are what they were before it, and no routing is left."""
-    kept = [bank.router.threshold.clone() for bank in banks]
+    kept = [bank.router.settled.clone() for bank in banks]
     try:
         yield
     finally:
         for bank, threshold in zip(banks, kept, strict=True):
-            bank.router.threshold.copy_(threshold)
+            bank.router.settled.copy_(threshold)
             bank.routing = None
 
 

@@ -215,7 +215,12 @@ class _Flip:
             gate_ID, up_ID = bank.gate_up_proj[:, e].to(x_TD.dtype)
             hidden_TI = bank.activation(x_TD @ gate_ID.T) * (x_TD @ up_ID.T)
             signed_T1 = torch.where(self.active_TE[:, e], -weights_TE[:, e], weights_TE[:, e])
-            changes.append(hidden_TI @ bank.down_proj[e].to(x_TD.dtype) * signed_T1[:, None])
+            change_TD = hidden_TI @ bank.down_proj[e].to(x_TD.dtype) * signed_T1[:, None]
+            if bank.mean_outputs is not None:
+                # What stands in for an inactive expert.
+                added_T1 = torch.where(self.active_TE[:, e, None], 1.0, -1.0)
+                change_TD = change_TD + added_T1 * bank.mean_outputs[e].to(x_TD.dtype)
+            changes.append(change_TD)
         return output[:1] + torch.stack(changes)
 
 
@@ -230,7 +235,8 @@ def would_be_weights(routing: Routing, bank: ExpertBank) -> Float[Tensor, "token
             logits_TE, logits_TE.softmax(-1), joined_TE, bank.router.rule.weighting
         )
         columns.append(weights_TE[:, e])
-    return torch.stack(columns, dim=1)
+    weights_TE = torch.stack(columns, dim=1)
+    return weights_TE if bank.expert_scale is None else weights_TE * bank.expert_scale
 
 
 def _layer_calls(
