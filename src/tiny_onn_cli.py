@@ -28,6 +28,8 @@ _Overrides = Annotated[
     UseAppendAction[tuple[str, ...]], arg(name="set", metavar="SECTION.KEY=VALUE")
 ]
 _Out = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(runs/NAME-TIME)")]
+_Results = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(runs/VERB-TIME)")]
+_Budget = Annotated[str | None, arg(metavar="K,K", help_behavior_hint="(as trained)")]
 _Model = Annotated[Positional[str], arg(metavar="MODEL")]
 
 
@@ -195,6 +197,12 @@ class Eval:
     """auto, cpu, cuda or cuda:N."""
     max_tokens: int = 8192
     """Tokens to read at most."""
+    budget: _Budget = None
+    """Mean active experts a token to run the student at; several, as 24,16,8, give a table."""
+    frontier: bool = False
+    """Measure at several budgets, from all experts to an eighth of them."""
+    out: _Results = None
+    """Folder for a frontier's JSON and picture."""
     json: bool = False
     """Print JSON and nothing else."""
 
@@ -209,6 +217,9 @@ class Eval:
             self.max_tokens,
             "an integer from 1 to 2**31 - 1",
         )
+        if self.frontier or self.budget is not None:
+            self._frontier()
+            return
         from tiny_onn.evaluate import run_eval
 
         # Standard output belongs to the result.
@@ -220,6 +231,110 @@ class Eval:
             print(json.dumps(result, indent=2))
         else:
             _print_table(result)
+
+    def _frontier(self) -> None:
+        from tiny_onn.budgets import parse_budgets
+        from tiny_onn.errors import UserError
+
+        if self.frontier and self.budget is not None:
+            raise UserError("--frontier: got --budget too, expected one of them; leave one out")
+        budgets = () if self.budget is None else parse_budgets(self.budget)
+        from rich.console import Console
+
+        from tiny_onn.frontier import frontier_table, run_frontier
+
+        with contextlib.redirect_stdout(sys.stderr):
+            result = run_frontier(
+                self.model,
+                budgets=budgets,
+                text=self.text,
+                device=self.device,
+                max_tokens=self.max_tokens,
+                out=_default_out("frontier") if self.out is None else self.out,
+            )
+        if self.json:
+            print(json.dumps(result, indent=2))
+        else:
+            Console().print(frontier_table(result))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Hold every surprise against leave-one-out truth: which experts does a token need?
+
+    Example: tiny-onn probe embedded --layers 4,15,26
+
+    Costs as many forward passes of the text as there are experts, through the layers from each
+    probed one up.
+    """
+
+    model: _Model
+    """A run folder (in the middle of training too), a student's folder, `embedded`, the folder of a
+    dense model or a hub id; a dense model is converted with all experts on."""
+    layers: Annotated[
+        str | None, arg(metavar="INT,INT", help_behavior_hint="(an early, a middle, a late one)")
+    ] = None
+    """Layers to probe, counted from 0."""
+    loss: str = "auto"
+    """The token's own loss: forward-kl (to the teacher), next-token, or auto: next-token for a
+    dense model, whose conversion equals its teacher, else forward-kl."""
+    text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
+    """Text to probe on."""
+    init: str = "slices"
+    """Partition of a dense model: slices, importance or another of the setting experts.init."""
+    num_experts: int = 32
+    """Experts a layer of a dense model."""
+    max_tokens: int = 1024
+    """Tokens to probe at most."""
+    document_tokens: int = 64
+    """Tokens to read of each document at most."""
+    fit_tokens: int = 8192
+    """Tokens of other documents, on which the regressions from the token are fitted at most."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    out: _Results = None
+    """Folder for probe.json and probe.html."""
+    json: bool = False
+    """Print JSON and nothing else."""
+
+    def __call__(self) -> None:
+        """Run the verb."""
+        from tiny_onn.checks import check_device
+
+        check_device(self.device, "--device")
+        for name, value, least in (
+            ("--max-tokens", self.max_tokens, 1),
+            ("--document-tokens", self.document_tokens, 3),
+            ("--fit-tokens", self.fit_tokens, 0),
+            ("--num-experts", self.num_experts, 1),
+        ):
+            _require(value >= least, name, value, f"an integer >= {least}")
+        layers = _parse_layers(self.layers)
+        from tiny_onn.probe import run_probe
+
+        with contextlib.redirect_stdout(sys.stderr):
+            result = run_probe(
+                self.model,
+                out=_default_out("probe") if self.out is None else self.out,
+                layers=layers,
+                loss=self.loss,
+                text=self.text,
+                init=self.init,
+                num_experts=self.num_experts,
+                device=self.device,
+                max_tokens=self.max_tokens,
+                document_tokens=self.document_tokens,
+                fit_tokens=self.fit_tokens,
+            )
+        if self.json:
+            print(json.dumps(result, indent=2))
+            return
+        from rich.console import Console
+
+        from tiny_onn.probe_report import console_tables
+
+        for table in console_tables(result):
+            Console().print(table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +354,8 @@ class Generate:
     """Randomness; 0 takes the likeliest token each time."""
     seed: int = 0
     """Seed of the sampling."""
+    budget: Annotated[float | None, arg(metavar="K", help_behavior_hint="(as trained)")] = None
+    """Mean active experts a token to run a student at."""
 
     def __call__(self) -> None:
         """Run the verb."""
@@ -255,6 +372,7 @@ class Generate:
             max_new_tokens=tokens,
             temperature=temperature,
             seed=seed,
+            budget=self.budget,
         )
 
 
@@ -293,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tiny-onn {version('tiny-onn')}")
         return 0
     verb = tyro.cli(
-        Demo | Plan | Distill | Eval | Generate | Config,
+        Demo | Plan | Distill | Eval | Probe | Generate | Config,
         prog="tiny-onn",
         description="Turn a dense language model into many ultra-light experts, by"
         " distillation.\n\nExample: tiny-onn demo",
@@ -325,6 +443,16 @@ def _run(verb: Callable[[], None]) -> int:
 
 def _default_out(name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _parse_layers(text: str | None) -> list[int]:
+    from tiny_onn.errors import UserError
+
+    parts = [] if text is None else text.split(",")
+    for part in parts:
+        if not (part.strip().isascii() and part.strip().isdigit()):
+            raise UserError(f"--layers: got {text}, expected integers with commas; as 4,15,26")
+    return [int(part) for part in parts]
 
 
 def _require(accepted: bool, name: str, value: int | float, expected: str) -> None:

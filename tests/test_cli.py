@@ -16,7 +16,7 @@ from tiny_onn.run_folder import create_run_folder
 from tiny_onn.settings import config_template, load_config
 
 FINISHED = types.SimpleNamespace(interrupted=False)
-VERBS = ("demo", "plan", "distill", "eval", "generate", "config")
+VERBS = ("demo", "plan", "distill", "eval", "probe", "generate", "config")
 
 
 def run_cli(*arguments, cwd=None):
@@ -123,6 +123,12 @@ MISTAKES = [
     (["config", "--set", "a\nb.c=1"], 'got unknown section "a\\nb"'),
     (["eval", "m", "--device", "tpu"], '--device: got "tpu", expected auto, cpu, cuda or cuda:N'),
     (["eval", "m", "--max-tokens", "0"], "--max-tokens: got 0, expected an integer from 1"),
+    (["eval", "m", "--budget", "x"], "--budget: got x, expected numbers with commas"),
+    (["eval", "m", "--budget", "8", "--frontier"], "--frontier: got --budget too"),
+    (["probe", "m", "--layers", "1,x"], "--layers: got 1,x, expected integers"),
+    (["probe", "m", "--document-tokens", "2"], "--document-tokens: got 2"),
+    (["probe", "m", "--loss", "mse"], "--loss: got mse, expected one of auto, forward-kl"),
+    (["probe", "m", "--init", "x"], "--init: got x, expected one of random, slices"),
     (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: got 0"),
     (["generate", "m", "--prompt", "x", "--temperature", "-1"], "--temperature: got -1.0"),
     (["generate", "m", "--prompt", "x", "--temperature", "nan"], "--temperature: got nan"),
@@ -243,6 +249,26 @@ def test_eval_prints_a_line_per_number(stand_in, capsys):
     assert status_of(["eval", "runs/x"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [["forward_kl", "0.25"], ["cost.ffn_flops", "3"]]
+
+
+def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys):
+    point = {"budget": 8.0, "mean_k": 8.1}
+    calls = stand_in("frontier", "run_frontier", {"points": [point]})
+    vars(sys.modules["tiny_onn.frontier"])["frontier_table"] = str
+    assert status_of(["eval", "m", "--budget", "8,4.5", "--out", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"points": [point]}
+    ((arguments, keywords),) = calls
+    assert (arguments, keywords["budgets"], keywords["out"]) == (("m",), [8.0, 4.5], Path("x"))
+    assert status_of(["eval", "m", "--frontier"]) == 0
+    assert calls[1][1]["budgets"] == ()
+
+
+def test_probe_passes_its_options(stand_in, capsys):
+    calls = stand_in("probe", "run_probe", {"layers": {}})
+    assert status_of(["probe", "m", "--layers", "4,15", "--loss", "next-token", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"layers": {}}
+    ((arguments, keywords),) = calls
+    assert (arguments, keywords["layers"], keywords["loss"]) == (("m",), [4, 15], "next-token")
 
 
 def test_generate_passes_its_options(stand_in):

@@ -30,6 +30,8 @@ LAYERS = (
         "lock",
         "routing_checks",
         "dynmoe",
+        "charts",
+        "probe_stats",
     ),
     ("router", "experts", "losses", "quantize", "assignment", "integrity"),
     (
@@ -54,11 +56,13 @@ LAYERS = (
         "resuming",
         "prepare",
         "loading",
+        "mid_run",
         "activations",
         "fusion",
         "determinism",
         "steering",
     ),
+    ("own_keys", "truth", "budgets"),
     ("plan_costs", "plan_memory", "plan_sources"),
     ("memory_advice",),
     (
@@ -75,6 +79,7 @@ LAYERS = (
         "records",
         "health",
     ),
+    ("probe", "probe_record", "probe_report", "frontier"),
     ("__init__",),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}

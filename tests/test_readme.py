@@ -33,7 +33,7 @@ def test_command_is_understood(command, monkeypatch):
     def record(verb):
         ran.append(verb)
 
-    for verb in (cli.Demo, cli.Plan, cli.Distill, cli.Eval, cli.Generate, cli.Config):
+    for verb in (cli.Demo, cli.Plan, cli.Distill, cli.Eval, cli.Probe, cli.Generate, cli.Config):
         monkeypatch.setattr(verb, "__call__", record)
     assert cli.main(shlex.split(command)[1:]) == 0
     (verb,) = ran

@@ -265,6 +265,27 @@ def load_checkpoint(
     return None
 
 
+def restore_student(path: Path, student: TinyOnnForCausalLM) -> None:
+    """Put the experts and gates of the checkpoint `path` into the student.
+
+    Raises:
+        UserError: it is damaged, or holds another student.
+    """
+    device = str(next(student.parameters()).device)
+    if not _hashes_hold(path):
+        raise UserError(
+            f"{path}: got a damaged checkpoint, expected a whole one; remove it to use the one"
+            " before it"
+        )
+    tensors = load_file(path / "student.safetensors", device=device)
+    if lacking := sorted(student_tensors(student).keys() - tensors.keys()):
+        raise UserError(
+            f"{path}: got no {lacking[0]}, expected all of the student's tensors; use the version"
+            " of tiny-onn that wrote it, named in environment.json"
+        )
+    _restore_student(student, tensors)
+
+
 def student_tensors(student: TinyOnnForCausalLM) -> dict[str, Tensor]:
     """Experts, gates and budget thresholds: all that a run changes in the model."""
     return {

@@ -18,7 +18,7 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import DataConfig, LossConfig
 from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
-from tiny_onn.loading import load_student, load_teacher_of
+from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow, pack
@@ -260,6 +260,24 @@ def run_eval(model: str, *, text: Path | None, device: str, max_tokens: int) -> 
     Raises:
         UserError: no such model or text, or the teacher cannot be had.
     """
+    loaded, teacher, rows, source = load_for_eval(model, text, device, max_tokens)
+    result = evaluate(loaded.student, teacher, rows, loaded.config.loss)
+    found: dict[str, object] = dict(asdict(result))
+    if loaded.config.teacher.quantization != "none":
+        settings = replace(loaded.config.teacher, placement="separate")
+        quantised = teacher_for(teacher, settings)
+        found["quantised_teacher"] = asdict(compare(quantised, teacher, rows, loaded.config.loss))
+    return {"model": model, "teacher": loaded.config.teacher.path, "text": source, **found}
+
+
+def load_for_eval(
+    model: str, text: Path | None, device: str, max_tokens: int
+) -> tuple[LoadedStudent, PreTrainedModel, list[PackedRow], str]:
+    """A student, its teacher, the rows to measure on, and what these are in words.
+
+    Raises:
+        UserError: as `run_eval`.
+    """
     quiet_transformers()
     where = pick_device(device)
     loaded = load_student(model, where)
@@ -270,14 +288,8 @@ def run_eval(model: str, *, text: Path | None, device: str, max_tokens: int) -> 
         if text is None
         else text_rows(text, loaded.tokenizer, data, max_tokens)
     )
-    result = evaluate(loaded.student, teacher, rows, loaded.config.loss)
-    found: dict[str, object] = dict(asdict(result))
-    if loaded.config.teacher.quantization != "none":
-        settings = replace(loaded.config.teacher, placement="separate")
-        quantised = teacher_for(teacher, settings)
-        found["quantised_teacher"] = asdict(compare(quantised, teacher, rows, loaded.config.loss))
     source = "held-out text of " + ", ".join(data.sources) if text is None else str(text)
-    return {"model": model, "teacher": loaded.config.teacher.path, "text": source, **found}
+    return loaded, teacher, rows, source
 
 
 def text_rows(

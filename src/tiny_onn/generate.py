@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from tiny_onn.budgets import set_budget
 from tiny_onn.config import TeacherConfig
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
@@ -19,6 +20,7 @@ def run_generate(
     temperature: float,
     seed: int,
     device: str = "auto",
+    budget: float | None = None,
 ) -> str:
     """Print the continuation of a prompt as it comes, and return it.
 
@@ -29,6 +31,7 @@ def run_generate(
         temperature: 0 takes the likeliest token each time.
         seed: of the sampling.
         device: where to run.
+        budget: experts a token of a student may use, on average; None: what it was trained for.
 
     Raises:
         UserError: no such model, or an empty prompt.
@@ -43,7 +46,7 @@ def run_generate(
             "check the terminal's encoding"
         ) from error
     quiet_transformers()
-    network, tokenizer = _load(model, pick_device(device))
+    network, tokenizer = _load(model, pick_device(device), budget)
     # transformers' sampling knows no generator argument.
     torch.manual_seed(seed)
     sampling = (
@@ -62,10 +65,18 @@ def run_generate(
     return text
 
 
-def _load(model: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    model: str, device: torch.device, budget: float | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if is_student(model):
         loaded = load_student(model, device)
+        if budget is not None:
+            set_budget(loaded.student, budget)
         return loaded.student, loaded.tokenizer
+    if budget is not None:
+        raise UserError(
+            f"--budget: got {model}, a dense model, expected a student; leave --budget out"
+        )
     dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
     # Packed rows are for training; caches are transformers' own attention's business.
     dense.set_attn_implementation(_generation_attention(dense))

@@ -12,6 +12,7 @@ from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import RunConfig, TeacherConfig
 from tiny_onn.convert import adopt_backbone, backbone_hash
 from tiny_onn.errors import LoadErrors, UserError
+from tiny_onn.mid_run import load_from_checkpoint, newer_checkpoint
 from tiny_onn.model_files import check_loaded, check_model_config, check_weights
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.run_folder import read_run_config
@@ -30,16 +31,23 @@ class LoadedStudent:
 def is_student(name: str) -> bool:
     """Whether a name is a run folder or a student's folder."""
     folder = Path(name)
-    return (folder / "student").is_dir() or _model_type(folder) == "tiny_onn"
+    found = (folder / "student").is_dir() or newer_checkpoint(folder) is not None
+    return found or _model_type(folder) == "tiny_onn"
 
 
 def load_student(name: str, device: torch.device) -> LoadedStudent:
     """The student of a run folder (with the run's settings) or of its own folder (with defaults).
 
+    A run that has not finished, or goes on, gives its newest checkpoint.
+
     Raises:
         UserError: there is none, or its files are damaged.
     """
     folder = Path(name)
+    if (checkpoint := newer_checkpoint(folder)) is not None:
+        config = read_run_config(folder)
+        student, tokenizer = load_from_checkpoint(config, checkpoint, device)
+        return LoadedStudent(student=student.train(False), tokenizer=tokenizer, config=config)
     if (folder / "student").is_dir():
         config, student_folder = read_run_config(folder), folder / "student"
     elif _model_type(folder) == "tiny_onn":

@@ -189,7 +189,8 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             initialization.normal_(bank.gate_up_proj, std=std)
             initialization.normal_(bank.down_proj, std=std)
             # Zero unless a checkpoint says otherwise: students of before these buffers have none.
-            for buffer in (bank.router.selection_bias, bank.router.unused_steps):
+            router = bank.router
+            for buffer in (router.selection_bias, router.unused_steps, router.threshold_table):
                 initialization.zeros_(buffer)
             if bank.mean_outputs is not None:
                 initialization.zeros_(bank.mean_outputs)

@@ -8,6 +8,7 @@ gradient is in steering.py.
 Legend: T tokens, D hidden, E experts, L layers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tiny_onn import dynmoe
 from tiny_onn.config import AtLeastOne, BudgetScope, Selection, Weighting
+from tiny_onn.errors import UserError
 
 # Share by which a probability falls with its rank in the token, 16 units in float32's last place:
 # without it all experts of a flat gate pass a threshold, or none.
@@ -88,6 +90,7 @@ class Router(nn.Module):
         correction: what its integral control adds to the target, relative.
         num_updates: how often it was steered.
         selection_bias: added to the logits for selection, not for weights or teaching.
+        threshold_table: for a mean k of 1 ... E, measured when training ends; 0 before.
         unused_steps: steps since each expert was last used.
         window_loads, idle_input: of `top_any`, what a window of steps saw.
 
@@ -107,6 +110,7 @@ class Router(nn.Module):
         self.num_updates = nn.Buffer(torch.empty(()))
         self.selection_bias = nn.Buffer(torch.empty(num_experts))
         self.unused_steps = nn.Buffer(torch.empty(num_experts))
+        self.threshold_table = nn.Buffer(torch.empty(num_experts))
         if rule.selection == "top_any":
             self.log_temperature = nn.Parameter(torch.empty(1))
             self.window_loads = nn.Buffer(torch.empty(num_experts))
@@ -212,6 +216,29 @@ class Router(nn.Module):
         step = (1.0 / self.num_updates).clamp_min(rate)
         self.threshold += step * (exact_threshold - self.threshold)
         self.settled.copy_(self.threshold)
+
+    @torch.no_grad()
+    def set_budget(self, budget: float) -> None:
+        """Use `budget` experts a token (1 to E): exactly, or on average by the measured thresholds.
+
+        Between whole numbers the threshold is interpolated.
+
+        Raises:
+            UserError: the thresholds were never measured.
+        """
+        # All experts' is negative.
+        if self.rule.has_budget and self.threshold_table[-1] == 0:
+            raise UserError(
+                "--budget: got a student without measured thresholds (from before it could, or "
+                "from the middle of its training), expected a finished one; finish its run with "
+                "`tiny-onn distill --resume --out RUN`, which measures them"
+            )
+        self.rule = replace(self.rule, target_k=float(budget))
+        if not self.rule.has_budget:
+            return
+        below = math.floor(budget)
+        low, high = (self.threshold_table[k - 1] for k in (below, math.ceil(budget)))
+        self.settled.copy_(low + (budget - below) * (high - low))
 
 
 def route(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
+from tiny_onn.budgets import tabulate
 from tiny_onn.checkpoint import (
     Checkpointer,
     checkpoint_name,
@@ -181,6 +182,7 @@ class _Run:
                 raise UserError(error)
             self.writer.tidy()
         self.student.train(False)
+        tabulate(self.student, self.settling_rows, self.config.router.budget_scope)
         save_student(self.out / "student", self.prepared)
         write_json(self.out / "summary.json", self._summary(before, after))
         return RunResult(

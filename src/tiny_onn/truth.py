@@ -1,0 +1,296 @@
+"""What each expert is worth to a token: the token's own loss with and without it, and its surprise.
+
+Leave-one-out asks for one change at one token at a time: T * E forward passes done plainly. Here it
+is E passes of the probed layer and those above it, and still exact. Copy 0 of a batch is the model
+as it is; in every other copy each token flips one expert of one layer, and each token attends to
+the keys and values that copy 0 has for earlier tokens, with its own as the changed stream makes
+them (`own_keys.py`). So no token sees another one's change. An active expert is left out (the
+others keep their weights); an inactive one is added at the weight that it would have had.
+
+Cost per document and probed layer: (E + 1) forward passes of its tokens through the layers from the
+probed one up, and the head.
+
+Legend: C copies, T tokens, D hidden, E experts, I expert width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tiny_onn.config import Surprise
+from tiny_onn.errors import UserError
+from tiny_onn.experts import ExpertBank
+from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, head_of, last_hidden_states
+from tiny_onn.ops.teaching import SmkStep
+from tiny_onn.router import Routing, routing_weights
+from tiny_onn.surprise import SmkRule
+
+SURPRISES: tuple[Surprise, ...] = get_args(Surprise)
+# Tokens in all copies of one batch.
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Call:
+    """How a decoder layer was called."""
+
+    hidden: Tensor
+    rest: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class Document:
+    """One document in a student within `own_keys`: losses, values, surprise.
+
+    Args:
+        student: in float32, frozen.
+        input_ids: the document.
+        teacher_logits_TV: the teacher's logits there, for the KL to it; None: the token's own loss
+            is that of the next token.
+
+    Raises:
+        UserError: the decoder does more than its layers and a final norm.
+    """
+
+    def __init__(
+        self,
+        student: TinyOnnForCausalLM,
+        input_ids: Int[Tensor, "1 tokens"],
+        teacher_logits_TV: Float[Tensor, "tokens vocab"] | None,
+    ) -> None:
+        self.student = student
+        self.layers = decoder_layers(student.backbone)
+        self.head = head_of(student)
+        # The last token has no label, and no divergence is asked of it either.
+        self.has_loss_T = torch.arange(input_ids.shape[1], device=input_ids.device) < (
+            input_ids.shape[1] - 1
+        )
+        # Class indices, or a distribution: cross-entropy takes both. The KL is the latter's less
+        # the teacher's entropy, a constant.
+        self.target, self.entropy_T = input_ids[0].roll(-1), 0.0
+        if teacher_logits_TV is not None:
+            self.target = teacher_logits_TV.softmax(-1)
+            self.entropy_T = torch.special.entr(self.target).sum(-1)
+        if not isinstance(getattr(student.backbone.base_model, "norm", None), nn.Module):
+            raise _unknown_family(student, "its decoder has no final norm named 'norm'")
+        with torch.no_grad():
+            self.calls, final_TD = _layer_calls(student, self.layers, input_ids)
+            again_TD = self._run(len(self.layers) - 1, self.calls[-1].hidden)[0]
+            self.losses_T = self.own_losses(final_TD)
+        gap, size = (again_TD - final_TD).abs().max().item(), final_TD.abs().max().item()
+        if not gap <= 1e-3 * size:
+            raise _unknown_family(
+                student, f"its final hidden states differ from norm(layers) by {gap:.3g}"
+            )
+
+    def own_losses(self, hidden_TD: Float[Tensor, "tokens hidden"]) -> Float[Tensor, " tokens"]:
+        """Each token's own loss from final hidden states; 0 for the last token."""
+        cross_entropy_T = F.cross_entropy(
+            self.head.logits(hidden_TD), self.target, reduction="none"
+        )
+        return (cross_entropy_T - self.entropy_T).masked_fill(~self.has_loss_T, 0)
+
+    def truth(
+        self, layer: int, seen: Callable[[int], None] = lambda _: None
+    ) -> Float[Tensor, "tokens experts"]:
+        """Each expert's worth to each token: its own loss without the expert, less that with it.
+
+        In nats, positive if the expert helps; 0 for the last token.
+
+        Args:
+            layer: the probed one.
+            seen: called with the number of experts done.
+        """
+        bank = self._bank(layer)
+        num_tokens, num_experts = len(self.has_loss_T), bank.down_proj.shape[0]
+        size = max(1, BATCH_TOKENS // num_tokens - 1)
+        columns, active_TE = [], None
+        for experts in torch.arange(num_experts).split(size):
+            flip = _Flip(experts.to(self.has_loss_T.device))
+            hidden = self.calls[layer].hidden.expand(len(experts) + 1, -1, -1)
+            with torch.no_grad(), _hooked(bank, flip):
+                base_TD, *others = self._run(layer, hidden)
+                base_T = self.own_losses(base_TD)
+                columns += [self.own_losses(other_TD) - base_T for other_TD in others]
+            active_TE = flip.active_TE
+            seen(len(experts))
+        assert active_TE is not None
+        rise_TE = torch.stack(columns, dim=1)
+        return torch.where(active_TE, rise_TE, -rise_TE)
+
+    def surprise(
+        self, layers: Sequence[int], kinds: Sequence[Surprise] = SURPRISES, *, own: bool = False
+    ) -> dict[int, dict[str, Float[Tensor, "tokens experts"]]]:
+        """Per layer and kind, the surprise that training sees, at each expert's (would-be) weight.
+
+        One forward pass and a backward pass per kind, through the expert layer's own code.
+
+        Args:
+            layers: where.
+            kinds: which.
+            own: of each token's own loss alone. Off: of the sum of all tokens' losses, as in
+                training, where an expert also answers for what later tokens read of this one.
+        """
+        banks = [self._bank(layer) for layer in layers]
+        num_tokens = len(self.has_loss_T)
+        # As in training, where every candidate's surprise is captured at unit weight.
+        rule = SmkRule(candidates="all")
+        steps = [SmkStep(rule=rule, grad_scale=1.0, capture=[]) for _ in banks]
+        first = min(layers)
+        hidden = self.calls[first].hidden.expand(2 if own else 1, -1, -1)
+        found: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+        with _taught(banks, steps), torch.enable_grad():
+            final_TD = self._run(first, hidden, detach_past=own)[-1]
+            routings = [_routing_of(bank) for bank in banks]
+            grad_TD = self._loss_gradient(final_TD)
+            for kind in kinds:
+                for step in steps:
+                    step.rule = replace(rule, surprise=kind)
+                final_TD.backward(grad_TD, retain_graph=True)
+                for layer, bank, step, routing in zip(layers, banks, steps, routings, strict=True):
+                    assert step.capture is not None
+                    last_TE = step.capture.pop()[-num_tokens:]
+                    weights_TE = would_be_weights(routing, bank)[-num_tokens:]
+                    found[layer][kind] = last_TE.detach() * weights_TE
+        return found
+
+    def mlp_input(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The MLP's input (T, D) and the active experts (T, E) of a layer."""
+        seen: list[Tensor] = []
+        bank = self._bank(layer)
+        handle = bank.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            with torch.no_grad():
+                self._layer(layer, self.calls[layer].hidden)
+        finally:
+            handle.remove()
+        return seen[0][0], _routing_of(bank).active
+
+    def _bank(self, layer: int) -> ExpertBank:
+        return self.student.banks()[layer]
+
+    def _run(self, first: int, hidden: Tensor, *, detach_past: bool = False) -> Tensor:
+        """Final hidden states (C, T, D) from what enters layer `first`."""
+        for layer in range(first, len(self.layers)):
+            if detach_past:
+                # Copy 0 is what the others attend to: constant, so that no loss reaches through it.
+                hidden = torch.cat((hidden[:1].detach(), hidden[1:]))
+            hidden = self._layer(layer, hidden)
+        return self.student.backbone.base_model.norm(hidden)  # pyright: ignore[reportCallIssue]
+
+    def _layer(self, layer: int, hidden: Tensor) -> Tensor:
+        call = self.calls[layer]
+        output = self.layers[layer](hidden, *call.rest, **call.named)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _loss_gradient(self, hidden_TD: Tensor) -> Tensor:
+        """Gradient of the sum of own losses, with respect to the final hidden states."""
+        leaf_TD = hidden_TD.detach().requires_grad_()
+        self.own_losses(leaf_TD).sum().backward()
+        assert leaf_TD.grad is not None
+        return leaf_TD.grad
+
+
+class _Flip:
+    """A bank's forward hook: in copy c + 1 every token flips expert `experts[c]`."""
+
+    def __init__(self, experts: Tensor) -> None:
+        self.experts = experts
+        self.active_TE: Tensor | None = None
+
+    def __call__(self, bank: ExpertBank, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        routing = _routing_of(bank)
+        num_tokens = inputs[0].shape[1]
+        weights_TE = would_be_weights(routing, bank)[:num_tokens]
+        self.active_TE = routing.active[:num_tokens]
+        x_TD = inputs[0][0]
+        changes = [torch.zeros_like(output[0])]
+        for e in self.experts:
+            gate_ID, up_ID = bank.gate_up_proj[:, e].to(x_TD.dtype)
+            hidden_TI = bank.activation(x_TD @ gate_ID.T) * (x_TD @ up_ID.T)
+            signed_T1 = torch.where(self.active_TE[:, e], -weights_TE[:, e], weights_TE[:, e])
+            change_TD = hidden_TI @ bank.down_proj[e].to(x_TD.dtype) * signed_T1[:, None]
+            if bank.mean_outputs is not None:
+                # What stands in for an inactive expert.
+                added_T1 = torch.where(self.active_TE[:, e, None], 1.0, -1.0)
+                change_TD = change_TD + added_T1 * bank.mean_outputs[e].to(x_TD.dtype)
+            changes.append(change_TD)
+        return output[:1] + torch.stack(changes)
+
+
+def would_be_weights(routing: Routing, bank: ExpertBank) -> Float[Tensor, "tokens experts"]:
+    """The weight of each active expert, and of each inactive one if it were active too."""
+    logits_TE = routing.router_logits.detach()
+    columns = []
+    for e in range(logits_TE.shape[1]):
+        joined_TE = routing.active.clone()
+        joined_TE[:, e] = True
+        weights_TE = routing_weights(
+            logits_TE, logits_TE.softmax(-1), joined_TE, bank.router.rule.weighting
+        )
+        columns.append(weights_TE[:, e])
+    weights_TE = torch.stack(columns, dim=1)
+    return weights_TE if bank.expert_scale is None else weights_TE * bank.expert_scale
+
+
+def _layer_calls(
+    student: TinyOnnForCausalLM, layers: Sequence[nn.Module], input_ids: Tensor
+) -> tuple[list[_Call], Tensor]:
+    """How each layer is called on a document, and the final hidden states (T, D)."""
+    calls: list[_Call] = []
+
+    def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        rest, named = inputs[1:], dict(named)
+        hidden = inputs[0] if inputs else named.pop("hidden_states")
+        calls.append(_Call(hidden=hidden, rest=rest, named=named))
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        final = last_hidden_states(student, input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, final[0]
+
+
+def _routing_of(bank: ExpertBank) -> Routing:
+    assert bank.routing is not None
+    return bank.routing
+
+
+def _unknown_family(student: TinyOnnForCausalLM, reason: str) -> UserError:
+    return UserError(
+        f"architecture {type(student.backbone).__name__}: {reason}, expected layers and a final "
+        "norm alone; probe does not know this family"
+    )
+
+
+@contextmanager
+def _hooked(bank: ExpertBank, hook: _Flip) -> Iterator[None]:
+    handle = bank.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _taught(banks: Sequence[ExpertBank], steps: Sequence[SmkStep]) -> Iterator[None]:
+    """Within the context the banks' backward passes capture surprise, by the dense path."""
+    kept = [(bank.smk, bank.path == "grouped", bank.router.weight.requires_grad) for bank in banks]
+    for bank, step in zip(banks, steps, strict=True):
+        bank.smk, bank.path = step, "dense"
+        bank.router.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for bank, (smk, grouped, needed) in zip(banks, kept, strict=True):
+            bank.smk, bank.path = smk, "grouped" if grouped else "dense"
+            bank.router.requires_grad_(needed)
+            bank.router.zero_grad(set_to_none=True)

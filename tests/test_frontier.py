@@ -1,0 +1,78 @@
+"""`eval` at several budgets on a real run: points, files, and generation at a budget."""
+
+import json
+
+import pytest
+
+from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny_onn.errors import UserError
+from tiny_onn.evaluate import run_eval
+from tiny_onn.frontier import frontier_table, run_frontier
+from tiny_onn.generate import run_generate
+from tiny_onn.train import run_distill
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier")
+    config = change(
+        CONFIG,
+        teacher={"path": str(save_teacher(folder / "teacher"))},
+        data={
+            "sources": (str(write_corpus(folder / "corpus", num_files=80)),),
+            "row_tokens": 64,
+            "eval_tokens": 128,
+            "held_out_fraction": 0.2,
+        },
+        experts={"calibration_tokens": 1024},
+        train={"tokens": 128},
+    )
+    run_distill(config, out=folder / "run")
+    return folder
+
+
+def frontier(run, tmp_path, budgets=()):
+    return run_frontier(
+        str(run / "run"), budgets=budgets, text=None, device="cpu", max_tokens=512, out=tmp_path
+    )
+
+
+def test_a_frontier_is_measured_written_and_drawn(run, tmp_path):
+    found = frontier(run, tmp_path)
+    points = found["points"]
+    assert [point["budget"] for point in points] == [8, 6, 4, 3, 2, 1]
+    for point in points:
+        assert point["mean_k"] == pytest.approx(point["budget"], rel=0.05)
+    flops = [point["ffn_flops"] for point in points]
+    assert flops == sorted(flops, reverse=True)
+    assert json.loads((tmp_path / "frontier.json").read_text()) == found
+    page = (tmp_path / "frontier.html").read_text()
+    assert page.count("<svg") == 2
+    assert page.count("k = 8.0") == 2
+    # Self-contained: nothing is fetched.
+    assert "http" not in page
+    assert "<script" not in page
+    assert frontier_table(found).row_count == 6
+
+
+def test_a_budget_changes_the_student_and_its_own_does_not_come_from_the_table(run, tmp_path):
+    plain = run_eval(str(run / "run"), text=None, device="cpu", max_tokens=512)
+    (small,) = frontier(run, tmp_path, [2.0])["points"]
+    assert small["mean_k"] == pytest.approx(2, rel=0.1)
+    assert plain["mean_k"] != small["mean_k"]
+
+
+def test_a_budget_that_cannot_be_is_refused_before_anything_is_measured(run, tmp_path):
+    with pytest.raises(UserError, match="--budget: got 9, expected 1 to 8"):
+        frontier(run, tmp_path / "out", [4.0, 9.0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_generation_takes_a_budget(run, capsys):
+    options = {"prompt": "the", "max_new_tokens": 3, "temperature": 0.0, "seed": 0}
+    assert run_generate(str(run / "run"), budget=8.0, device="cpu", **options)
+    with pytest.raises(UserError, match="--budget: got 0, expected 1 to 8"):
+        run_generate(str(run / "run"), budget=0.0, **options)
+    with pytest.raises(UserError, match="a dense model, expected a student"):
+        run_generate(str(run / "teacher"), budget=4.0, **options)
+    assert capsys.readouterr().out
