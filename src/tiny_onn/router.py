@@ -306,7 +306,9 @@ def budget_scores(
     sorted_TE = probs_TE.gather(-1, order_TE)
     if form == "cumulative":
         # Summed from the small end: 1 - mass would round a sharp gate's later ranks to a tie at 0.
-        ranked_TE = sorted_TE.flip(-1).cumsum(-1).flip(-1)
+        # By a product: torch has no cumsum of floats on a GPU that repeats bit for bit.
+        E = probs_TE.shape[-1]
+        ranked_TE = sorted_TE @ sorted_TE.new_ones(E, E).tril()
     else:
         rank_E = torch.arange(probs_TE.shape[-1], device=probs_TE.device)
         ranked_TE = sorted_TE * (1 - rank_E * TIE_BREAK)
