@@ -86,7 +86,7 @@ def gpu_rows(name: str) -> Iterator[Row]:
     card = {
         (r["placement"], r["rows"], r["kind"], r.get("step", r.get("cap_gib")), r.get("variant")): r
         for r in records
-        if r["section"] == "card" and "placement" in r
+        if r["section"] == "card" and "rows" in r
     }
     for rows in ("packed", "whole"):
         packed = rows == "packed"
