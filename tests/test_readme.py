@@ -43,7 +43,7 @@ def test_command_is_understood(command, monkeypatch):
 
 def test_the_readme_has_commands_for_every_verb_that_needs_one():
     verbs = {shlex.split(command)[1] for command in COMMANDS}
-    assert verbs == {"plan", "distill", "eval", "generate", "config"}
+    assert verbs == {"plan", "distill", "eval", "probe", "generate", "config"}
 
 
 def test_the_first_two_commands_are_targets_of_the_makefile():
