@@ -29,6 +29,7 @@ NAMES = (
     "gpu",
     "routing_rules",
     "partitions",
+    "blockwise",
 )
 
 

@@ -68,6 +68,9 @@ LAYERS = (
     (
         "plan",
         "step",
+        "blockwise",
+        "stages",
+        "records",
         "guard",
         "stopping",
         "train",

@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, signal_at, case):
     position = state["stream"]
     assert position["epoch"] >= 1 or rows == 1
     assert position["position"] > 0
-    assert state["stage"] == {"name": "global"}
+    assert state["stage"] == {"name": "global", "begin": 0}
 
 
 FIXED = [

@@ -78,6 +78,13 @@ def config_of(tables):
     # Every num_experts allows a single active expert.
     tables["router"]["target_k"] = 1.0
     mend_routing(tables["router"], tables["experts"], tables["smk"])
+    annealable = tables["experts"]["num_experts"] > 1 and tables["router"]["selection"] != "top_any"
+    if not annealable:
+        tables["router"]["anneal_fraction"] = 0.0
+    if not annealable or not tables["train"]["blockwise_tokens"]:
+        tables["router"]["blockwise_anneal_fraction"] = 0.0
+    if tables["smk"]["targets"] == "helpful":
+        tables["smk"] |= {"surprise": "gain", "direction": "max"}
     tables["train"]["expert_path"] = "auto"
     for prefix in ("", "gate_"):
         optim = tables["optim"]

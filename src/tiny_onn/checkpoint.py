@@ -32,7 +32,7 @@ from tiny_onn.run_folder import write_json
 FILES = ("student.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
 # Of `state.json`; a checkpoint of another version of the package is refused by name.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

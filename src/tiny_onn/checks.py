@@ -36,8 +36,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "an integer >= 0",
         lambda value: value >= 0,
         "experts.expert_dim loss.chunk_tokens train.ffn_chunk_tokens train.eval_every_tokens"
-        " train.save_every_tokens train.stats_every_steps train.seed router.reseed_every_steps"
-        " router.revive_after_steps",
+        " train.save_every_tokens train.stats_every_steps train.seed train.blockwise_tokens"
+        " router.reseed_every_steps router.revive_after_steps",
     ),
     ("a number >= 1", lambda value: value >= 1, "router.target_k"),
     ("a number > 0", lambda value: value > 0, "loss.temperature optim.eps optim.clip_norm"),
@@ -53,7 +53,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a number from 0 to 1",
         lambda value: 0 <= value <= 1,
-        "router.budget_rate smk.explore_fraction optim.warmup_fraction optim.decay_fraction"
+        "router.budget_rate router.anneal_fraction router.blockwise_anneal_fraction"
+        " smk.explore_fraction optim.warmup_fraction optim.decay_fraction"
         " optim.gate_warmup_fraction optim.gate_decay_fraction",
     ),
 )

@@ -16,6 +16,7 @@ BudgetScope = Literal["layer", "global"]
 ExpertInit = Literal["random", "slices", "importance", "cluster", "coactivation", "learned"]
 GateInit = Literal["random", "zeros", "ridge"]
 Compensation = Literal["none", "mean"]
+SmkTargets = Literal["single", "set", "regress", "member", "helpful"]
 DType = Literal["float32", "bfloat16"]
 ExpertPath = Literal["auto", "dense", "grouped"]
 Checkpointing = Literal["none", "layer", "selective", "offload"]
@@ -94,6 +95,11 @@ class RouterConfig:
     together, so that layers differ in how much they use."""
     budget_rate: float = 0.3
     """Share by which the budget's p moves toward the last batch's exact value, per step."""
+    anneal_fraction: float = 0.0
+    """Share of the global stage over which the number of active experts (for a budget its mean)
+    falls linearly from all of them to `target_k`. 0: it is `target_k` from the start."""
+    blockwise_anneal_fraction: float = 0.0
+    """The same for the blockwise stage."""
     oracle_budget: bool = False
     """Let the oracle spend its experts as a budget does: more on some tokens, k on average."""
     at_least_one: AtLeastOne = "evaluation"
@@ -129,9 +135,11 @@ class SmkConfig:
     """Whether the target is where the quantity is smallest (the model card) or largest."""
     candidates: Literal["active", "all"] = "all"
     """Experts that may become the target: those the token activated, or all of them."""
-    targets: Literal["single", "set", "regress"] = "single"
+    targets: SmkTargets = "single"
     """`single`: cross-entropy to one expert; `set`: to the k best; `regress`: squared error to the
-    quantity itself, without its mean over the token's candidates and in units of its spread."""
+    quantity itself, without its mean over the token's candidates and in units of its spread;
+    `member`: for every expert, whether it is one of the k best; `helpful`: for every expert,
+    whether its `gain` is above 0."""
     explore_fraction: float = 0.0
     """Share of tokens that use a random inactive expert in place of their weakest active one, so
     that `active` candidates see others too."""
@@ -214,8 +222,12 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
+    blockwise_tokens: int = 0
+    """Training tokens of the blockwise stage, which comes first: each layer's experts and gate
+    learn the teacher's MLP output from the teacher's MLP input. 0: no such stage."""
     tokens: int = 262_144
-    """Training tokens; the run ends at the first step that reaches it."""
+    """Training tokens of the global stage, by the distillation loss; the run ends at the first step
+    that reaches it. Each stage has the whole learning rate schedule."""
     rows_per_step: int = 1
     """Packed rows whose gradients are summed before an update."""
     seed: int = 0

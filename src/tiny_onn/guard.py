@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from tiny_onn.errors import UserError
 from tiny_onn.packing import PackedRow
+from tiny_onn.run_folder import METRICS_NAME
 
 # A spike lies above the median of the last `WINDOW` finite losses by `SPIKE_MADS` of their median
 # absolute deviations, which is taken to be 1 % of the median or more. 1.5 MAD are about one
@@ -57,6 +59,31 @@ class Guard:
                 found = {"median": middle, "limit": limit}
         self._losses.append(loss)
         return found
+
+    def refusal(self, step: int, numbers: str, checkpoint: str | None) -> UserError:
+        """What to say when too many updates in a row were skipped.
+
+        Args:
+            step: the last one.
+            numbers: what it measured.
+            checkpoint: name of the newest whole one, if there is one.
+        """
+        remedy = (
+            f"go on from {checkpoint} with --resume --set optim.expert_lr=RATE"
+            " --allow-change optim.expert_lr"
+            if checkpoint
+            else "start a new run with another --out"
+        )
+        return UserError(
+            f"step {step}: got {self.skipped_in_row} updates in a row that are not finite (the"
+            f" last: {numbers}), expected fewer than train.max_skipped_steps; lower"
+            f" optim.expert_lr or optim.gate_lr, look at the documents in {METRICS_NAME} (kind"
+            f" skipped), and {remedy}"
+        )
+
+    def forget(self) -> None:
+        """Hold the next losses against none of the last ones: they are of another loss."""
+        self._losses.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Counts and losses, as JSON values."""

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +24,7 @@ from tiny_onn.convert import (
     verify_head,
 )
 from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
+from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.massive import MassiveActivation, massive_activations
 from tiny_onn.modeling import TinyOnnForCausalLM
@@ -163,13 +166,14 @@ def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Toke
 
 
 def needs_text(config: RunConfig) -> bool:
-    """Whether conversion reads calibration text."""
+    """Whether conversion or the blockwise stage reads calibration text."""
     return (
         config.experts.init in ("importance", "coactivation", "learned")
         or config.experts.gate_init == "ridge"
         or config.router.selection == "static"
         or has_budget(config.router)
         or config.experts.compensation == "mean"
+        or config.train.blockwise_tokens > 0
     )
 
 
@@ -240,3 +244,20 @@ def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
 def with_router(config: RunConfig, **changes: object) -> RunConfig:
     """The same settings with another router: how controls are made from a recipe."""
     return replace(config, router=replace(config.router, **changes))  # pyright: ignore[reportArgumentType]
+
+
+def save_student(folder: Path, prepared: Prepared) -> None:
+    """Write the student and its tokenizer in Hugging Face's layout.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    try:
+        prepared.student.save_pretrained(folder)
+        prepared.tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{folder}: cannot write the student ({reason}), expected free disk and permission; "
+            "the last checkpoint is whole, free some space and use --resume"
+        ) from error

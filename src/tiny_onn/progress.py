@@ -1,5 +1,6 @@
 """What a run shows on the terminal: one live line, and a line per evaluation."""
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -46,11 +47,13 @@ class RunProgress:
 
     def update(self, tokens: int, record: dict[str, Any]) -> None:
         """Show a step's record."""
-        loss, kl = f"{record['loss']:.3f}", f"{record['forward_kl']:.3f}"
-        numbers = (
-            f"{'' if loss == kl else f'loss {loss}  '}KL {kl}  k {record['mean_k']:.1f}"
-            f"  {record['tokens_per_s']:,.0f} tok/s"
-        )
+        loss = f"{record['loss']:.3f}"
+        if record["kind"] == "blockwise":
+            distance = f"block error {loss}"
+        else:
+            kl = f"{record['forward_kl']:.3f}"
+            distance = f"KL {kl}" if loss == kl else f"loss {loss}  KL {kl}"
+        numbers = f"{distance}  k {record['mean_k']:.1f}  {record['tokens_per_s']:,.0f} tok/s"
         self._progress.update(self._task, completed=tokens, numbers=numbers)
 
     def __enter__(self) -> "RunProgress":
@@ -88,6 +91,15 @@ def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Convers
             f"{'a first' if found.first_token else 'another'} token; neurons "
             f"{', '.join(map(str, found.neurons))}"
         )
+
+
+def show_blocks(title: str, tokens: int, errors: Sequence[float]) -> None:
+    """One line on the layers' normalised errors."""
+    mean = sum(errors) / len(errors)
+    say(
+        f"{title}: {tokens:,} tokens  held-out block error {mean:.4f} of the output's power "
+        f"(layers from {min(errors):.4f} to {max(errors):.4f})"
+    )
 
 
 def show_evaluation(title: str, tokens: int, result: Evaluation) -> None:

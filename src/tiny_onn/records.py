@@ -20,11 +20,11 @@ from tiny_onn.step import StepResult
 
 INTRODUCTION = (
     "`metrics.jsonl` in a run's folder holds one JSON object per line: a `start` evaluation, steps,"
-    " `eval` evaluations between them and an `end` evaluation; and, of kind `skipped` and `spike`,"
-    " the documents of steps whose update was not finite or whose loss jumped. A number that is"
-    " not finite is written as `NaN` or `Infinity`. *Counted* tokens are all but padding and the"
-    " first of each document; E is the number of experts. Floats under `layers` have six"
-    " significant digits."
+    " `eval` evaluations between them and an `end` evaluation; with a blockwise stage, its steps"
+    " and the blocks before and after it; and, of kind `skipped` and `spike`, the documents of"
+    " steps whose update was not finite or whose loss jumped. A number that is not finite is"
+    " written as `NaN` or `Infinity`. *Counted* tokens are all but padding and the first of each"
+    " document; E is the number of experts. Floats under `layers` have six significant digits."
 )
 COMMAND = """This page is generated:
 `python -c "import tiny_onn.records as r; print(r.metrics_docs(), end='')" > docs/metrics.md`."""
@@ -103,15 +103,35 @@ class LayersRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepRecord(RoutingSummary):
-    """One step, every `train.log_every_steps`; means over the tokens that have a label."""
+class UpdateRecord(RoutingSummary):
+    """What the steps of both stages have."""
 
-    kind: Literal["step"]
-    """Always `step`."""
     step: int
     """Updates so far."""
     tokens: int
     """Training tokens so far."""
+    expert_grad_norm: float
+    """Of the experts' gradients together, before clipping."""
+    gate_grad_norm: float
+    """The same of the gates'."""
+    lr: list[float]
+    """Learning rates, one per parameter group."""
+    tokens_per_s: float
+    """Training tokens per second of this step."""
+    seconds: dict[str, float]
+    """Time of the step's phases; empty on a GPU, where nothing waits for them."""
+    smk: SmkRecord | None
+    """What surprise said; null with other objectives."""
+    layers: LayersRecord | None
+    """Layer by layer, every `train.stats_every_steps`; else null."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord(UpdateRecord):
+    """One step, every `train.log_every_steps`; means over the tokens that have a label."""
+
+    kind: Literal["step"]
+    """Always `step`."""
     loss: float
     """The distillation loss, nats per token."""
     forward_kl: float
@@ -124,22 +144,35 @@ class StepRecord(RoutingSummary):
     """`exp(-alpha ((1 - gamma) loss / tau + gamma smk.active_surprise))`, alpha 1, gamma 0.5; null
     without SMK. It can mislead: a student that knows nothing has a large tau, a dead one no
     surprise. Never optimised."""
-    expert_grad_norm: float
-    """Of the experts' gradients together, before clipping."""
-    gate_grad_norm: float
-    """The same of the gates'."""
-    lr: list[float]
-    """Learning rates, one per parameter group."""
-    tokens_per_s: float
-    """Training tokens per second of this step."""
     loss_chunk_tokens: int
     """Tokens whose logits existed at once."""
-    seconds: dict[str, float]
-    """Time of the step's phases; empty on a GPU, where nothing waits for them."""
-    smk: SmkRecord | None
-    """What surprise said; null with other objectives."""
-    layers: LayersRecord | None
-    """Layer by layer, every `train.stats_every_steps`; else null."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockwiseRecord(UpdateRecord):
+    """One step of the blockwise stage, every `train.log_every_steps`; means over counted tokens."""
+
+    kind: Literal["blockwise"]
+    """Always `blockwise`."""
+    loss: float
+    """Mean of `errors`."""
+    errors: list[float]
+    """Per layer: squared distance to the teacher's MLP output from the teacher's own MLP input, in
+    units of that output's mean square on the calibration text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlocksRecord:
+    """Every layer alone on held-out text, before and after the blockwise stage."""
+
+    kind: Literal["blocks"]
+    """Always `blocks`."""
+    step: int
+    """Updates so far."""
+    tokens: int
+    """Training tokens so far."""
+    errors: list[float]
+    """Per layer: as in a step of the stage, in units of the mean square on this very text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +199,7 @@ def step_record(
     loss_chunk_tokens: int,
     with_layers: bool,
 ) -> dict[str, Any]:
-    """A step's record, as `StepRecord` lays it out. Waits for the device.
+    """A step's record, as `StepRecord` or `BlockwiseRecord` lays it out. Waits for the device.
 
     Args:
         result: what the step measured.
@@ -177,31 +210,39 @@ def step_record(
         loss_chunk_tokens: tokens whose logits existed at once.
         with_layers: whether to say it layer by layer too.
     """
-    smk = _smk_record(result) if result.tallies else None
-    loss, tau = float(result.loss), float(result.student_entropy)
-    layers = None
+    smk, layers, loss = _smk_record(result) if result.tallies else None, None, float(result.loss)
     if with_layers:
         layers = LayersRecord(
             **result.stats.layers(), **result.stats.counts(), **_smk_layers(result)
         )
+    common: dict[str, Any] = {
+        "step": step,
+        "tokens": tokens,
+        "loss": loss,
+        "expert_grad_norm": float(result.expert_grad_norm),
+        "gate_grad_norm": float(result.gate_grad_norm),
+        "lr": list(lr),
+        "tokens_per_s": tokens_per_s,
+        "seconds": result.seconds,
+        "smk": smk,
+        "layers": layers,
+        **result.stats.summary(),
+    }
+    if result.error_L is not None:
+        errors: list[float] = result.error_L.tolist()
+        return _ordered(BlockwiseRecord(kind="blockwise", errors=errors, **common))
+    assert result.forward_kl is not None
+    assert result.agreement is not None
+    assert result.student_entropy is not None
+    tau = float(result.student_entropy)
     record = StepRecord(
         kind="step",
-        step=step,
-        tokens=tokens,
-        loss=loss,
         forward_kl=float(result.forward_kl),
         top1_agreement=float(result.agreement),
         tau=tau,
         pi=None if smk is None else predictive_integrity(loss, tau, smk.active_surprise),
-        expert_grad_norm=float(result.expert_grad_norm),
-        gate_grad_norm=float(result.gate_grad_norm),
-        lr=list(lr),
-        tokens_per_s=tokens_per_s,
         loss_chunk_tokens=loss_chunk_tokens,
-        seconds=result.seconds,
-        smk=smk,
-        layers=layers,
-        **result.stats.summary(),
+        **common,
     )
     return _ordered(record)
 
@@ -225,7 +266,12 @@ def evaluation_record(
     return _ordered(record)
 
 
-def _ordered(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
+def blocks_record(errors: Sequence[float], *, step: int, tokens: int) -> dict[str, Any]:
+    """The record of `block_errors`, as `BlocksRecord` lays it out."""
+    return asdict(BlocksRecord(kind="blocks", step=step, tokens=tokens, errors=list(errors)))
+
+
+def _ordered(record: UpdateRecord | EvaluationRecord) -> dict[str, Any]:
     """The record in the order of `_names`, lists per layer rounded."""
     fields = asdict(record)
     return {name: fields[name] for name in _names(type(record))} | {
@@ -294,6 +340,8 @@ def metrics_docs() -> str:
     lines = ["# The metrics of a run", "", *textwrap.wrap(INTRODUCTION, 100), "", COMMAND]
     for title, cls in (
         ("Steps", StepRecord),
+        ("Steps of the blockwise stage", BlockwiseRecord),
+        ("Blocks", BlocksRecord),
         ("Evaluations", EvaluationRecord),
         ("`smk`", SmkRecord),
         ("`layers`", LayersRecord),

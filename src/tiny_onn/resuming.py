@@ -39,6 +39,7 @@ REASONS = MappingProxyType(
         "data.eval_tokens": "evaluations before and after could not be compared",
         "optim": "the optimizer's state has its form",
         "train.seed": "the order of the text counts on it",
+        "train.blockwise_tokens": "the stages follow each other by it",
     }
 )
 

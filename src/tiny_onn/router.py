@@ -97,6 +97,8 @@ class Router(nn.Module):
     Attributes set for training by whoever owns the model:
         exploration: which tokens try another expert; None: none does.
         recording_window: whether `record` adds to the window.
+        annealing: whether the target falls from step to step: `steer` then moves all the way and
+            sums nothing up.
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, rule: RoutingRule) -> None:
@@ -117,6 +119,7 @@ class Router(nn.Module):
             self.idle_input = nn.Buffer(torch.empty(hidden_dim))
         self.exploration: Exploration | None = None
         self.recording_window = False
+        self.annealing = False
         self.reset(None)
 
     @torch.no_grad()
@@ -205,6 +208,8 @@ class Router(nn.Module):
 
         Deterministic and causal: a batch is routed by thresholds that earlier batches made.
         """
+        if self.annealing:
+            rate, mean_k = 1.0, None
         if mean_k is not None:
             error = mean_k / self.rule.target_k - 1
             # A large one is the start, or new text: the moving mean is on its way, and what was

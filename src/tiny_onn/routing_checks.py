@@ -42,6 +42,8 @@ def check_routing(config: RunConfig) -> None:
         *_number_refusals(config),
         *_top_any_refusals(config),
         *_idle_refusals(config),
+        *_annealing_refusals(config),
+        *_helpful_refusals(config),
     ):
         raise refusal.error()
 
@@ -216,3 +218,46 @@ def _idle_refusals(config: RunConfig) -> list[Refusal]:
                 )
             )
     return found
+
+
+def _annealing_refusals(config: RunConfig) -> list[Refusal]:
+    """Annealing that would do nothing."""
+    router = config.router
+    reason = None
+    if router.selection == "top_any":
+        reason = 'router.selection = "top_any" finds its own number of experts'
+    elif router.target_k == config.experts.num_experts:
+        reason = "router.target_k is experts.num_experts, and nothing can fall"
+    no_stage = "train.blockwise_tokens is 0, and there is no blockwise stage"
+    stages = {
+        "anneal_fraction": reason,
+        "blockwise_anneal_fraction": reason if config.train.blockwise_tokens else no_stage,
+    }
+    return [
+        Refusal(
+            setting=f"router.{name}",
+            got=getattr(router, name),
+            expected="0",
+            reason=why,
+            remedy="leave it at 0",
+        )
+        for name, why in stages.items()
+        if why is not None and getattr(router, name)
+    ]
+
+
+def _helpful_refusals(config: RunConfig) -> list[Refusal]:
+    """Only a gain says by its sign whether an expert helps."""
+    smk = config.smk
+    if smk.targets != "helpful" or (smk.surprise, smk.direction) == ("gain", "max"):
+        return []
+    return [
+        Refusal(
+            setting="smk.targets",
+            got="helpful",
+            expected=f'another one with smk.surprise = "{smk.surprise}" and smk.direction ='
+            f' "{smk.direction}"',
+            reason="only the sign of a gain says whether an expert helps",
+            remedy='set smk.surprise = "gain" and smk.direction = "max", or smk.targets = "member"',
+        )
+    ]

@@ -95,20 +95,30 @@ class RoutingStats:
     @torch.no_grad()
     def add(self, banks: Sequence[ExpertBank], row: PackedRow) -> None:
         """Count the banks' last routing, which was of this row."""
-        mask_T, first_T = row.router_mask[0], first_tokens(row)
-        self.num_tokens += mask_T.sum()
-        self.num_first += first_T.sum()
-        numbers_K = torch.arange(self.k_histogram_LK.shape[1], device=mask_T.device)
+        self.add_tokens(row)
         for layer, bank in enumerate(banks):
-            assert bank.routing is not None
-            active_TE, logits_TE = bank.routing.active, bank.routing.router_logits
-            has_k_TK = active_TE.sum(-1)[:, None] == numbers_K
-            self.k_histogram_LK[layer] += (has_k_TK & mask_T[:, None]).sum(0)
-            self.load_LE[layer] += (active_TE & mask_T[:, None]).sum(0)
-            self.first_load_LE[layer] += (active_TE & first_T[:, None]).sum(0)
-            entropy_T = torch.special.entr(logits_TE.softmax(-1)).sum(-1)
-            self.gate_entropy_L[layer] += torch.where(mask_T, entropy_T, 0).sum()
-            self.ties_L[layer] += (border_ties(logits_TE, active_TE) & mask_T).sum()
+            self.add_layer(layer, bank, row)
+
+    @torch.no_grad()
+    def add_tokens(self, row: PackedRow) -> None:
+        """Count a row's tokens; its layers follow one by one."""
+        self.num_tokens += row.router_mask.sum()
+        self.num_first += first_tokens(row).sum()
+
+    @torch.no_grad()
+    def add_layer(self, layer: int, bank: ExpertBank, row: PackedRow) -> None:
+        """Count one bank's last routing, which was of this row."""
+        assert bank.routing is not None
+        mask_T, first_T = row.router_mask[0], first_tokens(row)
+        numbers_K = torch.arange(self.k_histogram_LK.shape[1], device=mask_T.device)
+        active_TE, logits_TE = bank.routing.active, bank.routing.router_logits
+        has_k_TK = active_TE.sum(-1)[:, None] == numbers_K
+        self.k_histogram_LK[layer] += (has_k_TK & mask_T[:, None]).sum(0)
+        self.load_LE[layer] += (active_TE & mask_T[:, None]).sum(0)
+        self.first_load_LE[layer] += (active_TE & first_T[:, None]).sum(0)
+        entropy_T = torch.special.entr(logits_TE.softmax(-1)).sum(-1)
+        self.gate_entropy_L[layer] += torch.where(mask_T, entropy_T, 0).sum()
+        self.ties_L[layer] += (border_ties(logits_TE, active_TE) & mask_T).sum()
 
     def summary(self) -> dict[str, float]:
         """The fields of `RoutingSummary`."""

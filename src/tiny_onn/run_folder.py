@@ -115,6 +115,22 @@ def write_json(path: Path, obj: object) -> None:
     _write_atomically(path, json.dumps(obj, indent=2) + "\n")
 
 
+def record_conversion(path: Path, conversion: Mapping[str, object]) -> None:
+    """Write what the conversion was checked to be; a resumed run's backbone must be the first's.
+
+    Raises:
+        UserError: it is not, or the file cannot be written.
+    """
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8")).get("backbone_sha256")
+        if before != conversion["backbone_sha256"]:
+            raise UserError(
+                "teacher.path: got other weights than the run began with, expected a backbone of "
+                f"SHA-256 {before}; restore them, or start a new run with another --out"
+            )
+    write_json(path, conversion)
+
+
 class MetricsWriter:
     """Appends records to a JSON-lines file, each with the system before `write` returns.
 

@@ -70,19 +70,34 @@ class Steering:
     @torch.no_grad()
     def see(self, token_mask_T: Bool[Tensor, " tokens"]) -> None:
         """Count a row's routing, after its forward pass."""
-        routings = [bank.routing for bank in self.banks if bank.routing is not None]
-        for layer, (bank, routing) in enumerate(zip(self.banks, routings, strict=True)):
-            self._load_LE[layer] += (routing.active & token_mask_T[:, None]).sum(0)
-            if self.router.revive_after_steps:
-                self._lift_LE[layer] = revival_lift(bank.router, routing, token_mask_T)
-        if self.banks[0].router.rule.has_budget:
-            thresholds_L = exact_thresholds(
-                [routing.scores for routing in routings],
-                token_mask_T,
-                [bank.router.aim() for bank in self.banks],
-                self.router.budget_scope,
-            )
-            self._threshold_L += token_mask_T.sum() / self._tokens * thresholds_L
+        for layer in range(len(self.banks)):
+            self.see_layer(layer, token_mask_T)
+        self.see_budget(range(len(self.banks)), token_mask_T)
+
+    @torch.no_grad()
+    def see_layer(self, layer: int, token_mask_T: Bool[Tensor, " tokens"]) -> None:
+        """Count one layer's routing of a row, but for its budget."""
+        bank, routing = self.banks[layer], self.banks[layer].routing
+        assert routing is not None
+        self._load_LE[layer] += (routing.active & token_mask_T[:, None]).sum(0)
+        if self.router.revive_after_steps:
+            self._lift_LE[layer] = revival_lift(bank.router, routing, token_mask_T)
+
+    @torch.no_grad()
+    def see_budget(self, layers: Sequence[int], token_mask_T: Bool[Tensor, " tokens"]) -> None:
+        """Count some layers' thresholds on a row; all layers' at once if they share one."""
+        if not self.banks[0].router.rule.has_budget:
+            return
+        banks = [self.banks[layer] for layer in layers]
+        thresholds_L = exact_thresholds(
+            [bank.routing.scores for bank in banks if bank.routing is not None],
+            token_mask_T,
+            [bank.router.aim() for bank in banks],
+            self.router.budget_scope,
+        )
+        share = token_mask_T.sum() / self._tokens
+        for layer, threshold in zip(layers, thresholds_L, strict=True):
+            self._threshold_L[layer] += share * threshold
 
     @torch.no_grad()
     def end(self, *, update: bool) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import RunConfig
+from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import DistillValues, distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally
@@ -31,9 +32,13 @@ class StepResult:
     """What one step measured: device tensors, read when a record is written."""
 
     loss: Tensor
-    forward_kl: Tensor
-    agreement: Tensor
-    student_entropy: Tensor
+    """In the blockwise stage the mean of `error_L`."""
+    forward_kl: Tensor | None = None
+    """None in the blockwise stage, as are `agreement` and `student_entropy`."""
+    agreement: Tensor | None = None
+    student_entropy: Tensor | None = None
+    error_L: Tensor | None = None  # noqa: N815 - shape suffix
+    """Each layer's normalised error, in the blockwise stage."""
     expert_grad_norm: Tensor | float
     gate_grad_norm: Tensor | float
     stats: RoutingStats
@@ -92,7 +97,7 @@ def distill_step(
     device = banks[0].gate_up_proj.device
     loss_tokens = max(1, sum(int(row.loss_mask.sum()) for row in rows))
     router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
-    tallies = _teach_gates(student, config, loss_tokens, router_tokens)
+    tallies = teach_gates(banks, config, loss_tokens, router_tokens)
     stats = RoutingStats.zeros(banks)
     sums, token_losses = torch.zeros(4, device=device), []
     steering = Steering(banks, config, router_tokens, step)
@@ -122,7 +127,7 @@ def distill_step(
             token_losses.append(loss_T.detach())
             sums += _sums(values, mask_T)
         with clock.phase("backward"):
-            total = loss_T.sum() / loss_tokens + _router_losses(student, row, config) / len(rows)
+            total = loss_T.sum() / loss_tokens + router_losses(banks, row, config) / len(rows)
             for bank in banks:
                 bank.recording = False
             total.backward()
@@ -130,7 +135,7 @@ def distill_step(
                 bank.recording, bank.routing = True, None
     loss, forward_kl, agreement, student_entropy = sums / loss_tokens
     with clock.phase("optimizer"):
-        expert_norm, gate_norm, finite = _update(student, optimizer, loss, steering, config)
+        expert_norm, gate_norm, finite = update(student, optimizer, loss, steering, config)
     return StepResult(
         loss=loss,
         forward_kl=forward_kl,
@@ -160,7 +165,7 @@ def _all_finite(*values: Tensor | float) -> bool:
     return all(math.isfinite(number) for number in numbers.tolist())
 
 
-def _update(
+def update(
     student: TinyOnnForCausalLM,
     optimizer: torch.optim.Optimizer,
     loss: Tensor,
@@ -189,8 +194,8 @@ def _loss_options(student: TinyOnnForCausalLM, config: RunConfig) -> dict[str, A
     }
 
 
-def _teach_gates(
-    student: TinyOnnForCausalLM, config: RunConfig, loss_tokens: int, router_tokens: int
+def teach_gates(
+    banks: Sequence[ExpertBank], config: RunConfig, loss_tokens: int, router_tokens: int
 ) -> list[SurpriseTally]:
     """Hand every bank what its gate learns in this step's backward passes, if anything."""
     objective, smk = config.router.objective, config.smk
@@ -208,7 +213,7 @@ def _teach_gates(
         # by squared error. In logs, so that loud layers do not decide.
         rule = SmkRule(surprise="magnitude", direction="max", candidates="all", targets="log")
     tallies = []
-    for bank in student.banks():
+    for bank in banks:
         tally = SurpriseTally.zeros(bank.down_proj.shape[0], bank.down_proj.device)
         bank.smk = SmkStep(
             rule=rule,
@@ -220,16 +225,14 @@ def _teach_gates(
     return tallies
 
 
-def _router_losses(
-    student: TinyOnnForCausalLM, row: PackedRow, config: RunConfig
-) -> Tensor | float:
-    """The gate's own losses that go with a coupled selection; 0 for the others."""
+def router_losses(banks: Sequence[ExpertBank], row: PackedRow, config: RunConfig) -> Tensor | float:
+    """These layers' gates' own losses that go with a coupled selection; 0 for the others."""
     router = config.router
     if router.objective == "task" and router.selection == "top_any":
-        return gate_losses(student.banks(), router)
+        return gate_losses(banks, router)
     if router.objective != "task" or router.selection != "top_k":
         return 0.0
-    logits = [bank.routing.router_logits for bank in student.banks() if bank.routing is not None]
+    logits = [bank.routing.router_logits for bank in banks if bank.routing is not None]
     balance = load_balancing_loss(logits, round(router.target_k), row.router_mask[0])
     penalty = z_loss(logits, row.router_mask[0])
     return router.load_balancing_coef * balance + router.z_loss_coef * penalty

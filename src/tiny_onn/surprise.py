@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn.config import Surprise
+from tiny_onn.config import SmkTargets, Surprise
 
+# Halvings of the interval that holds a token's offset: to float32's last place.
+_HALVINGS = 40
+# Logits this far from all others are as good as infinitely far: the sigmoid is within 1e-13.
+_FAR = 30.0
 # Where the logarithm of a norm begins, as in the calibration of gates.
 MIN_QUANTITY = 1e-6
 
@@ -27,7 +32,7 @@ class SmkRule:
     surprise: Surprise = "parameters"
     direction: Literal["min", "max"] = "min"
     candidates: Literal["active", "all"] = "active"
-    targets: Literal["single", "set", "regress", "log"] = "single"
+    targets: SmkTargets | Literal["log"] = "single"
     """Of these, `regress` and `log` are no distributions: see `regression_grad`."""
     num_targets: int = 16
 
@@ -42,9 +47,10 @@ def smk_targets(
 
     `single` spreads the row over the candidates that share the extreme value (one, but for ties).
     `set` spreads it over the best `num_targets` candidates, for `active` candidates over the better
-    half of them (the best k of k experts would be all of them). `regress` and `log` have no target
-    distribution; for statistics they are as `single`. A row has no target when the token
-    is masked or when its candidates do not differ (all zero, or only one).
+    half of them (the best k of k experts would be all of them), and so does `member`. `helpful`
+    spreads it over the candidates of positive gain, unless all are. `regress` and `log` have no
+    target distribution; for statistics they are as `single`. A row has no target when the token is
+    masked or when its candidates do not differ (all zero, or only one).
     """
     signed_TE = surprise_TE if rule.direction == "min" else -surprise_TE
     if rule.candidates == "all":
@@ -53,8 +59,10 @@ def smk_targets(
     signed_TE = torch.where(active_TE, signed_TE, worst)
     best_T1 = signed_TE.amin(-1, keepdim=True)
     farthest_T1 = torch.where(active_TE, signed_TE, -worst).amax(-1, keepdim=True)
-    if rule.targets != "set":
+    if rule.targets not in ("set", "member", "helpful"):
         chosen_TE = signed_TE == best_T1
+    elif rule.targets == "helpful":
+        chosen_TE = (signed_TE < 0) & (farthest_T1 >= 0)
     else:
         num_T1 = _num_targets(active_TE, rule)
         rank_TE = signed_TE.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
@@ -143,3 +151,58 @@ def centre(
     """The values minus their mean over the chosen experts of each token."""
     total_T1 = torch.where(among_TE, values_TE, 0).sum(-1, keepdim=True)
     return values_TE - total_T1 / among_TE.sum(-1, keepdim=True).clamp_min(1)
+
+
+def label_loss(
+    router_logits_TE: Float[Tensor, "tokens experts"],
+    targets_TE: Float[Tensor, "tokens experts"],
+    candidates_TE: Bool[Tensor, "tokens experts"],
+) -> Float[Tensor, " tokens"]:
+    """Mean over a token's candidates of the binary cross-entropy of "is it a target?", nats.
+
+    `min over c of mean_e BCE(sigmoid(logit[e] - c), target[e] > 0)`: routing asks which experts,
+    not how many, so the token's own level c is free. Where `single` and `set` share out one unit of
+    probability, here every expert is judged by itself, and the best logit is the log-odds of being
+    a target. 0 where there is no target.
+    """
+    labels_TE = (targets_TE > 0).to(router_logits_TE.dtype)
+    shifted_TE = router_logits_TE - _offset(router_logits_TE, targets_TE, candidates_TE)
+    losses_TE = F.binary_cross_entropy_with_logits(shifted_TE, labels_TE, reduction="none")
+    counts_TE = candidates_TE & (targets_TE.sum(-1, keepdim=True) > 0)
+    return torch.where(counts_TE, losses_TE, 0).sum(-1) / counts_TE.sum(-1).clamp_min(1)
+
+
+def label_logits_grad(
+    router_logits_TE: Float[Tensor, "tokens experts"],
+    targets_TE: Float[Tensor, "tokens experts"],
+    candidates_TE: Bool[Tensor, "tokens experts"],
+) -> Float[Tensor, "tokens experts"]:
+    """Gradient of `label_loss(...).sum()` with respect to the logits.
+
+    `(sigmoid(logit - c) - label) / candidates`: at its minimum c adds nothing to the gradient.
+    """
+    shifted_TE = router_logits_TE - _offset(router_logits_TE, targets_TE, candidates_TE)
+    errors_TE = shifted_TE.sigmoid() - (targets_TE > 0).to(shifted_TE.dtype)
+    counts_TE = candidates_TE & (targets_TE.sum(-1, keepdim=True) > 0)
+    errors_TE = torch.where(counts_TE, errors_TE, 0)
+    return errors_TE / counts_TE.sum(-1, keepdim=True).clamp_min(1)
+
+
+@torch.no_grad()
+def _offset(
+    router_logits_TE: Float[Tensor, "tokens experts"],
+    targets_TE: Float[Tensor, "tokens experts"],
+    candidates_TE: Bool[Tensor, "tokens experts"],
+) -> Float[Tensor, "tokens 1"]:
+    """The c at which the candidates' `sigmoid(logit - c)` sum to the number of targets."""
+    num_T1 = (targets_TE > 0).sum(-1, keepdim=True)
+    worst = torch.finfo(router_logits_TE.dtype).max
+    low_T1 = torch.where(candidates_TE, router_logits_TE, worst).amin(-1, keepdim=True) - _FAR
+    high_T1 = torch.where(candidates_TE, router_logits_TE, -worst).amax(-1, keepdim=True) + _FAR
+    for _ in range(_HALVINGS):
+        middle_T1 = (low_T1 + high_T1) / 2
+        shares_TE = torch.where(candidates_TE, (router_logits_TE - middle_T1).sigmoid(), 0)
+        too_low_T1 = shares_TE.sum(-1, keepdim=True) > num_T1
+        low_T1 = torch.where(too_low_T1, middle_T1, low_T1)
+        high_T1 = torch.where(too_low_T1, high_T1, middle_T1)
+    return (low_T1 + high_T1) / 2

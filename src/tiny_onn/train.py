@@ -1,6 +1,5 @@
 """The run: prepare, step until the token budget is spent, evaluate, save. `step.py` is one step."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -8,9 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-
 from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
+from tiny_onn.blockwise import Blocks, block_errors, blockwise_step, teacher_power
 from tiny_onn.budgets import tabulate
 from tiny_onn.checkpoint import (
     Checkpointer,
@@ -33,9 +31,16 @@ from tiny_onn.memory_advice import explain_out_of_memory
 from tiny_onn.modeling import head_of
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
-from tiny_onn.prepare import Prepared, prepare, settling_rows, training_rows
-from tiny_onn.progress import RunProgress, show_conversion, show_evaluation
-from tiny_onn.records import evaluation_record, step_record
+from tiny_onn.prepare import (
+    Prepared,
+    calibration_rows,
+    prepare,
+    save_student,
+    settling_rows,
+    training_rows,
+)
+from tiny_onn.progress import RunProgress, show_blocks, show_conversion, show_evaluation
+from tiny_onn.records import blocks_record, evaluation_record, step_record
 from tiny_onn.resuming import with_absolute_paths
 from tiny_onn.run_folder import (
     METRICS_NAME,
@@ -43,9 +48,11 @@ from tiny_onn.run_folder import (
     create_run_folder,
     read_metrics,
     read_run_config,
+    record_conversion,
     resume_run_folder,
     write_json,
 )
+from tiny_onn.stages import annealed, run_tokens, stage_named, step_tokens
 from tiny_onn.steering import settle
 from tiny_onn.step import StepResult, distill_step
 from tiny_onn.stopping import StopRequest, stop_on_signal
@@ -104,21 +111,9 @@ def run_distill(
         else:
             create_run_folder(out, config, argv=argv)
         prepared = prepared or prepare(config)
-        _record_conversion(out / "conversion.json", prepared)
+        record_conversion(out / "conversion.json", asdict(prepared.conversion))
         show_conversion(title, prepared.student, prepared.conversion)
         return _Run(config, out, prepared, resume=resume, title=title, stop=stop).loop()
-
-
-def _record_conversion(path: Path, prepared: Prepared) -> None:
-    """Write what the conversion was checked to be; a resumed run's backbone must be the first's."""
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8")).get("backbone_sha256")
-        if before != prepared.conversion.backbone_sha256:
-            raise UserError(
-                "teacher.path: got other weights than the run began with, expected a backbone of "
-                f"SHA-256 {before}; restore them, or start a new run with another --out"
-            )
-    write_json(path, asdict(prepared.conversion))
 
 
 class _Run:
@@ -151,7 +146,10 @@ class _Run:
         )
         self.settling_rows = settling_rows(config, prepared.tokenizer, self.student.device)
         self.step, self.tokens, self.metrics_offset, self.seconds = 0, 0, 0, 0.0
+        first = "blockwise" if config.train.blockwise_tokens else "global"
+        self.stage = stage_named(first, 0, config)
         self.before: Evaluation | None = None
+        self.blocks: Blocks | None = None
         self.best: dict[str, Any] | None = None
         self.saved_step = -1
         if resume:
@@ -164,13 +162,17 @@ class _Run:
         with (
             explain_out_of_memory(self.config, self.student, teacher, self.checkpoints),
             MetricsWriter(self.out / METRICS_NAME, self.metrics_offset) as self.metrics,
-            RunProgress(self.title, self.config.train.tokens, self.tokens) as self.progress,
+            RunProgress(
+                self.title, run_tokens(self.stage, self.config), self.tokens
+            ) as self.progress,
             Checkpointer(self.checkpoints, self.config.train.keep_checkpoints) as self.writer,
         ):
             self.writer.best = self.best["step"] if self.best else None
             self.health = HealthWatch(
                 self.config, self.title, read_metrics(self.out / METRICS_NAME)
             )
+            if self.stage.name == "blockwise" and self.blocks is None:
+                self.blocks = self._first_blocks()
             before = self.before or self._evaluate("start")
             self.before = before
             after = self._steps() or before
@@ -202,7 +204,7 @@ class _Run:
             self._next(train.eval_every_tokens),
             self._next(train.save_every_tokens),
         )
-        while self.tokens < train.tokens and not self.stop:
+        while self.tokens < (end := run_tokens(self.stage, self.config)) and not self.stop:
             started = time.perf_counter()
             rows, result = self._one_step()
             self.seconds += time.perf_counter() - started
@@ -210,13 +212,15 @@ class _Run:
             if self.step % train.log_every_steps == 0 and result.finite:
                 record = self._record(result, time.perf_counter() - started)
                 self.progress.update(self.tokens, record)
-            is_best = False
-            if self.tokens >= next_eval and self.tokens < train.tokens:
+            is_best, switch = False, self.stage.name == "blockwise" and self.stage.over(self.tokens)
+            if switch:
+                self._begin_global()
+            if (self.tokens >= next_eval or switch) and self.tokens < end:
                 after, next_eval = self._evaluate("eval"), self._next(train.eval_every_tokens)
                 is_best = self.writer.best == self.step
             due = is_best or self.tokens >= next_save
             # What follows a skipped update may be no better: the last good checkpoint stays.
-            if due and self.tokens < train.tokens and not self.guard.skipped_in_row:
+            if due and self.tokens < end and not self.guard.skipped_in_row:
                 next_save = self._next(train.save_every_tokens)
                 self._save()
             self._warn(self.writer.poll())
@@ -224,16 +228,40 @@ class _Run:
 
     def _one_step(self) -> tuple[list[PackedRow], StepResult]:
         rows = [next(self.stream) for _ in range(self.config.train.rows_per_step)]
-        step_tokens = sum(row.input_ids.numel() for row in rows)
         # The factor at the step's middle, so that neither the first nor the last step is at rate 0.
-        progress = min(1.0, (self.tokens + step_tokens / 2) / self.config.train.tokens)
+        progress = self.stage.progress(self.tokens + step_tokens(self.config) / 2)
         set_learning_rates(self.optimizer, lr_factor(progress, self.config.optim))
-        result = distill_step(
-            self.student, self.teacher, self.optimizer, rows, self.config, step=self.step
-        )
+        inputs = (self.student, self.teacher, self.optimizer, rows, self.config)
+        with annealed(self.student.banks(), self.config, self.stage, self.tokens):
+            if self.stage.name == "blockwise":
+                assert self.blocks is not None
+                result = blockwise_step(*inputs, self.blocks.power, step=self.step)
+            else:
+                result = distill_step(*inputs, step=self.step)
         self.step += 1
-        self.tokens += step_tokens
+        self.tokens += step_tokens(self.config)
         return rows, result
+
+    def _first_blocks(self) -> Blocks:
+        """What the blockwise stage starts from."""
+        rows = calibration_rows(self.config, self.prepared.tokenizer, self.student.device)
+        power = teacher_power(self.teacher, rows)
+        return Blocks(power=power, error_before=self._block_errors())
+
+    def _block_errors(self) -> list[float]:
+        """Held-out error of every layer, recorded and shown."""
+        errors = block_errors(self.student, self.teacher, self.held_out)
+        self.metrics.write(blocks_record(errors, step=self.step, tokens=self.tokens))
+        show_blocks(self.title, self.tokens, errors)
+        return errors
+
+    def _begin_global(self) -> None:
+        """Close the blockwise stage; moments of its gradients say nothing about the next ones."""
+        assert self.blocks is not None
+        self.blocks.error_after = self._block_errors()
+        self.stage = stage_named("global", self.tokens, self.config)
+        self.optimizer.state.clear()
+        self.guard.forget()
 
     def _watch(self, rows: Sequence[PackedRow], result: StepResult) -> None:
         """Record an update that was skipped, or a loss that jumped, with the batch's documents."""
@@ -259,28 +287,16 @@ class _Run:
         if self.guard.skipped_in_row >= self.config.train.max_skipped_steps:
             self._warn(self.writer.wait())
             whole = valid_checkpoints(self.checkpoints)
-            remedy = (
-                f"go on from {whole[0].name} with --resume --set optim.expert_lr=RATE"
-                " --allow-change optim.expert_lr"
-                if whole
-                else "start a new run with another --out"
-            )
-            raise UserError(
-                f"step {self.step}: got {self.guard.skipped_in_row} updates in a row that are not"
-                f" finite (the last: {numbers}), expected fewer than train.max_skipped_steps;"
-                f" lower optim.expert_lr or optim.gate_lr, look at the documents in {METRICS_NAME}"
-                f" (kind skipped), and {remedy}"
-            )
+            raise self.guard.refusal(self.step, numbers, whole[0].name if whole else None)
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
-        train = self.config.train
-        every = train.stats_every_steps
+        every = self.config.train.stats_every_steps
         record = step_record(
             result,
             step=self.step,
             tokens=self.tokens,
             lr=[group["lr"] for group in self.optimizer.param_groups],
-            tokens_per_s=train.rows_per_step * self.config.data.row_tokens / seconds,
+            tokens_per_s=step_tokens(self.config) / seconds,
             loss_chunk_tokens=self.config.loss.chunk_tokens,
             with_layers=every > 0 and self.step % every == 0,
         )
@@ -313,6 +329,7 @@ class _Run:
             "before": before.as_dict(),
             "after": after.as_dict(),
             "best": best,
+            "blockwise": asdict(self.blocks) if self.blocks else None,
             "tokens": self.tokens,
             "steps": self.step,
             "skipped_steps": self.guard.skipped,
@@ -335,7 +352,7 @@ class _Run:
         if self.saved_step == self.step:
             return
         state = {
-            "stage": {"name": "global"},
+            "stage": {"name": self.stage.name, "begin": self.stage.begin},
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -344,6 +361,7 @@ class _Run:
             "stream": self.stream.state_dict(),
             "guard": self.guard.state_dict(),
             "before": asdict(self.before) if self.before else None,
+            "blocks": asdict(self.blocks) if self.blocks else None,
             "best": self.best,
         }
         try:
@@ -373,21 +391,6 @@ class _Run:
         self.guard.load_state_dict(state["guard"])
         self.best, self.saved_step = state["best"], self.step
         self.stream.load_state_dict(state["stream"])
+        self.stage = stage_named(**state["stage"], config=self.config)
         self.before = Evaluation(**state["before"]) if state["before"] else None
-
-
-def save_student(folder: Path, prepared: Prepared) -> None:
-    """Write the student and its tokenizer in Hugging Face's layout.
-
-    Raises:
-        UserError: the disk refuses.
-    """
-    try:
-        prepared.student.save_pretrained(folder)
-        prepared.tokenizer.save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{folder}: cannot write the student ({reason}), expected free disk and permission; "
-            "the last checkpoint is whole, free some space and use --resume"
-        ) from error
+        self.blocks = Blocks(**state["blocks"]) if state["blocks"] else None

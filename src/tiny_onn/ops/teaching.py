@@ -12,7 +12,13 @@ from torch import Tensor
 
 from tiny_onn.config import Surprise
 from tiny_onn.ops.regions import compiled_region
-from tiny_onn.surprise import SmkRule, regression_grad, smk_logits_grad, smk_targets
+from tiny_onn.surprise import (
+    SmkRule,
+    label_logits_grad,
+    regression_grad,
+    smk_logits_grad,
+    smk_targets,
+)
 
 # The kinds that read the norms of the layer's input and of the gradient at its output.
 NORMED = ("parameters", "output", "relative")
@@ -174,6 +180,8 @@ def lesson_region(
     counted_TE = torch.where(token_mask_T[:, None], surprise_TE, 0)
     if rule.targets in ("regress", "log"):
         grad_TE = regression_grad(logits_TE, surprise_TE, active_TE, token_mask_T, rule)
+    elif rule.targets in ("member", "helpful"):
+        grad_TE = label_logits_grad(logits_TE, targets_TE, candidates_TE)
     else:
         grad_TE = smk_logits_grad(logits_TE, targets_TE)
     return Lesson(

@@ -1,0 +1,223 @@
+"""The blockwise stage: every layer's experts and gate learn their own teacher MLP, all in one pass.
+
+Each layer regresses the teacher's MLP output from the teacher's own MLP input:
+
+    error_l = mean over tokens of |bank_l(x) - mlp_l(x)|^2 / power_l,    power_l = mean |mlp_l(x)|^2
+
+First tokens of documents and padding are left out. The power is a constant of the layer, measured
+on the first training rows, so that the loss does not depend on how tokens fall into rows and steps.
+The layers share nothing: each has the gradients that it would have if it were trained alone, and
+surprise is the gradient of its own error, in units of one token's.
+
+Cost: one teacher forward pass to the last MLP and, per layer, a bank's forward and backward pass
+without the gradient of its input; no logits, no backward pass through attention. The backward pass
+of a layer runs inside the teacher's forward pass, as soon as the layer is there, and nothing of it
+remains: memory is one layer's, whatever the depth. (A budget that all layers share needs their
+(T, E) scores until the row ends.)
+
+Legend: T tokens, D hidden, L layers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.config import RunConfig
+from tiny_onn.evaluate import inference_mode_of
+from tiny_onn.experts import ExpertBank
+from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, last_hidden_states
+from tiny_onn.packing import PackedRow
+from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.steering import Steering
+from tiny_onn.step import Clock, StepResult, router_losses, teach_gates, update
+
+
+@dataclass(kw_only=True, slots=True)
+class Blocks:
+    """What the stage carries from step to step, and what it brought: a number per layer each."""
+
+    power: list[float]
+    """What errors are measured in while training, by `teacher_power`."""
+    error_before: list[float]
+    """`block_errors` on held-out text before the stage."""
+    error_after: list[float] | None = None
+    """The same after it; None: it is not over."""
+
+
+@contextmanager
+def mlp_calls(dense: PreTrainedModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within the context, `see(layer, x_TD, y_TD)` gets each MLP's input and output in its pass."""
+
+    def hook(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        see(index, inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2))
+
+    handles = [
+        layer.get_submodule("mlp").register_forward_hook(partial(hook, index))
+        for index, layer in enumerate(decoder_layers(dense))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def squared_error(
+    y_TD: Float[Tensor, "tokens hidden"], y_teacher_TD: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, " tokens"]:
+    """`|y - y_teacher|^2` of each token, in float32."""
+    return (y_TD.float() - y_teacher_TD.float()).square().sum(-1)
+
+
+@torch.no_grad()
+def teacher_power(teacher: PreTrainedModel, rows: Sequence[PackedRow]) -> list[float]:
+    """Per layer, the mean of `|mlp(x)|^2` over counted tokens: what errors are measured in."""
+    sums_L = torch.zeros(len(decoder_layers(teacher)), device=teacher.device, dtype=torch.float64)
+    num_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
+
+    def see(layer: int, _: Tensor, y_TD: Tensor) -> None:
+        sums_L[layer] += (y_TD.float().square().sum(-1) * mask_T).double().sum()
+
+    with mlp_calls(teacher, see):
+        for row in (row.to(teacher.device) for row in rows):
+            mask_T = row.router_mask[0]
+            last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
+    return (sums_L / num_tokens).tolist()
+
+
+@torch.no_grad()
+def block_errors(
+    student: TinyOnnForCausalLM, teacher: PreTrainedModel, rows: Sequence[PackedRow]
+) -> list[float]:
+    """Per layer, `sum |bank(x) - mlp(x)|^2 / sum |mlp(x)|^2` over these rows' counted tokens.
+
+    x is the teacher's own MLP input. 0: the layer is its teacher; 1: as good as silence.
+    """
+    banks = student.banks()
+    sums_2L = torch.zeros(2, len(banks), device=teacher.device, dtype=torch.float64)
+
+    def see(layer: int, x_TD: Tensor, y_TD: Tensor) -> None:
+        error_T, power_T = squared_error(banks[layer](x_TD), y_TD), y_TD.float().square().sum(-1)
+        sums_2L[:, layer] += (torch.stack((error_T, power_T)) * mask_T).double().sum(-1)
+        banks[layer].routing = None
+
+    with inference_mode_of(student), mlp_calls(teacher, see):
+        for row in (row.to(teacher.device) for row in rows):
+            mask_T = row.router_mask[0]
+            last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
+    return (sums_2L[0] / sums_2L[1]).tolist()
+
+
+def blockwise_step(  # noqa: PLR0917 - as distill_step, and the power
+    student: TinyOnnForCausalLM,
+    teacher: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[PackedRow],
+    config: RunConfig,
+    power: Sequence[float],
+    *,
+    step: int = 0,
+    clock: Clock | None = None,
+) -> StepResult:
+    """One update of every layer from rows whose gradients are summed; none if one is not finite.
+
+    Gates learn as in `distill_step`, with the layer's own error as the main loss.
+
+    Args:
+        student: its banks learn; its backbone is not run.
+        teacher: the dense model whose MLPs the banks replace.
+        optimizer: of the student's experts and gates.
+        rows: packed text.
+        config: the settings.
+        power: what `teacher_power` gave for this teacher.
+        step: how many there were before.
+        clock: adds up the phases' times; None: one that does not wait for a GPU.
+    """
+    banks = student.banks()
+    device = banks[0].gate_up_proj.device
+    num_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
+    tallies = teach_gates(banks, config, num_tokens, num_tokens)
+    steering = Steering(banks, config, num_tokens, step)
+    layers = _Layers(banks, config, steering, power, num_tokens, len(rows))
+    clock = clock or Clock(device)
+    student.train()
+    with clock.phase("blocks"), torch.no_grad(), mlp_calls(teacher, layers.learn):
+        for row in (row.to(device) for row in rows):
+            layers.begin(row)
+            last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
+            layers.end()
+    loss = layers.error_L.mean()
+    with clock.phase("optimizer"):
+        expert_norm, gate_norm, finite = update(student, optimizer, loss, steering, config)
+    return StepResult(
+        loss=loss,
+        error_L=layers.error_L,
+        expert_grad_norm=expert_norm,
+        gate_grad_norm=gate_norm,
+        stats=layers.stats,
+        token_losses=layers.token_losses,
+        finite=finite,
+        tallies=tallies,
+        seconds=clock.seconds,
+    )
+
+
+class _Layers:
+    """What one step knows of its layers: sums on the device, and the row in hand."""
+
+    def __init__(  # noqa: PLR0917
+        self,
+        banks: Sequence[ExpertBank],
+        config: RunConfig,
+        steering: Steering,
+        power: Sequence[float],
+        num_tokens: int,
+        num_rows: int,
+    ) -> None:
+        self.banks, self.config, self.steering = banks, config, steering
+        self.power, self.num_tokens, self.num_rows = power, num_tokens, num_rows
+        self.error_L = torch.zeros(len(banks), device=banks[0].down_proj.device)
+        self.shared_budget = config.router.budget_scope == "global"
+        self.stats = RoutingStats.zeros(banks)
+        self.token_losses: list[Tensor] = []
+
+    def begin(self, row: PackedRow) -> None:
+        """The row whose MLP calls come next."""
+        self.row, self.mask_T = row, row.router_mask[0]
+        self.steering.begin_row(self.mask_T)
+        self.stats.add_tokens(row)
+        self.token_losses.append(torch.zeros_like(self.mask_T, dtype=torch.float32))
+
+    def learn(self, layer: int, x_TD: Tensor, y_teacher_TD: Tensor) -> None:
+        """Forward and backward pass of one layer; only its gradients and sums remain."""
+        bank = self.banks[layer]
+        with torch.enable_grad():
+            errors_T = squared_error(bank(x_TD), y_teacher_TD) * (self.mask_T / self.power[layer])
+            loss = errors_T.sum() / self.num_tokens
+            total = loss + router_losses([bank], self.row, self.config) / self.num_rows
+        assert bank.routing is not None
+        # A layer whose gate learns from the main loss has its graph here.
+        bank.routing = bank.routing.detach()
+        self.error_L[layer] += loss.detach()
+        # Of one token, the mean of the layers.
+        self.token_losses[-1] += errors_T.detach() / len(self.banks)
+        self.stats.add_layer(layer, bank, self.row)
+        self.steering.see_layer(layer, self.mask_T)
+        if not self.shared_budget:
+            self.steering.see_budget([layer], self.mask_T)
+            bank.routing = None
+        total.backward()
+
+    def end(self) -> None:
+        """After the row's last layer: what concerns all of them."""
+        if self.shared_budget:
+            self.steering.see_budget(range(len(self.banks)), self.mask_T)
+            for bank in self.banks:
+                bank.routing = None
