@@ -54,8 +54,13 @@ class Bench:
 
     @torch.no_grad()
     def distance(self, model: PreTrainedModel) -> dict[str, float]:
-        """Forward KL and agreement over the held-out tokens that have a label."""
+        """Forward KL and agreement over the held-out tokens that have a label; experts that are on.
+
+        `k` is the mean over the tokens that a budget counts, `k_first` over the documents' first.
+        """
         sums, count = torch.zeros(2, dtype=torch.float64), 0
+        banks = model.banks() if isinstance(model, TinyOnnForCausalLM) else []
+        active = {"k": [torch.zeros(0)], "k_first": [torch.zeros(0)]}
         for row, expected_TD in zip(self.held_out, self.expected, strict=True):
             values = distill(
                 last_hidden_states(model, row.input_ids, **packed_kwargs(row))[0],
@@ -72,8 +77,15 @@ class Bench:
             for i, value_T in enumerate((values.forward_kl, values.agrees)):
                 sums[i] += value_T[mask_T].double().sum()
             count += int(mask_T.sum())
+            first_T = (row.position_ids[0] == 0) & mask_T
+            for bank in banks:
+                assert bank.routing is not None
+                on_T = bank.routing.active.sum(1).float()
+                active["k"].append(on_T[row.router_mask[0]])
+                active["k_first"].append(on_T[first_T])
         kl, agreement = (sums / count).tolist()
-        return {"kl": kl, "agreement": agreement}
+        ks = {name: torch.cat(on).mean().item() for name, on in active.items() if banks}
+        return {"kl": kl, "agreement": agreement, **ks}
 
 
 class Oracle(nn.Module):
