@@ -183,6 +183,7 @@ def test_no_source_at_all_is_refused(tokenizer: PreTrainedTokenizerBase):
         stream(config_for(), tokenizer)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8")), unique=True), st.floats(0.01, 0.99))
 def test_the_split_depends_on_the_text_alone(contents: list[str], fraction: float):
     for index, text in enumerate(contents):
@@ -367,6 +368,7 @@ def test_local_text_and_a_hub_dataset_take_turns(
     [
         ("hf:", {}, "expected hf:name or hf:name:config"),
         ("hf:a:b:c", {}, "expected hf:name or hf:name:config"),
+        ("hf:a@:b", {}, "expected hf:name or hf:name:config, the name as it is or name@revision"),
         ("{hub}:nope", {}, "BuilderConfig 'nope' not found.*; check the name"),
         ("{hub}", {"split": "nope"}, "Bad split: nope.*; check the name"),
         ("{hub}", {"text_field": "body"}, "got 'body', expected one of: text"),

@@ -20,7 +20,7 @@ from tiny_onn.checks import check_device
 from tiny_onn.config import TeacherConfig
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import LoadErrors, UserError
-from tiny_onn.model_files import check_loaded, check_model_config, check_weights
+from tiny_onn.model_files import check_loaded, check_model_config, check_runs, check_weights
 from tiny_onn.modeling import TinyOnnConfig, gated_mlps
 from tiny_onn.quantize import quantize_nf4
 
@@ -72,6 +72,12 @@ def load_dense(
     trust = {"trust_remote_code": config.trust_remote_code}
 
     def explain(reason: str) -> str:
+        if "custom code" in reason and not config.trust_remote_code:
+            return (
+                f"teacher.path: got {config.path}, which needs code that comes with it, expected a "
+                "model that transformers knows; if you trust its author, set "
+                "teacher.trust_remote_code = true"
+            )
         return (
             f"teacher.path: got {config.path}, expected a causal language model in safetensors "
             f"format with its tokenizer ({reason}); a hub id needs a network or a local cache, a "
@@ -105,9 +111,13 @@ def load_dense(
         model, loading = loaded
         _checked(config, check_loaded, model, loading)
         tokenizer = AutoTokenizer.from_pretrained(source, **trust, **hub)
+    # What transformers keeps there depends on its version.
+    model.config._commit_hash = commit
     model.requires_grad_(False)
     model.set_attn_implementation(DOCUMENT_ATTENTION)
-    return model.to(device).train(False), tokenizer
+    model = model.to(device).train(False)
+    _checked(config, check_runs, model)
+    return model, tokenizer
 
 
 def _checked(
