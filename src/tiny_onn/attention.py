@@ -100,7 +100,7 @@ def document_attention(
     softcap: float | None = None,
     cu_seq_lens_q: Int[Tensor, " bounds"] | None = None,
     max_length_q: int | None = None,
-    document_bounds: Int[Tensor, " bounds"] | None = None,
+    document_bounds: Int[Tensor, " host_bounds"] | None = None,
     **kwargs: object,
 ) -> tuple[Float[Tensor, "batch tokens heads value_dim"], None]:
     """Causal self-attention inside each document, in the form that transformers calls.
