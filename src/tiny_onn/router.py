@@ -96,9 +96,7 @@ class Router(nn.Module):
 
     Attributes set for training by whoever owns the model:
         exploration: which tokens try another expert; None: none does.
-        recording_window: whether `record` adds to the window.
-        annealing: whether the target falls from step to step: `steer` then moves all the way and
-            sums nothing up.
+        recording_window, annealing: whether `record` adds to the window; `steer` goes all the way.
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, rule: RoutingRule) -> None:
@@ -118,8 +116,7 @@ class Router(nn.Module):
             self.window_loads = nn.Buffer(torch.empty(num_experts))
             self.idle_input = nn.Buffer(torch.empty(hidden_dim))
         self.exploration: Exploration | None = None
-        self.recording_window = False
-        self.annealing = False
+        self.recording_window, self.annealing = False, False
         self.reset(None)
 
     @torch.no_grad()
@@ -208,9 +205,7 @@ class Router(nn.Module):
 
         Deterministic and causal: a batch is routed by thresholds that earlier batches made.
         """
-        if self.annealing:
-            rate, mean_k = 1.0, None
-        if mean_k is not None:
+        if mean_k is not None and not self.annealing:
             error = mean_k / self.rule.target_k - 1
             # A large one is the start, or new text: the moving mean is on its way, and what was
             # summed up meanwhile would overshoot.
@@ -218,7 +213,7 @@ class Router(nn.Module):
             correction = self.correction + INTEGRAL_SHARE * rate * error
             self.correction.copy_(correction.clamp(-MAX_CORRECTION, MAX_CORRECTION))
         self.num_updates += 1
-        step = (1.0 / self.num_updates).clamp_min(rate)
+        step = (1.0 / self.num_updates).clamp_min(1.0 if self.annealing else rate)
         self.threshold += step * (exact_threshold - self.threshold)
         self.settled.copy_(self.threshold)
 
