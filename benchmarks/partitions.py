@@ -34,7 +34,7 @@ from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import calibration_rows, make_student, partition, with_router
-from tiny_onn.router import RoutingRule, route
+from tiny_onn.router import Router, Routing, RoutingRule, route
 from tiny_onn.settings import load_config
 from tiny_onn.teacher import load_dense, quiet_transformers
 
@@ -88,21 +88,6 @@ class Bench:
         return {"kl": kl, "agreement": agreement, **ks}
 
 
-class Oracle(nn.Module):
-    """A router that knows every expert's output norm."""
-
-    def __init__(self, bank: ExpertBank) -> None:
-        super().__init__()
-        # In a tuple, or the bank would be a part of its own part.
-        self.bank, self.rule = (bank,), bank.router.rule
-        self.threshold = torch.zeros(())
-
-    def forward(self, x_TD: Tensor):
-        """The k experts of largest output."""
-        log_TE = expert_norms(self.bank[0], x_TD).clamp_min(1e-6).log()
-        return route(log_TE, self.rule, self.threshold)
-
-
 @contextmanager
 def neuron_oracle(dense: PreTrainedModel, share: float) -> Iterator[None]:
     """Within the context the model keeps each token's neurons of largest `|h| |down|`."""
@@ -121,7 +106,7 @@ def neuron_oracle(dense: PreTrainedModel, share: float) -> Iterator[None]:
 
 
 @contextmanager
-def routers(student: TinyOnnForCausalLM, make: Callable[[ExpertBank], nn.Module]) -> Iterator[None]:
+def routers(student: TinyOnnForCausalLM, make: Callable[[ExpertBank], Router]) -> Iterator[None]:
     """Within the context every bank has another router."""
     kept = [bank.router for bank in student.banks()]
     for bank in student.banks():
@@ -159,13 +144,12 @@ def set_gates(banks: Sequence[ExpertBank], inputs: Sequence[Tensor], name: str) 
         bank.router.bias.copy_(bias_E)
 
 
-class Representative(nn.Module):
+class Representative(Router):
     """CMoE's gate (arXiv 2502.04416, 4.2): |h| of the neuron nearest to each expert's mean."""
 
     def __init__(self, bank: ExpertBank, x_TD: Tensor) -> None:
-        super().__init__()
-        self.rule, self.threshold = bank.router.rule, torch.zeros(())
         _, E, I, D = bank.gate_up_proj.shape
+        super().__init__(D, E, bank.router.rule)
         x_TD = x_TD.float()
         pre_T2EI = (x_TD @ bank.gate_up_proj.view(-1, D).T).view(-1, 2, E, I)
         hidden_TEI = (bank.activation(pre_T2EI[:, 0]) * pre_T2EI[:, 1]).abs()
@@ -174,7 +158,7 @@ class Representative(nn.Module):
         self.rows_2ED = bank.gate_up_proj.detach()[:, torch.arange(E), nearest_E]
         self.activation = bank.activation
 
-    def forward(self, x_TD: Tensor):
+    def forward(self, x_TD: Tensor, given_TE: Tensor | None = None) -> Routing:
         """The k experts whose representatives are largest."""
         gate_TE, up_TE = (x_TD.float() @ rows_ED.T for rows_ED in self.rows_2ED)
         return route((self.activation(gate_TE) * up_TE).abs(), self.rule, self.threshold)
@@ -247,9 +231,7 @@ def measure_partition(bench: Bench, init: str, rows: list[dict]) -> None:
     student = make(with_router(bench.config, selection="top_k", objective="none"))
     rows_before = len(rows)
     add("ridge", student)
-    with routers(student, Oracle):
-        add("oracle", student)
-    for name in ("static", "random"):
+    for name in ("oracle", "static", "random"):
         add(name, make(with_router(bench.config, selection=name, objective="none")))
     rows[rows_before]["partition_seconds"] = seconds
     if init == DETAILED:

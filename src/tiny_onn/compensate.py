@@ -36,7 +36,7 @@ def fit_compensation(
         gate_up_FD = bank.gate_up_proj.to(x_TD.dtype).view(2 * E * I, D)
         gate_T2EI = F.linear(x_TD, gate_up_FD).view(-1, 2, E, I)
         hidden_TEI = bank.activation(gate_T2EI[:, 0]) * gate_T2EI[:, 1]
-        inactive_TE = (~bank.router(x_TD).active).float()
+        inactive_TE = (~bank.route(x_TD).active).float()
         sums[index] += torch.einsum("te,tei->ei", inactive_TE, hidden_TEI.float())
         counts[index] += inactive_TE.sum(0)
 
