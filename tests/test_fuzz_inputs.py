@@ -18,6 +18,7 @@ from tiny_onn import readers
 from tiny_onn.embedded import split_text
 from tiny_onn.errors import LoadErrors, UserError, reason_line
 from tiny_onn.readers import LINE_BYTES
+from tiny_onn.settings import load_config
 from tiny_onn.sources import read_documents
 
 
@@ -119,6 +120,17 @@ def test_what_could_block_for_ever_is_not_opened(tmp_path, kind):
     odd = tmp_path / "b.txt"
     os.mkfifo(odd) if kind == "pipe" else odd.symlink_to("/dev/zero")
     assert "b.txt: got a pipe or a device, expected a regular file" in refusal(tmp_path)
+
+
+def test_settings_are_read_to_a_bounded_length(tmp_path):
+    with pytest.raises(UserError, match=r"/dev/zero: got more than 64 KiB"):
+        load_config(Path("/dev/zero"), None, ())
+    deep = tmp_path / "deep.toml"
+    deep.write_text("a." * 20_000 + "a = 1")
+    with pytest.raises(UserError, match="a line with 20000 dots, at most 2048 are read"):
+        load_config(deep, None, ())
+    with pytest.raises(UserError, match="at most 2048 are read"):
+        load_config(None, None, ["data.sources={" + "a." * 20_000 + "a = 1}"])
 
 
 def test_what_a_terminal_would_obey_is_shown_escaped():

@@ -22,8 +22,10 @@ from tiny_onn.checks import RANGES, shown, to_toml, validate
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
 
-# `tiny-onn config` prints 13 KB.
-_MAX_TOML_BYTES = 2**18
+# `tiny-onn config` prints 12 KB in lines of 100 characters.
+_MAX_TOML_BYTES = 2**16
+# tomllib takes memory that grows with the square of a dotted key's length: 16 MB for such a line.
+_MAX_LINE_DOTS = 2048
 
 
 class FieldDoc(NamedTuple):
@@ -201,12 +203,24 @@ def _read_bounded(path: Path) -> bytes:
 
 def _parse_toml(text: bytes, source: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text.decode())
+        return _loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{source}: got malformed TOML ({error}), expected settings as `tiny-onn config` prints"
             " them; mend it there"
         ) from error
+
+
+def _loads(text: str) -> dict[str, Any]:
+    """What TOML says.
+
+    Raises:
+        ValueError: It is none, or has a line that is too costly.
+        RecursionError: It is nested too deeply.
+    """
+    if (dots := max((line.count(".") for line in text.splitlines()), default=0)) > _MAX_LINE_DOTS:
+        raise ValueError(f"a line with {dots} dots, at most {_MAX_LINE_DOTS} are read; break it")
+    return tomllib.loads(text)
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -220,7 +234,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         )
     value = value.strip()
     try:
-        parsed = tomllib.loads(f"value = {value}")
+        parsed = _loads(f"value = {value}")
     except (ValueError, RecursionError) as error:
         # A quote or a bracket begins TOML, so its mistake is worth telling.
         if value.startswith(("'", '"', "[", "{")):

@@ -72,6 +72,12 @@ def load_dense(
     trust = {"trust_remote_code": config.trust_remote_code}
 
     def explain(reason: str) -> str:
+        if "custom code" in reason and not config.trust_remote_code:
+            return (
+                f"teacher.path: got {config.path}, which needs code that comes with it, expected a "
+                "model that transformers knows; if you trust its author, set "
+                "teacher.trust_remote_code = true"
+            )
         return (
             f"teacher.path: got {config.path}, expected a causal language model in safetensors "
             f"format with its tokenizer ({reason}); a hub id needs a network or a local cache, a "
@@ -105,6 +111,8 @@ def load_dense(
         model, loading = loaded
         _checked(config, check_loaded, model, loading)
         tokenizer = AutoTokenizer.from_pretrained(source, **trust, **hub)
+    # What transformers keeps there depends on its version.
+    model.config._commit_hash = commit
     model.requires_grad_(False)
     model.set_attn_implementation(DOCUMENT_ATTENTION)
     return model.to(device).train(False), tokenizer
