@@ -239,8 +239,10 @@ def killed_at_random(lab: Lab, kills: int) -> Outcome:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         outcome.lost_tokens = max(outcome.lost_tokens, tokens_done(out) - tokens_kept(out))
-        if "Traceback" in lab.log(out).read_text(errors="replace"):
-            outcome.problems.append(f"traceback: {lab.log(out).read_text()[-600:]}")
+        # Killed before it had opened its log, it said nothing.
+        said = lab.log(out).read_text(errors="replace") if lab.log(out).exists() else ""
+        if "Traceback" in said:
+            outcome.problems.append(f"traceback: {said[-600:]}")
     lab.finish(out, outcome)
     return outcome
 

@@ -74,7 +74,8 @@ def reset_peak() -> None:
 
 def attempt(name: str, case: Any, folder: Path) -> dict[str, Any]:
     """Read one case: how it ended, what was said, seconds and MiB at the peak."""
-    folder.mkdir()
+    # A case whose preparation fails is the harness' mistake, and may be tried again.
+    folder.mkdir(exist_ok=True)
     outcome, said = "accepted", ""
     read = TARGETS[name].prepare(case, folder)
     pyarrow.default_memory_pool().release_unused()

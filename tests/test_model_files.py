@@ -192,16 +192,17 @@ def test_quantised_tensors_are_named(teacher):
     assert f"holds {name} as I8, expected one of F64, F32, F16, BF16" in refusal(teacher)
 
 
-def test_logits_that_are_no_numbers_are_told_before_the_conversion(teacher, tmp_path):
-    # Weights and configuration are finite; the attention's scores are not.
-    set_weights(teacher, lambda w: [v.mul_(1e30) for k, v in w.items() if "_proj" in k])
-    config = change(
-        CONFIG,
-        teacher={"path": str(teacher)},
-        data={"sources": (str(write_corpus(tmp_path / "corpus")),)},
-    )
-    with pytest.raises(UserError, match="logits on 32 tokens of held-out text hold NaN or inf"):
-        prepare(config)
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_logits_that_are_no_numbers_are_told(saved, tmp_path, kind):
+    folder = shutil.copytree(saved / kind, tmp_path / kind)
+    # Each weight is finite; the attention's scores are not.
+    set_weights(folder, lambda w: [v.mul_(1e30) for k, v in w.items() if "self_attn" in k])
+    assert "logits hold NaN or infinite numbers" in refusal(folder)
+
+
+def test_a_model_that_does_not_run_is_told(teacher):
+    set_config(teacher, output_hidden_states=["a"])
+    assert "it does not run on 8 tokens (TypeError" in refusal(teacher)
 
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS, "tokenizer.json"])

@@ -209,22 +209,6 @@ def verify_head(dense: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) 
     return gap
 
 
-@torch.no_grad()
-def check_finite(dense: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) -> None:
-    """Return if the model's logits on some text are numbers.
-
-    Raises:
-        UserError: some are NaN or infinite; its weights are finite, so a setting is wrong.
-    """
-    logits = dense(input_ids=input_ids, use_cache=False).logits
-    if not torch.isfinite(logits).all():
-        raise UserError(
-            f"teacher.path: the model's logits on {input_ids.numel()} tokens of held-out text hold "
-            "NaN or infinite numbers, expected finite ones; restore its config.json and weights, "
-            'or use teacher.dtype = "float32"'
-        )
-
-
 def backbone_hash(model: PreTrainedModel) -> str:
     """SHA-256 of every tensor outside the MLPs, by name, number format, shape and bytes."""
     backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model

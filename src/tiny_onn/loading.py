@@ -13,7 +13,7 @@ from tiny_onn.config import RunConfig, TeacherConfig
 from tiny_onn.convert import adopt_backbone, backbone_hash
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.mid_run import load_from_checkpoint, newer_checkpoint
-from tiny_onn.model_files import check_loaded, check_model_config, check_weights
+from tiny_onn.model_files import check_loaded, check_model_config, check_runs, check_weights
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.run_folder import read_run_config
 from tiny_onn.teacher import load_dense
@@ -95,6 +95,7 @@ def _read_student(folder: Path) -> tuple[TinyOnnForCausalLM, PreTrainedTokenizer
     )
     student, loading = loaded
     check_loaded(student, loading)
+    check_runs(student.train(False))
     return student, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from tiny_onn.checks import shown
-from tiny_onn.errors import UserError, printable
+from tiny_onn.errors import LoadErrors, UserError, printable
 
 # The largest configurations that are published have some 20 KB and 130 layers.
 _CONFIG_BYTES = 2**22
 _MAX_LAYERS = 1024
 _MAX_NUMBER = 2**31
+_TRIED_TOKENS = 8
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -117,7 +118,7 @@ def check_weights(source: str, revision: str | None, skeleton: PreTrainedModel) 
     """Refuse weights that are not safetensors of about the size of the model to fill.
 
     Args:
-        source: a folder or a hub id, whose weights are downloaded by this.
+        source: a folder or a hub id, its weights are downloaded by this.
         revision: of a hub id; None for a folder.
         skeleton: the model on the meta device.
 
@@ -196,3 +197,25 @@ def check_loaded(model: PreTrainedModel, loading: dict[str, Any]) -> None:
                 f"its tensor {name} holds NaN or infinite numbers in {tensor.dtype}, expected "
                 'finite ones; download it again, or use teacher.dtype = "float32"'
             )
+
+
+@torch.no_grad()
+def check_runs(model: PreTrainedModel) -> None:
+    """Refuse a model that does not run on a few tokens, or gives logits that are no numbers.
+
+    Raises:
+        UserError: weights and configuration do not belong together, or are damaged.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    input_ids = torch.arange(min(_TRIED_TOKENS, vocab_size), device=model.device)[None]
+    remedy = "restore its config.json and weights"
+    with LoadErrors(
+        lambda reason: f"it does not run on {_TRIED_TOKENS} tokens ({reason}); {remedy}"
+    ):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        finite = bool(torch.isfinite(logits).all())
+    if not finite:
+        raise UserError(
+            "its logits hold NaN or infinite numbers, expected finite ones; "
+            f'{remedy}, or use teacher.dtype = "float32"'
+        )

@@ -226,6 +226,8 @@ def gated_mlps(model: PreTrainedModel) -> list[GatedMlp]:
         UserError: one is not; the message names the architecture and the reason.
     """
     mlps = [_gated_mlp(model, layer, i) for i, layer in enumerate(decoder_layers(model))]
+    if not mlps or mlps[0].gate_proj.out_features == 0:
+        raise _unsupported(model, "it has no layers, or they have no neurons")
     for index, mlp in enumerate(mlps):
         widths = {mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.down_proj.in_features}
         if widths != {mlps[0].gate_proj.out_features}:

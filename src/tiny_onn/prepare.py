@@ -17,7 +17,6 @@ from tiny_onn.config import RunConfig
 from tiny_onn.console import stage
 from tiny_onn.convert import (
     backbone_hash,
-    check_finite,
     convert,
     identity_gap,
     student_config,
@@ -84,7 +83,6 @@ def prepare(config: RunConfig) -> Prepared:
         rows = calibration_rows(config, tokenizer, device)
         # Read here, so that a lack of held-out text shows before the work.
         held_out = held_out_rows(config.data, tokenizer, config.data.row_tokens, 1)
-        check_finite(dense, held_out[0].input_ids[:, :CHECKED_TOKENS].to(device))
     with stage("Converting"):
         student = make_student(config, dense, rows)
     with stage("Checking the conversion"):

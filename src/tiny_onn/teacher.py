@@ -20,7 +20,7 @@ from tiny_onn.checks import check_device
 from tiny_onn.config import TeacherConfig
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import LoadErrors, UserError
-from tiny_onn.model_files import check_loaded, check_model_config, check_weights
+from tiny_onn.model_files import check_loaded, check_model_config, check_runs, check_weights
 from tiny_onn.modeling import TinyOnnConfig, gated_mlps
 from tiny_onn.quantize import quantize_nf4
 
@@ -115,7 +115,9 @@ def load_dense(
     model.config._commit_hash = commit
     model.requires_grad_(False)
     model.set_attn_implementation(DOCUMENT_ATTENTION)
-    return model.to(device).train(False), tokenizer
+    model = model.to(device).train(False)
+    _checked(config, check_runs, model)
+    return model, tokenizer
 
 
 def _checked(
