@@ -318,6 +318,11 @@ def in_checkpoints(path: Any, *_: Any) -> bool:
     return ".partial" in str(path)
 
 
+def is_new(path: Any, *_: Any) -> bool:
+    """Whether a path is a checkpoint's folder, and is made by this call."""
+    return in_checkpoints(path) and Path(path).parent.exists()
+
+
 def is_old(path: Any, *_: Any) -> bool:
     """Whether a path is a finished checkpoint."""
     return Path(path).name.startswith("step-") and Path(path).exists()
@@ -325,7 +330,7 @@ def is_old(path: Any, *_: Any) -> bool:
 
 # The stages of saving: a function, and how to die at its n-th call.
 STAGES: dict[str, Callable[[int], None]] = {
-    "after its folder is made": lambda n: wrapped(os, "mkdir", n, after, in_checkpoints),
+    "after its folder is made": lambda n: wrapped(os, "mkdir", n, after, is_new),
     "in the middle of a file": lambda n: wrapped(checkpoint, "save_file", 2 * n, half_file),
     "before a file is synced": lambda n: wrapped(os, "fsync", 5 * n, before),
     "before the manifest": lambda n: wrapped(checkpoint, "write_json", n, before),

@@ -367,6 +367,7 @@ def test_local_text_and_a_hub_dataset_take_turns(
     [
         ("hf:", {}, "expected hf:name or hf:name:config"),
         ("hf:a:b:c", {}, "expected hf:name or hf:name:config"),
+        ("hf:a@:b", {}, "expected hf:name or hf:name:config, the name as it is or name@revision"),
         ("{hub}:nope", {}, "BuilderConfig 'nope' not found.*; check the name"),
         ("{hub}", {"split": "nope"}, "Bad split: nope.*; check the name"),
         ("{hub}", {"text_field": "body"}, "got 'body', expected one of: text"),

@@ -167,8 +167,9 @@ class DataConfig:
     """The text."""
 
     sources: tuple[str, ...] = ("embedded",)
-    """`embedded`, files (.txt, .jsonl, .parquet), folders of them, or hub datasets as `hf:name` or
-    `hf:name:config`."""
+    """`embedded`, files (.txt, .jsonl, also .gz or .zst of either; .parquet), folders of them, or
+    hub datasets as `hf:name` or `hf:name:config`, where `name@revision` pins a branch, tag or
+    commit."""
     text_field: str = "text"
     """The field of a jsonl or parquet row, or of a hub dataset's row, that holds the text."""
     split: str = "train"

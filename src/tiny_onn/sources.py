@@ -77,11 +77,15 @@ def hub_documents(
     import datasets  # noqa: PLC0415 (2 s of imports, needed for hub data only)
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
-    name, *configs = source.removeprefix(HUB_PREFIX).split(":")
-    if not name or len(configs) > 1:
-        raise bad_source(source, "expected hf:name or hf:name:config; correct it")
+    full, *configs = source.removeprefix(HUB_PREFIX).split(":")
+    name, at, revision = full.partition("@")
+    if not name or len(configs) > 1 or (at and not revision):
+        expected = "expected hf:name or hf:name:config, the name as it is or name@revision"
+        raise bad_source(source, f"{expected}; correct it")
     try:
-        dataset = datasets.load_dataset(name, *configs, split=config.split, streaming=True)
+        dataset = datasets.load_dataset(
+            name, *configs, split=config.split, streaming=True, revision=revision or None
+        )
         assert isinstance(dataset, datasets.IterableDataset)
         if order is not None:
             dataset = dataset.shuffle(seed=order[0], buffer_size=_SHUFFLE_BUFFER)
