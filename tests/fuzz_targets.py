@@ -494,7 +494,15 @@ def change_model(folder: Path, change: tuple[str, Any, Any], canary: Path) -> No
                 os.mkfifo(file)
             elif kind == "folder":
                 file.mkdir()
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError):
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ):
         # The earlier changes left nothing to change.
         return
 

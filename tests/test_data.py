@@ -183,6 +183,7 @@ def test_no_source_at_all_is_refused(tokenizer: PreTrainedTokenizerBase):
         stream(config_for(), tokenizer)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8")), unique=True), st.floats(0.01, 0.99))
 def test_the_split_depends_on_the_text_alone(contents: list[str], fraction: float):
     for index, text in enumerate(contents):

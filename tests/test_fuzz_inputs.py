@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import ROOT
@@ -93,6 +93,7 @@ def test_a_line_of_jsonl_has_an_end(tmp_path):
     assert "a.jsonl line 2: got more than 8 MiB" in refusal(path)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["word ", "\n", "\n\n", "x" * 30_000, "\r\n", "\u00e9"]), max_size=40),
 )

@@ -13,7 +13,13 @@ from tiny_onn.config import RunConfig, TeacherConfig
 from tiny_onn.convert import adopt_backbone, backbone_hash
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.mid_run import load_from_checkpoint, newer_checkpoint
-from tiny_onn.model_files import check_loaded, check_model_config, check_runs, check_weights
+from tiny_onn.model_files import (
+    check_loaded,
+    check_model_config,
+    check_runs,
+    check_weights,
+    read_object,
+)
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.run_folder import read_run_config
 from tiny_onn.teacher import load_dense
@@ -83,11 +89,11 @@ def _read_student(folder: Path) -> tuple[TinyOnnForCausalLM, PreTrainedTokenizer
     """The student and tokenizer in a folder, looked over like a dense model's."""
     source = str(folder)
     check_model_config(source, None)
-    settings = TinyOnnConfig.from_pretrained(source)
-    if not isinstance(settings.teacher, str) or not isinstance(settings.teacher_revision, str):
-        raise UserError("config.json has teacher or teacher_revision, expected strings")
+    table = read_object(folder / "config.json")
+    if not all(isinstance(table.get(name, ""), str) for name in ("teacher", "teacher_revision")):
+        raise UserError("config.json has other than strings as teacher or teacher_revision")
     with torch.device("meta"):
-        skeleton = TinyOnnForCausalLM(settings)
+        skeleton = TinyOnnForCausalLM(TinyOnnConfig.from_pretrained(source))
     check_weights(source, None, skeleton)
     # With loading info it returns a pair, which its annotation does not say.
     loaded: Any = TinyOnnForCausalLM.from_pretrained(

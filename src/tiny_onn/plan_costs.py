@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tiny_onn.config import RunConfig
 from tiny_onn.convert import student_config
+from tiny_onn.errors import LoadErrors
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
 from tiny_onn.optim import split_parameters
 
@@ -157,12 +158,19 @@ def meta_models(
         UserError: the architecture, the sizes or k do not fit.
     """
     dtype = getattr(torch, config.teacher.dtype)
-    with torch.device("meta"):
+    with torch.device("meta"), LoadErrors(_no_model):
         dense = AutoModelForCausalLM.from_config(
             shape, dtype=dtype, trust_remote_code=config.teacher.trust_remote_code
         )
         student = TinyOnnForCausalLM(student_config(dense, config.experts, config.router))
     return dense, student
+
+
+def _no_model(reason: str) -> str:
+    return (
+        f"teacher.path: its config.json describes no model that can be built ({reason}), expected"
+        " a causal language model; restore it"
+    )
 
 
 def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
