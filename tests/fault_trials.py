@@ -131,7 +131,7 @@ class Lab:
         return Ended(status=status, output=output)
 
     def finish(
-        self, out: Path, outcome: Outcome, *, intervals: int | None = 2, done: int | None = None
+        self, out: Path, outcome: Outcome, *, intervals: int = 2, done: int | None = None
     ) -> None:
         """Resume until the run is done and hold it against the reference.
 
@@ -139,12 +139,12 @@ class Lab:
             out: the run folder.
             outcome: of the trial.
             intervals: between checkpoints, that may be lost: one since the last save, and one while
-                that was being written; None: it is the fault that nothing could be saved.
+                that was being written.
             done: tokens that were done before the fault; None: those of the last record.
         """
         lost = (tokens_done(out) if done is None else done) - tokens_kept(out)
         outcome.lost_tokens = max(outcome.lost_tokens, lost)
-        if intervals is not None and outcome.lost_tokens > intervals * SAVE_TOKENS:
+        if outcome.lost_tokens > intervals * SAVE_TOKENS:
             outcome.problems.append(f"lost {outcome.lost_tokens} tokens")
         ended = self.run(out)
         if ended.status != 0:
@@ -436,9 +436,11 @@ def full_disk(lab: Lab) -> Outcome:
         out = disk / "run"
         ended = lab.run(out)
         told(ended, outcome, status=2 if ended.status else 0)
+        refused = re.search(r"step-(\d+): cannot write", ended.output)
+        done = int(refused[1]) * ROW if refused else tokens_done(out)
         more = ["mount", "-o", f"remount,size={10 * needed}", str(disk)]
         subprocess.run(more, check=True, capture_output=True)
-        lab.finish(out, outcome, intervals=None)
+        lab.finish(out, outcome, done=done)
     finally:
         unmount(disk)
     return outcome
@@ -455,7 +457,8 @@ def without_space(lab: Lab) -> Outcome:
     number = lab.random.randint(1, 8)
     ended = lab.run(out, lambda: wrapped(checkpoint, "save_file", number, no_space))
     told(ended, outcome, status=2 if ended.status else 0)
-    lab.finish(out, outcome, intervals=None)
+    refused = re.search(r"step-(\d+): cannot write", ended.output)
+    lab.finish(out, outcome, done=int(refused[1]) * ROW if refused else None)
     return outcome
 
 
@@ -481,10 +484,11 @@ def no_permission(lab: Lab) -> Outcome:
         time.sleep(0.005)
     time.sleep(lab.random.uniform(0, 0.2))
     folder.chmod(0o555)
+    done = tokens_done(out)
     ended = lab.end(out, child)
     told(ended, outcome, status=2 if ended.status else 0)
     folder.chmod(0o755)
-    lab.finish(out, outcome, intervals=None)
+    lab.finish(out, outcome, done=done)
     return outcome
 
 

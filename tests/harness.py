@@ -27,7 +27,7 @@ def surroundings(command: Sequence[str]) -> dict[str, Any]:
         "command": " ".join(["python", os.path.relpath(command[0], ROOT), *command[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "versions": {"python": platform.python_version()} | {n: version(n) for n in PACKAGES},
     }
 
