@@ -132,11 +132,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, signal_at, case):
 
 FIXED = [
     *("data.eval_tokens", "data.held_out_fraction", "data.row_tokens", "data.split"),
-    *("data.text_field", "experts.calibration_tokens", "experts.expert_dim", "experts.gate_init"),
-    *("experts.init", "experts.num_experts", "experts.weighting", "optim.master_dtype"),
-    *("optim.name", "router.budget_form", "router.objective", "router.selection"),
-    *("router.target_k", "teacher.double_quant", "teacher.dtype", "teacher.placement"),
-    *("teacher.quantization", "train.seed"),
+    *("data.text_field", "experts.calibration_tokens", "experts.compensation"),
+    *("experts.expert_dim", "experts.gate_init", "experts.init", "experts.learn_scale"),
+    *("experts.num_experts", "experts.weighting", "optim.master_dtype", "optim.name"),
+    *("router.anneal_fraction", "router.at_least_one", "router.blockwise_anneal_fraction"),
+    *("router.budget_form", "router.budget_scope", "router.objective", "router.oracle_budget"),
+    *("router.selection", "router.target_k", "teacher.double_quant", "teacher.dtype"),
+    *("teacher.placement", "teacher.quantization", "train.blockwise_tokens", "train.seed"),
 ]
 
 
