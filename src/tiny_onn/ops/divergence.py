@@ -51,8 +51,8 @@ def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
 ) -> ChunkValues:
     """`losses.distill` of one chunk from its matrix products.
 
-    `s_CV` is overwritten by the loss' gradient at it, over temperature and scale: a third chunk of
-    logits would be half as much memory again.
+    `s_CV` is overwritten by the loss' gradient at it, over temperature and scale, so that nothing
+    of its size outlives the call.
     """
     s, q = _finish(wide(s_CV), student), _finish(wide(q_CV), teacher)
     lse_s, lse_q = s.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
