@@ -26,7 +26,6 @@ NAMES = (
     "distill_step",
     "scaling",
     "full_size",
-    "gpu",
     "routing_rules",
     "partitions",
     "blockwise",
@@ -55,6 +54,21 @@ def test_smoke_run_ends_in_one_json_line(name, tmp_path):
     assert record["settings"]["smoke"] is True
     assert not [part for part in record.get("records", ()) if "error" in part]
     assert json.loads((tmp_path / f"{name}.json").read_text()) == record
+
+
+def test_smoke_run_of_everything_on_a_gpu_leaves_a_line_for_every_record(tmp_path):
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--smoke", "--device", "cpu"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "JAXTYPING_DISABLE": "1"}
+    command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("gpu_*.jsonl")
+    assert file.read_text() == done.stdout
+    first, *records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first["versions"]["torch"] == torch.__version__
+    assert {record["section"] for record in records} == set(first["sections"])
+    assert [record for record in records if "error" in record] == []
+    assert all(record["ok"] for record in records if record["section"] == "correctness")
 
 
 @pytest.mark.parametrize("gap", [1.0, math.nan, math.inf])

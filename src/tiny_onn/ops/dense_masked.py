@@ -169,7 +169,7 @@ class _DenseMasked(torch.autograd.Function):
                 squared_norm = options.region(squared_norm_region)
                 # Two passes over (T, D), which cost a GPU a tenth of the layer.
                 x_sq, grad_y_sq = (
-                    squared_norm(tensor) if kind in NORMED else dot.new_zeros(())
+                    squared_norm(tensor.detach()) if kind in NORMED else dot.new_zeros(())
                     for tensor in (x, grad_y)
                 )
                 sums = Sums(

@@ -284,7 +284,9 @@ class _Grouped(torch.autograd.Function):
                 compiled_region(squared_norm_region) if options.compiled else (squared_norm_region)
             )
             x_sq, grad_y_sq = (
-                squared_norm(tensor)[groups.token_R] if kind in NORMED else dot_R.new_zeros(())
+                squared_norm(tensor.detach())[groups.token_R]
+                if kind in NORMED
+                else dot_R.new_zeros(())
                 for tensor in (x_TD, grad_y_TD)
             )
             sums = Sums(
