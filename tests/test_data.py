@@ -397,3 +397,19 @@ def test_a_vocabulary_larger_than_the_models_is_refused(tokenizer: PreTrainedTok
     check_vocabulary(tokenizer, 257)
     with pytest.raises(UserError, match=r"token id 256, expected less than .* 256"):
         check_vocabulary(tokenizer, 256)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_a_stream_notices_when_a_document_of_either_side_is_gone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, split: Split
+):
+    for index in range(20):
+        (tmp_path / f"{index}.txt").write_text(f"text number {index}")
+    config = config_for(tmp_path)
+    state = stream(config, tokenizer).state_dict()
+    stream(config, tokenizer).load_state_dict(state)
+    files = sorted(tmp_path.iterdir())
+    sides = [is_held_out(Document(f.read_text(), "", 0).digest(), 0.2) for f in files]
+    files[sides.index(split == "held_out")].unlink()
+    with pytest.raises(UserError, match=r"the data's text \(sha256\) changed"):
+        stream(config, tokenizer).load_state_dict(state)

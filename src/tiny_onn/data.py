@@ -72,7 +72,7 @@ class TokenStream:
         self._tokenizer = tokenizer
         self._split: Split = split
         self._seed = seed
-        self._documents = _local_documents(config, split)
+        self._documents, self._text_sha256 = _local_documents(config, split)
         self._hub_sources = [name for name in config.sources if name.startswith(HUB_PREFIX)]
         # Padding takes no part in anything: any id does, and every model has 0.
         self.packer = Packer(row_tokens, pad_token_id=0)
@@ -131,16 +131,13 @@ class TokenStream:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a saved state to mean the same rows."""
-        text = hashlib.sha256()
-        for digest, _ in self._documents:
-            text.update(digest)
         return {
             "split": self._split,
             "seed": self._seed,
             "row_tokens": self.packer.row_tokens,
             "held_out_fraction": self._config.held_out_fraction,
             "hub sources": [*self._hub_sources, self._config.split, self._config.text_field],
-            "text (sha256)": text.hexdigest(),
+            "text (sha256)": self._text_sha256,
             "vocabulary size": len(self._tokenizer),
         }
 
@@ -183,22 +180,28 @@ class TokenStream:
         return (self._documents[index][1] for index in permutation.tolist())
 
 
-def _local_documents(config: DataConfig, split: Split) -> list[tuple[bytes, Document]]:
-    """Embedded and local documents of one side with their digests, sorted by digest."""
+def _local_documents(config: DataConfig, split: Split) -> tuple[list[tuple[bytes, Document]], str]:
+    """Embedded and local documents of one side with their digests, sorted by digest.
+
+    And the SHA-256 of both sides' digests: held-out text that changes would change what a resumed
+    run measures.
+    """
     if not config.sources:
         raise UserError("data.sources: got none, expected at least one; write embedded or a path")
     local = [source for source in config.sources if not source.startswith(HUB_PREFIX)]
-    documents = [
-        (digest, document)
-        for source in local
-        for document in read_documents(source, config.text_field)
-        if is_held_out(digest := document.digest(), config.held_out_fraction)
-        == (split == "held_out")
-    ]
+    documents: list[tuple[bytes, Document]] = []
+    digests: list[bytes] = []
+    for source in local:
+        for document in read_documents(source, config.text_field):
+            digest = document.digest()
+            digests.append(digest)
+            if is_held_out(digest, config.held_out_fraction) == (split == "held_out"):
+                documents.append((digest, document))
     if not documents and len(local) == len(config.sources):
         raise _empty_split_error(config, split)
     # Stable: documents of equal text keep the order of their sources.
-    return sorted(documents, key=lambda pair: pair[0])
+    documents.sort(key=lambda pair: pair[0])
+    return documents, hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def _tokenizer_failed(first: str, reason: str) -> str:
