@@ -33,7 +33,7 @@ from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import RunConfig
 from tiny_onn.convert import convert
-from tiny_onn.fusion import compile_backbone
+from tiny_onn.fusion import compile_backbones
 from tiny_onn.optim import build_optimizer
 from tiny_onn.packing import build_row
 from tiny_onn.plan import plan
@@ -185,8 +185,7 @@ def run_steps(shape: dict, config: RunConfig, device: str, *, num_steps: int) ->
     checkpoint_layers(student, config.train.checkpointing)
     teacher = teacher_for(dense, config.teacher)
     if config.train.compile:
-        compile_backbone(student)
-        compile_backbone(teacher)
+        compile_backbones(student, teacher)
     del dense
     optimizer = build_optimizer(student, config.optim)
     row_tokens = config.data.row_tokens

@@ -12,7 +12,7 @@ from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import Objective, RunConfig
 from tiny_onn.convert import convert
-from tiny_onn.fusion import compile_backbone
+from tiny_onn.fusion import compile_backbones
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.optim import build_optimizer
 from tiny_onn.packing import PackedRow, build_row
@@ -121,8 +121,7 @@ def make_step(dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRo
     optimizer = build_optimizer(student, config.optim, seed=0)
     teacher = teacher_for(dense, config.teacher)
     if config.train.compile:
-        compile_backbone(student)
-        compile_backbone(teacher)
+        compile_backbones(student, teacher)
     return Step(
         student=student,
         teacher=teacher,

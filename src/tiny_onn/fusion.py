@@ -14,13 +14,18 @@ from tiny_onn.attention import DOCUMENT_ATTENTION, document_attention
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
 
 
-def compile_backbone(model: PreTrainedModel) -> None:
-    """Compile norms and attention layers of a model on a GPU, when they are first called."""
-    if model.device.type != "cuda":
+def compile_backbones(*models: PreTrainedModel) -> None:
+    """Compile norms and attention layers of models on a GPU, when they are first called."""
+    on_gpu = [model for model in models if model.device.type == "cuda"]
+    if not on_gpu:
         return
     # Here, not where it is defined: naming the compiler imports it, which takes seconds.
     AttentionInterface.register(DOCUMENT_ATTENTION, torch.compiler.disable(document_attention))
-    backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
+    for model in on_gpu:
+        _compile(model.backbone if isinstance(model, TinyOnnForCausalLM) else model)
+
+
+def _compile(backbone: PreTrainedModel) -> None:
     for layer in decoder_layers(backbone):
         for name, child in layer.named_children():
             if name != "mlp":

@@ -25,6 +25,7 @@ the student's, `q_` the teacher's.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, assert_never
 
@@ -155,10 +156,11 @@ def distill(
     student, teacher = _Side(student_hidden, student_head), _Side(teacher_hidden, teacher_head)
     _check_tensors(student, teacher, labels)
     need_grad = student_hidden.requires_grad and torch.is_grad_enabled()
-    settings = _Settings(divergence, temperature, jsd_beta, chunk_tokens, need_metrics, need_grad)
+    settings = _Settings(
+        divergence, temperature, jsd_beta, chunk_tokens, need_metrics, need_grad, compiled
+    )
     with torch.no_grad():
-        chunks = _compiled_chunks if compiled else _distill_chunks
-        values, grad_TD = chunks(student, teacher, labels, settings)
+        values, grad_TD = _distill_chunks(student, teacher, labels, settings)
     if not settings.need_grad:
         return values
     # loss = t**2 * divergence(logits / t): the chain rule leaves one factor t.
@@ -182,6 +184,7 @@ class _Settings(NamedTuple):
     chunk_tokens: int
     need_metrics: bool
     need_grad: bool
+    compiled: bool
 
 
 class _WithGradient(torch.autograd.Function):
@@ -201,79 +204,76 @@ class _WithGradient(torch.autograd.Function):
         return (grad_TD * weight_T1).to(grad_TD.dtype), None, None, None
 
 
-def _compiled_chunks(
-    student: _Side, teacher: _Side, labels: Tensor, settings: _Settings
-) -> tuple[DistillValues, Tensor]:
-    """As `_distill_chunks`, a chunk's elementwise work in one compiled region."""
-    (s_TD, s_head), (q_TD, q_head) = student, teacher
-    values = _unfilled_values(labels, _math_dtype(s_TD.dtype, q_TD.dtype))
-    grad_TD = s_TD.new_empty(s_TD.shape if settings.need_grad else 0)
-    region = compiled_region(divergence_region)
-    C = min(settings.chunk_tokens, len(labels))
-    s_buffer, q_buffer = (
-        s_TD.new_empty(C, len(s_head.weight)),
-        q_TD.new_empty(C, len(q_head.weight)),
-    )
-    for start in range(0, len(labels), settings.chunk_tokens):
-        rows = slice(start, min(start + settings.chunk_tokens, len(labels)))
-        s_CV, q_CV = (buffer[: rows.stop - start] for buffer in (s_buffer, q_buffer))
-        _project(s_TD[rows], s_head, s_CV)
-        _project(q_TD[rows], q_head, q_CV)
-        chunk: ChunkValues = region(
-            s_CV,
-            q_CV,
-            labels[rows],
-            s_head.map(),
-            q_head.map(),
-            settings.divergence,
-            settings.temperature,
-            settings.jsd_beta,
-        )
-        for name in ChunkValues._fields:
-            getattr(values, name)[rows] = getattr(chunk, name)
-        if settings.need_grad:
-            torch.mm(s_CV, s_head.weight, out=grad_TD[rows])
-    return values, grad_TD
-
-
 def _distill_chunks(
     student: _Side, teacher: _Side, labels: Tensor, settings: _Settings
 ) -> tuple[DistillValues, Tensor]:
     """All values, and the gradient at the student's hidden states short of constant factors."""
     (s_TD, s_head), (q_TD, q_head) = student, teacher
     T, V = len(labels), len(s_head.weight)
-    s_map, q_map = s_head.map(), q_head.map()
-    dtype = _math_dtype(s_TD.dtype, q_TD.dtype)
-    values = _unfilled_values(labels, dtype)
+    values = _unfilled_values(labels, _math_dtype(s_TD.dtype, q_TD.dtype))
     grad_TD = s_TD.new_empty(s_TD.shape if settings.need_grad else 0)
-
     # One allocation for all chunks: on a CPU, faulting in fresh pages costs more than the maths.
     C = min(settings.chunk_tokens, T)
-    tile_bytes = _CPU_TILE_BYTES if s_TD.device.type == "cpu" else _GPU_TILE_BYTES
+    s_buffer_CV, q_buffer_CV = s_TD.new_empty(C, V), q_TD.new_empty(C, V)
+    fill = _fill_compiled if settings.compiled else _tiled_fill(s_buffer_CV, s_head, settings)
+    for start in range(0, T, settings.chunk_tokens):
+        rows = slice(start, min(start + settings.chunk_tokens, T))
+        s_CV, q_CV = (buffer[: rows.stop - start] for buffer in (s_buffer_CV, q_buffer_CV))
+        _project(s_TD[rows], s_head, s_CV)
+        _project(q_TD[rows], q_head, q_CV)
+        fill(values, rows, labels, (s_CV, q_CV), (s_head.map(), q_head.map()), settings)
+        if settings.need_grad:
+            torch.mm(s_CV, s_head.weight, out=grad_TD[rows])
+    return values, grad_TD
+
+
+def _fill_compiled(  # noqa: PLR0917
+    values: DistillValues,
+    rows: slice,
+    labels: Tensor,
+    chunks: tuple[Tensor, Tensor],
+    maps: tuple[HeadMap, HeadMap],
+    settings: _Settings,
+) -> None:
+    """Fill `rows` of `values` from both heads' products; the student's become the gradient."""
+    how = (settings.divergence, settings.temperature, settings.jsd_beta)
+    chunk: ChunkValues = compiled_region(divergence_region)(*chunks, labels[rows], *maps, *how)
+    for name in ChunkValues._fields:
+        getattr(values, name)[rows] = getattr(chunk, name)
+
+
+def _tiled_fill(buffer_CV: Tensor, s_head: Head, settings: _Settings) -> Callable[..., None]:
+    """`_fill_compiled` by hand, in tiles of a few rows that all chunks share."""
+    (C, V), dtype = buffer_CV.shape, _math_dtype(buffer_CV.dtype)
+    tile_bytes = _CPU_TILE_BYTES if buffer_CV.device.type == "cpu" else _GPU_TILE_BYTES
     R = min(C, max(1, tile_bytes // (V * dtype.itemsize)))
-    s_CV, q_CV = s_TD.new_empty(C, V), q_TD.new_empty(C, V)
-    tiles = [s_TD.new_empty((R, V), dtype=dtype) for _ in range(4)]
+    tiles = [buffer_CV.new_empty((R, V), dtype=dtype) for _ in range(4)]
     need_slope = settings.need_grad and s_head.softcap is not None
     slope = torch.empty_like(tiles[0]) if need_slope else None
 
-    for start in range(0, T, settings.chunk_tokens):
-        stop = min(start + settings.chunk_tokens, T)
-        _project(s_TD[start:stop], s_head, s_CV[: stop - start])
-        _project(q_TD[start:stop], q_head, q_CV[: stop - start])
-        for low in range(start, stop, R):
-            high = min(low + R, stop)
+    def fill(  # noqa: PLR0917
+        values: DistillValues,
+        rows: slice,
+        labels: Tensor,
+        chunks: tuple[Tensor, Tensor],
+        maps: tuple[HeadMap, HeadMap],
+        settings: _Settings,
+    ) -> None:
+        (s_CV, q_CV), (s_map, q_map) = chunks, maps
+        for low in range(rows.start, rows.stop, R):
+            high = min(low + R, rows.stop)
+            part = slice(low - rows.start, high - rows.start)
             s_RV, q_RV, w1_RV, w2_RV = (tile[: high - low] for tile in tiles)
             slope_RV = None if slope is None else slope[: high - low]
-            raw_RV = s_CV[low - start : high - start]
+            raw_RV = s_CV[part]
             finish_(s_RV.copy_(raw_RV), s_map, slope_RV)
-            finish_(q_RV.copy_(q_CV[low - start : high - start]), q_map)
+            finish_(q_RV.copy_(q_CV[part]), q_map)
             work = (s_RV, q_RV, w1_RV, w2_RV)
             grad_RV = _fill_rows(values, slice(low, high), labels, work, settings)
             if grad_RV is not None:
                 raw_RV.copy_(grad_RV if slope_RV is None else grad_RV.mul_(slope_RV))
-        if settings.need_grad:
-            torch.mm(s_CV[: stop - start], s_head.weight, out=grad_TD[start:stop])
-    return values, grad_TD
+
+    return fill
 
 
 def _fill_rows(

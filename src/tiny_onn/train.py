@@ -23,7 +23,7 @@ from tiny_onn.data import held_out_rows
 from tiny_onn.determinism import ask_for_same_bits
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import Evaluation, evaluate_layers
-from tiny_onn.fusion import compile_backbone
+from tiny_onn.fusion import compile_backbones
 from tiny_onn.guard import Guard, provenance
 from tiny_onn.health import HealthWatch
 from tiny_onn.lock import run_lock
@@ -134,8 +134,7 @@ class _Run:
         self.student, self.teacher = prepared.student, prepared.teacher
         checkpoint_layers(self.student, config.train.checkpointing)
         if config.train.compile:
-            compile_backbone(self.student)
-            compile_backbone(self.teacher)
+            compile_backbones(self.student, self.teacher)
         self._set_loss_chunk(loss_chunk_tokens(config.loss, head_of(self.student).weight))
         if config.loss.chunk_tokens == 0 and self.student.device.type == "cuda":
             say(f"{title}: loss.chunk_tokens = {self.config.loss.chunk_tokens}, from free memory")

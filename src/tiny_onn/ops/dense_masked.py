@@ -27,13 +27,12 @@ from tiny_onn.config import Surprise
 from tiny_onn.ops.regions import (
     Activation,
     activation_and_slope,
-    compiled_region,
     gradient_region,
     hidden_region,
-    squared_norm_region,
+    region_of,
     wide,
 )
-from tiny_onn.ops.teaching import NORMED, SmkStep, Sums, closed_form, teach
+from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, squared_norms, teach
 
 
 def expert_layer(
@@ -88,7 +87,7 @@ class _Options:
     chunk_tokens: int
 
     def region(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return compiled_region(function) if self.compiled else function
+        return region_of(function, compiled=self.compiled)
 
     def chunks(self, num_tokens: int) -> list[slice]:
         size = self.chunk_tokens or max(1, num_tokens)
@@ -166,12 +165,7 @@ class _DenseMasked(torch.autograd.Function):
             dots.append(dot)
             if smk is not None:
                 kind, act = smk.rule.surprise, options.activation
-                squared_norm = options.region(squared_norm_region)
-                # Two passes over (T, D), which cost a GPU a tenth of the layer.
-                x_sq, grad_y_sq = (
-                    squared_norm(tensor.detach()) if kind in NORMED else dot.new_zeros(())
-                    for tensor in (x, grad_y)
-                )
+                x_sq, grad_y_sq = squared_norms(kind, x, grad_y, compiled=options.compiled)
                 sums = Sums(
                     x_sq_T1=x_sq,
                     grad_y_sq_T1=grad_y_sq,

@@ -30,13 +30,12 @@ from tiny_onn.config import Surprise
 from tiny_onn.ops.regions import (
     Activation,
     activation_and_slope,
-    compiled_region,
     gradient_region,
     hidden_region,
-    squared_norm_region,
+    region_of,
     wide,
 )
-from tiny_onn.ops.teaching import NORMED, SmkStep, Sums, closed_form, teach
+from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, squared_norms, teach
 
 
 class Groups(NamedTuple):
@@ -234,7 +233,7 @@ class _Grouped(torch.autograd.Function):
         groups = group_rows(active_TE, kernel=has_kernel(x_TD.device, x_TD.dtype, I, D))
         pre_R2I = gather_mm(x_TD, gate_up_2EID, groups).view(-1, 2, I)
         weights_R = weights_TE[groups.token_R, groups.expert_R]
-        region = compiled_region(row_hidden) if options.compiled else row_hidden
+        region = region_of(row_hidden, compiled=options.compiled)
         hidden_RI = region(pre_R2I, weights_R, options.activation)
         ctx.save_for_backward(
             x_TD,
@@ -263,7 +262,7 @@ class _Grouped(torch.autograd.Function):
         grad_y_TD = grad_y_TD.contiguous()
         weights_R = weights_TE[groups.token_R, groups.expert_R]
         grad_hidden_RI = gather_mm(grad_y_TD, down[None], groups)
-        region = compiled_region(row_gradients) if options.compiled else row_gradients
+        region = region_of(row_gradients, compiled=options.compiled)
         hidden_RI, grad_pre, pre_sq_R, hidden_sq_R, dot_R = region(
             pre_R2I, grad_hidden_RI, weights_R, options.activation
         )
@@ -280,18 +279,10 @@ class _Grouped(torch.autograd.Function):
             grad_weights = _spread(dot_R, groups, active_TE).to(weights_TE.dtype)
         if need_logits and (smk := options.smk) is not None:
             kind = smk.rule.surprise
-            squared_norm = (
-                compiled_region(squared_norm_region) if options.compiled else (squared_norm_region)
-            )
-            x_sq, grad_y_sq = (
-                squared_norm(tensor.detach())[groups.token_R]
-                if kind in NORMED
-                else dot_R.new_zeros(())
-                for tensor in (x_TD, grad_y_TD)
-            )
+            x_sq, grad_y_sq = squared_norms(kind, x_TD, grad_y_TD, compiled=options.compiled)
             sums = Sums(
-                x_sq_T1=x_sq,
-                grad_y_sq_T1=grad_y_sq,
+                x_sq_T1=x_sq[groups.token_R],
+                grad_y_sq_T1=grad_y_sq[groups.token_R],
                 pre_sq_TE=pre_sq_R[:, None],
                 hidden_sq_TE=hidden_sq_R[:, None],
                 dot_TE=dot_R[:, None],

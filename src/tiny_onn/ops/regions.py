@@ -74,6 +74,11 @@ def squared_norm_region(x_TD: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "
     return wide(x_TD).square().sum(-1, keepdim=True)
 
 
+def region_of(region: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]:
+    """The region as it is, or compiled."""
+    return compiled_region(region) if compiled else region
+
+
 @functools.cache
 def compiled_region(region: Callable[..., Any]) -> Callable[..., Any]:
     """The region compiled, once per process and region."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiny_onn.config import Surprise
-from tiny_onn.ops.regions import compiled_region
+from tiny_onn.ops.regions import region_of, squared_norm_region, wide
 from tiny_onn.surprise import (
     SmkRule,
     label_logits_grad,
@@ -94,15 +94,33 @@ class Sums:
     """
 
     x_sq_T1: Tensor  # noqa: N815
-    """Squared norm of the input; any number for a kind that is not `NORMED`."""
+    """Squared norm of the input; see `squared_norms`."""
     grad_y_sq_T1: Tensor  # noqa: N815
-    """Squared norm of the gradient at the layer's output, likewise."""
+    """Squared norm of the gradient at the layer's output."""
     pre_sq_TE: Tensor  # noqa: N815
     """Squared gradients of gate and up pre-activations."""
     hidden_sq_TE: Tensor  # noqa: N815
     """Squared hidden activations."""
     dot_TE: Tensor  # noqa: N815
     """Hidden activations times their gradient, `<grad_y, expert(x)>`."""
+
+
+def squared_norms(
+    kind: Surprise,
+    x_TD: Float[Tensor, "tokens hidden"],
+    grad_y_TD: Float[Tensor, "tokens hidden"],
+    *,
+    compiled: bool,
+) -> tuple[Float[Tensor, "tokens 1"], Float[Tensor, "tokens 1"]]:
+    """Both tensors' squared norms by token, or zeros for a kind that reads neither.
+
+    They are two passes over (T, D), which cost a GPU a tenth of the layer.
+    """
+    if kind not in NORMED:
+        zeros_T1 = wide(x_TD.new_zeros(len(x_TD), 1))
+        return zeros_T1, zeros_T1
+    norm = region_of(squared_norm_region, compiled=compiled)
+    return norm(x_TD.detach()), norm(grad_y_TD.detach())
 
 
 def closed_form(kind: Surprise, sums: Sums) -> Float[Tensor, "tokens experts"]:
@@ -157,8 +175,7 @@ def teach(  # noqa: PLR0917
         surprise_TE = surprise_TE * weights_TE
     if smk.capture is not None:
         smk.capture.append(surprise_TE)
-    fused = compiled and surprise_TE.is_cuda
-    region = compiled_region(lesson_region) if fused else lesson_region
+    region = region_of(lesson_region, compiled=compiled and surprise_TE.is_cuda)
     lesson: Lesson = region(smk.rule, surprise_TE, logits_TE, active_TE, token_mask_T)
     if smk.tally is not None:
         for name in Lesson._fields[1:]:
