@@ -8,7 +8,8 @@ The neuron oracle, which keeps each token's best half of single neurons, is the 
 
     python benchmarks/partitions.py [--only learned importance] [--smoke]
 
-Calibration is 8,192 training tokens, evaluation 4,096 held-out tokens, both of the embedded text.
+Calibration is 8,192 training tokens, evaluation 4,096 held-out tokens, both of the embedded text,
+unless options say otherwise.
 Ends in one JSON line.
 """
 
@@ -75,14 +76,14 @@ class Bench:
             )
             mask_T = row.loss_mask[0]
             for i, value_T in enumerate((values.forward_kl, values.agrees)):
-                sums[i] += value_T[mask_T].double().sum()
+                sums[i] += value_T[mask_T].double().sum().cpu()
             count += int(mask_T.sum())
             first_T = (row.position_ids[0] == 0) & mask_T
             for bank in banks:
                 assert bank.routing is not None
                 on_T = bank.routing.active.sum(1).float()
-                active["k"].append(on_T[row.router_mask[0]])
-                active["k_first"].append(on_T[first_T])
+                active["k"].append(on_T[row.router_mask[0]].cpu())
+                active["k_first"].append(on_T[first_T].cpu())
         kl, agreement = (sums / count).tolist()
         ks = {name: torch.cat(on).mean().item() for name, on in active.items() if banks}
         return {"kl": kl, "agreement": agreement, **ks}
@@ -242,6 +243,7 @@ def prepare_bench(arguments, init: str) -> Bench:
     """The teacher and its text."""
     sets = [f"experts.calibration_tokens={arguments.calibration_tokens}", "train.compile=false"]
     sets += [f"data.eval_tokens={arguments.eval_tokens}", f'experts.init="{init}"']
+    sets += arguments.set
     config = load_config(None, "demo", sets)
     device = torch.device(arguments.device)
     if arguments.smoke:
@@ -257,7 +259,9 @@ def prepare_bench(arguments, init: str) -> Bench:
     else:
         dense, tokenizer = load_dense(config.teacher, device)
         calibration = calibration_rows(config, tokenizer, device)
-        held_out = held_out_rows(config.data, tokenizer, 1024, arguments.eval_tokens)
+        held_out = held_out_rows(
+            config.data, tokenizer, config.data.row_tokens, arguments.eval_tokens
+        )
         held_out = [row.to(device) for row in held_out]
     with torch.no_grad():
         expected = [
@@ -275,6 +279,7 @@ def main() -> None:
     options.add_argument("--calibration-tokens", type=int, default=8192)
     options.add_argument("--eval-tokens", type=int, default=4096)
     options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     quiet_transformers()
@@ -305,6 +310,7 @@ def main() -> None:
             "smoke": arguments.smoke,
             "calibration_tokens": arguments.calibration_tokens,
             "eval_tokens": arguments.eval_tokens,
+            "set": arguments.set,
         },
         environment=environment(arguments.device),
     )

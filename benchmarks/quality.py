@@ -1,0 +1,316 @@
+"""How close a student gets to its teacher: recipes against controls, partitions stage by stage.
+
+SmolLM2-135M-Instruct in 30 x 32 experts of 48 neurons, 16 active on average. Text: the embedded
+corpus and the documentation of Django 5.2.19 (2.09M tokens together), so that no run reads a
+training token twice; 5 % of the documents are held out.
+
+    pip download --no-deps --no-binary :all: django==5.2.19 && tar -xzf django-5.2.19.tar.gz
+    python benchmarks/quality.py --text django-5.2.19/docs --device cuda --jobs 8
+    python benchmarks/quality.py --write        # docs/results.md from the records
+
+Every run is a `tiny-onn distill` of its own process, several at once; its line goes to
+`results/quality.jsonl` as soon as it is done, and a run that has its line is not made again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from blockwise import tiny_teacher
+from common import RESULTS, environment, parser
+
+ROOT = Path(__file__).parent.parent
+RECORDS = RESULTS / "quality.jsonl"
+PAGE = ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- {name}: begin -->\n", "<!-- {name}: end -->"
+
+BASE = (
+    "data.row_tokens=4096",
+    "data.eval_tokens=65536",
+    "experts.init=learned",
+    "experts.compensation=mean",
+    "experts.calibration_tokens=65536",
+    "optim.expert_lr=5e-4",
+    "optim.gate_lr=1e-3",
+    "loss.chunk_tokens=1024",
+    "train.eval_every_tokens=0",
+    "train.stats_every_steps=0",
+)
+SMOKE = (
+    "teacher.dtype=float32",
+    "train.compile=false",
+    "data.row_tokens=64",
+    "data.eval_tokens=128",
+    "experts.num_experts=8",
+    "experts.calibration_tokens=128",
+    "router.target_k=4",
+    "train.blockwise_tokens=64",
+    "train.tokens=128",
+)
+STATIC = ("router.selection=static", "router.objective=none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """A recipe: what it is called in a table, and its settings over `BASE`."""
+
+    group: str
+    name: str
+    settings: tuple[str, ...] = ()
+    seeds: int = 1
+
+    def key(self, seed: int) -> tuple[str, str, int]:
+        """What tells its record from others'."""
+        return self.group, self.name, seed
+
+
+FINAL_TOKENS = "train.tokens=1998848"
+STAGED = ("train.blockwise_tokens=131072", "train.tokens=393216")
+ARMS = (
+    Arm(group="final", name="recommended", settings=(FINAL_TOKENS,), seeds=3),
+    Arm(
+        group="final",
+        name="half-width dense",
+        settings=(FINAL_TOKENS, "experts.init=importance", *STATIC),
+        seeds=3,
+    ),
+    Arm(group="final", name="static choice", settings=(FINAL_TOKENS, *STATIC), seeds=3),
+    Arm(
+        group="final",
+        name="random routing",
+        settings=(FINAL_TOKENS, "router.selection=random", "router.objective=none"),
+        seeds=3,
+    ),
+    *(
+        Arm(group="partitions", name=init, settings=(*STAGED, f"experts.init={init}"))
+        for init in ("slices", "cluster", "coactivation", "importance", "learned")
+    ),
+)
+
+
+def record_of(arm: Arm, seed: int, settings: Sequence[str], folder: Path) -> dict[str, Any]:
+    """A finished run's line."""
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    middle = [record for record in map(json.loads, lines) if record["kind"] == "eval"]
+    blockwise = summary["blockwise"] or {}
+    errors = {name: blockwise.get(f"error_{name}") for name in ("before", "after")}
+    keep = ("forward_kl", "top1_agreement", "student_perplexity", "teacher_perplexity", "mean_k")
+    keep += ("ffn_flops", "dense_ffn_flops", "num_tokens")
+
+    def numbers(evaluation: dict[str, Any]) -> dict[str, float]:
+        return {name: evaluation[name] for name in keep}
+
+    return {
+        "group": arm.group,
+        "arm": arm.name,
+        "seed": seed,
+        "settings": list(settings),
+        "tokens": summary["tokens"],
+        "training_seconds": summary["training_seconds"],
+        "before": numbers(summary["before"]),
+        "after_blockwise": numbers(middle[0]) if summary["blockwise"] else None,
+        "after": numbers(summary["after"]),
+        "block_error": {name: fmean(values) if values else None for name, values in errors.items()},
+    }
+
+
+def jobs_left(arguments: argparse.Namespace, out: Path) -> list[tuple[Arm, int]]:
+    """The runs that have no line yet, in the order of the table, first seeds first."""
+    done = {(r["group"], r["arm"], r["seed"]) for r in read_records(out)}
+    jobs = [
+        (arm, seed)
+        for seed in range(3)
+        for arm in ARMS
+        if arm.group in arguments.groups and seed < arm.seeds
+        if arguments.arms is None or arm.name in arguments.arms
+    ]
+    return [(arm, seed) for arm, seed in jobs if arm.key(seed) not in done]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of the record, none if there is none."""
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def command(
+    arm: Arm, seed: int, arguments: argparse.Namespace, folder: Path
+) -> tuple[list[str], list[str]]:
+    """The run's command line, and the settings that its line keeps: those without a path."""
+    settings = [*BASE, *arm.settings, f"train.seed={seed}", *arguments.set]
+    settings += SMOKE if arguments.smoke else []
+    sources = ["embedded", *([str(arguments.text)] if arguments.text else [])]
+    line = [sys.executable, str(ROOT / "src" / "tiny_onn_cli.py"), "distill", "--preset", "demo"]
+    line += ["--out", str(folder), "--set", f"data.sources={json.dumps(sources)}"]
+    line += ["--set", f"train.device={arguments.device}"]
+    return [*line, *(part for text in settings for part in ("--set", text))], settings
+
+
+def measure(arguments: argparse.Namespace, out: Path) -> int:
+    """Make the runs, at most `--jobs` at once; the number that failed."""
+    waiting, live, failed = jobs_left(arguments, out), {}, 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    started, where = time.monotonic(), environment(arguments.device)
+    env = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+    with tempfile.TemporaryDirectory() as temporary:
+        while waiting or live:
+            in_time = time.monotonic() - started < arguments.seconds
+            while waiting and in_time and len(live) < arguments.jobs:
+                arm, seed = waiting.pop(0)
+                folder = Path(temporary) / f"{arm.group}-{arm.name}-{seed}".replace(" ", "-")
+                line, settings = command(arm, seed, arguments, folder)
+                log = folder.with_suffix(".log").open("w", encoding="utf-8")
+                live[arm, seed] = (
+                    subprocess.Popen(line, stdout=log, stderr=log, env=env, cwd=ROOT),
+                    settings,
+                    folder,
+                )
+            for (arm, seed), (process, settings, folder) in list(live.items()):
+                if process.poll() is None:
+                    continue
+                del live[arm, seed]
+                if process.returncode:
+                    failed += 1
+                    print(f"{arm.name}, seed {seed}: failed", file=sys.stderr)
+                    print(folder.with_suffix(".log").read_text("utf-8")[-2000:], file=sys.stderr)
+                    continue
+                record = {**record_of(arm, seed, settings, folder), "environment": where}
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+                show(record, time.monotonic() - started)
+            if not in_time and not live:
+                break
+            time.sleep(0.5)
+    if waiting:
+        print(f"not started in time: {len(waiting)} runs; the same command goes on with them")
+    return failed
+
+
+def show(record: dict[str, Any], seconds: float) -> None:
+    """One line on the terminal."""
+    before, after = record["before"], record["after"]
+    print(
+        f"{seconds:6.0f} s  {record['group']}: {record['arm']}, seed {record['seed']}:"
+        f" KL {before['forward_kl']:.4f} -> {after['forward_kl']:.4f},"
+        f" perplexity {after['student_perplexity']:.2f}"
+        f" (teacher's {after['teacher_perplexity']:.2f}),"
+        f" k {after['mean_k']:.2f}, {record['tokens']:,} tokens",
+        flush=True,
+    )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def final_table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Recipes and controls after the whole run."""
+    yield "| student | seeds | tokens | KL | agreement | perplexity | mean k | FFN FLOPs |"
+    yield "|---|---|---|---|---|---|---|---|"
+    teacher = [r["after"]["teacher_perplexity"] for r in records]
+    yield f"| teacher | | | 0 | 100 % | {fmean(teacher):.2f} | 32 | 100 % |"
+    for name in dict.fromkeys(record["arm"] for record in records):
+        arm = [record for record in records if record["arm"] == name]
+        after = [record["after"] for record in arm]
+        share = fmean(a["ffn_flops"] / a["dense_ffn_flops"] for a in after)
+        agreement = [100 * a["top1_agreement"] for a in after]
+        cells = (
+            name,
+            str(len(arm)),
+            f"{arm[0]['tokens']:,}",
+            spread([a["forward_kl"] for a in after], 4),
+            f"{spread(agreement, 1)} %",
+            spread([a["student_perplexity"] for a in after], 2),
+            spread([a["mean_k"] for a in after], 2),
+            f"{share:.1%}".replace("%", " %"),
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def partition_table(
+    records: Sequence[dict[str, Any]], untrained: dict[tuple[str, str], float]
+) -> Iterator[str]:
+    """KL of each partition, stage by stage."""
+    yield (
+        "| partition | oracle | static | initial gate | after blockwise | after global |"
+        " block error before, after |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    for record in records:
+        name = record["arm"]
+        error = record["block_error"]
+        cells = (
+            name,
+            *(f"{untrained[name, r]:.3f}" if (name, r) in untrained else "" for r in CONTROLS),
+            *(f"{record[s]['forward_kl']:.3f}" for s in ("before", "after_blockwise", "after")),
+            f"{error['before']:.3f}, {error['after']:.3f}",
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+CONTROLS = ("oracle", "static")
+
+
+def sections() -> dict[str, str]:
+    """The generated text by the name of its place."""
+    records = read_records(RECORDS)
+    path = RESULTS / "partitions.json"
+    rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+    untrained = {(row["partition"], row["router"]): row["kl"] for row in rows}
+    groups = {name: [r for r in records if r["group"] == name] for name in ("final", "partitions")}
+    tables = {
+        "final": final_table(groups["final"]),
+        "partitions": partition_table(groups["partitions"], untrained),
+    }
+    return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
+
+
+def filled(text: str) -> str:
+    """The page with the generated text in its places."""
+    for name, content in sections().items():
+        head, found, rest = text.partition(BEGIN.format(name=name))
+        if found:
+            _, end, tail = rest.partition(END.format(name=name))
+            assert end, f"{name}: no end"
+            text = f"{head}{found}{content}{end}{tail}"
+    return text
+
+
+def main() -> int:
+    """Measure, or write the page."""
+    options = parser(__doc__)
+    options.add_argument("--text", type=Path, help="folder of text beside the embedded one")
+    options.add_argument("--groups", nargs="+", default=["final", "partitions"])
+    options.add_argument("--arms", nargs="+", help="only these; default: all")
+    options.add_argument("--jobs", type=int, default=1, help="runs at once")
+    options.add_argument("--threads", type=int, default=2, help="of each run")
+    options.add_argument("--seconds", type=float, default=1e9, help="then no run is started")
+    options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
+    options.add_argument("--write", action="store_true", help="write docs/results.md, run nothing")
+    arguments = options.parse_args()
+    if arguments.write:
+        PAGE.write_text(filled(PAGE.read_text("utf-8")), encoding="utf-8")
+        return 0
+    folder = arguments.out or RESULTS
+    if arguments.smoke:
+        with tempfile.TemporaryDirectory() as name:
+            arguments.set.append(f"teacher.path={tiny_teacher(Path(name) / 'teacher')}")
+            return measure(arguments, (arguments.out or Path(name)) / RECORDS.name)
+    return measure(arguments, folder / RECORDS.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
