@@ -108,6 +108,26 @@ def measure(
     return {name: _quantiles(values) for name, values in times.items()}
 
 
+def captured(function: Callable[[], object], device: str) -> Callable[[], object]:
+    """The function's GPU work as one graph; on a CPU the function itself.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    if torch.device(device).type != "cuda":
+        return function
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Memory that one call needs at its peak beyond what is held before it.
 

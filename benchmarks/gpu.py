@@ -1,14 +1,15 @@
 """Everything a GPU has to say about this package, in sections, each printed as soon as it is known.
 
-    python benchmarks/gpu.py [--sections correctness card experts loss determinism plan]
+    python benchmarks/gpu.py [--sections correctness card experts decode loss determinism plan]
 
 correctness: expert layer, losses and attention in float32 and bfloat16 against float64 on the CPU.
 card: the model card's step (Qwen3-0.6B's shape, 1 x 32,768 tokens, NF4 shared and separate, 8-bit
 AdamW, checkpointing): time with SMK and with the gate frozen, for packed rows and whole ones, time
 and share of the roofline by phase, memory with the process capped at 24 and 12 GiB. experts:
-`expert_layer.py` at growing numbers of tokens, the crossover written down at the largest. loss:
-`distill_loss.py`, likewise. determinism: two runs of some steps, compared bit for bit. plan:
-`plan_memory.py`, predicted against measured.
+`expert_layer.py` at growing numbers of tokens, the crossover written down at the largest. decode:
+`decode.py`, one token at a time. loss: `distill_loss.py` at growing numbers of tokens.
+determinism: two runs of some steps, compared bit for bit. plan: `plan_memory.py`,
+predicted against measured.
 
 Times come only after the correctness section passed, if it was asked for. Each section has a time
 budget, checked between its measurements. Every record is a JSON line, appended to
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+import decode as decoding
 import distill_loss
 import gpu_card
 from common import Deadline, environment, parser, relative_gap, results_folder
@@ -48,6 +50,7 @@ BUDGETS = {
     "correctness": 60,
     "card": 200,
     "experts": 120,
+    "decode": 60,
     "loss": 60,
     "determinism": 45,
     "plan": 60,
@@ -244,6 +247,11 @@ def experts(run: Run, deadline: Deadline) -> Iterator[dict]:
             yield {"tokens": tokens, **json.loads(done.stdout.splitlines()[-1])}
 
 
+def decode(run: Run, deadline: Deadline) -> Iterator[dict]:
+    """See `decode.py`."""
+    yield from decoding.run(run.device, deadline, smoke=run.smoke)
+
+
 def loss(run: Run, deadline: Deadline) -> Iterator[dict]:
     """`distill_loss.py` at growing numbers of tokens."""
     vocab, hidden = (2048, 64) if run.smoke else (151_936, 1024)
@@ -325,6 +333,7 @@ SECTIONS: dict[str, Callable[[Run, Deadline], Iterator[dict]]] = {
     "correctness": correctness,
     "card": card,
     "experts": experts,
+    "decode": decode,
     "loss": loss,
     "determinism": determinism,
     "plan": plan,

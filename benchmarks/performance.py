@@ -127,6 +127,7 @@ def gpu_rows(name: str) -> Iterator[Row]:
             yield Row(
                 "", ms(ours), f"{ms(moe)} best MoE of transformers", f"{ours / moe:.2f}", "< 1"
             )
+    yield from decode_rows([r for r in records if r["section"] == "decode"])
     losses = {
         (row["tokens"], row["loss"]): row
         for r in records
@@ -147,6 +148,36 @@ def gpu_rows(name: str) -> Iterator[Row]:
                 f"{ours['peak_bytes'] / other['peak_bytes']:.2f}",
                 "<= 1, < 1",
             )
+
+
+def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
+    """What `decode.py` measured on a GPU: one token at a time."""
+    stacks = {r["k"]: r for r in records if r["kind"] == "stack" and "us_per_layer" in r}
+    for k, record in sorted(stacks.items()):
+        micro = record["us_per_layer"]
+        ours, dense = micro["ours"], micro["Qwen3MLP"]
+        label = f"decode, one layer, k = {k}"
+        yield Row(label, us(ours), f"{us(dense)} dense MLP", f"{ours / dense:.2f}", "< 1")
+        moe = {name: value for name, value in micro.items() if name.startswith("MoE")}
+        if moe:
+            best = min(moe.values())
+            yield Row(
+                "", us(ours), f"{us(best)} best MoE of transformers", f"{ours / best:.2f}", "< 1"
+            )
+        share = f"{100 * record['share_of_bandwidth']:.0f} % of it"
+        limit = f"{us(record['limit_us'])} to read the active weights"
+        yield Row("", share, limit, "", ">= 85 %")
+    model = [r for r in records if r["kind"] == "model" and "tokens_per_s" in r]
+    for name, rate in model[-1]["tokens_per_s"].items() if model else ():
+        if name != "dense":
+            dense = model[-1]["tokens_per_s"]["dense"]
+            label = f"decode, Qwen3-0.6B, {name}, tokens/s"
+            yield Row(label, f"{rate:,.0f}", f"{dense:,.0f} dense", f"{rate / dense:.2f}", "> 1")
+
+
+def us(value: float) -> str:
+    """Microseconds in three figures."""
+    return f"{value:.3g} us"
 
 
 def ms(value: float) -> str:
@@ -184,6 +215,9 @@ README_ROWS = (
     "card's step, memory with the context",
     "SMK's cost, packed rows",
     "expert layer, 32,768 tokens, k = 16",
+    "decode, one layer, k = 4",
+    "decode, one layer, k = 16",
+    "decode, Qwen3-0.6B, k = 16, tokens/s",
     "loss, 32,768 tokens",
     "expert layer, bfloat16, k = 16",
     "step with SMK",

@@ -29,6 +29,7 @@ NAMES = (
     "routing_rules",
     "partitions",
     "blockwise",
+    "decode",
 )
 
 

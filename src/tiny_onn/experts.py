@@ -4,7 +4,7 @@ Legend: B batch, T tokens, D hidden, E experts, I expert width, F = E * I neuron
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tiny_onn.ops import dense_masked, grouped
+from tiny_onn.ops import decode, dense_masked, grouped
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.teaching import SmkStep
-from tiny_onn.router import Router, Routing, RoutingRule
+from tiny_onn.router import TIE_BREAK, Router, Routing, RoutingRule
 
 # Where the logarithm of an expert's output norm begins.
 MIN_NORM = 1e-6
@@ -36,7 +36,8 @@ class ExpertBank(nn.Module):
         smk: how the router is taught in the backward pass; None: it is not.
         coupled: whether the router's input and weights carry the main loss' gradient.
         compiled: whether the elementwise regions are compiled.
-        path: every expert on every token, masked, or each expert on its own tokens.
+        path: every expert on every token, masked, or each expert on its own tokens. In evaluation
+            mode and without gradients, a few tokens on a GPU with triton take `ops/decode.py`.
         chunk_tokens: tokens processed at once; 0: all.
         recording: whether calls leave their routing behind. Off while a backward pass runs: what
             it recomputes would keep a graph, and so the layer's activations, alive.
@@ -66,6 +67,7 @@ class ExpertBank(nn.Module):
         self.register_parameter("expert_scale", expert_scale)
         self.router = Router(hidden_dim, num_experts, rule)
         self.activation = ACT2FN[activation]
+        self.activation_name = activation
         self.token_mask: Bool[Tensor, " tokens"] | None = None
         self.smk: SmkStep | None = None
         self.coupled = False
@@ -101,11 +103,11 @@ class ExpertBank(nn.Module):
     ) -> Float[Tensor, "*batch hidden"]:
         """The routed sum of the active experts' outputs."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights = (self.gate_up_proj, self.down_proj)
+        if not self.training and decode.can_decode(x_TD, *weights, self.activation_name):
+            return self._decode(x_TD).view_as(hidden_states)
         routing = self.route(x_TD if self.coupled else x_TD.detach())
-        if self.recording:
-            self.routing = routing if self.coupled else routing.detach()
-            if self.router.recording_window and self.token_mask is not None:
-                self.router.record(x_TD.detach(), routing, self.token_mask)
+        self._record(x_TD, routing)
         weights_TE = routing.weights if self.coupled else routing.weights.detach()
         if self.expert_scale is not None:
             weights_TE = weights_TE * self.expert_scale
@@ -128,6 +130,43 @@ class ExpertBank(nn.Module):
             missing_TE = (~routing.active).to(y_TD.dtype)
             y_TD = y_TD + missing_TE @ self.mean_outputs.to(y_TD.dtype)
         return y_TD.view_as(hidden_states)
+
+    def _decode(self, x_TD: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        options: dict[str, Any] = {
+            "activation": self.activation_name,
+            "expert_scale_E": self.expert_scale,
+            "mean_outputs_ED": self.mean_outputs,
+        }
+        weights, router = (self.gate_up_proj, self.down_proj), self.router
+        if (rule := selecting(router.rule)) is None:
+            routing = self.route(x_TD)
+            y_TD = decode.expert_layer(x_TD, *weights, routing.weights, routing.active, **options)
+        else:
+            gate = decode.Gate(router.weight, router.bias, router.selection_bias, router.settled)
+            options["rule"] = rule
+            y_TD, *routed = decode.routed_expert_layer(x_TD, *weights, gate, **options)
+            logits_TE, scores_TE, active_TE, weights_TE = routed
+            routing = Routing(
+                router_logits=logits_TE, scores=scores_TE, active=active_TE, weights=weights_TE
+            )
+        self._record(x_TD, routing)
+        return y_TD
+
+    def _record(self, x_TD: Float[Tensor, "tokens hidden"], routing: Routing) -> None:
+        if self.recording:
+            self.routing = routing if self.coupled else routing.detach()
+            if self.router.recording_window and self.token_mask is not None:
+                self.router.record(x_TD.detach(), routing, self.token_mask)
+
+
+def selecting(rule: RoutingRule) -> decode.Selecting | None:
+    """The rule as the decoding kernels know it; None where the router itself has to select."""
+    if rule.selection in ("top_any", "oracle"):
+        return None
+    if rule.selection == "budget" and rule.budget_form != "threshold":
+        return None
+    num_active = 0 if rule.has_budget else round(rule.target_k)
+    return decode.Selecting(num_active=num_active, weighting=rule.weighting, tie_break=TIE_BREAK)
 
 
 def expert_norms(

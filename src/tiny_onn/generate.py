@@ -72,6 +72,7 @@ def _load(
         loaded = load_student(model, device)
         if budget is not None:
             set_budget(loaded.student, budget)
+        loaded.student.round_experts()
         return loaded.student, loaded.tokenizer
     if budget is not None:
         raise UserError(

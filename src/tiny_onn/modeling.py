@@ -202,6 +202,18 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         mlps = [layer.mlp for layer in decoder_layers(self.backbone)]
         return [mlp for mlp in mlps if isinstance(mlp, ExpertBank)]
 
+    @torch.no_grad()
+    def round_experts(self) -> None:
+        """Keep the experts' weights in the backbone's number format, for generation only.
+
+        Every call rounds them to it anyway. Training needs their float32 masters, but a token that
+        is decoded takes as long as its weights take to read.
+        """
+        for bank in self.banks():
+            for weight in (bank.gate_up_proj, bank.down_proj, bank.mean_outputs):
+                if weight is not None:
+                    weight.data = weight.data.to(self.dtype)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of experts and routers, by name; everything else is frozen."""
         return {name: p for name, p in self.named_parameters() if ".mlp." in name}

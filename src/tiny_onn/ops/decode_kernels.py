@@ -1,0 +1,217 @@
+"""The three Triton kernels of `decode.py`; importing this module imports triton.
+
+    gate      logits[t, e] = <gate[e], x[t]> + bias[e]                       one program per (t, e)
+    experts   selection, then a block of an active expert's neurons, its (D,) output to a scratch
+    combine   y[t] = the sum of the scratch's rows, in their order            one per (t, part of D)
+
+The selection takes less time than a launch, so every program of `experts` repeats it instead of
+waiting for a fourth kernel. Arithmetic is float32; no sum depends on the order in which programs
+run. Constants are upper case. `no_type_check` keeps runtime type checkers away from kernels.
+
+Legend: T tokens, D hidden, E experts, I expert width, N blocks of an expert's neurons, S = E * N
+rows of the scratch.
+"""
+
+from typing import no_type_check
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+
+@triton.jit
+@no_type_check
+def gate_kernel(
+    x,  # (T, D) float32 | bfloat16
+    gate,  # (E, D) float32 | bfloat16
+    bias,  # (E,) float32 | bfloat16
+    logits,  # (T, E) float32, written
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`logits[t, e] = <gate[e], x[t]> + bias[e]`."""
+    t = tl.program_id(0)
+    e = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in tl.static_range(0, D, BLOCK_D):
+        inside = start + d < D
+        w = tl.load(gate + e * D + start + d, mask=inside, other=0.0)
+        v = tl.load(x + t * D + start + d, mask=inside, other=0.0)
+        total += w.to(tl.float32) * v.to(tl.float32)
+    tl.store(logits + t * E + e, tl.sum(total, axis=0) + tl.load(bias + e).to(tl.float32))
+
+
+@triton.jit
+@no_type_check
+def softmax(values):
+    """Along the only axis; minus infinity gives 0."""
+    powers = tl.exp(values - tl.max(values, axis=0))
+    return tl.div_rn(powers, tl.zeros_like(powers) + tl.sum(powers, axis=0))
+
+
+@triton.jit
+@no_type_check
+def select(
+    logits,  # (E,) float32, minus infinity beyond E
+    bias,  # (E,) float32, 0 beyond E
+    threshold,  # float32
+    e,  # (E,) int32
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    NUM_ACTIVE: tl.constexpr,  # 0: a budget by threshold
+    WEIGHTING: tl.constexpr,
+    TIE_BREAK: tl.constexpr,
+):
+    """`router.route` of one token: scores, which are active (0 or 1), and weights."""
+    selecting = logits + bias
+    above = selecting[:, None] > selecting[None, :]
+    first = (selecting[:, None] == selecting[None, :]) & (e[:, None] < e[None, :])
+    rank = tl.sum((above | first).to(tl.int32), axis=0)
+    if NUM_ACTIVE == 0:
+        scores = softmax(selecting) * (1.0 - rank.to(tl.float32) * TIE_BREAK)
+        scores = tl.where(rank == 0, float("inf"), scores)
+        active = ((scores > threshold) & (e < E)).to(tl.int32)
+    else:
+        scores = selecting
+        active = ((rank < NUM_ACTIVE) & (e < E)).to(tl.int32)
+    kept = active.to(tl.float32)
+    if WEIGHTING == "softmax":
+        weights = softmax(logits) * kept
+        weights = tl.div_rn(weights, tl.zeros_like(weights) + tl.sum(weights, axis=0))
+    elif WEIGHTING == "sigmoid":
+        weights = kept / (1.0 + tl.exp(-logits))
+    elif WEIGHTING == "mean":
+        weights = tl.div_rn(kept, tl.zeros_like(kept) + tl.sum(kept, axis=0))
+    else:
+        weights = kept
+    return scores, active, weights
+
+
+@triton.jit
+@no_type_check
+def activate(gate, ACTIVATION: tl.constexpr):
+    """The activation of float32 values."""
+    if ACTIVATION == "silu":
+        value = gate * tl.sigmoid(gate)
+    elif ACTIVATION == "gelu_pytorch_tanh":
+        # (1 + tanh(z)) / 2 = sigmoid(2 z), with 2 sqrt(2 / pi) = 1.5957691216057308.
+        value = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    return value
+
+
+@triton.jit
+@no_type_check
+def experts_kernel(
+    x,  # (T, D) float32 | bfloat16
+    gate_up,  # (2, E, I, D) float32 | bfloat16
+    down,  # (E, I, D) float32 | bfloat16
+    logits,  # (T, E) float32, read if ROUTED
+    selection_bias,  # (E,) float32, read if ROUTED
+    threshold,  # () float32, read if ROUTED
+    expert_scale,  # (E,) float32, read if SCALED
+    scores,  # (T, E) float32, written if ROUTED
+    weights,  # (T, E) float32, written if ROUTED, else read
+    active,  # (T, E) uint8, written if ROUTED, else read
+    partial,  # (T, S, D) float32, written: the first rows, as many as active blocks
+    D: tl.constexpr,
+    E: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    N: tl.constexpr,
+    ROUTED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NUM_ACTIVE: tl.constexpr,
+    WEIGHTING: tl.constexpr,
+    TIE_BREAK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Weighted outputs of the neurons of the s-th active block, of programs (t, s)."""
+    t = tl.program_id(0)
+    s = tl.program_id(1)
+    e = tl.arange(0, BLOCK_E)
+    row = t * E + e
+    if ROUTED:
+        bias = tl.load(selection_bias + e, mask=e < E, other=0.0).to(tl.float32)
+        values = tl.load(logits + row, mask=e < E, other=float("-inf"))
+        limit = tl.load(threshold).to(tl.float32)
+        score, on, weight = select(
+            values, bias, limit, e, E, BLOCK_E, NUM_ACTIVE, WEIGHTING, TIE_BREAK
+        )
+        if s == 0:
+            tl.store(scores + row, score, mask=e < E)
+            tl.store(weights + row, weight, mask=e < E)
+            tl.store(active + row, on.to(tl.uint8), mask=e < E)
+    else:
+        on = tl.load(active + row, mask=e < E, other=0).to(tl.int32)
+        weight = tl.load(weights + row, mask=e < E, other=0.0).to(tl.float32)
+    if s < tl.sum(on, axis=0) * N:
+        if SCALED:
+            weight *= tl.load(expert_scale + e, mask=e < E, other=0.0).to(tl.float32)
+        mine = (on == 1) & (tl.cumsum(on, axis=0) == s // N + 1)
+        expert = tl.sum(tl.where(mine, e, 0), axis=0)
+        weight_of_mine = tl.sum(tl.where(mine, weight, 0.0), axis=0)
+        i = (s % N) * BLOCK_I + tl.arange(0, BLOCK_I)
+        d = tl.arange(0, BLOCK_D)
+        at = (expert * I + i).to(tl.int64)[:, None] * D + d[None, :]
+        in_row = (i < I)[:, None]
+        # Asked for before it is needed, so that it comes while the first sums are made.
+        w_down = tl.load(down + at, mask=in_row & (d < D)[None, :], other=0.0)
+        gate = tl.zeros((BLOCK_I,), tl.float32)
+        up = tl.zeros((BLOCK_I,), tl.float32)
+        for start in tl.static_range(0, D, BLOCK_D):
+            inside = in_row & (start + d < D)[None, :]
+            w_gate = tl.load(gate_up + at + start, mask=inside, other=0.0)
+            w_up = tl.load(gate_up + E * I * D + at + start, mask=inside, other=0.0)
+            v = tl.load(x + t * D + start + d, mask=start + d < D, other=0.0).to(tl.float32)
+            gate += tl.sum(w_gate.to(tl.float32) * v[None, :], axis=1)
+            up += tl.sum(w_up.to(tl.float32) * v[None, :], axis=1)
+        hidden = activate(gate, ACTIVATION) * up * weight_of_mine
+        out = partial + (t * E * N + s).to(tl.int64) * D
+        for start in tl.static_range(0, D, BLOCK_D):
+            if start > 0:
+                inside = in_row & (start + d < D)[None, :]
+                w_down = tl.load(down + at + start, mask=inside, other=0.0)
+            part = tl.sum(hidden[:, None] * w_down.to(tl.float32), axis=0)
+            tl.store(out + start + d, part, mask=start + d < D)
+
+
+@triton.jit
+@no_type_check
+def combine_kernel(
+    partial,  # (T, S, D) float32
+    active,  # (T, E) uint8
+    mean_outputs,  # (E, D) float32 | bfloat16, read if COMPENSATED
+    y,  # (T, D) float32 | bfloat16, written
+    D: tl.constexpr,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+):
+    """The sum of a token's rows, and of the mean outputs of its inactive experts."""
+    t = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    on = tl.load(active + t * E + e, mask=e < E, other=0).to(tl.int32)
+    num_rows = tl.sum(on, axis=0) * N
+    rows = partial + (t * E * N).to(tl.int64) * D
+    total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    # To the largest possible number, so that no load waits for the loop.
+    for start in tl.static_range(0, MAX_ROWS, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        inside = (s < num_rows)[:, None] & (d < D)[None, :]
+        total += tl.load(rows + s[:, None] * D + d[None, :], mask=inside, other=0.0)
+    out = tl.sum(total, axis=0)
+    if COMPENSATED:
+        missing = ((on == 0) & (e < E))[:, None] & (d < D)[None, :]
+        means = tl.load(mean_outputs + e[:, None] * D + d[None, :], mask=missing, other=0.0)
+        out += tl.sum(means.to(tl.float32), axis=0)
+    tl.store(y + t * D + d, out.to(y.dtype.element_ty), mask=d < D)
