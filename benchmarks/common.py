@@ -125,7 +125,19 @@ def captured(function: Callable[[], object], device: str) -> Callable[[], object
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+    return Replay(graph, function)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A captured function: called, it replays the graph."""
+
+    graph: torch.cuda.CUDAGraph
+    function: Callable[[], object]
+    """Kept, because the graph reads its tensors' memory and holds none of it."""
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:

@@ -152,18 +152,19 @@ def gpu_rows(name: str) -> Iterator[Row]:
 
 def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
     """What `decode.py` measured on a GPU: one token at a time."""
-    stacks = {r["k"]: r for r in records if r["kind"] == "stack" and "us_per_layer" in r}
+    timed = [r for r in records if "us_per_layer" in r]
+    stacks = {r["k"]: r for r in timed if r["kind"] == "stack"}
+    peers = {r["k"]: r["us_per_layer"] for r in timed if r["kind"] == "moe"}
     for k, record in sorted(stacks.items()):
         micro = record["us_per_layer"]
         ours, dense = micro["ours"], micro["Qwen3MLP"]
         label = f"decode, one layer, k = {k}"
         yield Row(label, us(ours), f"{us(dense)} dense MLP", f"{ours / dense:.2f}", "< 1")
-        moe = {name: value for name, value in micro.items() if name.startswith("MoE")}
-        if moe:
-            best = min(moe.values())
-            yield Row(
-                "", us(ours), f"{us(best)} best MoE of transformers", f"{ours / best:.2f}", "< 1"
-            )
+        if k in peers:
+            mine = peers[k].pop("ours")
+            best = min(peers[k].values())
+            peer = f"{us(best)} best MoE of transformers"
+            yield Row("", us(mine), peer, f"{mine / best:.2f}", "< 1")
         share = f"{100 * record['share_of_bandwidth']:.0f} % of it"
         limit = f"{us(record['limit_us'])} to read the active weights"
         yield Row("", share, limit, "", ">= 85 %")

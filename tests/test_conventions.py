@@ -61,6 +61,7 @@ LAYERS = (
         "fusion",
         "determinism",
         "steering",
+        "states",
     ),
     ("own_keys", "truth", "budgets"),
     ("plan_costs", "plan_memory", "plan_sources"),

@@ -157,6 +157,9 @@ class LossConfig:
     """Both distributions are softened by it; the loss is multiplied by its square."""
     jsd_beta: float = 0.5
     """Weight of the teacher in the mixture of `jsd`, in (0, 1)."""
+    states_coef: float = 0.0
+    """Weight, in the global stage, of a second loss: the share of the variance of the teacher's
+    hidden states that the student's leave unexplained, mean over layers. 0: no such loss."""
     chunk_tokens: int = 0
     """Tokens whose logits exist at once. 0: chosen when the run starts, 512 on a CPU, on a GPU from
     its free memory; the number is in every step's record, and setting it repeats that run."""

@@ -23,6 +23,7 @@ from tiny_onn.optim import clip_gradients
 from tiny_onn.packing import PackedRow
 from tiny_onn.router import load_balancing_loss, z_loss
 from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.states import layer_outputs, unexplained
 from tiny_onn.steering import Steering, gate_losses
 from tiny_onn.surprise import SmkRule
 
@@ -102,14 +103,21 @@ def distill_step(
     sums, token_losses = torch.zeros(4, device=device), []
     steering = Steering(banks, config, router_tokens, step)
     clock = clock or Clock(device)
-    loss_options = _loss_options(student, config)
+    loss_options, matched = _loss_options(student, config), config.loss.states_coef > 0
     student.train()
     for row in (row.to(device) for row in rows):
         kwargs = packed_kwargs(row)
         steering.begin_row(row.router_mask[0])
-        with clock.phase("teacher forward"), torch.no_grad():
+        with (
+            clock.phase("teacher forward"),
+            torch.no_grad(),
+            layer_outputs(teacher, wanted=matched) as teacher_states,
+        ):
             teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
-        with clock.phase("student forward"):
+        with (
+            clock.phase("student forward"),
+            layer_outputs(student, wanted=matched) as student_states,
+        ):
             student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
         stats.add(banks, row)
         steering.see(row.router_mask[0])
@@ -128,6 +136,9 @@ def distill_step(
             sums += _sums(values, mask_T)
         with clock.phase("backward"):
             total = loss_T.sum() / loss_tokens + router_losses(banks, row, config) / len(rows)
+            if matched:
+                share_L = unexplained(student_states, teacher_states, row.router_mask[0])
+                total = total + config.loss.states_coef * share_L.mean() / len(rows)
             for bank in banks:
                 bank.recording = False
             total.backward()

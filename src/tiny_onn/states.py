@@ -1,0 +1,63 @@
+"""Matching the teacher's hidden states layer by layer, beside its predictions.
+
+    loss_l = sum_t |s_l[t] - h_l[t]|^2 / sum_t |h_l[t] - mean h_l|^2
+
+h_l is the teacher's residual stream after layer l and s_l the student's: the share of the stream's
+variance that the student leaves unexplained. Logits alone tell a layer little about what it should
+have added; this tells it directly. Source: SquareHead, arXiv 2310.06927, section 3.1, which divides
+by the plain power instead; a few features that are large and hardly vary would then decide it.
+
+Legend: T tokens, D hidden, L layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel, *, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Within the context the list gets each decoder layer's output (1, T, D) in a forward pass.
+
+    Close it before the backward pass: what a checkpointed layer recomputes would be added.
+    """
+    backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
+    kept: list[Tensor] = []
+
+    def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept.append(output if isinstance(output, Tensor) else output[0])
+
+    layers = decoder_layers(backbone) if wanted else []
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def unexplained(
+    student_states: Sequence[Float[Tensor, "1 tokens hidden"]],
+    teacher_states: Sequence[Float[Tensor, "1 tokens hidden"]],
+    token_mask_T: Bool[Tensor, " tokens"],
+) -> Float[Tensor, " layers"]:
+    """Each layer's share of the teacher's variance that the student does not match, float32.
+
+    The tokens are those that count: all but padding and the first of each document.
+    """
+    counts_T1 = token_mask_T[:, None].float()
+    num_tokens = counts_T1.sum().clamp_min(1)
+    shares = []
+    for own, theirs in zip(student_states, teacher_states, strict=True):
+        own_TD, theirs_TD = own[0].float(), theirs[0].float()
+        mean_D = (theirs_TD * counts_T1).sum(0) / num_tokens
+        variance = ((theirs_TD - mean_D).square() * counts_T1).sum()
+        error = ((own_TD - theirs_TD).square() * counts_T1).sum()
+        shares.append(error / variance.clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.stack(shares)
