@@ -137,6 +137,7 @@ class Replay:
     """Kept, because the graph reads its tensors' memory and holds none of it."""
 
     def __call__(self) -> None:
+        """Replay it."""
         self.graph.replay()
 
 
