@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from tiny import CONFIG, change, save_teacher, write_corpus
 from tiny_onn import checkpoint as checkpoint_module
@@ -21,19 +20,13 @@ from tiny_onn.lock import run_lock
 from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.step import distill_step
-from tiny_onn.teacher import load_dense, quiet_transformers
+from tiny_onn.teacher import load_dense
 from tiny_onn.train import run_distill
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # What a clock decides.
 TIMES = ("tokens_per_s", "seconds")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    quiet_transformers()
-    yield
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

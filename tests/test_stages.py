@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.utils import logging
 
 from tiny import CONFIG, change, save_teacher, write_corpus
 from tiny_onn import train as train_module
@@ -16,19 +15,12 @@ from tiny_onn.errors import UserError
 from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.stages import annealed, annealed_k, run_tokens, stage_named
-from tiny_onn.teacher import quiet_transformers
 from tiny_onn.train import run_distill
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # What a clock decides.
 TIMES = ("tokens_per_s", "seconds")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    quiet_transformers()
-    yield
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
