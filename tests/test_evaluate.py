@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tiny import CONFIG, change, make_dense, make_tokenizer, save_teacher, write_corpus
+from tiny import change, make_dense, make_tokenizer, write_run
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import run_eval
 from tiny_onn.run_folder import read_run_config, write_json
@@ -16,15 +16,8 @@ from tiny_onn.train import run_distill
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
-    config = change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher"))},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.2,
-        },
+    config = write_run(
+        folder,
         train={"tokens": 128},
     )
     return folder / "run", run_distill(config, out=folder / "run")

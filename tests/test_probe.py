@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from tiny import CONFIG, change, make_rows, save_teacher, write_corpus
+from tiny import make_rows, write_run
 from tiny_onn.errors import UserError
 from tiny_onn.loading import load_student
 from tiny_onn.probe import run_probe, sample_documents
@@ -21,15 +21,9 @@ RULES = {"parameters", "input", "output", "gain", "magnitude", "relative", "own 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
-    config = change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher"))},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.3,
-        },
+    config = write_run(
+        folder,
+        data={"held_out_fraction": 0.3},
         train={"tokens": 256, "save_every_tokens": 64},
     )
     run_distill(config, out=folder / "run")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny import change, write_run
 from tiny_onn import checkpoint as checkpoint_module
 from tiny_onn import train as train_module
 from tiny_onn.convert import backbone_hash
@@ -32,16 +32,10 @@ TIMES = ("tokens_per_s", "seconds")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher")), "dtype": "bfloat16"},
+    return write_run(
+        folder,
+        teacher={"dtype": "bfloat16"},
         experts={"init": "importance", "gate_init": "ridge"},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.2,
-        },
         # So low that the held-out loss falls to the end: the best checkpoint is the last.
         optim={"expert_lr": 5e-4, "gate_lr": 1e-4},
         train={

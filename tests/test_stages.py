@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny import change, write_run
 from tiny_onn import train as train_module
 from tiny_onn.checks import validate
 from tiny_onn.config import RunConfig
@@ -27,17 +27,11 @@ TIMES = ("tokens_per_s", "seconds")
 def config(tmp_path_factory):
     """Five blockwise steps and four global ones, each stage annealed over half of it."""
     folder = tmp_path_factory.mktemp("run")
-    return change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher")), "dtype": "bfloat16"},
+    return write_run(
+        folder,
+        teacher={"dtype": "bfloat16"},
         experts={"init": "importance", "gate_init": "ridge"},
         router={"anneal_fraction": 0.5, "blockwise_anneal_fraction": 0.5},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.2,
-        },
         optim={"master_dtype": "bfloat16"},
         train={
             "blockwise_tokens": 5 * 64 - 1,
