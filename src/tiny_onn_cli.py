@@ -265,7 +265,8 @@ class Probe:
     Example: tiny-onn probe embedded --layers 4,15,26
 
     Costs as many forward passes of the text as there are experts, through the layers from each
-    probed one up.
+    probed one up. What was measured is written to probe.json after every tenth of the documents, so
+    that an interrupted probe keeps it (with "complete": false).
     """
 
     model: _Model
