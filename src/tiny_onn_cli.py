@@ -31,6 +31,7 @@ _Out = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(runs/NA
 _Results = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(runs/VERB-TIME)")]
 _Budget = Annotated[str | None, arg(metavar="K,K", help_behavior_hint="(as trained)")]
 _Model = Annotated[Positional[str], arg(metavar="MODEL")]
+_Checkpoint = Annotated[str, arg(metavar="newest|best|STEP")]
 
 
 # Below it the logits overflow.
@@ -191,6 +192,8 @@ class Eval:
 
     model: _Model
     """A run folder, or the folder of a converted model."""
+    checkpoint: _Checkpoint = "newest"
+    """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
     text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
     """Text to measure on."""
     device: str = "auto"
@@ -225,7 +228,11 @@ class Eval:
         # Standard output belongs to the result.
         with contextlib.redirect_stdout(sys.stderr):
             result = run_eval(
-                self.model, text=self.text, device=self.device, max_tokens=self.max_tokens
+                self.model,
+                text=self.text,
+                device=self.device,
+                max_tokens=self.max_tokens,
+                checkpoint=self.checkpoint,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -251,6 +258,7 @@ class Eval:
                 device=self.device,
                 max_tokens=self.max_tokens,
                 out=_default_out("frontier") if self.out is None else self.out,
+                checkpoint=self.checkpoint,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -272,6 +280,8 @@ class Probe:
     model: _Model
     """A run folder (in the middle of training too), a student's folder, `embedded`, the folder of a
     dense model or a hub id; a dense model is converted with all experts on."""
+    checkpoint: _Checkpoint = "newest"
+    """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
     layers: Annotated[
         str | None, arg(metavar="INT,INT", help_behavior_hint="(an early, a middle, a late one)")
     ] = None
@@ -326,6 +336,7 @@ class Probe:
                 max_tokens=self.max_tokens,
                 document_tokens=self.document_tokens,
                 fit_tokens=self.fit_tokens,
+                checkpoint=self.checkpoint,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -347,6 +358,8 @@ class Generate:
 
     model: _Model
     """A run folder, a model folder, `embedded`, or a hub id."""
+    checkpoint: _Checkpoint = "newest"
+    """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
     prompt: str
     """Text to go on from."""
     max_new_tokens: int = 128
@@ -374,6 +387,7 @@ class Generate:
             temperature=temperature,
             seed=seed,
             budget=self.budget,
+            checkpoint=self.checkpoint,
         )
 
 

@@ -241,7 +241,8 @@ def test_eval_as_json_prints_nothing_else(stand_in, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out) == result
     assert printed.err == "progress\n"
-    assert calls == [(("runs/x",), {"text": None, "device": "cpu", "max_tokens": 8192})]
+    options = {"text": None, "device": "cpu", "max_tokens": 8192, "checkpoint": "newest"}
+    assert calls == [(("runs/x",), options)]
 
 
 def test_eval_prints_a_line_per_number(stand_in, capsys):

@@ -79,6 +79,7 @@ def run_probe(
     max_tokens: int = 1024,
     document_tokens: int = 64,
     fit_tokens: int = 8192,
+    checkpoint: str = "newest",
 ) -> dict[str, Any]:
     """Probe a model, write `probe.json` and `probe.html` to a folder, and return the numbers.
 
@@ -99,6 +100,7 @@ def run_probe(
         max_tokens: probed, at most.
         document_tokens: read of each document, at most.
         fit_tokens: for the regressions, at most; 0: none are made.
+        checkpoint: which of a run's students, see `load_student`.
 
     Raises:
         UserError: no such model, layer, loss or text.
@@ -112,7 +114,9 @@ def run_probe(
     started = time.perf_counter()
     where = pick_device(device)
     with stage(f"Loading {model}"):
-        subject = load_subject(model, where, init=init, num_experts=num_experts)
+        subject = load_subject(
+            model, where, init=init, num_experts=num_experts, checkpoint=checkpoint
+        )
     probed_layers = _checked_layers(layers, len(subject.student.banks()))
     rows = _rows(subject, text, max(1, max_tokens // document_tokens), fit_tokens)
     probed, fitted = sample_documents(rows, document_tokens, max_tokens, fit_tokens)
@@ -177,14 +181,16 @@ def measure(
     return numbers(probed, losses, seen, fit, use_kl=use_kl)
 
 
-def load_subject(name: str, device: torch.device, *, init: str, num_experts: int) -> Subject:
+def load_subject(
+    name: str, device: torch.device, *, init: str, num_experts: int, checkpoint: str
+) -> Subject:
     """The model that a user names, in float32 and frozen, with its teacher.
 
     Raises:
         UserError: there is none, or it cannot be converted as asked.
     """
     if is_student(name):
-        loaded = load_student(name, device)
+        loaded = load_student(name, device, checkpoint)
         if loaded.student.config.selection == "oracle":
             raise UserError(
                 f"MODEL: got {name}, a student with router.selection = 'oracle', expected one with"
@@ -201,6 +207,10 @@ def load_subject(name: str, device: torch.device, *, init: str, num_experts: int
             tokenizer=loaded.tokenizer,
             config=loaded.config,
             fresh=False,
+        )
+    if checkpoint != "newest":
+        raise UserError(
+            f"--checkpoint: got {name}, a dense model, expected a run; leave --checkpoint out"
         )
     config = RunConfig()
     config = replace(

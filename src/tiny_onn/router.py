@@ -231,7 +231,8 @@ class Router(nn.Module):
             raise UserError(
                 "--budget: got a student without measured thresholds (from before it could, or "
                 "from the middle of its training), expected a finished one; finish its run with "
-                "`tiny-onn distill --resume --out RUN`, which measures them"
+                "`tiny-onn distill --resume --out RUN`, which measures them, or take its newest "
+                "--checkpoint"
             )
         self.rule = replace(self.rule, target_k=float(budget))
         if not self.rule.has_budget:
