@@ -180,6 +180,10 @@ class Distill:
             config, out=out, resume=self.resume, allow_change=self.allow_change, argv=sys.argv
         )
         if result.interrupted:
+            print(
+                f"tiny-onn: saved; go on with `tiny-onn distill --resume --out {out}`",
+                file=sys.stderr,
+            )
             raise KeyboardInterrupt
 
 
@@ -195,7 +199,7 @@ class Eval:
     checkpoint: _Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
     text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
-    """Text to measure on."""
+    """Text to measure on, a file or a folder."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     max_tokens: int = 8192
@@ -290,7 +294,7 @@ class Probe:
     """The token's own loss: forward-kl (to the teacher), next-token, or auto: next-token for a
     dense model, whose conversion equals its teacher, else forward-kl."""
     text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
-    """Text to probe on."""
+    """Text to probe on, a file or a folder."""
     init: str = "slices"
     """Partition of a dense model: slices, importance or another of the setting experts.init."""
     num_experts: int = 32

@@ -182,12 +182,15 @@ def test_ctrl_c_stops_after_the_step_and_leaves_a_usable_student(config, tmp_pat
     assert student_of(out).generate(**prompt, max_new_tokens=2).shape[0] == 1
 
 
-def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(whole, config, tmp_path, at_step):
+def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(
+    whole, config, tmp_path, at_step, capsys
+):
     out = tmp_path / "run"
     at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run_distill(config, out=out).interrupted
     at_step(1000, fail)
     assert not run_distill(config, out=out, resume=True).interrupted
+    assert "going on after step 5, 320 tokens" in capsys.readouterr().err
     assert_same_run(out, whole[0])
     assert json.loads((out / "summary.json").read_text())["interrupted"] is False
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import DataConfig, LossConfig
+from tiny_onn.console import stage
 from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
@@ -263,7 +264,8 @@ def run_eval(
         UserError: no such model or text, or the teacher cannot be had.
     """
     loaded, teacher, rows, source = load_for_eval(model, text, device, max_tokens, checkpoint)
-    result = evaluate(loaded.student, teacher, rows, loaded.config.loss)
+    with stage(f"Evaluating on {source}"):
+        result = evaluate(loaded.student, teacher, rows, loaded.config.loss)
     found: dict[str, object] = dict(asdict(result))
     if loaded.config.teacher.quantization != "none":
         settings = replace(loaded.config.teacher, placement="separate")
@@ -284,7 +286,8 @@ def load_for_eval(
     quiet_transformers()
     where = pick_device(device)
     loaded = load_student(model, where, checkpoint)
-    teacher = load_teacher_of(loaded, where)
+    with stage(f"Loading the teacher, {loaded.config.teacher.path}"):
+        teacher = load_teacher_of(loaded, where)
     data = loaded.config.data
     rows = (
         held_out_rows(data, loaded.tokenizer, data.row_tokens, max_tokens)

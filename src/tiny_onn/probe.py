@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.checks import validate
 from tiny_onn.config import ExpertInit, RunConfig, Surprise
-from tiny_onn.console import say, stage
+from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import text_rows
@@ -113,10 +113,8 @@ def run_probe(
     quiet_transformers()
     started = time.perf_counter()
     where = pick_device(device)
-    with stage(f"Loading {model}"):
-        subject = load_subject(
-            model, where, init=init, num_experts=num_experts, checkpoint=checkpoint
-        )
+    say(f"Loading {model} ...")
+    subject = load_subject(model, where, init=init, num_experts=num_experts, checkpoint=checkpoint)
     probed_layers = _checked_layers(layers, len(subject.student.banks()))
     rows = _rows(subject, text, max(1, max_tokens // document_tokens), fit_tokens)
     probed, fitted = sample_documents(rows, document_tokens, max_tokens, fit_tokens)

@@ -393,3 +393,4 @@ class _Run:
         self.stage = stage_named(**state["stage"], config=self.config)
         self.before = Evaluation(**state["before"]) if state["before"] else None
         self.blocks = Blocks(**state["blocks"]) if state["blocks"] else None
+        say(f"{self.title}: going on after step {self.step:,}, {self.tokens:,} tokens")
