@@ -103,7 +103,9 @@ def test_the_best_checkpoint_is_named_and_can_be_had(overshot, capsys):
 
 @pytest.mark.parametrize("which", ["3", "worst", "-1", "", "\u0664"])
 def test_a_checkpoint_that_is_not_there_is_refused(overshot, which):
-    with pytest.raises(UserError, match=r"--checkpoint: got .* expected newest, best or .*, 8;"):
+    with pytest.raises(
+        UserError, match=rf"--checkpoint: got {which}, expected newest, best or .*, 8;"
+    ):
         evaluated(overshot, checkpoint=which)
 
 

@@ -31,8 +31,9 @@ def frontier(run, tmp_path, budgets=()):
     )
 
 
-def test_a_frontier_is_measured_written_and_drawn(run, tmp_path):
+def test_a_frontier_is_measured_written_and_drawn(run, tmp_path, capsys):
     found = frontier(run, tmp_path)
+    assert f"{tmp_path}: frontier.json" in capsys.readouterr().err
     points = found["points"]
     assert [point["budget"] for point in points] == [8, 6, 4, 3, 2, 1]
     for point in points:

@@ -1,11 +1,13 @@
 """The verb `probe` on a dense model, a finished run and one in the middle."""
 
+import io
 import json
 import math
 import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from tiny import make_rows, write_run
 from tiny_onn import probe as probe_module
@@ -71,6 +73,13 @@ def test_own_gain_ranks_as_the_truth_does_in_the_last_layer(of_student):
     rules = of_student[0]["layers"]["1"]["remove"]["rules"]
     assert rules["own gain"]["spearman"][0] == pytest.approx(rules["gain"]["spearman"][0], abs=0.01)
     assert rules["own gain"]["spearman"][0] > 0.5
+
+
+def test_no_number_is_cut_on_a_narrow_terminal(of_student):
+    console = Console(width=80, file=io.StringIO(), record=True)
+    for table in console_tables(of_student[0]):
+        console.print(table)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in console.export_text()
 
 
 def test_the_report_holds_a_row_per_rule_and_a_picture(of_student):

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tiny_onn.budgets import set_budget
 from tiny_onn.charts import Line, line_plot, page
-from tiny_onn.console import stage
+from tiny_onn.console import say, stage
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate, load_for_eval
 from tiny_onn.modeling import TinyOnnForCausalLM
@@ -66,6 +66,7 @@ def run_frontier(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "frontier.json", found)
         (out / "frontier.html").write_text(html_page(found), encoding="utf-8")
+        say(f"{out}: frontier.json and frontier.html")
     except OSError as error:
         raise UserError(
             f"--out: got {out}, expected a folder to write to ({error.strerror}); choose another"

@@ -45,10 +45,10 @@ def choose(folder: Path, which: str) -> Choice:
         asked = str(best) if which == "best" else which
         steps = sorted({*kept} if newest is None else {newest, *kept})
         if asked not in map(str, steps):
+            got = f"best, step {best}" if which == "best" else which
             raise UserError(
-                f"--checkpoint: got {which}{f', step {best},' * (which == 'best')} expected newest,"
-                f" best or a step that the run has kept, of {', '.join(map(str, steps))}; leave it"
-                " out for the newest"
+                f"--checkpoint: got {got}, expected newest, best or a step that the run has kept,"
+                f" of {', '.join(map(str, steps))}; leave it out for the newest"
             )
         step = int(asked)
         newer = newer if step == newest else kept[step]
