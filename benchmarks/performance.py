@@ -35,20 +35,20 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
+def layer_rows(row: dict[str, Any], where: str, goal: str) -> Iterator[Row]:
+    """The expert layer at one k against the dense MLP, and against transformers' best MoE."""
+    label = f"expert layer, {where}, k = {row['k']}"
+    ours, dense = min(row["dense"], row["grouped"]), row["Qwen3MLP"]
+    moe = min(value for key, value in row.items() if key.startswith("MoE") and value)
+    yield Row(label, ms(ours), f"{ms(dense)} dense MLP", f"{ours / dense:.2f}", goal)
+    yield Row("", ms(ours), f"{ms(moe)} best MoE of transformers", f"{ours / moe:.2f}", "< 1")
+
+
 def cpu_rows() -> Iterator[Row]:
     """What the benchmarks measured on two CPU cores."""
-    layer = load("expert_layer")
-    for row in layer["rows"]:
+    for row in load("expert_layer")["rows"]:
         if row["k"] in (4, 16, 32):
-            label = f"expert layer, {row['dtype']}, k = {row['k']}"
-            ours = min(row["dense"], row["grouped"])
-            moe = min(value for key, value in row.items() if key.startswith("MoE") and value)
-            goal = "<= 0.5" if row["k"] == 4 else "<= 1.0"
-            dense = row["Qwen3MLP"]
-            yield Row(label, ms(ours), f"{ms(dense)} dense MLP", f"{ours / dense:.2f}", goal)
-            yield Row(
-                "", ms(ours), f"{ms(moe)} best MoE of transformers", f"{ours / moe:.2f}", "< 1"
-            )
+            yield from layer_rows(row, row["dtype"], "<= 0.5" if row["k"] == 4 else "<= 1.0")
     smk = {row["step"]: row for row in load("surprise_overhead")["rows"]}
     frozen = smk["gate frozen"]["p50_ms"]
     for label, name in (
@@ -117,16 +117,8 @@ def gpu_rows(name: str) -> Iterator[Row]:
     layers = {r["tokens"]: r for r in records if r["section"] == "experts" and "rows" in r}
     for tokens, record in sorted(layers.items()):
         for row in record["rows"]:
-            if row["k"] not in (4, 16):
-                continue
-            ours = min(row["dense"], row["grouped"])
-            moe = min(value for key, value in row.items() if key.startswith("MoE") and value)
-            dense = row["Qwen3MLP"]
-            label = f"expert layer, {tokens:,} tokens, k = {row['k']}"
-            yield Row(label, ms(ours), f"{ms(dense)} dense MLP", f"{ours / dense:.2f}", "<= 1.15")
-            yield Row(
-                "", ms(ours), f"{ms(moe)} best MoE of transformers", f"{ours / moe:.2f}", "< 1"
-            )
+            if row["k"] in (4, 16):
+                yield from layer_rows(row, f"{tokens:,} tokens", "<= 1.15")
     yield from decode_rows([r for r in records if r["section"] == "decode"])
     losses = {
         (row["tokens"], row["loss"]): row

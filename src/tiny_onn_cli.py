@@ -31,6 +31,7 @@ _Out = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(runs/NA
 _Results = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(runs/VERB-TIME)")]
 _Budget = Annotated[str | None, arg(metavar="K,K", help_behavior_hint="(as trained)")]
 _Model = Annotated[Positional[str], arg(metavar="MODEL")]
+_Checkpoint = Annotated[str, arg(metavar="newest|best|STEP")]
 
 
 # Below it the logits overflow.
@@ -179,6 +180,10 @@ class Distill:
             config, out=out, resume=self.resume, allow_change=self.allow_change, argv=sys.argv
         )
         if result.interrupted:
+            print(
+                f"tiny-onn: saved; go on with `tiny-onn distill --resume --out {out}`",
+                file=sys.stderr,
+            )
             raise KeyboardInterrupt
 
 
@@ -191,8 +196,10 @@ class Eval:
 
     model: _Model
     """A run folder, or the folder of a converted model."""
+    checkpoint: _Checkpoint = "newest"
+    """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
     text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
-    """Text to measure on."""
+    """Text to measure on, a file or a folder."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     max_tokens: int = 8192
@@ -225,7 +232,11 @@ class Eval:
         # Standard output belongs to the result.
         with contextlib.redirect_stdout(sys.stderr):
             result = run_eval(
-                self.model, text=self.text, device=self.device, max_tokens=self.max_tokens
+                self.model,
+                text=self.text,
+                device=self.device,
+                max_tokens=self.max_tokens,
+                checkpoint=self.checkpoint,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -251,6 +262,7 @@ class Eval:
                 device=self.device,
                 max_tokens=self.max_tokens,
                 out=_default_out("frontier") if self.out is None else self.out,
+                checkpoint=self.checkpoint,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -265,12 +277,15 @@ class Probe:
     Example: tiny-onn probe embedded --layers 4,15,26
 
     Costs as many forward passes of the text as there are experts, through the layers from each
-    probed one up.
+    probed one up. What was measured is written to probe.json after every tenth of the documents, so
+    that an interrupted probe keeps it (with "complete": false).
     """
 
     model: _Model
     """A run folder (in the middle of training too), a student's folder, `embedded`, the folder of a
     dense model or a hub id; a dense model is converted with all experts on."""
+    checkpoint: _Checkpoint = "newest"
+    """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
     layers: Annotated[
         str | None, arg(metavar="INT,INT", help_behavior_hint="(an early, a middle, a late one)")
     ] = None
@@ -279,7 +294,7 @@ class Probe:
     """The token's own loss: forward-kl (to the teacher), next-token, or auto: next-token for a
     dense model, whose conversion equals its teacher, else forward-kl."""
     text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
-    """Text to probe on."""
+    """Text to probe on, a file or a folder."""
     init: str = "slices"
     """Partition of a dense model: slices, importance or another of the setting experts.init."""
     num_experts: int = 32
@@ -325,6 +340,7 @@ class Probe:
                 max_tokens=self.max_tokens,
                 document_tokens=self.document_tokens,
                 fit_tokens=self.fit_tokens,
+                checkpoint=self.checkpoint,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -346,6 +362,8 @@ class Generate:
 
     model: _Model
     """A run folder, a model folder, `embedded`, or a hub id."""
+    checkpoint: _Checkpoint = "newest"
+    """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
     prompt: str
     """Text to go on from."""
     max_new_tokens: int = 128
@@ -373,6 +391,7 @@ class Generate:
             temperature=temperature,
             seed=seed,
             budget=self.budget,
+            checkpoint=self.checkpoint,
         )
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.utils import logging
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -13,3 +14,15 @@ def deterministic():
     torch.set_num_threads(1)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def quiet():
+    """Silence transformers for a module, as a run does, and leave it as loud as it was."""
+    # The hook that checks shapes must come before the package, and this file before the hook.
+    from tiny_onn.teacher import quiet_transformers  # noqa: PLC0415
+
+    quiet_transformers()
+    yield
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()

@@ -41,13 +41,18 @@ def load():
     sys.path.remove(str(FOLDER))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_smoke_run_ends_in_one_json_line(name, tmp_path):
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--smoke", "--out", str(tmp_path)]
+def smoke(name, out, *options):
+    """What a benchmark prints in a short run that must succeed."""
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--smoke", "--out", str(out), *options]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "JAXTYPING_DISABLE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_run_ends_in_one_json_line(name, tmp_path):
+    record = json.loads(smoke(name, tmp_path).splitlines()[-1])
     assert record["benchmark"] == name
     assert record["rows"]
     assert record["ratios"]
@@ -58,14 +63,10 @@ def test_smoke_run_ends_in_one_json_line(name, tmp_path):
 
 
 def test_smoke_run_of_everything_on_a_gpu_leaves_a_line_for_every_record(tmp_path):
-    command = [sys.executable, str(FOLDER / "gpu.py"), "--smoke", "--device", "cpu"]
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "JAXTYPING_DISABLE": "1"}
-    command += ["--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-    assert done.returncode == 0, done.stderr
+    printed = smoke("gpu", tmp_path, "--device", "cpu")
     (file,) = tmp_path.glob("gpu_*.jsonl")
-    assert file.read_text() == done.stdout
-    first, *records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert file.read_text() == printed
+    first, *records = [json.loads(line) for line in printed.splitlines()]
     assert first["versions"]["torch"] == torch.__version__
     assert {record["section"] for record in records} == set(first["sections"])
     assert [record for record in records if "error" in record] == []

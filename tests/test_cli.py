@@ -241,7 +241,8 @@ def test_eval_as_json_prints_nothing_else(stand_in, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out) == result
     assert printed.err == "progress\n"
-    assert calls == [(("runs/x",), {"text": None, "device": "cpu", "max_tokens": 8192})]
+    options = {"text": None, "device": "cpu", "max_tokens": 8192, "checkpoint": "newest"}
+    assert calls == [(("runs/x",), options)]
 
 
 def test_eval_prints_a_line_per_number(stand_in, capsys):
@@ -288,7 +289,9 @@ def test_interrupt_exits_with_130_and_one_line(stand_in, capsys):
 def test_run_that_stopped_early_exits_with_130(stand_in, capsys):
     stand_in("train", "run_distill", types.SimpleNamespace(interrupted=True))
     assert status_of(["distill", "--preset", "demo", "--out", "x"]) == 130
-    assert capsys.readouterr().err == "tiny-onn: interrupted\n"
+    saved, end = capsys.readouterr().err.splitlines()
+    assert saved == "tiny-onn: saved; go on with `tiny-onn distill --resume --out x`"
+    assert end == "tiny-onn: interrupted"
 
 
 def test_mistake_found_while_running_is_put_in_one_line(stand_in, capsys):

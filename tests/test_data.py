@@ -230,13 +230,25 @@ def test_held_out_rows_are_few_full_and_always_the_same(
 
 
 def test_an_empty_side_of_the_split_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):
+    texts = [f"number {number}" for number in range(20)]
+    sides: list[Split] = ["train", "held_out"]
+    for held_out in (False, True):
+        path = tmp_path / f"{held_out}"
+        path.mkdir()
+        for text in texts:
+            if is_held_out(Document(text, "", 0).digest(), 0.5) == held_out:
+                (path / f"{text}.txt").write_text(text)
+        empty = sides[not held_out]
+        with pytest.raises(UserError, match=f"leaves no text for the {empty} split"):
+            stream(config_for(path, held_out_fraction=0.5), tokenizer, split=empty)
+
+
+def test_one_document_cannot_be_split(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):
     path = tmp_path / "one.txt"
     path.write_text("only one")
-    sides: list[Split] = ["train", "held_out"]
-    held_out = is_held_out(Document("only one", "", 0).digest(), 0.5)
-    empty = sides[not held_out]
-    with pytest.raises(UserError, match=f"leaves no text for the {empty} split"):
-        stream(config_for(path, held_out_fraction=0.5), tokenizer, split=empty)
+    with pytest.raises(UserError, match="got one document in all"):
+        for split in ("train", "held_out"):
+            stream(config_for(path, held_out_fraction=0.5), tokenizer, split=split)
 
 
 def test_text_of_single_tokens_does_not_hang(tmp_path: Path):

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 
-from tiny import CONFIG, change, make_dense, make_tokenizer, save_teacher, write_corpus
+from tiny import change, make_dense, make_tokenizer, write_run
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import run_eval
-from tiny_onn.run_folder import read_run_config, write_json
+from tiny_onn.run_folder import read_metrics, read_run_config, write_json
 from tiny_onn.settings import resolved_json
 from tiny_onn.train import run_distill
 
@@ -16,22 +17,15 @@ from tiny_onn.train import run_distill
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
-    config = change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher"))},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.2,
-        },
+    config = write_run(
+        folder,
         train={"tokens": 128},
     )
     return folder / "run", run_distill(config, out=folder / "run")
 
 
-def evaluated(model, text=None, max_tokens=128):
-    return run_eval(str(model), text=text, device="cpu", max_tokens=max_tokens)
+def evaluated(model, text=None, max_tokens=128, **options):
+    return run_eval(str(model), text=text, device="cpu", max_tokens=max_tokens, **options)
 
 
 def test_a_run_evaluates_to_what_it_ended_with(finished):
@@ -77,3 +71,52 @@ def test_bad_text_is_named_by_its_argument(finished, tmp_path, text, said):
 def test_what_is_no_student_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^MODEL: got .*, expected a run folder"):
         evaluated(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def overshot(tmp_path_factory):
+    """A run whose last steps, at a rate much too high, undo what the first had reached."""
+    folder = tmp_path_factory.mktemp("overshot")
+    config = write_run(
+        folder,
+        optim={"expert_lr": 0.3, "warmup_fraction": 1.0, "decay_fraction": 0.0},
+        train={"tokens": 8 * 64, "eval_every_tokens": 64, "save_every_tokens": 2 * 64},
+    )
+    run_distill(config, out=folder / "run")
+    return folder / "run"
+
+
+def test_the_best_checkpoint_is_named_and_can_be_had(overshot, capsys):
+    records: list[dict[str, Any]] = read_metrics(overshot / "metrics.jsonl")
+    records = [record for record in records if record["kind"] in ("eval", "end")]
+    best = min(records, key=lambda record: record["forward_kl"])
+    assert best["step"] < records[-1]["step"] == 8
+    for which, record in (("newest", records[-1]), ("best", best), (str(best["step"]), best)):
+        got = evaluated(overshot, checkpoint=which)
+        said = capsys.readouterr().err
+        assert got["step"] == record["step"]
+        assert got["forward_kl"] == pytest.approx(record["forward_kl"], rel=1e-4)
+        assert got["mean_k"] == pytest.approx(record["mean_k"], rel=1e-4)
+        assert f"{overshot}: step {record['step']}, the " in said
+        assert ("--checkpoint best" in said) == (which == "newest")
+
+
+@pytest.mark.parametrize("which", ["3", "worst", "-1", "", "\u0664"])
+def test_a_checkpoint_that_is_not_there_is_refused(overshot, which):
+    with pytest.raises(
+        UserError, match=rf"--checkpoint: got {which}, expected newest, best or .*, 8;"
+    ):
+        evaluated(overshot, checkpoint=which)
+
+
+def test_a_best_that_is_gone_is_refused(overshot, tmp_path):
+    shutil.copytree(overshot, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    shutil.rmtree(tmp_path / "run" / summary["best"]["checkpoint"])
+    with pytest.raises(UserError, match=f"got best, step {summary['best']['step']}, expected"):
+        evaluated(tmp_path / "run", checkpoint="best")
+
+
+def test_one_student_has_no_checkpoints(overshot):
+    with pytest.raises(UserError, match=r"--checkpoint: got best with .*, one student"):
+        evaluated(overshot / "student", checkpoint="best")

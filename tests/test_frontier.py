@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny import write_run
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import run_eval
 from tiny_onn.frontier import frontier_table, run_frontier
@@ -15,15 +15,9 @@ from tiny_onn.train import run_distill
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frontier")
-    config = change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher"))},
-        data={
-            "sources": (str(write_corpus(folder / "corpus", num_files=80)),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.2,
-        },
+    config = write_run(
+        folder,
+        num_files=80,
         experts={"calibration_tokens": 1024},
         train={"tokens": 128},
     )
@@ -37,8 +31,9 @@ def frontier(run, tmp_path, budgets=()):
     )
 
 
-def test_a_frontier_is_measured_written_and_drawn(run, tmp_path):
+def test_a_frontier_is_measured_written_and_drawn(run, tmp_path, capsys):
     found = frontier(run, tmp_path)
+    assert f"{tmp_path}: frontier.json" in capsys.readouterr().err
     points = found["points"]
     assert [point["budget"] for point in points] == [8, 6, 4, 3, 2, 1]
     for point in points:

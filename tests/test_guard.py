@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import CONFIG, change, make_dense, make_rows, save_teacher, write_corpus
+from tiny import CONFIG, change, make_dense, make_rows, write_run
 from tiny_onn import prepare, step
 from tiny_onn import train as train_module
 from tiny_onn.checkpoint import student_tensors
@@ -27,15 +27,8 @@ REAL_DISTILL, REAL_CLIP = step.distill, step.clip_gradients
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guard")
-    return change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher"))},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.2,
-        },
+    return write_run(
+        folder,
         train={
             "tokens": 8 * 64,
             "eval_every_tokens": 0,

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.utils import logging
 
 from tiny import CONFIG, change, make_dense, make_tokenizer, save_teacher, write_corpus
 from tiny_onn.attention import packed_kwargs
@@ -17,18 +16,11 @@ from tiny_onn.health import HealthWatch, diagnose, verdict
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
 from tiny_onn.prepare import prepare, training_rows
 from tiny_onn.run_folder import read_metrics
-from tiny_onn.teacher import quiet_transformers
 from tiny_onn.train import run_distill
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 STEPS = 24
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    quiet_transformers()
-    yield
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

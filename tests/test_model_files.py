@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers.dynamic_module_utils
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 from fuzz_targets import Bomb
 from tiny import (
@@ -28,18 +27,12 @@ from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
 from tiny_onn.plan_sources import load_shape
 from tiny_onn.prepare import prepare
-from tiny_onn.teacher import load_dense, quiet_transformers
+from tiny_onn.teacher import load_dense
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    quiet_transformers()
-    yield
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

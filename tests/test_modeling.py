@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from tiny import FAMILIES, OTHERS, make_dense, make_documents, make_ids, make_student
 from tiny_onn.attention import packed_kwargs
@@ -20,17 +19,12 @@ from tiny_onn.modeling import (
 )
 from tiny_onn.packing import pack
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 ALL = (*FAMILIES, *OTHERS)
 TIED = {"llama", "gemma2", "cohere"}
 # "layers.0.mlp.router.threshold" and the like are buffers: what training and calibration move.
 ROUTER_BUFFERS = ("threshold", "num_updates")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
 
 
 def make_settled(family, dtype="float32") -> Any:

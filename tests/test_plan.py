@@ -393,6 +393,16 @@ def test_tables_show_card_flops_memory_and_time():
         assert words in text
 
 
+@pytest.mark.parametrize(("row_tokens", "shown"), [(1024, False), (4096, True)])
+def test_documents_as_long_as_a_row_are_shown_once(row_tokens, shown):
+    config = load_config(None, "demo", [f"data.row_tokens={row_tokens}"])
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(render(plan(config, "HuggingFaceTB/SmolLM2-135M", "RTX 4090")))
+    text = console.export_text()
+    assert f"one document of {row_tokens:,}" in text
+    assert ("documents of 2,048" in text, ", or " in text.partition("Time of")[2]) == (shown, shown)
+
+
 def test_help_names_the_devices_and_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "--help"])

@@ -1,16 +1,19 @@
 """The verb `probe` on a dense model, a finished run and one in the middle."""
 
+import io
 import json
 import math
 import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
-from tiny import CONFIG, change, make_rows, save_teacher, write_corpus
+from tiny import make_rows, write_run
+from tiny_onn import probe as probe_module
 from tiny_onn.errors import UserError
 from tiny_onn.loading import load_student
-from tiny_onn.probe import run_probe, sample_documents
+from tiny_onn.probe import look, run_probe, sample_documents
 from tiny_onn.probe_record import quantities
 from tiny_onn.probe_report import console_tables, markdown
 from tiny_onn.train import run_distill
@@ -21,15 +24,9 @@ RULES = {"parameters", "input", "output", "gain", "magnitude", "relative", "own 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
-    config = change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher"))},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.3,
-        },
+    config = write_run(
+        folder,
+        data={"held_out_fraction": 0.3},
         train={"tokens": 256, "save_every_tokens": 64},
     )
     run_distill(config, out=folder / "run")
@@ -76,6 +73,13 @@ def test_own_gain_ranks_as_the_truth_does_in_the_last_layer(of_student):
     rules = of_student[0]["layers"]["1"]["remove"]["rules"]
     assert rules["own gain"]["spearman"][0] == pytest.approx(rules["gain"]["spearman"][0], abs=0.01)
     assert rules["own gain"]["spearman"][0] > 0.5
+
+
+def test_no_number_is_cut_on_a_narrow_terminal(of_student):
+    console = Console(width=80, file=io.StringIO(), record=True)
+    for table in console_tables(of_student[0]):
+        console.print(table)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in console.export_text()
 
 
 def test_the_report_holds_a_row_per_rule_and_a_picture(of_student):
@@ -130,6 +134,37 @@ def test_a_run_in_the_middle_gives_its_newest_checkpoint(run, tmp_path):
     shutil.rmtree(newer)
     earlier = load_student(str(middle), torch.device("cpu")).student
     assert not torch.equal(earlier.banks()[0].down_proj, newest.banks()[0].down_proj)
+
+
+def test_an_interrupted_probe_keeps_what_it_measured(of_student, run, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        losses = look(*arguments)
+        yield from (next(losses) for _ in range(3))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe_module, "look", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        probed(run / "run", tmp_path)
+    kept, whole = json.loads((tmp_path / "probe.json").read_text()), of_student[0]
+    assert (whole["complete"], kept["complete"]) == (True, False)
+    assert (whole["num_documents"], kept["num_documents"]) == (5, 3)
+    assert kept["layers"]["1"]["predictable"] is None
+    # The same documents alone measure the same.
+    monkeypatch.undo()
+    alone = probed(run / "run", tmp_path, max_tokens=36, fit_tokens=0)
+    assert alone["num_documents"] == 3
+    again = json.loads((tmp_path / "probe.json").read_text())
+    assert again["layers"] == kept["layers"]
+
+
+def test_an_oracle_has_no_gate_to_probe(tmp_path):
+    config = write_run(
+        tmp_path, router={"selection": "oracle", "objective": "none"}, train={"tokens": 64}
+    )
+    run_distill(config, out=tmp_path / "run")
+    with pytest.raises(UserError, match="'oracle', expected one with a gate"):
+        probed(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_documents_are_beginnings_and_the_fit_reads_others():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny import write_run
 from tiny_onn.integrity import predictive_integrity
 from tiny_onn.records import EvaluationRecord, LayersRecord, SmkRecord, StepRecord, metrics_docs
 from tiny_onn.run_folder import read_metrics
@@ -21,16 +21,9 @@ ONLY_EVALUATIONS = {"oracle_overlap", "oracle_chance", "expert_norm"}
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     folder = tmp_path_factory.mktemp("records")
-    config = change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher"))},
+    config = write_run(
+        folder,
         smk={"candidates": "all"},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.2,
-        },
         train={"tokens": 4 * 64, "stats_every_steps": 2},
     )
     run_distill(config, out=folder / "run")

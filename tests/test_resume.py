@@ -239,6 +239,20 @@ def test_a_changed_teacher_is_refused(config, tmp_path, signal_at):
     moved = change(config, teacher={"path": str(other)})
     with pytest.raises(UserError, match=r"teacher\.path: got other weights than the run began"):
         run_distill(moved, out=out, resume=True, allow_change=("teacher.path",))
+    assert read_run_config(out) == config
+
+
+def test_refused_text_does_not_become_the_runs(config, tmp_path, signal_at):
+    out = tmp_path / "run"
+    signal_at(signal.SIGINT, 1)
+    run_distill(config, out=out)
+    other = write_corpus(tmp_path / "other", seed=1)
+    moved = change(config, data={"sources": (str(other),)})
+    with pytest.raises(UserError, match=r"the data's text .* changed"):
+        run_distill(moved, out=out, resume=True, allow_change=("data.sources",))
+    assert read_run_config(out) == config
+    signal_at(signal.SIGINT, None)
+    assert run_distill(config, out=out, resume=True).tokens == STEPS * 48
 
 
 def test_resuming_an_older_folder_with_relative_paths_compares_what_they_mean(

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny import change, write_run
 from tiny_onn import checkpoint as checkpoint_module
 from tiny_onn import train as train_module
 from tiny_onn.convert import backbone_hash
@@ -21,34 +20,22 @@ from tiny_onn.lock import run_lock
 from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.step import distill_step
-from tiny_onn.teacher import load_dense, quiet_transformers
+from tiny_onn.teacher import load_dense
 from tiny_onn.train import run_distill
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # What a clock decides.
 TIMES = ("tokens_per_s", "seconds")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    quiet_transformers()
-    yield
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher")), "dtype": "bfloat16"},
+    return write_run(
+        folder,
+        teacher={"dtype": "bfloat16"},
         experts={"init": "importance", "gate_init": "ridge"},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.2,
-        },
         # So low that the held-out loss falls to the end: the best checkpoint is the last.
         optim={"expert_lr": 5e-4, "gate_lr": 1e-4},
         train={
@@ -195,12 +182,15 @@ def test_ctrl_c_stops_after_the_step_and_leaves_a_usable_student(config, tmp_pat
     assert student_of(out).generate(**prompt, max_new_tokens=2).shape[0] == 1
 
 
-def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(whole, config, tmp_path, at_step):
+def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(
+    whole, config, tmp_path, at_step, capsys
+):
     out = tmp_path / "run"
     at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run_distill(config, out=out).interrupted
     at_step(1000, fail)
     assert not run_distill(config, out=out, resume=True).interrupted
+    assert "going on after step 5, 320 tokens" in capsys.readouterr().err
     assert_same_run(out, whole[0])
     assert json.loads((out / "summary.json").read_text())["interrupted"] is False
 

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.utils import logging
 
-from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny import change, write_run
 from tiny_onn import train as train_module
 from tiny_onn.checks import validate
 from tiny_onn.config import RunConfig
@@ -16,36 +15,23 @@ from tiny_onn.errors import UserError
 from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.stages import annealed, annealed_k, run_tokens, stage_named
-from tiny_onn.teacher import quiet_transformers
 from tiny_onn.train import run_distill
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # What a clock decides.
 TIMES = ("tokens_per_s", "seconds")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    quiet_transformers()
-    yield
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Five blockwise steps and four global ones, each stage annealed over half of it."""
     folder = tmp_path_factory.mktemp("run")
-    return change(
-        CONFIG,
-        teacher={"path": str(save_teacher(folder / "teacher")), "dtype": "bfloat16"},
+    return write_run(
+        folder,
+        teacher={"dtype": "bfloat16"},
         experts={"init": "importance", "gate_init": "ridge"},
         router={"anneal_fraction": 0.5, "blockwise_anneal_fraction": 0.5},
-        data={
-            "sources": (str(write_corpus(folder / "corpus")),),
-            "row_tokens": 64,
-            "eval_tokens": 128,
-            "held_out_fraction": 0.2,
-        },
         optim={"master_dtype": "bfloat16"},
         train={
             "blockwise_tokens": 5 * 64 - 1,

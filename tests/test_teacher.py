@@ -9,24 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
-from transformers.utils import logging
 
 from tiny import SIZES, make_dense, make_ids, make_student, save_teacher
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import TeacherConfig
 from tiny_onn.errors import UserError
-from tiny_onn.teacher import load_dense, pick_device, quiet_transformers, teacher_for
+from tiny_onn.teacher import load_dense, pick_device, teacher_for
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    quiet_transformers()
-    yield
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

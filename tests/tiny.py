@@ -181,3 +181,18 @@ CONFIG = change(
     optim={"expert_lr": 3e-3, "gate_lr": 3e-3},
     train={"device": "cpu", "compile": False, "checkpointing": "none"},
 )
+
+
+def write_run(folder: Path, *, num_files=40, **sections: dict[str, Any]) -> RunConfig:
+    """Settings of a run on a teacher and a corpus that are written to `folder`; some changed."""
+    config = change(
+        CONFIG,
+        teacher={"path": str(save_teacher(folder / "teacher"))},
+        data={
+            "sources": (str(write_corpus(folder / "corpus", num_files)),),
+            "row_tokens": 64,
+            "eval_tokens": 128,
+            "held_out_fraction": 0.2,
+        },
+    )
+    return change(config, **sections)

@@ -198,6 +198,11 @@ def _local_documents(config: DataConfig, split: Split) -> tuple[list[tuple[bytes
             if is_held_out(digest, config.held_out_fraction) == (split == "held_out"):
                 documents.append((digest, document))
     if not documents and len(local) == len(config.sources):
+        if len(set(digests)) == 1:
+            raise UserError(
+                "data.sources: got one document in all, expected at least two, one to train on and"
+                " one to hold out; split the text into files, or into lines of a .jsonl file"
+            )
         raise _empty_split_error(config, split)
     # Stable: documents of equal text keep the order of their sources.
     documents.sort(key=lambda pair: pair[0])

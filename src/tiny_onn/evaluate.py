@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import DataConfig, LossConfig
+from tiny_onn.console import stage
 from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
@@ -251,7 +252,9 @@ def forward_flops(
     }
 
 
-def run_eval(model: str, *, text: Path | None, device: str, max_tokens: int) -> dict[str, object]:
+def run_eval(
+    model: str, *, text: Path | None, device: str, max_tokens: int, checkpoint: str = "newest"
+) -> dict[str, object]:
     """The verb `eval`: a student against its teacher, on a file or on its run's held-out text.
 
     The teacher is the dense model as it is; where the run's teacher was quantised, the result also
@@ -260,18 +263,20 @@ def run_eval(model: str, *, text: Path | None, device: str, max_tokens: int) -> 
     Raises:
         UserError: no such model or text, or the teacher cannot be had.
     """
-    loaded, teacher, rows, source = load_for_eval(model, text, device, max_tokens)
-    result = evaluate(loaded.student, teacher, rows, loaded.config.loss)
+    loaded, teacher, rows, source = load_for_eval(model, text, device, max_tokens, checkpoint)
+    with stage(f"Evaluating on {source}"):
+        result = evaluate(loaded.student, teacher, rows, loaded.config.loss)
     found: dict[str, object] = dict(asdict(result))
     if loaded.config.teacher.quantization != "none":
         settings = replace(loaded.config.teacher, placement="separate")
         quantised = teacher_for(teacher, settings)
         found["quantised_teacher"] = asdict(compare(quantised, teacher, rows, loaded.config.loss))
-    return {"model": model, "teacher": loaded.config.teacher.path, "text": source, **found}
+    about = {"model": model, "step": loaded.step, "teacher": loaded.config.teacher.path}
+    return {**about, "text": source, **found}
 
 
 def load_for_eval(
-    model: str, text: Path | None, device: str, max_tokens: int
+    model: str, text: Path | None, device: str, max_tokens: int, checkpoint: str = "newest"
 ) -> tuple[LoadedStudent, PreTrainedModel, list[PackedRow], str]:
     """A student, its teacher, the rows to measure on, and what these are in words.
 
@@ -280,8 +285,9 @@ def load_for_eval(
     """
     quiet_transformers()
     where = pick_device(device)
-    loaded = load_student(model, where)
-    teacher = load_teacher_of(loaded, where)
+    loaded = load_student(model, where, checkpoint)
+    with stage(f"Loading the teacher, {loaded.config.teacher.path}"):
+        teacher = load_teacher_of(loaded, where)
     data = loaded.config.data
     rows = (
         held_out_rows(data, loaded.tokenizer, data.row_tokens, max_tokens)

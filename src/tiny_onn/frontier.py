@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tiny_onn.budgets import set_budget
 from tiny_onn.charts import Line, line_plot, page
-from tiny_onn.console import stage
+from tiny_onn.console import say, stage
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate, load_for_eval
 from tiny_onn.modeling import TinyOnnForCausalLM
@@ -26,6 +26,7 @@ def run_frontier(
     device: str,
     max_tokens: int,
     out: Path,
+    checkpoint: str = "newest",
 ) -> dict[str, Any]:
     """Evaluate a student at several budgets; write `frontier.json` and `frontier.html`.
 
@@ -36,11 +37,12 @@ def run_frontier(
         device: where to run.
         max_tokens: read, at most.
         out: a folder for the results; made if missing.
+        checkpoint: which of a run's students, see `load_student`.
 
     Raises:
         UserError: no such model or text, or a budget that it cannot run at.
     """
-    loaded, teacher, rows, source = load_for_eval(model, text, device, max_tokens)
+    loaded, teacher, rows, source = load_for_eval(model, text, device, max_tokens, checkpoint)
     student = loaded.student
     budgets = budgets or default_budgets(student)
     for budget in budgets:
@@ -54,6 +56,7 @@ def run_frontier(
         points.append({"budget": float(budget), **result.as_dict()})
     found = {
         "model": model,
+        "step": loaded.step,
         "teacher": loaded.config.teacher.path,
         "text": source,
         "num_experts": student.config.num_experts,
@@ -63,6 +66,7 @@ def run_frontier(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "frontier.json", found)
         (out / "frontier.html").write_text(html_page(found), encoding="utf-8")
+        say(f"{out}: frontier.json and frontier.html")
     except OSError as error:
         raise UserError(
             f"--out: got {out}, expected a folder to write to ({error.strerror}); choose another"

@@ -21,6 +21,7 @@ def run_generate(
     seed: int,
     device: str = "auto",
     budget: float | None = None,
+    checkpoint: str = "newest",
 ) -> str:
     """Print the continuation of a prompt as it comes, and return it.
 
@@ -32,9 +33,10 @@ def run_generate(
         seed: of the sampling.
         device: where to run.
         budget: experts a token of a student may use, on average; None: what it was trained for.
+        checkpoint: which of a run's students, see `load_student`.
 
     Raises:
-        UserError: no such model, or an empty prompt.
+        UserError: no such model or checkpoint, or an empty prompt.
     """
     if not prompt:
         raise UserError("--prompt: got an empty text, expected at least one character; write one")
@@ -46,7 +48,7 @@ def run_generate(
             "check the terminal's encoding"
         ) from error
     quiet_transformers()
-    network, tokenizer = _load(model, pick_device(device), budget)
+    network, tokenizer = _load(model, pick_device(device), budget, checkpoint)
     # transformers' sampling knows no generator argument.
     torch.manual_seed(seed)
     sampling = (
@@ -66,18 +68,19 @@ def run_generate(
 
 
 def _load(
-    model: str, device: torch.device, budget: float | None
+    model: str, device: torch.device, budget: float | None, checkpoint: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if is_student(model):
-        loaded = load_student(model, device)
+        loaded = load_student(model, device, checkpoint)
         if budget is not None:
             set_budget(loaded.student, budget)
         loaded.student.round_experts()
         return loaded.student, loaded.tokenizer
-    if budget is not None:
-        raise UserError(
-            f"--budget: got {model}, a dense model, expected a student; leave --budget out"
-        )
+    for name, given in (("--budget", budget is not None), ("--checkpoint", checkpoint != "newest")):
+        if given:
+            raise UserError(
+                f"{name}: got {model}, a dense model, expected a student; leave {name} out"
+            )
     dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
     # Packed rows are for training; caches are transformers' own attention's business.
     dense.set_attn_implementation(_generation_attention(dense))

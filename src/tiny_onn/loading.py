@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import RunConfig, TeacherConfig
+from tiny_onn.console import say
 from tiny_onn.convert import adopt_backbone, backbone_hash
 from tiny_onn.errors import LoadErrors, UserError
-from tiny_onn.mid_run import load_from_checkpoint, newer_checkpoint
+from tiny_onn.mid_run import choose, load_from_checkpoint, newer_checkpoint
 from tiny_onn.model_files import (
     check_loaded,
     check_model_config,
@@ -32,6 +33,8 @@ class LoadedStudent:
     student: TinyOnnForCausalLM
     tokenizer: PreTrainedTokenizerBase
     config: RunConfig
+    step: int | None = None
+    """Updates of the run that made it, if that is known."""
 
 
 def is_student(name: str) -> bool:
@@ -41,22 +44,35 @@ def is_student(name: str) -> bool:
     return found or _model_type(folder) == "tiny_onn"
 
 
-def load_student(name: str, device: torch.device) -> LoadedStudent:
+def load_student(name: str, device: torch.device, checkpoint: str = "newest") -> LoadedStudent:
     """The student of a run folder (with the run's settings) or of its own folder (with defaults).
 
-    A run that has not finished, or goes on, gives its newest checkpoint.
+    Args:
+        name: the folder.
+        device: where to put it.
+        checkpoint: which of a run's: `newest` (the finished student, or if the run goes on its
+            newest checkpoint), `best` (by held-out KL) or a step. A line tells which it is.
 
     Raises:
         UserError: there is none, or its files are damaged.
     """
-    folder = Path(name)
-    if (checkpoint := newer_checkpoint(folder)) is not None:
-        config = read_run_config(folder)
-        student, tokenizer = load_from_checkpoint(config, checkpoint, device)
-        return LoadedStudent(student=student.train(False), tokenizer=tokenizer, config=config)
-    if (folder / "student").is_dir():
+    folder, step = Path(name), None
+    if (folder / "student").is_dir() or newer_checkpoint(folder) is not None:
         config, student_folder = read_run_config(folder), folder / "student"
+        choice = choose(folder, checkpoint)
+        say(f"{name}: {choice.about}")
+        step = choice.step
+        if choice.path is not None:
+            student, tokenizer = load_from_checkpoint(config, choice.path, device)
+            return LoadedStudent(
+                student=student.train(False), tokenizer=tokenizer, config=config, step=step
+            )
     elif _model_type(folder) == "tiny_onn":
+        if checkpoint != "newest":
+            raise UserError(
+                f"--checkpoint: got {checkpoint} with {name}, one student, expected the folder of a"
+                " run; name that, or leave --checkpoint out"
+            )
         config, student_folder = RunConfig(), folder
     else:
         raise UserError(
@@ -82,7 +98,9 @@ def load_student(name: str, device: torch.device) -> LoadedStudent:
         config = replace(config, teacher=teacher)
     student.requires_grad_(False)
     student.to(device)  # pyright: ignore[reportArgumentType] - transformers hides Module.to
-    return LoadedStudent(student=student.train(False), tokenizer=tokenizer, config=config)
+    return LoadedStudent(
+        student=student.train(False), tokenizer=tokenizer, config=config, step=step
+    )
 
 
 def _read_student(folder: Path) -> tuple[TinyOnnForCausalLM, PreTrainedTokenizerBase]:

@@ -1,16 +1,62 @@
-"""The student of a run that has not finished: its newest checkpoint in a fresh conversion."""
+"""The student of a run at one of its checkpoints, in a fresh conversion."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_onn.checkpoint import restore_student, valid_checkpoints
+from tiny_onn.checkpoint import restore_student, step_of, valid_checkpoints
 from tiny_onn.config import RunConfig
 from tiny_onn.convert import share_backbone, student_config
+from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.teacher import load_dense
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One of the students that a run has kept."""
+
+    path: Path | None
+    """Its checkpoint; None: the finished student."""
+    step: int | None
+    """Updates that made it; None if the run does not say."""
+    about: str
+    """Which one it is, in words."""
+
+
+def choose(folder: Path, which: str) -> Choice:
+    """The student of a run folder that `which` names: `newest`, `best` (held-out KL), or a step.
+
+    Raises:
+        UserError: the run has not kept it.
+    """
+    newer = newer_checkpoint(folder)
+    told = _read(folder / "summary.json" if newer is None else newer / "state.json")
+    newest = _step(told, "steps" if newer is None else "step")
+    best = _step(told.get("best"), "step")
+    if which == "newest":
+        step = newest
+    else:
+        kept = {step_of(path): path for path in valid_checkpoints(folder / "checkpoints")}
+        asked = str(best) if which == "best" else which
+        steps = sorted({*kept} if newest is None else {newest, *kept})
+        if asked not in map(str, steps):
+            got = f"best, step {best}" if which == "best" else which
+            raise UserError(
+                f"--checkpoint: got {got}, expected newest, best or a step that the run has kept,"
+                f" of {', '.join(map(str, steps))}; leave it out for the newest"
+            )
+        step = int(asked)
+        newer = newer if step == newest else kept[step]
+    about = "the finished student" if step is None else f"step {step}"
+    about += ", the newest" * (step == newest) + ", the best by held-out KL" * (step == best)
+    if best not in (None, step):
+        about += f"; the best by held-out KL was step {best}: --checkpoint best"
+    return Choice(path=newer, step=step, about=about)
 
 
 def newer_checkpoint(folder: Path) -> Path | None:
@@ -21,18 +67,26 @@ def newer_checkpoint(folder: Path) -> Path | None:
     if not (folder / "student").is_dir():
         return found[0]
     finished = _finished_steps(folder)
-    step = int(found[0].name.removeprefix("step-"))
-    return found[0] if finished is not None and step > finished else None
+    return found[0] if finished is not None and step_of(found[0]) > finished else None
 
 
 def _finished_steps(folder: Path) -> int | None:
     """Steps after which the run wrote its student; None if it does not say."""
+    return _step(_read(folder / "summary.json"), "steps")
+
+
+def _step(record: object, name: str) -> int | None:
+    step = record.get(name) if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object of a run; empty if there is none."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    steps = summary.get("steps") if isinstance(summary, dict) else None
-    return steps if isinstance(steps, int) else None
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load_from_checkpoint(

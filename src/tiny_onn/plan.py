@@ -292,8 +292,10 @@ def _card_table(plan: Plan) -> Table:
 
 def _flops_table(plan: Plan) -> Table:
     row_tokens, token = plan.config.data.row_tokens, plan.token
-    one, other = f"one document of {row_tokens:,}", f"documents of {plan.document_tokens:,}"
-    table = _table("FLOPs", "", one, other)
+    columns = [f"one document of {row_tokens:,}", f"documents of {plan.document_tokens:,}"]
+    # Documents as long as a row are one case.
+    columns = columns[: 1 if plan.document_tokens >= row_tokens else 2]
+    table = _table("FLOPs", "", *columns)
     k = f"{plan.config.router.target_k:g}"
     for name, number in (
         ("attention projections", token.attention_projections),
@@ -305,12 +307,14 @@ def _flops_table(plan: Plan) -> Table:
     ):
         scores = (token.attention_scores_row, token.attention_scores_documents)
         cells = scores if number is None else (number, number)
-        table.add_row(f"token, forward: {name}", *(f"{cell / 1e6:,.1f} M" for cell in cells))
+        shown = [f"{cell / 1e6:,.1f} M" for cell in cells[: len(columns)]]
+        table.add_row(f"token, forward: {name}", *shown)
     for item in fields(StepFlops):
         cells = [getattr(step, item.name) for step in (plan.whole_rows, plan.packed)]
         name = item.name.replace("_", " ")
-        table.add_row(f"step: {name}", *(f"{cell / 1e12:,.2f} T" for cell in cells))
-    totals = (plan.whole_rows.total, plan.packed.total)
+        shown = [f"{cell / 1e12:,.2f} T" for cell in cells[: len(columns)]]
+        table.add_row(f"step: {name}", *shown)
+    totals = (plan.whole_rows.total, plan.packed.total)[: len(columns)]
     table.add_row("[bold]step[/bold]", *(f"[bold]{total / 1e12:,.2f} T[/bold]" for total in totals))
     return table
 
@@ -336,10 +340,9 @@ def _time_lines(plan: Plan) -> list[str]:
     if whole is None or packed is None:
         time = "unknown: the device's rate is for bfloat16, teacher.dtype is float32"
     else:
-        time = (
-            f"{_duration(whole)}, or {_duration(packed)} in documents of "
-            f"{plan.document_tokens:,} tokens"
-        )
+        time = _duration(whole)
+        if plan.document_tokens < plan.config.data.row_tokens:
+            time += f", or {_duration(packed)} in documents of {plan.document_tokens:,} tokens"
     share = plan.config.router.target_k / plan.sizes.experts
     dense, student = plan.decode_tokens_per_s(1.0), plan.decode_tokens_per_s(share)
     return [

@@ -10,6 +10,7 @@ up, and about five passes of the fitting tokens.
 Legend: T tokens, D hidden, E experts.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.checks import validate
 from tiny_onn.config import ExpertInit, RunConfig, Surprise
-from tiny_onn.console import stage
+from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import text_rows
@@ -36,7 +37,7 @@ from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.own_keys import own_keys
 from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import calibration_rows, make_student, with_router
-from tiny_onn.probe_record import Seen, layer_record
+from tiny_onn.probe_record import Seen, numbers
 from tiny_onn.probe_report import html_page
 from tiny_onn.run_folder import write_json
 from tiny_onn.teacher import load_dense, pick_device, quiet_transformers
@@ -45,8 +46,8 @@ from tiny_onn.truth import Document
 LOSSES = ("auto", "forward-kl", "next-token")
 # Fragments that are sampled are at most this long, whatever a run's rows are.
 ROW_TOKENS = 1024
-# Fewer groups than this give no interval worth the name; tokens take their place.
-MIN_DOCUMENTS = 10
+# What was measured so far is written as many times.
+PARTS = 10
 # Where a layer is probed if none is named: shares of the depth.
 DEPTHS = (0.13, 0.5, 0.87)
 # The gain of the token's own loss, without what later tokens read of it.
@@ -78,8 +79,12 @@ def run_probe(
     max_tokens: int = 1024,
     document_tokens: int = 64,
     fit_tokens: int = 8192,
+    checkpoint: str = "newest",
 ) -> dict[str, Any]:
     """Probe a model, write `probe.json` and `probe.html` to a folder, and return the numbers.
+
+    All layers advance together, document by document, and every tenth of the way what was measured
+    is written, with `complete` false: an interrupted probe keeps it.
 
     Args:
         model: a run folder, a student's folder, `embedded`, a dense folder or a hub id. A dense
@@ -95,6 +100,7 @@ def run_probe(
         max_tokens: probed, at most.
         document_tokens: read of each document, at most.
         fit_tokens: for the regressions, at most; 0: none are made.
+        checkpoint: which of a run's students, see `load_student`.
 
     Raises:
         UserError: no such model, layer, loss or text.
@@ -107,31 +113,31 @@ def run_probe(
     quiet_transformers()
     started = time.perf_counter()
     where = pick_device(device)
-    with stage(f"Loading {model}"):
-        subject = load_subject(model, where, init=init, num_experts=num_experts)
+    say(f"Loading {model} ...")
+    subject = load_subject(model, where, init=init, num_experts=num_experts, checkpoint=checkpoint)
     probed_layers = _checked_layers(layers, len(subject.student.banks()))
-    data = replace(subject.config.data, row_tokens=min(subject.config.data.row_tokens, ROW_TOKENS))
-    enough = max(1, max_tokens // document_tokens) * data.row_tokens + 2 * fit_tokens
-    rows = (
-        held_out_rows(data, subject.tokenizer, data.row_tokens, enough)
-        if text is None
-        else text_rows(text, subject.tokenizer, data, enough)
-    )
+    rows = _rows(subject, text, max(1, max_tokens // document_tokens), fit_tokens)
     probed, fitted = sample_documents(rows, document_tokens, max_tokens, fit_tokens)
     use_kl = loss == "forward-kl" or (loss == "auto" and not subject.fresh)
-    found = {
+    about = {
         "model": model,
         "teacher": subject.config.teacher.path,
         "conversion": f"{init}, all experts on" if subject.fresh else "student",
         "num_layers": len(subject.student.banks()),
         "num_experts": subject.student.config.num_experts,
         "document_tokens": document_tokens,
-        **measure(subject, probed, fitted, probed_layers, use_kl=use_kl),
-        "seconds": time.perf_counter() - started,
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+
+    def keep(measured: dict[str, Any]) -> dict[str, Any]:
+        found = {**about, **measured, "seconds": time.perf_counter() - started}
         write_json(out / "probe.json", found)
+        return found
+
+    try:
+        # Before the work, so that a folder that cannot be had is told at once.
+        out.mkdir(parents=True, exist_ok=True)
+        say(f"probe: {len(probed)} documents; results go to {out}")
+        found = keep(measure(subject, probed, fitted, probed_layers, use_kl=use_kl, keep=keep))
         (out / "probe.html").write_text(html_page(found), encoding="utf-8")
     except OSError as error:
         raise UserError(
@@ -147,6 +153,7 @@ def measure(
     layers: Sequence[int],
     *,
     use_kl: bool,
+    keep: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
     """The numbers of some documents' tokens, the first of each apart, by layer.
 
@@ -156,41 +163,37 @@ def measure(
         fitted: documents to fit regressions on; none: none are made.
         layers: which.
         use_kl: whether a token's own loss is the KL to the teacher, or that of the next token.
+        keep: called with the numbers of the documents so far, without regressions, `PARTS - 1`
+            times or so on the way.
     """
     teacher = subject.teacher if use_kl else None
+    part = math.ceil(len(probed) / PARTS)
+    losses: list[Tensor] = []
+    seen = {layer: Seen(value=[], active=[], x=[], scores={}) for layer in layers}
     with _bar(len(probed) * (len(layers) + 1) + len(fitted)) as advance:
-        seen, losses_T = look(subject.student, teacher, probed, layers, advance)
+        for losses_T in look(subject.student, teacher, probed, seen, advance):
+            losses.append(losses_T)
+            if len(losses) % part == 0 and len(losses) < len(probed):
+                keep(numbers(probed, losses, seen, {}, use_kl=use_kl))
         fit = look_again(subject.student, teacher, fitted, layers, advance)
-    # The last token of a document has no loss.
-    is_first_T, is_last_T = (_edges(probed, edge) for edge in (0, -1))
-    counted_T = ~is_first_T & ~is_last_T
-    by_document = len(probed) >= MIN_DOCUMENTS
-    groups = [torch.full((ids.shape[1],), number) for number, ids in enumerate(probed)]
-    groups_T = torch.cat(groups) if by_document else torch.arange(len(losses_T))
-    return {
-        "loss": "forward_kl" if use_kl else "next_token",
-        "num_documents": len(probed),
-        "num_tokens": int(counted_T.sum()),
-        "num_first_tokens": len(probed),
-        "fit_tokens": sum(ids.shape[1] - 2 for ids in fitted),
-        "intervals": "documents" if by_document else "tokens",
-        "mean_loss": losses_T[counted_T].mean().item(),
-        "mean_loss_first_token": losses_T[is_first_T].mean().item(),
-        "layers": {
-            str(layer): layer_record(seen[layer], fit.get(layer), groups_T, counted_T, is_first_T)
-            for layer in layers
-        },
-    }
+    return numbers(probed, losses, seen, fit, use_kl=use_kl)
 
 
-def load_subject(name: str, device: torch.device, *, init: str, num_experts: int) -> Subject:
+def load_subject(
+    name: str, device: torch.device, *, init: str, num_experts: int, checkpoint: str
+) -> Subject:
     """The model that a user names, in float32 and frozen, with its teacher.
 
     Raises:
         UserError: there is none, or it cannot be converted as asked.
     """
     if is_student(name):
-        loaded = load_student(name, device)
+        loaded = load_student(name, device, checkpoint)
+        if loaded.student.config.selection == "oracle":
+            raise UserError(
+                f"MODEL: got {name}, a student with router.selection = 'oracle', expected one with"
+                " a gate: surprise reaches experts through it; probe its teacher instead"
+            )
         # Differences of losses drown in bfloat16's rounding.
         teacher = replace(loaded.config.teacher, dtype="float32")
         loaded = replace(loaded, config=replace(loaded.config, teacher=teacher))
@@ -202,6 +205,10 @@ def load_subject(name: str, device: torch.device, *, init: str, num_experts: int
             tokenizer=loaded.tokenizer,
             config=loaded.config,
             fresh=False,
+        )
+    if checkpoint != "newest":
+        raise UserError(
+            f"--checkpoint: got {name}, a dense model, expected a run; leave --checkpoint out"
         )
     config = RunConfig()
     config = replace(
@@ -222,6 +229,17 @@ def load_subject(name: str, device: torch.device, *, init: str, num_experts: int
     student = make_student(config, dense, calibration_rows(config, tokenizer, device))
     student.requires_grad_(False)
     return Subject(student=student, teacher=dense, tokenizer=tokenizer, config=config, fresh=True)
+
+
+def _rows(
+    subject: Subject, text: Path | None, num_documents: int, fit_tokens: int
+) -> list[PackedRow]:
+    """Text for as many documents and tokens to fit on, if there is as much."""
+    data = replace(subject.config.data, row_tokens=min(subject.config.data.row_tokens, ROW_TOKENS))
+    enough = num_documents * data.row_tokens + 2 * fit_tokens
+    if text is None:
+        return held_out_rows(data, subject.tokenizer, data.row_tokens, enough)
+    return text_rows(text, subject.tokenizer, data, enough)
 
 
 def sample_documents(
@@ -263,32 +281,29 @@ def look(
     student: TinyOnnForCausalLM,
     teacher: PreTrainedModel | None,
     documents: Sequence[Tensor],
-    layers: Sequence[int],
+    seen: dict[int, Seen],
     advance: Callable[[float], None],
-) -> tuple[dict[int, Seen], Tensor]:
-    """Truth, every surprise, and inputs of the documents' tokens, by layer; and their own losses.
+) -> Iterator[Tensor]:
+    """Each document's own losses (T,), once what its tokens show of every layer is in `seen`.
 
     Args:
         student: the model.
         teacher: whose KL counts; None: the next token's loss does.
         documents: token ids (1, T).
-        layers: which.
+        seen: by layer; truth, every surprise, and inputs are added to it.
         advance: called with the documents done, in parts.
     """
-    seen = {layer: Seen(value=[], active=[], x=[], scores={}) for layer in layers}
     num_experts = student.config.num_experts
-    losses = []
     for document in _documents(student, teacher, documents):
-        losses.append(document.losses_T.cpu())
-        surprise = document.surprise(layers)
-        own = document.surprise(layers, ["gain"], own=True)
+        surprise = document.surprise(list(seen))
+        own = document.surprise(list(seen), ["gain"], own=True)
         advance(1)
-        for layer in layers:
+        for layer, shown in seen.items():
             found = surprise[layer] | {OWN_GAIN: own[layer]["gain"]}
-            _note(seen[layer], document, layer, found)
+            _note(shown, document, layer, found)
             value_TE = document.truth(layer, lambda num: advance(num / num_experts))
-            seen[layer].value.append(value_TE.cpu())
-    return seen, torch.cat(losses)
+            shown.value.append(value_TE.cpu())
+        yield document.losses_T.cpu()
 
 
 def look_again(
@@ -298,7 +313,7 @@ def look_again(
     layers: Sequence[int],
     advance: Callable[[float], None],
 ) -> dict[int, Seen]:
-    """Gain, magnitude and inputs of documents to fit on, without their truth; as `look`."""
+    """Gain, magnitude and inputs of documents to fit on, without their truth, by layer."""
     seen = {layer: Seen(value=[], active=[], x=[], scores={}) for layer in layers}
     kinds: tuple[Surprise, ...] = ("gain", "magnitude")
     for document in _documents(student, teacher, documents):
@@ -335,16 +350,6 @@ def _note(seen: Seen, document: Document, layer: int, scores: dict[str, Tensor])
     seen.active.append(active_TE.cpu())
     for kind, score_TE in scores.items():
         seen.scores.setdefault(kind, []).append(score_TE.float().cpu())
-
-
-def _edges(documents: Sequence[Tensor], edge: int) -> Tensor:
-    """Which tokens of the documents, end to end, are the first (0) or the last (-1) of theirs."""
-    marks = []
-    for ids in documents:
-        mark_T = torch.zeros(ids.shape[1], dtype=torch.bool)
-        mark_T[edge] = True
-        marks.append(mark_T)
-    return torch.cat(marks)
 
 
 def _checked_layers(layers: Sequence[int], num_layers: int) -> list[int]:

@@ -3,6 +3,7 @@
 Legend: T tokens, D hidden, E experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from tiny_onn.probe_stats import Estimate, estimate, fit_ridge, levels, per_token, spearman
+
+# Fewer groups than this give no interval worth the name; tokens take their place.
+MIN_DOCUMENTS = 10
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,6 +24,48 @@ class Seen:
     active: list[Tensor]
     x: list[Tensor]
     scores: dict[str, list[Tensor]]
+
+
+def numbers(
+    probed: Sequence[Tensor],
+    losses: Sequence[Tensor],
+    seen: dict[int, Seen],
+    fit: dict[int, Seen],
+    *,
+    use_kl: bool,
+) -> dict[str, Any]:
+    """What was measured of the documents that have losses, the first ones, by layer.
+
+    Args:
+        probed: all documents to probe, token ids (1, T).
+        losses: each document's own losses (T,).
+        seen: by layer, of the same documents.
+        fit: by layer, of the documents to fit regressions on; empty: none are made.
+        use_kl: whether a token's own loss is the KL to the teacher, or that of the next token.
+    """
+    num_planned, probed = len(probed), probed[: len(losses)]
+    losses_T = torch.cat(list(losses))
+    # The last token of a document has no loss.
+    is_first_T, is_last_T = (_edges(probed, edge) for edge in (0, -1))
+    counted_T = ~is_first_T & ~is_last_T
+    by_document = len(probed) >= MIN_DOCUMENTS
+    groups = [torch.full((ids.shape[1],), number) for number, ids in enumerate(probed)]
+    groups_T = torch.cat(groups) if by_document else torch.arange(len(losses_T))
+    return {
+        "loss": "forward_kl" if use_kl else "next_token",
+        "complete": len(probed) == num_planned,
+        "num_documents": len(probed),
+        "num_tokens": int(counted_T.sum()),
+        "num_first_tokens": len(probed),
+        "fit_tokens": sum(len(x) - 2 for layer in list(fit)[:1] for x in fit[layer].x),
+        "intervals": "documents" if by_document else "tokens",
+        "mean_loss": losses_T[counted_T].mean().item(),
+        "mean_loss_first_token": losses_T[is_first_T].mean().item(),
+        "layers": {
+            str(layer): layer_record(seen[layer], fit.get(layer), groups_T, counted_T, is_first_T)
+            for layer in seen
+        },
+    }
 
 
 def layer_record(
@@ -78,6 +124,16 @@ def quantities(gain_TE: Tensor, magnitude_TE: Tensor) -> dict[str, Tensor]:
         "magnitude": magnitude_TE,
         "log magnitude": magnitude_TE.clamp_min(1e-6).log(),
     }
+
+
+def _edges(documents: Sequence[Tensor], edge: int) -> Tensor:
+    """Which tokens of the documents, end to end, are the first (0) or the last (-1) of theirs."""
+    marks = []
+    for ids in documents:
+        mark_T = torch.zeros(ids.shape[1], dtype=torch.bool)
+        mark_T[edge] = True
+        marks.append(mark_T)
+    return torch.cat(marks)
 
 
 def _predictable(seen: Seen, fit: Seen, groups_T: Tensor, counted_T: Tensor) -> dict[str, Any]:

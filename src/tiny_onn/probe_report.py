@@ -16,7 +16,8 @@ def console_tables(found: Mapping[str, Any]) -> Iterator[Table]:
     for title, header, rows in tables(found):
         table = Table(title=title)
         for number, name in enumerate(header):
-            table.add_column(name, justify="left" if number == 0 else "right")
+            # Half a number misleads: on a narrow terminal it goes on in the next line.
+            table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         yield table

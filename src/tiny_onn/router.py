@@ -229,9 +229,9 @@ class Router(nn.Module):
         # All experts' is negative.
         if self.rule.has_budget and self.threshold_table[-1] == 0:
             raise UserError(
-                "--budget: got a student without measured thresholds (from before it could, or "
-                "from the middle of its training), expected a finished one; finish its run with "
-                "`tiny-onn distill --resume --out RUN`, which measures them"
+                "--budget: got a student without measured thresholds (from the middle of its run),"
+                " expected a finished one; take the run's newest, or finish it with `tiny-onn"
+                " distill --resume --out RUN`, which measures them"
             )
         self.rule = replace(self.rule, target_k=float(budget))
         if not self.rule.has_budget:

@@ -55,7 +55,7 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
             )
     write_json(path / "environment.json", _environment(config.train.device, argv))
     # Last, so that a folder with settings is a whole one.
-    _write_atomically(path / "config.json", resolved_json(config))
+    keep_settings(path, config)
 
 
 def resume_run_folder(
@@ -63,12 +63,14 @@ def resume_run_folder(
 ) -> None:
     """Check that `path` holds a run of the same settings and record where it goes on.
 
+    The settings stay as they were until `keep_settings`: the run may yet refuse the changes.
+
     Args:
         path: The folder.
         config: The settings to go on with, paths absolute.
         argv: The command line.
-        allow_change: Names of the settings that may differ; `config.json` then gets the new ones,
-            `environment-N.json` the differences.
+        allow_change: Names of the settings that may differ; `environment-N.json` gets the
+            differences.
 
     Raises:
         UserError: It holds no run, or one of other settings, or cannot be written.
@@ -80,8 +82,15 @@ def resume_run_folder(
         number += 1
     environment = {**_environment(config.train.device, argv), "changes": changes}
     write_json(path / f"environment-{number}.json", environment)
-    if changes:
-        _write_atomically(path / "config.json", resolved_json(config))
+
+
+def keep_settings(path: Path, config: RunConfig) -> None:
+    """Make `config` the settings of the run in `path`.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    _write_atomically(path / "config.json", resolved_json(config))
 
 
 def read_run_config(path: Path) -> RunConfig:

@@ -33,7 +33,7 @@ class StopRequest:
         if self._received:
             raise KeyboardInterrupt
         self._received = True
-        say("Stopping after this step; once more to stop at once.")
+        say("Stopping after this step, a last evaluation and saving; once more to stop at once.")
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from tiny_onn.run_folder import (
     METRICS_NAME,
     MetricsWriter,
     create_run_folder,
+    keep_settings,
     read_metrics,
     read_run_config,
     record_conversion,
@@ -113,7 +114,10 @@ def run_distill(
         prepared = prepared or prepare(config)
         record_conversion(out / "conversion.json", asdict(prepared.conversion))
         show_conversion(title, prepared.student, prepared.conversion)
-        return _Run(config, out, prepared, resume=resume, title=title, stop=stop).loop()
+        run = _Run(config, out, prepared, resume=resume, title=title, stop=stop)
+        if resume:
+            keep_settings(out, config)
+        return run.loop()
 
 
 class _Run:
@@ -152,7 +156,7 @@ class _Run:
         self.best: dict[str, Any] | None = None
         self.saved_step = -1
         if resume:
-            self._restore()
+            self._restore(chosen_chunk=config.loss.chunk_tokens == 0)
 
     def loop(self) -> RunResult:
         """Steps until the token budget is spent or someone stops the run."""
@@ -378,14 +382,14 @@ class _Run:
             self.saved_step = -1
             say(f"{self.title}: the run goes on, but {error}")
 
-    def _restore(self) -> None:
+    def _restore(self, *, chosen_chunk: bool) -> None:
         state = load_checkpoint(self.checkpoints, self.student, self.optimizer)
         if state is None:
             say(f"{self.out}: no checkpoint yet, starting from the first step")
             return
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.metrics_offset = state["metrics_offset"]
-        if read_run_config(self.out).loss.chunk_tokens == 0:
+        if chosen_chunk:
             self._set_loss_chunk(state["loss_chunk_tokens"])
         self.guard.load_state_dict(state["guard"])
         self.best, self.saved_step = state["best"], self.step
@@ -393,3 +397,4 @@ class _Run:
         self.stage = stage_named(**state["stage"], config=self.config)
         self.before = Evaluation(**state["before"]) if state["before"] else None
         self.blocks = Blocks(**state["blocks"]) if state["blocks"] else None
+        say(f"{self.title}: going on after step {self.step:,}, {self.tokens:,} tokens")
