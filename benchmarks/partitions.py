@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from common import environment, parser, report, results_folder
 from steps import random_dense, random_rows
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.calibrate import expert_norms, fit_gates, ridge, sample_inputs, settle_budgets
+from tiny_onn.calibrate import Ridge, expert_norms, fit_gates, sample_inputs, settle_budgets
 from tiny_onn.config import RunConfig
 from tiny_onn.data import held_out_rows
 from tiny_onn.experts import ExpertBank
@@ -140,7 +140,7 @@ def set_gates(banks: Sequence[ExpertBank], inputs: Sequence[Tensor], name: str) 
     """Ridge gates toward a function of the experts' norms."""
     for bank, x_TD in zip(banks, inputs, strict=True):
         norms_TE = expert_norms(bank, x_TD).clamp_min(1e-6)
-        weight_DE, bias_E = ridge(x_TD, GATES[name](norms_TE, round(bank.router.rule.target_k)))
+        weight_DE, bias_E = Ridge(x_TD).fit(GATES[name](norms_TE, round(bank.router.rule.target_k)))
         bank.router.weight.copy_(weight_DE.T)
         bank.router.bias.copy_(bias_E)
 

@@ -9,6 +9,9 @@ of `eps` the total score ends within F * eps of the best one; eps falls by steps
 Legend: F neurons, E experts, I = F / E neurons per expert.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -33,9 +36,25 @@ def balanced_assignment(
     if spread == 0 or E == 1:
         return expert_F
     prices_E = torch.zeros(E, dtype=torch.float64)
-    for increment in INCREMENTS:
-        expert_F, prices_E = _auction(scores_FE, prices_E, spread * increment)
+    with _one_thread():
+        for increment in INCREMENTS:
+            expert_F, prices_E = _auction(scores_FE, prices_E, spread * increment)
     return expert_F
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within the context torch computes in one thread.
+
+    Thousands of small operations: where other processes hold the cores, those that wait for a
+    second thread each time took a hundred times as long.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _auction(scores_FE: Tensor, prices_E: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

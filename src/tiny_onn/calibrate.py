@@ -92,21 +92,36 @@ def sample_inputs(
     return [torch.cat(layer) for layer in kept]
 
 
-def ridge(
-    x_TD: Float[Tensor, "tokens hidden"], target_TE: Float[Tensor, "tokens experts"]
-) -> tuple[Float[Tensor, "hidden experts"], Float[Tensor, " experts"]]:
-    """Weight and bias of the ridge regression of targets on inputs, float64; the bias is free."""
-    features_TD = F.pad(x_TD.double(), (0, 1), value=1.0)
-    solution = solve_ridge(features_TD.T @ features_TD, features_TD.T @ target_TE.double())
-    return solution[:-1], solution[-1]
+class Ridge:
+    """Ridge regressions on the same inputs, float64; the bias is free.
+
+    The inputs' second moments are factored once, whatever is regressed on them, and how often.
+    """
+
+    def __init__(self, x_TD: Float[Tensor, "tokens hidden"]) -> None:
+        self._features_TD = F.pad(x_TD.double(), (0, 1), value=1.0)
+        gram_DD = _penalised(self._features_TD.T @ self._features_TD)
+        self._factors = torch.linalg.lu_factor(gram_DD)
+
+    def fit(
+        self, target_TE: Float[Tensor, "tokens experts"]
+    ) -> tuple[Float[Tensor, "hidden experts"], Float[Tensor, " experts"]]:
+        """Weight and bias of the regression of these targets."""
+        moment_DE = self._features_TD.T @ target_TE.double()
+        solution_DE = torch.linalg.lu_solve(*self._factors, moment_DE)
+        return solution_DE[:-1], solution_DE[-1]
 
 
 def solve_ridge(gram_DD: Tensor, moment_DE: Tensor) -> Tensor:
     """The ridge solution; the last feature is the constant 1, which goes unpenalised."""
+    return torch.linalg.solve(_penalised(gram_DD), moment_DE)
+
+
+def _penalised(gram_DD: Tensor) -> Tensor:
     D = len(gram_DD) - 1
     penalty = RIDGE * gram_DD.diagonal()[:D].mean() * torch.eye(D + 1, device=gram_DD.device)
     penalty[D, D] = 0
-    return torch.linalg.solve(gram_DD + penalty, moment_DE)
+    return gram_DD + penalty
 
 
 def importance_order(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from tiny_onn.assignment import balanced_assignment
-from tiny_onn.calibrate import ridge, sample_inputs
+from tiny_onn.calibrate import Ridge, sample_inputs
 from tiny_onn.config import ExpertsConfig
 from tiny_onn.modeling import GatedMlp, activation_name, gated_mlps
 from tiny_onn.packing import PackedRow
@@ -138,13 +138,14 @@ def learn_partition(
     share_TF = energy_TF / energy_TF.sum(1, keepdim=True).clamp_min(1e-30)
     halves = torch.arange(len(share_TF), device=share_TF.device) % 2 == 0
     counted_T = torch.ones_like(halves)
+    others = [(half, ~half, Ridge(x_TD[~half])) for half in (halves, ~halves)]
     best, best_F = -1.0, expert_F
     for _ in range(LEARNING_ROUNDS):
         energy_TE = share_TF @ _members(expert_F, num_experts, share_TF).T
         target_TE = energy_TE.clamp_min(1e-12).log()
         logits_TE = torch.empty_like(target_TE)
-        for half in (halves, ~halves):
-            weight_DE, bias_E = ridge(x_TD[~half], target_TE[~half])
+        for half, other, regression in others:
+            weight_DE, bias_E = regression.fit(target_TE[other])
             logits_TE[half] = x_TD[half].float() @ weight_DE.float() + bias_E.float()
         probs_TE = logits_TE.softmax(-1)
         active_TE = (probs_TE > exact_threshold(probs_TE, counted_T, target_k)).float()

@@ -22,7 +22,7 @@ from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
 
 
 @contextmanager
-def layer_outputs(model: PreTrainedModel, *, wanted: bool = True) -> Iterator[list[Tensor]]:
+def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[Tensor]]:
     """Within the context the list gets each decoder layer's output (1, T, D) in a forward pass.
 
     Close it before the backward pass: what a checkpointed layer recomputes would be added.

@@ -108,16 +108,10 @@ def distill_step(
     for row in (row.to(device) for row in rows):
         kwargs = packed_kwargs(row)
         steering.begin_row(row.router_mask[0])
-        with (
-            clock.phase("teacher forward"),
-            torch.no_grad(),
-            layer_outputs(teacher, wanted=matched) as teacher_states,
-        ):
+        watched = layer_outputs(teacher, matched)
+        with clock.phase("teacher forward"), torch.no_grad(), watched as theirs:
             teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
-        with (
-            clock.phase("student forward"),
-            layer_outputs(student, wanted=matched) as student_states,
-        ):
+        with clock.phase("student forward"), layer_outputs(student, matched) as own:
             student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
         stats.add(banks, row)
         steering.see(row.router_mask[0])
@@ -135,10 +129,11 @@ def distill_step(
             token_losses.append(loss_T.detach())
             sums += _sums(values, mask_T)
         with clock.phase("backward"):
-            total = loss_T.sum() / loss_tokens + router_losses(banks, row, config) / len(rows)
+            others = router_losses(banks, row, config)
             if matched:
-                share_L = unexplained(student_states, teacher_states, row.router_mask[0])
-                total = total + config.loss.states_coef * share_L.mean() / len(rows)
+                share_L = unexplained(own, theirs, row.router_mask[0])
+                others = others + config.loss.states_coef * share_L.mean()
+            total = loss_T.sum() / loss_tokens + others / len(rows)
             for bank in banks:
                 bank.recording = False
             total.backward()
