@@ -2,8 +2,9 @@
 
 At the end of training `tabulate` measures, per layer, the threshold that gives k experts a token on
 average, for k = S + 1 ... E (S are shared), and keeps it in the router; `set_budget` reads it back,
-with no text at hand. A layer's threshold depends on what the layers below hand it, and so on their budgets:
-each pass over the text settles every layer at one k on the way up, and fills the table around it.
+with no text at hand. A layer's threshold depends on what the layers below hand it, and so on their
+budgets: each pass over the text settles every layer at one k on the way up, and fills the table
+around it.
 
 Cost: `len(PASSES)` forward passes of about `TABLE_TOKENS` tokens, without the head.
 

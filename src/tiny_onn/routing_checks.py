@@ -21,6 +21,7 @@ class Refusal:
     def error(self) -> UserError:
         """The refusal in one line."""
         got = f'"{self.got}"' if isinstance(self.got, str) else str(self.got)
+        got = got.lower() if isinstance(self.got, bool) else got
         return UserError(
             f"{self.setting}: got {got}, expected {self.expected}: {self.reason}; {self.remedy}"
         )
@@ -119,7 +120,7 @@ def _number_refusals(config: RunConfig) -> list[Refusal]:
         found.append(
             Refusal(
                 setting="router.oracle_budget",
-                got="true",
+                got=True,
                 expected=f'false with router.selection = "{router.selection}"',
                 reason="there is no oracle",
                 remedy='set router.selection = "oracle" or leave it out',
@@ -304,7 +305,7 @@ def _shared_refusals(config: RunConfig) -> list[Refusal]:
         found.append(
             Refusal(
                 setting="experts.keep_massive",
-                got="true",
+                got=True,
                 expected='false with experts.init = "random"'
                 if random
                 else "false with experts.num_shared = 0",

@@ -62,7 +62,7 @@ ORACLE_CHUNK_TOKENS = 2048
 
 @dataclass(kw_only=True, slots=True)
 class RoutingStats:
-    """Counts and sums of one step or evaluation; several are summed field by field."""
+    """Counts and sums of one step or evaluation; several are summed tensor by tensor."""
 
     num_tokens: Int[Tensor, ""]
     """Counted tokens."""
