@@ -19,7 +19,7 @@ def routed(table: Tensor, num_shared: int) -> Tensor:
     return table[..., num_shared:] if num_shared else table
 
 
-def with_shared(table: Tensor, num_shared: int, value: float) -> Tensor:
+def with_shared(table: Tensor, num_shared: int, value: float | bool) -> Tensor:
     """A tensor (..., R) of the routed experts with `value` put before it for each shared one."""
     return F.pad(table, (num_shared, 0), value=value) if num_shared else table
 
