@@ -6,7 +6,10 @@ norms), `static` (best mean norms) and `random`. On one partition also: `budget`
 on average), other gates, experts that are always on, and what stands in for inactive experts.
 The neuron oracle, which keeps each token's best half of single neurons, is the ceiling.
 
-    python benchmarks/partitions.py [--only learned importance] [--smoke]
+    python benchmarks/partitions.py [--only learned importance] [--num-shared 4] [--brief] [--smoke]
+
+With `--num-shared S` each layer's first S experts are always on and hold the neurons of largest
+energy; the 16 count them.
 
 Calibration is 8,192 training tokens, evaluation 4,096 held-out tokens, both of the embedded text,
 unless options say otherwise.
@@ -208,7 +211,9 @@ def details(bench: Bench, student: TinyOnnForCausalLM, add: Callable[..., None])
             add(name, student)
     kept = [bank.router.rule for bank in banks]
     for bank, rule in zip(banks, kept, strict=True):
-        bank.router.rule = RoutingRule(selection="budget", target_k=rule.target_k)
+        bank.router.rule = RoutingRule(
+            selection="budget", target_k=rule.target_k, num_shared=rule.num_shared
+        )
     settle_budgets(bench.dense, banks, bench.calibration)
     add("ridge, budget", student)
     with torch.no_grad(), compensated(student, inputs, inactive_only=True):
@@ -217,8 +222,11 @@ def details(bench: Bench, student: TinyOnnForCausalLM, add: Callable[..., None])
         bank.router.rule = rule
 
 
-def measure_partition(bench: Bench, init: str, rows: list[dict]) -> None:
-    """One partition under all routers."""
+def measure_partition(bench: Bench, init: str, rows: list[dict], *, brief: bool) -> None:
+    """One partition under all routers, and in detail where it is the one for that.
+
+    `brief`: neither the details nor the random router.
+    """
     start = time.perf_counter()
     order = partition(bench.config, bench.dense, bench.calibration)
     seconds = time.perf_counter() - start
@@ -232,10 +240,10 @@ def measure_partition(bench: Bench, init: str, rows: list[dict]) -> None:
     student = make(with_router(bench.config, selection="top_k", objective="none"))
     rows_before = len(rows)
     add("ridge", student)
-    for name in ("oracle", "static", "random"):
+    for name in ("oracle", "static") if brief else ("oracle", "static", "random"):
         add(name, make(with_router(bench.config, selection=name, objective="none")))
     rows[rows_before]["partition_seconds"] = seconds
-    if init == DETAILED:
+    if init == DETAILED and not brief:
         details(bench, student, add)
 
 
@@ -243,6 +251,7 @@ def prepare_bench(arguments, init: str) -> Bench:
     """The teacher and its text."""
     sets = [f"experts.calibration_tokens={arguments.calibration_tokens}", "train.compile=false"]
     sets += [f"data.eval_tokens={arguments.eval_tokens}", f'experts.init="{init}"']
+    sets += [f"experts.num_shared={arguments.num_shared}"]
     sets += arguments.set
     config = load_config(None, "demo", sets)
     device = torch.device(arguments.device)
@@ -276,6 +285,8 @@ def main() -> None:
     """Measure, print, write."""
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", default=list(PARTITIONS), choices=PARTITIONS)
+    options.add_argument("--num-shared", type=int, default=0, help="experts that are always on")
+    options.add_argument("--brief", action="store_true", help="no random router, no details")
     options.add_argument("--calibration-tokens", type=int, default=8192)
     options.add_argument("--eval-tokens", type=int, default=4096)
     options.add_argument("--threads", type=int, default=2)
@@ -292,7 +303,7 @@ def main() -> None:
                     {"partition": "neurons", "router": "oracle"} | bench.distance(bench.dense)
                 )
             print(rows[-1], flush=True)
-        measure_partition(bench, init, rows)
+        measure_partition(bench, init, rows, brief=arguments.brief)
     kl = {(row["partition"], row["router"]): row["kl"] for row in rows}
     ratios: dict[str, float | None] = {
         f"{init} / importance, KL of the {router} router": kl[init, router]
@@ -310,6 +321,7 @@ def main() -> None:
             "smoke": arguments.smoke,
             "calibration_tokens": arguments.calibration_tokens,
             "eval_tokens": arguments.eval_tokens,
+            "num_shared": arguments.num_shared,
             "set": arguments.set,
         },
         environment=environment(arguments.device),

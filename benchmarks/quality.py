@@ -38,8 +38,9 @@ BASE = (
     "data.eval_tokens=65536",
     "experts.init=learned",
     "experts.compensation=mean",
-    "experts.calibration_tokens=65536",
-    "optim.expert_lr=5e-4",
+    "experts.calibration_tokens=131072",
+    "loss.states_coef=4",
+    "optim.expert_lr=4e-4",
     "optim.gate_lr=1e-3",
     "loss.chunk_tokens=1024",
     "train.eval_every_tokens=0",
@@ -83,12 +84,32 @@ ARMS = (
         settings=(FINAL_TOKENS, "experts.init=importance", *STATIC),
         seeds=3,
     ),
-    Arm(group="final", name="static choice", settings=(FINAL_TOKENS, *STATIC), seeds=3),
+    Arm(
+        group="final",
+        name="frozen ridge gate",
+        settings=(FINAL_TOKENS, "router.objective=none"),
+        seeds=3,
+    ),
     Arm(
         group="final",
         name="random routing",
         settings=(FINAL_TOKENS, "router.selection=random", "router.objective=none"),
-        seeds=3,
+    ),
+    Arm(
+        group="final",
+        name="model card's rule",
+        settings=(
+            FINAL_TOKENS,
+            "smk.surprise=parameters",
+            "smk.direction=min",
+            "smk.candidates=active",
+        ),
+    ),
+    Arm(group="final", name="static choice", settings=(FINAL_TOKENS, *STATIC)),
+    Arm(
+        group="final",
+        name="without hidden states",
+        settings=(FINAL_TOKENS, "loss.states_coef=0"),
     ),
     *(
         Arm(group="partitions", name=init, settings=(*STAGED, f"experts.init={init}"))
@@ -125,13 +146,14 @@ def record_of(arm: Arm, seed: int, settings: Sequence[str], folder: Path) -> dic
 
 
 def jobs_left(arguments: argparse.Namespace, out: Path) -> list[tuple[Arm, int]]:
-    """The runs that have no line yet, in the order of the table, first seeds first."""
+    """The runs that have no line yet: those of several seeds first, seed by seed."""
     done = {(r["group"], r["arm"], r["seed"]) for r in read_records(out)}
     jobs = [
         (arm, seed)
+        for several in (True, False)
         for seed in range(3)
         for arm in ARMS
-        if arm.group in arguments.groups and seed < arm.seeds
+        if (arm.seeds > 1) == several and arm.group in arguments.groups and seed < arm.seeds
         if arguments.arms is None or arm.name in arguments.arms
     ]
     return [(arm, seed) for arm, seed in jobs if arm.key(seed) not in done]

@@ -29,11 +29,12 @@ LAYERS = (
         "checks",
         "lock",
         "routing_checks",
+        "shared",
         "dynmoe",
         "charts",
         "probe_stats",
     ),
-    ("router", "experts", "losses", "quantize", "assignment", "integrity"),
+    ("router", "experts", "losses", "coupled_losses", "quantize", "assignment", "integrity"),
     (
         "modeling",
         "convert",

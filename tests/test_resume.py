@@ -98,6 +98,11 @@ CASES: dict[str, dict[str, Any]] = {
         "router": {"selection": "top_k", "objective": "task"},
         "rows": 3,
     },
+    "two experts shared, some explored, annealed": {
+        "experts": {"num_shared": 2, "init": "importance", "keep_massive": True},
+        "router": {"budget_form": "threshold", "anneal_fraction": 0.5, "balance_rate": 0.01},
+        "smk": {"explore_fraction": 0.3},
+    },
     "adafactor bf16, budget": {
         "optim": {"name": "adafactor", "master_dtype": "bfloat16"},
         "router": {"budget_form": "threshold"},
@@ -133,8 +138,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, signal_at, case):
 FIXED = [
     *("data.eval_tokens", "data.held_out_fraction", "data.row_tokens", "data.split"),
     *("data.text_field", "experts.calibration_tokens", "experts.compensation"),
-    *("experts.expert_dim", "experts.gate_init", "experts.init", "experts.learn_scale"),
-    *("experts.num_experts", "experts.weighting", "optim.master_dtype", "optim.name"),
+    *("experts.expert_dim", "experts.gate_init", "experts.init", "experts.keep_massive"),
+    *("experts.learn_scale", "experts.num_experts", "experts.num_shared", "experts.weighting"),
+    *("optim.master_dtype", "optim.name"),
     *("router.anneal_fraction", "router.at_least_one", "router.blockwise_anneal_fraction"),
     *("router.budget_form", "router.budget_scope", "router.objective", "router.oracle_budget"),
     *("router.selection", "router.target_k", "teacher.double_quant", "teacher.dtype"),

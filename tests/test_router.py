@@ -12,14 +12,13 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from tiny_onn.config import Weighting
+from tiny_onn.coupled_losses import load_balancing_loss, z_loss
 from tiny_onn.router import (
     Router,
     RoutingRule,
     exact_threshold,
-    load_balancing_loss,
     route,
     routing_weights,
-    z_loss,
 )
 
 BudgetForm = Literal["cumulative", "threshold"]

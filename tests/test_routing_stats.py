@@ -109,6 +109,8 @@ def test_rows_add_up():
     for _ in range(2):
         twice.add(BANKS, ROW)
     for field in fields(RoutingStats):
+        if field.name == "num_shared":
+            continue
         assert torch.equal(2 * getattr(once, field.name), getattr(twice, field.name)), field.name
     assert twice.summary() == pytest.approx(once.summary())
 

@@ -77,6 +77,7 @@ def config_of(tables):
     """Build the configuration of drawn values, with the combinations mended."""
     # Every num_experts allows a single active expert.
     tables["router"]["target_k"] = 1.0
+    tables["experts"] |= {"num_shared": 0, "keep_massive": False}
     mend_routing(tables["router"], tables["experts"], tables["smk"])
     annealable = tables["experts"]["num_experts"] > 1 and tables["router"]["selection"] != "top_any"
     if not annealable:

@@ -1,13 +1,14 @@
 """Running a student cheaper or dearer than it was trained: thresholds for every mean k.
 
 At the end of training `tabulate` measures, per layer, the threshold that gives k experts a token on
-average, for k = 1 ... E, and keeps it in the router; `set_budget` reads it back, with no text at
-hand. A layer's threshold depends on what the layers below hand it, and so on their budgets:
-each pass over the text settles every layer at one k on the way up, and fills the table around it.
+average, for k = S + 1 ... E (S are shared), and keeps it in the router; `set_budget` reads it back,
+with no text at hand. A layer's threshold depends on what the layers below hand it, and so on their
+budgets: each pass over the text settles every layer at one k on the way up, and fills the table
+around it.
 
 Cost: `len(PASSES)` forward passes of about `TABLE_TOKENS` tokens, without the head.
 
-Legend: T tokens, E experts.
+Legend: T tokens, E experts, S of them shared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,14 +48,15 @@ def tabulate(
         return
     row = _joined(rows).to(banks[0].router.weight.device)
     num_experts = banks[0].router.weight.shape[0]
-    passes = sorted({max(1, round(num_experts * share)) for share in PASSES})
+    least = banks[0].router.rule.num_shared + 1
+    passes = sorted({max(least, round(num_experts * share)) for share in PASSES})
     was_training = student.training
     student.train(False)
     with _thresholds_kept(banks):
         for k in passes:
             nearest = [
                 other
-                for other in range(1, num_experts)
+                for other in range(least, num_experts)
                 if min(passes, key=lambda p: (abs(p - other), p)) == k
             ]
             if scope == "global":
@@ -67,7 +69,7 @@ def tabulate(
     student.train(was_training)
     for bank in banks:
         # The ends are certain: first choices alone pass 1, and everything passes -1.
-        bank.router.threshold_table[0] = 1.0
+        bank.router.threshold_table[:least] = 1.0
         bank.router.threshold_table[-1] = -1.0
 
 
@@ -75,14 +77,16 @@ def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
     """Let the student use `budget` experts a token: exactly, or on average where it has a budget.
 
     Raises:
-        UserError: not in 1 ... E, not whole where it must be, or never measured.
+        UserError: not in S + 1 ... E, not whole where it must be, or never measured.
     """
     num_experts = student.config.num_experts
     rule = student.banks()[0].router.rule
-    if not 1 <= budget <= num_experts:
+    least = rule.num_shared + 1
+    if not least <= budget <= num_experts:
+        why = f", more than the {rule.num_shared} that are always on" if rule.num_shared else ""
         raise UserError(
-            f"--budget: got {budget:g}, expected 1 to {num_experts}, the experts of a layer; "
-            "choose one in between"
+            f"--budget: got {budget:g}, expected {least} to {num_experts}, the experts of a layer"
+            f"{why}; choose one in between"
         )
     if rule.selection not in ("budget", "top_k", "static", "random", "oracle"):
         raise UserError(

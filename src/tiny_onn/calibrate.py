@@ -24,6 +24,7 @@ from tiny_onn.experts import MIN_NORM, ExpertBank, expert_norms
 from tiny_onn.modeling import activation_name, gated_mlps, last_hidden_states
 from tiny_onn.packing import PackedRow
 from tiny_onn.router import exact_thresholds
+from tiny_onn.shared import routed
 
 RIDGE = 1e-3
 
@@ -152,7 +153,8 @@ def fit_gates(
             is not the bias of the whole fit, which is the prediction at x = 0.
 
     Returns:
-        Per layer, the share of the targets' variance (within experts) that the gate explains.
+        Per layer, the share of the targets' variance (within routed experts) that the gate
+        explains.
     """
     D = banks[0].gate_up_proj.shape[-1]
     E = banks[0].down_proj.shape[0]
@@ -182,7 +184,8 @@ def fit_gates(
         bank.router.bias.copy_(solution[D])
         residual = square - 2 * (solution * moment).sum(0) + (solution * (gram @ solution)).sum(0)
         variance = square - moment[D].square() / gram[D, D]
-        explained.append(1 - (residual.sum() / variance.sum()).item())
+        sums = [routed(of_E, bank.router.rule.num_shared).sum() for of_E in (residual, variance)]
+        explained.append(1 - (sums[0] / sums[1]).item())
     return explained
 
 

@@ -56,6 +56,13 @@ class ExpertsConfig:
     their calibrated contribution to the output), `cluster` (gate rows that point the same way),
     `coactivation` (large at the same tokens), `learned` (most of the output's energy in the experts
     that a linear gate chooses, `router.target_k` a token)."""
+    num_shared: int = 0
+    """Experts of each layer, the first ones, that every token uses at weight 1, whatever its gate
+    says. `router.target_k` counts them. Partitions from text give them the neurons of largest
+    contribution to the output, and cut the others into the routed experts."""
+    keep_massive: bool = False
+    """Put the neurons that write massive activations into the shared experts, whatever the
+    partition; needs `num_shared` >= 1."""
     gate_init: GateInit = "ridge"
     """`random` (normal, std 0.02), `zeros`, or `ridge` (regression of the log norms of the experts'
     outputs on calibration text). With `top_any`, `random` means orthogonal prototypes."""
@@ -68,8 +75,9 @@ class ExpertsConfig:
     learn_scale: bool = False
     """Multiply each expert's weight by a learned scale that starts at 1."""
     calibration_tokens: int = 8192
-    """Training tokens read by partitions other than `slices` and `cluster`, by `ridge` and by
-    `mean`, and, before each evaluation, as many others that a budget settles on."""
+    """Training tokens read by partitions other than `slices` and `cluster`, by `cluster` with
+    shared experts, by `ridge` and by `mean`, and, before each evaluation, as many others that a
+    budget settles on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,6 +58,7 @@ def student_config(
         budget_form=router.budget_form,
         at_least_one=router.at_least_one,
         oracle_budget=router.oracle_budget,
+        num_shared=experts.num_shared,
         compensation=experts.compensation,
         learn_scale=experts.learn_scale,
         dtype=dense.dtype,

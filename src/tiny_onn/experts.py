@@ -165,8 +165,12 @@ def selecting(rule: RoutingRule) -> decode.Selecting | None:
         return None
     if rule.selection == "budget" and rule.budget_form != "threshold":
         return None
-    num_active = 0 if rule.has_budget else round(rule.target_k)
-    return decode.Selecting(num_active=num_active, weighting=rule.weighting, tie_break=TIE_BREAK)
+    return decode.Selecting(
+        num_active=0 if rule.has_budget else round(rule.target_k) - rule.num_shared,
+        num_shared=rule.num_shared,
+        weighting=rule.weighting,
+        tie_break=TIE_BREAK,
+    )
 
 
 def expert_norms(

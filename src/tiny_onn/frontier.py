@@ -76,8 +76,8 @@ def run_frontier(
 
 def default_budgets(student: TinyOnnForCausalLM) -> list[float]:
     """All experts and falling shares of them, in whole numbers."""
-    num_experts = student.config.num_experts
-    return sorted({float(max(1, round(num_experts * share))) for share in SHARES}, reverse=True)
+    num_experts, least = student.config.num_experts, student.config.num_shared + 1
+    return sorted({float(max(least, round(num_experts * share))) for share in SHARES}, reverse=True)
 
 
 def frontier_table(found: Mapping[str, Any]) -> Table:

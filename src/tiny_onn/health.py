@@ -138,7 +138,8 @@ def _quality(first: Record, last: Record) -> Iterator[Finding]:
 
 def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
     """Whether every layer computes something, and lets the token choose."""
-    layers, E = last["layers"], config.experts.num_experts
+    layers, S = last["layers"], config.experts.num_shared
+    num_routed = config.experts.num_experts - S
     silent = [i for i, norm in enumerate(layers["expert_norm"]) if not norm > 0]
     if silent:
         yield Finding(
@@ -148,13 +149,13 @@ def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
             "their experts are zero or no token has any: check the conversion, or raise"
             " router.target_k",
         )
-    if config.router.selection in ("static", "random") or E == 1:
+    if config.router.selection in ("static", "random") or num_routed == 1:
         return
     # Equal when every token has the same experts; then the load's entropy is log k, at any k.
     same = [
         i
         for i, (entropy, k) in enumerate(zip(layers["load_entropy"], layers["mean_k"], strict=True))
-        if k < 0.95 * E and not math.exp(entropy) > 1.02 * k
+        if k - S < 0.95 * num_routed and not math.exp(entropy) > 1.02 * (k - S)
     ]
     if same:
         yield Finding(
@@ -172,7 +173,7 @@ def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
             f"in the layers {_few(taken)} one expert has nine tenths of the load or more",
             "the others cannot learn: lower optim.gate_lr, or balance the load",
         )
-    dead = last["dead_experts"] / (E * len(layers["load"]))
+    dead = last["dead_experts"] / (num_routed * len(layers["load"]))
     if not dead < 0.25:
         yield Finding(
             "suspicious",
@@ -218,9 +219,10 @@ def _learning(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
 
 def _gates(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
     """Whether the gates say anything, and keep to their budget."""
-    if len(steps) < ENOUGH or config.experts.num_experts == 1:
+    num_routed = config.experts.num_experts - config.experts.num_shared
+    if len(steps) < ENOUGH or num_routed == 1:
         return
-    most = math.log(config.experts.num_experts)
+    most = math.log(num_routed)
     entropy = _mean(record["gate_entropy"] for record in steps)
     ties = _mean(record["tie_rate"] for record in steps)
     if not entropy > 0.02 * most:

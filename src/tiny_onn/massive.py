@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.calibrate import mlp_inputs
+from tiny_onn.errors import UserError
 from tiny_onn.modeling import activation_name, gated_mlps, last_hidden_states
 from tiny_onn.packing import PackedRow
 
@@ -83,3 +84,22 @@ def massive_activations(
             text_T = row.router_mask[0] | (first_T & row.loss_mask[0])
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
     return [found[layer] for layer in sorted(found)]
+
+
+def massive_neurons(
+    found: Sequence[MassiveActivation], num_layers: int, max_neurons: int
+) -> list[tuple[int, ...]]:
+    """Per layer, the neurons that write its massive activation, largest first; mostly none.
+
+    Raises:
+        UserError: a layer has more of them than `max_neurons`, what its shared experts hold.
+    """
+    neurons = {each.layer: each.neurons for each in found}
+    for layer, named in neurons.items():
+        if len(named) > max_neurons:
+            raise UserError(
+                f"experts.num_shared: got experts that hold {max_neurons} neurons, expected at "
+                f"least {len(named)}, those that write layer {layer}'s massive activation; raise it"
+                " or set experts.keep_massive = false"
+            )
+    return [neurons.get(layer, ()) for layer in range(num_layers)]

@@ -48,7 +48,8 @@ class TinyOnnConfig(PretrainedConfig):
         backbone: the dense model's configuration, or its dictionary.
         num_experts: experts per layer, E.
         expert_dim: neurons per expert, I; E * I is the dense MLP's width.
-        selection, weighting, target_k, budget_form, at_least_one, oracle_budget: see `RoutingRule`.
+        selection, weighting, target_k, budget_form, at_least_one, oracle_budget, num_shared: see
+            `RoutingRule`.
         compensation, learn_scale: see `ExpertsConfig`.
         teacher, teacher_revision: the dense model it was cut from: a folder, hub id, or `embedded`.
     """
@@ -69,6 +70,7 @@ class TinyOnnConfig(PretrainedConfig):
         budget_form: Literal["cumulative", "threshold"] = "threshold",
         at_least_one: AtLeastOne = "evaluation",
         oracle_budget: bool = False,
+        num_shared: int = 0,
         compensation: Compensation = "none",
         learn_scale: bool = False,
         teacher: str = "",
@@ -90,6 +92,7 @@ class TinyOnnConfig(PretrainedConfig):
         self.budget_form: Literal["cumulative", "threshold"] = budget_form
         self.at_least_one: AtLeastOne = at_least_one
         self.oracle_budget = oracle_budget
+        self.num_shared = num_shared
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.backbone, name, None))
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
@@ -108,6 +111,7 @@ class TinyOnnConfig(PretrainedConfig):
             budget_form=self.budget_form,
             at_least_one=self.at_least_one,
             oracle_budget=self.oracle_budget,
+            num_shared=self.num_shared,
         )
 
 
@@ -295,10 +299,16 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
             f"{config.expert_dim}, expected a product of {width}, the MLP's width; choose a "
             f"num_experts that divides {width} and leave expert_dim at 0"
         )
-    if not 1 <= config.target_k <= config.num_experts:
+    if config.num_shared not in range(config.num_experts):
         raise UserError(
-            f"router.target_k: got {config.target_k:g}, expected 1 to {config.num_experts} (the "
-            "number of experts); lower it"
+            f"experts.num_shared: got {config.num_shared}, expected 0 to {config.num_experts - 1} "
+            "(one fewer than there are experts); lower it"
+        )
+    least = config.num_shared + 1
+    if not least <= config.target_k <= config.num_experts:
+        raise UserError(
+            f"router.target_k: got {config.target_k:g}, expected {least} to {config.num_experts} "
+            "(the number of experts); change it"
         )
     return ExpertBank(
         mlp.gate_proj.in_features,

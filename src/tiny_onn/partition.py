@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from tiny_onn.assignment import balanced_assignment
-from tiny_onn.calibrate import Ridge, sample_inputs
+from tiny_onn.calibrate import Ridge, neuron_importance, sample_inputs
 from tiny_onn.config import ExpertsConfig
 from tiny_onn.modeling import GatedMlp, activation_name, gated_mlps
 from tiny_onn.packing import PackedRow
 from tiny_onn.router import exact_threshold
+from tiny_onn.shared import kept_first, split_neurons
 
 SAMPLED_TOKENS = 8192
 KMEANS_ROUNDS = 15
@@ -37,34 +38,51 @@ def partition_neurons(
     experts: ExpertsConfig,
     target_k: float,
     generator: torch.Generator,
+    *,
+    kept: Sequence[Sequence[int]] = (),
 ) -> list[Int[Tensor, " neurons"]] | None:
     """Per layer, the order in which neurons fill the experts; None: as they are.
 
+    Shared experts come first. They get the neurons of largest energy, and the partition is that of
+    the others; `slices` cuts all neurons as they come.
+
     Args:
         dense: the model to cut.
-        rows: calibration text; `cluster` needs none.
+        rows: calibration text; `cluster` without shared experts needs none.
         experts: `init` names the partition.
         target_k: active experts per token that `learned` partitions for.
         generator: CPU generator of k-means' first centres and of random directions.
+        kept: per layer, neurons that come first; none: no layer has any.
     """
-    if experts.init in ("random", "slices"):
-        return None
     mlps = gated_mlps(dense)
-    num_experts = experts.num_experts
-    if experts.init == "cluster":
-        weights = [F.normalize(mlp.gate_proj.weight.float(), dim=1) for mlp in mlps]
-        parts = [balanced_kmeans(rows_FD, num_experts, generator) for rows_FD in weights]
-        return [expert_F.argsort(stable=True) for expert_F in parts]
+    width, S = mlps[0].gate_proj.out_features, experts.num_shared
+    kept = kept or [()] * len(mlps)
+    if experts.init in ("random", "slices"):
+        return [kept_first(torch.arange(width), first) for first in kept] if any(kept) else None
+    num_routed, num_shared = experts.num_experts - S, S * (width // experts.num_experts)
     orders = []
+    if experts.init == "cluster":
+        unknown = torch.zeros(width)
+        scores = neuron_importance(dense, rows) if S else [unknown] * len(mlps)
+        for mlp, score_F, first in zip(mlps, scores, kept, strict=True):
+            shared_F, rest_F = split_neurons(score_F, first, num_shared)
+            rows_FD = F.normalize(mlp.gate_proj.weight.float(), dim=1)[rest_F]
+            expert_F = balanced_kmeans(rows_FD, num_routed, generator)
+            orders.append(torch.cat((shared_F, rest_F[expert_F.argsort(stable=True)])))
+        return orders
     activation = ACT2FN[activation_name(dense.config.get_text_config())]
-    for mlp, x_TD in zip(mlps, sample_inputs(dense, rows, SAMPLED_TOKENS), strict=True):
+    inputs = sample_inputs(dense, rows, SAMPLED_TOKENS)
+    for mlp, x_TD, first in zip(mlps, inputs, kept, strict=True):
         energy_TF = neuron_energy(mlp, x_TD, activation)
+        shared_F, rest_F = split_neurons(energy_TF.sum(0), first, num_shared)
+        if S:
+            energy_TF = energy_TF[:, rest_F]
         if experts.init == "coactivation":
-            expert_F = coactivation(energy_TF, num_experts, generator)
+            expert_F = coactivation(energy_TF, num_routed, generator)
         else:
-            expert_F = by_importance(energy_TF, num_experts)
-            expert_F = learn_partition(energy_TF, x_TD, expert_F, num_experts, target_k)
-        orders.append(expert_F.argsort(stable=True))
+            expert_F = by_importance(energy_TF, num_routed)
+            expert_F = learn_partition(energy_TF, x_TD, expert_F, num_routed, target_k - S)
+        orders.append(torch.cat((shared_F, rest_F[expert_F.argsort(stable=True)])))
     return orders
 
 

@@ -25,12 +25,13 @@ from tiny_onn.convert import (
 from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
-from tiny_onn.massive import MassiveActivation, massive_activations
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
+from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps
 from tiny_onn.ops.crossover import PathChoice, choose_path
 from tiny_onn.packing import PackedRow
 from tiny_onn.partition import partition_neurons
 from tiny_onn.routing_checks import has_budget
+from tiny_onn.shared import kept_first
 from tiny_onn.teacher import load_dense, pick_device, teacher_for
 
 # Tokens on which a conversion is checked.
@@ -111,7 +112,6 @@ def check_conversion(
     own, theirs = backbone_hash(student), backbone_hash(dense)
     assert own == theirs
     exact = config.experts.init != "random"
-    searched_rows = SEARCHED_TOKENS // config.data.row_tokens
     return Conversion(
         logit_gap=identity_gap(student, dense, sample) if exact else None,
         head_gap=head_gap,
@@ -119,9 +119,7 @@ def check_conversion(
         teacher_commit=getattr(dense.config, "_commit_hash", None),
         expert_path=choose_path(config, dense.device.type),
         massive_activations=tuple(
-            massive_activations(
-                dense, [row.to(dense.device) for row in rows[: max(1, searched_rows)]]
-            )
+            massive_activations(dense, [row.to(dense.device) for row in _searched(config, rows)])
         ),
     )
 
@@ -165,8 +163,11 @@ def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Toke
 
 def needs_text(config: RunConfig) -> bool:
     """Whether conversion or the blockwise stage reads calibration text."""
+    experts = config.experts
     return (
-        config.experts.init in ("importance", "coactivation", "learned")
+        experts.init in ("importance", "coactivation", "learned")
+        or (experts.init == "cluster" and experts.num_shared > 0)
+        or experts.keep_massive
         or config.experts.gate_init == "ridge"
         or config.router.selection == "static"
         or has_budget(config.router)
@@ -183,11 +184,22 @@ def partition(
     Raises:
         UserError: the architecture or the sizes do not fit.
     """
-    student_config(dense, config.experts, config.router)
-    if config.experts.init == "importance":
-        return importance_order(neuron_importance(dense, rows))
+    experts = config.experts
+    shape = student_config(dense, experts, config.router)
+    kept: Sequence[Sequence[int]] = ()
+    if experts.keep_massive:
+        found = massive_activations(dense, _searched(config, rows))
+        kept = massive_neurons(found, len(gated_mlps(dense)), experts.num_shared * shape.expert_dim)
+    if experts.init == "importance":
+        orders = importance_order(neuron_importance(dense, rows))
+        return [kept_first(*pair) for pair in zip(orders, kept, strict=True)] if kept else orders
     generator = torch.Generator().manual_seed(config.train.seed)
-    return partition_neurons(dense, rows, config.experts, config.router.target_k, generator)
+    return partition_neurons(dense, rows, experts, config.router.target_k, generator, kept=kept)
+
+
+def _searched(config: RunConfig, rows: Sequence[PackedRow]) -> Sequence[PackedRow]:
+    """The rows that are searched for massive activations."""
+    return rows[: max(1, SEARCHED_TOKENS // config.data.row_tokens)]
 
 
 def make_student(

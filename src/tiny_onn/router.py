@@ -5,7 +5,7 @@ true norms of their outputs (`oracle`, given from outside). A selection then act
 score exceeds a threshold (a budget) or ranks among the k largest. What a router changes without a
 gradient is in steering.py.
 
-Legend: T tokens, D hidden, E experts, L layers.
+Legend: T tokens, D hidden, E experts, S of them shared, R = E - S routed, L layers.
 """
 
 import math
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tiny_onn import dynmoe
 from tiny_onn.config import AtLeastOne, BudgetScope, Selection, Weighting
 from tiny_onn.errors import UserError
+from tiny_onn.shared import routed, with_shared
 
 # Share by which a probability falls with its rank in the token, 16 units in float32's last place:
 # without it all experts of a flat gate pass a threshold, or none.
@@ -42,6 +43,8 @@ class RoutingRule:
     budget_form: Literal["cumulative", "threshold"] = "threshold"
     at_least_one: AtLeastOne = "evaluation"
     oracle_budget: bool = False
+    num_shared: int = 0
+    """Experts, the first ones, that are always active at weight 1. `target_k` counts them."""
 
     @property
     def has_budget(self) -> bool:
@@ -66,7 +69,8 @@ class Routing:
     router_logits: Float[Tensor, "tokens experts"]
     """float32, with the router's graph; without the selection bias."""
     scores: Float[Tensor, "tokens experts"]
-    """What a budget's threshold is compared with; the token's first choice is infinite."""
+    """What a budget's threshold is compared with; infinite for the token's first choice and for
+    shared experts."""
     active: Bool[Tensor, "tokens experts"]
     weights: Float[Tensor, "tokens experts"]
     """0 where inactive, the graph of the weighting elsewhere."""
@@ -137,9 +141,10 @@ class Router(nn.Module):
             buffer.zero_()
         if self.rule.selection == "top_any":
             self.log_temperature.fill_(dynmoe.START_LOG_TEMPERATURE)
-        rank = self.rule.target_k - 0.5
-        share = 1 - rank / num_experts
-        tied = (1 - rank * TIE_BREAK) / num_experts
+        num_routed = num_experts - self.rule.num_shared
+        rank = self.rule.target_k - self.rule.num_shared - 0.5
+        share = 1 - rank / num_routed
+        tied = (1 - rank * TIE_BREAK) / num_routed
         self.threshold.fill_(share if self.rule.budget_form == "cumulative" else tied)
         self.settled.copy_(self.threshold)
 
@@ -188,7 +193,7 @@ class Router(nn.Module):
     def aim(self) -> Float[Tensor, ""]:
         """The mean k that a batch's exact threshold should give, integral control included."""
         aimed = self.rule.target_k * (1 - self.correction)
-        return aimed.clamp(1.0, self.weight.shape[0])
+        return aimed.clamp(1.0 + self.rule.num_shared, self.weight.shape[0])
 
     @torch.no_grad()
     def steer(
@@ -219,7 +224,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def set_budget(self, budget: float) -> None:
-        """Use `budget` experts a token (1 to E): exactly, or on average by the measured thresholds.
+        """Use `budget` experts a token, S + 1 to E: exactly, or on average by measured thresholds.
 
         Between whole numbers the threshold is interpolated.
 
@@ -258,23 +263,32 @@ def route(
     logits come from a frozen gate, or from the experts). Weights of `top_k` with softmax weighting
     are the active probabilities, renormalised to sum to 1 (Mixtral, arXiv 2401.04088, section 2.1;
     Qwen3-MoE). The selection bias is added to the logits that select; weights do not see it.
+    All of this is among the routed experts: the shared ones have no probability, are active at
+    weight 1, and their number is part of `target_k`.
     """
-    probs_TE = logits_TE.softmax(-1)
-    selecting_TE = logits_TE.detach()
+    num_shared = rule.num_shared
+    routed_TR = routed(logits_TE, num_shared)
+    probs_TR = routed_TR.softmax(-1)
+    selecting_TR = routed_TR.detach()
     if selection_bias_E is not None:
-        selecting_TE = selecting_TE + selection_bias_E
-    order_TE = selecting_TE.argsort(dim=-1, descending=True, stable=True)
+        selecting_TR = selecting_TR + routed(selection_bias_E, num_shared)
+    order_TR = selecting_TR.argsort(dim=-1, descending=True, stable=True)
     if rule.has_budget:
-        scores_TE = budget_scores(selecting_TE.softmax(-1), order_TE, rule.budget_form)
-        active_TE = scores_TE > threshold
+        scores_TR = budget_scores(selecting_TR.softmax(-1), order_TR, rule.budget_form)
+        active_TR = scores_TR > threshold
     else:
-        scores_TE = selecting_TE
-        active_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-        active_TE.scatter_(-1, order_TE[:, : round(rule.target_k)], True)
+        scores_TR = selecting_TR
+        active_TR = torch.zeros_like(scores_TR, dtype=torch.bool)
+        active_TR.scatter_(-1, order_TR[:, : round(rule.target_k) - num_shared], True)
     if exploration is not None:
-        active_TE = explore(active_TE, selecting_TE, exploration)
-    weights_TE = routing_weights(logits_TE, probs_TE, active_TE, rule.weighting)
-    return Routing(router_logits=logits_TE, scores=scores_TE, active=active_TE, weights=weights_TE)
+        active_TR = explore(active_TR, selecting_TR, exploration)
+    weights_TR = routing_weights(routed_TR, probs_TR, active_TR, rule.weighting)
+    return Routing(
+        router_logits=logits_TE,
+        scores=with_shared(scores_TR, num_shared, math.inf),
+        active=with_shared(active_TR, num_shared, value=True),
+        weights=with_shared(weights_TR, num_shared, 1.0),
+    )
 
 
 def explore(
@@ -370,31 +384,3 @@ def exact_thresholds(
         return torch.stack([exact_threshold(s_TE, token_mask_T, aim) for s_TE, aim in pairs])
     pooled = exact_threshold(torch.cat(list(scores)), token_mask_T.repeat(len(scores)), aims[0])
     return pooled.expand(len(scores))
-
-
-def load_balancing_loss(
-    router_logits: Sequence[Float[Tensor, "tokens experts"]],
-    top_k: int,
-    token_mask_T: Bool[Tensor, " tokens"],
-) -> Float[Tensor, ""]:
-    """`E * sum_e f_e P_e`, over all layers' tokens together, as transformers' Mixtral computes it.
-
-    f_e is the share of counted tokens whose k largest probabilities include expert e (their sum is
-    k), P_e the mean probability of e. Source: Switch Transformer, arXiv 2101.03961, equations 4-6.
-    """
-    probs = torch.cat([logits_TE[token_mask_T] for logits_TE in router_logits]).softmax(-1)
-    chosen = probs.topk(top_k, dim=-1).indices
-    share_E = F.one_hot(chosen, probs.shape[-1]).float().sum(1).mean(0)
-    return (share_E * probs.mean(0)).sum() * probs.shape[-1]
-
-
-def z_loss(
-    router_logits: Sequence[Float[Tensor, "tokens experts"]],
-    token_mask_T: Bool[Tensor, " tokens"],
-) -> Float[Tensor, ""]:
-    """Mean squared log-partition of the router logits.
-
-    Source: ST-MoE, arXiv 2202.08906, equation 5.
-    """
-    logits = torch.cat([logits_TE[token_mask_T] for logits_TE in router_logits])
-    return logits.logsumexp(-1).square().mean()

@@ -21,6 +21,7 @@ class Refusal:
     def error(self) -> UserError:
         """The refusal in one line."""
         got = f'"{self.got}"' if isinstance(self.got, str) else str(self.got)
+        got = got.lower() if isinstance(self.got, bool) else got
         return UserError(
             f"{self.setting}: got {got}, expected {self.expected}: {self.reason}; {self.remedy}"
         )
@@ -44,6 +45,7 @@ def check_routing(config: RunConfig) -> None:
         *_idle_refusals(config),
         *_annealing_refusals(config),
         *_helpful_refusals(config),
+        *_shared_refusals(config),
     ):
         raise refusal.error()
 
@@ -118,7 +120,7 @@ def _number_refusals(config: RunConfig) -> list[Refusal]:
         found.append(
             Refusal(
                 setting="router.oracle_budget",
-                got="true",
+                got=True,
                 expected=f'false with router.selection = "{router.selection}"',
                 reason="there is no oracle",
                 remedy='set router.selection = "oracle" or leave it out',
@@ -261,3 +263,58 @@ def _helpful_refusals(config: RunConfig) -> list[Refusal]:
             remedy='set smk.surprise = "gain" and smk.direction = "max", or smk.targets = "member"',
         )
     ]
+
+
+def _shared_refusals(config: RunConfig) -> list[Refusal]:
+    """Shared experts that leave the gate nothing to choose, or that nobody can share."""
+    experts, router, found = config.experts, config.router, []
+    S = experts.num_shared
+    if S and router.selection == "top_any":
+        found.append(
+            Refusal(
+                setting="experts.num_shared",
+                got=S,
+                expected='0 with router.selection = "top_any"',
+                reason="its gate decides by itself how many experts are active, each by a threshold"
+                " of its own",
+                remedy='set router.selection = "budget" or leave it at 0',
+            )
+        )
+    if experts.num_experts <= S:
+        found.append(
+            Refusal(
+                setting="experts.num_shared",
+                got=S,
+                expected=f"fewer than experts.num_experts = {experts.num_experts}",
+                reason="the gate would have nothing to choose from",
+                remedy="lower it",
+            )
+        )
+    elif S and router.target_k < S + 1:
+        found.append(
+            Refusal(
+                setting="router.target_k",
+                got=router.target_k,
+                expected=f"at least {S + 1} with experts.num_shared = {S}",
+                reason="it counts the shared experts, and every token has one of the others",
+                remedy="raise it or lower experts.num_shared",
+            )
+        )
+    if experts.keep_massive and (not S or experts.init == "random"):
+        random = experts.init == "random"
+        found.append(
+            Refusal(
+                setting="experts.keep_massive",
+                got=True,
+                expected='false with experts.init = "random"'
+                if random
+                else "false with experts.num_shared = 0",
+                reason="there are no neurons of the teacher to keep"
+                if random
+                else "no expert is always on",
+                remedy="start from dense neurons or leave it out"
+                if random
+                else "set experts.num_shared to 1 or more",
+            )
+        )
+    return found

@@ -23,6 +23,7 @@ from torch import Tensor
 from tiny_onn.calibrate import expert_norms
 from tiny_onn.experts import ExpertBank
 from tiny_onn.packing import PackedRow
+from tiny_onn.shared import routed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +43,12 @@ class RoutingSummary:
     dead_experts: float
     """Experts that no counted token activated, all layers together."""
     load_entropy: float
-    """Entropy of the experts' shares of a layer's activations, nats, mean over layers."""
+    """Entropy of the routed experts' shares of a layer's activations, nats, mean over layers."""
     max_load_share: float
-    """Largest share of a layer's activations that one expert has, in the worst layer."""
+    """Largest share of a layer's activations that one routed expert has, in the worst layer."""
     gate_entropy: float
-    """Entropy of the softmax of a token's router logits, nats, mean over tokens and layers."""
+    """Entropy of the softmax of a token's router logits, shared experts left out, nats, mean over
+    tokens and layers."""
     tie_rate: float
     """Share of counted tokens whose lowest active logit equals their highest inactive one, so that
     the order of the experts decided, not the gate; mean over layers."""
@@ -60,7 +62,7 @@ ORACLE_CHUNK_TOKENS = 2048
 
 @dataclass(kw_only=True, slots=True)
 class RoutingStats:
-    """Counts and sums of one step or evaluation; several are summed field by field."""
+    """Counts and sums of one step or evaluation; several are summed tensor by tensor."""
 
     num_tokens: Int[Tensor, ""]
     """Counted tokens."""
@@ -76,6 +78,8 @@ class RoutingStats:
     """Sum over counted tokens of the entropy of the softmax of the logits, nats."""
     ties_L: Int[Tensor, " layers"]  # noqa: N815
     """Counted tokens with a tie at the border, see `border_ties`."""
+    num_shared: int
+    """Shared experts of each layer, S: they count as active, and in nothing about choices."""
 
     @staticmethod
     def zeros(banks: Sequence[ExpertBank]) -> "RoutingStats":
@@ -90,6 +94,7 @@ class RoutingStats:
             first_load_LE=count(L, E),
             gate_entropy_L=torch.zeros(L, device=device),
             ties_L=count(L),
+            num_shared=banks[0].router.rule.num_shared,
         )
 
     @torch.no_grad()
@@ -116,6 +121,7 @@ class RoutingStats:
         self.k_histogram_LK[layer] += (has_k_TK & mask_T[:, None]).sum(0)
         self.load_LE[layer] += (active_TE & mask_T[:, None]).sum(0)
         self.first_load_LE[layer] += (active_TE & first_T[:, None]).sum(0)
+        active_TE, logits_TE = (routed(t_TE, self.num_shared) for t_TE in (active_TE, logits_TE))
         entropy_T = torch.special.entr(logits_TE.softmax(-1)).sum(-1)
         self.gate_entropy_L[layer] += torch.where(mask_T, entropy_T, 0).sum()
         self.ties_L[layer] += (border_ties(logits_TE, active_TE) & mask_T).sum()
@@ -145,6 +151,7 @@ class RoutingStats:
         numbers_K = torch.arange(histogram_LK.shape[1], dtype=torch.float64)
         mean_L = histogram_LK @ numbers_K / num_tokens
         variance_L = histogram_LK @ numbers_K.square() / num_tokens - mean_L.square()
+        load_LE = routed(load_LE, self.num_shared)
         share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp_min(1)
         per_layer = {
             "mean_k": mean_L,
@@ -192,7 +199,10 @@ def border_ties(
 
 @dataclass(kw_only=True, slots=True)
 class OracleStats:
-    """The active experts against the token's k largest `|expert_e(x)|`, k being what it has."""
+    """The active experts against the token's k largest `|expert_e(x)|`, k being what it has.
+
+    Overlap and chance are among the routed experts: shared ones are given.
+    """
 
     num_tokens: Int[Tensor, " layers"]
     """Counted tokens with at least one active expert."""
@@ -221,8 +231,12 @@ class OracleStats:
         norms_TE: Float[Tensor, "tokens experts"],
         active_TE: Bool[Tensor, "tokens experts"],
         token_mask_T: Bool[Tensor, " tokens"],
+        *,
+        num_shared: int = 0,
     ) -> None:
         """Count one layer's tokens."""
+        norm_T = torch.where(active_TE, norms_TE, 0).sum(-1) / active_TE.sum(-1).clamp_min(1)
+        active_TE, norms_TE = (routed(t_TE, num_shared) for t_TE in (active_TE, norms_TE))
         k_T = active_TE.sum(-1)
         mask_T = token_mask_T & (k_T > 0)
         order_TE = norms_TE.argsort(dim=-1, descending=True, stable=True)
@@ -233,7 +247,6 @@ class OracleStats:
         self.num_tokens[layer] += mask_T.sum()
         self.overlap_L[layer] += torch.where(mask_T, hits_T / divisor_T, 0).sum()
         self.chance_L[layer] += torch.where(mask_T, k_T / norms_TE.shape[1], 0).sum()
-        norm_T = torch.where(active_TE, norms_TE, 0).sum(-1) / divisor_T
         self.norm_L[layer] += torch.where(mask_T, norm_T, 0).sum()
 
     def watch(
@@ -245,7 +258,8 @@ class OracleStats:
             assert bank.routing is not None
             parts = inputs[0].flatten(0, -2).split(ORACLE_CHUNK_TOKENS)
             norms_TE = torch.cat([expert_norms(bank, x_TD) for x_TD in parts])
-            self.add(layer, norms_TE, bank.routing.active, token_mask_T)
+            S = bank.router.rule.num_shared
+            self.add(layer, norms_TE, bank.routing.active, token_mask_T, num_shared=S)
 
         stack = ExitStack()
         for layer, bank in enumerate(banks):

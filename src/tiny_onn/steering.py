@@ -21,6 +21,7 @@ from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
 from tiny_onn.packing import PackedRow
 from tiny_onn.router import Exploration, Router, Routing, exact_thresholds
+from tiny_onn.shared import routed, with_shared
 
 # A revived expert would have been chosen by this share of the tokens, by this much in its logit.
 REVIVED_SHARE = 0.01
@@ -135,8 +136,10 @@ def balance(router: Router, load_E: Float[Tensor, " experts"], rate: float) -> N
     how many. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2, where b is added to sigmoid
     affinities; here to the logits, which all selections have.
     """
-    bias_E = router.selection_bias + rate * torch.sign(load_E.mean() - load_E)
-    router.selection_bias.copy_(bias_E - bias_E.mean())
+    S = router.rule.num_shared
+    load_R = routed(load_E, S)
+    bias_R = routed(router.selection_bias, S) + rate * torch.sign(load_R.mean() - load_R)
+    router.selection_bias.copy_(with_shared(bias_R - bias_R.mean(), S, 0.0))
 
 
 def revival_lift(
@@ -145,17 +148,18 @@ def revival_lift(
     """How much each expert's selection logit lacks to be chosen by 1 % of the counted tokens.
 
     A token chooses what reaches the lowest logit among its active experts (`top_any`: 0). At least
-    one token counts; 0 where the expert is chosen as often already, or no token counts.
+    one token counts; 0 where the expert is chosen as often already, is shared, or no token counts.
     """
-    logits_TE = routing.router_logits.detach() + router.selection_bias
-    cutoff_T1 = logits_TE.masked_fill(~routing.active, math.inf).amin(-1, keepdim=True)
+    S = router.rule.num_shared
+    logits_TE = routed(routing.router_logits.detach() + router.selection_bias, S)
+    cutoff_T1 = logits_TE.masked_fill(~routed(routing.active, S), math.inf).amin(-1, keepdim=True)
     if router.rule.selection == "top_any":
         cutoff_T1 = torch.zeros_like(cutoff_T1)
     lack_TE = torch.where(token_mask_T[:, None], cutoff_T1 - logits_TE, math.inf)
     ranked_TE = lack_TE.sort(dim=0).values
     rank = (token_mask_T.sum() * REVIVED_SHARE).ceil().long().clamp_min(1) - 1
     lack_E = ranked_TE.index_select(0, rank[None])[0] + REVIVED_MARGIN
-    return torch.where(lack_E.isfinite(), lack_E, 0.0).clamp_min(0.0)
+    return with_shared(torch.where(lack_E.isfinite(), lack_E, 0.0).clamp_min(0.0), S, 0.0)
 
 
 def revive(

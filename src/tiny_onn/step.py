@@ -15,14 +15,15 @@ from transformers import PreTrainedModel
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import RunConfig
+from tiny_onn.coupled_losses import load_balancing_loss, z_loss
 from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import DistillValues, distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally
 from tiny_onn.optim import clip_gradients
 from tiny_onn.packing import PackedRow
-from tiny_onn.router import load_balancing_loss, z_loss
 from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.shared import routed
 from tiny_onn.states import layer_outputs, unexplained
 from tiny_onn.steering import Steering, gate_losses
 from tiny_onn.surprise import SmkRule
@@ -212,7 +213,7 @@ def teach_gates(
         direction=smk.direction,
         candidates=smk.candidates,
         targets=smk.targets,
-        num_targets=round(config.router.target_k),
+        num_targets=round(config.router.target_k) - config.experts.num_shared,
     )
     if objective == "regression":
         # D2DMoE, arXiv 2310.04361, section 3.3: the gate predicts the norms of all experts' outputs
@@ -226,6 +227,7 @@ def teach_gates(
             grad_scale=(smk.coef if objective == "smk" else 1.0) / router_tokens,
             loss_scale=float(loss_tokens),
             tally=tally,
+            num_shared=config.experts.num_shared,
         )
         tallies.append(tally)
     return tallies
@@ -238,7 +240,11 @@ def router_losses(banks: Sequence[ExpertBank], row: PackedRow, config: RunConfig
         return gate_losses(banks, router)
     if router.objective != "task" or router.selection != "top_k":
         return 0.0
-    logits = [bank.routing.router_logits for bank in banks if bank.routing is not None]
-    balance = load_balancing_loss(logits, round(router.target_k), row.router_mask[0])
+    num_shared = config.experts.num_shared
+    logits = [
+        routed(bank.routing.router_logits, num_shared) for bank in banks if bank.routing is not None
+    ]
+    top_k = round(router.target_k) - num_shared
+    balance = load_balancing_loss(logits, top_k, row.router_mask[0])
     penalty = z_loss(logits, row.router_mask[0])
     return router.load_balancing_coef * balance + router.z_loss_coef * penalty

@@ -29,6 +29,7 @@ from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, head_of, last_hidden_states
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import Routing, routing_weights
+from tiny_onn.shared import routed, with_shared
 from tiny_onn.surprise import SmkRule
 
 SURPRISES: tuple[Surprise, ...] = get_args(Surprise)
@@ -226,16 +227,17 @@ class _Flip:
 
 def would_be_weights(routing: Routing, bank: ExpertBank) -> Float[Tensor, "tokens experts"]:
     """The weight of each active expert, and of each inactive one if it were active too."""
-    logits_TE = routing.router_logits.detach()
+    S = bank.router.rule.num_shared
+    logits_TE = routed(routing.router_logits.detach(), S)
     columns = []
     for e in range(logits_TE.shape[1]):
-        joined_TE = routing.active.clone()
+        joined_TE = routed(routing.active, S).clone()
         joined_TE[:, e] = True
         weights_TE = routing_weights(
             logits_TE, logits_TE.softmax(-1), joined_TE, bank.router.rule.weighting
         )
         columns.append(weights_TE[:, e])
-    weights_TE = torch.stack(columns, dim=1)
+    weights_TE = with_shared(torch.stack(columns, dim=1), S, 1.0)
     return weights_TE if bank.expert_scale is None else weights_TE * bank.expert_scale
 
 

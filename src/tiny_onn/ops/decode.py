@@ -53,7 +53,9 @@ class Selecting:
     """The rule by which the kernels select: that of `router.route`."""
 
     num_active: int
-    """Experts with the largest logits; 0: those whose probability passes the threshold."""
+    """Routed experts, of largest logits; 0: those whose probability passes the threshold."""
+    num_shared: int
+    """Experts, the first ones, that are active whatever their logits."""
     weighting: Weighting
     tie_break: float
     """Share by which a probability falls with its rank."""
@@ -218,7 +220,8 @@ def _run(  # noqa: PLR0917
     T = len(x_TD)
     block_i = min(blocks.width, _power_of_two(I))
     num_blocks = -(-I // block_i)
-    max_rows = ((rule.num_active if rule else 0) or E) * num_blocks
+    max_active = rule.num_active + rule.num_shared if rule and rule.num_active else E
+    max_rows = max_active * num_blocks
     active_TE = tensors.active.view(torch.uint8)
     partial_TSD = x_TD.new_empty(T, E * num_blocks, D, dtype=torch.float32)
     y_TD = torch.empty_like(x_TD)
@@ -244,6 +247,7 @@ def _run(  # noqa: PLR0917
             ROUTED=rule is not None,
             SCALED=expert_scale_E is not None,
             NUM_ACTIVE=rule.num_active if rule else 0,
+            NUM_SHARED=rule.num_shared if rule else 0,
             WEIGHTING=rule.weighting if rule else "unit",
             TIE_BREAK=rule.tie_break if rule else 0.0,
             ACTIVATION=activation,

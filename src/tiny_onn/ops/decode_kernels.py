@@ -60,10 +60,14 @@ def select(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     NUM_ACTIVE: tl.constexpr,  # 0: a budget by threshold
+    NUM_SHARED: tl.constexpr,
     WEIGHTING: tl.constexpr,
     TIE_BREAK: tl.constexpr,
 ):
     """`router.route` of one token: scores, which are active (0 or 1), and weights."""
+    shared = e < NUM_SHARED
+    # As if there were no such experts, until the end.
+    logits = tl.where(shared, float("-inf"), logits)
     selecting = logits + bias
     above = selecting[:, None] > selecting[None, :]
     first = (selecting[:, None] == selecting[None, :]) & (e[:, None] < e[None, :])
@@ -71,7 +75,7 @@ def select(
     if NUM_ACTIVE == 0:
         scores = softmax(selecting) * (1.0 - rank.to(tl.float32) * TIE_BREAK)
         scores = tl.where(rank == 0, float("inf"), scores)
-        active = ((scores > threshold) & (e < E)).to(tl.int32)
+        active = ((scores > threshold) & (e < E) & (e >= NUM_SHARED)).to(tl.int32)
     else:
         scores = selecting
         active = ((rank < NUM_ACTIVE) & (e < E)).to(tl.int32)
@@ -85,7 +89,8 @@ def select(
         weights = tl.div_rn(kept, tl.zeros_like(kept) + tl.sum(kept, axis=0))
     else:
         weights = kept
-    return scores, active, weights
+    scores = tl.where(shared, float("inf"), scores)
+    return scores, tl.where(shared, 1, active), tl.where(shared, 1.0, weights)
 
 
 @triton.jit
@@ -126,6 +131,7 @@ def experts_kernel(
     ROUTED: tl.constexpr,
     SCALED: tl.constexpr,
     NUM_ACTIVE: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
     WEIGHTING: tl.constexpr,
     TIE_BREAK: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -140,7 +146,7 @@ def experts_kernel(
         values = tl.load(logits + row, mask=e < E, other=float("-inf"))
         limit = tl.load(threshold).to(tl.float32)
         score, on, weight = select(
-            values, bias, limit, e, E, BLOCK_E, NUM_ACTIVE, WEIGHTING, TIE_BREAK
+            values, bias, limit, e, E, BLOCK_E, NUM_ACTIVE, NUM_SHARED, WEIGHTING, TIE_BREAK
         )
         if s == 0:
             tl.store(scores + row, score, mask=e < E)

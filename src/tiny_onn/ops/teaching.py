@@ -1,6 +1,6 @@
 """From surprise to the gate's gradient inside a backward pass, shared by the expert layer's paths.
 
-Legend: T tokens, E experts.
+Legend: T tokens, E experts, S of them shared.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tiny_onn.config import Surprise
 from tiny_onn.ops.regions import region_of, squared_norm_region, wide
+from tiny_onn.shared import routed, with_shared
 from tiny_onn.surprise import (
     SmkRule,
     label_logits_grad,
@@ -84,6 +85,8 @@ class SmkStep:
     """Where statistics go."""
     capture: list[Tensor] | None = field(default=None, repr=False)
     """Where whole (tokens, experts) surprise tensors go, for probing; None: nowhere."""
+    num_shared: int = 0
+    """Experts, the first ones, that the gate does not choose: no candidates, no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,11 +179,18 @@ def teach(  # noqa: PLR0917
     if smk.capture is not None:
         smk.capture.append(surprise_TE)
     region = region_of(lesson_region, compiled=compiled and surprise_TE.is_cuda)
-    lesson: Lesson = region(smk.rule, surprise_TE, logits_TE, active_TE, token_mask_T)
+    S = smk.num_shared
+    tables = (routed(table_TE, S) for table_TE in (surprise_TE, logits_TE, active_TE))
+    lesson: Lesson = region(smk.rule, *tables, token_mask_T)
     if smk.tally is not None:
         for name in Lesson._fields[1:]:
-            getattr(smk.tally, name).add_(getattr(lesson, name))
-    return (lesson.grad_TE * smk.grad_scale).to(logits_TE.dtype)
+            counted, total = getattr(lesson, name), getattr(smk.tally, name)
+            (routed(total, S) if counted.ndim else total).add_(counted)
+        if S:
+            shared_S = torch.where(token_mask_T[:, None], surprise_TE[:, :S], 0).sum(0)
+            smk.tally.surprise_E[:S] += shared_S
+            smk.tally.active_surprise_E[:S] += shared_S
+    return with_shared((lesson.grad_TE * smk.grad_scale).to(logits_TE.dtype), S, 0.0)
 
 
 def lesson_region(
