@@ -130,10 +130,7 @@ def distill_step(
             token_losses.append(loss_T.detach())
             sums += _sums(values, mask_T)
         with clock.phase("backward"):
-            others = router_losses(banks, row, config)
-            if matched:
-                share_L = unexplained(own, theirs, row.router_mask[0])
-                others = others + config.loss.states_coef * share_L.mean()
+            others = router_losses(banks, row, config) + states_loss(own, theirs, row, config)
             total = loss_T.sum() / loss_tokens + others / len(rows)
             for bank in banks:
                 bank.recording = False
@@ -231,6 +228,15 @@ def teach_gates(
         )
         tallies.append(tally)
     return tallies
+
+
+def states_loss(
+    own: Sequence[Tensor], theirs: Sequence[Tensor], row: PackedRow, config: RunConfig
+) -> Tensor | float:
+    """The weighted loss of the student's hidden states against the teacher's; 0 without one."""
+    if config.loss.states_coef == 0:
+        return 0.0
+    return config.loss.states_coef * unexplained(own, theirs, row.router_mask[0]).mean()
 
 
 def router_losses(banks: Sequence[ExpertBank], row: PackedRow, config: RunConfig) -> Tensor | float:
