@@ -5,7 +5,9 @@ corpus and the documentation of Django 5.2.19 (2.09M tokens together), so that n
 training token twice; 5 % of the documents are held out.
 
     pip download --no-deps --no-binary :all: django==5.2.19 && tar -xzf django-5.2.19.tar.gz
-    python benchmarks/quality.py --text django-5.2.19/docs --device cuda --jobs 8
+    python benchmarks/quality.py --text django-5.2.19/docs --groups small partitions \\
+        --jobs 2 --threads 1
+    python benchmarks/quality.py --text django-5.2.19/docs --groups long --device cuda --jobs 6
     python benchmarks/quality.py --write        # docs/results.md from the records
 
 Every run is a `tiny-onn distill` of its own process, several at once; its line goes to
@@ -60,61 +62,49 @@ SMOKE = (
 STATIC = ("router.selection=static", "router.objective=none")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Arm:
     """A recipe: what it is called in a table, and its settings over `BASE`."""
 
     group: str
     name: str
-    settings: tuple[str, ...] = ()
-    seeds: int = 1
+    settings: tuple[str, ...]
+    seeds: int
 
     def key(self, seed: int) -> tuple[str, str, int]:
         """What tells its record from others'."""
         return self.group, self.name, seed
 
 
-FINAL_TOKENS = "train.tokens=1998848"
-STAGED = ("train.blockwise_tokens=131072", "train.tokens=393216")
+LONG = ("train.tokens=1998848",)
+# What two CPU cores do in two minutes a run.
+SMALL = (
+    "data.row_tokens=1024",
+    "data.eval_tokens=8192",
+    "experts.calibration_tokens=16384",
+    "optim.expert_lr=5e-4",
+    "optim.gate_lr=3e-4",
+    "train.tokens=16384",
+)
+STAGED = (*SMALL, "train.blockwise_tokens=8192")
+RECIPES: dict[str, tuple[str, ...]] = {
+    "recommended": (),
+    "half-width dense": ("experts.init=importance", *STATIC),
+    "frozen ridge gate": ("router.objective=none",),
+    "static choice": STATIC,
+    "random routing": ("router.selection=random", "router.objective=none"),
+    "model card's rule": (
+        "smk.surprise=parameters",
+        "smk.direction=min",
+        "smk.candidates=active",
+    ),
+    "without hidden states": ("loss.states_coef=0",),
+}
+PARTITIONS = ("slices", "cluster", "coactivation", "importance", "learned")
 ARMS = (
-    Arm(group="final", name="recommended", settings=(FINAL_TOKENS,), seeds=3),
-    Arm(
-        group="final",
-        name="half-width dense",
-        settings=(FINAL_TOKENS, "experts.init=importance", *STATIC),
-        seeds=3,
-    ),
-    Arm(
-        group="final",
-        name="frozen ridge gate",
-        settings=(FINAL_TOKENS, "router.objective=none"),
-        seeds=3,
-    ),
-    Arm(
-        group="final",
-        name="random routing",
-        settings=(FINAL_TOKENS, "router.selection=random", "router.objective=none"),
-    ),
-    Arm(
-        group="final",
-        name="model card's rule",
-        settings=(
-            FINAL_TOKENS,
-            "smk.surprise=parameters",
-            "smk.direction=min",
-            "smk.candidates=active",
-        ),
-    ),
-    Arm(group="final", name="static choice", settings=(FINAL_TOKENS, *STATIC)),
-    Arm(
-        group="final",
-        name="without hidden states",
-        settings=(FINAL_TOKENS, "loss.states_coef=0"),
-    ),
-    *(
-        Arm(group="partitions", name=init, settings=(*STAGED, f"experts.init={init}"))
-        for init in ("slices", "cluster", "coactivation", "importance", "learned")
-    ),
+    *(Arm("long", name, (*LONG, *extra), seeds=3) for name, extra in RECIPES.items()),
+    *(Arm("small", name, (*SMALL, *extra), seeds=3) for name, extra in RECIPES.items()),
+    *(Arm("partitions", init, (*STAGED, f"experts.init={init}"), 1) for init in PARTITIONS),
 )
 
 
@@ -146,14 +136,13 @@ def record_of(arm: Arm, seed: int, settings: Sequence[str], folder: Path) -> dic
 
 
 def jobs_left(arguments: argparse.Namespace, out: Path) -> list[tuple[Arm, int]]:
-    """The runs that have no line yet: those of several seeds first, seed by seed."""
+    """The runs that have no line yet, seed by seed."""
     done = {(r["group"], r["arm"], r["seed"]) for r in read_records(out)}
     jobs = [
         (arm, seed)
-        for several in (True, False)
         for seed in range(3)
         for arm in ARMS
-        if (arm.seeds > 1) == several and arm.group in arguments.groups and seed < arm.seeds
+        if arm.group in arguments.groups and seed < arm.seeds
         if arguments.arms is None or arm.name in arguments.arms
     ]
     return [(arm, seed) for arm, seed in jobs if arm.key(seed) not in done]
@@ -292,9 +281,12 @@ def sections() -> dict[str, str]:
     path = RESULTS / "partitions.json"
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
     untrained = {(row["partition"], row["router"]): row["kl"] for row in rows}
-    groups = {name: [r for r in records if r["group"] == name] for name in ("final", "partitions")}
+    groups = {
+        name: [r for r in records if r["group"] == name] for name in ("long", "small", "partitions")
+    }
     tables = {
-        "final": final_table(groups["final"]),
+        "long": final_table(groups["long"]),
+        "small": final_table(groups["small"]),
         "partitions": partition_table(groups["partitions"], untrained),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
@@ -315,7 +307,7 @@ def main() -> int:
     """Measure, or write the page."""
     options = parser(__doc__)
     options.add_argument("--text", type=Path, help="folder of text beside the embedded one")
-    options.add_argument("--groups", nargs="+", default=["final", "partitions"])
+    options.add_argument("--groups", nargs="+", default=["small", "partitions", "long"])
     options.add_argument("--arms", nargs="+", help="only these; default: all")
     options.add_argument("--jobs", type=int, default=1, help="runs at once")
     options.add_argument("--threads", type=int, default=2, help="of each run")
