@@ -126,6 +126,15 @@ class _Step:
         keys_values = 2 * T * (kv if grouped else q)
         return norms + b * (2 * T * q + keys_values) + 4 * T * self.sizes.heads
 
+    def hidden_states(self) -> int:
+        """The last ones, and those of all layers where they are matched."""
+        kept = 2 * self.b * self.TD
+        if self.config.loss.states_coef:
+            # The student's are its layers' inputs, which only offloading puts elsewhere.
+            offloaded = self.config.train.checkpointing == "offload" and self.device == "cuda"
+            kept += (2 if offloaded else 1) * self.L * self.b * self.TD
+        return kept
+
     def ffn_saved(self) -> int:
         """What one layer's experts and gate keep for their backward pass."""
         router = (self.wide * self.TD + 4 * self.TE) if self.gates_learn else 0
@@ -196,7 +205,7 @@ class _Step:
             later = self.L
         common = self.resident()
         common["saved activations"] = self.saved(layer)
-        common["hidden states of student and teacher"] = 2 * self.b * self.TD
+        common["hidden states of student and teacher"] = self.hidden_states()
         common["positions"] = 2 * self.b * self.T * self.sizes.head_dim
         common["gradients"] = later * self.layer_gradients
         common["routing"] = self.routing()
@@ -249,7 +258,7 @@ class _Step:
         parts = self.resident()
         # The final norm keeps its input in float32, beside the layers' inputs.
         parts["saved activations"] = self.saved(self.L - 1) + 4 * self.TD
-        parts["hidden states of student and teacher"] = 2 * self.b * self.TD
+        parts["hidden states of student and teacher"] = self.hidden_states()
         parts["positions"] = 2 * self.b * self.T * self.sizes.head_dim
         parts["routing"] = self.routing()
         if self.device == "cuda" and self.config.train.compile:

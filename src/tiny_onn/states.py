@@ -12,6 +12,7 @@ Legend: T tokens, D hidden, L layers.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,15 +50,38 @@ def unexplained(
 ) -> Float[Tensor, " layers"]:
     """Each layer's share of the teacher's variance that the student does not match, float32.
 
-    The tokens are those that count: all but padding and the first of each document.
+    The tokens are those that count: all but padding and the first of each document. Kept for the
+    backward pass are the states themselves, in their own number format, of which a checkpointed
+    student's are there anyway.
     """
     counts_T1 = token_mask_T[:, None].float()
-    num_tokens = counts_T1.sum().clamp_min(1)
-    shares = []
-    for own, theirs in zip(student_states, teacher_states, strict=True):
-        own_TD, theirs_TD = own[0].float(), theirs[0].float()
-        mean_D = (theirs_TD * counts_T1).sum(0) / num_tokens
-        variance = ((theirs_TD - mean_D).square() * counts_T1).sum()
-        error = ((own_TD - theirs_TD).square() * counts_T1).sum()
-        shares.append(error / variance.clamp_min(torch.finfo(torch.float32).tiny))
-    return torch.stack(shares)
+    pairs = zip(student_states, teacher_states, strict=True)
+    shares = [_Unexplained.apply(own[0], theirs[0], counts_T1) for own, theirs in pairs]
+    return torch.stack(shares)  # pyright: ignore[reportArgumentType]
+
+
+class _Unexplained(torch.autograd.Function):
+    """One layer's share; float32 copies of the states live within a call."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
+        own_TD: Tensor,
+        theirs_TD: Tensor,
+        counts_T1: Tensor,
+    ) -> Tensor:
+        wide_TD = theirs_TD.float()
+        mean_D = (wide_TD * counts_T1).sum(0) / counts_T1.sum().clamp_min(1)
+        variance = ((wide_TD - mean_D).square() * counts_T1).sum()
+        variance = variance.clamp_min(torch.finfo(torch.float32).tiny)
+        ctx.save_for_backward(own_TD, theirs_TD, counts_T1, variance)
+        return ((own_TD.float() - wide_TD).square() * counts_T1).sum() / variance
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor, None, None]:
+        own_TD, theirs_TD, counts_T1, variance = ctx.saved_tensors
+        errors_TD = (own_TD.float() - theirs_TD.float()) * counts_T1
+        return (errors_TD * (2 * grad / variance)).to(own_TD.dtype), None, None

@@ -1,0 +1,103 @@
+"""The loss of hidden states: its definition, its gradient, and its place in a step."""
+
+import pytest
+import torch
+
+from tiny import CONFIG, change, make_dense, make_rows, make_student
+from tiny_onn.activations import checkpoint_layers
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.modeling import decoder_layers, last_hidden_states
+from tiny_onn.optim import build_optimizer
+from tiny_onn.prepare import set_objective
+from tiny_onn.states import layer_outputs, unexplained
+from tiny_onn.step import distill_step
+
+
+def draw(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def by_hand(own, theirs, mask):
+    """One layer, token by token."""
+    rows = [t for t in range(len(mask)) if mask[t]]
+    mean = sum(theirs[0, t] for t in rows) / len(rows)
+    error = sum(((own[0, t] - theirs[0, t]) ** 2).sum() for t in rows)
+    return error / sum(((theirs[0, t] - mean) ** 2).sum() for t in rows)
+
+
+def test_is_the_share_of_variance_token_by_token():
+    mask = torch.tensor([False, True, True, False, True])
+    own = [draw(1, 5, 3, seed=s).float().requires_grad_() for s in (0, 1)]
+    theirs = [draw(1, 5, 3, seed=s).float() for s in (2, 3)]
+    weights = torch.tensor([1.0, 3.0])
+    got = unexplained(own, theirs, mask)
+    expected = torch.stack([by_hand(*pair, mask) for pair in zip(own, theirs, strict=True)])
+    torch.testing.assert_close(got, expected)
+    grads = torch.autograd.grad((got * weights).sum(), own)
+    torch.testing.assert_close(grads, torch.autograd.grad((expected * weights).sum(), own))
+    assert all((grad[0, ~mask] == 0).all() for grad in grads)
+
+
+def test_is_nothing_for_equal_states_and_one_for_their_mean():
+    theirs = draw(1, 6, 4, seed=0).float() + 100
+    mask = torch.ones(6, dtype=torch.bool)
+    mean = theirs.mean(1, keepdim=True).expand_as(theirs)
+    got = unexplained([theirs, mean], [theirs, theirs], mask)
+    torch.testing.assert_close(got, torch.tensor([0.0, 1.0]))
+
+
+def test_no_counted_token_gives_no_number_that_is_not_finite():
+    states = draw(1, 3, 4, seed=0).float().requires_grad_()
+    share = unexplained([states], [states.detach() + 1], torch.zeros(3, dtype=torch.bool))
+    (grad,) = torch.autograd.grad(share.sum(), states)
+    assert share.item() == 0
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_layer_outputs_are_the_residual_stream(family):
+    dense, (row,) = make_dense(family), make_rows([7, 9], 16)
+    with layer_outputs(dense) as states:
+        last = last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+    assert len(states) == len(decoder_layers(dense))
+    torch.testing.assert_close(dense.base_model.norm(states[-1]), last)
+    with layer_outputs(dense, wanted=False) as states:
+        last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+    assert states == []
+
+
+def one_step(coef, checkpointing="none"):
+    """Expert gradients of one step, before the update changes anything else."""
+    dense, (row,) = make_dense(), make_rows([15, 17], 32)
+    student = make_student(dense)
+    config = change(CONFIG, loss={"states_coef": coef}, optim={"clip_norm": 1e9})
+    set_objective(student.banks(), config)
+    checkpoint_layers(student, checkpointing)
+    optimizer = build_optimizer(student, config.optim, seed=0)
+    grads = {}
+
+    def keep(name, parameter):
+        parameter.register_post_accumulate_grad_hook(lambda p: grads.update({name: p.grad.clone()}))
+
+    for name, parameter in student.trainable().items():
+        keep(name, parameter)
+    distill_step(student, dense, optimizer, [row], config)
+    return grads
+
+
+@pytest.mark.parametrize("checkpointing", ["layer", "selective", "offload"])
+def test_checkpointing_changes_no_gradient(checkpointing):
+    expected, got = one_step(2.0), one_step(2.0, checkpointing)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], grad) for name, grad in expected.items())
+
+
+def test_gradient_is_linear_in_the_coefficient():
+    plain, once, twice = (one_step(coef) for coef in (0.0, 1.0, 2.0))
+    for name in plain:
+        if "router" in name:
+            continue
+        assert not torch.equal(plain[name], once[name])
+        torch.testing.assert_close(
+            twice[name] - plain[name], 2 * (once[name] - plain[name]), rtol=1e-3, atol=1e-6
+        )
