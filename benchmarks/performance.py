@@ -157,9 +157,16 @@ def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
             best = min(peers[k].values())
             peer = f"{us(best)} best MoE of transformers"
             yield Row("", us(mine), peer, f"{mine / best:.2f}", "< 1")
-        share = f"{100 * record['share_of_bandwidth']:.0f} % of it"
+        share = f"{100 * record['share_of_bandwidth']:.0f} %"
         limit = f"{us(record['limit_us'])} to read the active weights"
-        yield Row("", share, limit, "", ">= 85 %")
+        yield Row(f"{label}, share of the bandwidth", share, limit, "", ">= 85 %")
+    for record in (r for r in timed if r["kind"] == "tokens"):
+        micro = record["us_per_layer"]
+        ours, label = micro["ours"], f"decode, {record['tokens']} tokens at once, k = {record['k']}"
+        for name, peer in (("dense MLP", "Qwen3MLP"), ("our path for all experts", "all experts")):
+            ratio = f"{ours / micro[peer]:.2f}"
+            yield Row(label, us(ours), f"{us(micro[peer])} {name}", ratio, "")
+            label = ""
     model = [r for r in records if r["kind"] == "model" and "tokens_per_s" in r]
     for name, rate in model[-1]["tokens_per_s"].items() if model else ():
         if name != "dense":
@@ -210,6 +217,7 @@ README_ROWS = (
     "expert layer, 32,768 tokens, k = 16",
     "decode, one layer, k = 4",
     "decode, one layer, k = 16",
+    "decode, one layer, k = 16, share of the bandwidth",
     "decode, Qwen3-0.6B, k = 16, tokens/s",
     "loss, 32,768 tokens",
     "expert layer, bfloat16, k = 16",

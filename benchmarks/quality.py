@@ -1,11 +1,11 @@
-"""How close a student gets to its teacher: recipes against controls, partitions stage by stage.
+r"""How close a student gets to its teacher: recipes against controls, partitions stage by stage.
 
 SmolLM2-135M-Instruct in 30 x 32 experts of 48 neurons, 16 active on average. Text: the embedded
 corpus and the documentation of Django 5.2.19 (2.09M tokens together), so that no run reads a
 training token twice; 5 % of the documents are held out.
 
     pip download --no-deps --no-binary :all: django==5.2.19 && tar -xzf django-5.2.19.tar.gz
-    python benchmarks/quality.py --text django-5.2.19/docs --groups small partitions \\
+    python benchmarks/quality.py --text django-5.2.19/docs --groups small partitions \
         --jobs 2 --threads 1
     python benchmarks/quality.py --text django-5.2.19/docs --groups long --device cuda --jobs 6
     python benchmarks/quality.py --write        # docs/results.md from the records

@@ -37,8 +37,9 @@ ATTENTION_OPS = (
     "torch_attn._varlen_attn",
 )
 CPU_LOSS_CHUNK_TOKENS = 512
-# Matrix products suffer below the smaller. Above the larger nothing is gained: 32,768 tokens took
-# an H100 86 ms in chunks of 1,024 (in the card's step) and 119 ms of 2,048 (`gpu.py`, V 151,936).
+# Matrix products suffer below the smaller. Above the larger nothing is gained but memory spent:
+# 32,768 tokens took an H100 121 ms and 0.93 GiB in chunks of 1,024, 119 ms and 1.80 GiB in chunks
+# of 2,048 (`gpu.py --sections loss`, V 151,936).
 GPU_LOSS_CHUNK_TOKENS = (128, 1024)
 # The logits' share of the memory that is free before the first step.
 LOSS_MEMORY_SHARE = 1 / 16
