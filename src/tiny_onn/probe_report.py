@@ -27,7 +27,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     """The tables as Markdown, with a line on what was measured."""
     parts = [summary(found)]
     for title, header, rows in tables(found):
-        lines = [f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in (header, *rows))]
+        escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
+        lines = [f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in escaped)]
         lines.insert(3, "|" + "---|" * len(header))
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
