@@ -87,7 +87,7 @@ SMALL = (
     "optim.gate_lr=3e-4",
     "train.tokens=16384",
 )
-STAGED = (*SMALL, "train.blockwise_tokens=8192")
+STAGED = (*SMALL, "experts.calibration_tokens=8192", "train.blockwise_tokens=8192")
 RECIPES: dict[str, tuple[str, ...]] = {
     "recommended": (),
     "half-width dense": ("experts.init=importance", *STATIC),
