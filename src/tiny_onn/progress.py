@@ -1,5 +1,6 @@
-"""What a run shows on the terminal: one live line, and a line per evaluation."""
+"""What a run shows: one live line (in a file a line now and then), and a line per evaluation."""
 
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -18,11 +19,15 @@ from tiny_onn.evaluate import Evaluation
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.prepare import Conversion
 
+# Between the lines of a run that no terminal shows.
+LINE_SECONDS = 30.0
+
 
 class RunProgress:
     """A live line with KL (and loss, where it is another), mean k, tokens/s and the time left.
 
-    A context manager.
+    Where there is no terminal to draw it on, the same as a line every `LINE_SECONDS`. A context
+    manager.
 
     Args:
         title: what the line is called.
@@ -31,6 +36,7 @@ class RunProgress:
     """
 
     def __init__(self, title: str, total_tokens: int, done_tokens: int = 0) -> None:
+        self._title, self._total, self._last_line = title, total_tokens, time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"),
             # With a demo's title all of it fits 80 columns.
@@ -55,6 +61,10 @@ class RunProgress:
             distance = f"KL {kl}" if loss == kl else f"loss {loss}  KL {kl}"
         numbers = f"{distance}  k {record['mean_k']:.1f}  {record['tokens_per_s']:,.0f} tok/s"
         self._progress.update(self._task, completed=tokens, numbers=numbers)
+        now = time.monotonic()
+        if not self._progress.console.is_terminal and now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            say(f"{self._title}: {tokens:,} of {self._total:,} tokens  {numbers}")
 
     def __enter__(self) -> "RunProgress":
         self._progress.start()
