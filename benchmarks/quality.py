@@ -255,28 +255,32 @@ def final_table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def partition_table(
-    records: Sequence[dict[str, Any]], untrained: dict[tuple[str, str], float]
-) -> Iterator[str]:
+def partition_table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """KL of each partition, stage by stage."""
     yield (
-        "| partition | oracle | static | initial gate | after blockwise | after global |"
+        "| partition | initial gate | after blockwise | after global | perplexity |"
         " block error before, after |"
     )
-    yield "|---|---|---|---|---|---|---|"
-    for record in records:
-        name = record["arm"]
+    yield "|---|---|---|---|---|---|"
+    for record in sorted(records, key=lambda r: PARTITIONS.index(r["arm"])):
         error = record["block_error"]
         cells = (
-            name,
-            *(f"{untrained[name, r]:.3f}" if (name, r) in untrained else "" for r in CONTROLS),
+            record["arm"],
             *(f"{record[s]['forward_kl']:.3f}" for s in ("before", "after_blockwise", "after")),
+            f"{record['after']['student_perplexity']:.2f}",
             f"{error['before']:.3f}, {error['after']:.3f}",
         )
         yield f"| {' | '.join(cells)} |"
 
 
-CONTROLS = ("oracle", "static")
+def untrained_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """KL of each partition under routers that nobody trained, from `partitions.py`."""
+    routers = ("oracle", "ridge", "static", "random")
+    yield f"| partition | {' | '.join(routers)} |"
+    yield f"|{'---|' * (len(routers) + 1)}"
+    kl = {(row["partition"], row["router"]): f"{row['kl']:.3f}" for row in rows}
+    for name in dict.fromkeys(row["partition"] for row in rows):
+        yield f"| {' | '.join([name, *(kl.get((name, router), '') for router in routers)])} |"
 
 
 def sections() -> dict[str, str]:
@@ -284,14 +288,14 @@ def sections() -> dict[str, str]:
     records = read_records(RECORDS)
     path = RESULTS / "partitions.json"
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
-    untrained = {(row["partition"], row["router"]): row["kl"] for row in rows}
     groups = {
         name: [r for r in records if r["group"] == name] for name in ("long", "small", "partitions")
     }
     tables = {
         "long": final_table(groups["long"]),
         "small": final_table(groups["small"]),
-        "partitions": partition_table(groups["partitions"], untrained),
+        "partitions": partition_table(groups["partitions"]),
+        "untrained": untrained_table(rows),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
 
