@@ -275,7 +275,7 @@ def partition_table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def untrained_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """KL of each partition under routers that nobody trained, from `partitions.py`."""
-    routers = ("oracle", "ridge", "static", "random")
+    routers = ("oracle", "ridge", "static")
     yield f"| partition | {' | '.join(routers)} |"
     yield f"|{'---|' * (len(routers) + 1)}"
     kl = {(row["partition"], row["router"]): f"{row['kl']:.3f}" for row in rows}
