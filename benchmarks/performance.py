@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pages
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -245,14 +247,7 @@ def sections() -> dict[str, str]:
 
 def filled(text: str) -> str:
     """A page with the generated text in its places."""
-    for name, content in sections().items():
-        begin = BEGIN.format(name=name)
-        if begin in text:
-            head, _, rest = text.partition(begin)
-            _, end, tail = rest.partition(END)
-            assert end, f"{name}: no {END}"
-            text = f"{head}{begin}{content}{end}{tail}"
-    return text
+    return pages.filled(text, sections(), BEGIN.removesuffix("\n"), END)
 
 
 def main() -> int:

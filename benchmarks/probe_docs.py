@@ -10,23 +10,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pages
 from tiny_onn.probe_report import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "probe_smollm2.json"
 DOCS = ROOT / "docs" / "probe.md"
 SUBJECTS = ("dense", "student")
+BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 
 
 def with_tables(text: str, records: dict[str, Any]) -> str:
     """The document with each subject's tables between its markers."""
-    for name, record in records.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        head, _, rest = text.partition(begin)
-        _, _, tail = rest.partition(end)
-        assert tail, f"{DOCS}: lacks {begin} or {end}"
-        text = f"{head}{begin}\n{markdown(record)}{end}{tail}"
-    return text
+    for name in records:
+        assert BEGIN.format(name=name) in text, f"{DOCS}: lacks {BEGIN.format(name=name)}"
+    contents = {name: markdown(record) for name, record in records.items()}
+    return pages.filled(text, contents, BEGIN, END)
 
 
 def main() -> None:

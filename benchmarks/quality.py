@@ -28,13 +28,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import pages
 from blockwise import tiny_teacher
 from common import RESULTS, environment, parser
 
 ROOT = Path(__file__).parent.parent
 RECORDS = RESULTS / "quality.jsonl"
 PAGE = ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- {name}: begin -->\n", "<!-- {name}: end -->"
+BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 
 BASE = (
     "data.row_tokens=4096",
@@ -302,13 +303,7 @@ def sections() -> dict[str, str]:
 
 def filled(text: str) -> str:
     """The page with the generated text in its places."""
-    for name, content in sections().items():
-        head, found, rest = text.partition(BEGIN.format(name=name))
-        if found:
-            _, end, tail = rest.partition(END.format(name=name))
-            assert end, f"{name}: no end"
-            text = f"{head}{found}{content}{end}{tail}"
-    return text
+    return pages.filled(text, sections(), BEGIN, END)
 
 
 def main() -> int:

@@ -108,11 +108,10 @@ def html_page(found: Mapping[str, Any]) -> str:
             [(p["ffn_flops"] / 1e6, p[name], f"k = {p['mean_k']:.1f}") for p in points],
         )
 
+    cost = "FFN MFLOPs per token"
     pictures = [
-        line_plot("Distance to the teacher", "FFN MFLOPs per token", "KL, nats", [line(name)])
-        if name == "forward_kl"
-        else line_plot("Perplexity", "FFN MFLOPs per token", "perplexity", [line(name)])
-        for name in ("forward_kl", "student_perplexity")
+        line_plot("Distance to the teacher", cost, "KL, nats", [line("forward_kl")]),
+        line_plot("Perplexity", cost, "perplexity", [line("student_perplexity")]),
     ]
     teacher = points[0]
     about = (
