@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny import CONFIG, TIMES, change, save_teacher, write_corpus
 from tiny_onn import train as train_module
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
@@ -17,7 +17,6 @@ from tiny_onn.run_folder import create_run_folder, read_metrics, read_run_config
 from tiny_onn.step import distill_step
 from tiny_onn.train import run_distill
 
-TIMES = ("tokens_per_s", "seconds")
 STEPS, STOP = 6, 3
 
 

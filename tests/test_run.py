@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import change, write_run
+from tiny import TIMES, change, write_run
 from tiny_onn import checkpoint as checkpoint_module
 from tiny_onn import train as train_module
 from tiny_onn.convert import backbone_hash
@@ -24,9 +24,6 @@ from tiny_onn.teacher import load_dense
 from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")
-
-# What a clock decides.
-TIMES = ("tokens_per_s", "seconds")
 
 
 @pytest.fixture(scope="module")

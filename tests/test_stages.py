@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny import change, write_run
+from tiny import TIMES, change, write_run
 from tiny_onn import train as train_module
 from tiny_onn.checks import validate
 from tiny_onn.config import RunConfig
@@ -18,9 +18,6 @@ from tiny_onn.stages import annealed, annealed_k, run_tokens, stage_named
 from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")
-
-# What a clock decides.
-TIMES = ("tokens_per_s", "seconds")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from tiny_onn.convert import convert
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.packing import PackedRow, pack
 
+# Fields of a metric record that a clock decides.
+TIMES = ("tokens_per_s", "seconds")
 VOCAB = 64
 WIDTH = 48
 SIZES: dict[str, Any] = {

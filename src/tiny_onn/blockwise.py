@@ -19,7 +19,7 @@ Legend: T tokens, D hidden, L layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,15 +58,11 @@ def mlp_calls(dense: PreTrainedModel, see: Callable[[int, Tensor, Tensor], None]
     def hook(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         see(index, inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2))
 
-    handles = [
-        layer.get_submodule("mlp").register_forward_hook(partial(hook, index))
-        for index, layer in enumerate(decoder_layers(dense))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for index, layer in enumerate(decoder_layers(dense)):
+            mlp = layer.get_submodule("mlp")
+            hooks.enter_context(mlp.register_forward_hook(partial(hook, index)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def squared_error(

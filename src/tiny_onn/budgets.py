@@ -130,11 +130,8 @@ def _settling(bank: ExpertBank, k: int, nearest: Sequence[int], mask_T: Tensor) 
         for other in nearest:
             router.threshold_table[other - 1] = exact_threshold(scores_TE, mask_T, float(other))
 
-    handle = bank.register_forward_pre_hook(settle)
-    try:
+    with bank.register_forward_pre_hook(settle):
         yield
-    finally:
-        handle.remove()
 
 
 def _fill_together(

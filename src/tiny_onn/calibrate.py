@@ -8,7 +8,7 @@ Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -36,15 +36,10 @@ def mlp_inputs(dense: PreTrainedModel, see: Callable[[int, Tensor], None]) -> It
     def hook(index: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         see(index, inputs[0].flatten(0, -2))
 
-    handles = [
-        mlp.module.register_forward_pre_hook(partial(hook, index))
-        for index, mlp in enumerate(gated_mlps(dense))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for index, mlp in enumerate(gated_mlps(dense)):
+            hooks.enter_context(mlp.module.register_forward_pre_hook(partial(hook, index)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

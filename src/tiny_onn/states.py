@@ -11,7 +11,7 @@ Legend: T tokens, D hidden, L layers.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,13 +34,10 @@ def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[
     def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
         kept.append(output if isinstance(output, Tensor) else output[0])
 
-    layers = decoder_layers(backbone) if wanted else []
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in decoder_layers(backbone) if wanted else ():
+            hooks.enter_context(layer.register_forward_hook(hook))
         yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def unexplained(

@@ -14,7 +14,7 @@ Legend: C copies, T tokens, D hidden, E experts, I expert width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -115,7 +115,7 @@ class Document:
         for experts in torch.arange(num_experts).split(size):
             flip = _Flip(experts.to(self.has_loss_T.device))
             hidden = self.calls[layer].hidden.expand(len(experts) + 1, -1, -1)
-            with torch.no_grad(), _hooked(bank, flip):
+            with torch.no_grad(), bank.register_forward_hook(flip):
                 base_TD, *others = self._run(layer, hidden)
                 base_T = self.own_losses(base_TD)
                 columns += [self.own_losses(other_TD) - base_T for other_TD in others]
@@ -165,12 +165,9 @@ class Document:
         """The MLP's input (T, D) and the active experts (T, E) of a layer."""
         seen: list[Tensor] = []
         bank = self._bank(layer)
-        handle = bank.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            with torch.no_grad():
-                self._layer(layer, self.calls[layer].hidden)
-        finally:
-            handle.remove()
+        hook = bank.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with hook, torch.no_grad():
+            self._layer(layer, self.calls[layer].hidden)
         return seen[0][0], _routing_of(bank).active
 
     def _bank(self, layer: int) -> ExpertBank:
@@ -252,12 +249,10 @@ def _layer_calls(
         hidden = inputs[0] if inputs else named.pop("hidden_states")
         calls.append(_Call(hidden=hidden, rest=rest, named=named))
 
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
         final = last_hidden_states(student, input_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls, final[0]
 
 
@@ -271,15 +266,6 @@ def _unknown_family(student: TinyOnnForCausalLM, reason: str) -> UserError:
         f"architecture {type(student.backbone).__name__}: {reason}, expected layers and a final "
         "norm alone; probe does not know this family"
     )
-
-
-@contextmanager
-def _hooked(bank: ExpertBank, hook: _Flip) -> Iterator[None]:
-    handle = bank.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
