@@ -50,7 +50,7 @@ BUDGETS = {
     "correctness": 60,
     "card": 200,
     "experts": 120,
-    "decode": 60,
+    "decode": 180,
     "loss": 60,
     "determinism": 45,
     "plan": 60,
