@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tiny_onn.evaluate import Evaluation
 from tiny_onn.integrity import predictive_integrity
-from tiny_onn.ops.teaching import SurpriseTally
+from tiny_onn.ops.teaching import SurpriseTally, on_cpu
 from tiny_onn.routing_stats import RoutingSummary
 from tiny_onn.step import StepResult
 
@@ -210,10 +210,11 @@ def step_record(
         loss_chunk_tokens: tokens whose logits existed at once.
         with_layers: whether to say it layer by layer too.
     """
-    smk, layers, loss = _smk_record(result) if result.tallies else None, None, float(result.loss)
+    tallies = on_cpu(result.tallies)
+    smk, layers, loss = _smk_record(result, tallies) if tallies else None, None, float(result.loss)
     if with_layers:
         layers = LayersRecord(
-            **result.stats.layers(), **result.stats.counts(), **_smk_layers(result)
+            **result.stats.layers(), **result.stats.counts(), **_smk_layers(result, tallies)
         )
     common: dict[str, Any] = {
         "step": step,
@@ -296,8 +297,7 @@ def _rounded(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _smk_record(result: StepResult) -> SmkRecord:
-    tallies = result.tallies
+def _smk_record(result: StepResult, tallies: Sequence[SurpriseTally]) -> SmkRecord:
     targets, tokens = (_total(tallies, name) for name in ("num_targets", "num_tokens"))
     active = max(1.0, float(result.stats.load_LE.sum()))
     experts = tallies[0].surprise_E.shape[0]
@@ -312,16 +312,16 @@ def _smk_record(result: StepResult) -> SmkRecord:
     )
 
 
-def _smk_layers(result: StepResult) -> dict[str, Any]:
+def _smk_layers(result: StepResult, tallies: Sequence[SurpriseTally]) -> dict[str, Any]:
     """The fields of `LayersRecord` that SMK fills."""
-    tallies, num_tokens = result.tallies, max(1, int(result.stats.num_tokens))
+    num_tokens = max(1, int(result.stats.num_tokens))
     if not tallies:
         return {}
     num_targets = [max(1.0, float(tally.num_targets)) for tally in tallies]
     pairs = list(zip(tallies, num_targets, strict=True))
     active = [
         (tally.active_surprise_E / load_E.clamp_min(1)).tolist()
-        for tally, load_E in zip(tallies, result.stats.load_LE, strict=True)
+        for tally, load_E in zip(tallies, result.stats.load_LE.cpu(), strict=True)
     ]
     return {
         "smk_agreement": [float(tally.num_agree) / n for tally, n in pairs],

@@ -3,7 +3,8 @@
 Legend: T tokens, E experts, S of them shared.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,18 @@ class SurpriseTally:
         """
         pairs = float(self.pick_E.double() @ self.target_E.double())
         return (pairs - float(self.num_agree)) / max(1.0, float(self.num_targets) - 1)
+
+
+def on_cpu(tallies: Sequence[SurpriseTally]) -> list[SurpriseTally]:
+    """The same on the CPU, read in one transfer: a GPU is waited for once, not for every number."""
+    if not tallies:
+        return []
+    names = [field.name for field in fields(SurpriseTally)]
+    values = [getattr(tally, name) for tally in tallies for name in names]
+    read = torch.cat([value.flatten() for value in values]).cpu()
+    parts = read.split([value.numel() for value in values])
+    shaped = iter([part.view(value.shape) for part, value in zip(parts, values, strict=True)])
+    return [SurpriseTally(**{name: next(shaped) for name in names}) for _ in tallies]
 
 
 @dataclass(kw_only=True, slots=True)
