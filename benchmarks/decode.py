@@ -44,7 +44,8 @@ from common import (
 from decode_model import whole_model
 from tiny_onn.experts import ExpertBank, selecting
 from tiny_onn.ops import decode
-from tiny_onn.router import RoutingRule, exact_threshold
+from tiny_onn.router import RoutingRule
+from tiny_onn.thresholds import exact_threshold
 
 # Of the output's norm; bfloat16 keeps 8 bits.
 LIMIT = 2e-2

@@ -19,9 +19,9 @@ from tiny_onn.modeling import decoder_layers, gated_mlps, last_hidden_states
 from tiny_onn.ops import reference
 from tiny_onn.optim import build_optimizer
 from tiny_onn.packing import build_row
-from tiny_onn.router import exact_threshold
 from tiny_onn.surprise import SmkRule, label_loss, smk_loss, smk_targets
 from tiny_onn.teacher import teacher_for
+from tiny_onn.thresholds import exact_threshold, steer
 
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)
 TASK = change(CONFIG, experts={"weighting": "softmax"}, router={"objective": "task"})
@@ -134,7 +134,8 @@ def test_every_layer_learns_as_if_it_were_alone(config):
             for row, call in zip(rows, calls, strict=True)
         )
         mean_k = result.stats.load_LE[index].sum() / result.stats.num_tokens
-        bank.router.steer(torch.as_tensor(exact), config.router.budget_rate, mean_k)
+        exact_L = torch.as_tensor(exact)[None]
+        steer([bank.router], exact_L, config.router.budget_rate, mean_k[None])
         torch.testing.assert_close(after.router.threshold, bank.router.threshold)
 
 

@@ -34,7 +34,16 @@ LAYERS = (
         "charts",
         "probe_stats",
     ),
-    ("router", "experts", "losses", "coupled_losses", "quantize", "assignment", "integrity"),
+    (
+        "router",
+        "thresholds",
+        "experts",
+        "losses",
+        "coupled_losses",
+        "quantize",
+        "assignment",
+        "integrity",
+    ),
     (
         "modeling",
         "convert",

@@ -44,7 +44,7 @@ def chunked(leaves, chunk_tokens, rule=None, **options: Any):
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     x, gate_up, down, weights, logits = leaves
     seen: list[Tensor] = []
-    tally = SurpriseTally.zeros(weights.shape[1], x.device)
+    tally = SurpriseTally.of_layers(1, weights.shape[1], x.device)[0]
     smk = SmkStep(rule=rule or SmkRule(), grad_scale=0.1, loss_scale=3.0, tally=tally, capture=seen)
     mask = torch.arange(len(x)) % 4 != 3
     layer = {"activation": F.silu, "smk": smk, "token_mask_T": mask, "chunk_tokens": chunk_tokens}

@@ -251,7 +251,7 @@ def test_no_loop_over_experts_or_tokens_and_nothing_of_tokens_x_experts_x_hidden
         step = smk_step(
             tokens,
             SmkRule(surprise=kind, candidates=candidates),
-            tally=SurpriseTally.zeros(experts, torch.device("cpu")),
+            tally=SurpriseTally.of_layers(1, experts, torch.device("cpu"))[0],
         )
         with Watch() as watch:
             layer(leaves, F.silu, smk=step).sum().backward()
@@ -283,7 +283,7 @@ def batch(num_tokens=20, seed=1) -> Tensor:
 def bank_gradients(bank: ExpertBank, x: Tensor, parts=1, use_checkpoint=False, **options: Any):
     """Gradients of the mean squared output over the batch, in parts; the tally; the input's."""
     num_tokens = len(x)
-    tally = SurpriseTally.zeros(6, x.device)
+    tally = SurpriseTally.of_layers(1, 6, x.device)[0]
     bank.smk = smk_step(num_tokens, loss_scale=float(num_tokens), tally=tally, **options)
     bank.zero_grad()
     x = x.clone().requires_grad_()
@@ -294,7 +294,7 @@ def bank_gradients(bank: ExpertBank, x: Tensor, parts=1, use_checkpoint=False, *
         (y.square().sum() / num_tokens).backward()
     grads = {name: p.grad for name, p in bank.named_parameters()} | {"x": x.grad}
     assert all(g is not None and bool(g.any()) for g in grads.values())
-    sums = {name: getattr(tally, name) for name in tally.__slots__}
+    sums = {name: getattr(tally, name) for name in tally._fields}
     return grads, sums
 
 

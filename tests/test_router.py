@@ -16,10 +16,10 @@ from tiny_onn.coupled_losses import load_balancing_loss, z_loss
 from tiny_onn.router import (
     Router,
     RoutingRule,
-    exact_threshold,
     route,
     routing_weights,
 )
+from tiny_onn.thresholds import exact_threshold, steer
 
 BudgetForm = Literal["cumulative", "threshold"]
 FORMS: tuple[BudgetForm, ...] = ("cumulative", "threshold")
@@ -171,7 +171,8 @@ def test_a_flat_gate_starts_on_target_and_stays(form, num_experts):
         for _ in range(30):
             routing = router(normal(9, HIDDEN))
             assert (routing.active.sum(-1) == target_k).all()
-            router.steer(exact_threshold(routing.scores, everyone(9), rule.target_k), 0.1)
+            exact = exact_threshold(routing.scores, everyone(9), rule.target_k)
+            steer([router], exact[None], 0.1)
 
 
 @settings(max_examples=12, deadline=None)
@@ -192,7 +193,8 @@ def test_steering_holds_the_mean_k_within_two_percent(form, target_k, scale, ske
         logits = torch.randn(512, 32, generator=generator) * scale + favourites
         routing = route(logits, rule, router.threshold)
         means.append(routing.active.sum(-1).float().mean())
-        router.steer(exact_threshold(routing.scores, everyone(512), target_k), 0.1)
+        exact = exact_threshold(routing.scores, everyone(512), target_k)
+        steer([router], exact[None], 0.1)
     # The first batch is routed by a flat gate's threshold. A batch is a sample with noise of its
     # own, so that what holds is the mean of some.
     held = torch.stack(means[5:]).view(2, 15).mean(1)
@@ -202,7 +204,7 @@ def test_steering_holds_the_mean_k_within_two_percent(form, target_k, scale, ske
 def test_steering_is_a_mean_at_first_and_then_a_moving_one():
     router = Router(HIDDEN, NUM_EXPERTS, RoutingRule(target_k=4.0))
     for value, expected in ((0.2, 0.2), (0.4, 0.3), (0.7, 0.5), (0.1, 0.3)):
-        router.steer(torch.tensor(value), rate=0.5)
+        steer([router], torch.tensor([value]), rate=0.5)
         assert router.threshold.item() == pytest.approx(expected)
 
 
@@ -215,7 +217,8 @@ def test_steering_follows_a_gate_that_sharpens(form):
         logits = normal(256, 32, seed=step, scale=0.5 * 1.01**step)
         routing = route(logits, rule, router.threshold)
         means.append(routing.active.sum(-1).float().mean().item())
-        router.steer(exact_threshold(routing.scores, everyone(256), 16.0), 0.1)
+        exact = exact_threshold(routing.scores, everyone(256), 16.0)
+        steer([router], exact[None], 0.1)
     assert abs(sum(means[20:]) / 100 / 16 - 1) < 0.1
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student
+from tiny_onn import thresholds
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.evaluate import evaluate, evaluate_layers, unigram_nll
 from tiny_onn.experts import ExpertBank
@@ -103,6 +104,30 @@ def test_every_statistic_is_a_count_over_tokens():
     assert summary["dead_experts"] == sum(load.count(0) for load in wanted["load"]) > 0
 
 
+@pytest.mark.parametrize("elements", [1, 2 * E * 11])
+def test_however_many_layers_are_counted_together(elements, monkeypatch):
+    whole, parts = RoutingStats.zeros(BANKS), RoutingStats.zeros(BANKS)
+    whole.add(BANKS, ROW)
+    monkeypatch.setattr(thresholds, "GROUP_ELEMENTS", elements)
+    parts.add(BANKS, ROW)
+    for name, values in parts.layers().items():
+        assert values == pytest.approx(whole.layers()[name]), name
+    assert parts.counts() == whole.counts()
+
+
+def test_tallies_are_read_layer_by_layer():
+    tallies = SurpriseTally.of_layers(3, E, torch.device("cpu"))
+    for layer, tally in enumerate(tallies):
+        tally.counts_4.add_(torch.arange(4) + 10 * layer)
+        tally.sums_4E.add_(torch.arange(4)[:, None] + 100 * layer)
+    for read, tally in zip(SurpriseTally.read(tallies), tallies, strict=True):
+        assert torch.equal(read.counts_4, tally.counts_4)
+        assert torch.equal(read.sums_4E, tally.sums_4E)
+        assert (read.num_agree, read.pick_E[0]) == (tally.counts_4[2], tally.sums_4E[2, 0])
+    assert tallies[2].chance == 23
+    assert SurpriseTally.read([]) == []
+
+
 def test_rows_add_up():
     once, twice = RoutingStats.zeros(BANKS), RoutingStats.zeros(BANKS)
     once.add(BANKS, ROW)
@@ -120,7 +145,7 @@ def test_a_step_reads_nothing_from_the_device():
     row = PackedRow(**{name: _meta(getattr(ROW, name)) for name in ROW.__slots__})
     banks = [make_bank(torch.empty(12, E, device="meta"), _meta(ROUTINGS[0].active))]
     RoutingStats.zeros(banks).add(banks, row)
-    tally = SurpriseTally.zeros(E, torch.device("meta"))
+    tally = SurpriseTally.of_layers(1, E, torch.device("meta"))[0]
     smk = SmkStep(rule=SmkRule(), grad_scale=1.0, tally=tally)
     table = torch.empty(12, E, device="meta")
     teach(smk, table, table, table, table > 0, row.router_mask[0])
@@ -140,7 +165,7 @@ def test_the_tally_is_a_count_over_tokens_and_pairs(candidates, targets):
     # Half of the gate's logits follow the targets, so that agreement is neither chance nor all.
     logits[::2] -= 2 * surprise[::2]
     rule = SmkRule(candidates=candidates, targets=targets, num_targets=3)
-    tally = SurpriseTally.zeros(E, torch.device("cpu"))
+    tally = SurpriseTally.of_layers(1, E, torch.device("cpu"))[0]
     smk = SmkStep(rule=rule, grad_scale=1.0, tally=tally)
     weights = active.float()
     # In two parts, as two rows of a step.
@@ -180,7 +205,7 @@ def test_a_constant_gate_agrees_no_more_than_shuffled_targets_do():
     surprise[:4, 0], surprise[:4, 1] = 1, 0
     logits = torch.zeros(100, E)
     logits[:, 0] = 9
-    tally = SurpriseTally.zeros(E, torch.device("cpu"))
+    tally = SurpriseTally.of_layers(1, E, torch.device("cpu"))[0]
     smk = SmkStep(rule=SmkRule(candidates="all"), grad_scale=1.0, tally=tally)
     everything = torch.ones(100, E, dtype=torch.bool)
     teach(smk, surprise, torch.ones(100, E), logits, everything, everything[:, 0])

@@ -27,12 +27,13 @@ from tiny_onn.optim import build_optimizer
 from tiny_onn.partition import by_importance, learn_partition, neuron_energy
 from tiny_onn.prepare import make_student as prepare_student
 from tiny_onn.prepare import needs_text, partition, set_objective
-from tiny_onn.router import Exploration, Routing, RoutingRule, exact_threshold, route
+from tiny_onn.router import Exploration, Routing, RoutingRule, route
 from tiny_onn.routing_stats import OracleStats, RoutingStats
 from tiny_onn.shared import kept_first, routed, split_neurons, with_shared
 from tiny_onn.steering import settle
 from tiny_onn.step import distill_step
 from tiny_onn.surprise import SmkRule
+from tiny_onn.thresholds import aims, exact_threshold
 from tiny_onn.truth import would_be_weights
 
 ROWS = make_rows((20, 13, 30, 64, 9, 40, 17, 22), 64)
@@ -137,7 +138,7 @@ def test_a_fresh_threshold_fits_a_flat_gate(form):
     assert router(normal(9, 32)).active.sum(-1).tolist() == [4] * 9
     router.rule = RoutingRule(target_k=4.0, num_shared=S)
     router.correction.fill_(0.9)
-    assert router.aim() == S + 1
+    assert aims([router]) == S + 1
 
 
 @given(st.integers(0, 99), st.integers(0, 5), st.floats(0, 1))
@@ -179,7 +180,7 @@ def taught_bank(path, targets, candidates, *, compiled) -> ExpertBank:
     smk = SmkRule(
         surprise=surprise, direction="max", candidates=candidates, targets=targets, num_targets=3
     )
-    tally = SurpriseTally.zeros(E, torch.device("cpu"))
+    tally = SurpriseTally.of_layers(1, E, torch.device("cpu"))[0]
     bank.smk = SmkStep(rule=smk, grad_scale=1.0, tally=tally, num_shared=S)
     bank.path, bank.compiled = path, compiled
     y = bank(normal(30, 12, seed=2))
@@ -233,7 +234,7 @@ def test_targets_and_gradient_are_those_of_a_gate_without_them(targets, candidat
     )
 
     def taught(num_shared, tables):
-        tally = SurpriseTally.zeros(tables[0].shape[1], torch.device("cpu"))
+        tally = SurpriseTally.of_layers(1, tables[0].shape[1], torch.device("cpu"))[0]
         step = SmkStep(rule=rule, grad_scale=0.5, tally=tally, num_shared=num_shared)
         return teach(step, tables[0], tables[1], tables[2], tables[3], mask), tally
 

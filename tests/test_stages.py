@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.stages import annealed, annealed_k, run_tokens, stage_named
+from tiny_onn.thresholds import steer
 from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -168,8 +170,7 @@ def test_a_threshold_follows_a_falling_target_at_once(config):
         # What this step moves the threshold to is the next step's number.
         assert banks[0].router.rule.target_k == pytest.approx(8 - 4 * 64 / (0.5 * 319))
         for bank in banks:
-            settled = bank.router.threshold.new_tensor(0.25)
-            bank.router.steer(settled, 0.3, bank.router.threshold.new_tensor(8.0))
+            steer([bank.router], torch.tensor([0.25]), 0.3, torch.tensor([8.0]))
             # All the way, and the distance to a target that falls is no error to sum up.
             assert (bank.router.threshold, bank.router.correction) == (0.25, 0)
     with annealed(banks, config, stage, 192):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student
-from tiny_onn import prepare
+from tiny_onn import prepare, thresholds
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import BudgetScope, Checkpointing
@@ -16,13 +16,13 @@ from tiny_onn.router import (
     Exploration,
     Router,
     RoutingRule,
-    exact_thresholds,
     explore,
     route,
 )
 from tiny_onn.routing_stats import RoutingStats
 from tiny_onn.steering import REVIVED_SHARE, balance, revival_lift, revive, settle
 from tiny_onn.step import distill_step
+from tiny_onn.thresholds import aims, exact_thresholds, steer
 
 HIDDEN, EXPERTS, TOKENS = 12, 32, 256
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)
@@ -43,10 +43,9 @@ def run(layers, batches, *, rate=0.3, scope: BudgetScope = "layer"):
         k_L = torch.stack([routing.active.sum(-1).float().mean() for routing in routings])
         means.append(k_L)
         scores = [routing.scores for routing in routings]
-        exact_L = exact_thresholds(scores, EVERYONE, [layer.aim() for layer in layers], scope)
+        exact_L = exact_thresholds(scores, EVERYONE, aims(layers), scope)
         seen_L = k_L.mean().expand_as(k_L) if scope == "global" else k_L
-        for layer, exact, seen in zip(layers, exact_L, seen_L, strict=True):
-            layer.steer(exact, rate, seen)
+        steer(layers, exact_L, rate, seen_L)
     return torch.stack(means)
 
 
@@ -58,6 +57,21 @@ def gates(seed, scales, favourites, num_layers=1):
             torch.randn(TOKENS, EXPERTS, generator=generator) * scale + favourite
             for _ in range(num_layers)
         ]
+
+
+@pytest.mark.parametrize("elements", [1, 2 * TOKENS * EXPERTS, 2**22])
+def test_layers_are_steered_together_as_one_by_one(elements, monkeypatch):
+    monkeypatch.setattr(thresholds, "GROUP_ELEMENTS", elements)
+    batches = list(gates(0, [0.3, 0.5, 1.0], [torch.zeros(EXPERTS)] * 3, num_layers=5))
+    layers, alone = routers("threshold", 16.0, 5), routers("threshold", 16.0, 5)
+    together = run(layers, batches)
+    for index, (layer, twin) in enumerate(zip(layers, alone, strict=True)):
+        means = run([twin], [[batch[index]] for batch in batches])
+        assert torch.equal(together[:, index], means[:, 0])
+        for name, value in layer.named_buffers():
+            assert torch.equal(value, twin.get_buffer(name)), name
+        assert layer.num_updates == 3
+    assert len({float(layer.threshold) for layer in layers}) == 5
 
 
 @settings(max_examples=8, deadline=None)
@@ -112,8 +126,8 @@ def test_a_lagging_average_of_thresholds_alone_misses_what_the_integral_holds():
             routing = route(logits, layer.rule, layer.threshold)
             k = routing.active.sum(-1).float().mean()
             means.append(k.item())
-            exact = exact_thresholds([routing.scores], EVERYONE, [layer.aim()], "layer")[0]
-            layer.steer(exact, 0.1, k if integral else None)
+            exact = exact_thresholds([routing.scores], EVERYONE, aims([layer]), "layer")
+            steer([layer], exact, 0.1, k[None] if integral else None)
         return abs(sum(means[60:]) / 140 / 16 - 1)
 
     assert held(integral=True) < 0.01

@@ -35,7 +35,7 @@ def backward_pass(*tensors: Tensor, activation=F.silu, **options: Any):
     """The surprise and the tally of one backward pass, and the gradient at the logits."""
     x, gate_up, down, weights, logits, grad_y = tensors
     seen: list[Tensor] = []
-    tally = SurpriseTally.zeros(len(down), x.device)
+    tally = SurpriseTally.of_layers(1, len(down), x.device)[0]
     kwargs = {name: options.pop(name) for name in ("token_mask_T",) if name in options}
     step = SmkStep(**({"grad_scale": 1.0, "rule": SmkRule(), "tally": tally} | options))
     step.capture = seen

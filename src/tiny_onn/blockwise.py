@@ -204,16 +204,17 @@ class _Layers:
         self.error_L[layer] += loss.detach()
         # Of one token, the mean of the layers.
         self.token_losses[-1] += errors_T.detach() / len(self.banks)
-        self.stats.add_layer(layer, bank, self.row)
-        self.steering.see_layer(layer, self.mask_T)
+        this = slice(layer, layer + 1)
+        self.stats.add_layers(this, [bank], self.row)
+        self.steering.see_layers(this, self.mask_T)
         if not self.shared_budget:
-            self.steering.see_budget([layer], self.mask_T)
+            self.steering.see_budget(this, self.mask_T)
             bank.routing = None
         total.backward()
 
     def end(self) -> None:
         """After the row's last layer: what concerns all of them."""
         if self.shared_budget:
-            self.steering.see_budget(range(len(self.banks)), self.mask_T)
+            self.steering.see_budget(slice(None), self.mask_T)
             for bank in self.banks:
                 bank.routing = None

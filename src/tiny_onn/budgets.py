@@ -23,7 +23,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
 from tiny_onn.packing import PackedRow
-from tiny_onn.router import exact_threshold
+from tiny_onn.thresholds import exact_threshold
 
 TABLE_TOKENS = 1024
 # Shares of the experts at which the layers are settled together; other k use the nearest pass.

@@ -23,8 +23,8 @@ from tiny_onn.config import BudgetScope
 from tiny_onn.experts import MIN_NORM, ExpertBank, expert_norms
 from tiny_onn.modeling import activation_name, gated_mlps, last_hidden_states
 from tiny_onn.packing import PackedRow
-from tiny_onn.router import exact_thresholds
 from tiny_onn.shared import routed
+from tiny_onn.thresholds import aims, exact_thresholds, steer
 
 RIDGE = 1e-3
 
@@ -194,6 +194,7 @@ def settle_budgets(
     """Set each budget's threshold to the mean of those that meet its target on each row."""
     if not banks[0].router.rule.has_budget:
         return
+    routers = [bank.router for bank in banks]
     scores: list[Tensor] = []
 
     def see(index: int, x_TD: Tensor) -> None:
@@ -202,8 +203,7 @@ def settle_budgets(
     with mlp_inputs(dense, see):
         for row in rows:
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
-            aims = [bank.router.aim() for bank in banks]
-            thresholds = exact_thresholds(scores, row.router_mask.flatten(), aims, scope)
+            mask_T = row.router_mask.flatten()
+            thresholds_L = exact_thresholds(scores, mask_T, aims(routers), scope)
             scores.clear()
-            for bank, threshold in zip(banks, thresholds, strict=True):
-                bank.router.steer(threshold, rate=0.0)
+            steer(routers, thresholds_L, rate=0.0)

@@ -3,6 +3,7 @@
 Legend: B batch, T tokens, D hidden, E experts, I expert width, F = E * I neurons.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -157,6 +158,13 @@ class ExpertBank(nn.Module):
             self.routing = routing if self.coupled else routing.detach()
             if self.router.recording_window and self.token_mask is not None:
                 self.router.record(x_TD.detach(), routing, self.token_mask)
+
+
+def routings_of(banks: Sequence[ExpertBank]) -> list[Routing]:
+    """What each bank recorded in its last forward pass."""
+    routings = [bank.routing for bank in banks if bank.routing is not None]
+    assert len(routings) == len(banks)
+    return routings
 
 
 def selecting(rule: RoutingRule) -> decode.Selecting | None:

@@ -22,8 +22,8 @@ from tiny_onn.calibrate import Ridge, neuron_importance, sample_inputs
 from tiny_onn.config import ExpertsConfig
 from tiny_onn.modeling import GatedMlp, activation_name, gated_mlps
 from tiny_onn.packing import PackedRow
-from tiny_onn.router import exact_threshold
 from tiny_onn.shared import kept_first, split_neurons
+from tiny_onn.thresholds import exact_threshold
 
 SAMPLED_TOKENS = 8192
 KMEANS_ROUNDS = 15

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tiny_onn.evaluate import Evaluation
 from tiny_onn.integrity import predictive_integrity
-from tiny_onn.ops.teaching import SurpriseTally, on_cpu
+from tiny_onn.ops.teaching import SurpriseTally
 from tiny_onn.routing_stats import RoutingSummary
 from tiny_onn.step import StepResult
 
@@ -210,7 +210,7 @@ def step_record(
         loss_chunk_tokens: tokens whose logits existed at once.
         with_layers: whether to say it layer by layer too.
     """
-    tallies = on_cpu(result.tallies)
+    tallies = SurpriseTally.read(result.tallies)
     smk, layers, loss = _smk_record(result, tallies) if tallies else None, None, float(result.loss)
     if with_layers:
         layers = LayersRecord(

@@ -2,14 +2,13 @@
 
 Something scores the experts: a linear gate, cosines with prototypes (`top_any`, dynmoe.py), or the
 true norms of their outputs (`oracle`, given from outside). A selection then activates those whose
-score exceeds a threshold (a budget) or ranks among the k largest. What a router changes without a
-gradient is in steering.py.
+score exceeds a threshold (a budget) or ranks among the k largest. What moves a budget's threshold
+is in thresholds.py, what else a router changes without a gradient in steering.py.
 
 Legend: T tokens, D hidden, E experts, S of them shared, R = E - S routed, L layers.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,18 +18,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tiny_onn import dynmoe
-from tiny_onn.config import AtLeastOne, BudgetScope, Selection, Weighting
+from tiny_onn.config import AtLeastOne, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.shared import routed, with_shared
 
 # Share by which a probability falls with its rank in the token, 16 units in float32's last place:
 # without it all experts of a flat gate pass a threshold, or none.
 TIE_BREAK = 2.0**-20
-# The budget's integral control: its rate as a share of the threshold's (a quarter is critical
-# damping), the largest relative error that it sums up, and how far it may go.
-INTEGRAL_SHARE = 0.25
-MAX_STEP_ERROR = 0.1
-MAX_CORRECTION = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +94,8 @@ class Router(nn.Module):
 
     Attributes set for training by whoever owns the model:
         exploration: which tokens try another expert; None: none does.
-        recording_window, annealing: whether `record` adds to the window; `steer` goes all the way.
+        recording_window: whether `record` adds to the window.
+        annealing: whether thresholds move all the way, `thresholds.steer`.
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, rule: RoutingRule) -> None:
@@ -189,38 +184,6 @@ class Router(nn.Module):
         idle_T = ~passed_TE.any(-1) & token_mask_T
         self.window_loads += passed_TE.sum(0)
         self.idle_input += idle_T.float() @ x_TD.float()
-
-    def aim(self) -> Float[Tensor, ""]:
-        """The mean k that a batch's exact threshold should give, integral control included."""
-        aimed = self.rule.target_k * (1 - self.correction)
-        return aimed.clamp(1.0 + self.rule.num_shared, self.weight.shape[0])
-
-    @torch.no_grad()
-    def steer(
-        self,
-        exact_threshold: Float[Tensor, ""],
-        rate: float,
-        mean_k: Float[Tensor, ""] | None = None,
-    ) -> None:
-        """Move the threshold toward the last batch's exact one: a mean at first, then a moving one.
-
-        A moving mean of thresholds lags behind a gate that changes, and its mean k is not that of
-        the thresholds it averages. Where `mean_k`, what the batch in fact used, is given, its
-        relative error, if small, is summed up and taken from the next aims: on average it is 0.
-
-        Deterministic and causal: a batch is routed by thresholds that earlier batches made.
-        """
-        if mean_k is not None and not self.annealing:
-            error = mean_k / self.rule.target_k - 1
-            # A large one is the start, or new text: the moving mean is on its way, and what was
-            # summed up meanwhile would overshoot.
-            error = torch.where(error.abs() <= MAX_STEP_ERROR, error, 0.0)
-            correction = self.correction + INTEGRAL_SHARE * rate * error
-            self.correction.copy_(correction.clamp(-MAX_CORRECTION, MAX_CORRECTION))
-        self.num_updates += 1
-        step = (1.0 / self.num_updates).clamp_min(1.0 if self.annealing else rate)
-        self.threshold += step * (exact_threshold - self.threshold)
-        self.settled.copy_(self.threshold)
 
     @torch.no_grad()
     def set_budget(self, budget: float) -> None:
@@ -352,35 +315,3 @@ def routing_weights(
     if weighting == "mean":
         weights_TE = weights_TE / active_TE.sum(-1, keepdim=True).clamp_min(1)
     return weights_TE
-
-
-def exact_threshold(
-    scores_TE: Float[Tensor, "tokens experts"],
-    token_mask_T: Bool[Tensor, " tokens"],
-    target_k: float | Float[Tensor, ""],
-) -> Float[Tensor, ""]:
-    """The threshold at which the counted tokens of this batch have `target_k` experts on average.
-
-    Halfway between the last score to pass and the next, for the ends of the order 1 and -1: scores
-    are probabilities, but for the first choices, which always pass. Equal scores pass together.
-    """
-    scores_TE = torch.where(token_mask_T[:, None], scores_TE, float("-inf"))
-    ordered = torch.cat((scores_TE.flatten(), scores_TE.new_full((1,), float("-inf"))))
-    ordered, _ = ordered.sort(descending=True)
-    num_active = (token_mask_T.sum() * target_k).round().long()
-    last_and_next = torch.stack(((num_active - 1).clamp_min(0), num_active))
-    return ordered.gather(0, last_and_next).clamp(-1, 1).mean()
-
-
-def exact_thresholds(
-    scores: Sequence[Float[Tensor, "tokens experts"]],
-    token_mask_T: Bool[Tensor, " tokens"],
-    aims: Sequence[Float[Tensor, ""]],
-    scope: BudgetScope,
-) -> Float[Tensor, " layers"]:
-    """Each layer's exact threshold, or one at which all together meet the first layer's aim."""
-    if scope == "layer":
-        pairs = zip(scores, aims, strict=True)
-        return torch.stack([exact_threshold(s_TE, token_mask_T, aim) for s_TE, aim in pairs])
-    pooled = exact_threshold(torch.cat(list(scores)), token_mask_T.repeat(len(scores)), aims[0])
-    return pooled.expand(len(scores))

@@ -21,9 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn.calibrate import expert_norms
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, routings_of
 from tiny_onn.packing import PackedRow
 from tiny_onn.shared import routed
+from tiny_onn.thresholds import layer_groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +102,9 @@ class RoutingStats:
     def add(self, banks: Sequence[ExpertBank], row: PackedRow) -> None:
         """Count the banks' last routing, which was of this row."""
         self.add_tokens(row)
-        for layer, bank in enumerate(banks):
-            self.add_layer(layer, bank, row)
+        elements = row.labels.numel() * self.load_LE.shape[1]
+        for layers in layer_groups(len(banks), elements):
+            self.add_layers(layers, banks[layers], row)
 
     @torch.no_grad()
     def add_tokens(self, row: PackedRow) -> None:
@@ -111,20 +113,21 @@ class RoutingStats:
         self.num_first += first_tokens(row).sum()
 
     @torch.no_grad()
-    def add_layer(self, layer: int, bank: ExpertBank, row: PackedRow) -> None:
-        """Count one bank's last routing, which was of this row."""
-        assert bank.routing is not None
-        mask_T, first_T = row.router_mask[0], first_tokens(row)
+    def add_layers(self, layers: slice, banks: Sequence[ExpertBank], row: PackedRow) -> None:
+        """Count these layers' banks' last routing, which was of this row."""
+        routings, mask_T, first_T = routings_of(banks), row.router_mask[0], first_tokens(row)
         numbers_K = torch.arange(self.k_histogram_LK.shape[1], device=mask_T.device)
-        active_TE, logits_TE = bank.routing.active, bank.routing.router_logits
-        has_k_TK = active_TE.sum(-1)[:, None] == numbers_K
-        self.k_histogram_LK[layer] += (has_k_TK & mask_T[:, None]).sum(0)
-        self.load_LE[layer] += (active_TE & mask_T[:, None]).sum(0)
-        self.first_load_LE[layer] += (active_TE & first_T[:, None]).sum(0)
-        active_TE, logits_TE = (routed(t_TE, self.num_shared) for t_TE in (active_TE, logits_TE))
-        entropy_T = torch.special.entr(logits_TE.softmax(-1)).sum(-1)
-        self.gate_entropy_L[layer] += torch.where(mask_T, entropy_T, 0).sum()
-        self.ties_L[layer] += (border_ties(logits_TE, active_TE) & mask_T).sum()
+        active_LTE = torch.stack([routing.active for routing in routings])
+        has_k_LTK = active_LTE.sum(-1)[..., None] == numbers_K
+        self.k_histogram_LK[layers] += (has_k_LTK & mask_T[:, None]).sum(1)
+        self.load_LE[layers] += (active_LTE & mask_T[:, None]).sum(1)
+        self.first_load_LE[layers] += (active_LTE & first_T[:, None]).sum(1)
+        active_LTR = routed(active_LTE, self.num_shared)
+        logits = [routed(routing.router_logits, self.num_shared) for routing in routings]
+        logits_LTR = torch.stack(logits)
+        entropy_LT = torch.special.entr(logits_LTR.softmax(-1)).sum(-1)
+        self.gate_entropy_L[layers] += torch.where(mask_T, entropy_LT, 0).sum(-1)
+        self.ties_L[layers] += (border_ties(logits_LTR, active_LTR) & mask_T).sum(-1)
 
     def summary(self) -> dict[str, float]:
         """The fields of `RoutingSummary`."""
@@ -185,16 +188,16 @@ def first_tokens(row: PackedRow) -> Bool[Tensor, " tokens"]:
 
 
 def border_ties(
-    logits_TE: Float[Tensor, "tokens experts"], active_TE: Bool[Tensor, "tokens experts"]
-) -> Bool[Tensor, " tokens"]:
+    logits: Float[Tensor, "*layers tokens experts"], active: Bool[Tensor, "*layers tokens experts"]
+) -> Bool[Tensor, "*layers tokens"]:
     """Whether a token's lowest active logit equals its highest inactive one.
 
     Then the order of the experts, not the gate, decided which of them is active. A token without
     active or without inactive experts has no border and no tie.
     """
-    lowest_T = logits_TE.masked_fill(~active_TE, math.inf).amin(-1)
-    highest_T = logits_TE.masked_fill(active_TE, -math.inf).amax(-1)
-    return lowest_T == highest_T
+    lowest = logits.masked_fill(~active, math.inf).amin(-1)
+    highest = logits.masked_fill(active, -math.inf).amax(-1)
+    return lowest == highest
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,11 +17,12 @@ from torch import Tensor
 from tiny_onn import dynmoe
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import BudgetScope, RouterConfig, RunConfig
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, routings_of
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
 from tiny_onn.packing import PackedRow
-from tiny_onn.router import Exploration, Router, Routing, exact_thresholds
+from tiny_onn.router import Exploration, Router, Routing
 from tiny_onn.shared import routed, with_shared
+from tiny_onn.thresholds import aims, exact_thresholds, layer_groups, steer
 
 # A revived expert would have been chosen by this share of the tokens, by this much in its logit.
 REVIVED_SHARE = 0.01
@@ -71,34 +72,35 @@ class Steering:
     @torch.no_grad()
     def see(self, token_mask_T: Bool[Tensor, " tokens"]) -> None:
         """Count a row's routing, after its forward pass."""
-        for layer in range(len(self.banks)):
-            self.see_layer(layer, token_mask_T)
-        self.see_budget(range(len(self.banks)), token_mask_T)
+        elements = len(token_mask_T) * self._load_LE.shape[1]
+        for layers in layer_groups(len(self.banks), elements):
+            self.see_layers(layers, token_mask_T)
+        self.see_budget(slice(None), token_mask_T)
 
     @torch.no_grad()
-    def see_layer(self, layer: int, token_mask_T: Bool[Tensor, " tokens"]) -> None:
-        """Count one layer's routing of a row, but for its budget."""
-        bank, routing = self.banks[layer], self.banks[layer].routing
-        assert routing is not None
-        self._load_LE[layer] += (routing.active & token_mask_T[:, None]).sum(0)
+    def see_layers(self, layers: slice, token_mask_T: Bool[Tensor, " tokens"]) -> None:
+        """Count some layers' routing of a row, but for their budgets."""
+        routings = routings_of(self.banks[layers])
+        active_LTE = torch.stack([routing.active for routing in routings])
+        self._load_LE[layers] += (active_LTE & token_mask_T[:, None]).sum(1)
         if self.router.revive_after_steps:
-            self._lift_LE[layer] = revival_lift(bank.router, routing, token_mask_T)
+            pairs = zip(self.banks[layers], routings, strict=True)
+            lifts = [revival_lift(bank.router, seen, token_mask_T) for bank, seen in pairs]
+            self._lift_LE[layers] = torch.stack(lifts)
 
     @torch.no_grad()
-    def see_budget(self, layers: Sequence[int], token_mask_T: Bool[Tensor, " tokens"]) -> None:
+    def see_budget(self, layers: slice, token_mask_T: Bool[Tensor, " tokens"]) -> None:
         """Count some layers' thresholds on a row; all layers' at once if they share one."""
         if not self.banks[0].router.rule.has_budget:
             return
-        banks = [self.banks[layer] for layer in layers]
+        banks = self.banks[layers]
         thresholds_L = exact_thresholds(
-            [bank.routing.scores for bank in banks if bank.routing is not None],
+            [routing.scores for routing in routings_of(banks)],
             token_mask_T,
-            [bank.router.aim() for bank in banks],
+            aims([bank.router for bank in banks]),
             self.router.budget_scope,
         )
-        share = token_mask_T.sum() / self._tokens
-        for layer, threshold in zip(layers, thresholds_L, strict=True):
-            self._threshold_L[layer] += share * threshold
+        self._threshold_L[layers] += token_mask_T.sum() / self._tokens * thresholds_L
 
     @torch.no_grad()
     def end(self, *, update: bool) -> None:
@@ -116,14 +118,14 @@ class Steering:
         mean_k_L = self._load_LE.sum(-1) / self._tokens
         if self.router.budget_scope == "global":
             mean_k_L = mean_k_L.mean().expand_as(mean_k_L)
-        for layer, bank in enumerate(self.banks):
-            router, load_E = bank.router, self._load_LE[layer]
-            if router.rule.has_budget:
-                router.steer(self._threshold_L[layer], self.router.budget_rate, mean_k_L[layer])
+        routers = [bank.router for bank in self.banks]
+        if routers[0].rule.has_budget:
+            steer(routers, self._threshold_L, self.router.budget_rate, mean_k_L)
+        for router, load_E, lift_E in zip(routers, self._load_LE, self._lift_LE, strict=True):
             if self.router.balance_rate:
                 balance(router, load_E, self.router.balance_rate)
             if self.router.revive_after_steps:
-                revive(router, load_E, self._lift_LE[layer], self.router.revive_after_steps)
+                revive(router, load_E, lift_E, self.router.revive_after_steps)
             every = self.router.reseed_every_steps
             if every and (self.step + 1) % every == 0:
                 reseed(router)
@@ -207,15 +209,15 @@ def settle(
     scores: list[list[Tensor]] = [[] for _ in banks]
     for row in rows:
         last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-        for bank, kept in zip(banks, scores, strict=True):
-            assert bank.routing is not None
-            kept.append(bank.routing.scores)
+        for routing, kept in zip(routings_of(banks), scores, strict=True):
+            kept.append(routing.scores)
     student.train(was_training)
     mask_T = torch.cat([row.router_mask[0] for row in rows])
-    targets = [torch.tensor(bank.router.rule.target_k, device=mask_T.device) for bank in banks]
+    target_k = banks[0].router.rule.target_k
+    targets_L = torch.full((len(banks),), target_k, device=mask_T.device)
     pooled = [torch.cat(kept) for kept in scores]
     for bank, threshold in zip(
-        banks, exact_thresholds(pooled, mask_T, targets, scope), strict=True
+        banks, exact_thresholds(pooled, mask_T, targets_L, scope), strict=True
     ):
         bank.router.settled.copy_(threshold)
         bank.routing = None

@@ -216,9 +216,9 @@ def teach_gates(
         # D2DMoE, arXiv 2310.04361, section 3.3: the gate predicts the norms of all experts' outputs
         # by squared error. In logs, so that loud layers do not decide.
         rule = SmkRule(surprise="magnitude", direction="max", candidates="all", targets="log")
-    tallies = []
-    for bank in banks:
-        tally = SurpriseTally.zeros(bank.down_proj.shape[0], bank.down_proj.device)
+    num_experts, device = banks[0].down_proj.shape[0], banks[0].down_proj.device
+    tallies = SurpriseTally.of_layers(len(banks), num_experts, device)
+    for bank, tally in zip(banks, tallies, strict=True):
         bank.smk = SmkStep(
             rule=rule,
             grad_scale=(smk.coef if objective == "smk" else 1.0) / router_tokens,
@@ -226,7 +226,6 @@ def teach_gates(
             tally=tally,
             num_shared=config.experts.num_shared,
         )
-        tallies.append(tally)
     return tallies
 
 

@@ -4,7 +4,7 @@ Legend: T tokens, E experts, S of them shared.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,40 +26,68 @@ from tiny_onn.surprise import (
 NORMED = ("parameters", "output", "relative")
 
 
-@dataclass(kw_only=True, slots=True)
-class SurpriseTally:
-    """What one layer's backward passes saw, summed on the device. Tensors, read when logging."""
+class SurpriseTally(NamedTuple):
+    """What one layer's backward passes saw, summed on the device; `read` when logging."""
 
-    num_tokens: Tensor
-    """Tokens that count (not masked)."""
-    num_targets: Tensor
-    """Of these, tokens whose surprise gave a target."""
-    num_agree: Tensor
-    """Of these, tokens whose largest candidate logit is at a target."""
-    chance: Tensor
-    """Sum over tokens with a target of the agreement expected from a random candidate."""
-    surprise_E: Tensor  # noqa: N815
-    """Sum over counted tokens of each expert's surprise, in units of the per-token loss."""
-    active_surprise_E: Tensor  # noqa: N815
-    """The same over those of them that activated the expert."""
-    pick_E: Tensor  # noqa: N815
-    """Tokens with a target whose largest candidate logit is the expert's."""
-    target_E: Tensor  # noqa: N815
-    """Tokens whose target includes the expert."""
+    counts_4: Tensor
+    """`num_tokens`, `num_targets`, `num_agree` and `chance`."""
+    sums_4E: Tensor  # noqa: N815 - shape suffix
+    """`surprise_E`, `active_surprise_E`, `pick_E` and `target_E`."""
 
     @staticmethod
-    def zeros(num_experts: int, device: torch.device) -> "SurpriseTally":
-        """An empty tally."""
-        return SurpriseTally(
-            num_tokens=torch.zeros((), device=device),
-            num_targets=torch.zeros((), device=device),
-            num_agree=torch.zeros((), device=device),
-            chance=torch.zeros((), device=device),
-            surprise_E=torch.zeros(num_experts, device=device),
-            active_surprise_E=torch.zeros(num_experts, device=device),
-            pick_E=torch.zeros(num_experts, device=device),
-            target_E=torch.zeros(num_experts, device=device),
-        )
+    def of_layers(num_layers: int, num_experts: int, device: torch.device) -> list["SurpriseTally"]:
+        """Empty tallies, in two allocations."""
+        counts_L4 = torch.zeros(num_layers, 4, device=device)
+        sums_L4E = torch.zeros(num_layers, 4, num_experts, device=device)
+        return [SurpriseTally(*pair) for pair in zip(counts_L4, sums_L4E, strict=True)]
+
+    @staticmethod
+    def read(tallies: Sequence["SurpriseTally"]) -> list["SurpriseTally"]:
+        """The same on the CPU: a GPU is waited for twice, not for every number."""
+        if not tallies:
+            return []
+        parts = (torch.stack(part).cpu() for part in zip(*tallies, strict=True))
+        return [SurpriseTally(*pair) for pair in zip(*parts, strict=True)]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens that count (not masked)."""
+        return self.counts_4[0]
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Of these, tokens whose surprise gave a target."""
+        return self.counts_4[1]
+
+    @property
+    def num_agree(self) -> Tensor:
+        """Of these, tokens whose largest candidate logit is at a target."""
+        return self.counts_4[2]
+
+    @property
+    def chance(self) -> Tensor:
+        """Sum over tokens with a target of the agreement expected from a random candidate."""
+        return self.counts_4[3]
+
+    @property
+    def surprise_E(self) -> Tensor:  # noqa: N802
+        """Sum over counted tokens of each expert's surprise, in units of the per-token loss."""
+        return self.sums_4E[0]
+
+    @property
+    def active_surprise_E(self) -> Tensor:  # noqa: N802
+        """The same over those of them that activated the expert."""
+        return self.sums_4E[1]
+
+    @property
+    def pick_E(self) -> Tensor:  # noqa: N802
+        """Tokens with a target whose largest candidate logit is the expert's."""
+        return self.sums_4E[2]
+
+    @property
+    def target_E(self) -> Tensor:  # noqa: N802
+        """Tokens whose target includes the expert."""
+        return self.sums_4E[3]
 
     def shuffled_agreements(self) -> float:
         """How many tokens' largest candidate logit is at the target of another token, on average.
@@ -70,18 +98,6 @@ class SurpriseTally:
         """
         pairs = float(self.pick_E.double() @ self.target_E.double())
         return (pairs - float(self.num_agree)) / max(1.0, float(self.num_targets) - 1)
-
-
-def on_cpu(tallies: Sequence[SurpriseTally]) -> list[SurpriseTally]:
-    """The same on the CPU, read in one transfer: a GPU is waited for once, not for every number."""
-    if not tallies:
-        return []
-    names = [field.name for field in fields(SurpriseTally)]
-    values = [getattr(tally, name) for tally in tallies for name in names]
-    read = torch.cat([value.flatten() for value in values]).cpu()
-    parts = read.split([value.numel() for value in values])
-    shaped = iter([part.view(value.shape) for part, value in zip(parts, values, strict=True)])
-    return [SurpriseTally(**{name: next(shaped) for name in names}) for _ in tallies]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,17 +173,11 @@ def closed_form(kind: Surprise, sums: Sums) -> Float[Tensor, "tokens experts"]:
 
 
 class Lesson(NamedTuple):
-    """What one layer's surprise says: the gate's gradient, and what a `SurpriseTally` counts."""
+    """What one layer's surprise says: the gate's gradient, and what a `SurpriseTally` adds up."""
 
     grad_TE: Tensor  # noqa: N815
-    num_tokens: Tensor
-    num_targets: Tensor
-    num_agree: Tensor
-    chance: Tensor
-    surprise_E: Tensor  # noqa: N815
-    active_surprise_E: Tensor  # noqa: N815
-    pick_E: Tensor  # noqa: N815
-    target_E: Tensor  # noqa: N815
+    counts_4: Tensor
+    sums_4E: Tensor  # noqa: N815
 
 
 def teach(  # noqa: PLR0917
@@ -196,13 +206,12 @@ def teach(  # noqa: PLR0917
     tables = (routed(table_TE, S) for table_TE in (surprise_TE, logits_TE, active_TE))
     lesson: Lesson = region(smk.rule, *tables, token_mask_T)
     if smk.tally is not None:
-        for name in Lesson._fields[1:]:
-            counted, total = getattr(lesson, name), getattr(smk.tally, name)
-            (routed(total, S) if counted.ndim else total).add_(counted)
+        smk.tally.counts_4.add_(lesson.counts_4)
+        smk.tally.sums_4E[:, S:].add_(lesson.sums_4E)
         if S:
+            # Always active: what they surprise by, they surprise by as active ones.
             shared_S = torch.where(token_mask_T[:, None], surprise_TE[:, :S], 0).sum(0)
-            smk.tally.surprise_E[:S] += shared_S
-            smk.tally.active_surprise_E[:S] += shared_S
+            smk.tally.sums_4E[:2, :S] += shared_S
     return with_shared((lesson.grad_TE * smk.grad_scale).to(logits_TE.dtype), S, 0.0)
 
 
@@ -224,14 +233,21 @@ def lesson_region(
         grad_TE = label_logits_grad(logits_TE, targets_TE, candidates_TE)
     else:
         grad_TE = smk_logits_grad(logits_TE, targets_TE)
+    counts = (
+        token_mask_T.sum(),
+        (chosen_T > 0).sum(),
+        (picked_TE & is_target_TE).sum(),
+        (chosen_T / choices_T).sum(),
+    )
+    sums = (
+        counted_TE.sum(0),
+        torch.where(active_TE, counted_TE, 0).sum(0),
+        picked_TE.sum(0),
+        is_target_TE.sum(0),
+    )
+    dtype = surprise_TE.dtype
     return Lesson(
         grad_TE=grad_TE,
-        num_tokens=token_mask_T.sum(),
-        num_targets=(chosen_T > 0).sum(),
-        num_agree=(picked_TE & is_target_TE).sum(),
-        chance=(chosen_T / choices_T).sum(),
-        surprise_E=counted_TE.sum(0),
-        active_surprise_E=torch.where(active_TE, counted_TE, 0).sum(0),
-        pick_E=picked_TE.sum(0),
-        target_E=is_target_TE.sum(0),
+        counts_4=torch.stack([count.to(dtype) for count in counts]),
+        sums_4E=torch.stack([sum_E.to(dtype) for sum_E in sums]),
     )
