@@ -122,6 +122,10 @@ def gpu_rows(name: str) -> Iterator[Row]:
             if row["k"] in (4, 16):
                 yield from layer_rows(row, f"{tokens:,} tokens", "<= 1.15")
     yield from decode_rows([r for r in records if r["section"] == "decode"])
+    for record in [r for r in records if r["section"] == "plan" and "cases" in r][-1:]:
+        ratios = [case["ratio"] for case in record["cases"]]
+        predicted = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        yield Row(f"plan's memory, {len(ratios)} cases", predicted, "1 = measured", "", "~ 1")
     losses = {
         (row["tokens"], row["loss"]): row
         for r in records
@@ -162,7 +166,7 @@ def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
         share = f"{100 * record['share_of_bandwidth']:.0f} %"
         limit = f"{us(record['limit_us'])} to read the active weights"
         yield Row(f"{label}, share of the bandwidth", share, limit, "", ">= 85 %")
-    for record in (r for r in timed if r["kind"] == "tokens"):
+    for record in {r["tokens"]: r for r in timed if r["kind"] == "tokens"}.values():
         micro = record["us_per_layer"]
         ours, label = micro["ours"], f"decode, {record['tokens']} tokens at once, k = {record['k']}"
         for name, peer in (("dense MLP", "Qwen3MLP"), ("our path for all experts", "all experts")):
@@ -192,15 +196,16 @@ def gib(value: float) -> str:
     return f"{value / GIB:.2f} GiB"
 
 
-def where(environment: dict[str, Any]) -> str:
-    """The machine and the versions of a record."""
-    versions = environment["versions"]
+def where(*environments: dict[str, Any]) -> str:
+    """The machine, the versions and the days of some records of one machine."""
+    environment, versions = environments[0], environments[0]["versions"]
+    days = sorted({record["time"][:10] for record in environments})
     machine = (
         environment.get("gpu") or f"{environment['cores']} cores of an {environment['machine']}"
     )
     return (
         f"{machine}, torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"{environment['time'][:10]}"
+        f"{' and '.join(days)}"
     )
 
 
@@ -231,9 +236,9 @@ README_ROWS = (
 def sections() -> dict[str, str]:
     """The generated text by the name of its place."""
     gpu = "nvidia_h100_80gb_hbm3"
-    first = (RESULTS / f"gpu_{gpu}.jsonl").read_text("utf-8").splitlines()[0]
-    cpu = load("distill_step")["environment"]
-    on_gpu, on_cpu = where(json.loads(first)), where(cpu)
+    records = map(json.loads, (RESULTS / f"gpu_{gpu}.jsonl").read_text("utf-8").splitlines())
+    on_gpu = where(*(record for record in records if record["section"] == "environment"))
+    on_cpu = where(load("distill_step")["environment"])
     short = (
         f"Measured on {place}:\n\n{table(row for row in rows if row.what in README_ROWS)}"
         for place, rows in ((on_gpu, gpu_rows(gpu)), (on_cpu, cpu_rows()))

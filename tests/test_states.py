@@ -104,3 +104,28 @@ def test_gradient_is_linear_in_the_coefficient():
         torch.testing.assert_close(
             twice[name] - plain[name], 2 * (once[name] - plain[name]), rtol=1e-3, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("coef", [0.0, 3.0])
+def test_a_step_says_what_states_leave_unexplained(coef):
+    dense, rows = make_dense(), make_rows([15, 17, 32], 32)
+    student = make_student(dense)
+    with torch.no_grad():
+        student.banks()[0].down_proj.mul_(0.5)
+    config = change(CONFIG, loss={"states_coef": coef})
+    set_objective(student.banks(), config)
+    by_row = []
+    for row in rows:
+        with torch.no_grad(), layer_outputs(student) as own, layer_outputs(dense) as theirs:
+            last_hidden_states(student.train(), row.input_ids, **packed_kwargs(row))
+            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+        by_row.append(unexplained(own, theirs, row.router_mask[0]).mean())
+    result = distill_step(
+        student, dense, build_optimizer(student, config.optim, seed=0), rows, config
+    )
+    if coef == 0:
+        assert result.states_error is None
+        return
+    expected = torch.stack(by_row).mean()
+    assert len(rows) == 2 and expected > 1e-3
+    torch.testing.assert_close(result.states_error, expected)

@@ -140,6 +140,9 @@ class StepRecord(UpdateRecord):
     """Share of tokens for which both rank the same next token first."""
     tau: float
     """Entropy of the student's next-token distribution, nats."""
+    states_error: float | None
+    """Share of the teacher's hidden states' variance that the student's leave unexplained, mean over
+    layers; `loss.states_coef` times it is in the gradient. Null where that is 0."""
     pi: float | None
     """`exp(-alpha ((1 - gamma) loss / tau + gamma smk.active_surprise))`, alpha 1, gamma 0.5; null
     without SMK. It can mislead: a student that knows nothing has a large tau, a dead one no
@@ -241,6 +244,7 @@ def step_record(
         forward_kl=float(result.forward_kl),
         top1_agreement=float(result.agreement),
         tau=tau,
+        states_error=None if result.states_error is None else float(result.states_error),
         pi=None if smk is None else predictive_integrity(loss, tau, smk.active_surprise),
         loss_chunk_tokens=loss_chunk_tokens,
         **common,

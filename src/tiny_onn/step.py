@@ -39,6 +39,8 @@ class StepResult:
     """None in the blockwise stage, as are `agreement` and `student_entropy`."""
     agreement: Tensor | None = None
     student_entropy: Tensor | None = None
+    states_error: Tensor | None = None
+    """Mean over layers of `states.unexplained`; None where hidden states are not matched."""
     error_L: Tensor | None = None  # noqa: N815 - shape suffix
     """Each layer's normalised error, in the blockwise stage."""
     expert_grad_norm: Tensor | float
@@ -101,7 +103,7 @@ def distill_step(
     router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
     tallies = teach_gates(banks, config, loss_tokens, router_tokens)
     stats = RoutingStats.zeros(banks)
-    sums, token_losses = torch.zeros(4, device=device), []
+    sums, token_losses, gaps = torch.zeros(4, device=device), [], []
     steering = Steering(banks, config, router_tokens, step)
     clock = clock or Clock(device)
     loss_options, matched = _loss_options(student, config), config.loss.states_coef > 0
@@ -130,13 +132,10 @@ def distill_step(
             token_losses.append(loss_T.detach())
             sums += _sums(values, mask_T)
         with clock.phase("backward"):
-            others = router_losses(banks, row, config) + states_loss(own, theirs, row, config)
-            total = loss_T.sum() / loss_tokens + others / len(rows)
-            for bank in banks:
-                bank.recording = False
-            total.backward()
-            for bank in banks:
-                bank.recording, bank.routing = True, None
+            gap = unexplained(own, theirs, row.router_mask[0]).mean() if matched else 0.0
+            gaps.append(torch.as_tensor(gap).detach())
+            others = router_losses(banks, row, config) + config.loss.states_coef * gap
+            backward(loss_T.sum() / loss_tokens + others / len(rows), banks)
     loss, forward_kl, agreement, student_entropy = sums / loss_tokens
     with clock.phase("optimizer"):
         expert_norm, gate_norm, finite = update(student, optimizer, loss, steering, config)
@@ -145,6 +144,7 @@ def distill_step(
         forward_kl=forward_kl,
         agreement=agreement,
         student_entropy=student_entropy,
+        states_error=torch.stack(gaps).mean() if matched else None,
         expert_grad_norm=expert_norm,
         gate_grad_norm=gate_norm,
         stats=stats,
@@ -153,6 +153,15 @@ def distill_step(
         tallies=tallies,
         seconds=clock.seconds,
     )
+
+
+def backward(total: Tensor, banks: Sequence[ExpertBank]) -> None:
+    """The backward pass of a row; what it recomputes is not recorded, what was is forgotten."""
+    for bank in banks:
+        bank.recording = False
+    total.backward()
+    for bank in banks:
+        bank.recording, bank.routing = True, None
 
 
 def _sums(values: DistillValues, mask_T: Tensor) -> Tensor:
@@ -227,15 +236,6 @@ def teach_gates(
             num_shared=config.experts.num_shared,
         )
     return tallies
-
-
-def states_loss(
-    own: Sequence[Tensor], theirs: Sequence[Tensor], row: PackedRow, config: RunConfig
-) -> Tensor | float:
-    """The weighted loss of the student's hidden states against the teacher's; 0 without one."""
-    if config.loss.states_coef == 0:
-        return 0.0
-    return config.loss.states_coef * unexplained(own, theirs, row.router_mask[0]).mean()
 
 
 def router_losses(banks: Sequence[ExpertBank], row: PackedRow, config: RunConfig) -> Tensor | float:
