@@ -141,8 +141,8 @@ class StepRecord(UpdateRecord):
     tau: float
     """Entropy of the student's next-token distribution, nats."""
     states_error: float | None
-    """Share of the teacher's hidden states' variance that the student's leave unexplained, mean over
-    layers; `loss.states_coef` times it is in the gradient. Null where that is 0."""
+    """Share of the teacher's hidden states' variance that the student's leave unexplained, mean
+    over layers; `loss.states_coef` times it is in the gradient. Null where that is 0."""
     pi: float | None
     """`exp(-alpha ((1 - gamma) loss / tau + gamma smk.active_surprise))`, alpha 1, gamma 0.5; null
     without SMK. It can mislead: a student that knows nothing has a large tau, a dead one no
