@@ -311,7 +311,7 @@ def test_two_half_batches_sum_to_the_whole(rule):
     bank, x = make_bank(rule), batch()
     halves, whole = bank_gradients(bank, x, parts=2), bank_gradients(bank, x)
     torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-6)
-    assert whole[1]["num_targets"] > 10
+    assert whole[1]["counts_4"][1] > 10
 
 
 def test_loss_scale_frees_surprise_of_the_batch_size():
