@@ -19,6 +19,7 @@ Legend: T tokens, R rows (active pairs), D hidden, E experts, I expert width, P 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,9 @@ from tiny_onn.ops.regions import (
     wide,
 )
 from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, squared_norms, teach
+
+# Rows of an expert that a CPU's bfloat16 products are rounded up to, see `_bounds`.
+ROUND_ROWS = 64
 
 
 class Groups(NamedTuple):
@@ -88,10 +92,11 @@ def gather_mm(
         rows_RD = x_TD.index_select(0, groups.token_R)
         return F.grouped_mm(rows_RD, _by_expert(weight_PEID, x_TD.dtype).mT, offs=groups.ends_E)
     out_RJ = x_TD.new_empty(len(groups.token_R), P * I)
-    for e, begin, end in _bounds(groups):
-        rows_ND = x_TD.index_select(0, groups.token_R[begin:end])
+    for e, begin, _, stop in _bounds(groups, x_TD):
+        rows_ND = x_TD.index_select(0, groups.token_R[begin:stop])
         weight_JD = weight_PEID[:, e].reshape(P * I, D).to(x_TD.dtype)
-        torch.mm(rows_ND, weight_JD.T, out=out_RJ[begin:end])
+        # Rows beyond the expert's own are the next one's, which writes them afterwards.
+        torch.mm(rows_ND, weight_JD.T, out=out_RJ[begin:stop])
     return out_RJ
 
 
@@ -108,10 +113,11 @@ def scatter_mm(
         return F.embedding_bag(groups.order_R, out_RD, groups.starts_T, mode="sum")
     wide = torch.float64 if rows_RJ.dtype == torch.float64 else torch.float32
     y_TD = rows_RJ.new_zeros(num_tokens, D, dtype=wide)
-    for e, begin, end in _bounds(groups):
+    for e, begin, end, stop in _bounds(groups, rows_RJ):
         weight_JD = weight_PEID[:, e].reshape(P * I, D).to(rows_RJ.dtype)
+        rows_ND = (rows_RJ[begin:stop] @ weight_JD)[: end - begin]
         # A token occurs once per expert: no two additions of a call meet.
-        y_TD.index_add_(0, groups.token_R[begin:end], (rows_RJ[begin:end] @ weight_JD).to(wide))
+        y_TD.index_add_(0, groups.token_R[begin:end], rows_ND.to(wide))
     return y_TD.to(rows_RJ.dtype)
 
 
@@ -128,17 +134,32 @@ def outer_mm(
         grad_EJD = F.grouped_mm(rows_RJ.mT, rows_RD, offs=groups.ends_E)
         return _copy(grad_EJD.view(E, P, I, D).transpose(0, 1), weight_PEID.dtype)
     grad_PEID = torch.zeros_like(weight_PEID)
-    for e, begin, end in _bounds(groups):
-        rows_ND = x_TD.index_select(0, groups.token_R[begin:end])
-        grad_PEID[:, e] = (rows_RJ[begin:end].mT @ rows_ND).view(P, I, D)
+    for e, begin, end, stop in _bounds(groups, x_TD):
+        rows_ND, rows_NJ = (
+            x_TD.index_select(0, groups.token_R[begin:stop]),
+            rows_RJ[begin:stop],
+        )
+        if end < stop:
+            rows_NJ = rows_NJ.clone()
+            rows_NJ[end - begin :] = 0
+        grad_PEID[:, e] = (rows_NJ.mT @ rows_ND).view(P, I, D)
     return grad_PEID
 
 
-def _bounds(groups: Groups) -> list[tuple[int, int, int]]:
-    """Experts that have rows, with their first row and the one after their last, on the host."""
+def _bounds(groups: Groups, like: Tensor) -> list[tuple[int, int, int, int]]:
+    """Experts that have rows, with their first row, the one after their last, and where to stop.
+
+    On a CPU oneDNN compiles its bfloat16 products for every number of rows it meets, which takes
+    longer than the product: there experts go on to a multiple of `ROUND_ROWS`, if there are so many
+    rows.
+    """
     ends = groups.ends_E.tolist()
-    spans = zip(range(len(ends)), [0, *ends], ends, strict=False)
-    return [(e, begin, end) for e, begin, end in spans if begin < end]
+    size = ROUND_ROWS if like.device.type == "cpu" and like.dtype == torch.bfloat16 else 1
+    return [
+        (e, begin, end, min(begin + -(-(end - begin) // size) * size, ends[-1]))
+        for e, (begin, end) in enumerate(pairwise([0, *ends]))
+        if begin < end
+    ]
 
 
 def _by_expert(weight_PEID: Tensor, dtype: torch.dtype) -> Float[Tensor, "experts rows hidden"]:
@@ -329,7 +350,7 @@ def _gram_norm(rows_RJ: Tensor, weight_PEID: Tensor, groups: Groups) -> Float[Te
     """`|sum_j rows[r, j] weight[j of r's expert]|`, through each expert's Gram matrix."""
     P, _, I, D = weight_PEID.shape
     squared_R = rows_RJ.new_empty(len(rows_RJ))
-    for e, begin, end in _bounds(groups):
+    for e, begin, end, _ in _bounds(groups, rows_RJ):
         weight_JD = weight_PEID[:, e].reshape(P * I, D).to(rows_RJ.dtype)
         rows_NJ = rows_RJ[begin:end]
         squared_R[begin:end] = ((rows_NJ @ (weight_JD @ weight_JD.T)) * rows_NJ).sum(-1)
