@@ -4,7 +4,8 @@
         [--k 2 4 8 16 32] [--write-crossover] [--smoke]
 
 Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96. Ours are whole `ExpertBank`s, router
-included, on both paths, taught by the model card's SMK rule. Peers, timed in turns with them:
+included, on both paths, taught by the model card's SMK rule. Peers, timed in turns with them, on
+inputs that change:
 transformers' `Qwen3MLP` of the same width, as it is and compiled, and its `Qwen3MoeSparseMoeBlock`
 with each experts implementation that runs here; those make no surprise. Weights are in the compute
 format on all sides.
@@ -17,6 +18,7 @@ of its own for each k of `MEMORY_KS`, in float32. Ends in one JSON line.
 """
 
 import argparse
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -58,6 +60,8 @@ LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}
 PATHS = ("dense", "grouped")
 MEMORY_KS = (4, 16)
 CHECKED_TOKENS = 3
+# That times are taken on, in turns.
+NUM_INPUTS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +91,9 @@ class Layers:
         self.router_ED = torch.randn(E, D, **kwargs) / D**0.5
         self.x_TD = torch.randn(case.tokens, D, **kwargs).requires_grad_()
         self.grad_y_TD = torch.randn(case.tokens, D, **kwargs)
+        self.inputs = itertools.cycle(
+            [torch.randn(case.tokens, D, **kwargs).requires_grad_() for _ in range(NUM_INPUTS)]
+        )
 
     def bank(self, path: str, *, k: int | None = None, weighting: Any = "softmax") -> ExpertBank:
         """Ours, with renormalised softmax weights of the k largest logits."""
@@ -131,6 +138,11 @@ class Layers:
             mlp.up_proj.weight.copy_(self.gate_up_2EID[1].flatten(0, 1))
             mlp.down_proj.weight.copy_(self.down_EID.flatten(0, 1).T)
         return mlp
+
+    def next_step(self, module: nn.Module) -> Tensor:
+        """`step` on another input: routing changes in training, and with it the groups' sizes."""
+        self.x_TD = next(self.inputs)
+        return self.step(module)
 
     def step(self, module: nn.Module) -> Tensor:
         """Forward and backward; gradients are new each time."""
@@ -232,9 +244,11 @@ def compare(case: Case, *, repeats: int, warmup: int) -> dict[str, Any]:
     gaps = parity(layers)
     modules, skipped = contenders(layers)
     steps: dict[str, Callable[[], object]] = {
-        name: partial(layers.step, module) for name, module in modules.items()
+        name: partial(layers.next_step, module) for name, module in modules.items()
     }
     times = measure(steps, repeats=repeats, warmup=warmup, device=case.device)
+    # The inputs of the times are nobody's memory.
+    layers.inputs = itertools.repeat(layers.x_TD)
     peaks = {}
     if case.device != "cpu":
         for name, module in modules.items():

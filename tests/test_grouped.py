@@ -325,3 +325,21 @@ def test_the_crossover_is_where_the_lines_cross():
     assert crossover_share(100.0, {4: 20.0, 16: 60.0, 32: 120.0}, 32) == pytest.approx(0.8333333)
     assert crossover_share(100.0, {4: 20.0, 16: 60.0}, 32) == 0.5
     assert crossover_share(100.0, {4: 200.0, 16: 60.0}, 32) == 0.0
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_rounded_up_groups_in_bfloat16_are_the_dense_path(size, monkeypatch):
+    monkeypatch.setattr(grouped, "ROUND_ROWS", size)
+    case = make_case(40)
+    num_rows = (case.weights != 0).sum(0)
+    assert (num_rows % 4 != 0).sum() >= 2
+    found = []
+    for layer in (dense_masked.expert_layer, expert_layer):
+        names = ("x", "gate_up", "down", "weights")
+        inputs = [getattr(case, name).bfloat16().requires_grad_() for name in names]
+        logits = torch.zeros_like(case.weights, dtype=torch.float32).requires_grad_()
+        y = layer(*inputs, logits, activation=F.silu, active_TE=case.weights != 0)
+        grads = torch.autograd.grad(y, inputs[:3], case.grad_y.bfloat16())
+        found.append([tensor.double() for tensor in (y, *grads)])
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert (got - expected).norm() < 2e-2 * expected.norm()

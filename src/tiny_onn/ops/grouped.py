@@ -135,10 +135,8 @@ def outer_mm(
         return _copy(grad_EJD.view(E, P, I, D).transpose(0, 1), weight_PEID.dtype)
     grad_PEID = torch.zeros_like(weight_PEID)
     for e, begin, end, stop in _bounds(groups, x_TD):
-        rows_ND, rows_NJ = (
-            x_TD.index_select(0, groups.token_R[begin:stop]),
-            rows_RJ[begin:stop],
-        )
+        rows_ND = x_TD.index_select(0, groups.token_R[begin:stop])
+        rows_NJ = rows_RJ[begin:stop]
         if end < stop:
             rows_NJ = rows_NJ.clone()
             rows_NJ[end - begin :] = 0
