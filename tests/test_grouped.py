@@ -335,11 +335,13 @@ def test_rounded_up_groups_in_bfloat16_are_the_dense_path(size, monkeypatch):
     assert (num_rows % 4 != 0).sum() >= 2
     found = []
     for layer in (dense_masked.expert_layer, expert_layer):
-        names = ("x", "gate_up", "down", "weights")
-        inputs = [getattr(case, name).bfloat16().requires_grad_() for name in names]
-        logits = torch.zeros_like(case.weights, dtype=torch.float32).requires_grad_()
-        y = layer(*inputs, logits, activation=F.silu, active_TE=case.weights != 0)
-        grads = torch.autograd.grad(y, inputs[:3], case.grad_y.bfloat16())
+        leaves = [t.bfloat16().requires_grad_() for t in (case.x, case.gate_up, case.down)]
+        x, gate_up, down = leaves
+        logits = torch.zeros_like(case.weights, dtype=torch.float32)
+        weights = case.weights.bfloat16()
+        active = case.weights != 0
+        y = layer(x, gate_up, down, weights, logits, activation=F.silu, active_TE=active)
+        grads = torch.autograd.grad(y, leaves, case.grad_y.bfloat16())
         found.append([tensor.double() for tensor in (y, *grads)])
     for got, expected in zip(found[1], found[0], strict=True):
         assert (got - expected).norm() < 2e-2 * expected.norm()
