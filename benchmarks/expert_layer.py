@@ -5,10 +5,9 @@
 
 Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96. Ours are whole `ExpertBank`s, router
 included, on both paths, taught by the model card's SMK rule. Peers, timed in turns with them, on
-inputs that change:
-transformers' `Qwen3MLP` of the same width, as it is and compiled, and its `Qwen3MoeSparseMoeBlock`
-with each experts implementation that runs here; those make no surprise. Weights are in the compute
-format on all sides.
+inputs that change: transformers' `Qwen3MLP` of the same width, as it is and compiled, and its
+`Qwen3MoeSparseMoeBlock` with each experts implementation that runs here; those make no surprise.
+Weights are in the compute format on all sides.
 
 Parity comes first, at the timed size: with coupled routers both paths give the block's output and
 gradients; both give the same surprise, and that of `ops/reference.py` on some tokens; all experts
@@ -91,9 +90,6 @@ class Layers:
         self.router_ED = torch.randn(E, D, **kwargs) / D**0.5
         self.x_TD = torch.randn(case.tokens, D, **kwargs).requires_grad_()
         self.grad_y_TD = torch.randn(case.tokens, D, **kwargs)
-        self.inputs = itertools.cycle(
-            [torch.randn(case.tokens, D, **kwargs).requires_grad_() for _ in range(NUM_INPUTS)]
-        )
 
     def bank(self, path: str, *, k: int | None = None, weighting: Any = "softmax") -> ExpertBank:
         """Ours, with renormalised softmax weights of the k largest logits."""
@@ -138,11 +134,6 @@ class Layers:
             mlp.up_proj.weight.copy_(self.gate_up_2EID[1].flatten(0, 1))
             mlp.down_proj.weight.copy_(self.down_EID.flatten(0, 1).T)
         return mlp
-
-    def next_step(self, module: nn.Module) -> Tensor:
-        """`step` on another input: routing changes in training, and with it the groups' sizes."""
-        self.x_TD = next(self.inputs)
-        return self.step(module)
 
     def step(self, module: nn.Module) -> Tensor:
         """Forward and backward; gradients are new each time."""
@@ -238,23 +229,35 @@ def defined_surprise(layers: Layers) -> Tensor:
     return surprise * weights * layers.case.tokens
 
 
+def on_changing_inputs(
+    layers: Layers, modules: dict[str, nn.Module]
+) -> dict[str, Callable[[], object]]:
+    """Each module's step, every one on another input: in training the groups' sizes change."""
+    inputs = itertools.cycle(
+        [torch.randn_like(layers.x_TD).requires_grad_() for _ in range(NUM_INPUTS)]
+    )
+
+    def step(module: nn.Module) -> None:
+        layers.x_TD = next(inputs)
+        layers.step(module)
+
+    return {name: partial(step, module) for name, module in modules.items()}
+
+
 def compare(case: Case, *, repeats: int, warmup: int) -> dict[str, Any]:
     """Times (and on a GPU peak memory) of everything that runs for one k."""
     layers = Layers(case)
     gaps = parity(layers)
     modules, skipped = contenders(layers)
-    steps: dict[str, Callable[[], object]] = {
-        name: partial(layers.next_step, module) for name, module in modules.items()
-    }
-    times = measure(steps, repeats=repeats, warmup=warmup, device=case.device)
-    # The inputs of the times are nobody's memory.
-    layers.inputs = itertools.repeat(layers.x_TD)
+    times = measure(
+        on_changing_inputs(layers, modules), repeats=repeats, warmup=warmup, device=case.device
+    )
     peaks = {}
     if case.device != "cpu":
         for name, module in modules.items():
             module.zero_grad(set_to_none=True)
             layers.x_TD.grad = None
-            peaks[name] = peak_bytes(steps[name], case.device)
+            peaks[name] = peak_bytes(partial(layers.step, module), case.device)
             module.zero_grad(set_to_none=True)
     return {
         "dtype": case.dtype,

@@ -54,7 +54,7 @@ def exact_thresholds(
             for some in layer_groups(len(scores), scores[0].numel())
         ]
         return torch.cat(parts)
-    pooled = exact_threshold(torch.cat(list(scores)), token_mask_T.repeat(len(scores)), aims_L[0])
+    pooled = exact_threshold(torch.cat(scores), token_mask_T.repeat(len(scores)), aims_L[0])
     return pooled.expand(len(scores))
 
 
