@@ -140,7 +140,7 @@ def blockwise_step(  # noqa: PLR0917 - as distill_step, and the power
     device = banks[0].gate_up_proj.device
     num_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
     tallies = teach_gates(banks, config, num_tokens, num_tokens)
-    steering = Steering(banks, config, num_tokens, step)
+    steering = Steering(banks, config, num_tokens, step, RoutingStats.zeros(banks))
     layers = _Layers(banks, config, steering, power, num_tokens, len(rows))
     clock = clock or Clock(device)
     student.train()
@@ -181,7 +181,7 @@ class _Layers:
         self.power, self.num_tokens, self.num_rows = power, num_tokens, num_rows
         self.error_L = torch.zeros(len(banks), device=banks[0].down_proj.device)
         self.shared_budget = config.router.budget_scope == "global"
-        self.stats = RoutingStats.zeros(banks)
+        self.stats = steering.stats
         self.token_losses: list[Tensor] = []
 
     def begin(self, row: PackedRow) -> None:
@@ -206,7 +206,7 @@ class _Layers:
         self.token_losses[-1] += errors_T.detach() / len(self.banks)
         this = slice(layer, layer + 1)
         self.stats.add_layers(this, [bank], self.row)
-        self.steering.see_layers(this, self.mask_T)
+        self.steering.see_unused(this, self.mask_T)
         if not self.shared_budget:
             self.steering.see_budget(this, self.mask_T)
             bank.routing = None

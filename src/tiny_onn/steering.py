@@ -21,8 +21,9 @@ from tiny_onn.experts import ExpertBank, routings_of
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
 from tiny_onn.packing import PackedRow
 from tiny_onn.router import Exploration, Router, Routing
+from tiny_onn.routing_stats import RoutingStats
 from tiny_onn.shared import routed, with_shared
-from tiny_onn.thresholds import aims, exact_thresholds, layer_groups, steer
+from tiny_onn.thresholds import aims, exact_thresholds, steer
 
 # A revived expert would have been chosen by this share of the tokens, by this much in its logit.
 REVIVED_SHARE = 0.01
@@ -37,18 +38,23 @@ class Steering:
         config: the settings.
         router_tokens: tokens of the step that count.
         step: how many steps there were before.
+        stats: the step's, whose loads it reads at the end.
     """
 
     def __init__(
-        self, banks: Sequence[ExpertBank], config: RunConfig, router_tokens: int, step: int
+        self,
+        banks: Sequence[ExpertBank],
+        config: RunConfig,
+        router_tokens: int,
+        step: int,
+        stats: RoutingStats,
     ) -> None:
-        self.banks, self.router, self.step = banks, config.router, step
+        self.banks, self.router, self.step, self.stats = banks, config.router, step, stats
         self._seed, self._fraction = config.train.seed, config.smk.explore_fraction
         self._tokens, self._rows = router_tokens, 0
         first, L = banks[0].router, len(banks)
         device, E = first.weight.device, first.weight.shape[0]
         self._threshold_L = torch.zeros(L, device=device)
-        self._load_LE = torch.zeros(L, E, device=device)
         self._lift_LE = torch.zeros(L, E, device=device)
         # Rows add to a window in their forward pass, which a skipped step takes back.
         self._windows = [
@@ -72,19 +78,15 @@ class Steering:
     @torch.no_grad()
     def see(self, token_mask_T: Bool[Tensor, " tokens"]) -> None:
         """Count a row's routing, after its forward pass."""
-        elements = len(token_mask_T) * self._load_LE.shape[1]
-        for layers in layer_groups(len(self.banks), elements):
-            self.see_layers(layers, token_mask_T)
+        self.see_unused(slice(None), token_mask_T)
         self.see_budget(slice(None), token_mask_T)
 
     @torch.no_grad()
-    def see_layers(self, layers: slice, token_mask_T: Bool[Tensor, " tokens"]) -> None:
-        """Count some layers' routing of a row, but for their budgets."""
-        routings = routings_of(self.banks[layers])
-        active_LTE = torch.stack([routing.active for routing in routings])
-        self._load_LE[layers] += (active_LTE & token_mask_T[:, None]).sum(1)
+    def see_unused(self, layers: slice, token_mask_T: Bool[Tensor, " tokens"]) -> None:
+        """Note what some layers' unused experts lack to be chosen, if they are revived."""
         if self.router.revive_after_steps:
-            pairs = zip(self.banks[layers], routings, strict=True)
+            banks = self.banks[layers]
+            pairs = zip(banks, routings_of(banks), strict=True)
             lifts = [revival_lift(bank.router, seen, token_mask_T) for bank, seen in pairs]
             self._lift_LE[layers] = torch.stack(lifts)
 
@@ -115,13 +117,14 @@ class Steering:
             self._update()
 
     def _update(self) -> None:
-        mean_k_L = self._load_LE.sum(-1) / self._tokens
+        load_LE = self.stats.load_LE.float()
+        mean_k_L = load_LE.sum(-1) / self._tokens
         if self.router.budget_scope == "global":
             mean_k_L = mean_k_L.mean().expand_as(mean_k_L)
         routers = [bank.router for bank in self.banks]
         if routers[0].rule.has_budget:
             steer(routers, self._threshold_L, self.router.budget_rate, mean_k_L)
-        for router, load_E, lift_E in zip(routers, self._load_LE, self._lift_LE, strict=True):
+        for router, load_E, lift_E in zip(routers, load_LE, self._lift_LE, strict=True):
             if self.router.balance_rate:
                 balance(router, load_E, self.router.balance_rate)
             if self.router.revive_after_steps:

@@ -104,7 +104,7 @@ def distill_step(
     tallies = teach_gates(banks, config, loss_tokens, router_tokens)
     stats = RoutingStats.zeros(banks)
     sums, token_losses, gaps = torch.zeros(4, device=device), [], []
-    steering = Steering(banks, config, router_tokens, step)
+    steering = Steering(banks, config, router_tokens, step, stats)
     clock = clock or Clock(device)
     loss_options, matched = _loss_options(student, config), config.loss.states_coef > 0
     student.train()
