@@ -46,9 +46,9 @@ from common import (
     report,
     results_folder,
 )
+from tiny_onn.expert_path import FILE, crossover_share
 from tiny_onn.experts import ExpertBank
 from tiny_onn.ops import reference
-from tiny_onn.ops.crossover import FILE, crossover_share
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import RoutingRule
 from tiny_onn.surprise import SmkRule

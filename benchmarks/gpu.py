@@ -39,7 +39,7 @@ import gpu_card
 from common import Deadline, environment, parser, relative_gap, results_folder
 from steps import make_step, perturb, random_dense, random_rows, settings
 from tiny_onn.attention import loop_attention, varlen_attention, varlen_supported
-from tiny_onn.determinism import ask_for_same_bits
+from tiny_onn.device import ask_for_same_bits
 from tiny_onn.losses import Head, distill
 from tiny_onn.ops import dense_masked, grouped
 from tiny_onn.ops.teaching import SmkStep

@@ -35,6 +35,7 @@ from tiny_onn.config import RunConfig
 from tiny_onn.data import held_out_rows
 from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import distill
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import calibration_rows, make_student, partition, with_router
@@ -52,7 +53,7 @@ class Bench:
 
     config: RunConfig
     dense: PreTrainedModel
-    calibration: Sequence[PackedRow]
+    inputs: MlpInputs
     held_out: Sequence[PackedRow]
     expected: Sequence[Tensor]
 
@@ -198,14 +199,14 @@ def compensated(
 
 def details(bench: Bench, student: TinyOnnForCausalLM, add: Callable[..., None]) -> None:
     """Other gates, budgets and what stands in for inactive experts, on one partition."""
-    banks, inputs = student.banks(), sample_inputs(bench.dense, bench.calibration, 8192)
+    banks, inputs = student.banks(), sample_inputs(bench.inputs, 8192)
     pairs = dict(zip(banks, inputs, strict=True))
     with routers(student, lambda bank: Representative(bank, pairs[bank])):
         add("gate: representatives", student)
     for name in GATES:
         set_gates(banks, inputs, name)
         add(name, student)
-    fit_gates(bench.dense, banks, bench.calibration)
+    fit_gates(bench.inputs, banks)
     for name, only in (("ridge, means", False), ("ridge, means where off", True)):
         with torch.no_grad(), compensated(student, inputs, inactive_only=only):
             add(name, student)
@@ -214,7 +215,7 @@ def details(bench: Bench, student: TinyOnnForCausalLM, add: Callable[..., None])
         bank.router.rule = RoutingRule(
             selection="budget", target_k=rule.target_k, num_shared=rule.num_shared
         )
-    settle_budgets(bench.dense, banks, bench.calibration)
+    settle_budgets(bench.inputs, banks)
     add("ridge, budget", student)
     with torch.no_grad(), compensated(student, inputs, inactive_only=True):
         add("ridge, budget, means where off", student)
@@ -228,7 +229,7 @@ def measure_partition(bench: Bench, init: str, rows: list[dict], *, brief: bool)
     `brief`: neither the details nor the random router.
     """
     start = time.perf_counter()
-    order = partition(bench.config, bench.dense, bench.calibration)
+    order = partition(bench.config, bench.inputs)
     seconds = time.perf_counter() - start
 
     def add(router: str, model: PreTrainedModel) -> None:
@@ -236,7 +237,7 @@ def measure_partition(bench: Bench, init: str, rows: list[dict], *, brief: bool)
         print(rows[-1], flush=True)
 
     print(init, f"{seconds:.1f} s", flush=True)
-    make = partial(make_student, dense=bench.dense, rows=bench.calibration, order=order)
+    make = partial(make_student, inputs=bench.inputs, order=order)
     student = make(with_router(bench.config, selection="top_k", objective="none"))
     rows_before = len(rows)
     add("ridge", student)
@@ -277,7 +278,11 @@ def prepare_bench(arguments, init: str) -> Bench:
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))[0] for row in held_out
         ]
     return Bench(
-        config=config, dense=dense, calibration=calibration, held_out=held_out, expected=expected
+        config=config,
+        dense=dense,
+        inputs=MlpInputs(dense, calibration),
+        held_out=held_out,
+        expected=expected,
     )
 
 

@@ -29,12 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tiny_onn.activations import checkpoint_layers
+from tiny_onn.assembly import assemble
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import RunConfig
 from tiny_onn.convert import convert
-from tiny_onn.fusion import compile_backbones
-from tiny_onn.optim import build_optimizer
+from tiny_onn.device import with_number_format
 from tiny_onn.packing import build_row
 from tiny_onn.plan import plan
 from tiny_onn.plan_sources import Device, measure_cpu
@@ -151,7 +150,7 @@ def predict(family: str, config: RunConfig, device: str, smoke: bool) -> dict:
 
 def measure(family: str, overrides: list[str], device: str, smoke: bool) -> dict:
     """Peak memory and time of a step, in this process."""
-    config = load_config(None, None, overrides)
+    config = with_number_format(load_config(None, None, overrides), torch.device(device))
     shape = {"model_type": family, **(SMOKE if smoke else SHAPE)}
     run_steps(shape, config, device, num_steps=2)
     gc.collect()
@@ -182,12 +181,8 @@ def run_steps(shape: dict, config: RunConfig, device: str, *, num_steps: int) ->
     generator = torch.Generator().manual_seed(0)
     student = convert(dense, config.experts, config.router, generator=generator)
     set_objective(student.banks(), config)
-    checkpoint_layers(student, config.train.checkpointing)
-    teacher = teacher_for(dense, config.teacher)
-    if config.train.compile:
-        compile_backbones(student, teacher)
+    training = assemble(config, student, teacher_for(dense, config.teacher))
     del dense
-    optimizer = build_optimizer(student, config.optim)
     row_tokens = config.data.row_tokens
     tokens = torch.randint(0, shape["vocab_size"], (row_tokens,), generator=generator).tolist()
     size = row_tokens // DOCUMENTS
@@ -196,7 +191,7 @@ def run_steps(shape: dict, config: RunConfig, device: str, *, num_steps: int) ->
     seconds = 0.0
     for _ in range(num_steps):
         start = time.perf_counter()
-        distill_step(student, teacher, optimizer, [row], config)
+        distill_step(training.student, training.teacher, training.optimizer, [row], training.config)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

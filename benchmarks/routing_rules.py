@@ -29,8 +29,10 @@ from common import RESULTS, environment, parser, report, results_folder
 from steps import random_dense, random_rows
 from tiny_onn.config import Objective, RunConfig, Selection
 from tiny_onn.data import held_out_rows
+from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import (
@@ -43,7 +45,7 @@ from tiny_onn.prepare import (
 from tiny_onn.settings import load_config
 from tiny_onn.steering import settle
 from tiny_onn.step import distill_step
-from tiny_onn.teacher import load_dense, pick_device, quiet_transformers, teacher_for
+from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
 
 NAME = "routing_rules"
 DOCS = Path(__file__).parents[1] / "docs" / "routing.md"
@@ -75,7 +77,7 @@ def settings(selection: str, objective: str, arguments: argparse.Namespace) -> R
 
 def measure_pair(config: RunConfig, world: "World") -> dict[str, Any]:
     """Train one pair; what it became."""
-    student = make_student(config, world.dense, world.calibration, world.order)
+    student = make_student(config, world.inputs, world.order)
     teacher = teacher_for(world.dense, config.teacher)
     optimizer = build_optimizer(student, config.optim, seed=config.train.seed)
     scope = config.router.budget_scope
@@ -132,7 +134,8 @@ class World:
             self.training = [next(stream) for _ in range(steps)]
             data = config.data
             self.held_out = held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
-        self.order = partition(config, self.dense, self.calibration)
+        self.inputs = MlpInputs(self.dense, self.calibration)
+        self.order = partition(config, self.inputs)
 
 
 def read_rows(folder: Path | None, wanted: Mapping[str, object]) -> list[dict[str, Any]]:

@@ -8,13 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from common import seeded
-from tiny_onn.activations import checkpoint_layers
+from tiny_onn.assembly import assemble
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import Objective, RunConfig
 from tiny_onn.convert import convert
-from tiny_onn.fusion import compile_backbones
+from tiny_onn.device import number_format
 from tiny_onn.modeling import TinyOnnForCausalLM
-from tiny_onn.optim import build_optimizer
 from tiny_onn.packing import PackedRow, build_row
 from tiny_onn.plan_sources import load_shape
 from tiny_onn.prepare import set_objective
@@ -99,7 +98,7 @@ def shape_of(name: str) -> PreTrainedConfig:
 def random_dense(name: str, config: RunConfig, device: torch.device | str) -> PreTrainedModel:
     """A frozen dense model of a bundled shape with random weights, reading packed rows."""
     with seeded(0), torch.device(device):
-        dtype = getattr(torch, config.teacher.dtype)
+        dtype = getattr(torch, number_format(config.teacher.dtype, torch.device(device)))
         dense = AutoModelForCausalLM.from_config(shape_of(name), dtype=dtype).train(False)
     dense.requires_grad_(False)
     dense.set_attn_implementation(DOCUMENT_ATTENTION)
@@ -117,17 +116,13 @@ def make_step(dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRo
     generator = torch.Generator().manual_seed(0)
     student = convert(dense, config.experts, config.router, generator=generator)
     set_objective(student.banks(), config)
-    checkpoint_layers(student, config.train.checkpointing)
-    optimizer = build_optimizer(student, config.optim, seed=0)
-    teacher = teacher_for(dense, config.teacher)
-    if config.train.compile:
-        compile_backbones(student, teacher)
+    training = assemble(config, student, teacher_for(dense, config.teacher))
     return Step(
         student=student,
-        teacher=teacher,
-        optimizer=optimizer,
+        teacher=training.teacher,
+        optimizer=training.optimizer,
         rows=itertools.cycle(rows),
-        config=config,
+        config=training.config,
     )
 
 

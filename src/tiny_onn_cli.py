@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -52,7 +53,8 @@ class Demo:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.demo import run_demo
+        with _starting():
+            from tiny_onn.demo import run_demo
 
         run_demo(_default_out("demo") if self.out is None else self.out, self.overrides)
 
@@ -93,8 +95,9 @@ class Plan:
         config = load_config(self.run, self.preset, (*self.overrides, *tokens))
         from rich.console import Console
 
-        from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, plan, render
-        from tiny_onn.teacher import quiet_transformers
+        with _starting():
+            from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, plan, render
+            from tiny_onn.teacher import quiet_transformers
 
         quiet_transformers()
         planned = plan(
@@ -170,11 +173,13 @@ class Distill:
         name = self.run.stem if self.run is not None else str(self.preset)
         out = _default_out(name) if self.out is None else self.out
         if self.profile:
-            from tiny_onn.profile import run_profile
+            with _starting():
+                from tiny_onn.profile import run_profile
 
             run_profile(config, out=out, argv=sys.argv)
             return
-        from tiny_onn.train import run_distill
+        with _starting():
+            from tiny_onn.train import run_distill
 
         result = run_distill(
             config, out=out, resume=self.resume, allow_change=self.allow_change, argv=sys.argv
@@ -227,7 +232,8 @@ class Eval:
         if self.frontier or self.budget is not None:
             self._frontier()
             return
-        from tiny_onn.evaluate import run_eval
+        with _starting():
+            from tiny_onn.evaluate import run_eval
 
         # Standard output belongs to the result.
         with contextlib.redirect_stdout(sys.stderr):
@@ -252,7 +258,8 @@ class Eval:
         budgets = () if self.budget is None else parse_budgets(self.budget)
         from rich.console import Console
 
-        from tiny_onn.frontier import frontier_table, run_frontier
+        with _starting():
+            from tiny_onn.frontier import frontier_table, run_frontier
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_frontier(
@@ -325,7 +332,8 @@ class Probe:
         ):
             _require(value >= least, name, value, f"an integer >= {least}")
         layers = _parse_layers(self.layers)
-        from tiny_onn.probe import run_probe
+        with _starting():
+            from tiny_onn.probe import run_probe
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_probe(
@@ -382,7 +390,8 @@ class Generate:
         accepted = temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf
         _require(accepted, "--temperature", temperature, f"0, or a number >= {MIN_TEMPERATURE}")
         _require(0 <= seed < 2**63, "--seed", seed, "an integer from 0 to 2**63 - 1")
-        from tiny_onn.generate import run_generate
+        with _starting():
+            from tiny_onn.generate import run_generate
 
         run_generate(
             self.model,
@@ -458,6 +467,13 @@ def _run(verb: Callable[[], None]) -> int:
         print(f"tiny-onn: error: {reason_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _starting() -> AbstractContextManager[None]:
+    """Show that something happens while torch is imported, which takes seconds."""
+    from tiny_onn.console import console, stage
+
+    return stage("Starting") if console().is_terminal else contextlib.nullcontext()
 
 
 def _default_out(name: str) -> Path:

@@ -15,6 +15,7 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.blockwise import block_errors, blockwise_step, teacher_power
 from tiny_onn.convert import all_experts_on, backbone_hash
 from tiny_onn.coupled_losses import load_balancing_loss, z_loss
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import decoder_layers, gated_mlps, last_hidden_states
 from tiny_onn.ops import reference
 from tiny_onn.optim import build_optimizer
@@ -43,7 +44,10 @@ class Recorder(torch.optim.Optimizer):
 
 def start(config, family="llama", **sizes):
     dense = make_dense(family, dtype=config.teacher.dtype, **sizes)
-    student, teacher = prepare.make_student(config, dense, ROWS), teacher_for(dense, config.teacher)
+    student, teacher = (
+        prepare.make_student(config, MlpInputs(dense, ROWS)),
+        teacher_for(dense, config.teacher),
+    )
     return student, teacher, teacher_power(teacher, ROWS)
 
 

@@ -13,6 +13,7 @@ from tiny_onn.calibrate import (
     neuron_importance,
     settle_budgets,
 )
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import gated_mlps, last_hidden_states
 
 # Split, whole and padded documents.
@@ -50,7 +51,7 @@ def test_importance_is_each_neurons_squared_contribution(family, dtype):
     dense = make_dense(family, dtype=dtype)
     hidden = gather(dense, ROWS, lambda mlp: mlp.down_proj)
     for got, mlp, h_TF in zip(
-        neuron_importance(dense, ROWS), gated_mlps(dense), hidden, strict=True
+        neuron_importance(MlpInputs(dense, ROWS)), gated_mlps(dense), hidden, strict=True
     ):
         outputs_TFD = h_TF.float()[..., None] * mlp.down_proj.weight.T.float()
         expected = outputs_TFD.square().sum((0, 2))
@@ -62,7 +63,9 @@ def test_first_tokens_and_padding_say_nothing():
     last = make_rows((20, 13), 40)
     wider = make_rows((20, 13), 60)
     for got, same in zip(
-        neuron_importance(dense, last), neuron_importance(dense, wider), strict=True
+        neuron_importance(MlpInputs(dense, last)),
+        neuron_importance(MlpInputs(dense, wider)),
+        strict=True,
     ):
         torch.testing.assert_close(got, same, rtol=1e-5, atol=0)
     counted = gather(dense, last, lambda mlp: mlp.module)[0]
@@ -70,8 +73,8 @@ def test_first_tokens_and_padding_say_nothing():
     gates = []
     for rows in (last, wider):
         banks = make_student(dense).banks()
-        fit_gates(dense, banks, rows)
-        settle_budgets(dense, banks, rows)
+        fit_gates(MlpInputs(dense, rows), banks)
+        settle_budgets(MlpInputs(dense, rows), banks)
         gates.append((banks[1].router.weight.detach(), banks[1].router.threshold))
     for got, same in zip(*gates, strict=True):
         torch.testing.assert_close(got, same, rtol=1e-3, atol=1e-4)
@@ -79,7 +82,7 @@ def test_first_tokens_and_padding_say_nothing():
 
 def test_order_ranks_by_falling_importance():
     dense = make_dense("llama")
-    importance = neuron_importance(dense, ROWS)
+    importance = neuron_importance(MlpInputs(dense, ROWS))
     for scores, order in zip(importance, importance_order(importance), strict=True):
         assert sorted(order.tolist()) == list(range(48))
         assert (scores[order].diff() <= 0).all()
@@ -89,7 +92,7 @@ def test_order_ranks_by_falling_importance():
 
 def test_important_neurons_share_an_expert():
     dense = make_dense("llama")
-    importance = neuron_importance(dense, ROWS)
+    importance = neuron_importance(MlpInputs(dense, ROWS))
     student = make_student(dense, init="importance", neuron_order=importance_order(importance))
     for bank, mlp, scores in zip(student.banks(), gated_mlps(dense), importance, strict=True):
         first = {tuple(row.tolist()) for row in bank.gate_up_proj[0, 0]}
@@ -112,7 +115,7 @@ def test_expert_norms_are_the_norms_of_each_experts_output(family):
 def test_gates_solve_the_ridge_regression_of_log_norms():
     dense = make_dense("llama")
     banks = make_student(dense).banks()
-    explained = fit_gates(dense, banks, ROWS)
+    explained = fit_gates(MlpInputs(dense, ROWS), banks)
     inputs = gather(dense, ROWS, lambda mlp: mlp.module)
     for bank, narrow_TD, share in zip(banks, inputs, explained, strict=True):
         x_TD = narrow_TD.double()
@@ -138,7 +141,7 @@ def test_a_static_fit_is_the_mean_of_log_norms():
     # As in trained models, hidden states have a mean: at x = 0 nothing is known about it.
     next(dense.get_input_embeddings().parameters())[:, :4] += 1
     banks = make_student(dense).banks()
-    explained = fit_gates(dense, banks, ROWS, static=True)
+    explained = fit_gates(MlpInputs(dense, ROWS), banks, static=True)
     inputs = gather(dense, ROWS, lambda mlp: mlp.module)
     for bank, x_TD, share in zip(banks, inputs, explained, strict=True):
         assert not bank.router.weight.any()
@@ -150,14 +153,14 @@ def test_a_static_fit_is_the_mean_of_log_norms():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fitted_gates_find_the_largest_experts(family):
     dense = make_dense(family)
-    order = importance_order(neuron_importance(dense, ROWS))
+    order = importance_order(neuron_importance(MlpInputs(dense, ROWS)))
     student = make_student(dense, init="importance", neuron_order=order)
     banks = student.banks()
     inputs = gather(dense, HELD_OUT, lambda mlp: mlp.module)
     overlaps = {}
     for name in ("random", "ridge"):
         if name == "ridge":
-            fit_gates(dense, banks, ROWS)
+            fit_gates(MlpInputs(dense, ROWS), banks)
         overlaps[name] = [
             overlap(
                 bank.router(x_TD).router_logits.topk(4).indices,
@@ -176,8 +179,8 @@ def test_budgets_meet_their_target_on_one_row_exactly(form, target):
     dense = make_dense("llama")
     banks = make_student(dense, budget_form=form, target_k=target).banks()
     rows = ROWS[:1]
-    fit_gates(dense, banks, rows)
-    settle_budgets(dense, banks, rows)
+    fit_gates(MlpInputs(dense, rows), banks)
+    settle_budgets(MlpInputs(dense, rows), banks)
     for bank, x_TD in zip(banks, gather(dense, rows, lambda mlp: mlp.module), strict=True):
         num_active = int(bank.router(x_TD).active.sum())
         assert abs(num_active - target * len(x_TD)) <= 0.5
@@ -188,8 +191,8 @@ def test_budgets_meet_their_target_on_one_row_exactly(form, target):
 def test_budgets_meet_their_target_on_many_rows_within_3_percent(family, form):
     dense = make_dense(family)
     banks = make_student(dense, budget_form=form).banks()
-    fit_gates(dense, banks, ROWS)
-    settle_budgets(dense, banks, ROWS)
+    fit_gates(MlpInputs(dense, ROWS), banks)
+    settle_budgets(MlpInputs(dense, ROWS), banks)
     for bank, x_TD in zip(banks, gather(dense, ROWS, lambda mlp: mlp.module), strict=True):
         assert bank.router(x_TD).active.sum(-1).float().mean().item() == pytest.approx(4, rel=0.03)
         assert bank.router.num_updates == len(ROWS)
@@ -199,16 +202,16 @@ def test_other_selections_keep_their_threshold():
     dense = make_dense("llama")
     banks = make_student(dense, selection="top_k").banks()
     before = [bank.router.threshold.clone() for bank in banks]
-    settle_budgets(dense, banks, ROWS)
+    settle_budgets(MlpInputs(dense, ROWS), banks)
     assert [bank.router.threshold for bank in banks] == before
 
 
 def test_calibration_leaves_no_hook_and_no_graph_behind():
     dense = make_dense("llama")
     banks = make_student(dense).banks()
-    neuron_importance(dense, ROWS)
-    fit_gates(dense, banks, ROWS)
-    settle_budgets(dense, banks, ROWS)
+    neuron_importance(MlpInputs(dense, ROWS))
+    fit_gates(MlpInputs(dense, ROWS), banks)
+    settle_budgets(MlpInputs(dense, ROWS), banks)
     assert not any(mlp.module._forward_pre_hooks for mlp in gated_mlps(dense))
     assert all(bank.router.weight.requires_grad for bank in banks)
     assert not any(bank.router.threshold.requires_grad for bank in banks)

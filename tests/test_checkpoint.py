@@ -22,6 +22,7 @@ from tiny_onn.checkpoint import (
 )
 from tiny_onn.convert import backbone_hash
 from tiny_onn.errors import UserError
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.optim import build_optimizer
 from tiny_onn.step import distill_step
 
@@ -40,7 +41,7 @@ class Session:
     def __init__(self, config) -> None:
         self.config = config
         self.dense = make_dense("llama", vocab_size=320)
-        self.student = prepare.make_student(config, self.dense, ROWS)
+        self.student = prepare.make_student(config, MlpInputs(self.dense, ROWS))
         self.optimizer = build_optimizer(self.student, config.optim)
         self.stream = prepare.training_rows(config, make_tokenizer())
         self.losses = []

@@ -8,6 +8,7 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.compensate import fit_compensation
 from tiny_onn.convert import identity_gap
 from tiny_onn.evaluate import forward_flops
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps, last_hidden_states
 from tiny_onn.optim import split_parameters
 from tiny_onn.prepare import make_student as prepared_student
@@ -57,7 +58,7 @@ def test_mean_outputs_are_those_of_the_tokens_that_leave_the_expert_inactive():
     # One expert that is always active has no such token.
     with torch.no_grad():
         banks[1].router.bias[2] = 1e3
-    fit_compensation(dense, banks, ROWS)
+    fit_compensation(MlpInputs(dense, ROWS), banks)
     x = counted_inputs(dense, 1)
     inactive = ~banks[1].router(x).active
     for e, outputs in enumerate(expert_outputs(banks[1], x)):
@@ -91,7 +92,7 @@ def test_means_lower_the_error_of_every_layer_on_the_text_they_come_from():
         make_student(dense, compensation=kind, selection="top_k").banks()
         for kind in ("none", "mean")
     )
-    fit_compensation(dense, helped, ROWS)
+    fit_compensation(MlpInputs(dense, ROWS), helped)
     for layer, mlp in enumerate(gated_mlps(dense)):
         x = counted_inputs(dense, layer)
         with torch.no_grad():
@@ -102,7 +103,7 @@ def test_means_lower_the_error_of_every_layer_on_the_text_they_come_from():
 def test_all_experts_on_is_the_dense_model():
     dense, ids = make_dense("llama"), make_ids()
     student = make_student(dense, compensation="mean", learn_scale=True)
-    fit_compensation(dense, student.banks(), ROWS)
+    fit_compensation(MlpInputs(dense, ROWS), student.banks())
     assert means(student).abs().sum() > 0
     size = dense(input_ids=ids).logits.abs().max().item()
     assert identity_gap(student, dense, ids) <= 1e-5 * size
@@ -127,7 +128,7 @@ def test_both_learn_with_the_experts_and_are_absent_when_off():
 def test_both_are_saved_with_the_student(tmp_path):
     dense = make_dense("llama", dtype="bfloat16")
     student = make_student(dense, compensation="mean", learn_scale=True)
-    fit_compensation(dense, student.banks(), ROWS)
+    fit_compensation(MlpInputs(dense, ROWS), student.banks())
     with torch.no_grad():
         corrections(student.banks()[1])[1][3] = 1.25
     student.save_pretrained(tmp_path)
@@ -145,7 +146,7 @@ def test_settings_fit_the_means_from_text_and_count_their_work():
     helped = change(plain, experts={"compensation": "mean"})
     assert not needs_text(plain)
     assert needs_text(helped)
-    students = [prepared_student(config, dense, ROWS) for config in (plain, helped)]
+    students = [prepared_student(config, MlpInputs(dense, ROWS)) for config in (plain, helped)]
     assert means(students[1]).abs().sum() > 0
     before, after = (forward_flops(student, 4.0, 10.0)["ffn_flops"] for student in students)
     assert after - before == 2 * 2 * 8 * 32

@@ -10,6 +10,7 @@ from tiny import CONFIG, change, make_dense, make_rows
 from tiny_onn import dynmoe, prepare
 from tiny_onn.config import AtLeastOne, Weighting
 from tiny_onn.experts import ExpertBank
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.optim import build_optimizer
 from tiny_onn.router import Router, RoutingRule
 from tiny_onn.step import distill_step
@@ -164,7 +165,7 @@ def test_a_dead_expert_is_used_again_after_the_window():
     router = {"selection": "top_any", "objective": "task", "reseed_every_steps": 2}
     config = change(CONFIG, experts={"weighting": "mean"}, router=router, optim={"gate_lr": 0.0})
     dense = make_dense("llama")
-    student = prepare.make_student(config, dense, rows)
+    student = prepare.make_student(config, MlpInputs(dense, rows))
     optimizer = build_optimizer(student, config.optim)
     banks = student.banks()
     with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 
 from tiny import CONFIG, change, make_dense, make_documents
 from tiny_onn.activations import checkpoint_layers
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import build_row
 from tiny_onn.prepare import make_student
@@ -55,7 +56,7 @@ def backward_order(step):
 def curve(config=GOLDEN, rows_of=one_row) -> list[float]:
     """The losses of twenty steps from the same start."""
     dense = make_dense("llama")
-    student = make_student(config, dense, one_row(0))
+    student = make_student(config, MlpInputs(dense, one_row(0)))
     checkpoint_layers(student, config.train.checkpointing)
     optimizer = build_optimizer(student, config.optim)
     losses = []

@@ -33,14 +33,14 @@ from tiny import make_dense, make_student
 from tiny_onn.checks import validate
 from tiny_onn.config import ExpertsConfig, RouterConfig, RunConfig, SmkConfig, TrainConfig
 from tiny_onn.errors import UserError
-from tiny_onn.ops import dense_masked, grouped, reference
-from tiny_onn.ops.crossover import (
+from tiny_onn.expert_path import (
     PathChoice,
     choose_path,
     crossover_share,
     dense_need,
     read_crossover,
 )
+from tiny_onn.ops import dense_masked, grouped, reference
 from tiny_onn.ops.grouped import expert_layer, gather_mm, group_rows, outer_mm, scatter_mm
 from tiny_onn.ops.teaching import SurpriseTally
 from tiny_onn.prepare import set_objective
@@ -278,7 +278,7 @@ NEEDS_DENSE = {
 @pytest.mark.parametrize("name", NEEDS_DENSE)
 def test_settings_that_need_inactive_experts_keep_the_dense_path(name):
     config = settings(**NEEDS_DENSE[name])
-    choice = choose_path(config, "cpu")
+    choice = choose_path(config, torch.device("cpu"))
     assert choice.path == "dense"
     assert name in choice.reason
     validate(config)
@@ -303,17 +303,17 @@ def test_auto_compares_the_share_with_the_measured_one():
             for k in (1.0, 8.0, 32.0):
                 config = settings(router={"target_k": k}, teacher={"dtype": dtype})
                 wanted = "grouped" if k / 32 < share else "dense"
-                assert choose_path(config, device).path == wanted
-    unknown = choose_path(settings(), "abacus")
+                assert choose_path(config, torch.device(device)).path == wanted
+    unknown = choose_path(settings(teacher={"dtype": "float32"}), torch.device("meta"))
     assert unknown.path == "dense"
-    assert "no crossover is measured for abacus" in unknown.reason
+    assert "no crossover is measured for meta float32" in unknown.reason
 
 
 def test_an_explicit_path_is_taken():
     for path in ("dense", "grouped"):
         config = settings(train={"expert_path": path, "compile": False})
         reason = f'train.expert_path = "{path}"'
-        assert choose_path(config, "cpu") == PathChoice(path=path, reason=reason)
+        assert choose_path(config, torch.device("cpu")) == PathChoice(path=path, reason=reason)
         student = make_student(make_dense())
         set_objective(student.banks(), config)
         assert {bank.path for bank in student.banks()} == {path}

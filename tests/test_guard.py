@@ -14,6 +14,7 @@ from tiny_onn import train as train_module
 from tiny_onn.checkpoint import student_tensors
 from tiny_onn.errors import UserError
 from tiny_onn.guard import MIN_WINDOW, SPIKE_MADS, WINDOW, Guard, provenance
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.optim import build_optimizer
 from tiny_onn.packing import Origin, Packer
 from tiny_onn.run_folder import read_metrics
@@ -76,7 +77,7 @@ def poison(monkeypatch):
 def test_an_update_that_is_not_finite_changes_nothing(poison, name, part, value):
     config = change(CONFIG, optim={"name": name})
     dense = make_dense("llama")
-    student = prepare.make_student(config, dense, ROWS)
+    student = prepare.make_student(config, MlpInputs(dense, ROWS))
     optimizer = build_optimizer(student, config.optim)
 
     def tensors():

@@ -162,7 +162,7 @@ def assert_same(
     ids=["plain", "scale", "softcap", "scale-softcap-bias"],
 )
 def test_values_and_gradients_match_the_definition(divergence, temperature, head, monkeypatch):
-    monkeypatch.setattr(losses, "_CPU_TILE_BYTES", 20 * V * 8)  # 20 rows: chunks of several tiles.
+    monkeypatch.setattr(losses, "CPU_TILE_BYTES", 20 * V * 8)  # 20 rows: chunks of several tiles.
     options = {"divergence": divergence, "temperature": temperature}
     for tokens, chunks in {1: (1, 7), 63: (1, 7, 500), 123: (7, 123)}.items():
         case = make_case(tokens, **head)

@@ -4,6 +4,7 @@ import torch
 
 from tiny import make_dense, make_rows
 from tiny_onn.massive import massive_activations
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import gated_mlps
 
 ROWS = make_rows((20, 13, 30, 9), 40)
@@ -16,7 +17,7 @@ def plant(dense, layer, feature, neurons, size):
 
 
 def test_ordinary_layers_have_none():
-    assert massive_activations(make_dense("llama"), ROWS) == []
+    assert massive_activations(MlpInputs(make_dense("llama"), ROWS)) == []
 
 
 def test_a_planted_one_is_found_with_its_neurons():
@@ -28,7 +29,7 @@ def test_a_planted_one_is_found_with_its_neurons():
     handle.remove()
     loudest = int(seen[0][0].abs().amax(0).argmax())
     plant(dense, 1, 7, {loudest: 1.0}, 1e6)
-    (found,) = massive_activations(dense, ROWS)
+    (found,) = massive_activations(MlpInputs(dense, ROWS))
     assert (found.layer, found.feature) == (1, 7)
     assert found.neurons[0] == loudest
     assert abs(found.value) > 100
@@ -40,7 +41,7 @@ def test_padding_is_no_text():
     padded = make_rows((20,), 40)
     # Only padding's token writes: its embedding is far larger than any other.
     plant(dense, 0, 3, dict.fromkeys(range(48), 1.0), 1e3)
-    on_text = massive_activations(dense, padded)
+    on_text = massive_activations(MlpInputs(dense, padded))
     with torch.no_grad():
         next(iter(dense.get_input_embeddings().parameters()))[0] *= 1e6
-    assert massive_activations(dense, padded) == on_text
+    assert massive_activations(MlpInputs(dense, padded)) == on_text

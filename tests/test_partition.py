@@ -13,6 +13,7 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.calibrate import sample_inputs
 from tiny_onn.config import ExpertInit, ExpertsConfig, RunConfig
 from tiny_onn.convert import identity_gap
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import gated_mlps, last_hidden_states
 from tiny_onn.partition import (
     balanced_kmeans,
@@ -35,7 +36,7 @@ def generator(seed=0):
 
 def orders_of(dense, init: ExpertInit, *, seed=0, rows=ROWS):
     experts = ExpertsConfig(num_experts=8, init=init)
-    orders = partition_neurons(dense, rows, experts, 4.0, generator(seed))
+    orders = partition_neurons(MlpInputs(dense, rows), experts, 4.0, generator(seed))
     assert orders is not None
     return orders
 
@@ -136,7 +137,7 @@ def test_slices_and_random_experts_need_no_order():
     dense = make_dense("llama")
     for init in ("slices", "random"):
         experts = ExpertsConfig(num_experts=8, init=init)
-        assert partition_neurons(dense, [], experts, 4.0, generator()) is None
+        assert partition_neurons(MlpInputs(dense, []), experts, 4.0, generator()) is None
 
 
 @pytest.mark.parametrize("init", FROM_TEXT)
@@ -159,7 +160,7 @@ def test_samples_are_every_nth_counted_input(max_tokens):
     mask = torch.cat([row.router_mask[0] for row in ROWS])
     inputs = torch.cat(seen)[mask]
     stride = -(-len(inputs) // max_tokens)
-    got = sample_inputs(dense, ROWS, max_tokens)[1]
+    got = sample_inputs(MlpInputs(dense, ROWS), max_tokens)[1]
     assert torch.equal(got, inputs[::stride])
     assert len(got) <= max_tokens
 

@@ -15,6 +15,7 @@ from tiny_onn.checks import validate
 from tiny_onn.config import Objective, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.optim import build_optimizer
 from tiny_onn.steering import settle
@@ -45,7 +46,7 @@ def dense():
 
 
 def train(config, dense, num_steps=3):
-    student = prepare.make_student(config, dense, ROWS[:2])
+    student = prepare.make_student(config, MlpInputs(dense, ROWS[:2]))
     optimizer = build_optimizer(student, config.optim)
     losses = []
     for step in range(num_steps):

@@ -165,14 +165,14 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
     assert_same_run(out, whole[0])
 
 
-def test_ctrl_c_stops_after_the_step_and_leaves_a_usable_student(config, tmp_path, at_step, capsys):
+def test_ctrl_c_between_steps_leaves_a_usable_student(config, tmp_path, at_step, capsys):
     out = tmp_path / "run"
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     result = run_distill(config, out=out)
     assert (result.interrupted, result.tokens) == (True, 128)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert "Stopping after this step" in capsys.readouterr().err
+    assert "Stopping: the work in hand" in capsys.readouterr().err
     assert json.loads((out / "summary.json").read_text())["interrupted"] is True
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"]
     prompt = AutoTokenizer.from_pretrained(out / "student")("the fox", return_tensors="pt")

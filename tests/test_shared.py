@@ -21,6 +21,7 @@ from tiny_onn.evaluate import evaluate
 from tiny_onn.experts import ExpertBank
 from tiny_onn.frontier import default_budgets
 from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally, teach
 from tiny_onn.optim import build_optimizer
@@ -265,8 +266,8 @@ def config_of(init: ExpertInit, **experts: Any) -> RunConfig:
 def test_conversion_is_exact_and_shares_the_loudest_neurons(init):
     dense, config = make_dense(), config_of(init)
     validate(config)
-    orders = partition(config, dense, ROWS)
-    student = prepare_student(config, dense, ROWS)
+    orders = partition(config, MlpInputs(dense, ROWS))
+    student = prepare_student(config, MlpInputs(dense, ROWS))
     assert identity_gap(student, dense, make_ids()) < 1e-4
     assert [bank.router.rule.num_shared for bank in student.banks()] == [S, S]
     assert needs_text(config) or init == "slices"
@@ -274,23 +275,23 @@ def test_conversion_is_exact_and_shares_the_loudest_neurons(init):
         assert init == "slices"
         return
     per_expert = WIDTH // E
-    inputs = sample_inputs(dense, ROWS, 9999)
+    inputs = sample_inputs(MlpInputs(dense, ROWS), 9999)
     for order, mlp, x in zip(orders, gated_mlps(dense), inputs, strict=True):
         assert sorted(order.tolist()) == list(range(WIDTH))
         energy = neuron_energy(mlp, x, torch.nn.SiLU()).sum(0)
         loudest = energy.topk(S * per_expert).indices
         assert set(order[: S * per_expert].tolist()) == set(loudest.tolist())
     # What is left is cut into as many experts as are left, otherwise than by its order.
-    assert partition(config_of(init, num_shared=0), dense, ROWS) is not None
+    assert partition(config_of(init, num_shared=0), MlpInputs(dense, ROWS)) is not None
 
 
 def test_learned_experts_are_learned_for_the_choices_that_are_left():
     dense, num_shared = make_dense(), S * WIDTH // E
-    orders = partition(config_of("learned"), dense, ROWS)
+    orders = partition(config_of("learned"), MlpInputs(dense, ROWS))
     assert orders is not None
     differ = False
     for order, mlp, x in zip(
-        orders, gated_mlps(dense), sample_inputs(dense, ROWS, 9999), strict=True
+        orders, gated_mlps(dense), sample_inputs(MlpInputs(dense, ROWS), 9999), strict=True
     ):
         rest = order[num_shared:].sort().values
         energy = neuron_energy(mlp, x, torch.nn.SiLU())[:, rest]
@@ -308,7 +309,7 @@ def test_learned_experts_are_learned_for_the_choices_that_are_left():
 def test_massive_neurons_come_first_when_asked(init, monkeypatch):
     dense = make_dense()
     mlp = gated_mlps(dense)[1]
-    x = sample_inputs(dense, ROWS, 9999)[1]
+    x = sample_inputs(MlpInputs(dense, ROWS), 9999)[1]
     # Large at one token only, so that its energy over the text does not put it there.
     quiet = int(neuron_energy(mlp, x, torch.nn.SiLU()).sum(0).argmin())
     found = [
@@ -320,14 +321,17 @@ def test_massive_neurons_come_first_when_asked(init, monkeypatch):
     config = config_of(init, keep_massive=True)
     validate(config)
     assert needs_text(config)
-    orders, plain = partition(config, dense, ROWS), partition(config_of(init), dense, ROWS)
+    orders, plain = (
+        partition(config, MlpInputs(dense, ROWS)),
+        partition(config_of(init), MlpInputs(dense, ROWS)),
+    )
     assert orders is not None
     plain = plain or [torch.arange(WIDTH)] * 2
     assert torch.equal(orders[0], plain[0])
     assert orders[1][0] == quiet
     assert quiet not in plain[1][: S * WIDTH // E]
     assert sorted(orders[1].tolist()) == list(range(WIDTH))
-    assert identity_gap(prepare_student(config, dense, ROWS), dense, make_ids()) < 1e-4
+    assert identity_gap(prepare_student(config, MlpInputs(dense, ROWS)), dense, make_ids()) < 1e-4
 
 
 def test_a_planted_massive_activation_is_kept():
@@ -339,9 +343,9 @@ def test_a_planted_massive_activation_is_kept():
     handle.remove()
     loudest = int(seen[0][0].abs().amax(0).argmax())
     mlp.down_proj.weight[7, loudest] = 1e6
-    orders = partition(config_of("slices", keep_massive=True), dense, ROWS)
+    orders = partition(config_of("slices", keep_massive=True), MlpInputs(dense, ROWS))
     assert orders is not None
-    assert massive_activations(dense, ROWS)[0].neurons[0] == orders[1][0] == loudest
+    assert massive_activations(MlpInputs(dense, ROWS))[0].neurons[0] == orders[1][0] == loudest
 
 
 def test_more_massive_neurons_than_shared_ones_are_refused():
@@ -434,7 +438,7 @@ def test_training_moves_every_gate_but_those_of_shared_experts(router, smk):
     config = change(SHARED, router=router, smk=smk)
     validate(config)
     dense = make_dense()
-    student = prepare_student(config, dense, ROWS)
+    student = prepare_student(config, MlpInputs(dense, ROWS))
     set_objective(student.banks(), config)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimizer = build_optimizer(student, config.optim)
@@ -524,7 +528,7 @@ def test_budgets_count_shared_experts_and_stay_above_them(form):
 
 def test_nothing_stands_in_for_a_shared_expert():
     config = config_of("importance", compensation="mean", gate_init="ridge")
-    student = prepare_student(config, make_dense(), ROWS)
+    student = prepare_student(config, MlpInputs(make_dense(), ROWS))
     for bank in student.banks():
         assert bank.mean_outputs is not None
         assert not bank.mean_outputs[:S].any()

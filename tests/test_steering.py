@@ -10,6 +10,7 @@ from tiny_onn import prepare, thresholds
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import BudgetScope, Checkpointing
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import last_hidden_states
 from tiny_onn.optim import build_optimizer
 from tiny_onn.router import (
@@ -165,7 +166,7 @@ def test_the_controller_is_off_at_evaluation_and_in_the_state():
 def test_settling_meets_the_target_at_evaluation_and_leaves_training_alone(scope):
     config = change(CONFIG, router={"budget_scope": scope, "budget_form": "threshold"})
     dense = make_dense("llama")
-    student = prepare.make_student(config, dense, ROWS[:1])
+    student = prepare.make_student(config, MlpInputs(dense, ROWS[:1]))
     banks = student.banks()
     steered = [bank.router.threshold.clone() for bank in banks]
     student.train()
@@ -274,7 +275,7 @@ def explored(checkpointing: Checkpointing = "none", **changes):
     smk = {"explore_fraction": 0.5, "candidates": "active"}
     config = change(CONFIG, smk=smk, train={"checkpointing": checkpointing, **changes})
     dense = make_dense("llama")
-    student = prepare.make_student(config, dense, ROWS)
+    student = prepare.make_student(config, MlpInputs(dense, ROWS))
     checkpoint_layers(student, checkpointing)
     optimizer = build_optimizer(student, config.optim)
     results = [
@@ -297,6 +298,6 @@ def test_exploration_is_the_same_when_layers_are_computed_again():
 def test_exploration_ends_with_the_step():
     config = change(CONFIG, smk={"explore_fraction": 0.5})
     dense = make_dense("llama")
-    student = prepare.make_student(config, dense, ROWS)
+    student = prepare.make_student(config, MlpInputs(dense, ROWS))
     distill_step(student, dense, build_optimizer(student, config.optim), ROWS[:1], config)
     assert all(bank.router.exploration is None for bank in student.banks())

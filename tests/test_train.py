@@ -11,6 +11,7 @@ from tiny import CONFIG, change, make_dense, make_documents, make_rows
 from tiny_onn import prepare
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.convert import backbone_hash
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.ops import dense_masked, reference
 from tiny_onn.optim import build_optimizer
@@ -53,7 +54,7 @@ class Trained:
 
 def start(config, family="llama"):
     dense = make_dense(family, dtype=config.teacher.dtype)
-    return prepare.make_student(config, dense, ROWS), teacher_for(dense, config.teacher)
+    return prepare.make_student(config, MlpInputs(dense, ROWS)), teacher_for(dense, config.teacher)
 
 
 def train(config, num_steps, family="llama"):

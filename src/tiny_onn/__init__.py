@@ -1,9 +1,20 @@
-"""Tiny-ONN: turn a dense pretrained language model into a Hyper-SMoE of ultra-light experts.
+"""Tiny-ONN: dense language models into banks of ultra-light experts, by online distillation.
 
-Importing the package registers the model with transformers, so that
-`AutoModelForCausalLM.from_pretrained` loads a student.
+The model's classes are imported when they are first asked for, which registers the architecture
+with transformers; importing the package alone loads neither torch nor transformers.
 """
 
-from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 
 __all__ = ["TinyOnnConfig", "TinyOnnForCausalLM"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'tiny_onn' has no attribute {name!r}")
+    from tiny_onn import modeling  # noqa: PLC0415 (5 s of imports)
+
+    return getattr(modeling, name)

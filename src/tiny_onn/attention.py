@@ -40,7 +40,7 @@ DOCUMENT_ATTENTION = "tiny_onn_documents"
 QUERY_BLOCK_TOKENS = 1024
 
 # Its options differ between torch releases: enable_gqa is newer than window_size.
-_VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 # Arguments by which some families change the scores in ways that are not computed here.
 _UNSUPPORTED = ("position_bias", "s_aux", "sinks", "indices", "block_indices", "output_attentions")
 
@@ -164,7 +164,7 @@ def varlen_supported(
         and head_dim % 8 == 0
         # Its backward lacks 200 to 224 on consumer cards.
         and (head_dim <= 192 or head_dim == 256)
-        and {"scale", "window_size"} <= _VARLEN_OPTIONS
+        and {"scale", "window_size"} <= VARLEN_OPTIONS
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
@@ -183,7 +183,7 @@ def varlen_attention(
 
     Bounds count through the batch's rows laid end to end and live on the device.
     """
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
     if not options:
         key, value = _expand_heads(query, key, value)
     q_THC, k_TGC, v_TGC = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))

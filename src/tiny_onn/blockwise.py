@@ -36,7 +36,14 @@ from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, last_hidden_st
 from tiny_onn.packing import PackedRow
 from tiny_onn.routing_stats import RoutingStats
 from tiny_onn.steering import Steering
-from tiny_onn.step import Clock, StepResult, router_losses, teach_gates, update
+from tiny_onn.step import (
+    Clock,
+    StepResult,
+    router_losses,
+    teach_gates,
+    undone_if_broken,
+    update,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -121,6 +128,7 @@ def blockwise_step(  # noqa: PLR0917 - as distill_step, and the power
     *,
     step: int = 0,
     clock: Clock | None = None,
+    commit: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """One update of every layer from rows whose gradients are summed; none if one is not finite.
 
@@ -135,6 +143,7 @@ def blockwise_step(  # noqa: PLR0917 - as distill_step, and the power
         power: what `teacher_power` gave for this teacher.
         step: how many there were before.
         clock: adds up the phases' times; None: one that does not wait for a GPU.
+        commit: called before the update, from where on the step can no longer be given up.
     """
     banks = student.banks()
     device = banks[0].gate_up_proj.device
@@ -144,12 +153,18 @@ def blockwise_step(  # noqa: PLR0917 - as distill_step, and the power
     layers = _Layers(banks, config, steering, power, num_tokens, len(rows))
     clock = clock or Clock(device)
     student.train()
-    with clock.phase("blocks"), torch.no_grad(), mlp_calls(teacher, layers.learn):
+    with (
+        undone_if_broken(steering, optimizer),
+        clock.phase("blocks"),
+        torch.no_grad(),
+        mlp_calls(teacher, layers.learn),
+    ):
         for row in (row.to(device) for row in rows):
             layers.begin(row)
             last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
             layers.end()
     loss = layers.error_L.mean()
+    commit()
     with clock.phase("optimizer"):
         expert_norm, gate_norm, finite = update(student, optimizer, loss, steering, config)
     return StepResult(

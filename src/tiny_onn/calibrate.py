@@ -1,27 +1,26 @@
 """What a few thousand tokens of text say about a dense MLP: neuron importance and a first gate.
 
-Both passes run the teacher once over the calibration rows and keep only sums: memory does not grow
-with the text. The first token of each document is left out (the attention sink: activations
-thousands of times larger would decide everything).
+What is worked out here keeps only sums: its own memory does not grow with the text. The first token
+of each document is left out (the attention sink: activations thousands of times larger would decide
+everything).
 
 Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import BudgetScope
 from tiny_onn.experts import MIN_NORM, ExpertBank, expert_norms
-from tiny_onn.modeling import activation_name, gated_mlps, last_hidden_states
+from tiny_onn.mlp_inputs import MlpInputs
+from tiny_onn.modeling import activation_name, gated_mlps
 from tiny_onn.packing import PackedRow
 from tiny_onn.shared import routed
 from tiny_onn.thresholds import aims, exact_thresholds, steer
@@ -29,36 +28,18 @@ from tiny_onn.thresholds import aims, exact_thresholds, steer
 RIDGE = 1e-3
 
 
-@contextmanager
-def mlp_inputs(dense: PreTrainedModel, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Within the context, `see(layer, x)` gets each MLP's input in the dense model's passes."""
-
-    def hook(index: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        see(index, inputs[0].flatten(0, -2))
-
-    with ExitStack() as hooks:
-        for index, mlp in enumerate(gated_mlps(dense)):
-            hooks.enter_context(mlp.module.register_forward_pre_hook(partial(hook, index)))
-        yield
-
-
 @torch.no_grad()
-def neuron_importance(
-    dense: PreTrainedModel, rows: Sequence[PackedRow]
-) -> list[Float[Tensor, " neurons"]]:
+def neuron_importance(inputs: MlpInputs) -> list[Float[Tensor, " neurons"]]:
     """Per layer, each neuron's squared contribution to the output, `sum_t h^2 * |down|^2`."""
-    mlps = gated_mlps(dense)
-    activation = ACT2FN[activation_name(dense.config.get_text_config())]
-    sums = [torch.zeros(1, device=dense.device) for _ in mlps]
+    mlps = gated_mlps(inputs.dense)
+    activation = ACT2FN[activation_name(inputs.dense.config.get_text_config())]
+    sums = [torch.zeros(1, device=inputs.dense.device) for _ in mlps]
 
-    def see(index: int, x_TD: Tensor) -> None:
+    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
         hidden_TF = activation(mlps[index].gate_proj(x_TD)) * mlps[index].up_proj(x_TD)
-        sums[index] = sums[index] + hidden_TF[mask_T].float().square().sum(0)
+        sums[index] = sums[index] + hidden_TF[row.router_mask[0]].float().square().sum(0)
 
-    with mlp_inputs(dense, see):
-        for row in rows:
-            mask_T = row.router_mask.flatten()
-            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+    inputs.visit(see, "importance of neurons, rows")
     return [
         total * mlp.down_proj.weight.float().square().sum(0)
         for total, mlp in zip(sums, mlps, strict=True)
@@ -66,25 +47,21 @@ def neuron_importance(
 
 
 @torch.no_grad()
-def sample_inputs(
-    dense: PreTrainedModel, rows: Sequence[PackedRow], max_tokens: int
-) -> list[Float[Tensor, "tokens hidden"]]:
+def sample_inputs(inputs: MlpInputs, max_tokens: int) -> list[Float[Tensor, "tokens hidden"]]:
     """Per layer, the MLP's inputs at about `max_tokens` counted tokens, evenly spaced.
 
     Memory: `L * max_tokens * D` numbers in the model's own format, whatever the text's length.
     """
-    stride = max(1, -(-sum(int(row.router_mask.sum()) for row in rows) // max_tokens))
-    kept: list[list[Tensor]] = [[] for _ in gated_mlps(dense)]
+    counts = [int(row.router_mask.sum()) for row in inputs.rows]
+    stride = max(1, -(-sum(counts) // max_tokens))
+    kept: list[list[Tensor]] = [[] for _ in gated_mlps(inputs.dense)]
+    # Of each row, the first token that is taken, so that the stride goes on across rows.
+    starts = [-before % stride for before in accumulate(counts, initial=0)]
 
-    def see(index: int, x_TD: Tensor) -> None:
-        kept[index].append(x_TD[mask_T][start::stride])
+    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+        kept[index].append(x_TD[row.router_mask[0]][starts[len(kept[index])] :: stride])
 
-    start = 0
-    with mlp_inputs(dense, see):
-        for row in rows:
-            mask_T = row.router_mask.flatten()
-            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
-            start = (start - int(mask_T.sum())) % stride
+    inputs.visit(see, "reading calibration text, rows")
     return [torch.cat(layer) for layer in kept]
 
 
@@ -129,11 +106,7 @@ def importance_order(
 
 @torch.no_grad()
 def fit_gates(
-    dense: PreTrainedModel,
-    banks: Sequence[ExpertBank],
-    rows: Sequence[PackedRow],
-    *,
-    static: bool = False,
+    inputs: MlpInputs, banks: Sequence[ExpertBank], *, static: bool = False
 ) -> list[float]:
     """Set each router to the ridge regression of `log |expert_e(x)|` on x.
 
@@ -141,9 +114,8 @@ def fit_gates(
     cumulative budget keeps the experts that carry a given share of it.
 
     Args:
-        dense: the model whose MLP inputs are regressed on.
+        inputs: the dense model's MLP inputs on calibration text, which are regressed on.
         banks: its layers' experts and routers.
-        rows: calibration text.
         static: fit the bias alone, the mean of the target: the best choice that sees no token. It
             is not the bias of the whole fit, which is the prediction at x = 0.
 
@@ -153,22 +125,20 @@ def fit_gates(
     """
     D = banks[0].gate_up_proj.shape[-1]
     E = banks[0].down_proj.shape[0]
-    zeros = partial(torch.zeros, device=dense.device, dtype=torch.float64)
+    zeros = partial(torch.zeros, device=inputs.dense.device, dtype=torch.float64)
     grams = [zeros(D + 1, D + 1) for _ in banks]
     moments = [zeros(D + 1, E) for _ in banks]
     squares = [zeros(E) for _ in banks]
 
-    def see(index: int, x_TD: Tensor) -> None:
-        targets_TE = expert_norms(banks[index], x_TD[mask_T]).clamp_min(MIN_NORM).log()
-        features_TD = F.pad(x_TD[mask_T].float(), (0, 1), value=1.0)
+    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+        x_TD = x_TD[row.router_mask[0]]
+        targets_TE = expert_norms(banks[index], x_TD).clamp_min(MIN_NORM).log()
+        features_TD = F.pad(x_TD.float(), (0, 1), value=1.0)
         grams[index] += features_TD.T @ features_TD
         moments[index] += features_TD.T @ targets_TE
         squares[index] += targets_TE.double().square().sum(0)
 
-    with mlp_inputs(dense, see):
-        for row in rows:
-            mask_T = row.router_mask.flatten()
-            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+    inputs.visit(see, "fitting gates, rows")
     explained = []
     for bank, gram, moment, square in zip(banks, grams, moments, squares, strict=True):
         if static:
@@ -186,10 +156,7 @@ def fit_gates(
 
 @torch.no_grad()
 def settle_budgets(
-    dense: PreTrainedModel,
-    banks: Sequence[ExpertBank],
-    rows: Sequence[PackedRow],
-    scope: BudgetScope = "layer",
+    inputs: MlpInputs, banks: Sequence[ExpertBank], scope: BudgetScope = "layer"
 ) -> None:
     """Set each budget's threshold to the mean of those that meet its target on each row."""
     if not banks[0].router.rule.has_budget:
@@ -197,13 +164,11 @@ def settle_budgets(
     routers = [bank.router for bank in banks]
     scores: list[Tensor] = []
 
-    def see(index: int, x_TD: Tensor) -> None:
+    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
         scores.append(banks[index].route(x_TD).scores)
-
-    with mlp_inputs(dense, see):
-        for row in rows:
-            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
-            mask_T = row.router_mask.flatten()
-            thresholds_L = exact_thresholds(scores, mask_T, aims(routers), scope)
+        if len(scores) == len(banks):
+            thresholds_L = exact_thresholds(scores, row.router_mask[0], aims(routers), scope)
             scores.clear()
             steer(routers, thresholds_L, rate=0.0)
+
+    inputs.visit(see, "setting budgets, rows")

@@ -10,8 +10,7 @@ from typing import Any
 
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.ops.crossover import check_path
-from tiny_onn.routing_checks import check_routing
+from tiny_onn.routing_checks import check_path, check_routing
 
 # What to expect, the check, and the settings it holds for.
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

@@ -8,30 +8,25 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tiny_onn.attention import packed_kwargs
-from tiny_onn.calibrate import mlp_inputs
 from tiny_onn.experts import ExpertBank
-from tiny_onn.modeling import last_hidden_states
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.packing import PackedRow
 
 
 @torch.no_grad()
-def fit_compensation(
-    dense: PreTrainedModel, banks: Sequence[ExpertBank], rows: Sequence[PackedRow]
-) -> None:
+def fit_compensation(inputs: MlpInputs, banks: Sequence[ExpertBank]) -> None:
     """Set each expert's `mean_outputs` to its mean output over the tokens that leave it inactive.
 
     It is the constant that, added at those tokens, leaves the smallest squared error of this expert
     alone. An expert that is active everywhere gets 0. Banks without the parameter are left alone.
     Memory: sums of the size of the experts' hidden activations at one token.
     """
-    sums = [torch.zeros(bank.down_proj.shape[:2], device=dense.device) for bank in banks]
-    counts = [torch.zeros(len(bank.down_proj), device=dense.device) for bank in banks]
+    sums = [torch.zeros(bank.down_proj.shape[:2], device=inputs.dense.device) for bank in banks]
+    counts = [torch.zeros(len(bank.down_proj), device=inputs.dense.device) for bank in banks]
 
-    def see(index: int, x_TD: Tensor) -> None:
-        bank, x_TD = banks[index], x_TD[mask_T]
+    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+        bank, x_TD = banks[index], x_TD[row.router_mask[0]]
         _, E, I, D = bank.gate_up_proj.shape
         gate_up_FD = bank.gate_up_proj.to(x_TD.dtype).view(2 * E * I, D)
         gate_T2EI = F.linear(x_TD, gate_up_FD).view(-1, 2, E, I)
@@ -40,10 +35,7 @@ def fit_compensation(
         sums[index] += torch.einsum("te,tei->ei", inactive_TE, hidden_TEI.float())
         counts[index] += inactive_TE.sum(0)
 
-    with mlp_inputs(dense, see):
-        for row in rows:
-            mask_T = row.router_mask.flatten()
-            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+    inputs.visit(see, "mean outputs of experts, rows")
     for bank, sum_EI, count_E in zip(banks, sums, counts, strict=True):
         if bank.mean_outputs is not None:
             mean_EI = sum_EI / count_E.clamp_min(1)[:, None]

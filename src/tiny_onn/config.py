@@ -1,7 +1,7 @@
 """Settings of a run: frozen dataclasses, read from TOML, written back as resolved JSON.
 
-Every field is documented once, in the docstring under it; `--help`, `docs/config.md` and the error
-messages take their text from there. A field's default is stated here and nowhere else.
+Every field is documented once, in the docstring under it; `tiny-onn config` and the error messages
+take their text from there. A field's default is stated here and nowhere else.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ GateInit = Literal["random", "zeros", "ridge"]
 Compensation = Literal["none", "mean"]
 SmkTargets = Literal["single", "set", "regress", "member", "helpful"]
 DType = Literal["float32", "bfloat16"]
+TeacherDType = Literal["auto", "float32", "bfloat16"]
 ExpertPath = Literal["auto", "dense", "grouped"]
 Checkpointing = Literal["none", "layer", "selective", "offload"]
 
@@ -32,8 +33,10 @@ class TeacherConfig:
     """Branch, tag or commit of a hub id."""
     placement: Literal["shared", "separate"] = "shared"
     """`shared`: the student's frozen backbone with the teacher's MLPs; `separate`: a whole copy."""
-    dtype: DType = "bfloat16"
-    """Number format of the teacher and of the frozen backbone."""
+    dtype: TeacherDType = "auto"
+    """Number format of the teacher and of the frozen backbone. `auto`: bfloat16 where the device
+    has instructions for it (GPUs from compute capability 8.0, CPUs with AVX-512 BF16, AMX or Arm
+    BF16), else float32; the run's config.json says which it was."""
     quantization: Literal["none", "nf4"] = "none"
     """`nf4`: the teacher's linear layers in 4 bits (bitsandbytes): all of a separate teacher's, the
     MLPs of a shared one."""

@@ -1,23 +1,69 @@
-"""Lines for people, on standard error: standard output belongs to results."""
+"""Lines and bars for people, on standard error: standard output belongs to results."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Item = TypeVar("Item")
+
+# Seconds between the lines by which work that no terminal shows tells how far it is.
+LINE_SECONDS = 30.0
+
+
+@cache
+def console() -> Console:
+    """The one console of standard error, which bars and lines share so that neither breaks."""
+    return Console(stderr=True)
 
 
 def say(text: str) -> None:
     """Print one line, as it is."""
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+    console().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
 def stage(text: str) -> Iterator[None]:
-    """Show what is being done: a spinner on a terminal, a line elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    """Show what is being done and for how long: a spinner on a terminal, a line elsewhere."""
+    if not console().is_terminal:
         say(f"{text} ...")
         yield
         return
-    with console.status(text):
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console(), transient=True) as progress:
+        progress.add_task(text, total=None)
         yield
+
+
+def track(items: Collection[Item], text: str) -> Iterator[Item]:
+    """The items in order, while a bar shows how many of them are done and the time left.
+
+    Where no terminal shows the bar, a line every `LINE_SECONDS` says the same.
+    """
+    if console().is_terminal:
+        columns = (SpinnerColumn(), TextColumn("  {task.description}"), BarColumn(bar_width=20))
+        columns += (TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+        with Progress(*columns, console=console(), transient=True) as progress:
+            task = progress.add_task(text, total=len(items))
+            for item in items:
+                yield item
+                progress.advance(task)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS and done < len(items):
+            last, left = now, (now - start) / done * (len(items) - done)
+            say(f"{text}: {done} of {len(items)}, {left:.0f} s left")

@@ -1,7 +1,7 @@
 """How good a student is and what it costs, against its teacher, on held-out text."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -15,17 +15,45 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import DataConfig, LossConfig
-from tiny_onn.console import stage
+from tiny_onn.config import DataConfig, LossConfig, RouterConfig
+from tiny_onn.console import stage, track
 from tiny_onn.data import held_out_rows
+from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow, pack
+from tiny_onn.routing_checks import has_budget
 from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.sources import read_documents
-from tiny_onn.teacher import pick_device, quiet_transformers, teacher_for
+from tiny_onn.teacher import quiet_transformers, teacher_for
+
+# Share by which a mean number of experts may miss its budget without being called off target.
+BUDGET_TOLERANCE = 0.02
+
+
+def budget_report(mean_k: float, router: RouterConfig) -> dict[str, float | bool] | None:
+    """How a measured mean number of active experts compares with the budget; None without one.
+
+    Returns:
+        `target_k`, `mean_k`, `error` (the share by which the mean is above the target) and `met`,
+        whether the error is at most `BUDGET_TOLERANCE` either way.
+    """
+    if not has_budget(router):
+        return None
+    error = mean_k / router.target_k - 1
+    met = abs(error) <= BUDGET_TOLERANCE
+    return {"target_k": router.target_k, "mean_k": mean_k, "error": error, "met": met}
+
+
+def shown_k(mean_k: float, router: RouterConfig) -> str:
+    """A mean number of active experts beside its target, with what it misses if that is much."""
+    report = budget_report(mean_k, router)
+    if report is None:
+        return f"{mean_k:.2f}"
+    miss = "" if report["met"] else f", OFF TARGET by {report['error']:+.1%}"
+    return f"{mean_k:.2f} (target {router.target_k:g}{miss})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +125,7 @@ class Comparison:
 def compare(
     model: PreTrainedModel,
     reference: PreTrainedModel,
-    rows: Iterable[PackedRow],
+    rows: Sequence[PackedRow],
     loss: LossConfig,
     seen: Callable[[PackedRow], None] = lambda _: None,
 ) -> Comparison:
@@ -114,7 +142,7 @@ def compare(
     sums = torch.zeros(6, device=device, dtype=torch.float64)
     num_tokens = torch.zeros((), device=device, dtype=torch.int64)
     chunk_tokens = loss_chunk_tokens(loss, head_of(model).weight)
-    for row in (row.to(device) for row in rows):
+    for row in (row.to(device) for row in track(rows, "evaluating, rows")):
         kwargs = packed_kwargs(row)
         values = distill(
             last_hidden_states(model, row.input_ids, **kwargs)[0],
@@ -272,7 +300,8 @@ def run_eval(
         quantised = teacher_for(teacher, settings)
         found["quantised_teacher"] = asdict(compare(quantised, teacher, rows, loaded.config.loss))
     about = {"model": model, "step": loaded.step, "teacher": loaded.config.teacher.path}
-    return {**about, "text": source, **found}
+    budget = budget_report(result.mean_k, loaded.config.router)
+    return {**about, "text": source, **found, "budget": budget}
 
 
 def load_for_eval(

@@ -7,9 +7,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from tiny_onn.budgets import set_budget
 from tiny_onn.config import TeacherConfig
+from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
-from tiny_onn.teacher import load_dense, pick_device, quiet_transformers
+from tiny_onn.teacher import load_dense, quiet_transformers
 
 
 def run_generate(

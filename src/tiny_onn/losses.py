@@ -52,8 +52,8 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 # Within 13 % of the fastest of 1 to 16 MiB (V 49,152 and 151,936, 1 and 2 AVX-512 cores). On busy
 # cores smaller tiles lose: their threads wait for each other more often.
-_CPU_TILE_BYTES = 8 << 20
-_GPU_TILE_BYTES = 64 << 20
+CPU_TILE_BYTES = 8 << 20
+GPU_TILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,7 +245,7 @@ def _fill_compiled(  # noqa: PLR0917
 def _tiled_fill(buffer_CV: Tensor, s_head: Head, settings: _Settings) -> Callable[..., None]:
     """`_fill_compiled` by hand, in tiles of a few rows that all chunks share."""
     (C, V), dtype = buffer_CV.shape, _math_dtype(buffer_CV.dtype)
-    tile_bytes = _CPU_TILE_BYTES if buffer_CV.device.type == "cpu" else _GPU_TILE_BYTES
+    tile_bytes = CPU_TILE_BYTES if buffer_CV.device.type == "cpu" else GPU_TILE_BYTES
     R = min(C, max(1, tile_bytes // (V * dtype.itemsize)))
     tiles = [buffer_CV.new_empty((R, V), dtype=dtype) for _ in range(4)]
     need_slope = settings.need_grad and s_head.softcap is not None

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from tiny_onn.attention import packed_kwargs
-from tiny_onn.calibrate import mlp_inputs
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import activation_name, gated_mlps, last_hidden_states
+from tiny_onn.mlp_inputs import MlpInputs
+from tiny_onn.modeling import activation_name, gated_mlps
 from tiny_onn.packing import PackedRow
 
 # Sun et al., arXiv 2402.17762, section 2: above 100, and about 1,000 times the median magnitude of
@@ -42,28 +40,33 @@ class MassiveActivation:
 
 
 @torch.no_grad()
-def massive_activations(
-    dense: PreTrainedModel, rows: Sequence[PackedRow]
-) -> list[MassiveActivation]:
+def massive_activations(inputs: MlpInputs) -> list[MassiveActivation]:
     """The massive activations in the MLPs' outputs on this text, at most one a layer.
 
     First tokens count here: it is there that most models write them.
     """
-    mlps = gated_mlps(dense)
-    activation = ACT2FN[activation_name(dense.config.get_text_config())]
+    mlps = gated_mlps(inputs.dense)
+    activation = ACT2FN[activation_name(inputs.dense.config.get_text_config())]
     found: dict[int, MassiveActivation] = {}
 
-    def see(index: int, x_TD: Tensor) -> None:
+    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+        first_T = row.position_ids[0] == 0
+        # Padding has no router and no label; a fragment's last token has a router alone.
+        text_T = row.router_mask[0] | (first_T & row.loss_mask[0])
         hidden_TF = activation(mlps[index].gate_proj(x_TD)) * mlps[index].up_proj(x_TD)
         sizes_TD = mlps[index].down_proj(hidden_TF).float().abs()
-        ratio_TD = sizes_TD / sizes_TD.sort(dim=1).values[
-            :, (sizes_TD.shape[1] - 1) // 2, None
-        ].clamp_min(1e-30)
-        ratio_TD = torch.where(text_T[:, None] & (sizes_TD > MIN_VALUE), ratio_TD, 0.0)
-        ratio, place = ratio_TD.max(), int(ratio_TD.argmax())
+        # Only tokens with a value that is large enough need their median.
+        token_U = (text_T & (sizes_TD.amax(1) > MIN_VALUE)).nonzero()[:, 0]
+        if len(token_U) == 0:
+            return
+        sizes_UD = sizes_TD[token_U]
+        ratio_UD = sizes_UD / sizes_UD.median(dim=1, keepdim=True).values.clamp_min(1e-30)
+        ratio_UD = torch.where(sizes_UD > MIN_VALUE, ratio_UD, 0.0)
+        ratio, place = ratio_UD.max(), int(ratio_UD.argmax())
         if ratio < MIN_RATIO or (index in found and found[index].ratio >= ratio):
             return
         token, feature = divmod(place, x_TD.shape[1])
+        token = int(token_U[token])
         parts_F = hidden_TF[token].float() * mlps[index].down_proj.weight[feature].float()
         value = parts_F.sum()
         order_F = (parts_F * value.sign()).argsort(descending=True)
@@ -77,12 +80,7 @@ def massive_activations(
             neurons=tuple(large),
         )
 
-    with mlp_inputs(dense, see):
-        for row in rows:
-            first_T = row.position_ids[0] == 0
-            # Padding has no router and no label; a fragment's last token has a router alone.
-            text_T = row.router_mask[0] | (first_T & row.loss_mask[0])
-            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+    inputs.visit(see, "looking for massive activations, rows")
     return [found[layer] for layer in sorted(found)]
 
 

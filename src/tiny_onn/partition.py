@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from tiny_onn.assignment import balanced_assignment
 from tiny_onn.calibrate import Ridge, neuron_importance, sample_inputs
 from tiny_onn.config import ExpertsConfig
+from tiny_onn.console import track
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import GatedMlp, activation_name, gated_mlps
-from tiny_onn.packing import PackedRow
 from tiny_onn.shared import kept_first, split_neurons
 from tiny_onn.thresholds import exact_threshold
 
@@ -33,8 +33,7 @@ DIRECTIONS = 512
 
 @torch.no_grad()
 def partition_neurons(
-    dense: PreTrainedModel,
-    rows: Sequence[PackedRow],
+    inputs: MlpInputs,
     experts: ExpertsConfig,
     target_k: float,
     generator: torch.Generator,
@@ -47,14 +46,14 @@ def partition_neurons(
     the others; `slices` cuts all neurons as they come.
 
     Args:
-        dense: the model to cut.
-        rows: calibration text; `cluster` without shared experts needs none.
+        inputs: the MLP inputs of the model to cut on calibration text; `slices`, and `cluster`
+            without shared experts, need no text.
         experts: `init` names the partition.
         target_k: active experts per token that `learned` partitions for.
         generator: CPU generator of k-means' first centres and of random directions.
         kept: per layer, neurons that come first; none: no layer has any.
     """
-    mlps = gated_mlps(dense)
+    mlps = gated_mlps(inputs.dense)
     width, S = mlps[0].gate_proj.out_features, experts.num_shared
     kept = kept or [()] * len(mlps)
     if experts.init in ("random", "slices"):
@@ -63,16 +62,16 @@ def partition_neurons(
     orders = []
     if experts.init == "cluster":
         unknown = torch.zeros(width)
-        scores = neuron_importance(dense, rows) if S else [unknown] * len(mlps)
+        scores = neuron_importance(inputs) if S else [unknown] * len(mlps)
         for mlp, score_F, first in zip(mlps, scores, kept, strict=True):
             shared_F, rest_F = split_neurons(score_F, first, num_shared)
             rows_FD = F.normalize(mlp.gate_proj.weight.float(), dim=1)[rest_F]
             expert_F = balanced_kmeans(rows_FD, num_routed, generator)
             orders.append(torch.cat((shared_F, rest_F[expert_F.argsort(stable=True)])))
         return orders
-    activation = ACT2FN[activation_name(dense.config.get_text_config())]
-    inputs = sample_inputs(dense, rows, SAMPLED_TOKENS)
-    for mlp, x_TD, first in zip(mlps, inputs, kept, strict=True):
+    activation = ACT2FN[activation_name(inputs.dense.config.get_text_config())]
+    layers = list(zip(mlps, sample_inputs(inputs, SAMPLED_TOKENS), kept, strict=True))
+    for mlp, x_TD, first in track(layers, f"{experts.init} partition, layers"):
         energy_TF = neuron_energy(mlp, x_TD, activation)
         shared_F, rest_F = split_neurons(energy_TF.sum(0), first, num_shared)
         if S:

@@ -6,7 +6,7 @@ number. Time is FLOPs / (peak rate * efficiency).
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from rich import box
@@ -114,6 +114,7 @@ class Plan:
         return {
             "model": self.model,
             "device": asdict(self.device),
+            "teacher_dtype": self.config.teacher.dtype,
             "row_tokens": self.config.data.row_tokens,
             "rows_per_step": self.config.train.rows_per_step,
             "document_tokens": self.document_tokens,
@@ -181,6 +182,8 @@ def plan(
         )
     model, dense_config = load_shape(shape, config.teacher)
     device = find_device(device, config.teacher.dtype) if isinstance(device, str) else device
+    if config.teacher.dtype == "auto":
+        config = replace(config, teacher=replace(config.teacher, dtype=device.auto_dtype))
     dense, student = meta_models(config, dense_config)
     sizes, parameters = sizes_of(student), count_parameters(dense, student)
     document_tokens = min(document_tokens, config.data.row_tokens)

@@ -21,9 +21,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from tiny_onn.activations import auto_chunk_tokens
-from tiny_onn.attention import _VARLEN_OPTIONS
+from tiny_onn.attention import VARLEN_OPTIONS
 from tiny_onn.config import RunConfig
-from tiny_onn.losses import _CPU_TILE_BYTES, _GPU_TILE_BYTES
+from tiny_onn.losses import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.optim import state_bytes
 from tiny_onn.plan_costs import Parameters, Sizes
 
@@ -122,7 +122,7 @@ class _Step:
         norms = self.wide * self.TD + 4 * self.TD
         if self.sizes.qk_norm:
             norms += 4 * T * (q + kv)
-        grouped = self.device == "cuda" and self.b == 2 and "enable_gqa" in _VARLEN_OPTIONS
+        grouped = self.device == "cuda" and self.b == 2 and "enable_gqa" in VARLEN_OPTIONS
         keys_values = 2 * T * (kv if grouped else q)
         return norms + b * (2 * T * q + keys_values) + 4 * T * self.sizes.heads
 
@@ -253,7 +253,7 @@ class _Step:
             free_bytes = max(0, self.memory_bytes - RUNTIME_BYTES["cuda"] - weights.total())
         automatic = auto_chunk_tokens(V, self.b, free_bytes)
         chunk = min(self.config.loss.chunk_tokens or automatic, self.T)
-        tile = _CPU_TILE_BYTES if self.device == "cpu" else _GPU_TILE_BYTES
+        tile = CPU_TILE_BYTES if self.device == "cpu" else GPU_TILE_BYTES
         tile_rows = min(chunk, max(1, tile // (4 * V)))
         parts = self.resident()
         # The final norm keeps its input in float32, beside the layers' inputs.

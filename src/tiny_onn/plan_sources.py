@@ -13,7 +13,8 @@ import psutil
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from tiny_onn.config import TeacherConfig
+from tiny_onn.config import DType, TeacherConfig, TeacherDType
+from tiny_onn.device import number_format
 from tiny_onn.errors import LOAD_ERRORS, UserError, printable, reason_line, reason_of
 from tiny_onn.model_files import check_config_table, check_model_config, read_object
 
@@ -33,6 +34,8 @@ class Device:
     """Peak rate of dense matrix products, TFLOP/s; a CPU's in the run's number format."""
     bandwidth_gb_s: float
     """Peak rate of reading memory."""
+    auto_dtype: DType = "bfloat16"
+    """The number format that `teacher.dtype = "auto"` means there."""
     source: str = "given"
     """Who says so."""
 
@@ -65,13 +68,13 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
     return text, _from_pretrained(text, options)
 
 
-def find_device(text: str, dtype: str) -> Device:
+def find_device(text: str, dtype: TeacherDType) -> Device:
     """The device that a user names.
 
     Args:
         text: `auto` (this machine's GPU if it has one, else its CPU), `cpu`, a name of
             `devices.toml`, or `MEMORY_GIB,TFLOPS,GB_PER_S` of a GPU.
-        dtype: number format in which a CPU is measured.
+        dtype: number format in which a CPU is measured; `auto`: the one it computes in faster.
 
     Raises:
         UserError: no such device.
@@ -79,7 +82,7 @@ def find_device(text: str, dtype: str) -> Device:
     table = _device_table()
     wanted = text.strip().lower()
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return measure_cpu(getattr(torch, dtype))
+        return measure_cpu(getattr(torch, number_format(dtype, torch.device("cpu"))))
     if wanted == "auto":
         return _own_gpu(table)
     for name, device in table.items():
@@ -109,6 +112,7 @@ def measure_cpu(dtype: torch.dtype) -> Device:
         memory_bytes=psutil.virtual_memory().total,
         bf16_tflops=2 * 1024**3 / product_s / 1e12,
         bandwidth_gb_s=2 * source.nbytes / copy_s / 1e9,
+        auto_dtype=number_format("auto", torch.device("cpu")),
         source=f"measured now: a 1024 x 1024 x 1024 product in {dtype}, a copy of 64 MiB",
     )
 
@@ -146,6 +150,7 @@ def _own_gpu(table: dict[str, Device]) -> Device:
                 memory_bytes=properties.total_memory,
                 bf16_tflops=device.bf16_tflops,
                 bandwidth_gb_s=device.bandwidth_gb_s,
+                auto_dtype=number_format("auto", torch.device("cuda")),
                 source=device.source,
             )
     raise UserError(

@@ -23,16 +23,18 @@ from tiny_onn.convert import (
     verify_head,
 )
 from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
+from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
+from tiny_onn.expert_path import PathChoice, choose_path
 from tiny_onn.experts import ExpertBank
 from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps
-from tiny_onn.ops.crossover import PathChoice, choose_path
 from tiny_onn.packing import PackedRow
 from tiny_onn.partition import partition_neurons
 from tiny_onn.routing_checks import has_budget
 from tiny_onn.shared import kept_first
-from tiny_onn.teacher import load_dense, pick_device, teacher_for
+from tiny_onn.teacher import load_dense, teacher_for
 
 # Tokens on which a conversion is checked.
 CHECKED_TOKENS = 128
@@ -84,10 +86,11 @@ def prepare(config: RunConfig) -> Prepared:
         rows = calibration_rows(config, tokenizer, device)
         # Read here, so that a lack of held-out text shows before the work.
         held_out = held_out_rows(config.data, tokenizer, config.data.row_tokens, 1)
+    inputs = MlpInputs(dense, rows or [row.to(device) for row in held_out])
     with stage("Converting"):
-        student = make_student(config, dense, rows)
+        student = make_student(config, inputs)
     with stage("Checking the conversion"):
-        conversion = check_conversion(config, student, dense, rows or held_out)
+        conversion = check_conversion(config, student, inputs)
     return Prepared(
         teacher=teacher_for(dense, config.teacher),
         student=student,
@@ -99,15 +102,15 @@ def prepare(config: RunConfig) -> Prepared:
 def check_conversion(
     config: RunConfig,
     student: TinyOnnForCausalLM,
-    dense: PreTrainedModel,
-    rows: Sequence[PackedRow],
+    inputs: MlpInputs,
 ) -> Conversion:
     """Hold a fresh student against its teacher on a little text.
 
     Raises:
         UserError: the family's output head is not supported.
     """
-    sample = rows[0].input_ids[:, :CHECKED_TOKENS].to(dense.device)
+    dense = inputs.dense
+    sample = inputs.rows[0].input_ids[:, :CHECKED_TOKENS]
     head_gap = verify_head(dense, sample)
     own, theirs = backbone_hash(student), backbone_hash(dense)
     assert own == theirs
@@ -117,10 +120,8 @@ def check_conversion(
         head_gap=head_gap,
         backbone_sha256=own,
         teacher_commit=getattr(dense.config, "_commit_hash", None),
-        expert_path=choose_path(config, dense.device.type),
-        massive_activations=tuple(
-            massive_activations(dense, [row.to(dense.device) for row in _searched(config, rows)])
-        ),
+        expert_path=choose_path(config, dense.device),
+        massive_activations=tuple(massive_activations(_searched(config, inputs))),
     )
 
 
@@ -176,49 +177,47 @@ def needs_text(config: RunConfig) -> bool:
     )
 
 
-def partition(
-    config: RunConfig, dense: PreTrainedModel, rows: Sequence[PackedRow]
-) -> list[Int[Tensor, " neurons"]] | None:
+def partition(config: RunConfig, inputs: MlpInputs) -> list[Int[Tensor, " neurons"]] | None:
     """Per layer, the order in which neurons fill the experts; None: as they are.
 
     Raises:
         UserError: the architecture or the sizes do not fit.
     """
     experts = config.experts
-    shape = student_config(dense, experts, config.router)
+    shape = student_config(inputs.dense, experts, config.router)
     kept: Sequence[Sequence[int]] = ()
     if experts.keep_massive:
-        found = massive_activations(dense, _searched(config, rows))
-        kept = massive_neurons(found, len(gated_mlps(dense)), experts.num_shared * shape.expert_dim)
+        found = massive_activations(_searched(config, inputs))
+        kept = massive_neurons(
+            found, len(gated_mlps(inputs.dense)), experts.num_shared * shape.expert_dim
+        )
     if experts.init == "importance":
-        orders = importance_order(neuron_importance(dense, rows))
+        orders = importance_order(neuron_importance(inputs))
         return [kept_first(*pair) for pair in zip(orders, kept, strict=True)] if kept else orders
     generator = torch.Generator().manual_seed(config.train.seed)
-    return partition_neurons(dense, rows, experts, config.router.target_k, generator, kept=kept)
+    return partition_neurons(inputs, experts, config.router.target_k, generator, kept=kept)
 
 
-def _searched(config: RunConfig, rows: Sequence[PackedRow]) -> Sequence[PackedRow]:
-    """The rows that are searched for massive activations."""
-    return rows[: max(1, SEARCHED_TOKENS // config.data.row_tokens)]
+def _searched(config: RunConfig, inputs: MlpInputs) -> MlpInputs:
+    """The inputs that are searched for massive activations."""
+    return inputs.head(max(1, SEARCHED_TOKENS // config.data.row_tokens))
 
 
 def make_student(
     config: RunConfig,
-    dense: PreTrainedModel,
-    rows: Sequence[PackedRow],
+    inputs: MlpInputs,
     order: Sequence[Int[Tensor, " neurons"]] | None = None,
 ) -> TinyOnnForCausalLM:
     """Convert the dense model and set experts, gates and budgets as the settings say.
 
     Args:
         config: the settings.
-        dense: the model to cut.
-        rows: calibration text.
+        inputs: the MLP inputs of the model to cut on calibration text.
         order: what `partition` gave for the same settings and rows, if known; None: worked out.
     """
-    order = partition(config, dense, rows) if order is None else order
+    order = partition(config, inputs) if order is None else order
     student = convert(
-        dense,
+        inputs.dense,
         config.experts,
         config.router,
         generator=torch.Generator().manual_seed(config.train.seed),
@@ -230,18 +229,18 @@ def make_student(
     selection = config.router.selection
     linear = selection in ("top_k", "budget")
     if selection == "static" or (config.experts.gate_init == "ridge" and linear):
-        fit_gates(dense, banks, rows, static=selection == "static")
+        fit_gates(inputs, banks, static=selection == "static")
     if has_budget(config.router):
-        settle_budgets(dense, banks, rows, config.router.budget_scope)
+        settle_budgets(inputs, banks, config.router.budget_scope)
     if config.experts.compensation == "mean":
-        fit_compensation(dense, banks, rows)
+        fit_compensation(inputs, banks)
     set_objective(banks, config)
     return student
 
 
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
     """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
-    path = choose_path(config, banks[0].down_proj.device.type).path
+    path = choose_path(config, banks[0].down_proj.device).path
     for bank in banks:
         bank.coupled = config.router.objective == "task"
         bank.compiled = config.train.compile

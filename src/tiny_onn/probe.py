@@ -30,9 +30,11 @@ from tiny_onn.checks import validate
 from tiny_onn.config import ExpertInit, RunConfig, Surprise
 from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
+from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import text_rows
 from tiny_onn.loading import is_student, load_student, load_teacher_of
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.own_keys import own_keys
 from tiny_onn.packing import PackedRow
@@ -40,7 +42,7 @@ from tiny_onn.prepare import calibration_rows, make_student, with_router
 from tiny_onn.probe_record import Seen, numbers
 from tiny_onn.probe_report import html_page
 from tiny_onn.run_folder import write_json
-from tiny_onn.teacher import load_dense, pick_device, quiet_transformers
+from tiny_onn.teacher import load_dense, quiet_transformers
 from tiny_onn.truth import Document
 
 LOSSES = ("auto", "forward-kl", "next-token")
@@ -226,7 +228,7 @@ def load_subject(
     config = with_router(config, selection="top_k", objective="none", target_k=float(num_experts))
     validate(config)
     dense, tokenizer = load_dense(config.teacher, device)
-    student = make_student(config, dense, calibration_rows(config, tokenizer, device))
+    student = make_student(config, MlpInputs(dense, calibration_rows(config, tokenizer, device)))
     student.requires_grad_(False)
     return Subject(student=student, teacher=dense, tokenizer=tokenizer, config=config, fresh=True)
 

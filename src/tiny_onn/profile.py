@@ -1,5 +1,7 @@
 """Where a training step's time goes: some steps of a run under torch's profiler, then no more.
 
+The steps are those of the stage that the run begins with, of the same program as the run's.
+
 Nothing is trained that lasts: the run folder gets `profile/trace.json` (for chrome://tracing or
 Perfetto) and `profile/summary.json`, and no checkpoint. The first steps are not counted: they
 compile, allocate and warm up. On a GPU each phase ends by waiting for it, so that a phase's time
@@ -7,7 +9,8 @@ is its own; a run does not wait, and is that much faster.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -16,11 +19,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
+from tiny_onn.assembly import assemble
+from tiny_onn.blockwise import blockwise_step, teacher_power
 from tiny_onn.config import RunConfig
-from tiny_onn.modeling import head_of
-from tiny_onn.optim import build_optimizer
-from tiny_onn.prepare import Prepared, prepare, training_rows
+from tiny_onn.device import prepare_device
+from tiny_onn.prepare import Prepared, calibration_rows, prepare, training_rows
 from tiny_onn.run_folder import create_run_folder, write_json
 from tiny_onn.step import Clock, distill_step
 from tiny_onn.teacher import quiet_transformers
@@ -72,6 +75,7 @@ def run_profile(config: RunConfig, *, out: Path, argv: Sequence[str] = ()) -> St
         UserError: bad settings, text, teacher, folder or disk.
     """
     quiet_transformers()
+    config, _ = prepare_device(config)
     create_run_folder(out, config, argv=argv)
     folder = out / "profile"
     folder.mkdir()
@@ -85,13 +89,13 @@ def run_profile(config: RunConfig, *, out: Path, argv: Sequence[str] = ()) -> St
 
 def profile_steps(config: RunConfig, prepared: Prepared, trace: Path) -> StepProfile:
     """Steps over the run's first rows; the last `PROFILED_STEPS` are recorded into `trace`."""
-    student, teacher = prepared.student, prepared.teacher
-    checkpoint_layers(student, config.train.checkpointing)
-    chunk_tokens = loss_chunk_tokens(config.loss, head_of(student).weight)
-    config = replace(config, loss=replace(config.loss, chunk_tokens=chunk_tokens))
-    optimizer = build_optimizer(student, config.optim, seed=config.train.seed)
+    training = assemble(config, prepared.student, prepared.teacher)
     stream = training_rows(config, prepared.tokenizer)
-    device = student.banks()[0].down_proj.device
+    device = prepared.student.banks()[0].down_proj.device
+    run_step = distill_step
+    if config.train.blockwise_tokens:
+        rows = calibration_rows(config, prepared.tokenizer, device)
+        run_step = partial(blockwise_step, power=teacher_power(prepared.teacher, rows))
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -106,7 +110,8 @@ def profile_steps(config: RunConfig, prepared: Prepared, trace: Path) -> StepPro
         for _ in range(WARMUP_STEPS + PROFILED_STEPS):
             rows = list(islice(stream, config.train.rows_per_step))
             clock, start = Clock(device, wait=True), perf_counter()
-            distill_step(student, teacher, optimizer, rows, config, clock=clock)
+            inputs = (training.student, training.teacher, training.optimizer, rows)
+            run_step(*inputs, training.config, clock=clock)
             seconds.append(perf_counter() - start)
             clocks.append(clock)
             profiler.step()

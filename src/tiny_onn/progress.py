@@ -5,22 +5,20 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    SpinnerColumn,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 
-from tiny_onn.console import say
-from tiny_onn.evaluate import Evaluation
+from tiny_onn.config import RouterConfig
+from tiny_onn.console import LINE_SECONDS, console, say
+from tiny_onn.evaluate import Evaluation, shown_k
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.prepare import Conversion
-
-# Between the lines of a run that no terminal shows.
-LINE_SECONDS = 30.0
 
 
 class RunProgress:
@@ -38,6 +36,7 @@ class RunProgress:
     def __init__(self, title: str, total_tokens: int, done_tokens: int = 0) -> None:
         self._title, self._total, self._last_line = title, total_tokens, time.monotonic()
         self._progress = Progress(
+            SpinnerColumn(),
             TextColumn("{task.description}"),
             # With a demo's title all of it fits 80 columns.
             BarColumn(bar_width=10),
@@ -45,7 +44,7 @@ class RunProgress:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
-            console=Console(stderr=True),
+            console=console(),
         )
         self._task = self._progress.add_task(
             title, total=total_tokens, completed=done_tokens, numbers=""
@@ -113,10 +112,10 @@ def show_blocks(title: str, tokens: int, errors: Sequence[float]) -> None:
     )
 
 
-def show_evaluation(title: str, tokens: int, result: Evaluation) -> None:
+def show_evaluation(title: str, tokens: int, result: Evaluation, router: RouterConfig) -> None:
     """One line on an evaluation."""
     say(
         f"{title}: {tokens:,} tokens  held-out KL {result.forward_kl:.4f}  "
         f"agreement {result.top1_agreement:.1%}  perplexity {result.student_perplexity:.2f} "
-        f"(teacher {result.teacher_perplexity:.2f})  k {result.mean_k:.2f}"
+        f"(teacher {result.teacher_perplexity:.2f})  k {shown_k(result.mean_k, router)}"
     )

@@ -318,3 +318,35 @@ def _shared_refusals(config: RunConfig) -> list[Refusal]:
             )
         )
     return found
+
+
+def check_path(config: RunConfig) -> None:
+    """Return if the path that the settings ask for can run them.
+
+    Raises:
+        UserError: `train.expert_path = "grouped"` with settings that only the dense path runs.
+    """
+    need = dense_need(config)
+    if config.train.expert_path == "grouped" and need is not None:
+        raise UserError(
+            f'train.expert_path: got "grouped", expected "auto" or "dense": {need}; set'
+            ' train.expert_path = "auto"'
+        )
+
+
+def dense_need(config: RunConfig) -> str | None:
+    """Why a run can only take the dense path; None if it can take either."""
+    if config.router.objective == "smk" and config.smk.candidates == "all":
+        return 'smk.candidates = "all" needs the surprise of inactive experts'
+    if config.router.objective == "regression":
+        return 'router.objective = "regression" needs the norms of inactive experts\' outputs'
+    weighting = config.experts.weighting
+    straight = weighting in ("unit", "mean") and config.router.selection != "top_any"
+    if config.router.objective == "task" and straight:
+        return (
+            f'router.objective = "task" with experts.weighting = "{weighting}" needs the gradient'
+            " of inactive experts' weights"
+        )
+    if config.train.ffn_chunk_tokens:
+        return f"train.ffn_chunk_tokens = {config.train.ffn_chunk_tokens} chunks the dense path"
+    return None

@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn.calibrate import expert_norms
-from tiny_onn.experts import ExpertBank, routings_of
+from tiny_onn.experts import ExpertBank, expert_norms, routings_of
 from tiny_onn.packing import PackedRow
 from tiny_onn.shared import routed
 from tiny_onn.thresholds import layer_groups

@@ -24,6 +24,7 @@ import torch
 
 from tiny_onn.config import RunConfig
 from tiny_onn.console import say
+from tiny_onn.device import device_name, pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.lock import LOCK_NAME
 from tiny_onn.resuming import check_changes, with_absolute_paths
@@ -290,29 +291,13 @@ def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "platform": platform.platform(),
-        "device": _device_name(device),
+        "device": device_name(pick_device(device)),
         "cpu_count": os.cpu_count(),
         "git_commit": commit,
         "git_dirty": dirty,
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(argv),
     }
-
-
-def _device_name(device: str) -> str:
-    """Return the name of the GPU that `device` means, or of the processor."""
-    if device != "cpu" and torch.cuda.is_available():
-        index, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
-        if index >= count:
-            raise UserError(
-                f"train.device: got {device}, expected a number below {count}, the GPUs of this"
-                " machine; use auto"
-            )
-        return torch.cuda.get_device_name(index)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _git_state() -> tuple[str | None, bool | None]:

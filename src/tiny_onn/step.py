@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,17 +85,20 @@ def distill_step(
     *,
     step: int = 0,
     clock: Clock | None = None,
+    commit: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """One update from rows whose gradients are summed: the loss is a mean over all their tokens.
 
-    If loss or gradient is not finite, nothing is updated. A GPU is waited for once, to know.
+    If loss or gradient is not finite, nothing is updated. A GPU is waited for once, to know. An
+    exception before the update leaves everything as it was before the step.
 
     One backward pass a row teaches both systems: experts by the distillation loss, gates by SMK
     (`objective = smk`), by their experts' norms (`regression`), by the same loss (`task`), or not
     at all.
 
     `step` counts the steps before; what is explored and when experts are re-seeded depends on it.
-    `clock` adds up the phases' times; None: one that does not wait for a GPU.
+    `clock` adds up the phases' times; None: one that does not wait for a GPU. `commit` is
+    called before the update, from where on the step can no longer be given up.
     """
     banks = student.banks()
     device = banks[0].gate_up_proj.device
@@ -107,36 +110,33 @@ def distill_step(
     steering = Steering(banks, config, router_tokens, step, stats)
     clock = clock or Clock(device)
     loss_options, matched = _loss_options(student, config), config.loss.states_coef > 0
+    heads = (head_of(student), head_of(teacher))
     student.train()
-    for row in (row.to(device) for row in rows):
-        kwargs = packed_kwargs(row)
-        steering.begin_row(row.router_mask[0])
-        watched = layer_outputs(teacher, matched)
-        with clock.phase("teacher forward"), torch.no_grad(), watched as theirs:
-            teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
-        with clock.phase("student forward"), layer_outputs(student, matched) as own:
-            student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
-        stats.add(banks, row)
-        steering.see(row.router_mask[0])
-        mask_T = row.loss_mask[0]
-        with clock.phase("loss"):
-            values = distill(
-                student_hidden_TD,
-                teacher_hidden_TD,
-                head_of(student),
-                head_of(teacher),
-                row.labels[0],
-                **loss_options,
-            )
-            loss_T = values.loss * mask_T
-            token_losses.append(loss_T.detach())
-            sums += _sums(values, mask_T)
-        with clock.phase("backward"):
-            gap = unexplained(own, theirs, row.router_mask[0]).mean() if matched else 0.0
-            gaps.append(torch.as_tensor(gap).detach())
-            others = router_losses(banks, row, config) + config.loss.states_coef * gap
-            backward(loss_T.sum() / loss_tokens + others / len(rows), banks)
+    with undone_if_broken(steering, optimizer):
+        for row in (row.to(device) for row in rows):
+            kwargs = packed_kwargs(row)
+            steering.begin_row(row.router_mask[0])
+            watched = layer_outputs(teacher, matched)
+            with clock.phase("teacher forward"), torch.no_grad(), watched as theirs:
+                teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
+            with clock.phase("student forward"), layer_outputs(student, matched) as own:
+                student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
+            stats.add(banks, row)
+            steering.see(row.router_mask[0])
+            mask_T = row.loss_mask[0]
+            with clock.phase("loss"):
+                hidden = (student_hidden_TD, teacher_hidden_TD)
+                values = distill(*hidden, *heads, row.labels[0], **loss_options)
+                loss_T = values.loss * mask_T
+                token_losses.append(loss_T.detach())
+                sums += _sums(values, mask_T)
+            with clock.phase("backward"):
+                gap = unexplained(own, theirs, row.router_mask[0]).mean() if matched else 0.0
+                gaps.append(torch.as_tensor(gap).detach())
+                others = router_losses(banks, row, config) + config.loss.states_coef * gap
+                backward(loss_T.sum() / loss_tokens + others / len(rows), banks)
     loss, forward_kl, agreement, student_entropy = sums / loss_tokens
+    commit()
     with clock.phase("optimizer"):
         expert_norm, gate_norm, finite = update(student, optimizer, loss, steering, config)
     return StepResult(
@@ -159,9 +159,24 @@ def backward(total: Tensor, banks: Sequence[ExpertBank]) -> None:
     """The backward pass of a row; what it recomputes is not recorded, what was is forgotten."""
     for bank in banks:
         bank.recording = False
-    total.backward()
-    for bank in banks:
-        bank.recording, bank.routing = True, None
+    try:
+        total.backward()
+    finally:
+        for bank in banks:
+            bank.recording, bank.routing = True, None
+
+
+@contextmanager
+def undone_if_broken(steering: Steering, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Passes over a step's rows, of which an exception leaves neither gradients nor statistics."""
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        if not whole:
+            steering.end(update=False)
+            optimizer.zero_grad(set_to_none=True)
 
 
 def _sums(values: DistillValues, mask_T: Tensor) -> Tensor:

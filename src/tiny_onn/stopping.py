@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run finishes its step and saves, a second signal ends it at once."""
+"""Ctrl-C and SIGTERM: a run gives up the work in hand and saves; a second one ends it at once."""
 
 import signal
 from collections.abc import Iterator
@@ -7,16 +7,21 @@ from contextlib import contextmanager
 from tiny_onn.console import say
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal came inside work that can be given up: a step or an evaluation."""
+
+
 class StopRequest:
     """Whether someone asked the run to stop; true once a signal has come.
 
     Attributes:
-        graceful: set when there is a step to finish and something to save.
+        graceful: Set once there is a run whose steps can be saved.
     """
 
     def __init__(self) -> None:
         self.graceful = False
         self._received = False
+        self._breakable = False
 
     def __bool__(self) -> bool:
         return self._received
@@ -25,7 +30,8 @@ class StopRequest:
         """Handle a signal.
 
         Raises:
-            KeyboardInterrupt: there is nothing to finish, or it is the second one.
+            Stopped: The signal came inside `breakable` work.
+            KeyboardInterrupt: There is nothing to save yet, or it is the second signal.
         """
         if not self.graceful:
             say(f"Stopped by {signal.Signals(number).name} before the first step; nothing to save.")
@@ -33,7 +39,27 @@ class StopRequest:
         if self._received:
             raise KeyboardInterrupt
         self._received = True
-        say("Stopping after this step, a last evaluation and saving; once more to stop at once.")
+        say(
+            "Stopping: the work in hand is given up, finished steps are saved; press Ctrl-C again"
+            " to end without saving."
+        )
+        if self._breakable:
+            raise Stopped
+
+    @contextmanager
+    def breakable(self) -> Iterator[None]:
+        """Work that a signal gives up wherever it is, by raising `Stopped`."""
+        self._breakable = True
+        try:
+            if self._received:
+                raise Stopped
+            yield
+        finally:
+            self._breakable = False
+
+    def commit(self) -> None:
+        """Let the rest of the breakable work end, because it changes what is saved."""
+        self._breakable = False
 
 
 @contextmanager

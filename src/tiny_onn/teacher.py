@@ -16,8 +16,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
-from tiny_onn.checks import check_device
 from tiny_onn.config import TeacherConfig
+from tiny_onn.device import number_format
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model_files import check_loaded, check_model_config, check_runs, check_weights
@@ -26,24 +26,6 @@ from tiny_onn.quantize import quantize_nf4
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device a setting names; `auto` is the first CUDA device if there is one, else the CPU.
-
-    Raises:
-        UserError: it is no device, or the machine has no such device.
-    """
-    check_device(name, "train.device")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"train.device: got {name}, expected a device of this machine, which has "
-            f"{torch.cuda.device_count()} CUDA devices; use auto or cpu"
-        )
-    return device
 
 
 def load_dense(
@@ -102,7 +84,7 @@ def load_dense(
         # With loading info it returns a pair, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=getattr(torch, config.dtype),
+            dtype=getattr(torch, number_format(config.dtype, device)),
             use_safetensors=True,
             output_loading_info=True,
             **trust,

@@ -3,11 +3,12 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
+from tiny_onn.assembly import assemble
 from tiny_onn.blockwise import Blocks, block_errors, blockwise_step, teacher_power
 from tiny_onn.budgets import tabulate
 from tiny_onn.checkpoint import (
@@ -18,18 +19,15 @@ from tiny_onn.checkpoint import (
     valid_checkpoints,
 )
 from tiny_onn.config import RunConfig
-from tiny_onn.console import say
+from tiny_onn.console import say, stage
 from tiny_onn.data import held_out_rows
-from tiny_onn.determinism import ask_for_same_bits
+from tiny_onn.device import prepare_device
 from tiny_onn.errors import UserError
-from tiny_onn.evaluate import Evaluation, evaluate_layers
-from tiny_onn.fusion import compile_backbones
-from tiny_onn.guard import Guard, provenance
-from tiny_onn.health import HealthWatch
+from tiny_onn.evaluate import Evaluation, budget_report, evaluate_layers
+from tiny_onn.guard import Guard
 from tiny_onn.lock import run_lock
 from tiny_onn.memory_advice import explain_out_of_memory
-from tiny_onn.modeling import head_of
-from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
+from tiny_onn.optim import lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import (
     Prepared,
@@ -39,25 +37,25 @@ from tiny_onn.prepare import (
     settling_rows,
     training_rows,
 )
-from tiny_onn.progress import RunProgress, show_blocks, show_conversion, show_evaluation
-from tiny_onn.records import blocks_record, evaluation_record, step_record
+from tiny_onn.progress import show_conversion
 from tiny_onn.resuming import with_absolute_paths
 from tiny_onn.run_folder import (
-    METRICS_NAME,
-    MetricsWriter,
     create_run_folder,
     keep_settings,
-    read_metrics,
     read_run_config,
     record_conversion,
     resume_run_folder,
     write_json,
 )
+from tiny_onn.run_log import RunLog
 from tiny_onn.stages import annealed, run_tokens, stage_named, step_tokens
 from tiny_onn.steering import settle
 from tiny_onn.step import StepResult, distill_step
-from tiny_onn.stopping import StopRequest, stop_on_signal
-from tiny_onn.teacher import pick_device, quiet_transformers
+from tiny_onn.stopping import Stopped, StopRequest, stop_on_signal
+from tiny_onn.teacher import quiet_transformers
+
+# A stopped run still evaluates its last step if the evaluation before took no longer.
+EVALUATION_PATIENCE_S = 5.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,9 +63,9 @@ class RunResult:
     """What a finished or stopped run leaves behind."""
 
     prepared: Prepared
-    held_out: list[PackedRow]
     before: Evaluation
-    after: Evaluation
+    after: Evaluation | None
+    """None where the run was stopped and its last evaluation left out."""
     tokens: int
     seconds: float
     interrupted: bool
@@ -83,7 +81,7 @@ def run_distill(
     prepared: Prepared | None = None,
     title: str = "distill",
 ) -> RunResult:
-    """Distill as the settings say, into a run folder; Ctrl-C stops after the step and saves.
+    """Distill as the settings say, into a run folder; Ctrl-C gives up the step in hand and saves.
 
     Args:
         config: the settings.
@@ -100,12 +98,12 @@ def run_distill(
         KeyboardInterrupt: a signal before the first step, or a second one.
     """
     quiet_transformers()
-    if config.train.deterministic:
-        ask_for_same_bits(pick_device(config.train.device))
-    config = with_absolute_paths(config)
     if resume:
-        # Before a lock would make the folder.
-        read_run_config(out)
+        # A missing run is refused here, because taking the lock makes the folder.
+        began = read_run_config(out)
+        if config.teacher.dtype == "auto":
+            config = replace(config, teacher=replace(config.teacher, dtype=began.teacher.dtype))
+    config = with_absolute_paths(prepare_device(config)[0])
     with stop_on_signal() as stop, run_lock(out):
         if resume:
             resume_run_folder(out, config, argv=argv, allow_change=allow_change)
@@ -133,16 +131,13 @@ class _Run:
         title: str,
         stop: StopRequest,
     ) -> None:
-        self.config, self.out, self.prepared, self.title = config, out, prepared, title
+        self.out, self.prepared, self.title = out, prepared, title
         self.stop, self.checkpoints, self.guard = stop, out / "checkpoints", Guard()
         self.student, self.teacher = prepared.student, prepared.teacher
-        checkpoint_layers(self.student, config.train.checkpointing)
-        if config.train.compile:
-            compile_backbones(self.student, self.teacher)
-        self._set_loss_chunk(loss_chunk_tokens(config.loss, head_of(self.student).weight))
+        training = assemble(config, self.student, self.teacher)
+        self.config, self.optimizer = training.config, training.optimizer
         if config.loss.chunk_tokens == 0 and self.student.device.type == "cuda":
             say(f"{title}: loss.chunk_tokens = {self.config.loss.chunk_tokens}, from free memory")
-        self.optimizer = build_optimizer(self.student, config.optim, seed=config.train.seed)
         self.stream = training_rows(config, prepared.tokenizer)
         self.held_out = held_out_rows(
             config.data, prepared.tokenizer, config.data.row_tokens, config.data.eval_tokens
@@ -154,108 +149,140 @@ class _Run:
         self.before: Evaluation | None = None
         self.blocks: Blocks | None = None
         self.best: dict[str, Any] | None = None
-        self.saved_step = -1
+        # What is due after the last step and not done yet, in order.
+        self.due: list[Literal["switch", "eval"]] = []
+        # The text's state before the step in hand; None outside of steps.
+        self.position: dict[str, Any] | None = None
+        self.saved_step, self.eval_seconds = -1, 0.0
         if resume:
             self._restore(chosen_chunk=config.loss.chunk_tokens == 0)
 
     def loop(self) -> RunResult:
         """Steps until the token budget is spent or someone stops the run."""
-        self.stop.graceful = True
-        teacher = self.teacher.config
+        config, teacher = self.config, self.teacher.config
+        span = (self.tokens, run_tokens(self.stage, config))
         with (
-            explain_out_of_memory(self.config, self.student, teacher, self.checkpoints),
-            MetricsWriter(self.out / METRICS_NAME, self.metrics_offset) as self.metrics,
-            RunProgress(
-                self.title, run_tokens(self.stage, self.config), self.tokens
-            ) as self.progress,
-            Checkpointer(self.checkpoints, self.config.train.keep_checkpoints) as self.writer,
+            explain_out_of_memory(config, self.student, teacher, self.checkpoints),
+            RunLog(self.out, config, self.title, span, self.metrics_offset) as self.log,
+            Checkpointer(self.checkpoints, config.train.keep_checkpoints) as self.writer,
         ):
-            self.writer.best = self.best["step"] if self.best else None
-            self.health = HealthWatch(
-                self.config, self.title, read_metrics(self.out / METRICS_NAME)
-            )
+            self.writer.best = self.best and self.best["step"]
             if self.stage.name == "blockwise" and self.blocks is None:
                 self.blocks = self._first_blocks()
-            before = self.before or self._evaluate("start")
-            self.before = before
-            after = self._steps() or before
-            # Before the last evaluation, whose record a resumed run writes again.
+            self.before = self.before or self._evaluate("start")
+            self.stop.graceful = True
+            self._until_stopped()
+            # Saving begins before the last evaluation, whose record a resumed run writes again.
             self._save()
-            if self.step:
-                after = self._evaluate("end")
-            if (error := self.writer.wait()) is not None:
-                raise UserError(error)
-            self.writer.tidy()
-        self.student.train(False)
-        tabulate(self.student, self.settling_rows, self.config.router.budget_scope)
-        save_student(self.out / "student", self.prepared)
-        write_json(self.out / "summary.json", self._summary(before, after))
+            after = self._last_evaluation()
+            with stage(f"{self.title}: saving step {self.step}"):
+                if (error := self.writer.wait()) is not None:
+                    raise UserError(error)
+                self.writer.tidy()
+        if after is not None:
+            self._finish(self.before, after)
         return RunResult(
             prepared=self.prepared,
-            held_out=self.held_out,
-            before=before,
+            before=self.before,
             after=after,
             tokens=self.tokens,
             seconds=self.seconds,
             interrupted=bool(self.stop),
         )
 
-    def _steps(self) -> Evaluation | None:
-        """The training itself; the last evaluation, if there was one."""
-        train, after = self.config.train, None
-        next_eval, next_save = (
-            self._next(train.eval_every_tokens),
-            self._next(train.save_every_tokens),
-        )
+    def _finish(self, before: Evaluation, after: Evaluation) -> None:
+        """Write the student and the summary."""
+        self.student.train(False)
+        with stage(f"{self.title}: saving the student"):
+            tabulate(self.student, self.settling_rows, self.config.router.budget_scope)
+            save_student(self.out / "student", self.prepared)
+            write_json(self.out / "summary.json", self._summary(before, after))
+
+    def _last_evaluation(self) -> Evaluation | None:
+        """The evaluation of the last step; None where a stopped run leaves it out."""
+        if not self.step:
+            return self.before
+        if self.stop and self.eval_seconds > EVALUATION_PATIENCE_S:
+            say(f"{self.title}: the last evaluation ({self.eval_seconds:.0f} s) is left out")
+            return None
+        try:
+            return self._evaluate("end")
+        except Stopped:
+            return None
+
+    def _until_stopped(self) -> None:
+        """All steps, or those that finish before a signal."""
+        try:
+            self._do_what_is_due()
+            self._steps()
+        except Stopped:
+            if self.step == 0:
+                say(f"{self.title}: no step is finished, there is nothing to save")
+                raise
+
+    def _steps(self) -> None:
+        train = self.config.train
+        next_eval, next_save = map(self._next, (train.eval_every_tokens, train.save_every_tokens))
         while self.tokens < (end := run_tokens(self.stage, self.config)) and not self.stop:
             started = time.perf_counter()
             rows, result = self._one_step()
             self.seconds += time.perf_counter() - started
-            self._watch(rows, result)
-            if self.step % train.log_every_steps == 0 and result.finite:
-                record = self._record(result, time.perf_counter() - started)
-                self.progress.update(self.tokens, record)
-            is_best, switch = False, self.stage.name == "blockwise" and self.stage.over(self.tokens)
-            if switch:
-                self._begin_global()
-            if (self.tokens >= next_eval or switch) and self.tokens < end:
-                after, next_eval = self._evaluate("eval"), self._next(train.eval_every_tokens)
-                is_best = self.writer.best == self.step
-            due = is_best or self.tokens >= next_save
+            self._tell(rows, result, time.perf_counter() - started)
+            if self.stage.name == "blockwise" and self.stage.over(self.tokens):
+                self.due = ["switch", "eval"]
+            elif self.tokens >= next_eval and self.tokens < end:
+                self.due = ["eval"]
+            if self.due:
+                self._do_what_is_due()
+                next_eval = self._next(train.eval_every_tokens)
+            due = self.writer.best == self.step or self.tokens >= next_save
             # What follows a skipped update may be no better: the last good checkpoint stays.
             if due and self.tokens < end and not self.guard.skipped_in_row:
                 next_save = self._next(train.save_every_tokens)
                 self._save()
             self._warn(self.writer.poll())
-        return after
+
+    def _do_what_is_due(self) -> None:
+        """The change of stage and the evaluation that follow a step."""
+        while self.due:
+            if self.due[0] == "switch":
+                self._begin_global()
+            else:
+                self._evaluate("eval")
+            del self.due[0]
 
     def _one_step(self) -> tuple[list[PackedRow], StepResult]:
-        rows = [next(self.stream) for _ in range(self.config.train.rows_per_step)]
+        self.position = self.stream.state_dict()
         # The factor at the step's middle, so that neither the first nor the last step is at rate 0.
         progress = self.stage.progress(self.tokens + step_tokens(self.config) / 2)
         set_learning_rates(self.optimizer, lr_factor(progress, self.config.optim))
-        inputs = (self.student, self.teacher, self.optimizer, rows, self.config)
-        with annealed(self.student.banks(), self.config, self.stage, self.tokens):
+        options: dict[str, Any] = {"step": self.step, "commit": self.stop.commit}
+        banks = self.student.banks()
+        with self.stop.breakable(), annealed(banks, self.config, self.stage, self.tokens):
+            rows = [next(self.stream) for _ in range(self.config.train.rows_per_step)]
+            inputs = (self.student, self.teacher, self.optimizer, rows, self.config)
             if self.stage.name == "blockwise":
                 assert self.blocks is not None
-                result = blockwise_step(*inputs, self.blocks.power, step=self.step)
+                result = blockwise_step(*inputs, self.blocks.power, **options)
             else:
-                result = distill_step(*inputs, step=self.step)
+                result = distill_step(*inputs, **options)
         self.step += 1
         self.tokens += step_tokens(self.config)
+        self.position = None
         return rows, result
 
     def _first_blocks(self) -> Blocks:
         """What the blockwise stage starts from."""
         rows = calibration_rows(self.config, self.prepared.tokenizer, self.student.device)
-        power = teacher_power(self.teacher, rows)
+        with self.stop.breakable():
+            power = teacher_power(self.teacher, rows)
         return Blocks(power=power, error_before=self._block_errors())
 
     def _block_errors(self) -> list[float]:
         """Held-out error of every layer, recorded and shown."""
-        errors = block_errors(self.student, self.teacher, self.held_out)
-        self.metrics.write(blocks_record(errors, step=self.step, tokens=self.tokens))
-        show_blocks(self.title, self.tokens, errors)
+        with self.stop.breakable():
+            errors = block_errors(self.student, self.teacher, self.held_out)
+        self.log.blocks(errors, step=self.step, tokens=self.tokens)
         return errors
 
     def _begin_global(self) -> None:
@@ -266,58 +293,31 @@ class _Run:
         self.optimizer.state.clear()
         self.guard.forget()
 
-    def _watch(self, rows: Sequence[PackedRow], result: StepResult) -> None:
-        """Record an update that was skipped, or a loss that jumped, with the batch's documents."""
-        if result.finite:
-            kind, extra = "spike", self.guard.spike(float(result.loss))
-        else:
-            self.guard.skip()
-            kind, extra = "skipped", {"in_row": self.guard.skipped_in_row}
-        if extra is None:
-            return
-        measured = {
-            "loss": float(result.loss),
-            "expert_grad_norm": float(result.expert_grad_norm),
-            "gate_grad_norm": float(result.gate_grad_norm),
-        }
-        where = {"kind": kind, "step": self.step, "tokens": self.tokens}
-        documents = provenance(rows, result.token_losses)
-        self.metrics.write({**where, **measured, **extra, "rows": documents})
-        if result.finite:
-            return
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-        say(f"step {self.step}: not finite, skipped ({numbers}); its documents are in the metrics")
-        if self.guard.skipped_in_row >= self.config.train.max_skipped_steps:
+    def _tell(self, rows: Sequence[PackedRow], result: StepResult, seconds: float) -> None:
+        """Record the step; too many in a row that were skipped end the run."""
+        where = {"step": self.step, "tokens": self.tokens}
+        numbers = self.log.anomaly(self.guard, rows, result, **where)
+        if numbers is None:
+            if self.step % self.config.train.log_every_steps == 0:
+                lr = [group["lr"] for group in self.optimizer.param_groups]
+                speed = step_tokens(self.config) / seconds
+                self.log.step(result, **where, lr=lr, tokens_per_s=speed)
+        elif self.guard.skipped_in_row >= self.config.train.max_skipped_steps:
             self._warn(self.writer.wait())
             whole = valid_checkpoints(self.checkpoints)
             raise self.guard.refusal(self.step, numbers, whole[0].name if whole else None)
 
-    def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
-        every = self.config.train.stats_every_steps
-        record = step_record(
-            result,
-            step=self.step,
-            tokens=self.tokens,
-            lr=[group["lr"] for group in self.optimizer.param_groups],
-            tokens_per_s=step_tokens(self.config) / seconds,
-            loss_chunk_tokens=self.config.loss.chunk_tokens,
-            with_layers=every > 0 and self.step % every == 0,
-        )
-        self.metrics.write(record)
-        self.health.see(record)
-        return record
-
     def _evaluate(self, kind: Literal["start", "eval", "end"]) -> Evaluation:
-        settle(self.student, self.settling_rows, self.config.router.budget_scope)
-        result, layers = evaluate_layers(
-            self.student, self.teacher, self.held_out, self.config.loss
-        )
-        show_evaluation(self.title, self.tokens, result)
-        record = evaluation_record(kind, result, layers, step=self.step, tokens=self.tokens)
-        self.metrics.write(record)
-        self.health.see(record)
-        best = self.best["forward_kl"] if self.best else math.inf
-        if kind != "start" and result.forward_kl < best:
+        start = time.perf_counter()
+        # A stopped run comes here only for a last evaluation that it can wait for.
+        with nullcontext() if self.stop else self.stop.breakable():
+            settle(self.student, self.settling_rows, self.config.router.budget_scope)
+            result, layers = evaluate_layers(
+                self.student, self.teacher, self.held_out, self.config.loss
+            )
+        self.eval_seconds = time.perf_counter() - start
+        self.log.evaluation(kind, result, layers, step=self.step, tokens=self.tokens)
+        if kind != "start" and not (self.best and result.forward_kl >= self.best["forward_kl"]):
             self.best = {"step": self.step, "tokens": self.tokens, "forward_kl": result.forward_kl}
             self.writer.best = self.step
         return result
@@ -331,6 +331,7 @@ class _Run:
         return {
             "before": before.as_dict(),
             "after": after.as_dict(),
+            "budget": budget_report(after.mean_k, self.config.router),
             "best": best,
             "blockwise": asdict(self.blocks) if self.blocks else None,
             "tokens": self.tokens,
@@ -338,14 +339,8 @@ class _Run:
             "skipped_steps": self.guard.skipped,
             "training_seconds": self.seconds,
             "interrupted": bool(self.stop),
-            "health": self.health.verdict(),
+            "health": self.log.verdict(),
         }
-
-    def _set_loss_chunk(self, chunk_tokens: int) -> None:
-        """One number for the whole run, resumptions included, however much memory is free then."""
-        self.config = replace(
-            self.config, loss=replace(self.config.loss, chunk_tokens=chunk_tokens)
-        )
 
     def _next(self, every: int) -> int | float:
         return (self.tokens // every + 1) * every if every else math.inf
@@ -359,9 +354,10 @@ class _Run:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "metrics_offset": self.metrics.offset,
+            "metrics_offset": self.log.metrics.offset,
             "loss_chunk_tokens": self.config.loss.chunk_tokens,
-            "stream": self.stream.state_dict(),
+            "stream": self.position or self.stream.state_dict(),
+            "due": self.due,
             "guard": self.guard.state_dict(),
             "before": asdict(self.before) if self.before else None,
             "blocks": asdict(self.blocks) if self.blocks else None,
@@ -369,7 +365,7 @@ class _Run:
         }
         try:
             # The checkpoint counts on them.
-            self.metrics.sync()
+            self.log.metrics.sync()
         except UserError as error:
             self._warn(str(error))
             return
@@ -390,10 +386,14 @@ class _Run:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.metrics_offset = state["metrics_offset"]
         if chosen_chunk:
-            self._set_loss_chunk(state["loss_chunk_tokens"])
+            # One number for the whole run, however much memory is free at a resumption.
+            loss = replace(self.config.loss, chunk_tokens=state["loss_chunk_tokens"])
+            self.config = replace(self.config, loss=loss)
         self.guard.load_state_dict(state["guard"])
         self.best, self.saved_step = state["best"], self.step
         self.stream.load_state_dict(state["stream"])
+        # Checkpoints of earlier versions were only written where nothing was due.
+        self.due = state.get("due", [])
         self.stage = stage_named(**state["stage"], config=self.config)
         self.before = Evaluation(**state["before"]) if state["before"] else None
         self.blocks = Blocks(**state["blocks"]) if state["blocks"] else None

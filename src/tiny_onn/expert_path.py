@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
-from tiny_onn.config import RunConfig
-from tiny_onn.errors import UserError
+import torch
 
-FILE = files("tiny_onn.ops") / "crossover.json"
+from tiny_onn.config import RunConfig
+from tiny_onn.device import number_format
+from tiny_onn.routing_checks import dense_need
+
+FILE = files("tiny_onn") / "crossover.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,59 +27,24 @@ class PathChoice:
     reason: str
 
 
-def choose_path(config: RunConfig, device_type: str) -> PathChoice:
+def choose_path(config: RunConfig, device: torch.device) -> PathChoice:
     """The path that `train.expert_path` asks for; for `auto` the faster one as measured."""
     path = config.train.expert_path
     if path != "auto":
         return PathChoice(path=path, reason=f'train.expert_path = "{path}"')
     if (need := dense_need(config)) is not None:
         return PathChoice(path="dense", reason=need)
-    measured = read_crossover().get(f"{device_type} {config.teacher.dtype}")
+    where = f"{device.type} {number_format(config.teacher.dtype, device)}"
+    measured = read_crossover().get(where)
     if measured is None:
-        return PathChoice(
-            path="dense",
-            reason=f"no crossover is measured for {device_type} in {config.teacher.dtype}",
-        )
+        return PathChoice(path="dense", reason=f"no crossover is measured for {where}")
     share = config.router.target_k / config.experts.num_experts
     grouped = share < measured["share"]
     return PathChoice(
         path="grouped" if grouped else "dense",
         reason=f"k/E = {share:.3g} is {'below' if grouped else 'not below'} {measured['share']:.3g}"
-        f", where the paths were equally fast on {device_type} in {config.teacher.dtype}"
-        f" ({measured['machine']})",
+        f", where the paths were equally fast for {where} ({measured['machine']})",
     )
-
-
-def check_path(config: RunConfig) -> None:
-    """Return if the path that the settings ask for can run them.
-
-    Raises:
-        UserError: `train.expert_path = "grouped"` with settings that only the dense path runs.
-    """
-    need = dense_need(config)
-    if config.train.expert_path == "grouped" and need is not None:
-        raise UserError(
-            f'train.expert_path: got "grouped", expected "auto" or "dense": {need}; set'
-            ' train.expert_path = "auto"'
-        )
-
-
-def dense_need(config: RunConfig) -> str | None:
-    """Why a run can only take the dense path; None if it can take either."""
-    if config.router.objective == "smk" and config.smk.candidates == "all":
-        return 'smk.candidates = "all" needs the surprise of inactive experts'
-    if config.router.objective == "regression":
-        return 'router.objective = "regression" needs the norms of inactive experts\' outputs'
-    weighting = config.experts.weighting
-    straight = weighting in ("unit", "mean") and config.router.selection != "top_any"
-    if config.router.objective == "task" and straight:
-        return (
-            f'router.objective = "task" with experts.weighting = "{weighting}" needs the gradient'
-            " of inactive experts' weights"
-        )
-    if config.train.ffn_chunk_tokens:
-        return f"train.ffn_chunk_tokens = {config.train.ffn_chunk_tokens} chunks the dense path"
-    return None
 
 
 def read_crossover() -> dict[str, dict[str, Any]]:

@@ -1,0 +1,50 @@
+"""The program that a training step runs: student, teacher and optimizer as the settings ask.
+
+The loop, the profiler, the benchmarks and the tests all begin here, so that what is measured is
+what trains.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
+from tiny_onn.config import RunConfig
+from tiny_onn.fusion import compile_backbones
+from tiny_onn.modeling import TinyOnnForCausalLM, head_of
+from tiny_onn.optim import build_optimizer
+
+
+@dataclass(kw_only=True, slots=True)
+class Training:
+    """What `distill_step` and `blockwise_step` work on."""
+
+    student: TinyOnnForCausalLM
+    teacher: PreTrainedModel
+    optimizer: Optimizer
+    config: RunConfig
+    """The settings, with `loss.chunk_tokens` as a number."""
+
+
+def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrainedModel) -> Training:
+    """Set what is recomputed and compiled, size the loss' chunks, and build the optimizer.
+
+    Args:
+        config: The settings.
+        student: A converted model, changed in place.
+        teacher: The model that teaches, changed in place where its layers are compiled.
+
+    Raises:
+        UserError: The backbone cannot recompute its layers, or an optimizer is not installed.
+    """
+    checkpoint_layers(student, config.train.checkpointing)
+    if config.train.compile:
+        compile_backbones(student, teacher)
+    chunk_tokens = loss_chunk_tokens(config.loss, head_of(student).weight)
+    return Training(
+        student=student,
+        teacher=teacher,
+        optimizer=build_optimizer(student, config.optim, seed=config.train.seed),
+        config=replace(config, loss=replace(config.loss, chunk_tokens=chunk_tokens)),
+    )

@@ -1,0 +1,136 @@
+"""What a run tells while it goes on: its metrics file, its lines and bar, and its health."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from tiny_onn.config import RunConfig
+from tiny_onn.console import say
+from tiny_onn.evaluate import Evaluation
+from tiny_onn.guard import Guard, provenance
+from tiny_onn.health import HealthWatch
+from tiny_onn.packing import PackedRow
+from tiny_onn.progress import RunProgress, show_blocks, show_evaluation
+from tiny_onn.records import blocks_record, evaluation_record, step_record
+from tiny_onn.run_folder import METRICS_NAME, MetricsWriter, read_metrics
+from tiny_onn.step import StepResult
+
+
+class RunLog:
+    """Writes each record, shows it, and lets the health watch see it. A context manager.
+
+    Args:
+        out: The run folder.
+        config: The settings.
+        title: What lines begin with.
+        span: Tokens at which the bar begins and ends.
+        offset: Bytes of the metrics file to keep.
+    """
+
+    def __init__(
+        self, out: Path, config: RunConfig, title: str, span: tuple[int, int], offset: int
+    ) -> None:
+        self._config, self._title = config, title
+        self.metrics = MetricsWriter(out / METRICS_NAME, offset)
+        done_tokens, total_tokens = span
+        self._progress = RunProgress(title, total_tokens, done_tokens)
+        self._health = HealthWatch(config, title, read_metrics(out / METRICS_NAME))
+
+    def __enter__(self) -> "RunLog":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.__exit__(kind, error, traceback)
+        self.metrics.close()
+
+    def step(
+        self,
+        result: StepResult,
+        *,
+        step: int,
+        tokens: int,
+        lr: Sequence[float],
+        tokens_per_s: float,
+    ) -> None:
+        """Record a finished update and show it on the bar."""
+        every = self._config.train.stats_every_steps
+        record = step_record(
+            result,
+            step=step,
+            tokens=tokens,
+            lr=list(lr),
+            tokens_per_s=tokens_per_s,
+            loss_chunk_tokens=self._config.loss.chunk_tokens,
+            with_layers=every > 0 and step % every == 0,
+        )
+        self._keep(record)
+        self._progress.update(tokens, record)
+
+    def evaluation(
+        self,
+        kind: Literal["start", "eval", "end"],
+        result: Evaluation,
+        layers: dict[str, Any],
+        *,
+        step: int,
+        tokens: int,
+    ) -> None:
+        """Record an evaluation and show it in a line."""
+        show_evaluation(self._title, tokens, result, self._config.router)
+        self._keep(evaluation_record(kind, result, layers, step=step, tokens=tokens))
+
+    def blocks(self, errors: Sequence[float], *, step: int, tokens: int) -> None:
+        """Record every layer's held-out error and show it in a line."""
+        self.metrics.write(blocks_record(list(errors), step=step, tokens=tokens))
+        show_blocks(self._title, tokens, errors)
+
+    def anomaly(
+        self,
+        guard: Guard,
+        rows: Sequence[PackedRow],
+        result: StepResult,
+        *,
+        step: int,
+        tokens: int,
+    ) -> str | None:
+        """Record a skipped update, or a loss that jumped, with the documents of its rows.
+
+        Returns:
+            What a skipped update measured, in words; None if the step was applied.
+        """
+        kind, extra = "spike", None
+        if result.finite:
+            extra = guard.spike(float(result.loss))
+        else:
+            guard.skip()
+            kind, extra = "skipped", {"in_row": guard.skipped_in_row}
+        if extra is None:
+            return None
+        measured = {
+            "loss": float(result.loss),
+            "expert_grad_norm": float(result.expert_grad_norm),
+            "gate_grad_norm": float(result.gate_grad_norm),
+        }
+        where = {"kind": kind, "step": step, "tokens": tokens}
+        documents = provenance(rows, result.token_losses)
+        self.metrics.write({**where, **measured, **extra, "rows": documents})
+        if result.finite:
+            return None
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+        say(f"step {step}: not finite, skipped ({numbers}); its documents are in the metrics")
+        return numbers
+
+    def verdict(self) -> dict[str, Any]:
+        """The verdict on the run's health so far."""
+        return self._health.verdict()
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self.metrics.write(record)
+        self._health.see(record)
