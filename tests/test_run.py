@@ -5,13 +5,13 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from tiny import TIMES, change, write_run
+from runs import assert_same_run, records, student_of
+from tiny import change, write_run
 from tiny_onn import checkpoint as checkpoint_module
 from tiny_onn import train as train_module
 from tiny_onn.convert import backbone_hash
@@ -67,24 +67,6 @@ def at_step(monkeypatch):
         monkeypatch.setattr(train_module, "distill_step", step)
 
     return arrange
-
-
-def records(out):
-    """The metrics but for what a clock decides."""
-    rows = read_metrics(out / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
-
-
-def student_of(out) -> Any:
-    return AutoModelForCausalLM.from_pretrained(out / "student")
-
-
-def assert_same_run(out, expected):
-    assert records(out) == records(expected)
-    ours, theirs = (student_of(folder).state_dict() for folder in (out, expected))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
 
 
 def test_the_folder_holds_the_whole_run(whole):

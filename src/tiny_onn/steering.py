@@ -8,7 +8,8 @@ Legend: T tokens, D hidden, E experts, L layers.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float
@@ -192,6 +193,27 @@ def reseed(router: Router) -> None:
     router.bias.copy_(bias_E)
     router.window_loads.zero_()
     router.idle_input.zero_()
+
+
+@contextmanager
+def settled(
+    student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
+) -> Iterator[None]:
+    """Settle the thresholds for an evaluation in the context.
+
+    If the evaluation is given up, by an exception, thresholds are what they were before: the next
+    ones to be settled depend on them.
+    """
+    routers = [bank.router for bank in student.banks()]
+    before, done = [router.settled.clone() for router in routers], False
+    try:
+        settle(student, rows, scope)
+        yield
+        done = True
+    finally:
+        if not done:
+            for router, threshold in zip(routers, before, strict=True):
+                router.settled.copy_(threshold)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ from tiny_onn.run_folder import (
 )
 from tiny_onn.run_log import RunLog
 from tiny_onn.stages import annealed, run_tokens, stage_named, step_tokens
-from tiny_onn.steering import settle
+from tiny_onn.steering import settled
 from tiny_onn.step import StepResult, distill_step
 from tiny_onn.stopping import Stopped, StopRequest, stop_on_signal
 from tiny_onn.teacher import quiet_transformers
@@ -310,11 +310,11 @@ class _Run:
     def _evaluate(self, kind: Literal["start", "eval", "end"]) -> Evaluation:
         start = time.perf_counter()
         # A stopped run comes here only for a last evaluation that it can wait for.
-        with nullcontext() if self.stop else self.stop.breakable():
-            settle(self.student, self.settling_rows, self.config.router.budget_scope)
-            result, layers = evaluate_layers(
-                self.student, self.teacher, self.held_out, self.config.loss
-            )
+        breakable = nullcontext() if self.stop else self.stop.breakable()
+        budget = (self.settling_rows, self.config.router.budget_scope)
+        with breakable, settled(self.student, *budget):
+            models = (self.student, self.teacher)
+            result, layers = evaluate_layers(*models, self.held_out, self.config.loss)
         self.eval_seconds = time.perf_counter() - start
         self.log.evaluation(kind, result, layers, step=self.step, tokens=self.tokens)
         if kind != "start" and not (self.best and result.forward_kl >= self.best["forward_kl"]):

@@ -1,0 +1,30 @@
+"""What tests ask of finished run folders."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiny import TIMES
+from tiny_onn import TinyOnnForCausalLM
+from tiny_onn.run_folder import read_metrics
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    """The metrics but for what a clock decides."""
+    rows = read_metrics(out / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def student_of(out: Path) -> Any:
+    """The finished student of a run."""
+    return TinyOnnForCausalLM.from_pretrained(out / "student")
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    """Two runs measured the same and ended with the same bits."""
+    assert records(out) == records(expected)
+    ours, theirs = (student_of(folder).state_dict() for folder in (out, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
