@@ -48,7 +48,7 @@ ROW_TOKENS = 512
 
 def card_plan(device="RTX 3060", *overrides):
     """The model card's plan."""
-    config = load_config(None, "model-card", overrides)
+    config = load_config(None, "model-card", ["teacher.dtype=bfloat16", *overrides])
     return plan(config, config.teacher.path, device)
 
 
@@ -56,7 +56,7 @@ def settings(*overrides):
     """Settings of a small step that runs without the compiler."""
     rows = (f"data.row_tokens={ROW_TOKENS}", "train.compile=false", "train.device=cpu")
     experts = ("experts.num_experts=8", "router.target_k=4", "train.expert_path=dense")
-    return load_config(None, None, [*rows, *experts, *overrides])
+    return load_config(None, None, ["teacher.dtype=bfloat16", *rows, *experts, *overrides])
 
 
 def small_step(family, config):
@@ -134,7 +134,7 @@ def test_parameters_of_the_card_s_student():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parts_sum_to_the_modules(shape):
-    config = load_config(None, None, [])
+    config = load_config(None, None, ["teacher.dtype=bfloat16"])
     dense, student = meta_models(config, load_shape(shape, config.teacher)[1])
     p = count_parameters(dense, student)
     assert p.dense_total == sum(q.numel() for q in dense.parameters())
@@ -288,7 +288,7 @@ def test_memory_grows_by_the_saved_inputs_with_the_layers():
 
 
 def test_time_is_flops_over_rate():
-    config = load_config(None, "model-card", ["train.tokens=65537"])
+    config = load_config(None, "model-card", ["teacher.dtype=bfloat16", "train.tokens=65537"])
     planned = plan(config, "Qwen3-0.6B", "A100", efficiency=0.5)
     assert planned.steps == 3
     assert planned.seconds(planned.whole_rows) == 3 * planned.whole_rows.total / (312e12 * 0.5)
@@ -323,7 +323,7 @@ def test_cpu_is_this_machine():
 
 
 def test_teacher_by_name_hub_id_file_and_folder(tmp_path):
-    config = load_config(None, None, [])
+    config = load_config(None, None, ["teacher.dtype=bfloat16"])
     _, by_name = load_shape("qwen3-0.6b", config.teacher)
     _, by_hub_id = load_shape("Qwen/Qwen3-0.6B", config.teacher)
     by_hub_id.save_pretrained(tmp_path)

@@ -95,6 +95,17 @@ def with_number_format(config: RunConfig, device: torch.device) -> RunConfig:
     return config
 
 
+def without_emulation(config: RunConfig, device: torch.device) -> RunConfig:
+    """The settings of a finished student in float32 where the device would emulate bfloat16.
+
+    Every bfloat16 number is a float32 number, so that nothing is lost; a line says it.
+    """
+    if config.teacher.dtype == "float32" or multiplies_bfloat16(device):
+        return config
+    say(f"{device_name(device)} has no bfloat16 instructions: computing in float32")
+    return replace(config, teacher=replace(config.teacher, dtype="float32"))
+
+
 def bfloat16_slowdown(device: torch.device) -> float:
     """Time of a matrix product in bfloat16 over its time in float32, measured now."""
     seconds = {}

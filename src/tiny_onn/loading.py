@@ -12,6 +12,7 @@ from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import RunConfig, TeacherConfig
 from tiny_onn.console import say
 from tiny_onn.convert import adopt_backbone, backbone_hash
+from tiny_onn.device import without_emulation
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.mid_run import choose, load_from_checkpoint, newer_checkpoint
 from tiny_onn.model_files import (
@@ -59,6 +60,7 @@ def load_student(name: str, device: torch.device, checkpoint: str = "newest") ->
     folder, step = Path(name), None
     if (folder / "student").is_dir() or newer_checkpoint(folder) is not None:
         config, student_folder = read_run_config(folder), folder / "student"
+        config = without_emulation(config, device)
         choice = choose(folder, checkpoint)
         say(f"{name}: {choice.about}")
         step = choice.step
@@ -95,7 +97,9 @@ def load_student(name: str, device: torch.device, checkpoint: str = "newest") ->
         teacher = TeacherConfig(
             path=settings.teacher, revision=settings.teacher_revision, dtype=dtype
         )
-        config = replace(config, teacher=teacher)
+        config = without_emulation(replace(config, teacher=teacher), device)
+    if config.teacher.dtype == "float32":
+        student.float()
     student.requires_grad_(False)
     student.to(device)  # pyright: ignore[reportArgumentType] - transformers hides Module.to
     return LoadedStudent(
