@@ -51,6 +51,8 @@ LAYERS = (
         "data",
         "sources",
         "readers",
+        "rows",
+        "tokens",
         "model_files",
         "embedded",
         "calibrate",

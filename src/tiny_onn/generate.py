@@ -10,6 +10,7 @@ from tiny_onn.config import TeacherConfig
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
 from tiny_onn.teacher import load_dense, pick_device, quiet_transformers
+from tiny_onn.tokens import DocumentTokens
 
 
 def run_generate(
@@ -54,9 +55,10 @@ def run_generate(
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
-    inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
+    input_ids = torch.tensor([DocumentTokens(tokenizer).prompt(prompt)], device=network.device)
     output = network.generate(  # pyright: ignore[reportCallIssue]
-        **inputs,
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
