@@ -56,12 +56,14 @@ def run_generate(
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
     input_ids = torch.tensor([DocumentTokens(tokenizer).prompt(prompt)], device=network.device)
+    stop = getattr(network.generation_config, "eos_token_id", None)
     output = network.generate(  # pyright: ignore[reportCallIssue]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
         **sampling,
     )
     text = tokenizer.decode(output[0], skip_special_tokens=True)

@@ -186,8 +186,8 @@ class DocumentTokens:
         token_id = next(i for i in token_ids if i >= self._limit)
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         raise UserError(
-            f"{where}: holds {token!r}, token id {token_id} of the tokenizer, expected less than the"
-            f" model's vocabulary of {self._limit}; take that token out of the text"
+            f"{where}: holds {token!r}, which is the tokenizer's token id {token_id}, expected less"
+            f" than the model's vocabulary of {self._limit}; take that token out of the text"
         )
 
 
