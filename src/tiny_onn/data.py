@@ -248,7 +248,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     Raises:
         UserError: If what it learned, or what it puts around every document, lies beyond it.
     """
-    added = set(tokenizer.get_added_vocab().values())
+    added = set(tokenizer.get_added_vocab().values())  # pyright: ignore[reportCallIssue, reportOptionalCall]
     learned = max((i for i in tokenizer.get_vocab().values() if i not in added), default=0)
     start, end = document_ends(tokenizer)
     if (largest := max(learned, *start, *end, 0)) >= vocab_size:

@@ -177,7 +177,8 @@ class DocumentTokens:
             return []
         if not document.is_chat:
             return [*self.start, *token_ids, *self.end]
-        ended = document.text.rstrip().endswith(self._tokenizer.eos_token or "\0")
+        eos_token = self._tokenizer.eos_token
+        ended = isinstance(eos_token, str) and document.text.rstrip().endswith(eos_token)
         return token_ids if ended else [*token_ids, *self.end]
 
     def _check(self, where: str, token_ids: list[int]) -> None:
