@@ -120,3 +120,21 @@ def test_a_best_that_is_gone_is_refused(overshot, tmp_path):
 def test_one_student_has_no_checkpoints(overshot):
     with pytest.raises(UserError, match=r"--checkpoint: got best with .*, one student"):
         evaluated(overshot / "student", checkpoint="best")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "hi"}, r"got 'text', expected one of: prompt; eval reads .* rename the field"),
+        ({"text": 3}, r"'text' holds int, expected text; eval reads the field"),
+        ({"messages": [{"role": "user"}]}, r"message 1 of 'messages': got no content"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, r"document 0: got a chat, and the tok"),
+    ],
+)
+def test_text_that_cannot_be_read_is_told_in_words_of_eval(finished, tmp_path, row, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=rf"^--text: {path}.*{message}") as raised:
+        evaluated(finished[0], path)
+    assert "; correct it" not in str(raised.value)
+    assert "name another field" not in str(raised.value)

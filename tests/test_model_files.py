@@ -105,6 +105,17 @@ def test_a_configuration_that_is_no_object_is_told(teacher, content):
     assert ": config.json " in refusal(teacher)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b"\xff\xfe"])
+def test_a_file_with_a_byte_order_mark_is_told_with_the_remedy(teacher, student, name, mark):
+    for folder in (teacher, student):
+        (folder / name).write_bytes(mark + (folder / name).read_bytes())
+    said = f"{name} begins with a byte order mark, expected plain UTF-8; save it without the mark"
+    assert said in refusal(teacher)
+    if mark == b"\xef\xbb\xbf":
+        assert said in refusal(student)
+
+
 @pytest.mark.parametrize(
     "name", ["../other/model.safetensors", "/etc/passwd", "..", "", 3, "m.bin"]
 )

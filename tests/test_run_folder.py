@@ -68,6 +68,61 @@ def test_folder_in_use_is_refused_and_left_alone(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def failed_run(path):
+    """What a run leaves that fails in its first step."""
+    create_run_folder(path, RunConfig(), argv=["first"])
+    resume_run_folder(path, RunConfig(), argv=["second"])
+    write_json(path / "conversion.json", {"backbone_sha256": "of a teacher that was mended since"})
+    (path / "checkpoints").mkdir()
+    (path / "lock").write_text("{}")
+    with MetricsWriter(path / "metrics.jsonl") as writer:
+        writer.write({"kind": "blocks", "step": 0})
+        writer.write({"kind": "start", "step": 0})
+
+
+def test_a_run_that_failed_before_its_first_step_is_started_anew(tmp_path):
+    failed_run(tmp_path)
+    create_run_folder(tmp_path, load_config(None, None, ["train.seed=1"]), argv=["third"])
+    left = sorted(entry.name for entry in tmp_path.iterdir())
+    # The lock is held by the run that starts.
+    assert left == ["config.json", "environment.json", "lock"]
+    assert read_run_config(tmp_path).train.seed == 1
+    assert json.loads((tmp_path / "environment.json").read_text())["command"] == ["third"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", b'{"kind": "start", "step": 0}\n{"kind": "step", "step": 1}\n'),
+        ("metrics.jsonl", b'{"kind": "blockwise", "step": 10}\n'),
+        ("metrics.jsonl", b'{"kind": "skipped", "step": 1}\n'),
+        ("metrics.jsonl", b'{"kind": "blocks", "step": 9}\n'),
+        ("metrics.jsonl", b'{"kind": "start", "step": 0}\n{"kind": "ste'),
+        ("metrics.jsonl", b"no record\n"),
+        ("checkpoints/step-1/state.json", b"{}"),
+        ("student/config.json", b"{}"),
+        ("summary.json", b"{}"),
+        ("notes.txt", b"mine"),
+        ("environment.json.bak", b"mine"),
+    ],
+)
+def test_a_run_with_results_is_never_started_anew(tmp_path, name, content):
+    failed_run(tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    with pytest.raises(UserError, match=r"not empty, expected a new one|is no JSON object"):
+        create_run_folder(tmp_path, RunConfig(), argv=["third"])
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_settings_with_a_byte_order_mark_are_read(tmp_path):
+    create_run_folder(tmp_path, RunConfig(), argv=[])
+    file = tmp_path / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_run_config(tmp_path) == RunConfig()
+
+
 def test_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):

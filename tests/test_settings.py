@@ -255,6 +255,22 @@ def test_validate_accepts_the_controls_and_the_baselines():
         validate(load_config(None, None, overrides))
 
 
+def test_a_file_with_a_byte_order_mark_or_windows_lines_is_read(tmp_path):
+    path = tmp_path / "run.toml"
+    for content in (b"[train]\nseed = 3\n", b"[train]\r\nseed = 3\r\n"):
+        for mark in (b"", b"\xef\xbb\xbf"):
+            path.write_bytes(mark + content)
+            assert load_config(path, None, []).train.seed == 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_in_utf_16_is_refused_with_the_remedy(tmp_path, encoding):
+    path = tmp_path / "run.toml"
+    path.write_bytes("[train]\nseed = 3\n".encode(encoding))
+    with pytest.raises(UserError, match=r"malformed TOML .*; save it as UTF-8, it may be UTF-16$"):
+        load_config(path, None, [])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

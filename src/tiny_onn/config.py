@@ -185,13 +185,16 @@ class DataConfig:
     hub datasets as `hf:name` or `hf:name:config`, where `name@revision` pins a branch, tag or
     commit."""
     text_field: str = "text"
-    """The field of a jsonl or parquet row, or of a hub dataset's row, that holds the text."""
+    """The field of a jsonl or parquet row, or of a hub dataset's row, that holds the text. A row
+    without it that holds a chat (`messages`, `conversations`, or a pair such as `prompt` and
+    `completion`) is rendered with the tokenizer's chat template."""
     split: str = "train"
     """Split of a hub dataset."""
     row_tokens: int = 1024
     """Tokens per packed row."""
     held_out_fraction: float = 0.05
-    """Share of documents kept for evaluation, chosen by a hash of their content."""
+    """Share of documents kept for evaluation, chosen by a hash of their content. Exact duplicates
+    stay on one side; texts that differ by a blank may not."""
     eval_tokens: int = 8192
     """Held-out tokens per evaluation."""
 

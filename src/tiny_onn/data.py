@@ -9,24 +9,27 @@ shuffles it anew each epoch. Hub datasets are streamed and shuffled in a buffer;
 its epoch again up to the saved document, which takes time but is exact. Several sources take turns
 document by document until all are exhausted; local text counts as one of them.
 
-Blank documents are left out: there is nothing to predict in them. Text that spells a special token
-is tokenised as that token.
+Only texts that are equal to the byte are duplicates: two that differ by a blank may land on both
+sides of the split, so remove near-duplicates first where that matters. A chat's hash is that of its
+messages, whatever template renders them. Blank documents are left out: there is nothing to predict
+in them.
 """
 
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.config import DataConfig
+from tiny_onn.console import say
 from tiny_onn.embedded import Document
-from tiny_onn.errors import LoadErrors, UserError
+from tiny_onn.errors import UserError
 from tiny_onn.packing import Origin, PackedRow, Packer
 from tiny_onn.sources import HUB_PREFIX, hub_documents, read_documents
+from tiny_onn.tokens import DocumentTokens, document_ends
 
 Split = Literal["train", "held_out"]
 
@@ -43,8 +46,8 @@ class TokenStream:
 
     `train` visits the documents in a new seeded order each epoch; a row may span two epochs.
     `held_out` visits them in the order of their SHA-256 (hub datasets: as stored), whatever the
-    seed, so that its beginning is a fair sample of all of them. Each document ends with the
-    tokenizer's end-of-sequence token if there is one. Iterating continues; it never starts over.
+    seed, so that its beginning is a fair sample of all of them. Documents begin and end as
+    `DocumentTokens` has it. Iterating continues; it never starts over.
 
     Attributes:
         packer: The packer, with its counts of documents, tokens and padding.
@@ -63,17 +66,14 @@ class TokenStream:
         seed: int,
         row_tokens: int,
     ) -> None:
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"teacher.path: got the slow tokenizer {type(tokenizer).__name__}, expected a fast"
-                " one; convert it to tokenizer.json"
-            )
         self._config = config
-        self._tokenizer = tokenizer
+        self._tokens = DocumentTokens(tokenizer)
         self._split: Split = split
         self._seed = seed
-        self._documents, self._text_sha256 = _local_documents(config, split)
+        self._documents, self._text_sha256 = _local_documents(config, split, self._tokens)
         self._hub_sources = [name for name in config.sources if name.startswith(HUB_PREFIX)]
+        # A hub dataset's rows are not known yet.
+        self._with_chats = bool(self._hub_sources) or any(d.is_chat for _, d in self._documents)
         # Padding takes no part in anything: any id does, and every model has 0.
         self.packer = Packer(row_tokens, pad_token_id=0)
         self.epoch = 0
@@ -118,7 +118,8 @@ class TokenStream:
             UserError: If the text, the tokenizer or a setting is not the one of the saved stream.
         """
         for name, value in self._identity().items():
-            saved = state["identity"][name]
+            # What versions before did not save counts as unchanged.
+            saved = state["identity"].get(name, value)
             if value != saved:
                 raise UserError(
                     f"resume: the data's {name} changed: got {value}, expected {saved}; restore it"
@@ -138,25 +139,15 @@ class TokenStream:
             "held_out_fraction": self._config.held_out_fraction,
             "hub sources": [*self._hub_sources, self._config.split, self._config.text_field],
             "text (sha256)": self._text_sha256,
-            "vocabulary size": len(self._tokenizer),
+            **self._tokens.identity(with_chats=self._with_chats),
         }
 
     def _tokenise(self) -> Iterator[tuple[list[int], Origin]]:
         """Token ids and origins of this epoch's documents from the current position on."""
         documents = itertools.islice(self._epoch_documents(), self._position, None)
-        eos_token_id = self._tokenizer.eos_token_id
-        ending = [] if eos_token_id is None else [eos_token_id]
         for batch in _batches(documents):
-            first = f"{batch[0].source} document {batch[0].index}"
-            with LoadErrors(partial(_tokenizer_failed, first)):
-                encoded = self._tokenizer(
-                    [document.text for document in batch],
-                    add_special_tokens=False,
-                    return_attention_mask=False,
-                    verbose=False,
-                )
-            for document, token_ids in zip(batch, encoded["input_ids"], strict=True):
-                yield token_ids + ending, Origin(document.source, document.index, 0)
+            for document, token_ids in zip(batch, self._tokens.ids(batch), strict=True):
+                yield token_ids, Origin(document.source, document.index, 0)
 
     def _epoch_documents(self) -> Iterator[Document]:
         fraction = self._config.held_out_fraction
@@ -165,7 +156,8 @@ class TokenStream:
         streams = [self._ordered_local(order)]
         for source in self._hub_sources:
             stream = hub_documents(source, self._config, order)
-            streams.append(doc for doc in stream if is_held_out(doc.digest(), fraction) == wanted)
+            ours = (doc for doc in stream if is_held_out(doc.digest(), fraction) == wanted)
+            streams.append(map(self._tokens.rendered, ours))
         turns = itertools.zip_longest(*streams)
         return (document for turn in turns for document in turn if document is not None)
 
@@ -180,7 +172,9 @@ class TokenStream:
         return (self._documents[index][1] for index in permutation.tolist())
 
 
-def _local_documents(config: DataConfig, split: Split) -> tuple[list[tuple[bytes, Document]], str]:
+def _local_documents(
+    config: DataConfig, split: Split, tokens: DocumentTokens
+) -> tuple[list[tuple[bytes, Document]], str]:
     """Embedded and local documents of one side with their digests, sorted by digest.
 
     And the SHA-256 of both sides' digests: held-out text that changes would change what a resumed
@@ -196,7 +190,7 @@ def _local_documents(config: DataConfig, split: Split) -> tuple[list[tuple[bytes
             digest = document.digest()
             digests.append(digest)
             if is_held_out(digest, config.held_out_fraction) == (split == "held_out"):
-                documents.append((digest, document))
+                documents.append((digest, tokens.rendered(document)))
     if not documents and len(local) == len(config.sources):
         if len(set(digests)) == 1:
             raise UserError(
@@ -207,13 +201,6 @@ def _local_documents(config: DataConfig, split: Split) -> tuple[list[tuple[bytes
     # Stable: documents of equal text keep the order of their sources.
     documents.sort(key=lambda pair: pair[0])
     return documents, hashlib.sha256(b"".join(sorted(digests))).hexdigest()
-
-
-def _tokenizer_failed(first: str, reason: str) -> str:
-    return (
-        f"teacher.path: its tokenizer failed ({reason}) on the documents from {first} on; try again"
-        " with --resume, or leave that text out"
-    )
 
 
 def _empty_split_error(config: DataConfig, split: Split) -> UserError:
@@ -253,14 +240,24 @@ def held_out_rows(
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Return if every token id is less than the model's `vocab_size`.
+    """Return if the tokenizer suits a model of this vocabulary; say so if it knows no end token.
+
+    Tokens that were added to the tokenizer alone may lie beyond the vocabulary: text that makes
+    one is refused when it is read.
 
     Raises:
-        UserError: If the tokenizer knows a token that the model has no embedding for.
+        UserError: If what it learned, or what it puts around every document, lies beyond it.
     """
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
+    added = set(tokenizer.get_added_vocab().values())  # pyright: ignore[reportCallIssue, reportOptionalCall]
+    learned = max((i for i in tokenizer.get_vocab().values() if i not in added), default=0)
+    start, end = document_ends(tokenizer)
+    if (largest := max(learned, *start, *end, 0)) >= vocab_size:
         raise UserError(
             f"teacher.path: the tokenizer has token id {largest}, expected less than the model's"
             f" vocabulary of {vocab_size}; use the model's own tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        say(
+            "teacher.path: neither the tokenizer nor the model's configuration names an"
+            " end-of-sequence token, so documents are not separated by one"
         )

@@ -51,6 +51,8 @@ class Document:
     """The file, hub dataset or part of the embedded text it comes from."""
     index: int
     """Its number in the source, from 0."""
+    is_chat: bool = False
+    """Whether the text is a chat: its messages in JSON, or what a chat template made of them."""
 
     def digest(self) -> bytes:
         """SHA-256 of the text, as `utf8` gives it."""

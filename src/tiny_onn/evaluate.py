@@ -28,6 +28,7 @@ from tiny_onn.routing_checks import has_budget
 from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.sources import read_documents
 from tiny_onn.teacher import quiet_transformers, teacher_for
+from tiny_onn.tokens import DocumentTokens
 
 # Share by which a mean number of experts may miss its budget without being called off target.
 BUDGET_TOLERANCE = 0.02
@@ -335,23 +336,34 @@ def text_rows(
     Raises:
         UserError: no such text, or none of two tokens or more.
     """
-    ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens = DocumentTokens(tokenizer)
     documents = (
-        tokenizer(document.text, add_special_tokens=False)["input_ids"] + ending
+        tokens.ids([tokens.rendered(document)])[0]
         for document in read_documents(str(path), data.text_field)
     )
     packed = pack(documents, row_tokens=data.row_tokens, pad_token_id=0)
     try:
         rows = list(islice(packed, max(1, max_tokens // data.row_tokens)))
     except UserError as error:
-        # The readers speak of the setting that usually names the text.
-        raise UserError(f"--text:{str(error).removeprefix('data.sources:')}") from error
+        raise UserError(_told_of_text(str(error))) from error
     if not rows:
         raise UserError(
             f"--text: got {path} without a document of two tokens or more, expected some text; "
             "nothing can be predicted in one token"
         )
     return rows
+
+
+def _told_of_text(problem: str) -> str:
+    """What the readers say, in words of --text instead of the settings that usually name text."""
+    if problem.startswith("data.text_field: "):
+        found = problem.removeprefix("data.text_field: ").rpartition("; ")[0]
+        return (
+            f"--text: {found}; eval reads the field that the run's settings name, so rename the"
+            " field, or give the text as .txt"
+        )
+    told = problem.removeprefix("data.sources: ")
+    return problem if told == problem else f"--text: {told}"
 
 
 @contextmanager

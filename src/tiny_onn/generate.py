@@ -11,6 +11,7 @@ from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
 from tiny_onn.teacher import load_dense, quiet_transformers
+from tiny_onn.tokens import DocumentTokens
 
 
 def run_generate(
@@ -55,12 +56,15 @@ def run_generate(
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
-    inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
+    input_ids = torch.tensor([DocumentTokens(tokenizer).prompt(prompt)], device=network.device)
+    stop = getattr(network.generation_config, "eos_token_id", None)
     output = network.generate(  # pyright: ignore[reportCallIssue]
-        **inputs,
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
         **sampling,
     )
     text = tokenizer.decode(output[0], skip_special_tokens=True)

@@ -25,6 +25,7 @@ from tiny_onn.model_files import (
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.run_folder import read_run_config
 from tiny_onn.teacher import load_dense
+from tiny_onn.tokens import fit_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +125,9 @@ def _read_student(folder: Path) -> tuple[TinyOnnForCausalLM, PreTrainedTokenizer
     student, loading = loaded
     check_loaded(student, loading)
     check_runs(student.train(False))
-    return student, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    fit_tokenizer(tokenizer, student)
+    return student, tokenizer
 
 
 def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedModel:
@@ -152,7 +155,7 @@ def _model_type(folder: Path) -> str | None:
         # A pipe would block for ever.
         return None
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return None
     return settings.get("model_type") if isinstance(settings, dict) else None

@@ -83,7 +83,7 @@ def _step(record: object, name: str) -> int | None:
 def _read(file: Path) -> dict[str, Any]:
     """A JSON object of a run; empty if there is none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

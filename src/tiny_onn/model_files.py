@@ -6,6 +6,7 @@ configuration describes; nothing but regular files is opened and nothing is unpi
 for transformers to refuse (unknown families, damaged tensors) comes out as its own errors.
 """
 
+import codecs
 import json
 import math
 import re
@@ -29,6 +30,7 @@ _MAX_NUMBER = 2**31
 _TRIED_TOKENS = 8
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -54,6 +56,8 @@ def check_model_config(source: str, revision: str | None) -> str | None:
 def check_regular_files(folder: Path) -> None:
     """Refuse a folder with a pipe or device, which could block for ever, or with an adapter.
 
+    Also one with a JSON file that begins with a byte order mark: transformers does not read it.
+
     Raises:
         UserError: there is one.
     """
@@ -64,6 +68,16 @@ def check_regular_files(folder: Path) -> None:
             raise UserError(f"{entry.name} is a pipe or a device, expected a regular file")
         if entry.name == "adapter_config.json":
             raise UserError(f"{entry.name} makes it an adapter; merge it into its base model")
+        if entry.suffix == ".json" and entry.is_file() and _has_mark(entry):
+            raise UserError(
+                f"{entry.name} begins with a byte order mark, expected plain UTF-8; save it without"
+                " the mark"
+            )
+
+
+def _has_mark(file: Path) -> bool:
+    with file.open("rb") as content:
+        return content.read(3).startswith(_MARKS)
 
 
 def read_object(file: Path) -> dict[str, Any]:

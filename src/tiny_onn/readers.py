@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from tiny_onn.embedded import split_text
 from tiny_onn.errors import UserError, reason_of
+from tiny_onn.rows import bad_source, fields_read, row_text
 
 Part = TypeVar("Part", str, bytes)
 WORKING_BYTES = 512 * 2**20
@@ -44,7 +45,7 @@ def is_text_file(path: Path) -> bool:
 
 
 def read_texts(path: Path, text_field: str) -> Iterator[str]:
-    """The texts of a file in order, blank ones included.
+    """The texts of a file in order, blank ones included; a chat is a `rows.Chat`.
 
     Args:
         path: the file.
@@ -76,33 +77,6 @@ def read_texts(path: Path, text_field: str) -> Iterator[str]:
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise bad_source(path, "changed while it was read; wait until its writer is done")
-
-
-def bad_source(where: object, problem: str) -> UserError:
-    """The error for a source of text."""
-    return UserError(f"data.sources: {where}: {problem}")
-
-
-def field_text(row: dict[str, Any], text_field: str, where: object) -> str:
-    """The row's text; null counts as blank.
-
-    Raises:
-        UserError: the field is missing or holds something else.
-    """
-    if text_field not in row:
-        names = ", ".join(str(name)[:40] for name in itertools.islice(row, 20)) or "none"
-        raise UserError(
-            f"data.text_field: {where}: got {text_field!r}, expected one of: {names}; correct it"
-        )
-    value = row[text_field]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(
-            f"data.text_field: {where}: {text_field!r} holds {type(value).__name__}, expected text;"
-            " name another field"
-        )
-    return value
 
 
 def _open_regular(path: Path) -> BinaryIO:
@@ -200,7 +174,7 @@ def _jsonl_texts(blocks: Iterable[bytes], path: Path, text_field: str) -> Iterat
         if not isinstance(row, dict):
             got = raw.strip()[:20].decode("utf-8", "replace")
             raise bad_source(where, f"got {got!r}, expected a JSON object; write one")
-        yield field_text(row, text_field, where)
+        yield row_text(row, text_field, where)
 
 
 def _lines(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
@@ -229,46 +203,100 @@ def _lines(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parquet_texts(file: BinaryIO, path: Path, text_field: str, allowed: int) -> Iterator[str]:
+    """The texts of a table, which reads the columns of the text or of the chats alone."""
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
     try:
         with pq.ParquetFile(file) as table:
-            _check_column(table.schema_arrow, path, text_field)
-            metadata = table.metadata
-        if _column_bytes(metadata, text_field) > allowed:
+            schema, metadata = table.schema_arrow, table.metadata
+        columns = _checked_columns(schema, path, text_field)
+        leaves = _leaves(metadata, columns)
+        if sum(leaves.values()) > allowed:
             raise _bomb(path, allowed)
-        # Dictionaries stay packed, so that a few bytes of indices do not become gigabytes.
-        with pq.ParquetFile(file, metadata=metadata, read_dictionary=[text_field]) as table:
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-                yield from (scalar.as_py() or "" for scalar in batch.column(0))
+        # Dictionaries stay packed, so that a few bytes of indices do not become gigabytes; those of
+        # an extension type do not.
+        packed = not any(isinstance(schema.field(c).type, pa.BaseExtensionType) for c in columns)
+        with pq.ParquetFile(file, metadata=metadata, read_dictionary=list(leaves)) as table:
+            number = itertools.count()
+            for batch in table.iter_batches(_PARQUET_ROWS if packed else 1, columns=columns):
+                for values in zip(*(batch.column(name) for name in columns), strict=True):
+                    where = f"{path} row {next(number)}"
+                    row = {
+                        name: _plain(value, [LINE_BYTES], where)
+                        for name, value in zip(columns, values, strict=True)
+                    }
+                    yield row_text(row, text_field, where)
     except (pa.ArrowException, OverflowError) as error:
         raise _damaged(path, ".parquet", error) from error
 
 
-def _column_bytes(metadata: Any, text_field: str) -> int:  # noqa: ANN401
-    """What a column says it takes unpacked, its repetitions not counted."""
-    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    return sum(group.column(paths.index(text_field)).total_uncompressed_size for group in groups)
+def _leaves(metadata: Any, columns: list[str]) -> dict[str, int]:  # noqa: ANN401
+    """What the leaves of some columns say they take unpacked, their repetitions not counted."""
+    found: dict[str, int] = {}
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    for index in range(metadata.num_columns):
+        leaf = metadata.schema.column(index).path
+        if any(leaf == name or leaf.startswith(f"{name}.") for name in columns):
+            found[leaf] = sum(group.column(index).total_uncompressed_size for group in groups)
+    return found
 
 
-def _check_column(schema: Any, path: Path, text_field: str) -> None:  # noqa: ANN401
-    """Refuse a table whose column is missing, there twice or not of text."""
+def _plain(value: Any, left: list[int], where: str) -> Any:  # noqa: ANN401
+    """A value of a table as Python has it; of a list, at most `left[0]` characters and items."""
     import pyarrow as pa  # noqa: PLC0415
 
-    field_text(dict.fromkeys(schema.names), text_field, path)
-    if (number := schema.names.count(text_field)) > 1:
-        raise bad_source(
-            path, f"got {number} columns named {text_field!r}, expected one; rename the others"
-        )
-    kind = schema.field(text_field).type
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if plain not in (pa.string(), pa.large_string(), pa.null()):
-        raise UserError(
-            f"data.text_field: {path}: {text_field!r} holds {str(kind)[:80]}, expected text; name"
-            " another column, or cast it to string"
-        )
+    if isinstance(value, pa.ListScalar) and value.is_valid:
+        items = []
+        for item in value:
+            items.append(_plain(item, left, where))
+            left[0] -= 1 + (len(items[-1]) if isinstance(items[-1], str) else 0)
+            if left[0] < 0:
+                raise bad_source(
+                    where, f"got more than {LINE_BYTES // 2**20} MiB, expected one chat; split it"
+                )
+        return items
+    if isinstance(value, pa.StructScalar) and value.is_valid:
+        fields = {}
+        for name, item in value.items():
+            fields[name] = _plain(item, left, where)
+            left[0] -= len(fields[name]) if isinstance(fields[name], str) else 1
+        return fields
+    return value.as_py()
+
+
+def _checked_columns(schema: Any, path: Path, text_field: str) -> list[str]:  # noqa: ANN401
+    """The columns to read; a table where one is missing, there twice or of no text is refused."""
+    columns = fields_read(schema.names, text_field, path)
+    for name in columns:
+        if (number := schema.names.count(name)) > 1:
+            raise bad_source(
+                path, f"got {number} columns named {name!r}, expected one; rename the others"
+            )
+        kind = schema.field(name).type
+        # A list of messages is looked at row by row.
+        if name == text_field and not (_is_text(kind) or _is_list(kind)):
+            raise UserError(
+                f"data.text_field: {path}: {name!r} holds {str(kind)[:80]}, expected text; name"
+                " another column, or cast it to string"
+            )
+    return columns
+
+
+def _is_text(kind: Any) -> bool:  # noqa: ANN401
+    """Whether a type of Arrow's is one of text, however it is stored, or of nulls alone."""
+    import pyarrow as pa  # noqa: PLC0415
+
+    while isinstance(kind, pa.BaseExtensionType) or pa.types.is_dictionary(kind):
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind.storage_type
+    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(check(kind) for check in (*checks, pa.types.is_null))
+
+
+def _is_list(kind: Any) -> bool:  # noqa: ANN401
+    import pyarrow as pa  # noqa: PLC0415
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _damaged(path: Path, packing: str, error: Exception) -> UserError:

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -31,11 +32,17 @@ from tiny_onn.resuming import check_changes, with_absolute_paths
 from tiny_onn.settings import config_from_json, resolved_json
 
 METRICS_NAME = "metrics.jsonl"
+# Kinds of records that a run writes before its first step.
+_UNTRAINED = ("start", "blocks")
+_ENVIRONMENT = re.compile(r"environment(-\d+)?\.json")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
-    """Create `path` with `config.json` and `environment.json`; `path` may exist if it is empty.
+    """Create `path` with `config.json` and `environment.json`.
+
+    `path` may exist if it is empty, or if it is what a run left that failed before its first step:
+    such a run is started anew.
 
     Args:
         path: The folder; missing parents are made.
@@ -47,16 +54,37 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
     """
     with _explain_write(path):
         path.mkdir(parents=True, exist_ok=True)
-        # A run that failed before its first record may be started again in its folder.
-        early = ("config.json", "environment.json", LOCK_NAME)
-        if any(entry.name not in early for entry in path.iterdir()):
+        early = list(path.iterdir())
+        if not all(_may_go(entry) for entry in early):
             raise UserError(
                 f"{path}: got a folder that is not empty, expected a new one; add --resume to go"
                 " on with its run, or choose another --out"
             )
+        for entry in early:
+            if entry.is_dir():
+                entry.rmdir()
+            elif entry.name != LOCK_NAME:
+                entry.unlink()
     write_json(path / "environment.json", _environment(config.train.device, argv))
     # Last, so that a folder with settings is a whole one.
     keep_settings(path, config)
+
+
+def _may_go(entry: Path) -> bool:
+    """Whether a file or folder is of a run, and holds nothing that the run's training made."""
+    if entry.name == "checkpoints":
+        return entry.is_dir() and not any(entry.iterdir())
+    if entry.is_dir():
+        return False
+    if entry.name == METRICS_NAME:
+        # A line that was cut off may be a step's.
+        whole = entry.read_bytes().endswith(b"\n") or not entry.stat().st_size
+        return whole and all(
+            record.get("kind") in _UNTRAINED and record.get("step", 0) == 0
+            for record in read_metrics(entry)
+        )
+    names = ("config.json", "conversion.json", LOCK_NAME)
+    return entry.name in names or _ENVIRONMENT.fullmatch(entry.name) is not None
 
 
 def resume_run_folder(
@@ -102,7 +130,7 @@ def read_run_config(path: Path) -> RunConfig:
     """
     file = path / "config.json"
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(
             f"{file}: cannot read it ({error.strerror}), expected the settings of a run; check the"
@@ -132,7 +160,7 @@ def record_conversion(path: Path, conversion: Mapping[str, object]) -> None:
         UserError: it is not, or the file cannot be written.
     """
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8")).get("backbone_sha256")
+        before = json.loads(path.read_text(encoding="utf-8-sig")).get("backbone_sha256")
         if before != conversion["backbone_sha256"]:
             raise UserError(
                 "teacher.path: got other weights than the run began with, expected a backbone of "

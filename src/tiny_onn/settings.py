@@ -203,11 +203,14 @@ def _read_bounded(path: Path) -> bytes:
 
 def _parse_toml(text: bytes, source: str) -> dict[str, Any]:
     try:
-        return _loads(text.decode())
+        # Editors may begin a file with a byte order mark.
+        return _loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        is_utf8 = b"\0" not in text and not isinstance(error, UnicodeDecodeError)
+        remedy = "mend it there" if is_utf8 else "save it as UTF-8, it may be UTF-16"
         raise UserError(
             f"{source}: got malformed TOML ({error}), expected settings as `tiny-onn config` prints"
-            " them; mend it there"
+            f" them; {remedy}"
         ) from error
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from tiny_onn.config import DataConfig
 from tiny_onn.embedded import Document, embedded_documents
 from tiny_onn.errors import UserError, reason_of
-from tiny_onn.readers import ENDINGS, bad_source, field_text, is_text_file, read_texts
+from tiny_onn.readers import ENDINGS, is_text_file, read_texts
+from tiny_onn.rows import Chat, bad_source, row_text
 
 HUB_PREFIX = "hf:"
 # Documents of a hub stream that are shuffled among each other.
@@ -42,7 +43,7 @@ def read_documents(source: str, text_field: str) -> Iterator[Document]:
             for index, text in enumerate(read_texts(file, text_field)):
                 if text.strip():
                     found = True
-                    document = Document(text, str(file), index)
+                    document = Document(text, str(file), index, isinstance(text, Chat))
                     document.utf8()
                     yield document
     except OSError as error:
@@ -91,9 +92,9 @@ def hub_documents(
             dataset = dataset.shuffle(seed=order[0], buffer_size=_SHUFFLE_BUFFER)
             dataset.set_epoch(order[1])
         for index, row in enumerate(dataset):
-            text = field_text(row, config.text_field, f"{source} row {index}")
+            text = row_text(row, config.text_field, f"{source} row {index}")
             if text.strip():
-                yield Document(text, source, index)
+                yield Document(text, source, index, isinstance(text, Chat))
     except ConnectionError as error:
         remedy = "connect, or name downloaded .jsonl or .parquet files instead"
         raise bad_source(

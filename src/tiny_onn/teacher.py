@@ -23,6 +23,7 @@ from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model_files import check_loaded, check_model_config, check_runs, check_weights
 from tiny_onn.modeling import TinyOnnConfig, gated_mlps
 from tiny_onn.quantize import quantize_nf4
+from tiny_onn.tokens import fit_tokenizer
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -93,6 +94,7 @@ def load_dense(
         model, loading = loaded
         _checked(config, check_loaded, model, loading)
         tokenizer = AutoTokenizer.from_pretrained(source, **trust, **hub)
+        fit_tokenizer(tokenizer, model)
     # What transformers keeps there depends on its version.
     model.config._commit_hash = commit
     model.requires_grad_(False)

@@ -1,0 +1,199 @@
+"""Documents to token ids: where the tokenizer's own special tokens go, and where a document ends.
+
+A document is what `tokenizer(text)` makes of it, beginning-of-sequence token and all, and ends with
+the end-of-sequence token if there is one and the tokenizer has not put it there itself. A chat is
+rendered with the tokenizer's chat template, which places the tokens at its start; its end is marked
+like any other's, unless the template has done that. Text that spells a special token is tokenised
+as that token.
+"""
+
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tiny_onn.console import say
+from tiny_onn.embedded import Document
+from tiny_onn.errors import LOAD_ERRORS, LoadErrors, UserError, reason_of
+from tiny_onn.rows import bad_source
+
+# A date that a chat template asks for: today's would give other rows tomorrow.
+_DATE = datetime.date(2024, 7, 26)
+_ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Tell a tokenizer what only its model's files say: the vocabulary's size, and where text ends.
+
+    The end-of-sequence token stays the tokenizer's own if it has one. Else it is the one of
+    config.json or generation_config.json, the first if there are several.
+    """
+    config = model.config.get_text_config()
+    tokenizer.model_vocab_size = config.vocab_size
+    if tokenizer.eos_token_id is not None:
+        return
+    for source in (config, model.config, model.generation_config):
+        known = getattr(source, "eos_token_id", None)
+        for token_id in known if isinstance(known, list | tuple) else [known]:
+            if isinstance(token_id, int) and 0 <= token_id < config.vocab_size:
+                token = tokenizer.convert_ids_to_tokens(token_id)
+                if isinstance(token, str):
+                    tokenizer.eos_token = token
+                    return
+
+
+def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids before and after every document's own.
+
+    Raises:
+        UserError: If the tokenizer is a slow one, or puts tokens elsewhere too.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"teacher.path: got the slow tokenizer {type(tokenizer).__name__}, expected a fast"
+            " one; convert it to tokenizer.json"
+        )
+    with LoadErrors("teacher.path: its tokenizer failed ({}); use the model's own".format):
+        whole = tokenizer("a", return_attention_mask=False, verbose=False)
+        # None is what the tokenizer put there, 0 the text.
+        of_text = [place for place, text in enumerate(whole.sequence_ids(0)) if text is not None]
+    token_ids = whole["input_ids"]
+    first = of_text[0] if of_text else len(token_ids)
+    last = of_text[-1] + 1 if of_text else len(token_ids)
+    if len(of_text) != last - first:
+        raise UserError(
+            "teacher.path: its tokenizer puts special tokens inside a text, expected them before"
+            " and after it alone; use the model's own tokenizer"
+        )
+    end, eos_token_id = token_ids[last:], tokenizer.eos_token_id
+    if eos_token_id is not None and eos_token_id not in end:
+        end = [*end, eos_token_id]
+    return token_ids[:first], end
+
+
+class DocumentTokens:
+    """What makes a document's token ids, the same wherever documents are read.
+
+    Attributes:
+        start: The token ids before a document's own, its chat template's aside.
+        end: Those after it.
+
+    Raises:
+        UserError: As `document_ends`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.start, self.end = document_ends(tokenizer)
+        limit = getattr(tokenizer, "model_vocab_size", None)
+        largest = max(tokenizer.get_vocab().values())
+        self._limit: int | None = limit if limit is not None and largest >= limit else None
+
+    def identity(self, *, with_chats: bool) -> dict[str, Any]:
+        """What must be equal for documents, or chats too, to have the same token ids, by name."""
+        found: dict[str, Any] = {
+            "vocabulary size": len(self._tokenizer),
+            "tokens around a document": [self.start, self.end],
+        }
+        if with_chats:
+            template = str(self._tokenizer.chat_template).encode()
+            found["chat template (sha256)"] = hashlib.sha256(template).hexdigest()
+        return found
+
+    def rendered(self, document: Document) -> Document:
+        """The same document if it is text; a chat as the text that its template makes of it.
+
+        Raises:
+            UserError: If there is no chat template, or it refuses the chat.
+        """
+        if not document.is_chat:
+            return document
+        # Slow to import, and needed for chats only; torch depends on it.
+        from jinja2 import TemplateError  # noqa: PLC0415
+
+        where = f"{document.source} document {document.index}"
+        if not self._tokenizer.chat_template:
+            raise bad_source(
+                where,
+                "got a chat, and the tokenizer has no chat template, expected text; render the"
+                " chats to text first and name its field with data.text_field, or take a teacher"
+                " whose tokenizer has a template",
+            )
+        if not getattr(self._tokenizer, "told_of_chats", False):
+            self._tokenizer.told_of_chats = True
+            say(f"{document.source}: chats are rendered to text with the tokenizer's chat template")
+        try:
+            template = _ASKS_FOR_DATE.sub(
+                lambda asked: repr(_DATE.strftime(asked[2])), self._tokenizer.get_chat_template()
+            )
+            text = self._tokenizer.apply_chat_template(
+                json.loads(document.text), chat_template=template, tokenize=False
+            )
+        except (TemplateError, *LOAD_ERRORS) as error:
+            raise bad_source(
+                where,
+                f"the tokenizer's chat template refuses the chat ({reason_of(error)}), expected"
+                " one that it renders; mend the chat or leave it out",
+            ) from error
+        assert isinstance(text, str)
+        return replace(document, text=text)
+
+    def ids(self, documents: Sequence[Document]) -> list[list[int]]:
+        """The token ids of documents, chats of them rendered; none where the text gives none.
+
+        Raises:
+            UserError: If the tokenizer fails, or a text makes a token that the model does not have.
+        """
+        first = f"{documents[0].source} document {documents[0].index}"
+        with LoadErrors(partial(_tokenizer_failed, first)):
+            encoded = self._tokenizer(
+                [document.text for document in documents],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
+            )["input_ids"]
+        pairs = zip(documents, encoded, strict=True)
+        return [self._whole(document, token_ids) for document, token_ids in pairs]
+
+    def prompt(self, text: str) -> list[int]:
+        """The token ids of a text that the model is to go on from: a document without its end.
+
+        Raises:
+            UserError: As `ids`.
+        """
+        token_ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        self._check("--prompt", token_ids)
+        return [*self.start, *token_ids]
+
+    def _whole(self, document: Document, token_ids: list[int]) -> list[int]:
+        self._check(f"data.sources: {document.source} document {document.index}", token_ids)
+        if not token_ids:
+            return []
+        if not document.is_chat:
+            return [*self.start, *token_ids, *self.end]
+        eos_token = self._tokenizer.eos_token
+        ended = isinstance(eos_token, str) and document.text.rstrip().endswith(eos_token)
+        return token_ids if ended else [*token_ids, *self.end]
+
+    def _check(self, where: str, token_ids: list[int]) -> None:
+        if self._limit is None or max(token_ids, default=0) < self._limit:
+            return
+        token_id = next(i for i in token_ids if i >= self._limit)
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        raise UserError(
+            f"{where}: holds {token!r}, which is the tokenizer's token id {token_id}, expected less"
+            f" than the model's vocabulary of {self._limit}; take that token out of the text"
+        )
+
+
+def _tokenizer_failed(first: str, reason: str) -> str:
+    return (
+        f"teacher.path: its tokenizer failed ({reason}) on the documents from {first} on; try again"
+        " with --resume, or leave that text out"
+    )
