@@ -43,6 +43,7 @@ LAYERS = (
         "quantize",
         "assignment",
         "integrity",
+        "backbone_mode",
     ),
     (
         "modeling",

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tiny_onn.backbone_mode import set_backbone_mode
 from tiny_onn.config import AtLeastOne, Compensation, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
@@ -170,6 +171,22 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def train(self, mode: bool = True) -> "TinyOnnForCausalLM":
+        """Set the mode of experts and routers, and of the backbone only where it is trained too.
+
+        A frozen backbone stays in evaluation mode, so that no dropout of any name separates the
+        student from its teacher. As soon as one of the backbone's own parameters requires a
+        gradient (fine-tuning, LoRA on attention), all of it follows `mode`, as in any other model.
+        Gradient checkpointing works in both cases.
+        """
+        super().train(mode)
+        set_backbone_mode(self.backbone, decoder_layers(self.backbone), mode)
+        return self
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.train(self.training)
 
     def get_input_embeddings(self) -> nn.Module:  # noqa: D102
         return self.backbone.get_input_embeddings()
