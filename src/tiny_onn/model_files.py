@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from tiny_onn.checks import shown
+from tiny_onn.console import say
 from tiny_onn.errors import LoadErrors, UserError, printable
 
 # The largest configurations that are published have some 20 KB and 130 layers.
@@ -29,6 +30,14 @@ _MAX_NUMBER = 2**31
 _TRIED_TOKENS = 8
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
+# Keys that count layers and other modules of which transformers builds that many, as n_layer,
+# encoder_layers, num_layers_per_stack, depth or num_experts. A size of one layer or a number per
+# layer (vocab_size_per_layer_input) counts none.
+_COUNTS = re.compile(
+    r"(?!.*(size|topk))(.*_)?(?<!per_)(layers?|depth|blocks)"
+    r"|(?!.*(size|heads))(.*_)?(n|num)_(\w+_)?(?<!per_)(layers|blocks|stages|experts|codebooks|quantizers)"
+    r"(?!_per_tok).*"
+)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -105,7 +114,7 @@ def check_config_table(table: dict[str, Any], where: str) -> None:
         elif isinstance(value, list):
             waiting += [(name, item) for item in value]
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            many = isinstance(value, int) and ("layer" in name or "block" in name)
+            many = isinstance(value, int) and _COUNTS.fullmatch(name)
             limit = _MAX_LAYERS if many else _MAX_NUMBER
             # Settings that are factors may be larger than counts; none is infinite.
             if not math.isfinite(value) if isinstance(value, float) else abs(value) > limit:
@@ -151,6 +160,8 @@ def _weight_files(source: str, revision: str | None) -> Iterator[Path]:
     }
     whole = cached_file(source, _WEIGHTS, **optional)
     if whole is not None:
+        if (Path(source) / _INDEX).exists():
+            say(f"{source} holds {_WEIGHTS} and {_INDEX}; {_WEIGHTS} is read, the shards are not")
         yield Path(whole)
         return
     index = cached_file(source, _INDEX, **optional)

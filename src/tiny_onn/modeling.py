@@ -27,6 +27,7 @@ from tiny_onn.config import AtLeastOne, Compensation, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import Head
+from tiny_onn.multimodal import is_multimodal, multimodal_error
 from tiny_onn.router import RoutingRule
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -248,6 +249,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
+        if is_multimodal(model.config):
+            raise multimodal_error(model.config)
         raise _unsupported(model, "its base model has no list of decoder layers named 'layers'")
     return list(layers)
 
@@ -270,6 +273,11 @@ def gated_mlps(model: PreTrainedModel) -> list[GatedMlp]:
 
 def _gated_mlp(model: PreTrainedModel, layer: nn.Module, index: int) -> GatedMlp:
     mlp = getattr(layer, "mlp", None)
+    if not isinstance(getattr(layer, "self_attn", None), nn.Module):
+        # Linear attention, a state space and other recurrences, which know no document bounds.
+        names = [n for n, _ in layer.named_children() if n != "mlp" and "norm" not in n]
+        there = f", expected attention; it has {', '.join(names)}" if names else ""
+        raise _unsupported(model, f"layer {index} has no module named 'self_attn'{there}")
     if isinstance(mlp, ExpertBank):
         raise _unsupported(model, "it is a Tiny-ONN student already")
     if not isinstance(mlp, nn.Module):
@@ -367,8 +375,8 @@ def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, **kwargs: obje
 def _unsupported(model: PreTrainedModel, reason: str) -> UserError:
     return UserError(
         f"architecture {type(model).__name__} (model_type {model.config.model_type!r}) cannot be "
-        f"converted: {reason}; expected decoder layers whose mlp has bias-free gate_proj, up_proj "
-        "and down_proj, as in Llama, Qwen3, Mistral or Gemma 2"
+        f"converted: {reason}; expected decoder layers with self_attn and an mlp of bias-free "
+        "gate_proj, up_proj and down_proj, as in Llama, Qwen3, Mistral or Gemma 2"
     )
 
 

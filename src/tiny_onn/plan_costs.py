@@ -20,6 +20,7 @@ from tiny_onn.config import RunConfig
 from tiny_onn.convert import student_config
 from tiny_onn.errors import LoadErrors
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
+from tiny_onn.multimodal import check_causal
 from tiny_onn.optim import split_parameters
 
 # Backward of flash attention: five matrix products, one of them the forward's scores again, where
@@ -158,6 +159,7 @@ def meta_models(
         UserError: the architecture, the sizes or k do not fit.
     """
     dtype = getattr(torch, config.teacher.dtype)
+    check_causal(shape)
     with torch.device("meta"), LoadErrors(_no_model):
         dense = AutoModelForCausalLM.from_config(
             shape, dtype=dtype, trust_remote_code=config.teacher.trust_remote_code

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from tiny_onn.config import TeacherConfig
 from tiny_onn.errors import LOAD_ERRORS, UserError, printable, reason_line, reason_of
 from tiny_onn.model_files import check_config_table, check_model_config, read_object
+from tiny_onn.model_paths import find_model
 
 GIB = 2**30
 # What `embedded` is, without unpacking it.
@@ -59,10 +60,9 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
         known = {stem.lower(), str(json.loads(raw)["_name_or_path"]).lower()}
         if text.lower() in known or (text == "embedded" and stem == _EMBEDDED):
             return stem, _for_model(json.loads(raw), stem)
-    if text.startswith((".", "/", "~")):
-        raise _no_shape(text, "nothing is there")
-    options = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    return text, _from_pretrained(text, options)
+    source = find_model(text, "teacher.path", teacher.revision)
+    hub = {} if Path(source).is_dir() else {"revision": teacher.revision}
+    return text, _from_pretrained(source, {**hub, "trust_remote_code": teacher.trust_remote_code})
 
 
 def find_device(text: str, dtype: str) -> Device:
