@@ -55,7 +55,8 @@ def check_model_config(source: str, revision: str | None) -> str | None:
     if revision is None:
         check_regular_files(Path(source))
     file = cached_file(source, _CONFIG, revision=revision)
-    assert file is not None
+    if file is None:
+        raise UserError(f"there is no {_CONFIG} in it, expected a model's folder; check the path")
     check_config_table(read_object(Path(file)), _CONFIG)
     return extract_commit_hash(file, None)
 

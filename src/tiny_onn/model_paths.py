@@ -36,15 +36,16 @@ def find_model(name: str, field: str, revision: str = "main") -> str:
         found = bool(name) and path.is_dir()
     except (RuntimeError, OSError, ValueError) as error:
         # No such user's home, a name too long for a path, a null character.
-        raise _missing(name, field, f"it is no path ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise _missing(name, field, f"it is no path ({reason})") from error
     if found:
         return str(path)
     if path.is_file():
         raise UserError(
-            f"{field}: got {printable(name)}, a file, expected a folder with a model; name the "
+            f"{field}: got {name}, a file, expected a folder with a model; name the "
             "folder it lies in"
         )
-    where = f"no folder {printable(str(path.absolute()))} is there"
+    where = no_folder(str(path))
     if not _may_be_hub_id(name):
         raise _missing(name, field, where)
     if try_to_load_from_cache(name, "config.json", revision=revision) is not None:
@@ -63,8 +64,8 @@ def find_model(name: str, field: str, revision: str = "main") -> str:
 
 
 def no_folder(name: str) -> str:
-    """Say that a hub id is no folder here, with where it would be."""
-    return f"no folder {printable(str(Path(name).absolute()))} is there"
+    """Say that there is no such folder, with where it would be."""
+    return f"no folder {printable(str(Path(name).absolute()))[:400]} is there"
 
 
 def _may_be_hub_id(name: str) -> bool:
@@ -108,7 +109,7 @@ def _unreachable() -> str | None:
 
 def _missing(name: str, field: str, reason: str) -> UserError:
     return UserError(
-        f"{field}: got {printable(name)}, expected a folder with a model, which is not there "
+        f"{field}: got {printable(name)[:200]}, expected a folder with a model, which is not there "
         f"({reason}); check the path, or use a hub id such as Qwen/Qwen3-0.6B; a hub id needs "
         "a network or a local cache"
     )

@@ -27,7 +27,6 @@ from tiny_onn.config import AtLeastOne, Compensation, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import Head
-from tiny_onn.multimodal import is_multimodal, multimodal_error
 from tiny_onn.router import RoutingRule
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -249,8 +248,6 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        if is_multimodal(model.config):
-            raise multimodal_error(model.config)
         raise _unsupported(model, "its base model has no list of decoder layers named 'layers'")
     return list(layers)
 

@@ -1,12 +1,53 @@
-"""Models that are no decoder of text alone, refused with what can be done about it.
+"""Models that are no decoder of text alone, refused with what can be done about them.
 
 A multimodal checkpoint holds a language model beside towers for images or sound. transformers reads
 the text part of some by itself; of the others it has to be saved first.
 """
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from typing import Any
 
-from tiny_onn.errors import UserError
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from tiny_onn.errors import LOAD_ERRORS, UserError
+from tiny_onn.modeling import gated_mlps
+
+
+def dense_skeleton(config: PretrainedConfig, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - those of from_config
+    """The model of a configuration on the meta device, sure to be one that can be converted.
+
+    Raises:
+        UserError: it is no causal language model, multimodal, or of another architecture.
+    """
+    check_causal(config)
+    multimodal = is_multimodal(config)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, **options)
+    except LOAD_ERRORS as error:
+        if multimodal:
+            # Its towers may need libraries that text does not.
+            raise multimodal_error(config) from error
+        raise
+    if multimodal and type(skeleton.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise multimodal_error(config)
+    try:
+        gated_mlps(skeleton)
+    except UserError as error:
+        if is_multimodal(skeleton.config):
+            raise multimodal_error(config) from error
+        if multimodal:
+            raise UserError(
+                f"it is a multimodal model (model_type {config.model_type!r}), and its text part "
+                f"is not supported: {error}"
+            ) from error
+        raise
+    return skeleton
 
 
 def check_causal(config: PretrainedConfig) -> None:

@@ -1,6 +1,7 @@
 """Where a plan's numbers come from: a model's config.json and a device's memory and rates."""
 
 import json
+import os
 import time
 import tomllib
 from collections.abc import Callable
@@ -50,9 +51,9 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
         UserError: nothing there, or not a configuration that transformers knows.
     """
     path, text = Path(name), str(name)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 - no error for what is no path
         return text, _read_shape(path, text)
-    if path.is_dir():
+    if text and os.path.isdir(path):  # noqa: PTH112
         return text, _from_pretrained(text, {})
     for entry in sorted((files("tiny_onn") / "shapes").iterdir(), key=lambda entry: entry.name):
         raw = entry.read_text("utf-8")

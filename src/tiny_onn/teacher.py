@@ -22,8 +22,8 @@ from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model_files import check_loaded, check_model_config, check_runs, check_weights
 from tiny_onn.model_paths import find_model, no_folder
-from tiny_onn.modeling import TinyOnnConfig, gated_mlps
-from tiny_onn.multimodal import check_causal
+from tiny_onn.modeling import TinyOnnConfig
+from tiny_onn.multimodal import dense_skeleton
 from tiny_onn.packed_check import check_packing
 from tiny_onn.quantize import quantize_nf4
 
@@ -94,10 +94,7 @@ def load_dense(
                 f"teacher.path: got {config.path}, a Tiny-ONN student, expected a dense model; "
                 "name the model it was converted from"
             )
-        _checked(config, check_causal, settings)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(settings, **trust)
-        _checked(config, gated_mlps, skeleton)
+        skeleton = _checked(config, dense_skeleton, settings, **trust)
         _checked(config, check_weights, source, revision, skeleton)
         # With loading info it returns a pair, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
