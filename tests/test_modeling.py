@@ -20,6 +20,7 @@ from tiny_onn.modeling import (
     TinyOnnConfig,
     TinyOnnForCausalLM,
     activation_name,
+    decoder_layers,
     head_of,
     last_hidden_states,
 )
@@ -253,7 +254,7 @@ def test_loading_gives_the_backbone_its_hash(tmp_path):
     ],
 )
 def test_a_frozen_backbone_trains_without_dropout(family, dropouts, checkpointing):
-    def gradients(options: dict[str, float]) -> list[Any]:
+    def gradients(options: dict[str, Any]) -> list[Any]:
         student = make_student(make_dense(family, **options))
         checkpoint_layers(student, checkpointing)
         hidden = last_hidden_states(student.train(), make_ids())
@@ -280,7 +281,7 @@ class DroppingLayer(GradientCheckpointingLayer):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_layer_is_checkpointed_without_its_own_dropout(checkpointed):
-    layer = DroppingLayer()
+    layer: Any = DroppingLayer()
     layer.gradient_checkpointing = checkpointed
     layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     layer.norm.weight = nn.Parameter(torch.ones(1), requires_grad=False)
@@ -304,8 +305,10 @@ def test_transformers_own_checkpointing_recomputes_a_frozen_backbone():
     name = "activation_checkpointing_enable"
     getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")()
     calls: list[nn.Module] = []
-    for layer in student.backbone.base_model.layers:
-        layer.self_attn.register_forward_pre_hook(lambda module, _: calls.append(module))
+    for layer in decoder_layers(student.backbone):
+        layer.get_submodule("self_attn").register_forward_pre_hook(
+            lambda module, _: calls.append(module)
+        )
     hidden = last_hidden_states(student, make_ids())
     hidden.sum().backward()
     assert len(calls) == 2 * len(set(calls)) == 4

@@ -76,9 +76,10 @@ def multimodal_error(config: PretrainedConfig) -> UserError:
     """The refusal of a multimodal model, and how to get at its text part if there is a way."""
     text = config.get_text_config()
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        name = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__
+        # The class, which the mapping's annotation does not say.
+        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
         remedy = (
-            f"save its text part (model_type {text.model_type!r}) as a {name} with the tokenizer "
+            f"save its text part (model_type {text.model_type!r}) as a {known.__name__} with the tokenizer "
             "in a folder of its own, and name that folder"
         )
     else:
