@@ -79,8 +79,8 @@ def multimodal_error(config: PretrainedConfig) -> UserError:
         # The class, which the mapping's annotation does not say.
         known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
         remedy = (
-            f"save its text part (model_type {text.model_type!r}) as a {known.__name__} with the tokenizer "
-            "in a folder of its own, and name that folder"
+            f"save its text part (model_type {text.model_type!r}) as a {known.__name__} with the "
+            "tokenizer in a folder of its own, and name that folder"
         )
     else:
         remedy = (
