@@ -206,7 +206,7 @@ def test_logits_that_are_no_numbers_are_told(saved, tmp_path, kind):
 
 def test_a_model_that_does_not_run_is_told(teacher):
     set_config(teacher, output_hidden_states=["a"])
-    assert "it does not run on 8 tokens (TypeError" in refusal(teacher)
+    assert "it does not run on 24 tokens (TypeError" in refusal(teacher)
 
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS, "tokenizer.json"])

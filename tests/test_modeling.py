@@ -1,19 +1,26 @@
 """The student is a Hugging Face model: saved, loaded, generating, and as exact as its backbone."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tiny import FAMILIES, OTHERS, make_dense, make_documents, make_ids, make_student
+from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import packed_kwargs
+from tiny_onn.backbone_mode import set_backbone_mode
 from tiny_onn.convert import backbone_hash
 from tiny_onn.modeling import (
     TinyOnnConfig,
     TinyOnnForCausalLM,
     activation_name,
+    decoder_layers,
     head_of,
     last_hidden_states,
 )
@@ -235,3 +242,74 @@ def test_only_experts_and_gates_count_as_trainable():
 def test_loading_gives_the_backbone_its_hash(tmp_path):
     dense = make_dense("qwen3")
     assert backbone_hash(reload(make_student(dense), tmp_path)) == backbone_hash(dense)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layer", "selective"])
+@pytest.mark.parametrize(
+    ("family", "dropouts"),
+    [
+        ("seed_oss", {"attention_dropout": 0.3, "residual_dropout": 0.3}),
+        ("stablelm", {"attention_dropout": 0.3, "hidden_dropout": 0.3}),
+        ("llama", {"attention_dropout": 0.3}),
+    ],
+)
+def test_a_frozen_backbone_trains_without_dropout(family, dropouts, checkpointing):
+    def gradients(options: dict[str, Any]) -> list[Any]:
+        student = make_student(make_dense(family, **options))
+        checkpoint_layers(student, checkpointing)
+        hidden = last_hidden_states(student.train(), make_ids())
+        hidden.square().sum().backward()
+        return [hidden, *(bank.gate_up_proj.grad for bank in student.banks())]
+
+    without = gradients(dict.fromkeys(dropouts, 0.0))
+    assert all(map(torch.equal, gradients(dropouts), without))
+
+
+class DroppingLayer(GradientCheckpointingLayer):
+    """A layer whose own flag switches dropout on, as in some families, around an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(8, 8)
+        self.norm = nn.Dropout(0.5)
+        self.calls: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(self.mlp.training)
+        return nn.functional.dropout(self.norm(self.mlp(x)), 0.5, training=self.training)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_layer_is_checkpointed_without_its_own_dropout(checkpointed):
+    layer: Any = DroppingLayer()
+    layer.gradient_checkpointing = checkpointed
+    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    layer.norm.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+    backbone = nn.ModuleDict({"layers": nn.ModuleList([layer])})
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for _ in range(2):
+        # The second time finds what the first one set up.
+        set_backbone_mode(backbone.train(), [layer], True)
+        layer(x).sum().backward()
+    assert torch.equal(layer(x), layer.mlp(x))
+    assert layer.calls == [True] * (5 if checkpointed else 3)
+    layer.norm.weight.requires_grad_(True)
+    set_backbone_mode(backbone.train(), [layer], True)
+    assert layer.training
+    assert layer.norm.training
+    assert not torch.equal(layer(x), layer.mlp(x))
+
+
+def test_transformers_own_checkpointing_recomputes_a_frozen_backbone():
+    student = make_student(make_dense("seed_oss", residual_dropout=0.3)).train()
+    name = "activation_checkpointing_enable"
+    getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")()
+    calls: list[nn.Module] = []
+    for layer in decoder_layers(student.backbone):
+        layer.get_submodule("self_attn").register_forward_pre_hook(
+            lambda module, _: calls.append(module)
+        )
+    hidden = last_hidden_states(student, make_ids())
+    hidden.sum().backward()
+    assert len(calls) == 2 * len(set(calls)) == 4
+    assert torch.equal(hidden, last_hidden_states(student, make_ids()))

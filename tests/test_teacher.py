@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -81,13 +82,16 @@ def test_a_hub_id_loads_from_the_local_cache_without_network(saved, tmp_path, mo
     dense, tokenizer = load("someone/something")
     assert dense.config.model_type == "llama"
     assert len(tokenizer) <= 320
-    assert "couldn't find them in the cached files" in refusal("someone/something", revision="v2")
+    message = refusal("someone/something", revision="v2")
+    assert f"it is not in the local cache ({tmp_path}) at revision v2" in message
 
 
 def test_a_hub_id_without_network_or_cache_is_refused(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = refusal("nobody/nothing")
-    assert message.startswith("teacher.path: got nobody/nothing, expected a causal language model")
+    assert message.startswith("teacher.path: got nobody/nothing, expected a folder with a model")
+    assert f"no folder {Path.cwd() / 'nobody/nothing'} is there" in message
+    assert "HF_HUB_OFFLINE is set" in message
     assert "a hub id needs a network or a local cache" in message
 
 

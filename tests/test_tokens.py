@@ -338,4 +338,5 @@ def test_a_run_distills_on_chats(tmp_path: Path):
     config = write_run(tmp_path, teacher={"path": str(folder)}, train={"tokens": 128})
     config = change(config, data={"sources": (str(path),)})
     result = run_distill(config, out=tmp_path / "run")
-    assert result.held_out[0].input_ids[0, 0] == BOS
+    rows = held_out_rows(config.data, result.prepared.tokenizer, 64, 64)
+    assert rows[0].input_ids[0, 0] == BOS

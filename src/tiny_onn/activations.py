@@ -72,6 +72,8 @@ def checkpoint_layers(student: TinyOnnForCausalLM, mode: Checkpointing) -> None:
             )
         layer.gradient_checkpointing = recompute is not None
         layer._gradient_checkpointing_func = recompute  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    # The student's own mode decides which layers are in training mode, which checkpointing needs.
+    student.train(student.training)
 
 
 def attention_ops() -> list[torch._ops.OpOverload]:

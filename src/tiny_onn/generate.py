@@ -10,6 +10,7 @@ from tiny_onn.config import TeacherConfig
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
+from tiny_onn.model_paths import find_model
 from tiny_onn.teacher import load_dense, quiet_transformers
 from tiny_onn.tokens import DocumentTokens
 
@@ -86,6 +87,8 @@ def _load(
             raise UserError(
                 f"{name}: got {model}, a dense model, expected a student; leave {name} out"
             )
+    if model != "embedded":
+        find_model(model, "MODEL")
     dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
     # Packed rows are for training; caches are transformers' own attention's business.
     dense.set_attn_implementation(_generation_attention(dense))

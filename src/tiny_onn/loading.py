@@ -22,6 +22,7 @@ from tiny_onn.model_files import (
     check_weights,
     read_object,
 )
+from tiny_onn.model_paths import no_folder
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.run_folder import read_run_config
 from tiny_onn.teacher import load_dense
@@ -79,7 +80,8 @@ def load_student(name: str, device: torch.device, checkpoint: str = "newest") ->
         config, student_folder = RunConfig(), folder
     else:
         raise UserError(
-            f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student; "
+            f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student"
+            f"{'' if folder.is_dir() else f' ({no_folder(name)})'}; "
             "make one with `tiny-onn demo` or `tiny-onn distill`"
         )
     try:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from tiny_onn.checks import shown
+from tiny_onn.console import say
 from tiny_onn.errors import LoadErrors, UserError, printable
 
 # The largest configurations that are published have some 20 KB and 130 layers.
@@ -31,6 +32,14 @@ _TRIED_TOKENS = 8
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Keys that count layers and other modules of which transformers builds that many, as n_layer,
+# encoder_layers, num_layers_per_stack, depth or num_experts. A size of one layer or a number per
+# layer (vocab_size_per_layer_input) counts none.
+_COUNTS = re.compile(
+    r"(?!.*(size|topk))(.*_)?(?<!per_)(layers?|depth|blocks)"
+    r"|(?!.*(size|heads))(.*_)?(n|num)_(\w+_)?(?<!per_)(layers|blocks|stages|experts|codebooks|quantizers)"
+    r"(?!_per_tok).*"
+)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -48,7 +57,8 @@ def check_model_config(source: str, revision: str | None) -> str | None:
     if revision is None:
         check_regular_files(Path(source))
     file = cached_file(source, _CONFIG, revision=revision)
-    assert file is not None
+    if file is None:
+        raise UserError(f"there is no {_CONFIG} in it, expected a model's folder; check the path")
     check_config_table(read_object(Path(file)), _CONFIG)
     return extract_commit_hash(file, None)
 
@@ -119,7 +129,7 @@ def check_config_table(table: dict[str, Any], where: str) -> None:
         elif isinstance(value, list):
             waiting += [(name, item) for item in value]
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            many = isinstance(value, int) and ("layer" in name or "block" in name)
+            many = isinstance(value, int) and _COUNTS.fullmatch(name)
             limit = _MAX_LAYERS if many else _MAX_NUMBER
             # Settings that are factors may be larger than counts; none is infinite.
             if not math.isfinite(value) if isinstance(value, float) else abs(value) > limit:
@@ -165,6 +175,8 @@ def _weight_files(source: str, revision: str | None) -> Iterator[Path]:
     }
     whole = cached_file(source, _WEIGHTS, **optional)
     if whole is not None:
+        if (Path(source) / _INDEX).exists():
+            say(f"{source} holds {_WEIGHTS} and {_INDEX}; {_WEIGHTS} is read, the shards are not")
         yield Path(whole)
         return
     index = cached_file(source, _INDEX, **optional)

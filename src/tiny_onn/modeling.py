@@ -22,6 +22,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tiny_onn.backbone_mode import set_backbone_mode
 from tiny_onn.config import AtLeastOne, Compensation, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
@@ -171,6 +172,22 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def train(self, mode: bool = True) -> "TinyOnnForCausalLM":
+        """Set the mode of experts and routers, and of the backbone only where it is trained too.
+
+        A frozen backbone stays in evaluation mode, so that no dropout of any name separates the
+        student from its teacher. As soon as one of the backbone's own parameters requires a
+        gradient (fine-tuning, LoRA on attention), all of it follows `mode`, as in any other model.
+        Gradient checkpointing works in both cases.
+        """
+        super().train(mode)
+        set_backbone_mode(self.backbone, decoder_layers(self.backbone), mode)
+        return self
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.train(self.training)
+
     def get_input_embeddings(self) -> nn.Module:  # noqa: D102
         return self.backbone.get_input_embeddings()
 
@@ -253,6 +270,11 @@ def gated_mlps(model: PreTrainedModel) -> list[GatedMlp]:
 
 def _gated_mlp(model: PreTrainedModel, layer: nn.Module, index: int) -> GatedMlp:
     mlp = getattr(layer, "mlp", None)
+    if not isinstance(getattr(layer, "self_attn", None), nn.Module):
+        # Linear attention, a state space and other recurrences, which know no document bounds.
+        names = [n for n, _ in layer.named_children() if n != "mlp" and "norm" not in n]
+        there = f", expected attention; it has {', '.join(names)}" if names else ""
+        raise _unsupported(model, f"layer {index} has no module named 'self_attn'{there}")
     if isinstance(mlp, ExpertBank):
         raise _unsupported(model, "it is a Tiny-ONN student already")
     if not isinstance(mlp, nn.Module):
@@ -350,8 +372,8 @@ def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, **kwargs: obje
 def _unsupported(model: PreTrainedModel, reason: str) -> UserError:
     return UserError(
         f"architecture {type(model).__name__} (model_type {model.config.model_type!r}) cannot be "
-        f"converted: {reason}; expected decoder layers whose mlp has bias-free gate_proj, up_proj "
-        "and down_proj, as in Llama, Qwen3, Mistral or Gemma 2"
+        f"converted: {reason}; expected decoder layers with self_attn and an mlp of bias-free "
+        "gate_proj, up_proj and down_proj, as in Llama, Qwen3, Mistral or Gemma 2"
     )
 
 

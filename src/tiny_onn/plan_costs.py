@@ -14,12 +14,13 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tiny_onn.config import RunConfig
 from tiny_onn.convert import student_config
-from tiny_onn.errors import LoadErrors
+from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
+from tiny_onn.multimodal import dense_skeleton
 from tiny_onn.optim import split_parameters
 
 # Backward of flash attention: five matrix products, one of them the forward's scores again, where
@@ -159,9 +160,11 @@ def meta_models(
     """
     dtype = getattr(torch, config.teacher.dtype)
     with torch.device("meta"), LoadErrors(_no_model):
-        dense = AutoModelForCausalLM.from_config(
-            shape, dtype=dtype, trust_remote_code=config.teacher.trust_remote_code
-        )
+        try:
+            trusted = config.teacher.trust_remote_code
+            dense = dense_skeleton(shape, dtype=dtype, trust_remote_code=trusted)
+        except UserError as error:
+            raise UserError(f"teacher.path: {error}") from error
         student = TinyOnnForCausalLM(student_config(dense, config.experts, config.router))
     return dense, student
 

@@ -1,6 +1,7 @@
 """Where a plan's numbers come from: a model's config.json and a device's memory and rates."""
 
 import json
+import os
 import time
 import tomllib
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tiny_onn.config import DType, TeacherConfig, TeacherDType
 from tiny_onn.device import number_format
 from tiny_onn.errors import LOAD_ERRORS, UserError, printable, reason_line, reason_of
 from tiny_onn.model_files import check_config_table, check_model_config, read_object
+from tiny_onn.model_paths import find_model
 
 GIB = 2**30
 # What `embedded` is, without unpacking it.
@@ -52,9 +54,9 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
         UserError: nothing there, or not a configuration that transformers knows.
     """
     path, text = Path(name), str(name)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 - no error for what is no path
         return text, _read_shape(path, text)
-    if path.is_dir():
+    if text and os.path.isdir(path):  # noqa: PTH112
         return text, _from_pretrained(text, {})
     for entry in sorted((files("tiny_onn") / "shapes").iterdir(), key=lambda entry: entry.name):
         raw = entry.read_text("utf-8")
@@ -62,10 +64,9 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
         known = {stem.lower(), str(json.loads(raw)["_name_or_path"]).lower()}
         if text.lower() in known or (text == "embedded" and stem == _EMBEDDED):
             return stem, _for_model(json.loads(raw), stem)
-    if text.startswith((".", "/", "~")):
-        raise _no_shape(text, "nothing is there")
-    options = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    return text, _from_pretrained(text, options)
+    source = find_model(text, "teacher.path", teacher.revision)
+    hub = {} if Path(source).is_dir() else {"revision": teacher.revision}
+    return text, _from_pretrained(source, {**hub, "trust_remote_code": teacher.trust_remote_code})
 
 
 def find_device(text: str, dtype: TeacherDType) -> Device:

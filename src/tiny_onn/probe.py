@@ -35,6 +35,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluate import text_rows
 from tiny_onn.loading import is_student, load_student, load_teacher_of
 from tiny_onn.mlp_inputs import MlpInputs
+from tiny_onn.model_paths import find_model
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.own_keys import own_keys
 from tiny_onn.packing import PackedRow
@@ -212,6 +213,8 @@ def load_subject(
         raise UserError(
             f"--checkpoint: got {name}, a dense model, expected a run; leave --checkpoint out"
         )
+    if name != "embedded":
+        find_model(name, "MODEL")
     config = RunConfig()
     config = replace(
         config,

@@ -21,7 +21,10 @@ from tiny_onn.device import number_format
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model_files import check_loaded, check_model_config, check_runs, check_weights
-from tiny_onn.modeling import TinyOnnConfig, gated_mlps
+from tiny_onn.model_paths import find_model, no_folder
+from tiny_onn.modeling import TinyOnnConfig
+from tiny_onn.multimodal import dense_skeleton
+from tiny_onn.packed_check import check_packing
 from tiny_onn.quantize import quantize_nf4
 from tiny_onn.tokens import fit_tokenizer
 
@@ -39,18 +42,10 @@ def load_dense(
     Raises:
         UserError: nothing there, not a model, an unsupported architecture, or no network.
     """
-    source = str(embedded_teacher()) if config.path == "embedded" else config.path
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise UserError(
-            f"teacher.path: got {config.path}, expected a folder with a model, which is not there; "
-            "check the path, or use a hub id such as Qwen/Qwen3-0.6B"
-        )
-    if Path(source).expanduser().is_file():
-        raise UserError(
-            f"teacher.path: got {config.path}, a file, expected a folder with a model; name the "
-            "folder it lies in"
-        )
-    source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    if config.path == "embedded":
+        source = str(embedded_teacher())
+    else:
+        source = find_model(config.path, "teacher.path", config.revision)
     revision = None if Path(source).is_dir() else config.revision
     trust = {"trust_remote_code": config.trust_remote_code}
 
@@ -61,10 +56,14 @@ def load_dense(
                 "model that transformers knows; if you trust its author, set "
                 "teacher.trust_remote_code = true"
             )
+        remedy = (
+            "a folder needs config.json, model.safetensors and tokenizer.json"
+            if revision is None
+            else f"a hub id needs a network or a local cache ({no_folder(source)})"
+        )
         return (
             f"teacher.path: got {config.path}, expected a causal language model in safetensors "
-            f"format with its tokenizer ({reason}); a hub id needs a network or a local cache, a "
-            "folder needs config.json, model.safetensors and tokenizer.json"
+            f"format with its tokenizer ({reason}); {remedy}"
         )
 
     with LoadErrors(explain):
@@ -78,9 +77,7 @@ def load_dense(
                 f"teacher.path: got {config.path}, a Tiny-ONN student, expected a dense model; "
                 "name the model it was converted from"
             )
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(settings, **trust)
-        _checked(config, gated_mlps, skeleton)
+        skeleton = _checked(config, dense_skeleton, settings, **trust)
         _checked(config, check_weights, source, revision, skeleton)
         # With loading info it returns a pair, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -100,6 +97,7 @@ def load_dense(
     model.requires_grad_(False)
     model.set_attn_implementation(DOCUMENT_ATTENTION)
     model = model.to(device).train(False)
+    _checked(config, check_packing, model)
     _checked(config, check_runs, model)
     return model, tokenizer
 

@@ -166,7 +166,7 @@ class _Run:
             RunLog(self.out, config, self.title, span, self.metrics_offset) as self.log,
             Checkpointer(self.checkpoints, config.train.keep_checkpoints) as self.writer,
         ):
-            self.writer.best = self.best and self.best["step"]
+            self.writer.best = self.best["step"] if self.best else None
             if self.stage.name == "blockwise" and self.blocks is None:
                 self.blocks = self._first_blocks()
             self.before = self.before or self._evaluate("start")

@@ -1,0 +1,60 @@
+"""A frozen backbone runs without dropout while the experts inside it train.
+
+transformers' models have dropout under many names, and all of it asks the `training` flag of the
+module in which it stands. So the flag of a frozen module stays off. The one other thing that asks
+the flag is gradient checkpointing of a whole layer, which is kept here without the layer's dropout.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+def set_backbone_mode(backbone: nn.Module, layers: Sequence[nn.Module], training: bool) -> None:
+    """Turn training mode off outside `layers.*.mlp` if nothing there requires a gradient.
+
+    Args:
+        backbone: the decoder, each of its modules in the mode that was asked for.
+        layers: its layers; what each holds under `mlp` keeps its mode.
+        training: the mode that was asked for.
+    """
+    own = (parameter for name, parameter in backbone.named_parameters() if ".mlp." not in name)
+    frozen = training and not any(parameter.requires_grad for parameter in own)
+    if frozen:
+        for name, module in backbone.named_modules():
+            if ".mlp." not in f"{name}.":
+                module.training = False
+    for layer in layers:
+        if getattr(layer, "gradient_checkpointing", False):
+            _checkpoint_without_dropout(layer, frozen)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _WithoutDropout:
+    """A layer's checkpoint function that runs the layer itself in evaluation mode."""
+
+    layer: nn.Module
+    recompute: Callable[..., Any]
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+        return self.recompute(partial(self._run, function), *args)
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+        before = self.layer.training
+        self.layer.training = False
+        try:
+            return function(*args)
+        finally:
+            self.layer.training = before
+
+
+def _checkpoint_without_dropout(layer: Any, frozen: bool) -> None:  # noqa: ANN401 - transformers' attributes
+    """Let a frozen layer be checkpointed, which transformers does in training mode only."""
+    recompute = layer._gradient_checkpointing_func
+    if isinstance(recompute, _WithoutDropout):
+        recompute = recompute.recompute
+    layer._gradient_checkpointing_func = _WithoutDropout(layer, recompute) if frozen else recompute
+    layer.training = layer.training or frozen

@@ -1,0 +1,115 @@
+"""What a model's name means: a folder here, or a hub id that can be had.
+
+A hub id looks like a relative path, and a mistyped path like a hub id. So whatever is neither a
+folder here nor in the local hub cache is looked for on the hub only if its name may be a hub id and
+the hub answers within `HUB_WAIT_S`; transformers alone would try for half a minute.
+"""
+
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from tiny_onn.errors import UserError, printable
+
+HUB_WAIT_S = 5.0
+
+
+def find_model(name: str, field: str, revision: str = "main") -> str:
+    """The folder that a name means, with `~` expanded, or the name itself where it is a hub id.
+
+    Args:
+        name: a folder or a hub id.
+        field: the setting or argument that holds it.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: it is a file, or neither a folder here nor a hub id that can be had.
+    """
+    try:
+        path = Path(name).expanduser()
+        found = bool(name) and path.is_dir()
+    except (RuntimeError, OSError, ValueError) as error:
+        # No such user's home, a name too long for a path, a null character.
+        reason = getattr(error, "strerror", None) or error
+        raise _missing(name, field, f"it is no path ({reason})") from error
+    if found:
+        return str(path)
+    if path.is_file():
+        raise UserError(
+            f"{field}: got {name}, a file, expected a folder with a model; name the "
+            "folder it lies in"
+        )
+    where = no_folder(str(path))
+    if not _may_be_hub_id(name):
+        raise _missing(name, field, where)
+    if try_to_load_from_cache(name, "config.json", revision=revision) is not None:
+        return name
+    # The owner of a hub id is seldom the name of a folder here; a folder's first part always is.
+    if "/" in name and Path(name.partition("/")[0]).is_dir():
+        raise _missing(name, field, where)
+    if (reason := _unreachable()) is not None:
+        raise _missing(
+            name,
+            field,
+            f"{where}, and as a hub id it is not in the local cache ({constants.HF_HUB_CACHE}) at "
+            f"revision {printable(revision)} and {reason}",
+        )
+    return name
+
+
+def no_folder(name: str) -> str:
+    """Say that there is no such folder, with where it would be."""
+    return f"no folder {printable(str(Path(name).absolute()))[:400]} is there"
+
+
+def _may_be_hub_id(name: str) -> bool:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _unreachable() -> str | None:
+    """Why the hub cannot be asked; None where it answers, or where only a try can tell."""
+    if constants.HF_HUB_OFFLINE:
+        return "the hub may not be asked (HF_HUB_OFFLINE is set)"
+    # Python's own client knows no SOCKS proxy.
+    if "all" in urllib.request.getproxies():
+        return None
+    failures: list[str | None] = [f"{constants.ENDPOINT} did not answer in {HUB_WAIT_S:g} s"]
+
+    def ask() -> None:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=HUB_WAIT_S):
+                failures.append(None)
+        except urllib.error.HTTPError:
+            failures.append(None)
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            # Which certificates count, the hub's own client knows better.
+            answered = isinstance(reason, ssl.SSLError)
+            failures.append(None if answered else f"{constants.ENDPOINT} could not be reached")
+
+    # A name server that is silent holds up the caller beyond any timeout of the connection.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_WAIT_S)
+    return failures[-1]
+
+
+def _missing(name: str, field: str, reason: str) -> UserError:
+    return UserError(
+        f"{field}: got {printable(name)[:200]}, expected a folder with a model, which is not there "
+        f"({reason}); check the path, or use a hub id such as Qwen/Qwen3-0.6B; a hub id needs "
+        "a network or a local cache"
+    )
