@@ -32,6 +32,7 @@ from tiny_onn.data import held_out_rows
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
+from tiny_onn.held_out import HeldOut
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.packing import PackedRow
@@ -82,7 +83,7 @@ def measure_pair(config: RunConfig, world: "World") -> dict[str, Any]:
     optimizer = build_optimizer(student, config.optim, seed=config.train.seed)
     scope = config.router.budget_scope
     settle(student, world.settling, scope)
-    before = evaluate(student, teacher, world.held_out, config.loss)
+    before = evaluate(student, HeldOut(teacher, world.held_out), config.loss)
     seconds, result = [], None
     for step, row in enumerate(world.training):
         set_learning_rates(optimizer, lr_factor((step + 0.5) / len(world.training), config.optim))
@@ -94,7 +95,7 @@ def measure_pair(config: RunConfig, world: "World") -> dict[str, Any]:
             raise SystemExit(f"{config.router}: the loss of step {step} is not finite")
     assert result is not None
     settle(student, world.settling, scope)
-    after = evaluate(student, teacher, world.held_out, config.loss)
+    after = evaluate(student, HeldOut(teacher, world.held_out), config.loss)
     used_L = (result.stats.load_LE > 0).sum(-1)
     return {
         "kl_before": before.forward_kl,

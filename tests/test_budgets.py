@@ -12,6 +12,7 @@ from tiny_onn.config import BudgetScope, LossConfig
 from tiny_onn.convert import all_experts_on
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
+from tiny_onn.held_out import HeldOut
 from tiny_onn.modeling import TinyOnnForCausalLM
 
 LENGTHS = [40, 64, 30, 50, 33] * 12
@@ -28,7 +29,7 @@ def make_measured(form="threshold", scope: BudgetScope = "layer"):
 
 
 def mean_k_of(student, rows):
-    return evaluate(student, make_dense(), rows, LossConfig()).mean_k
+    return evaluate(student, HeldOut(make_dense(), rows), LossConfig()).mean_k
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

@@ -34,6 +34,7 @@ LAYERS = (
         "routing_stats",
         "states",
         "fusion",
+        "held_out",
         "activations",
     ),
     ("data", "convert", "teacher", "calibrate", "massive", "compensate", "steering", "optim"),

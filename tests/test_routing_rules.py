@@ -15,6 +15,7 @@ from tiny_onn.checks import validate
 from tiny_onn.config import Objective, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
+from tiny_onn.held_out import HeldOut
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.optim import build_optimizer
@@ -164,7 +165,7 @@ def test_options_train_settle_evaluate_and_repeat_bit_for_bit(router, smk, dense
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     settle(student, ROWS, config.router.budget_scope)
-    result = evaluate(student, dense, ROWS, config.loss)
+    result = evaluate(student, HeldOut(dense, ROWS), config.loss)
     assert 1 <= result.mean_k <= 8
 
 

@@ -16,6 +16,7 @@ from tiny_onn import thresholds
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.evaluate import evaluate, evaluate_layers, unigram_nll
 from tiny_onn.experts import ExpertBank
+from tiny_onn.held_out import HeldOut
 from tiny_onn.modeling import last_hidden_states
 from tiny_onn.ops import reference
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally, teach
@@ -311,8 +312,8 @@ def test_unigram_level_is_the_loss_of_the_labels_frequencies():
 def test_evaluations_hold_levels_entropies_and_layers():
     student, teacher = make_student(make_dense()), make_dense()
     rows = make_rows((20, 13, 30, 40), 32)
-    result, layers = evaluate_layers(student, teacher, rows, CONFIG.loss)
-    assert result == evaluate(student, teacher, rows, CONFIG.loss)
+    result, layers = evaluate_layers(student, HeldOut(teacher, rows), CONFIG.loss)
+    assert result == evaluate(student, HeldOut(teacher, rows), CONFIG.loss)
     assert result.student_perplexity == pytest.approx(math.exp(result.student_nll))
     assert result.uniform_nll == math.log(64)
     probs, entropies = [], []
@@ -332,6 +333,6 @@ def test_evaluations_hold_levels_entropies_and_layers():
 def test_flat_gates_tie_and_have_the_largest_entropy():
     student = make_student(make_dense(), selection="top_k", gate_init="zeros")
     config = change(CONFIG, router={"selection": "top_k"})
-    result = evaluate(student, make_dense(), make_rows((20, 12), 32), config.loss)
+    result = evaluate(student, HeldOut(make_dense(), make_rows((20, 12), 32)), config.loss)
     assert result.tie_rate == 1
     assert result.gate_entropy == pytest.approx(math.log(8))

@@ -20,6 +20,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
 from tiny_onn.experts import ExpertBank
 from tiny_onn.frontier import default_budgets
+from tiny_onn.held_out import HeldOut
 from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps
@@ -458,7 +459,9 @@ def test_training_moves_every_gate_but_those_of_shared_experts(router, smk):
             assert (tensor[:S] != before[name][:S]).any()
     stats = results[-1].stats
     assert stats.load_LE[:, :S].eq(stats.num_tokens).all()
-    assert evaluate(student, dense, ROWS, config.loss).mean_k == pytest.approx(4.0, rel=0.05)
+    assert evaluate(student, HeldOut(dense, ROWS), config.loss).mean_k == pytest.approx(
+        4.0, rel=0.05
+    )
 
 
 def test_statistics_are_about_choices():
@@ -516,7 +519,7 @@ def test_budgets_count_shared_experts_and_stay_above_them(form):
     rows, dense = make_rows(lengths, 64, seed=2)[:30], make_dense()
     for budget in (8.0, 6.0, 4.5, 4.0, 3.0):
         set_budget(student, budget)
-        result = evaluate(student, dense, rows, CONFIG.loss)
+        result = evaluate(student, HeldOut(dense, rows), CONFIG.loss)
         assert result.mean_k == pytest.approx(budget, rel=0.05), budget
     assert default_budgets(student) == [8.0, 6.0, 4.0, 3.0]
     for budget in (2.0, 2.9):

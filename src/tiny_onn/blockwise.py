@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import RunConfig
+from tiny_onn.console import track
 from tiny_onn.evaluate import inference_mode_of
 from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, last_hidden_states
@@ -89,7 +90,7 @@ def teacher_power(teacher: PreTrainedModel, rows: Sequence[PackedRow]) -> list[f
         sums_L[layer] += (y_TD.float().square().sum(-1) * mask_T).double().sum()
 
     with mlp_calls(teacher, see):
-        for row in (row.to(teacher.device) for row in rows):
+        for row in (row.to(teacher.device) for row in track(rows, "reading the teacher, rows")):
             mask_T = row.router_mask[0]
             last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
     return (sums_L / num_tokens).tolist()
@@ -112,7 +113,7 @@ def block_errors(
         banks[layer].routing = None
 
     with inference_mode_of(student), mlp_calls(teacher, see):
-        for row in (row.to(teacher.device) for row in rows):
+        for row in (row.to(teacher.device) for row in track(rows, "block errors, rows")):
             mask_T = row.router_mask[0]
             last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
     return (sums_2L[0] / sums_2L[1]).tolist()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import BudgetScope
+from tiny_onn.console import track
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
@@ -53,7 +54,7 @@ def tabulate(
     was_training = student.training
     student.train(False)
     with _thresholds_kept(banks):
-        for k in passes:
+        for k in track(passes, "table of budgets, passes"):
             nearest = [
                 other
                 for other in range(least, num_experts)

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.assembly import assemble
 from tiny_onn.config import RouterConfig, RunConfig
 from tiny_onn.console import say, stage
-from tiny_onn.data import check_vocabulary
+from tiny_onn.data import check_vocabulary, held_out_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.evaluate import Evaluation, shown_k
 from tiny_onn.expert_path import choose_path
+from tiny_onn.held_out import HeldOut
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.prepare import (
@@ -71,7 +72,9 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
             dense if plain else teacher_for(dense, replace(config.teacher, placement="separate"))
         )
     with stage("Reading the embedded text"):
-        inputs = MlpInputs(dense, calibration_rows(config, tokenizer, device))
+        inputs, data = MlpInputs(dense, calibration_rows(config, tokenizer, device)), config.data
+        rows = held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
+        held_out = HeldOut(teacher, rows)
     with stage("Cutting the MLPs into experts"):
         order = partition(config, inputs)
     arms = {"student": config} | {
@@ -96,6 +99,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
             student=student,
             tokenizer=tokenizer,
             conversion=replace(checked, expert_path=choose_path(arm, device)),
+            held_out=held_out,
         )
         results[name] = run_distill(
             arms[name],

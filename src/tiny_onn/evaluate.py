@@ -1,7 +1,7 @@
 """How good a student is and what it costs, against its teacher, on held-out text."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -16,14 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import DataConfig, LossConfig, RouterConfig
-from tiny_onn.console import stage, track
+from tiny_onn.console import stage
 from tiny_onn.data import held_out_rows
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
+from tiny_onn.held_out import HeldOut
 from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow, pack
+from tiny_onn.plan_costs import dense_ffn_flops, gate_flops, score_flops
 from tiny_onn.routing_checks import has_budget
 from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.sources import read_documents
@@ -125,29 +127,26 @@ class Comparison:
 @torch.no_grad()
 def compare(
     model: PreTrainedModel,
-    reference: PreTrainedModel,
-    rows: Sequence[PackedRow],
+    held_out: HeldOut,
     loss: LossConfig,
     seen: Callable[[PackedRow], None] = lambda _: None,
 ) -> Comparison:
-    """Compare two models' next-token distributions on packed rows.
+    """Compare a model's next-token distributions with the teacher's on held-out rows.
 
     Args:
         model: the one in question.
-        reference: the one it should equal.
-        rows: packed text.
+        held_out: the rows, and the teacher that the model should equal.
         loss: how many tokens' logits may exist at once.
         seen: called after each row, on the device.
     """
-    device = reference.device
+    device, reference = held_out.teacher.device, held_out.teacher
     sums = torch.zeros(6, device=device, dtype=torch.float64)
     num_tokens = torch.zeros((), device=device, dtype=torch.int64)
     chunk_tokens = loss_chunk_tokens(loss, head_of(model).weight)
-    for row in (row.to(device) for row in track(rows, "evaluating, rows")):
-        kwargs = packed_kwargs(row)
+    for row, reference_hidden_TD in held_out.visit("evaluating, rows"):
         values = distill(
-            last_hidden_states(model, row.input_ids, **kwargs)[0],
-            last_hidden_states(reference, row.input_ids, **kwargs)[0],
+            last_hidden_states(model, row.input_ids, **packed_kwargs(row))[0],
+            reference_hidden_TD,
             head_of(model),
             head_of(reference),
             row.labels[0],
@@ -184,31 +183,23 @@ def compare(
     )
 
 
-def evaluate(
-    student: TinyOnnForCausalLM,
-    teacher: PreTrainedModel,
-    rows: Sequence[PackedRow],
-    loss: LossConfig,
-) -> Evaluation:
+def evaluate(student: TinyOnnForCausalLM, held_out: HeldOut, loss: LossConfig) -> Evaluation:
     """Compare the student with its teacher on packed rows. Budgets stay as they are."""
-    return evaluate_layers(student, teacher, rows, loss)[0]
+    return evaluate_layers(student, held_out, loss)[0]
 
 
 @torch.no_grad()
 def evaluate_layers(
-    student: TinyOnnForCausalLM,
-    teacher: PreTrainedModel,
-    rows: Sequence[PackedRow],
-    loss: LossConfig,
+    student: TinyOnnForCausalLM, held_out: HeldOut, loss: LossConfig
 ) -> tuple[Evaluation, dict[str, Any]]:
     """As `evaluate`, and what the routing statistics are in each layer.
 
     The first row passes through the student once more, for the oracle.
     """
-    banks = student.banks()
+    banks, rows = student.banks(), held_out.rows
     stats, oracle = RoutingStats.zeros(banks), OracleStats.zeros(banks)
     with inference_mode_of(student):
-        quality = compare(student, teacher, rows, loss, lambda row: stats.add(banks, row))
+        quality = compare(student, held_out, loss, lambda row: stats.add(banks, row))
         row = rows[0].to(student.device)
         with oracle.watch(banks, row.router_mask[0]):
             last_hidden_states(student, row.input_ids, **packed_kwargs(row))
@@ -256,23 +247,22 @@ def forward_flops(
 ) -> dict[str, float]:
     """Forward FLOPs per token at a mean number of active experts and attended positions.
 
-    Two per multiply-add: FFN `6 * k * I * D`, the gate's `2 * E * D` and as many for the mean
-    outputs of inactive experts, if there are any, per layer; every other linear map by its size,
-    the head once; attention scores and values `4 * heads * head_dim` per attended position.
+    Two per multiply-add: the active experts' share of the dense FFN, gates and mean outputs, every
+    other linear map by its size, the head once, and attention.
     """
     banks = student.banks()
-    E, I, D = banks[0].down_proj.shape
+    L, (E, I, D) = len(banks), banks[0].down_proj.shape
     config = student.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
-    scores = len(banks) * 4 * config.num_attention_heads * head_dim * mean_context
+    scores = score_flops(L, config.num_attention_heads * head_dim, mean_context)
     linear = sum(
         2 * module.weight.numel()
         for name, module in student.named_modules()
         if isinstance(module, torch.nn.Linear) and ".mlp." not in name
     )
-    dense_ffn = len(banks) * 6.0 * E * I * D
+    dense_ffn = float(dense_ffn_flops(L, D, E * I))
     gates = 1 if banks[0].mean_outputs is None else 2
-    ffn = len(banks) * (6.0 * mean_k * I * D + gates * 2.0 * E * D)
+    ffn = dense_ffn * mean_k / E + gates * gate_flops(L, D, E)
     return {
         "ffn_flops": ffn,
         "dense_ffn_flops": dense_ffn,
@@ -292,14 +282,14 @@ def run_eval(
     Raises:
         UserError: no such model or text, or the teacher cannot be had.
     """
-    loaded, teacher, rows, source = load_for_eval(model, text, device, max_tokens, checkpoint)
+    loaded, held_out, source = load_for_eval(model, text, device, max_tokens, checkpoint)
     with stage(f"Evaluating on {source}"):
-        result = evaluate(loaded.student, teacher, rows, loaded.config.loss)
+        result = evaluate(loaded.student, held_out, loaded.config.loss)
     found: dict[str, object] = dict(asdict(result))
     if loaded.config.teacher.quantization != "none":
         settings = replace(loaded.config.teacher, placement="separate")
-        quantised = teacher_for(teacher, settings)
-        found["quantised_teacher"] = asdict(compare(quantised, teacher, rows, loaded.config.loss))
+        quantised = teacher_for(held_out.teacher, settings)
+        found["quantised_teacher"] = asdict(compare(quantised, held_out, loaded.config.loss))
     about = {"model": model, "step": loaded.step, "teacher": loaded.config.teacher.path}
     budget = budget_report(result.mean_k, loaded.config.router)
     return {**about, "text": source, **found, "budget": budget}
@@ -307,8 +297,8 @@ def run_eval(
 
 def load_for_eval(
     model: str, text: Path | None, device: str, max_tokens: int, checkpoint: str = "newest"
-) -> tuple[LoadedStudent, PreTrainedModel, list[PackedRow], str]:
-    """A student, its teacher, the rows to measure on, and what these are in words.
+) -> tuple[LoadedStudent, HeldOut, str]:
+    """A student, the rows to measure on with its teacher, and what these are in words.
 
     Raises:
         UserError: as `run_eval`.
@@ -325,7 +315,7 @@ def load_for_eval(
         else text_rows(text, loaded.tokenizer, data, max_tokens)
     )
     source = "held-out text of " + ", ".join(data.sources) if text is None else str(text)
-    return loaded, teacher, rows, source
+    return loaded, HeldOut(teacher, rows), source
 
 
 def text_rows(

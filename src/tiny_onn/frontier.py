@@ -42,7 +42,7 @@ def run_frontier(
     Raises:
         UserError: no such model or text, or a budget that it cannot run at.
     """
-    loaded, teacher, rows, source = load_for_eval(model, text, device, max_tokens, checkpoint)
+    loaded, held_out, source = load_for_eval(model, text, device, max_tokens, checkpoint)
     student = loaded.student
     budgets = budgets or default_budgets(student)
     for budget in budgets:
@@ -52,7 +52,7 @@ def run_frontier(
     for budget in budgets:
         with stage(f"Evaluating with {budget:g} experts a token"):
             set_budget(student, budget)
-            result = evaluate(student, teacher, rows, loaded.config.loss)
+            result = evaluate(student, held_out, loaded.config.loss)
         points.append({"budget": float(budget), **result.as_dict()})
     found = {
         "model": model,

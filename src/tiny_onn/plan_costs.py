@@ -234,6 +234,27 @@ def count_parameters(dense: PreTrainedModel, student: TinyOnnForCausalLM) -> Par
     )
 
 
+def dense_ffn_flops(layers: int, hidden: int, neurons: int) -> int:
+    """Forward FLOPs per token of gated MLPs: three matrices, 2 per multiply-add."""
+    return 6 * layers * hidden * neurons
+
+
+def gate_flops(layers: int, hidden: int, experts: int) -> int:
+    """Forward FLOPs per token of linear gates, and as many of mean outputs where there are any."""
+    return 2 * layers * hidden * experts
+
+
+def score_flops(layers: int, query: int, context: float) -> float:
+    """Forward FLOPs per token of attention scores and their product with the values.
+
+    Args:
+        layers: decoder layers.
+        query: width of all query heads together.
+        context: positions that a token attends to, the mean over tokens.
+    """
+    return 4 * layers * query * context
+
+
 def token_flops(
     sizes: Sizes,
     parameters: Parameters,
@@ -253,13 +274,17 @@ def token_flops(
             each of its tokens).
     """
     linear = sum(rows * columns for rows, columns in parameters.attention_linear_layers)
-    dense = 6 * sizes.layers * sizes.hidden * sizes.neurons
-    gate = 2 * sizes.layers * sizes.hidden * sizes.experts
+    dense = dense_ffn_flops(sizes.layers, sizes.hidden, sizes.neurons)
+    gate = gate_flops(sizes.layers, sizes.hidden, sizes.experts)
+
+    def scores(tokens: int) -> int:
+        # On average a token of a document sees half of it, and itself.
+        return round(score_flops(sizes.layers, sizes.query, (tokens + 1) / 2))
+
     return TokenFlops(
         attention_projections=2 * sizes.layers * linear,
-        # Scores and their product with the values, 2 * H * C each for every token that is seen.
-        attention_scores_row=round(2 * sizes.layers * sizes.query * (row_tokens + 1)),
-        attention_scores_documents=round(2 * sizes.layers * sizes.query * (document_tokens + 1)),
+        attention_scores_row=scores(row_tokens),
+        attention_scores_documents=scores(document_tokens),
         ffn_dense=dense,
         ffn_at_k=round(dense * target_k / sizes.experts) + (gate if sizes.compensated else 0),
         router=gate,

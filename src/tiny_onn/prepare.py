@@ -27,6 +27,7 @@ from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.expert_path import PathChoice, choose_path
 from tiny_onn.experts import ExpertBank
+from tiny_onn.held_out import HeldOut
 from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps
@@ -70,6 +71,8 @@ class Prepared:
     student: TinyOnnForCausalLM
     tokenizer: PreTrainedTokenizerBase
     conversion: Conversion
+    held_out: HeldOut
+    """What the student is evaluated on."""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -85,17 +88,20 @@ def prepare(config: RunConfig) -> Prepared:
     with stage("Reading calibration text"):
         rows = calibration_rows(config, tokenizer, device)
         # Read here, so that a lack of held-out text shows before the work.
-        held_out = held_out_rows(config.data, tokenizer, config.data.row_tokens, 1)
-    inputs = MlpInputs(dense, rows or [row.to(device) for row in held_out])
+        data = config.data
+        held_out = held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
+    inputs = MlpInputs(dense, rows or [held_out[0].to(device)])
     with stage("Converting"):
         student = make_student(config, inputs)
     with stage("Checking the conversion"):
         conversion = check_conversion(config, student, inputs)
+    teacher = teacher_for(dense, config.teacher)
     return Prepared(
-        teacher=teacher_for(dense, config.teacher),
+        teacher=teacher,
         student=student,
         tokenizer=tokenizer,
         conversion=conversion,
+        held_out=HeldOut(teacher, held_out),
     )
 
 

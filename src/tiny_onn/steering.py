@@ -18,6 +18,7 @@ from torch import Tensor
 from tiny_onn import dynmoe
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import BudgetScope, RouterConfig, RunConfig
+from tiny_onn.console import track
 from tiny_onn.experts import ExpertBank, routings_of
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
 from tiny_onn.packing import PackedRow
@@ -232,7 +233,7 @@ def settle(
     was_training = student.training
     student.train(False)
     scores: list[list[Tensor]] = [[] for _ in banks]
-    for row in rows:
+    for row in track(rows, "settling budgets, rows"):
         last_hidden_states(student, row.input_ids, **packed_kwargs(row))
         for routing, kept in zip(routings_of(banks), scores, strict=True):
             kept.append(routing.scores)

@@ -20,7 +20,6 @@ from tiny_onn.checkpoint import (
 )
 from tiny_onn.config import RunConfig
 from tiny_onn.console import say, stage
-from tiny_onn.data import held_out_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import Evaluation, budget_report, evaluate_layers
@@ -139,9 +138,6 @@ class _Run:
         if config.loss.chunk_tokens == 0 and self.student.device.type == "cuda":
             say(f"{title}: loss.chunk_tokens = {self.config.loss.chunk_tokens}, from free memory")
         self.stream = training_rows(config, prepared.tokenizer)
-        self.held_out = held_out_rows(
-            config.data, prepared.tokenizer, config.data.row_tokens, config.data.eval_tokens
-        )
         self.settling_rows = settling_rows(config, prepared.tokenizer, self.student.device)
         self.step, self.tokens, self.metrics_offset, self.seconds = 0, 0, 0, 0.0
         first = "blockwise" if config.train.blockwise_tokens else "global"
@@ -281,7 +277,7 @@ class _Run:
     def _block_errors(self) -> list[float]:
         """Held-out error of every layer, recorded and shown."""
         with self.stop.breakable():
-            errors = block_errors(self.student, self.teacher, self.held_out)
+            errors = block_errors(self.student, self.teacher, self.prepared.held_out.rows)
         self.log.blocks(errors, step=self.step, tokens=self.tokens)
         return errors
 
@@ -313,8 +309,8 @@ class _Run:
         breakable = nullcontext() if self.stop else self.stop.breakable()
         budget = (self.settling_rows, self.config.router.budget_scope)
         with breakable, settled(self.student, *budget):
-            models = (self.student, self.teacher)
-            result, layers = evaluate_layers(*models, self.held_out, self.config.loss)
+            held_out, loss = self.prepared.held_out, self.config.loss
+            result, layers = evaluate_layers(self.student, held_out, loss)
         self.eval_seconds = time.perf_counter() - start
         self.log.evaluation(kind, result, layers, step=self.step, tokens=self.tokens)
         if kind != "start" and not (self.best and result.forward_kl >= self.best["forward_kl"]):

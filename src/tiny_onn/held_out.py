@@ -1,0 +1,51 @@
+"""Held-out rows and their teacher, whose hidden states on them are computed once for all students.
+
+Legend: T tokens, D hidden.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.console import track
+from tiny_onn.modeling import last_hidden_states
+from tiny_onn.packing import PackedRow
+
+# Hidden states of at most so many bytes stay in host memory between evaluations.
+KEPT_BYTES = 2**30
+
+
+class HeldOut:
+    """Rows to evaluate students on, and the teacher's last hidden states there.
+
+    The states are computed at the first evaluation. If they take at most `KEPT_BYTES` they stay in
+    host memory, in the teacher's number format, so that later evaluations read the same bits.
+
+    Args:
+        teacher: The reference; its weights must not change.
+        rows: Packed text.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, rows: Sequence[PackedRow]) -> None:
+        self.teacher, self.rows = teacher, rows
+        self._kept: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def visit(self, text: str) -> Iterator[tuple[PackedRow, Tensor]]:
+        """Each row on the teacher's device, with the teacher's last hidden states (T, D).
+
+        Args:
+            text: What the progress bar calls this pass.
+        """
+        device = self.teacher.device
+        for index, row in track(list(enumerate(self.rows)), text):
+            row = row.to(device)  # noqa: PLW2901
+            hidden_TD = self._kept.get(index)
+            if hidden_TD is None:
+                hidden_TD = last_hidden_states(self.teacher, row.input_ids, **packed_kwargs(row))[0]
+                if hidden_TD.nbytes * len(self.rows) <= KEPT_BYTES:
+                    self._kept[index] = hidden_TD.cpu()
+            yield row, hidden_TD.to(device)
