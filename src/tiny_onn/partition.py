@@ -93,7 +93,7 @@ def partition_neurons(
     layers = list(zip(mlps, inputs, kept, strict=True))
     # Layers take their random directions in turn.
     several = experts.init == "learned" and dense.device.type == "cpu"
-    room = LAYER_BYTES // (TABLES * 4 * inputs[0].shape[0] * width) if several else 1
+    room = LAYER_BYTES // (TABLES * 4 * max(1, len(inputs[0])) * width) if several else 1
     return _each(order, layers, room)
 
 
