@@ -28,6 +28,7 @@ NAMES = (
     "full_size",
     "routing_rules",
     "partitions",
+    "partition_time",
     "blockwise",
     "decode",
 )

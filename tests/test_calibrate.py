@@ -7,6 +7,7 @@ from tiny import FAMILIES, make_dense, make_rows, make_student
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.calibrate import (
     RIDGE,
+    Ridge,
     expert_norms,
     fit_gates,
     importance_order,
@@ -110,6 +111,23 @@ def test_expert_norms_are_the_norms_of_each_experts_output(family):
         gate, up = (x_TD @ bank.gate_up_proj[side, e].T for side in (0, 1))
         expected = (bank.activation(gate) * up @ bank.down_proj[e]).norm(dim=-1)
         torch.testing.assert_close(got[:, e], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_ridge_regression_is_exact_beside_large_features_and_means():
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(500, 20, generator=generator)
+    # As hidden states are: one feature hundreds of times as large, another far from zero.
+    x_TD[:, 0] *= 300
+    x_TD[:, 1] += 30
+    target_TE = x_TD @ torch.randn(20, 3, generator=generator) / 20 - 25
+    features = torch.nn.functional.pad(x_TD.double(), (0, 1), value=1.0)
+    gram = features.T @ features
+    penalty = RIDGE * gram.diagonal()[:20].mean() * torch.eye(21, dtype=torch.float64)
+    penalty[20, 20] = 0
+    expected = features @ torch.linalg.solve(gram + penalty, features.T @ target_TE.double())
+    weight, bias = Ridge(x_TD).fit(target_TE)
+    got = x_TD.double() @ weight + bias
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * target_TE.std().item())
 
 
 def test_gates_solve_the_ridge_regression_of_log_norms():

@@ -147,6 +147,27 @@ def test_at_least_one_expert_is_active_and_weights_are_finite(form, threshold, s
         assert not routing.weights[~routing.active].any()
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("num_layers", [None, 1, 3])
+def test_exact_threshold_lies_between_the_sorted_scores_on_either_side(num_layers, ties):
+    shape = (13, 8) if num_layers is None else (num_layers, 13, 8)
+    scores = normal(*shape).softmax(-1)
+    scores = (8 * scores).round() / 8 if ties else scores
+    for mask in (torch.arange(13) % 3 != 0, torch.zeros(13, dtype=torch.bool)):
+        for target_k in (0.0, 0.05, 1.0, 3.3, 8.0):
+            expected = []
+            for layer in scores.view(-1, 13, 8):
+                falling = [*sorted(layer[mask].flatten().tolist(), reverse=True), -1.0]
+                n = round(int(mask.sum()) * target_k)
+                expected.append((falling[max(n - 1, 0)] + falling[n]) / 2)
+            got = exact_threshold(scores, mask, target_k)
+            assert got.shape == shape[:-2]
+            torch.testing.assert_close(got.flatten(), torch.tensor(expected))
+            if num_layers is not None:
+                targets = torch.full((num_layers,), target_k)
+                assert torch.equal(exact_threshold(scores, mask, targets), got)
+
+
 @each_form
 @pytest.mark.parametrize("target_k", [1.0, 4.0, 16.0, 24.5, 32.0])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 20.0])

@@ -1,74 +1,139 @@
-"""Neurons into experts of equal size: the transportation problem, solved by auction.
+"""Neurons into experts of equal size: the transportation problem, solved exactly.
 
-Bertsekas' auction (Linear Network Optimization, 1991, chapter 4; BASE layers, arXiv 2103.16716, use
-it for tokens): every expert has as many places as it has neurons and a price, the lowest bid among
-its places. Each neuron without a place bids for the expert of largest score minus price, so much
-that it would rather take the second best; an expert keeps its highest bids. With a bid's increment
-of `eps` the total score ends within F * eps of the best one; eps falls by steps, prices are kept.
+Every expert has a price, and a neuron is content with an expert of largest score minus price. At
+the right prices all neurons are content and every expert holds equally many: the assignment's total
+is then the largest there is (linear programming duality). Two steps find them:
 
-Legend: F neurons, E experts, I = F / E neurons per expert.
+1. Sweeps: expert after expert gets the price at which just as many neurons as it has places prefer
+   it to all others (coordinate descent of the dual, Bertsekas, Linear Network Optimization, 1991,
+   chapter 4). Sweeps never end quite right, because the dual has edges.
+2. Moves: content neurons are dealt out and those too many in one expert go, along the path of least
+   loss from neuron to neuron, to an expert with a place left (successive shortest paths, Ahuja,
+   Magnanti and Orlin, Network Flows, 1993, section 9.7). A path passes each expert at most once, so
+   that the graph has E nodes, whatever F is.
+
+NumPy, on one core: arrays of a few thousand numbers gain nothing from a second thread, and where
+other processes hold the cores, operations that wait for one each took a hundred times as long.
+
+Legend: F neurons, E experts, M neurons of one expert; `loss_EE[a, b]` is what the total loses if
+expert a's neuron that minds least moves to expert b.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-# Increments of the bids, as shares of the scores' spread.
-INCREMENTS = (0.3, 0.1, 0.03, 0.01)
 
 
 @torch.no_grad()
 def balanced_assignment(
     scores_FE: Float[Tensor, "neurons experts"],
+    prices_E: Float[Tensor, " experts"] | None = None,
 ) -> Int[Tensor, " neurons"]:
-    """Each neuron's expert, F / E neurons each, of a total score within 1 % of spread per neuron.
+    """Each neuron's expert, F / E neurons each, of the largest total score up to rounding.
 
-    The spread is the mean over neurons of the largest minus the smallest score. Runs on the CPU.
+    Runs on the CPU in float64. Equal scores give the same assignment every time.
+
+    Args:
+        scores_FE: finite scores.
+        prices_E: float64, on the CPU: what each expert costs beyond its mean score. The search
+            starts there and leaves here where it ended, so that the next one, for scores that
+            changed little, is several times as fast. None: the search starts at zeros.
     """
     F, E = scores_FE.shape
     assert F % E == 0
-    scores_FE = scores_FE.detach().cpu().double()
-    spread = (scores_FE.amax(1) - scores_FE.amin(1)).mean()
-    expert_F = torch.arange(F) // (F // E)
-    if spread == 0 or E == 1:
-        return expert_F
-    prices_E = torch.zeros(E, dtype=torch.float64)
-    with _one_thread():
-        for increment in INCREMENTS:
-            expert_F, prices_E = _auction(scores_FE, prices_E, spread * increment)
-    return expert_F
+    scores_EF = scores_FE.detach().double().cpu().T.contiguous().numpy()
+    assert np.isfinite(scores_EF).all()
+    mean_E = scores_EF.mean(1)
+    start_E = np.zeros(E) if prices_E is None else prices_E.numpy()
+    at_E = mean_E + start_E
+    _sweep(scores_EF, at_E)
+    expert_F = _move(scores_EF, at_E)
+    start_E[:] = at_E - mean_E
+    return torch.from_numpy(expert_F)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Within the context torch computes in one thread.
+def _sweep(scores_EF: np.ndarray, prices_E: np.ndarray) -> None:
+    """Move prices, in place, until few neurons more find a place.
 
-    Thousands of small operations: where other processes hold the cores, those that wait for a
-    second thread each time took a hundred times as long.
+    A sweep takes about as long as finding E / 4 neurons their place one by one.
     """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
+    E, F = scores_EF.shape
+    cut = F - F // E
+    too_many = F
+    while E > 1:
+        worth_EF = scores_EF - prices_E[:, None]
+        load_E = np.bincount(worth_EF.argmax(0), minlength=E)
+        before, too_many = too_many, int((load_E - F // E).clip(0).sum())
+        if before - too_many <= E // 4:
+            return
+        # What the best of the experts after each one is worth; those before it are at new prices.
+        after_EF = np.maximum.accumulate(worth_EF[::-1])[::-1]
+        best_F = np.full(F, -np.inf)
+        for e in range(E):
+            others_F = best_F if e == E - 1 else np.maximum(best_F, after_EF[e + 1])
+            bids_F = np.partition(scores_EF[e] - others_F, (cut - 1, cut))
+            prices_E[e] = (bids_F[cut - 1] + bids_F[cut]) / 2
+            np.maximum(best_F, scores_EF[e] - prices_E[e], out=best_F)
 
 
-def _auction(scores_FE: Tensor, prices_E: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    F, E = scores_FE.shape
-    places = F // E
-    bids_FE = torch.full((F, E), float("-inf"), dtype=torch.float64)
+def _move(scores_EF: np.ndarray, prices_E: np.ndarray) -> np.ndarray:
+    """The best balanced assignment (F,), from neurons that are content at these prices.
+
+    Prices move, in place, so that all neurons stay content.
+    """
+    E, F = scores_EF.shape
+    expert_F = (scores_EF - prices_E[:, None]).argmax(0)
+    spare_E = F // E - np.bincount(expert_F, minlength=E)
+    loss_EE = np.full((E, E), np.inf)
+    changed = range(E)
     while True:
-        free_U = (bids_FE.amax(1) == float("-inf")).nonzero()[:, 0]
-        if len(free_U) == 0:
-            return bids_FE.argmax(1), prices_E
-        best_U2, expert_U2 = (scores_FE[free_U] - prices_E).topk(2, dim=1)
-        wanted_U = expert_U2[:, 0]
-        bids_FE[free_U, wanted_U] = prices_E[wanted_U] + best_U2[:, 0] - best_U2[:, 1] + eps
-        kept_PE, holder_PE = bids_FE.topk(places, dim=0)
-        bids_FE = torch.full_like(bids_FE, float("-inf")).scatter_(0, holder_PE, kept_PE)
-        # An expert with places left keeps the price it started with.
-        prices_E = torch.where(kept_PE[-1].isfinite(), kept_PE[-1], prices_E)
+        for e in changed:
+            neurons_M = np.flatnonzero(expert_F == e)
+            if len(neurons_M):
+                loss_EE[e] = (scores_EF[e, neurons_M] - scores_EF[:, neurons_M]).min(1)
+            else:
+                loss_EE[e] = np.inf
+        if not spare_E.any():
+            return expert_F
+        path = _shortest_path(loss_EE, prices_E, spare_E)
+        movers = []
+        for a, b in pairwise(path):
+            neurons_M = np.flatnonzero(expert_F == a)
+            loss_M = scores_EF[a, neurons_M] - scores_EF[b, neurons_M]
+            movers.append(neurons_M[loss_M == loss_EE[a, b]])
+        # Neurons that lose the same, as those without energy do, go together.
+        num_moved = min(-spare_E[path[0]], spare_E[path[-1]], *map(len, movers))
+        for b, moved in zip(path[1:], movers, strict=True):
+            expert_F[moved[:num_moved]] = b
+        spare_E[path[0]] += num_moved
+        spare_E[path[-1]] -= num_moved
+        changed = path
+
+
+def _shortest_path(loss_EE: np.ndarray, prices_E: np.ndarray, spare_E: np.ndarray) -> list[int]:
+    """Experts on the way of least loss from one with too many neurons to one with a place left.
+
+    Dijkstra's algorithm: losses less the difference in price are not negative where all neurons
+    are content. Prices move, in place, by the distances.
+    """
+    distance_E = np.where(spare_E < 0, 0.0, np.inf)
+    open_E = distance_E.copy()
+    came_from = np.full(len(spare_E), -1)
+    while True:
+        at = int(open_E.argmin())
+        if spare_E[at] > 0:
+            break
+        open_E[at] = np.inf
+        # Rounding can leave a loss a little below zero.
+        through_E = distance_E[at] + np.maximum(loss_EE[at] + (prices_E - prices_E[at]), 0.0)
+        nearer_E = through_E < distance_E
+        distance_E[nearer_E] = open_E[nearer_E] = through_E[nearer_E]
+        came_from[nearer_E] = at
+    prices_E -= np.minimum(distance_E, distance_E[at])
+    path = [at]
+    while came_from[path[-1]] >= 0:
+        path.append(int(came_from[path[-1]]))
+    return path[::-1]

@@ -66,23 +66,27 @@ def sample_inputs(inputs: MlpInputs, max_tokens: int) -> list[Float[Tensor, "tok
 
 
 class Ridge:
-    """Ridge regressions on the same inputs, float64; the bias is free.
+    """Ridge regressions on the same inputs; the bias is free.
 
     The inputs' second moments are factored once, whatever is regressed on them, and how often.
+    Products over tokens are float32, whose rounding is far below the penalty, and the equations
+    are solved in float64.
     """
 
     def __init__(self, x_TD: Float[Tensor, "tokens hidden"]) -> None:
-        self._features_TD = F.pad(x_TD.double(), (0, 1), value=1.0)
-        gram_DD = _penalised(self._features_TD.T @ self._features_TD)
+        self._features_TD = F.pad(x_TD.float(), (0, 1), value=1.0)
+        gram_DD = _penalised((self._features_TD.T @ self._features_TD).double())
         self._factors = torch.linalg.lu_factor(gram_DD)
 
     def fit(
         self, target_TE: Float[Tensor, "tokens experts"]
     ) -> tuple[Float[Tensor, "hidden experts"], Float[Tensor, " experts"]]:
-        """Weight and bias of the regression of these targets."""
-        moment_DE = self._features_TD.T @ target_TE.double()
-        solution_DE = torch.linalg.lu_solve(*self._factors, moment_DE)
-        return solution_DE[:-1], solution_DE[-1]
+        """Weight and bias of the regression of these targets, float64."""
+        # A free bias takes up the mean exactly, and without it the rounding of products is less.
+        mean_E = target_TE.double().mean(0)
+        moment_DE = self._features_TD.T @ (target_TE - mean_E).float()
+        solution_DE = torch.linalg.lu_solve(*self._factors, moment_DE.double())
+        return solution_DE[:-1], solution_DE[-1] + mean_E
 
 
 def solve_ridge(gram_DD: Tensor, moment_DE: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ to the squared output if neurons do not interfere.
 Legend: T sampled tokens, D hidden, F neurons, E experts, R random directions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,11 @@ from tiny_onn.thresholds import exact_threshold
 
 SAMPLED_TOKENS = 8192
 KMEANS_ROUNDS = 15
-LEARNING_ROUNDS = 12
+LEARNING_ROUNDS = 16
 DIRECTIONS = 512
+# Layers are learned side by side as far as their tables, (T, F) in float32, fit into these bytes.
+LAYER_BYTES = 2**31
+TABLES = 4
 
 
 @torch.no_grad()
@@ -70,8 +74,10 @@ def partition_neurons(
             orders.append(torch.cat((shared_F, rest_F[expert_F.argsort(stable=True)])))
         return orders
     activation = ACT2FN[activation_name(inputs.dense.config.get_text_config())]
-    layers = list(zip(mlps, sample_inputs(inputs, SAMPLED_TOKENS), kept, strict=True))
-    for mlp, x_TD, first in track(layers, f"{experts.init} partition, layers"):
+    samples = sample_inputs(inputs, SAMPLED_TOKENS)
+
+    @torch.no_grad()
+    def order(mlp: GatedMlp, x_TD: Tensor, first: Sequence[int]) -> Tensor:
         energy_TF = neuron_energy(mlp, x_TD, activation)
         shared_F, rest_F = split_neurons(energy_TF.sum(0), first, num_shared)
         if S:
@@ -81,15 +87,47 @@ def partition_neurons(
         else:
             expert_F = by_importance(energy_TF, num_routed)
             expert_F = learn_partition(energy_TF, x_TD, expert_F, num_routed, target_k - S)
-        orders.append(torch.cat((shared_F, rest_F[expert_F.argsort(stable=True)])))
-    return orders
+        return torch.cat((shared_F, rest_F[expert_F.argsort(stable=True)]))
+
+    layers = list(zip(mlps, samples, kept, strict=True))
+    # Layers take their random directions in turn.
+    several = experts.init == "learned" and inputs.dense.device.type == "cpu"
+    room = LAYER_BYTES // (TABLES * 4 * max(1, len(samples[0])) * width) if several else 1
+    return _each(order, layers, room, f"{experts.init} partition, layers")
+
+
+def _each(
+    function: Callable[..., Tensor], layers: Sequence[tuple[object, ...]], room: int, text: str
+) -> list[Tensor]:
+    """The function of every layer, of up to `room` at once, which share torch's threads.
+
+    Many operations of a layer are too small to be shared by threads, and where other processes
+    hold the cores, those that wait for a second thread took several times as long.
+    """
+    num_threads = torch.get_num_threads()
+    workers = max(1, min(room, num_threads, len(layers)))
+    if workers == 1:
+        return [function(*layer) for layer in track(layers, text)]
+    torch.set_num_threads(num_threads // workers)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            results = pool.map(function, *zip(*layers, strict=True))
+            return [next(results) for _ in track(layers, text)]
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def neuron_energy(
     mlp: GatedMlp, x_TD: Float[Tensor, "tokens hidden"], activation: torch.nn.Module
 ) -> Float[Tensor, "tokens neurons"]:
-    """`h^2 * |down|^2` of every neuron, float32."""
-    hidden_TF = (activation(mlp.gate_proj(x_TD)) * mlp.up_proj(x_TD)).float()
+    """`h^2 * |down|^2` of every neuron, float32.
+
+    A CPU computes all of it in float32, because many emulate products in bfloat16.
+    """
+    dtype = torch.float32 if x_TD.device.type == "cpu" else x_TD.dtype
+    x_TD = x_TD.to(dtype)
+    gate_TF, up_TF = (F.linear(x_TD, p.weight.to(dtype)) for p in (mlp.gate_proj, mlp.up_proj))
+    hidden_TF = activation(gate_TF).mul_(up_TF).float()
     return hidden_TF.square_().mul_(mlp.down_proj.weight.float().square().sum(0))
 
 
@@ -125,8 +163,9 @@ def balanced_kmeans(
     first = torch.randperm(len(points_FN), generator=generator)[:num_experts]
     centres_EN = points_FN[first.to(points_FN.device)]
     expert_F = torch.empty(0, dtype=torch.long)
+    prices_E = torch.zeros(num_experts, dtype=torch.float64)
     for _ in range(KMEANS_ROUNDS):
-        previous, expert_F = expert_F, balanced_assignment(points_FN @ centres_EN.T)
+        previous, expert_F = expert_F, balanced_assignment(points_FN @ centres_EN.T, prices_E)
         if torch.equal(previous, expert_F):
             break
         centres_EN = F.normalize(_members(expert_F, num_experts, points_FN) @ points_FN, dim=1)
@@ -148,29 +187,32 @@ def learn_partition(
        the tokens is routed by the gate of the other half, so that what a gate cannot predict does
        not count) and activates the experts of largest softmax probability, `target_k` on average.
     2. Neurons move: `sum_t active[t, e] * energy[t, f]` is what neuron f brings in expert e, and
-       the balanced assignment takes the largest total.
+       the balanced assignment takes the largest total. It starts from the prices of the round
+       before.
 
     Energies are shares of their token's, so that every token counts the same.
     """
     share_TF = energy_TF / energy_TF.sum(1, keepdim=True).clamp_min(1e-30)
-    halves = torch.arange(len(share_TF), device=share_TF.device) % 2 == 0
-    counted_T = torch.ones_like(halves)
-    others = [(half, ~half, Ridge(x_TD[~half])) for half in (halves, ~halves)]
+    counted_T = torch.ones(len(share_TF), dtype=torch.bool, device=share_TF.device)
+    halves = (slice(0, None, 2), slice(1, None, 2))
+    inputs = [x_TD[half].float() for half in halves]
+    gates = [Ridge(x_TD) for x_TD in inputs]
+    prices_E = torch.zeros(num_experts, dtype=torch.float64)
     best, best_F = -1.0, expert_F
     for _ in range(LEARNING_ROUNDS):
         energy_TE = share_TF @ _members(expert_F, num_experts, share_TF).T
         target_TE = energy_TE.clamp_min(1e-12).log()
         logits_TE = torch.empty_like(target_TE)
-        for half, other, regression in others:
-            weight_DE, bias_E = regression.fit(target_TE[other])
-            logits_TE[half] = x_TD[half].float() @ weight_DE.float() + bias_E.float()
+        for own, other in ((0, 1), (1, 0)):
+            weight_DE, bias_E = gates[other].fit(target_TE[halves[other]])
+            logits_TE[halves[own]] = inputs[own] @ weight_DE.float() + bias_E.float()
         probs_TE = logits_TE.softmax(-1)
         active_TE = (probs_TE > exact_threshold(probs_TE, counted_T, target_k)).float()
         captured = (energy_TE * active_TE).sum().item() / len(energy_TE)
         if captured <= best + 1e-4:
             break
         best, best_F = captured, expert_F
-        expert_F = balanced_assignment(share_TF.T @ active_TE)
+        expert_F = balanced_assignment(share_TF.T @ active_TE, prices_E)
     return best_F
 
 
