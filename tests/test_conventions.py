@@ -46,6 +46,7 @@ LAYERS = (
     ),
     (
         "modeling",
+        "model_config",
         "convert",
         "teacher",
         "data",
