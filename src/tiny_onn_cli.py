@@ -32,6 +32,9 @@ _Results = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(run
 _Budget = Annotated[str | None, arg(metavar="K,K", help_behavior_hint="(as trained)")]
 _Model = Annotated[Positional[str], arg(metavar="MODEL")]
 _Checkpoint = Annotated[str, arg(metavar="newest|best|STEP")]
+_Teacher = Annotated[
+    str | None, arg(metavar="PATH_OR_HUB_ID", help_behavior_hint="(where it was recorded)")
+]
 
 
 # Below it the logits overflow.
@@ -198,6 +201,8 @@ class Eval:
     """A run folder, or the folder of a converted model."""
     checkpoint: _Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
+    teacher: _Teacher = None
+    """The model that the student was converted from, if it has moved since."""
     text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
     """Text to measure on, a file or a folder."""
     device: str = "auto"
@@ -237,6 +242,7 @@ class Eval:
                 device=self.device,
                 max_tokens=self.max_tokens,
                 checkpoint=self.checkpoint,
+                teacher=self.teacher,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -263,6 +269,7 @@ class Eval:
                 max_tokens=self.max_tokens,
                 out=_default_out("frontier") if self.out is None else self.out,
                 checkpoint=self.checkpoint,
+                teacher=self.teacher,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -286,6 +293,8 @@ class Probe:
     dense model or a hub id; a dense model is converted with all experts on."""
     checkpoint: _Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
+    teacher: _Teacher = None
+    """The model that a student was converted from, if it has moved since."""
     layers: Annotated[
         str | None, arg(metavar="INT,INT", help_behavior_hint="(an early, a middle, a late one)")
     ] = None
@@ -341,6 +350,7 @@ class Probe:
                 document_tokens=self.document_tokens,
                 fit_tokens=self.fit_tokens,
                 checkpoint=self.checkpoint,
+                teacher=self.teacher,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -364,6 +374,9 @@ class Generate:
     """A run folder, a model folder, `embedded`, or a hub id."""
     checkpoint: _Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
+    teacher: _Teacher = None
+    """The model that a student was converted from, if it has moved since; read only where a run
+    has no finished student, or --checkpoint names an earlier one."""
     prompt: str
     """Text to go on from."""
     max_new_tokens: int = 128
@@ -392,6 +405,7 @@ class Generate:
             seed=seed,
             budget=self.budget,
             checkpoint=self.checkpoint,
+            teacher=self.teacher,
         )
 
 

@@ -68,6 +68,7 @@ LAYERS = (
         "prepare",
         "loading",
         "mid_run",
+        "recorded_teacher",
         "activations",
         "fusion",
         "determinism",

@@ -27,6 +27,7 @@ def run_frontier(
     max_tokens: int,
     out: Path,
     checkpoint: str = "newest",
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a student at several budgets; write `frontier.json` and `frontier.html`.
 
@@ -38,11 +39,14 @@ def run_frontier(
         max_tokens: read, at most.
         out: a folder for the results; made if missing.
         checkpoint: which of a run's students, see `load_student`.
+        teacher: where the student's teacher is, see `load_student`.
 
     Raises:
         UserError: no such model or text, or a budget that it cannot run at.
     """
-    loaded, teacher, rows, source = load_for_eval(model, text, device, max_tokens, checkpoint)
+    loaded, dense, rows, source = load_for_eval(
+        model, text, device, max_tokens, checkpoint, teacher
+    )
     student = loaded.student
     budgets = budgets or default_budgets(student)
     for budget in budgets:
@@ -52,7 +56,7 @@ def run_frontier(
     for budget in budgets:
         with stage(f"Evaluating with {budget:g} experts a token"):
             set_budget(student, budget)
-            result = evaluate(student, teacher, rows, loaded.config.loss)
+            result = evaluate(student, dense, rows, loaded.config.loss)
         points.append({"budget": float(budget), **result.as_dict()})
     found = {
         "model": model,
