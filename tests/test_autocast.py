@@ -27,7 +27,7 @@ PATHS = {"dense": ("dense", 0), "chunks": ("dense", 5), "grouped": ("grouped", 0
 def make_awake(path="dense", *, dense=None, **changes) -> Any:
     """A student that trains as another's training loop would have it, mean outputs and all."""
     options = {"compensation": "mean", "learn_scale": True, **changes}
-    student = make_student(make_dense() if dense is None else dense, **options)
+    student: Any = make_student(make_dense() if dense is None else dense, **options)
     for bank in student.banks():
         bank.path, bank.chunk_tokens = PATHS[path]
         generator = torch.Generator().manual_seed(0)
@@ -166,9 +166,12 @@ def test_packed_rows_and_the_distillation_loss_run_under_autocast(family):
         student.zero_grad()
         with autocast(dtype), all_experts_on(student.banks()):
             kwargs = packed_kwargs(row)
-            hidden = [last_hidden_states(m, row.input_ids, **kwargs)[0] for m in (student, dense)]
+            ours, theirs = (
+                last_hidden_states(model, row.input_ids, **kwargs)[0] for model in (student, dense)
+            )
             values = distill(
-                *hidden,
+                ours,
+                theirs,
                 head_of(student),
                 head_of(dense),
                 row.labels[0],
@@ -189,7 +192,7 @@ def test_packed_rows_and_the_distillation_loss_run_under_autocast(family):
 
 
 def test_generation_under_autocast_is_that_without():
-    student = make_student(make_dense())
+    student: Any = make_student(make_dense())
     student.set_attn_implementation("sdpa")
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True}
     options |= {"return_dict_in_generate": True, "min_new_tokens": 6}
