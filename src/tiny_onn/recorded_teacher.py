@@ -100,7 +100,7 @@ def check_run_teacher(folder: Path, dense: PreTrainedModel, named: str | None) -
             f" {named or recorded.path} is the model that the run began with"
         )
     elif backbone_hash(dense, getattr(torch, recorded.dtype)) != expected:
-        raise _other(named, recorded.path, f"the run's, a backbone of SHA-256 {expected}")
+        raise _other(named, recorded.path, f"the run's, with a backbone of SHA-256 {expected}")
 
 
 def check_teacher(
@@ -131,11 +131,13 @@ def check_teacher(
             f"{ours}; name the model the student was converted from, with {OPTION}"
         )
     if (difference := shape_difference(student, dense)) is not None:
-        raise _other(named, path, f"the student's ({difference})")
+        raise _other(named, path, f"one of the student's sizes ({difference})")
     if same_backbone(student, dense):
         return True
     if frozen:
-        raise _other(named, path, "the run's, which its student has")
+        raise _other(
+            named, path, "the run's, with the weights that its student has outside the MLPs"
+        )
     say(
         f"{path}: its weights outside the MLPs are not the student's; this is another model than"
         " the student was converted from, or the student was fine-tuned since"
@@ -145,7 +147,7 @@ def check_teacher(
 
 def _other(named: str | None, path: str, expected: str) -> UserError:
     return UserError(
-        f"{_field(named)}: got {named or path}, which has other weights, expected {expected};"
+        f"{_field(named)}: got {named or path}, another model, expected {expected};"
         f" name the model that the student was converted from, with {OPTION}"
     )
 
