@@ -33,6 +33,9 @@ _Results = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(run
 _Budget = Annotated[str | None, arg(metavar="K,K", help_behavior_hint="(as trained)")]
 _Model = Annotated[Positional[str], arg(metavar="MODEL")]
 _Checkpoint = Annotated[str, arg(metavar="newest|best|STEP")]
+_Teacher = Annotated[
+    str | None, arg(metavar="PATH_OR_HUB_ID", help_behavior_hint="(where it was recorded)")
+]
 
 
 # Below it the logits overflow.
@@ -203,6 +206,8 @@ class Eval:
     """A run folder, or the folder of a converted model."""
     checkpoint: _Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
+    teacher: _Teacher = None
+    """The model that the student was converted from, if it has moved since."""
     text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
     """Text to measure on, a file or a folder."""
     device: str = "auto"
@@ -243,6 +248,7 @@ class Eval:
                 device=self.device,
                 max_tokens=self.max_tokens,
                 checkpoint=self.checkpoint,
+                teacher=self.teacher,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -270,6 +276,7 @@ class Eval:
                 max_tokens=self.max_tokens,
                 out=_default_out("frontier") if self.out is None else self.out,
                 checkpoint=self.checkpoint,
+                teacher=self.teacher,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -293,6 +300,8 @@ class Probe:
     dense model or a hub id; a dense model is converted with all experts on."""
     checkpoint: _Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
+    teacher: _Teacher = None
+    """The model that a student was converted from, if it has moved since."""
     layers: Annotated[
         str | None, arg(metavar="INT,INT", help_behavior_hint="(an early, a middle, a late one)")
     ] = None
@@ -349,6 +358,7 @@ class Probe:
                 document_tokens=self.document_tokens,
                 fit_tokens=self.fit_tokens,
                 checkpoint=self.checkpoint,
+                teacher=self.teacher,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -372,6 +382,9 @@ class Generate:
     """A run folder, a model folder, `embedded`, or a hub id."""
     checkpoint: _Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
+    teacher: _Teacher = None
+    """The model that a student was converted from, if it has moved since; read only where a run
+    has no finished student, or --checkpoint names an earlier one."""
     prompt: str
     """Text to go on from."""
     max_new_tokens: int = 128
@@ -401,6 +414,7 @@ class Generate:
             seed=seed,
             budget=self.budget,
             checkpoint=self.checkpoint,
+            teacher=self.teacher,
         )
 
 

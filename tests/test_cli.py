@@ -242,7 +242,23 @@ def test_eval_as_json_prints_nothing_else(stand_in, capsys):
     assert json.loads(printed.out) == result
     assert printed.err == "progress\n"
     options = {"text": None, "device": "cpu", "max_tokens": 8192, "checkpoint": "newest"}
-    assert calls == [(("runs/x",), options)]
+    assert calls == [(("runs/x",), options | {"teacher": None})]
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "arguments"),
+    [
+        ("evaluate", "run_eval", ["eval", "m", "--json"]),
+        ("probe", "run_probe", ["probe", "m", "--json"]),
+        ("generate", "run_generate", ["generate", "m", "--prompt", "x"]),
+    ],
+)
+def test_every_verb_that_reads_a_teacher_passes_its_new_place(
+    stand_in, module, function, arguments
+):
+    calls = stand_in(module, function, {})
+    assert status_of([*arguments, "--teacher", "b/t"]) == 0
+    assert calls[0][1]["teacher"] == "b/t"
 
 
 def test_eval_prints_a_line_per_number(stand_in, capsys):
@@ -262,6 +278,8 @@ def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys):
     assert (arguments, keywords["budgets"], keywords["out"]) == (("m",), [8.0, 4.5], Path("x"))
     assert status_of(["eval", "m", "--frontier"]) == 0
     assert calls[1][1]["budgets"] == ()
+    assert status_of(["eval", "m", "--frontier", "--teacher", "b/t"]) == 0
+    assert [keywords["teacher"] for _, keywords in calls] == [None, None, "b/t"]
 
 
 def test_probe_passes_its_options(stand_in, capsys):

@@ -187,7 +187,7 @@ def test_layers_learned_side_by_side_are_those_learned_in_turn(num_shared):
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(partition_neurons(dense, ROWS, experts, 4.0, generator()))
+            found.append(partition_neurons(MlpInputs(dense, ROWS), experts, 4.0, generator()))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(num_threads)

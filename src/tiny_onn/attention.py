@@ -35,6 +35,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from tiny_onn.errors import UserError
+from tiny_onn.ops.precision import in_autocast_format
 
 DOCUMENT_ATTENTION = "tiny_onn_documents"
 QUERY_BLOCK_TOKENS = 1024
@@ -133,12 +134,12 @@ def document_attention(
     _refuse_unsupported(
         module, query, key, attention_mask=attention_mask, dropout=dropout, kwargs=kwargs
     )
+    query, key, value = (in_autocast_format(x) for x in (query, key, value))
     bounds = _host_bounds(query, cu_seq_lens_q, document_bounds)
     if softcap is None and varlen_supported(query, value):
         cu_seqlens = _device_bounds(query, cu_seq_lens_q, bounds)
         if max_length_q is None:
-            spans = (0, query.shape[2]) if bounds is None else bounds
-            max_length_q = max(stop - start for start, stop in pairwise(spans))
+            max_length_q = max(b - a for a, b in pairwise(bounds or (0, query.shape[2])))
         options = {"scaling": scaling, "sliding_window": sliding_window}
         return varlen_attention(query, key, value, cu_seqlens, max_length_q, **options), None
     if bounds is None and cu_seq_lens_q is not None:
@@ -146,9 +147,8 @@ def document_attention(
             f"document_bounds: got none with cu_seq_lens_q on {cu_seq_lens_q.device}, expected "
             "them on the host too; build the arguments with packed_kwargs"
         )
-    spans = (0, query.shape[2]) if bounds is None else bounds
     options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-    return loop_attention(query, key, value, spans, **options), None
+    return loop_attention(query, key, value, bounds or (0, query.shape[2]), **options), None
 
 
 def varlen_supported(

@@ -210,16 +210,61 @@ def verify_head(dense: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) 
     return gap
 
 
-def backbone_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of every tensor outside the MLPs, by name, number format, shape and bytes."""
-    backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
+def backbone_hash(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of every tensor outside the MLPs, by name, number format, shape and bytes.
+
+    Args:
+        model: a dense model or a student.
+        dtype: the number format the model is taken to be in; None: its own.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(backbone.named_parameters(remove_duplicate=False)):
-        if ".mlp." not in name:
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            raw = parameter.detach().cpu().contiguous().view(torch.uint8)
-            digest.update(raw.numpy().tobytes())
+    cast = dtype is not None and dtype != model.dtype
+    for name, parameter in backbone_tensors(model).items():
+        tensor = parameter.to(dtype) if cast else parameter
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def backbone_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters outside the MLPs of a dense model or a student, without graphs, in order."""
+    backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
+    named = sorted(backbone.named_parameters(remove_duplicate=False))
+    return {name: parameter.detach() for name, parameter in named if ".mlp." not in name}
+
+
+def shape_difference(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> str | None:
+    """What first tells that a student has other sizes than a dense model, in words; None: nothing.
+
+    Raises:
+        UserError: the dense model is not of a kind that can be converted.
+    """
+    ours, theirs = (
+        {name: tuple(tensor.shape) for name, tensor in backbone_tensors(model).items()}
+        for model in (student, dense)
+    )
+    _, E, I, _ = student.banks()[0].gate_up_proj.shape
+    ours["mlp"] = (E * I,)
+    theirs["mlp"] = (gated_mlps(dense)[0].gate_proj.out_features,)
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            shapes = (table.get(name, "absent") for table in (ours, theirs))
+            return "{}: {}, not {}".format(name, *shapes)
+    return None
+
+
+def same_backbone(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> bool:
+    """Whether a student's tensors outside the MLPs are a dense model's of the same shapes.
+
+    Also where they are its values rounded to the student's number format or to bfloat16: a student
+    of a bfloat16 run may have been widened since, and its teacher read in float32.
+    """
+    theirs = backbone_tensors(dense)
+    return all(
+        any(torch.equal(tensor, theirs[name].to(dtype).to(tensor.dtype)) for dtype in formats)
+        for name, tensor in backbone_tensors(student).items()
+        for formats in [(tensor.dtype, torch.bfloat16)]
+    )
 
 
 def _nearest_divisor(width: int, wanted: int) -> int:

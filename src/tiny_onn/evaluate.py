@@ -272,17 +272,24 @@ def forward_flops(
 
 
 def run_eval(
-    model: str, *, text: Path | None, device: str, max_tokens: int, checkpoint: str = "newest"
+    model: str,
+    *,
+    text: Path | None,
+    device: str,
+    max_tokens: int,
+    checkpoint: str = "newest",
+    teacher: str | None = None,
 ) -> dict[str, object]:
     """The verb `eval`: a student against its teacher, on a file or on its run's held-out text.
 
     The teacher is the dense model as it is; where the run's teacher was quantised, the result also
-    says what that cost the teacher itself, under `quantised_teacher`.
+    says what that cost the teacher itself, under `quantised_teacher`. `checkpoint` and `teacher`
+    are those of `load_student`.
 
     Raises:
-        UserError: no such model or text, or the teacher cannot be had.
+        UserError: no such model or text, or the teacher cannot be had or is another model.
     """
-    loaded, held_out, source = load_for_eval(model, text, device, max_tokens, checkpoint)
+    loaded, held_out, source = load_for_eval(model, text, device, max_tokens, checkpoint, teacher)
     with stage(f"Evaluating on {source}"):
         result = evaluate(loaded.student, held_out, loaded.config.loss)
     found: dict[str, object] = dict(asdict(result))
@@ -295,8 +302,13 @@ def run_eval(
     return {**about, "text": source, **found, "budget": budget}
 
 
-def load_for_eval(
-    model: str, text: Path | None, device: str, max_tokens: int, checkpoint: str = "newest"
+def load_for_eval(  # noqa: PLR0917
+    model: str,
+    text: Path | None,
+    device: str,
+    max_tokens: int,
+    checkpoint: str = "newest",
+    teacher: str | None = None,
 ) -> tuple[LoadedStudent, HeldOut, str]:
     """A student, the rows to measure on with its teacher, and what these are in words.
 
@@ -305,9 +317,9 @@ def load_for_eval(
     """
     quiet_transformers()
     where = pick_device(device)
-    loaded = load_student(model, where, checkpoint)
+    loaded = load_student(model, where, checkpoint, teacher)
     with stage(f"Loading the teacher, {loaded.config.teacher.path}"):
-        teacher = load_teacher_of(loaded, where)
+        dense = load_teacher_of(loaded, where)
     data = loaded.config.data
     rows = (
         held_out_rows(data, loaded.tokenizer, data.row_tokens, max_tokens)
@@ -315,7 +327,7 @@ def load_for_eval(
         else text_rows(text, loaded.tokenizer, data, max_tokens)
     )
     source = "held-out text of " + ", ".join(data.sources) if text is None else str(text)
-    return loaded, HeldOut(teacher, rows), source
+    return loaded, HeldOut(dense, rows), source
 
 
 def text_rows(

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from tiny_onn.ops import decode, dense_masked, grouped
 from tiny_onn.ops.dense_masked import gram_norm
+from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import TIE_BREAK, Router, Routing, RoutingRule
 
@@ -102,11 +103,15 @@ class ExpertBank(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "*batch hidden"]
     ) -> Float[Tensor, "*batch hidden"]:
-        """The routed sum of the active experts' outputs."""
+        """The routed sum of the active experts' outputs.
+
+        Under autocast it is in autocast's number format, as a linear layer's. The gate reads the
+        input as it came, so that autocast does not change the routing.
+        """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights = (self.gate_up_proj, self.down_proj)
         if not self.training and decode.can_decode(x_TD, *weights, self.activation_name):
-            return self._decode(x_TD).view_as(hidden_states)
+            return in_autocast_format(self._decode(x_TD)).view_as(hidden_states)
         routing = self.route(x_TD if self.coupled else x_TD.detach())
         self._record(x_TD, routing)
         weights_TE = routing.weights if self.coupled else routing.weights.detach()
@@ -181,6 +186,7 @@ def selecting(rule: RoutingRule) -> decode.Selecting | None:
     )
 
 
+@without_autocast
 def expert_norms(
     bank: ExpertBank, x_TD: Float[Tensor, "tokens hidden"]
 ) -> Float[Tensor, "tokens experts"]:

@@ -27,6 +27,7 @@ def run_frontier(
     max_tokens: int,
     out: Path,
     checkpoint: str = "newest",
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a student at several budgets; write `frontier.json` and `frontier.html`.
 
@@ -38,11 +39,12 @@ def run_frontier(
         max_tokens: read, at most.
         out: a folder for the results; made if missing.
         checkpoint: which of a run's students, see `load_student`.
+        teacher: where the student's teacher is, see `load_student`.
 
     Raises:
         UserError: no such model or text, or a budget that it cannot run at.
     """
-    loaded, held_out, source = load_for_eval(model, text, device, max_tokens, checkpoint)
+    loaded, held_out, source = load_for_eval(model, text, device, max_tokens, checkpoint, teacher)
     student = loaded.student
     budgets = budgets or default_budgets(student)
     for budget in budgets:

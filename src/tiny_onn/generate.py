@@ -11,6 +11,7 @@ from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
 from tiny_onn.model_paths import find_model
+from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.teacher import load_dense, quiet_transformers
 from tiny_onn.tokens import DocumentTokens
 
@@ -25,6 +26,7 @@ def run_generate(
     device: str = "auto",
     budget: float | None = None,
     checkpoint: str = "newest",
+    teacher: str | None = None,
 ) -> str:
     """Print the continuation of a prompt as it comes, and return it.
 
@@ -37,6 +39,7 @@ def run_generate(
         device: where to run.
         budget: experts a token of a student may use, on average; None: what it was trained for.
         checkpoint: which of a run's students, see `load_student`.
+        teacher: where the student's teacher is, see `load_student`.
 
     Raises:
         UserError: no such model or checkpoint, or an empty prompt.
@@ -51,7 +54,7 @@ def run_generate(
             "check the terminal's encoding"
         ) from error
     quiet_transformers()
-    network, tokenizer = _load(model, pick_device(device), budget, checkpoint)
+    network, tokenizer = _load(model, pick_device(device), budget, checkpoint, teacher)
     # transformers' sampling knows no generator argument.
     torch.manual_seed(seed)
     sampling = (
@@ -74,14 +77,15 @@ def run_generate(
 
 
 def _load(
-    model: str, device: torch.device, budget: float | None, checkpoint: str
+    model: str, device: torch.device, budget: float | None, checkpoint: str, teacher: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if is_student(model):
-        loaded = load_student(model, device, checkpoint)
+        loaded = load_student(model, device, checkpoint, teacher)
         if budget is not None:
             set_budget(loaded.student, budget)
         loaded.student.round_experts()
         return loaded.student, loaded.tokenizer
+    refuse_for_dense(model, teacher)
     for name, given in (("--budget", budget is not None), ("--checkpoint", checkpoint != "newest")):
         if given:
             raise UserError(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import RunConfig, TeacherConfig
 from tiny_onn.console import say
-from tiny_onn.convert import adopt_backbone, backbone_hash
+from tiny_onn.convert import adopt_backbone
 from tiny_onn.device import without_emulation
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.mid_run import choose, load_from_checkpoint, newer_checkpoint
@@ -24,8 +24,8 @@ from tiny_onn.model_files import (
 )
 from tiny_onn.model_paths import no_folder
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
+from tiny_onn.recorded_teacher import check_teacher, load_recorded, with_teacher
 from tiny_onn.run_folder import read_run_config
-from tiny_onn.teacher import load_dense
 from tiny_onn.tokens import fit_tokenizer
 
 
@@ -36,8 +36,12 @@ class LoadedStudent:
     student: TinyOnnForCausalLM
     tokenizer: PreTrainedTokenizerBase
     config: RunConfig
-    step: int | None = None
+    step: int | None
     """Updates of the run that made it, if that is known."""
+    of_run: bool
+    """Whether it was found in its run's folder, and so has its teacher's backbone."""
+    named_teacher: str | None
+    """The teacher that the user named instead of the recorded one."""
 
 
 def is_student(name: str) -> bool:
@@ -47,7 +51,9 @@ def is_student(name: str) -> bool:
     return found or _model_type(folder) == "tiny_onn"
 
 
-def load_student(name: str, device: torch.device, checkpoint: str = "newest") -> LoadedStudent:
+def load_student(
+    name: str, device: torch.device, checkpoint: str = "newest", teacher: str | None = None
+) -> LoadedStudent:
     """The student of a run folder (with the run's settings) or of its own folder (with defaults).
 
     Args:
@@ -55,21 +61,30 @@ def load_student(name: str, device: torch.device, checkpoint: str = "newest") ->
         device: where to put it.
         checkpoint: which of a run's: `newest` (the finished student, or if the run goes on its
             newest checkpoint), `best` (by held-out KL) or a step. A line tells which it is.
+        teacher: where the dense model is that it was converted from: a folder, hub id, or
+            `embedded`; None: where it was. Only a checkpoint needs it for the student itself.
 
     Raises:
-        UserError: there is none, or its files are damaged.
+        UserError: there is none, or its files are damaged, or its teacher cannot be had.
     """
     folder, step = Path(name), None
-    if (folder / "student").is_dir() or newer_checkpoint(folder) is not None:
+    of_run = (folder / "student").is_dir() or newer_checkpoint(folder) is not None
+    if of_run:
         config, student_folder = read_run_config(folder), folder / "student"
         config = without_emulation(config, device)
         choice = choose(folder, checkpoint)
         say(f"{name}: {choice.about}")
         step = choice.step
         if choice.path is not None:
-            student, tokenizer = load_from_checkpoint(config, choice.path, device)
+            config = with_teacher(config, teacher)
+            student, tokenizer = load_from_checkpoint(config, folder, choice.path, device, teacher)
             return LoadedStudent(
-                student=student.train(False), tokenizer=tokenizer, config=config, step=step
+                student=student.train(False),
+                tokenizer=tokenizer,
+                config=config,
+                step=step,
+                of_run=True,
+                named_teacher=teacher,
             )
     elif _model_type(folder) == "tiny_onn":
         if checkpoint != "newest":
@@ -94,19 +109,24 @@ def load_student(name: str, device: torch.device, checkpoint: str = "newest") ->
             student, tokenizer = _read_student(student_folder)
     except UserError as error:
         raise UserError(f"MODEL: got {student_folder}, {error}") from error
-    if not (folder / "student").is_dir():
+    if not of_run:
         settings = student.config
         dtype = "bfloat16" if student.dtype == torch.bfloat16 else "float32"
-        teacher = TeacherConfig(
+        recorded = TeacherConfig(
             path=settings.teacher, revision=settings.teacher_revision, dtype=dtype
         )
-        config = without_emulation(replace(config, teacher=teacher), device)
+        config = without_emulation(replace(config, teacher=recorded), device)
     if config.teacher.dtype == "float32":
         student.float()
     student.requires_grad_(False)
     student.to(device)  # pyright: ignore[reportArgumentType] - transformers hides Module.to
     return LoadedStudent(
-        student=student.train(False), tokenizer=tokenizer, config=config, step=step
+        student=student.train(False),
+        tokenizer=tokenizer,
+        config=with_teacher(config, teacher),
+        step=step,
+        of_run=of_run,
+        named_teacher=teacher,
     )
 
 
@@ -136,18 +156,14 @@ def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedMo
     """The dense model a student came from; equal backbones are shared.
 
     Raises:
-        UserError: the teacher cannot be had, or its vocabulary is another one.
+        UserError: the teacher cannot be had, or it is another model.
     """
-    dense, _ = load_dense(loaded.config.teacher, device)
-    ours, theirs = loaded.student.config.backbone.vocab_size, dense.config.vocab_size
-    if ours != theirs:
-        raise UserError(
-            f"teacher.path: got {loaded.config.teacher.path} with a vocabulary of {theirs}, "
-            f"expected the student's {ours}; name the model the student was converted from"
-        )
-    if backbone_hash(dense) == backbone_hash(loaded.student):
-        adopt_backbone(loaded.student, dense)
-    loaded.student.set_attn_implementation(DOCUMENT_ATTENTION)
+    student, settings, named = loaded.student, loaded.config.teacher, loaded.named_teacher
+    dense, _ = load_recorded(settings, named, device)
+    same = check_teacher(student, dense, settings.path, named, frozen=loaded.of_run)
+    if same and student.dtype == dense.dtype:
+        adopt_backbone(student, dense)
+    student.set_attn_implementation(DOCUMENT_ATTENTION)
     return dense
 
 

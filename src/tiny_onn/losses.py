@@ -13,9 +13,10 @@ Time of forward_kl with its gradient at V 151,936, D 1,024 on 2 AVX-512 cores: 0
 (bf16) of all logits at once with F.kl_div and autograd; the three matmuls alone are 0.73 and 0.35.
 
 Precision: matmuls run in the hidden states' dtype, so the logits are those the model itself gives;
-everything elementwise is fp32, or float64 for float64 inputs. The gradients at the logits and at
-the hidden states are rounded to that dtype before any weighting, so that a mean over many tokens
-cannot push them out of range; temperature, scale and upstream weights follow in fp32 in backward.
+everything elementwise is fp32, or float64 for float64 inputs; autocast changes neither. The
+gradients at the logits and at the hidden states are rounded to that dtype before any weighting, so
+that a mean over many tokens cannot push them out of range; temperature, scale and upstream weights
+follow in fp32 in backward.
 
 Not done here: gradients for heads or teacher, second derivatives, and any clamping: NaN and Inf in
 the inputs show in the outputs.
@@ -46,6 +47,7 @@ from tiny_onn.ops.divergence import (
     tile_jsd_,
     tile_reverse_kl_,
 )
+from tiny_onn.ops.precision import without_autocast
 from tiny_onn.ops.regions import compiled_region
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -107,6 +109,7 @@ class DistillValues:
     """Whether student and teacher rank the same token first. All False without metrics."""
 
 
+@without_autocast
 def distill(
     student_hidden: Float[Tensor, "tokens student_dim"],
     teacher_hidden: Float[Tensor, "tokens teacher_dim"],

@@ -13,7 +13,7 @@ from tiny_onn.config import RunConfig
 from tiny_onn.convert import share_backbone, student_config
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM
-from tiny_onn.teacher import load_dense
+from tiny_onn.recorded_teacher import check_run_teacher, load_recorded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,14 +90,26 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def load_from_checkpoint(
-    config: RunConfig, path: Path, device: torch.device
+    config: RunConfig,
+    folder: Path,
+    path: Path,
+    device: torch.device,
+    named_teacher: str | None = None,
 ) -> tuple[TinyOnnForCausalLM, PreTrainedTokenizerBase]:
     """The student in a checkpoint of a run with these settings, and its tokenizer.
 
+    Args:
+        config: the settings.
+        folder: the run's.
+        path: the checkpoint's.
+        device: where to put the student.
+        named_teacher: what `--teacher` says; None: nothing.
+
     Raises:
-        UserError: the checkpoint is damaged, or the teacher cannot be had.
+        UserError: the checkpoint is damaged, or the teacher cannot be had or is another model.
     """
-    dense, tokenizer = load_dense(config.teacher, device)
+    dense, tokenizer = load_recorded(config.teacher, named_teacher, device)
+    check_run_teacher(folder, dense, named_teacher)
     student = share_backbone(dense, student_config(dense, config.experts, config.router))
     student.config.teacher = config.teacher.path
     student.config.teacher_revision = config.teacher.revision

@@ -5,12 +5,11 @@ replaced by an `ExpertBank`. Saving, loading, generation and caches are transfor
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
@@ -23,11 +22,10 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tiny_onn.backbone_mode import set_backbone_mode
-from tiny_onn.config import AtLeastOne, Compensation, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import Head
-from tiny_onn.router import RoutingRule
+from tiny_onn.model_config import TinyOnnConfig
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -40,80 +38,6 @@ class GatedMlp:
     gate_proj: nn.Linear
     up_proj: nn.Linear
     down_proj: nn.Linear
-
-
-class TinyOnnConfig(PretrainedConfig):
-    """A dense decoder's configuration and the shape and routing of its experts.
-
-    Args:
-        backbone: the dense model's configuration, or its dictionary.
-        num_experts: experts per layer, E.
-        expert_dim: neurons per expert, I; E * I is the dense MLP's width.
-        selection, weighting, target_k, budget_form, at_least_one, oracle_budget, num_shared: see
-            `RoutingRule`.
-        compensation, learn_scale: see `ExpertsConfig`.
-        teacher, teacher_revision: the dense model it was cut from: a folder, hub id, or `embedded`.
-    """
-
-    model_type = "tiny_onn"
-    # The class-level protocol of transformers 5.17 and later.
-    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
-
-    def __init__(
-        self,
-        backbone: PretrainedConfig | dict[str, Any] | None = None,
-        *,
-        num_experts: int = 32,
-        expert_dim: int = 0,
-        selection: Selection = "budget",
-        weighting: Weighting = "unit",
-        target_k: float = 16.0,
-        budget_form: Literal["cumulative", "threshold"] = "threshold",
-        at_least_one: AtLeastOne = "evaluation",
-        oracle_budget: bool = False,
-        num_shared: int = 0,
-        compensation: Compensation = "none",
-        learn_scale: bool = False,
-        teacher: str = "",
-        teacher_revision: str = "main",
-        **kwargs: Any,  # noqa: ANN401 - whatever transformers stores in a config
-    ) -> None:
-        if isinstance(backbone, dict):
-            backbone = CONFIG_MAPPING[backbone["model_type"]](**backbone)
-        self.backbone = CONFIG_MAPPING["qwen3"]() if backbone is None else backbone
-        self.num_experts = num_experts
-        self.expert_dim = expert_dim or self.backbone.intermediate_size // num_experts
-        self.selection: Selection = selection
-        self.weighting: Weighting = weighting
-        self.target_k = target_k
-        self.compensation: Compensation = compensation
-        self.learn_scale = learn_scale
-        self.teacher = teacher
-        self.teacher_revision = teacher_revision
-        self.budget_form: Literal["cumulative", "threshold"] = budget_form
-        self.at_least_one: AtLeastOne = at_least_one
-        self.oracle_budget = oracle_budget
-        self.num_shared = num_shared
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            kwargs.setdefault(name, getattr(self.backbone, name, None))
-        kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
-        super().__init__(**kwargs)
-
-    def get_text_config(self, *_: object, **__: object) -> PretrainedConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The backbone's configuration: what caches and generation ask about layers and heads."""
-        return self.backbone
-
-    def routing_rule(self) -> RoutingRule:
-        """The rule every layer's router follows."""
-        return RoutingRule(
-            selection=self.selection,
-            weighting=self.weighting,
-            target_k=self.target_k,
-            budget_form=self.budget_form,
-            at_least_one=self.at_least_one,
-            oracle_budget=self.oracle_budget,
-            num_shared=self.num_shared,
-        )
 
 
 class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
@@ -236,8 +160,18 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
                     weight.data = weight.data.to(self.dtype)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters of experts and routers, by name; everything else is frozen."""
+        """The parameters of experts and routers, by name: what distillation trains."""
         return {name: p for name, p in self.named_parameters() if ".mlp." in name}
+
+    def freeze_backbone(self) -> None:
+        """Leave the experts alone trainable, for other training loops than this package's.
+
+        A loaded student is trainable as a whole. Its routers never get a gradient from the loss of
+        another loop, so they are frozen too and route as they do.
+        """
+        self.requires_grad_(False)
+        for name, parameter in self.trainable().items():
+            parameter.requires_grad_(".router." not in name)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

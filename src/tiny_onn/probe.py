@@ -42,6 +42,7 @@ from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import calibration_rows, make_student, with_router
 from tiny_onn.probe_record import Seen, numbers
 from tiny_onn.probe_report import html_page
+from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.run_folder import write_json
 from tiny_onn.teacher import load_dense, quiet_transformers
 from tiny_onn.truth import Document
@@ -83,6 +84,7 @@ def run_probe(
     document_tokens: int = 64,
     fit_tokens: int = 8192,
     checkpoint: str = "newest",
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """Probe a model, write `probe.json` and `probe.html` to a folder, and return the numbers.
 
@@ -104,6 +106,7 @@ def run_probe(
         document_tokens: read of each document, at most.
         fit_tokens: for the regressions, at most; 0: none are made.
         checkpoint: which of a run's students, see `load_student`.
+        teacher: where the student's teacher is, see `load_student`.
 
     Raises:
         UserError: no such model, layer, loss or text.
@@ -117,7 +120,7 @@ def run_probe(
     started = time.perf_counter()
     where = pick_device(device)
     say(f"Loading {model} ...")
-    subject = load_subject(model, where, init=init, num_experts=num_experts, checkpoint=checkpoint)
+    subject = load_subject(model, where, init, num_experts, checkpoint, teacher)
     probed_layers = _checked_layers(layers, len(subject.student.banks()))
     rows = _rows(subject, text, max(1, max_tokens // document_tokens), fit_tokens)
     probed, fitted = sample_documents(rows, document_tokens, max_tokens, fit_tokens)
@@ -182,8 +185,13 @@ def measure(
     return numbers(probed, losses, seen, fit, use_kl=use_kl)
 
 
-def load_subject(
-    name: str, device: torch.device, *, init: str, num_experts: int, checkpoint: str
+def load_subject(  # noqa: PLR0917
+    name: str,
+    device: torch.device,
+    init: str,
+    num_experts: int,
+    checkpoint: str,
+    teacher: str | None,
 ) -> Subject:
     """The model that a user names, in float32 and frozen, with its teacher.
 
@@ -191,15 +199,15 @@ def load_subject(
         UserError: there is none, or it cannot be converted as asked.
     """
     if is_student(name):
-        loaded = load_student(name, device, checkpoint)
+        loaded = load_student(name, device, checkpoint, teacher)
         if loaded.student.config.selection == "oracle":
             raise UserError(
                 f"MODEL: got {name}, a student with router.selection = 'oracle', expected one with"
                 " a gate: surprise reaches experts through it; probe its teacher instead"
             )
         # Differences of losses drown in bfloat16's rounding.
-        teacher = replace(loaded.config.teacher, dtype="float32")
-        loaded = replace(loaded, config=replace(loaded.config, teacher=teacher))
+        wide = replace(loaded.config.teacher, dtype="float32")
+        loaded = replace(loaded, config=replace(loaded.config, teacher=wide))
         loaded.student.float()
         dense = load_teacher_of(loaded, device)
         return Subject(
@@ -213,6 +221,7 @@ def load_subject(
         raise UserError(
             f"--checkpoint: got {name}, a dense model, expected a run; leave --checkpoint out"
         )
+    refuse_for_dense(name, teacher)
     if name != "embedded":
         find_model(name, "MODEL")
     config = RunConfig()

@@ -1,4 +1,4 @@
-"""Routing: how many experts a token activates, and which. Everything runs in float32.
+"""Routing: how many experts a token activates, and which. All in float32, autocast or not.
 
 Something scores the experts: a linear gate, cosines with prototypes (`top_any`, dynmoe.py), or the
 true norms of their outputs (`oracle`, given from outside). A selection then activates those whose
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tiny_onn import dynmoe
 from tiny_onn.config import AtLeastOne, Selection, Weighting
 from tiny_onn.errors import UserError
+from tiny_onn.ops.precision import without_autocast
 from tiny_onn.shared import routed, with_shared
 
 # Share by which a probability falls with its rank in the token, 16 units in float32's last place:
@@ -143,6 +144,7 @@ class Router(nn.Module):
         self.threshold.fill_(share if self.rule.budget_form == "cumulative" else tied)
         self.settled.copy_(self.threshold)
 
+    @without_autocast
     def forward(
         self,
         x_TD: Float[Tensor, "tokens hidden"],
@@ -173,6 +175,7 @@ class Router(nn.Module):
         )
 
     @torch.no_grad()
+    @without_autocast
     def record(
         self,
         x_TD: Float[Tensor, "tokens hidden"],
@@ -209,6 +212,7 @@ class Router(nn.Module):
         self.settled.copy_(low + (budget - below) * (high - low))
 
 
+@without_autocast
 def route(
     logits_TE: Float[Tensor, "tokens experts"],
     rule: RoutingRule,

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config import Surprise
+from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.regions import (
     Activation,
     activation_and_slope,
@@ -56,7 +57,7 @@ def expert_layer(
     loss when `smk` is given and None otherwise.
 
     Args:
-        x_TD: the layer's input, in the compute format.
+        x_TD: the layer's input, in the compute format; under autocast it is cast to autocast's.
         gate_up_2EID: gate and up projections, any format; cast to x's.
         down_EID: down projections, transposed (a row per neuron); cast to x's.
         weights_TE: routing weights, 0 where inactive.
@@ -75,7 +76,14 @@ def expert_layer(
         token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
     options = _Options(activation, smk, compiled, chunk_tokens)
     return _DenseMasked.apply(
-        x_TD, gate_up_2EID, down_EID, weights_TE, router_logits_TE, active_TE, token_mask_T, options
+        in_autocast_format(x_TD),
+        gate_up_2EID,
+        down_EID,
+        weights_TE,
+        router_logits_TE,
+        active_TE,
+        token_mask_T,
+        options,
     )  # pyright: ignore[reportReturnType]
 
 
@@ -96,6 +104,7 @@ class _Options:
 
 class _DenseMasked(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(  # noqa: PLR0917 # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
         x_TD: Tensor,
@@ -129,6 +138,7 @@ class _DenseMasked(torch.autograd.Function):
         return y_TD
 
     @staticmethod
+    @without_autocast
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
         grad_y_TD: Tensor,

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config import Surprise
+from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.regions import (
     Activation,
     activation_and_slope,
@@ -231,12 +232,20 @@ def expert_layer(
         token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
     options = _Options(activation, smk, compiled)
     return _Grouped.apply(
-        x_TD, gate_up_2EID, down_EID, weights_TE, router_logits_TE, active_TE, token_mask_T, options
+        in_autocast_format(x_TD),
+        gate_up_2EID,
+        down_EID,
+        weights_TE,
+        router_logits_TE,
+        active_TE,
+        token_mask_T,
+        options,
     )  # pyright: ignore[reportReturnType]
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(  # noqa: PLR0917 # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
         x_TD: Tensor,
@@ -269,6 +278,7 @@ class _Grouped(torch.autograd.Function):
         return scatter_mm(hidden_RI, down_EID[None], groups, len(x_TD))
 
     @staticmethod
+    @without_autocast
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
         grad_y_TD: Tensor,

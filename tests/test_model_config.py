@@ -1,0 +1,101 @@
+"""The student's configuration answers for its backbone, and stores nothing of it twice."""
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from tiny import FAMILIES, OTHERS, make_dense, make_ids, make_student
+from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+# What the configurations say of themselves, each its own.
+OWN = ("model_type", "architectures", "transformers_version")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_every_attribute_of_the_backbone_is_readable(family):
+    dense = make_dense(family)
+    config = make_student(dense).config
+    for name in dense.config.to_dict():
+        if name not in OWN and not name.startswith("_"):
+            assert getattr(config, name) == getattr(dense.config, name), name
+    assert config.max_position_embeddings == 128
+    assert config.num_attention_heads == 4
+    assert config.rope_scaling == dense.config.rope_scaling
+
+
+@pytest.mark.parametrize("name", ["nonsense", "n_positions", "_nonsense", "__deepcopy__", ""])
+def test_what_neither_has_is_not_there(name):
+    config = make_student(make_dense()).config
+    assert not hasattr(config, name)
+    with pytest.raises(AttributeError, match=f"'TinyOnnConfig' object has no attribute '{name}'"):
+        getattr(config, name)
+
+
+def test_an_empty_object_answers_for_nothing():
+    assert not hasattr(TinyOnnConfig.__new__(TinyOnnConfig), "vocab_size")
+
+
+def test_how_the_dense_model_was_stored_says_nothing_about_the_student(tmp_path):
+    dense = make_dense()
+    dense.config.quantization_config = {"quant_method": "fp8"}
+    config = make_student(dense).config
+    assert not hasattr(config, "quantization_config")
+    assert "quantization_config" not in config.to_dict()
+    assert "quantization_config" not in config.to_diff_dict()
+
+
+def test_nothing_of_the_backbone_is_stored_twice(tmp_path):
+    config = make_student(make_dense("gemma2")).config
+    before = config.to_dict()
+    assert config.vocab_size
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    for table in (stored, config.to_dict(), config.to_diff_dict()):
+        assert not {"vocab_size", "hidden_size", "rope_parameters", "head_dim"} & set(table)
+        assert table["backbone"]["vocab_size"] == config.vocab_size
+    read = TinyOnnConfig.from_pretrained(tmp_path)
+    assert read.to_dict() == before
+
+
+def test_copies_are_equal_and_apart():
+    config = make_student(make_dense("gemma2")).config
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin == config
+        twin.max_position_embeddings = 7
+        assert (twin.backbone.max_position_embeddings, config.max_position_embeddings) == (7, 128)
+
+
+def test_a_value_is_written_where_it_is_read(tmp_path):
+    config = make_student(make_dense()).config
+    config.max_position_embeddings, config.pad_token_id, config.note = 64, 5, "mine"
+    assert config.backbone.max_position_embeddings == 64
+    assert (config.backbone.pad_token_id, config.pad_token_id) == (0, 5)
+    assert not hasattr(config.backbone, "note")
+    config.save_pretrained(tmp_path)
+    read = AutoConfig.from_pretrained(tmp_path, use_cache=False)
+    assert (read.max_position_embeddings, read.pad_token_id, read.note) == (64, 5, "mine")
+    assert read.backbone.use_cache is False
+
+
+@pytest.mark.parametrize("cache", [None, "static", "dynamic"])
+def test_generation_reads_the_backbones_configuration(cache, tmp_path):
+    make_student(make_dense("gemma2")).save_pretrained(tmp_path)
+    student: Any = TinyOnnForCausalLM.from_pretrained(tmp_path)
+    options = GenerationConfig(max_new_tokens=6, do_sample=False, cache_implementation=cache)
+    plain = GenerationConfig(max_new_tokens=6, do_sample=False, use_cache=False)
+    ids = make_ids(1, 12)
+    got = student.generate(ids, generation_config=options)
+    assert torch.equal(got, student.generate(ids, generation_config=plain))
+
+
+def test_growing_the_vocabulary_grows_what_the_configuration_says():
+    student = make_student(make_dense("llama"))
+    student.resize_token_embeddings(70, mean_resizing=False)
+    assert student.config.vocab_size == student.config.backbone.vocab_size == 70
