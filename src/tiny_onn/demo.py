@@ -6,25 +6,27 @@ Only the choice of experts differs: by the recipe's router, always the same ones
 mean output norm on calibration text), or by a frozen random gate.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_onn.assembly import assemble
 from tiny_onn.config import RouterConfig, RunConfig
 from tiny_onn.console import say, stage
 from tiny_onn.data import check_vocabulary, held_out_rows
 from tiny_onn.device import prepare_device
-from tiny_onn.evaluate import Evaluation, shown_k
+from tiny_onn.evaluate import Evaluation, budget_report, shown_k
 from tiny_onn.expert_path import choose_path
 from tiny_onn.held_out import HeldOut
 from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.prepare import (
     Conversion,
     Prepared,
@@ -32,26 +34,55 @@ from tiny_onn.prepare import (
     check_conversion,
     make_student,
     partition,
-    training_rows,
     with_router,
 )
 from tiny_onn.run_folder import write_json
 from tiny_onn.settings import load_config
-from tiny_onn.step import distill_step
 from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
-from tiny_onn.train import RunResult, run_distill
+from tiny_onn.train import AfterStep, RunResult, run_distill
 
 NUMBERS = ("KL", "agreement", "perplexity", "mean k", "FFN", "total")
+STUDENT = "student"
 CONTROLS = (("static choice", "static"), ("random routing", "random"))
-# Steps that each arm may take, and the time by which the demo should end.
-STEPS_LADDER = (10, 6, 3, 1)
+# The time by which the demo should end, and the steps an arm to choose from where that is short.
 DEADLINE_S = 360.0
-# Evaluations, thresholds and saving of all arms together take about as long as so many steps.
-OTHER_STEPS = 15
+STEPS_LADDER = (4, 3, 2, 1)
+# What comes after the first steps beside training (evaluations, gates, saving), and what is done
+# again when the arms begin anew, each in steps.
+OTHER_STEPS, RESTART_STEPS = 10, 4
+
+
+class TooSlow(Exception):  # noqa: N818 - it ends an arm, and is no error
+    """The demo would not end by its deadline.
+
+    Attributes:
+        tokens: training tokens an arm with which it will.
+        step_s: seconds of a step.
+    """
+
+    def __init__(self, tokens: int, step_s: float) -> None:
+        super().__init__(f"a step takes {step_s:.1f} s")
+        self.tokens, self.step_s = tokens, step_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """What all arms start from."""
+
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    inputs: MlpInputs
+    order: Sequence[Int[Tensor, " neurons"]] | None
+    """The neurons' order in the experts, by layer."""
+    held_out: HeldOut
+    device: torch.device
 
 
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     """Run the preset `demo` and its controls, print the table, and write it to `out/demo.json`.
+
+    Where the first steps show that the demo would not end by `DEADLINE_S`, the arms begin again
+    with fewer steps, unless `overrides` name `train.tokens`.
 
     Args:
         out: a new folder; each arm's run is in a folder of its own inside.
@@ -63,116 +94,155 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     quiet_transformers()
     started = time.perf_counter()
     config, device = prepare_device(load_config(None, "demo", overrides))
+    shared = share(config, device)
+
+    def watch(step: int, seconds: float) -> None:
+        # The first step compiles, so that the second one is the first to tell.
+        if step == 2:
+            check_deadline(config, time.perf_counter() - started, seconds)
+
+    fixed = any(text.strip().startswith("train.tokens") for text in overrides)
+    try:
+        results = run_arms(config, shared, out, no_watch if fixed else watch)
+    except TooSlow as slow:
+        say(
+            f"A step takes {slow.step_s:.1f} s here. The demo starts again with {slow.tokens:,}"
+            f" training tokens an arm instead of {config.train.tokens:,}, so that it ends in about"
+            f" {DEADLINE_S / 60:.0f} minutes; --set train.tokens={config.train.tokens} takes all"
+        )
+        shutil.rmtree(out / STUDENT)
+        results = run_arms(with_tokens(config, slow.tokens), shared, out, no_watch)
+    seconds = time.perf_counter() - started
+    tokens = results[STUDENT].tokens
+    summary: dict[str, object] = {
+        "arms": {
+            name: {
+                "before": asdict(r.before) if r.before else None,
+                "after": asdict(after_of(r)),
+                "tokens": r.tokens,
+            }
+            for name, r in results.items()
+        },
+        "budget": budget_report(after_of(results[STUDENT]).mean_k, config.router),
+        "dtype": config.teacher.dtype,
+        "seconds": seconds,
+        "seed": config.train.seed,
+    }
+    write_json(out / "demo.json", summary)
+    Console().print(comparison(results, config.router))
+    Console().print(
+        f"Each arm learned from {tokens:,} tokens, seed {config.train.seed}, in "
+        f"{config.teacher.dtype}; all in {seconds:.0f} s. Run folder: {out}\n"
+        f'Next: tiny-onn generate {out / STUDENT} --prompt "A list is"',
+        highlight=False,
+    )
+    return summary
+
+
+def share(config: RunConfig, device: torch.device) -> Shared:
+    """Load the teacher, read the text, and cut the MLPs into experts."""
     with stage("Loading the embedded teacher"):
         dense, tokenizer = load_dense(config.teacher, device)
         check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
         plain = config.teacher.placement == "shared" and config.teacher.quantization == "none"
         # Every arm is cut from the dense weights, so what quantises them gets a copy.
-        teacher = (
-            dense if plain else teacher_for(dense, replace(config.teacher, placement="separate"))
-        )
+        separate = replace(config.teacher, placement="separate")
+        teacher = dense if plain else teacher_for(dense, separate)
     with stage("Reading the embedded text"):
-        inputs, data = MlpInputs(dense, calibration_rows(config, tokenizer, device)), config.data
+        data = config.data
+        inputs = MlpInputs(dense, calibration_rows(config, tokenizer, device))
         rows = held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
-        held_out = HeldOut(teacher, rows)
     with stage("Cutting the MLPs into experts"):
         order = partition(config, inputs)
-    arms = {"student": config} | {
+    return Shared(
+        teacher=teacher,
+        tokenizer=tokenizer,
+        inputs=inputs,
+        order=order,
+        held_out=HeldOut(teacher, rows),
+        device=device,
+    )
+
+
+def no_watch(_step: int, _seconds: float) -> None:
+    """Let the arms take as long as they take."""
+
+
+def run_arms(
+    config: RunConfig, shared: Shared, out: Path, watch: AfterStep
+) -> dict[str, RunResult]:
+    """Convert and train the student and its controls, each in a folder of its own.
+
+    Args:
+        config: the student's settings.
+        shared: what all arms start from.
+        out: where the folders are made.
+        watch: called after each of the student's steps with its number and seconds.
+
+    Raises:
+        KeyboardInterrupt: an arm was stopped.
+    """
+    arms = {STUDENT: config} | {
         name: with_router(config, selection=selection, objective="none")
         for name, selection in CONTROLS
     }
     results: dict[str, RunResult] = {}
     checked: Conversion | None = None
     for number, (name, arm) in enumerate(arms.items(), start=1):
-        with stage(f"[{number}/{len(arms)}] {name}: converting"):
-            student = make_student(arm, inputs, order)
+        title = f"[{number}/{len(arms)}] {name}"
+        with stage(f"{title}: converting"):
+            student = make_student(arm, shared.inputs, shared.order)
         if checked is None:
-            # All arms start from the same experts: one check and one measured step hold for all.
             with stage("Checking the conversion"):
-                checked = check_conversion(config, student, inputs)
-            if not any(text.startswith("train.tokens") for text in overrides):
-                passed_s = time.perf_counter() - started
-                tokens = tokens_in_time(config, student, teacher, tokenizer, passed_s)
-                arms = {name: with_tokens(arm, tokens) for name, arm in arms.items()}
+                # All arms start from the same experts: one check holds for all.
+                checked = check_conversion(config, student, shared.inputs)
         prepared = Prepared(
-            teacher=teacher,
+            teacher=shared.teacher,
             student=student,
-            tokenizer=tokenizer,
-            conversion=replace(checked, expert_path=choose_path(arm, device)),
-            held_out=held_out,
+            tokenizer=shared.tokenizer,
+            conversion=replace(checked, expert_path=choose_path(arm, shared.device)),
+            held_out=shared.held_out,
         )
+        is_student = name == STUDENT
         results[name] = run_distill(
-            arms[name],
-            out=out / name.replace(" ", "-").lower(),
+            arm,
+            out=out / name.replace(" ", "-"),
             prepared=prepared,
-            title=f"[{number}/{len(arms)}] {name}",
+            title=title,
+            # The table does not show what the controls are before training.
+            evaluate_first=is_student,
+            after_step=watch if is_student else no_watch,
         )
         if results[name].interrupted:
             raise KeyboardInterrupt
-    seconds = time.perf_counter() - started
-    summary: dict[str, object] = {
-        "arms": {
-            name: {"before": asdict(r.before), "after": asdict(after_of(r)), "tokens": r.tokens}
-            for name, r in results.items()
-        },
-        "seconds": seconds,
-        "seed": config.train.seed,
-    }
-    write_json(out / "demo.json", summary)
-    Console().print(comparison(results, config.router))
-    tokens = next(iter(results.values())).tokens
-    Console().print(
-        f"Each arm learned from {tokens:,} tokens, seed {config.train.seed}, in "
-        f"{config.teacher.dtype}; all in {seconds:.0f} s. Run folder: {out}\n"
-        f'Next: tiny-onn generate {out / "student"} --prompt "A list is"',
-        highlight=False,
-    )
-    return summary
+    return results
+
+
+def check_deadline(config: RunConfig, passed_s: float, step_s: float) -> None:
+    """Return if the demo will end by its deadline, as far as its second step tells.
+
+    Args:
+        config: the student's settings.
+        passed_s: seconds since the demo began.
+        step_s: seconds of the second step.
+
+    Raises:
+        TooSlow: it will not, and with fewer steps it would.
+    """
+    size, arms = config.data.row_tokens * config.train.rows_per_step, 1 + len(CONTROLS)
+    num_steps = -(-config.train.tokens // size)
+    left = (DEADLINE_S - passed_s) / step_s - OTHER_STEPS
+    if arms * num_steps - 2 <= left:
+        return
+    left -= RESTART_STEPS
+    fewer = max((n for n in STEPS_LADDER if arms * n <= left), default=STEPS_LADDER[-1])
+    if fewer < num_steps:
+        raise TooSlow(fewer * size, step_s)
 
 
 def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
     """The same settings with another number of training tokens."""
     return replace(config, train=replace(config.train, tokens=tokens))
-
-
-def tokens_in_time(
-    config: RunConfig,
-    student: TinyOnnForCausalLM,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    passed_s: float,
-) -> int:
-    """The most training tokens an arm of `STEPS_LADDER` with which the demo ends by its deadline.
-
-    Steps on the first training row are timed; the student is then what it was. The first step also
-    compiles, so that a second one is timed if the first says that there is no time for all steps.
-    """
-    kept = [{k: v.clone() for k, v in bank.state_dict().items()} for bank in student.banks()]
-    training = assemble(config, student, teacher)
-    row, steps, step_s = next(training_rows(config, tokenizer)), 0, 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        with stage("Timing a step"):
-            inputs = (student, teacher, training.optimizer, [row], training.config)
-            distill_step(*inputs)
-        step_s = time.perf_counter() - start
-        passed_s += step_s
-        left = (DEADLINE_S - passed_s) / step_s - OTHER_STEPS
-        fitting = [steps for steps in STEPS_LADDER if left >= (1 + len(CONTROLS)) * steps]
-        steps = max(fitting, default=STEPS_LADDER[-1])
-        if steps == STEPS_LADDER[0]:
-            break
-    for bank, state in zip(student.banks(), kept, strict=True):
-        bank.load_state_dict(state)
-    tokens = steps * config.data.row_tokens * config.train.rows_per_step
-    if steps < STEPS_LADDER[0]:
-        say(
-            f"A step takes {step_s:.1f} s here: each arm learns from {tokens:,} tokens instead of"
-            f" {config.train.tokens:,}, so that the demo ends in about {DEADLINE_S / 60:.0f}"
-            f" minutes; --set train.tokens={config.train.tokens} takes them all"
-        )
-        return tokens
-    return config.train.tokens
 
 
 def after_of(result: RunResult) -> Evaluation:
@@ -202,7 +272,8 @@ def comparison(results: dict[str, RunResult], router: RouterConfig) -> Table:
         f"{after.dense_ffn_flops / 1e6:.1f}",
         f"{after.dense_total_flops / 1e6:.1f}",
     )
-    table.add_row("student, untrained", *_cells(first.before, router))
+    if first.before is not None:
+        table.add_row("student, untrained", *_cells(first.before, router))
     for name, result in results.items():
         table.add_row(name, *_cells(after_of(result), router if result is first else None))
     return table

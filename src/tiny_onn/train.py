@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ from tiny_onn.step import StepResult, distill_step
 from tiny_onn.stopping import Stopped, StopRequest, stop_on_signal
 from tiny_onn.teacher import quiet_transformers
 
+AfterStep = Callable[[int, float], None]
 # A stopped run still evaluates its last step if the evaluation before took no longer.
 EVALUATION_PATIENCE_S = 5.0
 
@@ -62,7 +63,8 @@ class RunResult:
     """What a finished or stopped run leaves behind."""
 
     prepared: Prepared
-    before: Evaluation
+    before: Evaluation | None
+    """None where the run began without an evaluation."""
     after: Evaluation | None
     """None where the run was stopped and its last evaluation left out."""
     tokens: int
@@ -79,6 +81,8 @@ def run_distill(
     argv: Sequence[str] = (),
     prepared: Prepared | None = None,
     title: str = "distill",
+    evaluate_first: bool = True,
+    after_step: AfterStep = lambda _step, _seconds: None,
 ) -> RunResult:
     """Distill as the settings say, into a run folder; Ctrl-C gives up the step in hand and saves.
 
@@ -90,6 +94,8 @@ def run_distill(
         argv: the command line, recorded.
         prepared: a teacher and student made by the caller; None: made here.
         title: what the progress bar is called.
+        evaluate_first: whether to evaluate the untrained student.
+        after_step: called after each step with its number and seconds; what it raises ends the run.
 
     Raises:
         UserError: bad settings, text, teacher, folder, disk or memory; another run in the folder;
@@ -114,7 +120,7 @@ def run_distill(
         run = _Run(config, out, prepared, resume=resume, title=title, stop=stop)
         if resume:
             keep_settings(out, config)
-        return run.loop()
+        return run.loop(evaluate_first, after_step)
 
 
 class _Run:
@@ -133,6 +139,7 @@ class _Run:
         self.out, self.prepared, self.title = out, prepared, title
         self.stop, self.checkpoints, self.guard = stop, out / "checkpoints", Guard()
         self.student, self.teacher = prepared.student, prepared.teacher
+        self.held_out = prepared.held_out
         training = assemble(config, self.student, self.teacher)
         self.config, self.optimizer = training.config, training.optimizer
         if config.loss.chunk_tokens == 0 and self.student.device.type == "cuda":
@@ -153,7 +160,7 @@ class _Run:
         if resume:
             self._restore(chosen_chunk=config.loss.chunk_tokens == 0)
 
-    def loop(self) -> RunResult:
+    def loop(self, evaluate_first: bool, after_step: AfterStep) -> RunResult:
         """Steps until the token budget is spent or someone stops the run."""
         config, teacher = self.config, self.teacher.config
         span = (self.tokens, run_tokens(self.stage, config))
@@ -165,9 +172,10 @@ class _Run:
             self.writer.best = self.best["step"] if self.best else None
             if self.stage.name == "blockwise" and self.blocks is None:
                 self.blocks = self._first_blocks()
-            self.before = self.before or self._evaluate("start")
+            if evaluate_first and self.step == 0 and self.before is None:
+                self.before = self._evaluate("start")
             self.stop.graceful = True
-            self._until_stopped()
+            self._until_stopped(after_step)
             # Saving begins before the last evaluation, whose record a resumed run writes again.
             self._save()
             after = self._last_evaluation()
@@ -176,7 +184,7 @@ class _Run:
                     raise UserError(error)
                 self.writer.tidy()
         if after is not None:
-            self._finish(self.before, after)
+            self._finish(after)
         return RunResult(
             prepared=self.prepared,
             before=self.before,
@@ -186,13 +194,13 @@ class _Run:
             interrupted=bool(self.stop),
         )
 
-    def _finish(self, before: Evaluation, after: Evaluation) -> None:
+    def _finish(self, after: Evaluation) -> None:
         """Write the student and the summary."""
         self.student.train(False)
         with stage(f"{self.title}: saving the student"):
             tabulate(self.student, self.settling_rows, self.config.router.budget_scope)
             save_student(self.out / "student", self.prepared)
-            write_json(self.out / "summary.json", self._summary(before, after))
+            write_json(self.out / "summary.json", self._summary(after))
 
     def _last_evaluation(self) -> Evaluation | None:
         """The evaluation of the last step; None where a stopped run leaves it out."""
@@ -206,24 +214,25 @@ class _Run:
         except Stopped:
             return None
 
-    def _until_stopped(self) -> None:
+    def _until_stopped(self, after_step: AfterStep) -> None:
         """All steps, or those that finish before a signal."""
         try:
             self._do_what_is_due()
-            self._steps()
+            self._steps(after_step)
         except Stopped:
             if self.step == 0:
                 say(f"{self.title}: no step is finished, there is nothing to save")
                 raise
 
-    def _steps(self) -> None:
+    def _steps(self, after_step: AfterStep) -> None:
         train = self.config.train
         next_eval, next_save = map(self._next, (train.eval_every_tokens, train.save_every_tokens))
         while self.tokens < (end := run_tokens(self.stage, self.config)) and not self.stop:
             started = time.perf_counter()
             rows, result = self._one_step()
-            self.seconds += time.perf_counter() - started
-            self._tell(rows, result, time.perf_counter() - started)
+            self.seconds += (seconds := time.perf_counter() - started)
+            self._tell(rows, result, seconds)
+            after_step(self.step, seconds)
             if self.stage.name == "blockwise" and self.stage.over(self.tokens):
                 self.due = ["switch", "eval"]
             elif self.tokens >= next_eval and self.tokens < end:
@@ -277,7 +286,7 @@ class _Run:
     def _block_errors(self) -> list[float]:
         """Held-out error of every layer, recorded and shown."""
         with self.stop.breakable():
-            errors = block_errors(self.student, self.teacher, self.prepared.held_out.rows)
+            errors = block_errors(self.student, self.teacher, self.held_out.rows)
         self.log.blocks(errors, step=self.step, tokens=self.tokens)
         return errors
 
@@ -309,8 +318,7 @@ class _Run:
         breakable = nullcontext() if self.stop else self.stop.breakable()
         budget = (self.settling_rows, self.config.router.budget_scope)
         with breakable, settled(self.student, *budget):
-            held_out, loss = self.prepared.held_out, self.config.loss
-            result, layers = evaluate_layers(self.student, held_out, loss)
+            result, layers = evaluate_layers(self.student, self.held_out, self.config.loss)
         self.eval_seconds = time.perf_counter() - start
         self.log.evaluation(kind, result, layers, step=self.step, tokens=self.tokens)
         if kind != "start" and not (self.best and result.forward_kl >= self.best["forward_kl"]):
@@ -318,14 +326,14 @@ class _Run:
             self.writer.best = self.step
         return result
 
-    def _summary(self, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    def _summary(self, after: Evaluation) -> dict[str, Any]:
         best = self.best
         if best is not None:
             path = self.checkpoints / checkpoint_name(best["step"])
             kept = path in valid_checkpoints(self.checkpoints)
             best = {**best, "checkpoint": str(path.relative_to(self.out)) if kept else None}
         return {
-            "before": before.as_dict(),
+            "before": self.before.as_dict() if self.before else None,
             "after": after.as_dict(),
             "budget": budget_report(after.mean_k, self.config.router),
             "best": best,
