@@ -20,6 +20,7 @@ from tiny_onn.device import (
     without_emulation,
 )
 from tiny_onn.loading import load_student
+from tiny_onn.ops.regions import separate_compiled_code
 from tiny_onn.plan import plan
 from tiny_onn.run_folder import read_run_config
 from tiny_onn.train import run_distill
@@ -134,3 +135,16 @@ def test_a_plan_counts_with_the_format_of_its_device(monkeypatch):
     assert here.as_dict()["teacher_dtype"] == "float32"
     assert gpu.as_dict()["teacher_dtype"] == "bfloat16"
     assert here.moments[0].total > gpu.moments[0].total
+
+
+def test_compiled_code_is_kept_apart_by_instruction_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    folders = []
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        for _ in range(2):
+            separate_compiled_code()
+        folders.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    assert folders[0] != folders[1]
+    assert {folder.parent for folder in folders} == {tmp_path}

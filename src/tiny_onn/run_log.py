@@ -14,6 +14,7 @@ from tiny_onn.packing import PackedRow
 from tiny_onn.progress import RunProgress, show_blocks, show_evaluation
 from tiny_onn.records import blocks_record, evaluation_record, step_record
 from tiny_onn.run_folder import METRICS_NAME, MetricsWriter, read_metrics
+from tiny_onn.stages import step_tokens
 from tiny_onn.step import StepResult
 
 
@@ -57,7 +58,7 @@ class RunLog:
         step: int,
         tokens: int,
         lr: Sequence[float],
-        tokens_per_s: float,
+        seconds: float,
     ) -> None:
         """Record a finished update and show it on the bar."""
         every = self._config.train.stats_every_steps
@@ -66,7 +67,7 @@ class RunLog:
             step=step,
             tokens=tokens,
             lr=list(lr),
-            tokens_per_s=tokens_per_s,
+            tokens_per_s=step_tokens(self._config) / seconds,
             loss_chunk_tokens=self._config.loss.chunk_tokens,
             with_layers=every > 0 and step % every == 0,
         )

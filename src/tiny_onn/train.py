@@ -142,8 +142,6 @@ class _Run:
         self.held_out = prepared.held_out
         training = assemble(config, self.student, self.teacher)
         self.config, self.optimizer = training.config, training.optimizer
-        if config.loss.chunk_tokens == 0 and self.student.device.type == "cuda":
-            say(f"{title}: loss.chunk_tokens = {self.config.loss.chunk_tokens}, from free memory")
         self.stream = training_rows(config, prepared.tokenizer)
         self.settling_rows = settling_rows(config, prepared.tokenizer, self.student.device)
         self.step, self.tokens, self.metrics_offset, self.seconds = 0, 0, 0, 0.0
@@ -279,8 +277,7 @@ class _Run:
     def _first_blocks(self) -> Blocks:
         """What the blockwise stage starts from."""
         rows = calibration_rows(self.config, self.prepared.tokenizer, self.student.device)
-        with self.stop.breakable():
-            power = teacher_power(self.teacher, rows)
+        power = teacher_power(self.teacher, rows)
         return Blocks(power=power, error_before=self._block_errors())
 
     def _block_errors(self) -> list[float]:
@@ -305,8 +302,7 @@ class _Run:
         if numbers is None:
             if self.step % self.config.train.log_every_steps == 0:
                 lr = [group["lr"] for group in self.optimizer.param_groups]
-                speed = step_tokens(self.config) / seconds
-                self.log.step(result, **where, lr=lr, tokens_per_s=speed)
+                self.log.step(result, **where, lr=lr, seconds=seconds)
         elif self.guard.skipped_in_row >= self.config.train.max_skipped_steps:
             self._warn(self.writer.wait())
             whole = valid_checkpoints(self.checkpoints)

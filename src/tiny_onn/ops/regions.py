@@ -6,7 +6,9 @@ Legend: T tokens, E experts, I expert width.
 """
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +84,26 @@ def region_of(region: Callable[..., Any], *, compiled: bool) -> Callable[..., An
 @functools.cache
 def compiled_region(region: Callable[..., Any]) -> Callable[..., Any]:
     """The region compiled, once per process and region."""
+    separate_compiled_code()
     return torch.compile(region, fullgraph=True)
+
+
+def separate_compiled_code() -> None:
+    """Give compiled code a cache folder of its own for each CPU instruction set.
+
+    torch's cache of compiled code (2.13) does not tell vector widths apart: code that was generated
+    for AVX2 is also handed to a process that runs with AVX-512, where it writes past the ends of
+    its arrays. Both can meet in one home folder that several machines share, or where the
+    environment variable ATEN_CPU_CAPABILITY differs between runs.
+    """
+    # Naming the compiler imports it, which takes a second.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # noqa: PLC0415
+
+    amx = "-AMX" if torch.cpu._is_amx_tile_supported() else ""
+    name = f"{torch.backends.cpu.get_cpu_capability()}{amx}".replace(" ", "-")
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    if folder.name != name:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
 
 
 def wide(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
