@@ -8,9 +8,11 @@ TORCH := $(shell sed -n '/^name = "torch"$$/{n;s/version = "\(.*\)"/\1/p;}' uv.l
 demo: setup  ## convert the embedded teacher, distill it, compare with the controls
 	$(BIN)/tiny-onn demo
 
+# Each worker runs its tests on one thread. Two workers are what a laptop's memory surely has room for.
+WORKERS ?= 2
 test: lint types  ## everything CI runs
 	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -m "compiled and not slow" tests
-	$(BIN)/python -m pytest -m "not compiled and not slow" --jaxtyping-packages=tiny_onn,beartype.beartype tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not compiled and not slow" --jaxtyping-packages=tiny_onn,beartype.beartype tests
 
 lint: setup
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ from steps import random_dense, random_rows
 from tiny_onn.assignment import balanced_assignment
 from tiny_onn.calibrate import RIDGE, sample_inputs
 from tiny_onn.config import RunConfig
+from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import activation_name, gated_mlps
 from tiny_onn.partition import (
     SAMPLED_TOKENS,
@@ -155,7 +156,7 @@ def inputs_of(arguments: argparse.Namespace) -> tuple[RunConfig, PreTrainedModel
         num_tokens = 512 if arguments.smoke else arguments.calibration_tokens
         vocabulary = dense.config.get_text_config().vocab_size
         rows = random_rows(vocabulary, num_tokens, documents=(9, 900))
-    return config, dense, sample_inputs(dense, rows, SAMPLED_TOKENS)
+    return config, dense, sample_inputs(MlpInputs(dense, rows), SAMPLED_TOKENS)
 
 
 @torch.no_grad()

@@ -116,6 +116,8 @@ def make_step(dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRo
     generator = torch.Generator().manual_seed(0)
     student = convert(dense, config.experts, config.router, generator=generator)
     set_objective(student.banks(), config)
+    dtype = number_format(config.teacher.dtype, dense.device)
+    config = replace(config, teacher=replace(config.teacher, dtype=dtype))
     training = assemble(config, student, teacher_for(dense, config.teacher))
     return Step(
         student=student,
