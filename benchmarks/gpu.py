@@ -293,7 +293,7 @@ def determinism(run: Run, deadline: Deadline) -> Iterator[dict]:
             yield {"deterministic_algorithms": asked, "skipped": "time budget"}
             continue
         if asked:
-            ask_for_same_bits(run.device)
+            ask_for_same_bits(torch.device(run.device))
         _train(run)
         start = time.perf_counter()
         first, second = (_train(run) for _ in range(2))

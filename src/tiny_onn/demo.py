@@ -41,7 +41,7 @@ from tiny_onn.settings import load_config
 from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
 from tiny_onn.train import AfterStep, RunResult, run_distill
 
-NUMBERS = ("KL", "agreement", "perplexity", "mean k", "FFN", "total")
+NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
 STUDENT = "student"
 CONTROLS = (("static choice", "static"), ("random routing", "random"))
 # The time by which the demo should end, and the steps an arm to choose from where that is short.

@@ -55,8 +55,8 @@ def shown_k(mean_k: float, router: RouterConfig) -> str:
     report = budget_report(mean_k, router)
     if report is None:
         return f"{mean_k:.2f}"
-    miss = "" if report["met"] else f", OFF TARGET by {report['error']:+.1%}"
-    return f"{mean_k:.2f} (target {router.target_k:g}{miss})"
+    miss = "" if report["met"] else f" ({report['error']:+.1%}, OFF TARGET)"
+    return f"{mean_k:.2f} / {router.target_k:g}{miss}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -117,5 +117,5 @@ def show_evaluation(title: str, tokens: int, result: Evaluation, router: RouterC
     say(
         f"{title}: {tokens:,} tokens  held-out KL {result.forward_kl:.4f}  "
         f"agreement {result.top1_agreement:.1%}  perplexity {result.student_perplexity:.2f} "
-        f"(teacher {result.teacher_perplexity:.2f})  k {shown_k(result.mean_k, router)}"
+        f"(teacher {result.teacher_perplexity:.2f})  k / target {shown_k(result.mean_k, router)}"
     )

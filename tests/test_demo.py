@@ -1,0 +1,79 @@
+"""The demo on a tiny teacher: its table, and what it does on a machine that is too slow for it."""
+
+import json
+
+import pytest
+
+from tiny import change, write_run
+from tiny_onn import demo
+from tiny_onn.demo import TooSlow, check_deadline, run_demo
+from tiny_onn.settings import load_config
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+ROW = 64
+
+
+@pytest.fixture
+def overrides(tmp_path):
+    config = write_run(tmp_path)
+    return [
+        f"teacher.path={config.teacher.path}",
+        "teacher.dtype=float32",
+        f'data.sources=["{config.data.sources[0]}"]',
+        f"data.row_tokens={ROW}",
+        f"data.eval_tokens={2 * ROW}",
+        "data.held_out_fraction=0.2",
+        "experts.num_experts=8",
+        f"experts.calibration_tokens={2 * ROW}",
+        "router.target_k=4",
+        "train.compile=false",
+        "train.device=cpu",
+    ]
+
+
+def test_the_demo_compares_arms_of_equal_length_and_says_how_long(overrides, tmp_path, capsys):
+    found = run_demo(tmp_path / "demo", [*overrides, f"train.tokens={3 * ROW}"])
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == found
+    arms = found["arms"]
+    assert isinstance(arms, dict)
+    assert {name: arm["tokens"] for name, arm in arms.items()} == {
+        "student": 3 * ROW,
+        "static choice": 3 * ROW,
+        "random routing": 3 * ROW,
+    }
+    shown = capsys.readouterr().out
+    for text in ("student,", "untrained", "static", "random", "k / target", " / 4"):
+        assert text in shown
+    assert f"learned from {3 * ROW:,} tokens" in shown
+
+
+def test_a_slow_machine_begins_again_with_fewer_steps_and_says_so(
+    overrides, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(demo, "load_config", lambda *given: short(load_config(*given)))
+    monkeypatch.setattr(demo, "DEADLINE_S", 0.0)
+    found = run_demo(tmp_path / "demo", overrides)
+    arms = found["arms"]
+    assert isinstance(arms, dict)
+    assert {arm["tokens"] for arm in arms.values()} == {ROW}
+    said = "".join(capsys.readouterr().err.split())
+    assert f"with{ROW}trainingtokensanarminsteadof{5 * ROW}" in said
+
+
+def short(config):
+    """The preset with five steps."""
+    return change(config, train={"tokens": 5 * ROW})
+
+
+@pytest.mark.parametrize(
+    ("passed_s", "step_s", "steps"), [(100.0, 8.0, None), (100.0, 11.0, 3), (100.0, 60.0, 1)]
+)
+def test_the_second_step_tells_how_many_fit(passed_s, step_s, steps):
+    config = load_config(None, "demo", [])
+    if steps is None:
+        check_deadline(config, passed_s, step_s)
+        return
+    with pytest.raises(TooSlow) as slow:
+        check_deadline(config, passed_s, step_s)
+    assert slow.value.tokens == steps * config.data.row_tokens
