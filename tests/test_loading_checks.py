@@ -244,6 +244,8 @@ def unreachable(monkeypatch, tmp_path):
             huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}"
         )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    # Whoever runs the tests may have set it.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "here" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
@@ -261,7 +263,7 @@ def test_a_mistyped_folder_is_told_without_a_wait(name, unreachable):
     ):
         with pytest.raises(UserError, match=rf"^MODEL: got {name}, .* could not be reached"):
             work()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
     with pytest.raises(UserError, match=f"no folder {unreachable / name} is there"):
         load_student(name, CPU)
 

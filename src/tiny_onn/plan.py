@@ -354,7 +354,7 @@ def _time_lines(plan: Plan) -> list[str]:
         f"dense {dense:,.0f}",
         f"MLP FLOPs saved when deployed: {plan.token.ffn_saved:.2%}; of all matmul FLOPs: "
         f"{plan.token.model_saved:.2%}",
-        f"Device: {device.source}",
+        f"Device: {device.source}; teacher.dtype = {plan.config.teacher.dtype}",
     ]
 
 
