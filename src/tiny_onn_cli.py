@@ -137,7 +137,8 @@ class Distill:
     out: _Out = None
     """Run folder."""
     resume: bool = False
-    """Go on with the run in --out, with its own settings but for --set if none are given."""
+    """Go on with the run in --out. Without RUN.toml or --preset its own settings hold, changed by
+    --set."""
     allow_change: Annotated[
         UseAppendAction[tuple[str, ...]], arg(name="allow-change", metavar="SECTION.KEY")
     ] = ()

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
 from tiny_onn.config import RunConfig
-from tiny_onn.console import say
 from tiny_onn.fusion import compile_backbones
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of
 from tiny_onn.optim import build_optimizer
@@ -43,8 +42,6 @@ def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrained
     if config.train.compile:
         compile_backbones(student, teacher)
     chunk_tokens = loss_chunk_tokens(config.loss, head_of(student).weight)
-    if config.loss.chunk_tokens == 0 and student.device.type == "cuda":
-        say(f"loss.chunk_tokens = {chunk_tokens}, from free memory")
     return Training(
         student=student,
         teacher=teacher,

@@ -164,8 +164,8 @@ def blockwise_step(  # noqa: PLR0917 - as distill_step, and the power
             layers.begin(row)
             last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
             layers.end()
+        commit()
     loss = layers.error_L.mean()
-    commit()
     with clock.phase("optimizer"):
         expert_norm, gate_norm, finite = update(student, optimizer, loss, steering, config)
     return StepResult(

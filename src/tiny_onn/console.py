@@ -30,7 +30,7 @@ def console() -> Console:
 
 def say(text: str) -> None:
     """Print one line, as it is."""
-    console().print(text, highlight=False, soft_wrap=True, markup=False)
+    console().print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def stage(text: str) -> Iterator[None]:
         say(f"{text} ...")
         yield
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console(), transient=True) as progress:
         progress.add_task(text, total=None)
         yield
@@ -52,7 +52,11 @@ def track(items: Collection[Item], text: str) -> Iterator[Item]:
     Where no terminal shows the bar, a line every `LINE_SECONDS` says the same.
     """
     if console().is_terminal:
-        columns = (SpinnerColumn(), TextColumn("  {task.description}"), BarColumn(bar_width=20))
+        columns = (
+            SpinnerColumn(),
+            TextColumn("  {task.description}", markup=False),
+            BarColumn(bar_width=20),
+        )
         columns += (TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
         with Progress(*columns, console=console(), transient=True) as progress:
             task = progress.add_task(text, total=len(items))

@@ -37,18 +37,20 @@ from tiny_onn.prepare import (
     with_router,
 )
 from tiny_onn.run_folder import write_json
+from tiny_onn.run_log import RunResult
 from tiny_onn.settings import load_config
+from tiny_onn.stages import step_tokens
 from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
-from tiny_onn.train import AfterStep, RunResult, run_distill
+from tiny_onn.train import AfterStep, run_distill
 
 NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
 STUDENT = "student"
 CONTROLS = (("static choice", "static"), ("random routing", "random"))
-# The time by which the demo should end, and the steps an arm to choose from where that is short.
+# Seconds in which the demo should end, and the steps an arm to choose from where all take longer.
 DEADLINE_S = 360.0
 STEPS_LADDER = (4, 3, 2, 1)
-# What comes after the first steps beside training (evaluations, gates, saving), and what is done
-# again when the arms begin anew, each in steps.
+# Work beside training, counted in steps: the evaluations, gates and saving that come after the
+# first steps, and what is done again when the arms begin anew.
 OTHER_STEPS, RESTART_STEPS = 10, 4
 
 
@@ -102,16 +104,22 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
             check_deadline(config, time.perf_counter() - started, seconds)
 
     fixed = any(text.strip().startswith("train.tokens") for text in overrides)
+    results: dict[str, RunResult] = {}
+    fewer = 0
     try:
         results = run_arms(config, shared, out, no_watch if fixed else watch)
     except TooSlow as slow:
+        fewer = slow.tokens
         say(
-            f"A step takes {slow.step_s:.1f} s here. The demo starts again with {slow.tokens:,}"
-            f" training tokens an arm instead of {config.train.tokens:,}, so that it ends in about"
-            f" {DEADLINE_S / 60:.0f} minutes; --set train.tokens={config.train.tokens} takes all"
+            f"A step takes {slow.step_s:.1f} s here. The demo starts again with {fewer:,} training"
+            f" tokens an arm instead of {config.train.tokens:,}, so that it ends in about"
+            f" {DEADLINE_S / 60:.0f} minutes; --set train.tokens={config.train.tokens} keeps the"
+            " full length"
         )
+    # Outside of the handler, which keeps the first arm's student and optimizer in memory.
+    if fewer:
         shutil.rmtree(out / STUDENT)
-        results = run_arms(with_tokens(config, slow.tokens), shared, out, no_watch)
+        results = run_arms(with_tokens(config, fewer), shared, out, no_watch)
     seconds = time.perf_counter() - started
     tokens = results[STUDENT].tokens
     summary: dict[str, object] = {
@@ -135,6 +143,9 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         f"{config.teacher.dtype}; all in {seconds:.0f} s. Run folder: {out}\n"
         f'Next: tiny-onn generate {out / STUDENT} --prompt "A list is"',
         highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
     )
     return summary
 
@@ -229,7 +240,7 @@ def check_deadline(config: RunConfig, passed_s: float, step_s: float) -> None:
     Raises:
         TooSlow: it will not, and with fewer steps it would.
     """
-    size, arms = config.data.row_tokens * config.train.rows_per_step, 1 + len(CONTROLS)
+    size, arms = step_tokens(config), 1 + len(CONTROLS)
     num_steps = -(-config.train.tokens // size)
     left = (DEADLINE_S - passed_s) / step_s - OTHER_STEPS
     if arms * num_steps - 2 <= left:

@@ -10,6 +10,7 @@ from tiny_onn.config import TeacherConfig
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
+from tiny_onn.mid_run import generation_attention
 from tiny_onn.model_paths import find_model
 from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.teacher import load_dense, quiet_transformers
@@ -95,9 +96,5 @@ def _load(
         find_model(model, "MODEL")
     dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
     # Packed rows are for training; caches are transformers' own attention's business.
-    dense.set_attn_implementation(_generation_attention(dense))
+    dense.set_attn_implementation(generation_attention(dense))
     return dense, tokenizer
-
-
-def _generation_attention(dense: PreTrainedModel) -> str:
-    return "sdpa" if dense._supports_sdpa else "eager"

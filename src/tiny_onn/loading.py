@@ -1,6 +1,7 @@
 """Find a student by the name a user gives: a run folder, or one written by `save_pretrained`."""
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ class LoadedStudent:
 
 def is_student(name: str) -> bool:
     """Whether a name is a run folder or a student's folder."""
+    # Unlike Path.is_dir it knows no folder, rather than raising, where a name is too long.
+    if not os.path.isdir(name):  # noqa: PTH112
+        return False
     folder = Path(name)
     found = (folder / "student").is_dir() or newer_checkpoint(folder) is not None
     return found or _model_type(folder) == "tiny_onn"
@@ -68,7 +72,8 @@ def load_student(
         UserError: there is none, or its files are damaged, or its teacher cannot be had.
     """
     folder, step = Path(name), None
-    of_run = (folder / "student").is_dir() or newer_checkpoint(folder) is not None
+    there = os.path.isdir(name)  # noqa: PTH112 - as in `is_student`
+    of_run = there and ((folder / "student").is_dir() or newer_checkpoint(folder) is not None)
     if of_run:
         config, student_folder = read_run_config(folder), folder / "student"
         config = without_emulation(config, device)
@@ -86,7 +91,7 @@ def load_student(
                 of_run=True,
                 named_teacher=teacher,
             )
-    elif _model_type(folder) == "tiny_onn":
+    elif there and _model_type(folder) == "tiny_onn":
         if checkpoint != "newest":
             raise UserError(
                 f"--checkpoint: got {checkpoint} with {name}, one student, expected the folder of a"
@@ -96,7 +101,7 @@ def load_student(
     else:
         raise UserError(
             f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student"
-            f"{'' if folder.is_dir() else f' ({no_folder(name)})'}; "
+            f"{'' if there else f' ({no_folder(name)})'}; "
             "make one with `tiny-onn demo` or `tiny-onn distill`"
         )
     try:

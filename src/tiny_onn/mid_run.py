@@ -115,9 +115,10 @@ def load_from_checkpoint(
     student.config.teacher_revision = config.teacher.revision
     restore_student(path, student)
     student.requires_grad_(False)
-    student.set_attn_implementation(_generation_attention(dense))
+    student.set_attn_implementation(generation_attention(dense))
     return student, tokenizer
 
 
-def _generation_attention(dense: PreTrainedModel) -> str:
+def generation_attention(dense: PreTrainedModel) -> str:
+    """The attention that generates with caches: torch's own where the family supports it."""
     return "sdpa" if dense._supports_sdpa else "eager"

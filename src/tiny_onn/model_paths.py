@@ -5,6 +5,7 @@ folder here nor in the local hub cache is looked for on the hub only if its name
 the hub answers within `HUB_WAIT_S`; transformers alone would try for half a minute.
 """
 
+import http.client
 import ssl
 import threading
 import urllib.error
@@ -82,8 +83,9 @@ def _unreachable() -> str | None:
     """Why the hub cannot be asked; None where it answers, or where only a try can tell."""
     if constants.HF_HUB_OFFLINE:
         return "the hub may not be asked (HF_HUB_OFFLINE is set)"
+    proxies = urllib.request.getproxies()
     # Python's own client knows no SOCKS proxy.
-    if "all" in urllib.request.getproxies():
+    if "all" in proxies or any(proxy.startswith("socks") for proxy in proxies.values()):
         return None
     failures: list[str | None] = [f"{constants.ENDPOINT} did not answer in {HUB_WAIT_S:g} s"]
 
@@ -94,7 +96,7 @@ def _unreachable() -> str | None:
                 failures.append(None)
         except urllib.error.HTTPError:
             failures.append(None)
-        except OSError as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             # Which certificates count, the hub's own client knows better.
             answered = isinstance(reason, ssl.SSLError)

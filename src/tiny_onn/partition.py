@@ -109,11 +109,13 @@ def _each(
     if workers == 1:
         return [function(*layer) for layer in track(layers, text)]
     torch.set_num_threads(num_threads // workers)
+    pool = ThreadPoolExecutor(workers)
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            results = pool.map(function, *zip(*layers, strict=True))
-            return [next(results) for _ in track(layers, text)]
+        results = pool.map(function, *zip(*layers, strict=True))
+        return [next(results) for _ in track(layers, text)]
     finally:
+        # After Ctrl-C the layers that have not begun are left out.
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(num_threads)
 
 

@@ -142,9 +142,9 @@ def calibration_rows(
 def settling_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[PackedRow]:
-    """As many training rows, the ones after those, if there is a budget that settles on them.
+    """The training rows that follow `calibration_rows`, as many again, if a budget settles.
 
-    On text that a gate was fitted to, it is surer than elsewhere.
+    Not the calibration rows themselves: a gate is surer on text that it was fitted to.
     """
     if not has_budget(config.router):
         return []

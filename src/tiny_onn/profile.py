@@ -25,6 +25,7 @@ from tiny_onn.config import RunConfig
 from tiny_onn.device import prepare_device
 from tiny_onn.prepare import Prepared, calibration_rows, prepare, training_rows
 from tiny_onn.run_folder import create_run_folder, write_json
+from tiny_onn.stages import step_tokens
 from tiny_onn.step import Clock, distill_step
 from tiny_onn.teacher import quiet_transformers
 
@@ -83,7 +84,13 @@ def run_profile(config: RunConfig, *, out: Path, argv: Sequence[str] = ()) -> St
     write_json(folder / "summary.json", result.as_dict())
     console = Console()
     console.print(render(result))
-    console.print(f"Trace: {folder / 'trace.json'}", highlight=False)
+    console.print(
+        f"Trace: {folder / 'trace.json'}",
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+    )
     return result
 
 
@@ -123,7 +130,7 @@ def profile_steps(config: RunConfig, prepared: Prepared, trace: Path) -> StepPro
     return StepProfile(
         device=str(device),
         steps=PROFILED_STEPS,
-        tokens_per_step=config.train.rows_per_step * config.data.row_tokens,
+        tokens_per_step=step_tokens(config),
         step_milliseconds=step,
         phase_milliseconds=phases | {OUTSIDE: step - sum(phases.values())},
         operators=_operators(profiler, phases, on_gpu=device.type == "cuda"),

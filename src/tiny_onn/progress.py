@@ -37,7 +37,7 @@ class RunProgress:
         self._title, self._total, self._last_line = title, total_tokens, time.monotonic()
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             # With a demo's title all of it fits 80 columns.
             BarColumn(bar_width=10),
             TaskProgressColumn(),

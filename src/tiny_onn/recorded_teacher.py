@@ -41,10 +41,10 @@ def with_teacher(config: RunConfig, named: str | None) -> RunConfig:
 
 
 def refuse_for_dense(model: str, named: str | None) -> None:
-    """Return if `--teacher` is not given with a model that has no teacher.
+    """Refuse `--teacher` with a dense model, which has no teacher.
 
     Raises:
-        UserError: it is.
+        UserError: `--teacher` was given.
     """
     if named is not None:
         raise UserError(
@@ -56,7 +56,7 @@ def refuse_for_dense(model: str, named: str | None) -> None:
 def load_recorded(
     config: TeacherConfig, named: str | None, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `load_dense`; what it refuses is told by the option that names the model.
+    """Load the recorded teacher as `load_dense` does; a refusal names the option that gave it.
 
     Args:
         config: the recorded teacher, or the one that `with_teacher` put in its place.

@@ -1,5 +1,6 @@
 """What may change when a run goes on: settings by name, and where its files lie."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -101,7 +102,8 @@ def _reason(name: str) -> str:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same settings with local paths absolute, so that a run goes on from any folder."""
     path = config.teacher.path
-    teacher = _absolute(path) if Path(_absolute(path)).is_dir() else path
+    # Unlike Path.is_dir it knows no folder, rather than raising, where a name is too long.
+    teacher = _absolute(path) if os.path.isdir(_absolute(path)) else path  # noqa: PTH112
     sources = tuple(
         source if source == "embedded" or source.startswith(HUB_PREFIX) else _absolute(source)
         for source in config.data.sources

@@ -1,6 +1,7 @@
 """What a run tells while it goes on: its metrics file, its lines and bar, and its health."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -11,11 +12,26 @@ from tiny_onn.evaluate import Evaluation
 from tiny_onn.guard import Guard, provenance
 from tiny_onn.health import HealthWatch
 from tiny_onn.packing import PackedRow
+from tiny_onn.prepare import Prepared
 from tiny_onn.progress import RunProgress, show_blocks, show_evaluation
 from tiny_onn.records import blocks_record, evaluation_record, step_record
 from tiny_onn.run_folder import METRICS_NAME, MetricsWriter, read_metrics
 from tiny_onn.stages import step_tokens
 from tiny_onn.step import StepResult
+
+
+@dataclass(kw_only=True, slots=True)
+class RunResult:
+    """What a finished or stopped run leaves behind."""
+
+    prepared: Prepared
+    before: Evaluation | None
+    """None where the run began without an evaluation."""
+    after: Evaluation | None
+    """None where the run was stopped and its last evaluation left out."""
+    tokens: int
+    seconds: float
+    interrupted: bool
 
 
 class RunLog:

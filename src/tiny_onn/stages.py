@@ -87,12 +87,12 @@ def annealed(
     if budget:
         progress = stage.progress(tokens + step_tokens(config))
     target = annealed_k(progress, fraction, num_experts, config.router.target_k)
-    for bank, rule in zip(banks, rules, strict=True):
-        bank.router.rule = replace(rule, target_k=target if budget else float(round(target)))
-        bank.router.annealing = True
-        if budget and tokens == stage.begin:
-            bank.router.threshold.fill_(ALL_ACTIVE)
     try:
+        for bank, rule in zip(banks, rules, strict=True):
+            bank.router.rule = replace(rule, target_k=target if budget else float(round(target)))
+            bank.router.annealing = True
+            if budget and tokens == stage.begin:
+                bank.router.threshold.fill_(ALL_ACTIVE)
         yield
     finally:
         for bank, rule in zip(banks, rules, strict=True):

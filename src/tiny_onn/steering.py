@@ -1,7 +1,7 @@
 """What a router changes without a gradient: budgets, balance, revival, re-seeding, exploration.
 
 All of it is in the router's buffers, so that checkpoints hold it, and happens on the device without
-waiting for it. Nothing here runs at evaluation, but `settle`, which is asked for.
+waiting for it. At evaluation nothing here runs by itself; `settle` runs where it is called.
 
 Legend: T tokens, D hidden, E experts, L layers.
 """

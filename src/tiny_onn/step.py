@@ -135,8 +135,8 @@ def distill_step(
                 gaps.append(torch.as_tensor(gap).detach())
                 others = router_losses(banks, row, config) + config.loss.states_coef * gap
                 backward(loss_T.sum() / loss_tokens + others / len(rows), banks)
+        commit()
     loss, forward_kl, agreement, student_entropy = sums / loss_tokens
-    commit()
     with clock.phase("optimizer"):
         expert_norm, gate_norm, finite = update(student, optimizer, loss, steering, config)
     return StepResult(
@@ -156,7 +156,7 @@ def distill_step(
 
 
 def backward(total: Tensor, banks: Sequence[ExpertBank]) -> None:
-    """The backward pass of a row; what it recomputes is not recorded, what was is forgotten."""
+    """Run a row's backward pass without recording what it recomputes, then drop the routings."""
     for bank in banks:
         bank.recording = False
     try:
@@ -168,7 +168,7 @@ def backward(total: Tensor, banks: Sequence[ExpertBank]) -> None:
 
 @contextmanager
 def undone_if_broken(steering: Steering, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Passes over a step's rows, of which an exception leaves neither gradients nor statistics."""
+    """Within the context run a step's passes; an exception discards gradients and statistics."""
     whole = False
     try:
         yield

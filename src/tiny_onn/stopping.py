@@ -34,7 +34,8 @@ class StopRequest:
             KeyboardInterrupt: There is nothing to save yet, or it is the second signal.
         """
         if not self.graceful:
-            say(f"Stopped by {signal.Signals(number).name} before the first step; nothing to save.")
+            name = signal.Signals(number).name
+            say(f"Stopped by {name} before the first step of this run; nothing new to save.")
             raise KeyboardInterrupt
         if self._received:
             raise KeyboardInterrupt

@@ -165,9 +165,10 @@ class DocumentTokens:
         """The token ids of a text that the model is to go on from: a document without its end.
 
         Raises:
-            UserError: As `ids`.
+            UserError: The tokenizer fails, or the model has no embedding for a token.
         """
-        token_ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        with LoadErrors("--prompt: the tokenizer failed on it ({}); change the text".format):
+            token_ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         self._check("--prompt", token_ids)
         return [*self.start, *token_ids]
 

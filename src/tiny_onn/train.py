@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ from tiny_onn.run_folder import (
     resume_run_folder,
     write_json,
 )
-from tiny_onn.run_log import RunLog
+from tiny_onn.run_log import RunLog, RunResult
 from tiny_onn.stages import annealed, run_tokens, stage_named, step_tokens
 from tiny_onn.steering import settled
 from tiny_onn.step import StepResult, distill_step
@@ -56,20 +56,6 @@ from tiny_onn.teacher import quiet_transformers
 AfterStep = Callable[[int, float], None]
 # A stopped run still evaluates its last step if the evaluation before took no longer.
 EVALUATION_PATIENCE_S = 5.0
-
-
-@dataclass(kw_only=True, slots=True)
-class RunResult:
-    """What a finished or stopped run leaves behind."""
-
-    prepared: Prepared
-    before: Evaluation | None
-    """None where the run began without an evaluation."""
-    after: Evaluation | None
-    """None where the run was stopped and its last evaluation left out."""
-    tokens: int
-    seconds: float
-    interrupted: bool
 
 
 def run_distill(
@@ -154,7 +140,8 @@ class _Run:
         self.due: list[Literal["switch", "eval"]] = []
         # The text's state before the step in hand; None outside of steps.
         self.position: dict[str, Any] | None = None
-        self.saved_step, self.eval_seconds = -1, 0.0
+        # How long the last evaluation took; unknown before the first one.
+        self.saved_step, self.eval_seconds = -1, math.inf
         if resume:
             self._restore(chosen_chunk=config.loss.chunk_tokens == 0)
 
@@ -189,7 +176,7 @@ class _Run:
             after=after,
             tokens=self.tokens,
             seconds=self.seconds,
-            interrupted=bool(self.stop),
+            interrupted=bool(self.stop) and (after is None or self.tokens < span[1]),
         )
 
     def _finish(self, after: Evaluation) -> None:
@@ -205,7 +192,8 @@ class _Run:
         if not self.step:
             return self.before
         if self.stop and self.eval_seconds > EVALUATION_PATIENCE_S:
-            say(f"{self.title}: the last evaluation ({self.eval_seconds:.0f} s) is left out")
+            patience = f"more than {EVALUATION_PATIENCE_S:g} s"
+            say(f"{self.title}: the last evaluation is left out, because it may take {patience}")
             return None
         try:
             return self._evaluate("end")
@@ -217,6 +205,8 @@ class _Run:
         try:
             self._do_what_is_due()
             self._steps(after_step)
+            if self.stop and self.step == 0:
+                raise Stopped
         except Stopped:
             if self.step == 0:
                 say(f"{self.title}: no step is finished, there is nothing to save")
@@ -315,9 +305,13 @@ class _Run:
         budget = (self.settling_rows, self.config.router.budget_scope)
         with breakable, settled(self.student, *budget):
             result, layers = evaluate_layers(self.student, self.held_out, self.config.loss)
+            self.stop.commit()
         self.eval_seconds = time.perf_counter() - start
         self.log.evaluation(kind, result, layers, step=self.step, tokens=self.tokens)
-        if kind != "start" and not (self.best and result.forward_kl >= self.best["forward_kl"]):
+        best = self.best["forward_kl"] if self.best else math.inf
+        # A stopped run's last evaluation is none of the whole run's, and so never its best.
+        extra = kind == "end" and self.tokens < run_tokens(self.stage, self.config)
+        if kind != "start" and not extra and result.forward_kl < best:
             self.best = {"step": self.step, "tokens": self.tokens, "forward_kl": result.forward_kl}
             self.writer.best = self.step
         return result
@@ -338,7 +332,7 @@ class _Run:
             "steps": self.step,
             "skipped_steps": self.guard.skipped,
             "training_seconds": self.seconds,
-            "interrupted": bool(self.stop),
+            "interrupted": self.tokens < run_tokens(self.stage, self.config),
             "health": self.log.verdict(),
         }
 
