@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from runs import assert_same_run, records, student_of
+from run_records import assert_same_run, records, student_of
 from tiny import change, write_run
 from tiny_onn import checkpoint as checkpoint_module
 from tiny_onn import train as train_module

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from runs import assert_same_run, records
+from run_records import assert_same_run, records
 from tiny import change, write_run
 from tiny_onn import blockwise as blockwise_module
 from tiny_onn import step as step_module
