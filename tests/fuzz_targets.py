@@ -316,6 +316,7 @@ def tree_or_deep(case: Any, folder: Path) -> Reading:
 # Python that leaves a file behind when it runs.
 CANARY = "import pathlib; pathlib.Path(%r).touch()\nclass Evil: pass\n"
 CONFIG_KEYS = [
+    "routing",
     "model_type",
     "architectures",
     "auto_map",

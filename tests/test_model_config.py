@@ -1,6 +1,7 @@
 """The student's configuration answers for its backbone, and stores nothing of it twice."""
 
 import copy
+import dataclasses
 import json
 import pickle
 from typing import Any
@@ -9,8 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from tiny import FAMILIES, OTHERS, make_dense, make_ids, make_student
+from tiny import FAMILIES, OTHERS, make_dense, make_ids, make_student, make_tokenizer
+from tiny_onn.config import ExpertsConfig, RouterConfig
+from tiny_onn.errors import UserError
+from tiny_onn.loading import load_student
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
+from tiny_onn.router import RoutingRule
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -99,3 +104,93 @@ def test_growing_the_vocabulary_grows_what_the_configuration_says():
     student = make_student(make_dense("llama"))
     student.resize_token_embeddings(70, mean_resizing=False)
     assert student.config.vocab_size == student.config.backbone.vocab_size == 70
+
+
+# No option has its default.
+UNUSUAL = {
+    "selection": "oracle",
+    "weighting": "sigmoid",
+    "target_k": 3.5,
+    "budget_form": "cumulative",
+    "at_least_one": "always",
+    "oracle_budget": True,
+    "num_shared": 2,
+}
+
+
+def saved_table(folder):
+    """A saved student's config.json whose routing options all differ from their defaults."""
+    student = make_student(make_dense(), **UNUSUAL)
+    student.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def write_table(folder, table):
+    (folder / "config.json").write_text(json.dumps(table))
+
+
+def test_every_routing_option_comes_from_the_setting_of_its_name_and_is_stored_in_one_table(
+    tmp_path,
+):
+    defaults = dataclasses.asdict(RoutingRule())
+    assert {name for name, value in UNUSUAL.items() if value != defaults[name]} == set(defaults)
+    settings = [dataclasses.asdict(section()) for section in (ExpertsConfig, RouterConfig)]
+    for name in defaults:
+        assert sum(name in section for section in settings) == 1, name
+    table = saved_table(tmp_path)
+    assert table["routing"] == UNUSUAL
+    assert not set(UNUSUAL) & set(table)
+    assert TinyOnnConfig.from_pretrained(tmp_path).routing_rule() == RoutingRule(**UNUSUAL)
+
+
+def test_a_student_of_before_the_routing_table_routes_as_it_did(tmp_path):
+    table = saved_table(tmp_path)
+    flat = {**table, **table.pop("routing")}
+    del flat["routing"]
+    write_table(tmp_path, flat)
+    read = TinyOnnConfig.from_pretrained(tmp_path)
+    assert read.routing_rule() == RoutingRule(**UNUSUAL)
+    assert not hasattr(read, "selection")
+    read.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["routing"] == UNUSUAL
+
+
+@pytest.mark.parametrize("options", [{}, {"target_k": 3}])
+def test_an_option_that_is_not_stored_has_its_default(options, tmp_path):
+    table = saved_table(tmp_path)
+    write_table(tmp_path, table | {"routing": options})
+    rule = RoutingRule(target_k=float(options.get("target_k", 16)))
+    assert TinyOnnConfig.from_pretrained(tmp_path).routing_rule() == rule
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"routing": {"warmth": 3}},
+            "routing: got the unknown option 'warmth', expected one of sel",
+        ),
+        ({"routing": {"\x1b[2J": 3}}, r"unknown option '\\x1b\[2J', expected one of"),
+        (
+            {"routing": {"selection": "best"}},
+            'routing.selection: got "best", expected one of "top_k"',
+        ),
+        ({"routing": {"target_k": "4"}}, 'routing.target_k: got "4", expected a number'),
+        ({"routing": {"oracle_budget": 1}}, "routing.oracle_budget: got 1, expected true or false"),
+        (
+            {"routing": {"num_shared": 1.5}},
+            "routing.num_shared: got 1.5, expected a 64-bit integer",
+        ),
+        ({"routing": 3}, "routing: got 3, expected a table of options"),
+        ({"target_k": 3}, "target_k: got a value beside `routing`, expected .* move it there"),
+    ],
+)
+def test_routing_that_cannot_be_read_is_refused_in_one_line(changes, message, tmp_path):
+    table = saved_table(tmp_path)
+    write_table(tmp_path, table | changes)
+    with pytest.raises(UserError, match=message):
+        TinyOnnConfig.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"^MODEL: got .*{message}") as caught:
+        load_student(str(tmp_path), torch.device("cpu"))
+    assert "\n" not in str(caught.value)

@@ -78,7 +78,8 @@ def run_frontier(
 
 def default_budgets(student: TinyOnnForCausalLM) -> list[float]:
     """All experts and falling shares of them, in whole numbers."""
-    num_experts, least = student.config.num_experts, student.config.num_shared + 1
+    config = student.config
+    num_experts, least = config.num_experts, config.routing_rule().num_shared + 1
     return sorted({float(max(least, round(num_experts * share))) for share in SHARES}, reverse=True)
 
 

@@ -1,10 +1,12 @@
 """The student's configuration: its experts' own settings, and the backbone's for all else."""
 
-from typing import Any, Literal
+from dataclasses import asdict, fields
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from tiny_onn.config import AtLeastOne, Compensation, Selection, Weighting
+from tiny_onn.config import Compensation
+from tiny_onn.errors import UserError
 from tiny_onn.router import RoutingRule
 
 # Attributes by which transformers asks how a checkpoint is stored: the dense model's says nothing
@@ -22,10 +24,14 @@ class TinyOnnConfig(PretrainedConfig):
         backbone: the dense model's configuration, or its dictionary.
         num_experts: experts per layer, E.
         expert_dim: neurons per expert, I; E * I is the dense MLP's width.
-        selection, weighting, target_k, budget_form, at_least_one, oracle_budget, num_shared: see
-            `RoutingRule`.
+        routing: the options of `RoutingRule`, or the rule itself; stored as a table of all of
+            them. Students of before this table have its options among `kwargs`.
         compensation, learn_scale: see `ExpertsConfig`.
         teacher, teacher_revision: the dense model it was cut from: a folder, hub id, or `embedded`.
+
+    Raises:
+        UserError: an option of `routing` is unknown, stands beside the table, or has a value of
+            another type.
     """
 
     model_type = "tiny_onn"
@@ -38,13 +44,7 @@ class TinyOnnConfig(PretrainedConfig):
         *,
         num_experts: int = 32,
         expert_dim: int = 0,
-        selection: Selection = "budget",
-        weighting: Weighting = "unit",
-        target_k: float = 16.0,
-        budget_form: Literal["cumulative", "threshold"] = "threshold",
-        at_least_one: AtLeastOne = "evaluation",
-        oracle_budget: bool = False,
-        num_shared: int = 0,
+        routing: object = None,
         compensation: Compensation = "none",
         learn_scale: bool = False,
         teacher: str = "",
@@ -56,16 +56,18 @@ class TinyOnnConfig(PretrainedConfig):
         self.backbone = CONFIG_MAPPING["qwen3"]() if backbone is None else backbone
         self.num_experts = num_experts
         self.expert_dim = expert_dim or self.backbone.intermediate_size // num_experts
-        self.selection: Selection = selection
-        self.weighting: Weighting = weighting
-        self.target_k = target_k
+        beside = {f.name: kwargs.pop(f.name) for f in fields(RoutingRule) if f.name in kwargs}
+        if beside and routing is not None:
+            raise UserError(
+                f"{', '.join(beside)}: got a value beside `routing`, expected routing options in"
+                " that table alone; move it there"
+            )
+        if not isinstance(routing, RoutingRule):
+            routing = RoutingRule.from_stored(beside if routing is None else routing)
+        self.routing: dict[str, Any] = asdict(routing)
         self.compensation: Compensation = compensation
         self.learn_scale = learn_scale
         self.teacher_revision = teacher_revision
-        self.budget_form: Literal["cumulative", "threshold"] = budget_form
-        self.at_least_one: AtLeastOne = at_least_one
-        self.oracle_budget = oracle_budget
-        self.num_shared = num_shared
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.backbone, name, None))
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
@@ -99,12 +101,4 @@ class TinyOnnConfig(PretrainedConfig):
 
     def routing_rule(self) -> RoutingRule:
         """The rule every layer's router follows."""
-        return RoutingRule(
-            selection=self.selection,
-            weighting=self.weighting,
-            target_k=self.target_k,
-            budget_form=self.budget_form,
-            at_least_one=self.at_least_one,
-            oracle_budget=self.oracle_budget,
-            num_shared=self.num_shared,
-        )
+        return RoutingRule(**self.routing)

@@ -255,15 +255,16 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
             f"{config.expert_dim}, expected a product of {width}, the MLP's width; choose a "
             f"num_experts that divides {width} and leave expert_dim at 0"
         )
-    if config.num_shared not in range(config.num_experts):
+    rule = config.routing_rule()
+    if rule.num_shared not in range(config.num_experts):
         raise UserError(
-            f"experts.num_shared: got {config.num_shared}, expected 0 to {config.num_experts - 1} "
+            f"experts.num_shared: got {rule.num_shared}, expected 0 to {config.num_experts - 1} "
             "(one fewer than there are experts); lower it"
         )
-    least = config.num_shared + 1
-    if not least <= config.target_k <= config.num_experts:
+    least = rule.num_shared + 1
+    if not least <= rule.target_k <= config.num_experts:
         raise UserError(
-            f"router.target_k: got {config.target_k:g}, expected {least} to {config.num_experts} "
+            f"router.target_k: got {rule.target_k:g}, expected {least} to {config.num_experts} "
             "(the number of experts); change it"
         )
     return ExpertBank(
@@ -271,7 +272,7 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
         config.num_experts,
         config.expert_dim,
         activation_name(config.backbone),
-        config.routing_rule(),
+        rule,
         compensated=config.compensation != "none",
         scaled=config.learn_scale,
     )

@@ -200,7 +200,7 @@ def load_subject(  # noqa: PLR0917
     """
     if is_student(name):
         loaded = load_student(name, device, checkpoint, teacher)
-        if loaded.student.config.selection == "oracle":
+        if loaded.student.config.routing_rule().selection == "oracle":
             raise UserError(
                 f"MODEL: got {name}, a student with router.selection = 'oracle', expected one with"
                 " a gate: surprise reaches experts through it; probe its teacher instead"

@@ -87,7 +87,8 @@ def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Convers
         else f"all experts on, logits are within {conversion.logit_gap:.1e} of the teacher's"
         " (float32)"
     )
-    always_on = f" ({shape.num_shared} always on)" if shape.num_shared else ""
+    num_shared = shape.routing_rule().num_shared
+    always_on = f" ({num_shared} always on)" if num_shared else ""
     say(
         f"{title}: {len(student.banks())} layers x {shape.num_experts} experts{always_on} x "
         f"{shape.expert_dim} neurons; {exact}; backbone SHA-256 "

@@ -9,8 +9,9 @@ Legend: T tokens, D hidden, E experts, S of them shared, R = E - S routed, L lay
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tiny_onn import dynmoe
-from tiny_onn.config import AtLeastOne, Selection, Weighting
-from tiny_onn.errors import UserError
+from tiny_onn.checks import shown
+from tiny_onn.config import AtLeastOne, ExpertsConfig, RouterConfig, Selection, Weighting
+from tiny_onn.errors import UserError, printable
 from tiny_onn.ops.precision import without_autocast
+from tiny_onn.settings import coerce
 from tiny_onn.shared import routed, with_shared
 
 # Share by which a probability falls with its rank in the token, 16 units in float32's last place:
@@ -30,7 +33,11 @@ TIE_BREAK = 2.0**-20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingRule:
-    """Which experts are active, given the router's logits, and their weights."""
+    """Which experts are active, given the router's logits, and their weights.
+
+    Every option has the name, the type and the meaning of a setting in the `experts` or `router`
+    table of a run, and a saved student's config.json holds all of them under `routing`.
+    """
 
     selection: Selection = "budget"
     weighting: Weighting = "unit"
@@ -45,6 +52,39 @@ class RoutingRule:
     def has_budget(self) -> bool:
         """Whether a threshold decides how many, k on average."""
         return self.selection == "budget" or (self.selection == "oracle" and self.oracle_budget)
+
+    @classmethod
+    def of_settings(cls, experts: ExpertsConfig, router: RouterConfig) -> "RoutingRule":
+        """The rule that the settings of a run describe."""
+        tables = {
+            field.name: experts if hasattr(experts, field.name) else router for field in fields(cls)
+        }
+        return cls(**{name: getattr(table, name) for name, table in tables.items()})
+
+    @classmethod
+    def from_stored(cls, options: object) -> "RoutingRule":
+        """The rule in a student's config.json; an option that is not there has its default.
+
+        Raises:
+            UserError: the options are no table, one is unknown, or a value is of another type.
+        """
+        if not isinstance(options, Mapping):
+            raise UserError(
+                f"routing: got {shown(options)}, expected a table of options; restore the student's"
+                " config.json"
+            )
+        hints = get_type_hints(cls)
+        for name in options:
+            if name not in hints:
+                raise UserError(
+                    f"routing: got the unknown option {printable(repr(name))[:80]}, expected one of"
+                    f" {', '.join(hints)}; load the student with the version of tiny-onn that saved"
+                    " it, or remove the option from its config.json"
+                )
+        values: dict[str, Any] = {
+            name: coerce(value, hints[name], f"routing.{name}") for name, value in options.items()
+        }
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -267,7 +267,7 @@ def _apply(config: RunConfig, table: Mapping[str, Any], source: str) -> RunConfi
             if key not in hints:
                 raise UserError(f"{source}: {_unknown(section, key)}")
         checked = {
-            key: _coerce(value, hints[key], f"{source}: {section}.{key}")
+            key: coerce(value, hints[key], f"{source}: {section}.{key}")
             for key, value in values.items()
         }
         changed[section] = replace(getattr(config, section), **checked)
@@ -288,8 +288,17 @@ def _unknown(section: str, key: str | None) -> str:
     return f"got unknown {kind} {shown(name)}, expected a {kind} of Tiny-ONN; {remedy}"
 
 
-def _coerce(value: object, hint: object, where: str) -> object:
-    """Return `value` as the field's type, or raise a `UserError` that starts with `where`."""
+def coerce(value: object, hint: object, where: str) -> object:
+    """Return a raw value of TOML or JSON as a field's type.
+
+    Args:
+        value: as the file has it.
+        hint: the field's type: `bool`, `int`, `float`, `str`, a `Literal` or a tuple of these.
+        where: the field's name; the message starts with it.
+
+    Raises:
+        UserError: The value is of another type.
+    """
     origin = get_origin(hint)
     accepted = False
     if origin is Literal:
@@ -297,7 +306,7 @@ def _coerce(value: object, hint: object, where: str) -> object:
     elif origin is tuple:
         if isinstance(value, list) and value:
             inner = get_args(hint)[0]
-            return tuple(_coerce(item, inner, f"{where}[{i}]") for i, item in enumerate(value))
+            return tuple(coerce(item, inner, f"{where}[{i}]") for i, item in enumerate(value))
     elif hint is float:
         # False for nan, inf and integers that no float can hold.
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023:
