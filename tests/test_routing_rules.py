@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from tiny_onn.held_out import HeldOut
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.optim import build_optimizer
+from tiny_onn.routing_checks import RULES
 from tiny_onn.steering import settle
 from tiny_onn.step import distill_step
 
@@ -131,6 +133,67 @@ def test_top_any_refuses_a_linear_gate_and_a_frozen_one_that_reseeds():
     ridge = change(config, experts={"gate_init": "ridge"}, router={"reseed_every_steps": 0})
     with pytest.raises(UserError, match=r'^experts.gate_init: got "ridge", expected "random"'):
         validate(ridge)
+
+
+# For each rule of the table, in its order: settings that it alone refuses, one for each name.
+STATIC = {"selection": "static", "objective": "none"}
+TOP_ANY = {"selection": "top_any", "objective": "task"}
+EXPLORE = {"explore_fraction": 0.1}
+REFUSED: list[dict[str, dict[str, Any]]] = [
+    {"router": {"selection": "static"}},
+    {"router": {"selection": "top_any"}},
+    {"router": {"selection": "top_any", "objective": "regression"}},
+    {"router": {"target_k": 8.5}},
+    {"router": {"selection": "top_k", "target_k": 2.5}},
+    {"router": {"selection": "top_k", "budget_scope": "global"}},
+    {"router": {"oracle_budget": True}},
+    {"router": TOP_ANY, "experts": {"weighting": "softmax"}},
+    {"router": TOP_ANY, "experts": {"gate_init": "zeros"}},
+    {"router": {"selection": "top_any", "objective": "none", "reseed_every_steps": 3}},
+    {"router": {"at_least_one": "always"}},
+    {"router": {"reseed_every_steps": 3}},
+    {"router": {**STATIC, "balance_rate": 0.1}},
+    {"router": {**STATIC, "revive_after_steps": 2}},
+    {"router": {"objective": "task"}, "smk": EXPLORE},
+    {"smk": {"candidates": "all", **EXPLORE}},
+    {"router": {"target_k": 8.0}, "smk": EXPLORE},
+    {"router": {"blockwise_anneal_fraction": 0.5}},
+    {"router": {**TOP_ANY, "anneal_fraction": 0.5}},
+    {"router": {**TOP_ANY, "blockwise_anneal_fraction": 0.5}, "train": {"blockwise_tokens": 9}},
+    {"router": {"target_k": 8.0, "anneal_fraction": 0.5}},
+    {
+        "router": {"target_k": 8.0, "blockwise_anneal_fraction": 0.5},
+        "train": {"blockwise_tokens": 9},
+    },
+    {"smk": {"targets": "helpful", "surprise": "gain", "direction": "min"}},
+    {"router": TOP_ANY, "experts": {"num_shared": 1}},
+    {"experts": {"num_experts": 4, "num_shared": 4}},
+    {"experts": {"num_shared": 4}},
+    {"experts": {"init": "random", "num_shared": 1, "keep_massive": True}},
+    {"experts": {"keep_massive": True}},
+]
+NAMED_RULES = [(rule, name) for rule in RULES for name in rule.settings.split()]
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "changes"),
+    [(*named, changes) for named, changes in zip(NAMED_RULES, REFUSED, strict=True)],
+)
+def test_every_rule_of_the_table_refuses_what_no_other_does(rule, name, changes):
+    config = change(CONFIG, **changes)
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    reason, message = rule.reason.format(c=config), str(caught.value)
+    assert message.startswith(f"{name}: got ")
+    assert message.endswith(f": {reason}; {rule.remedy}")
+    assert "{" not in message
+    others = [
+        other
+        for other, setting in NAMED_RULES
+        if (other, setting) != (rule, name) and other.refuses(config, attrgetter(setting)(config))
+    ]
+    # Four experts that are all shared leave k = 4 none of the others.
+    assert [other.settings for other in others] in ([], ["router.target_k"])
 
 
 OPTIONS = [

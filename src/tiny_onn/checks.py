@@ -6,6 +6,7 @@ What depends on the teacher (its MLP width, its memory) is checked where the tea
 import json
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from tiny_onn.config import RunConfig
@@ -67,15 +68,14 @@ def validate(config: RunConfig) -> None:
     """
     for expected, accepts, names in RANGES:
         for name in names.split():
-            if not accepts(value := _get(config, name)):
+            if not accepts(value := attrgetter(name)(config)):
                 raise UserError(
                     f"{name}: got {shown(value)}, expected {expected}; its default is"
-                    f" {to_toml(_get(RunConfig(), name))}"
+                    f" {to_toml(attrgetter(name)(RunConfig()))}"
                 )
     check_device(config.train.device, "train.device")
     for prefix in ("optim.", "optim.gate_"):
-        warmup, decay = (_get(config, f"{prefix}{part}_fraction") for part in ("warmup", "decay"))
-        assert isinstance(warmup, float) and isinstance(decay, float)
+        warmup, decay = attrgetter(f"{prefix}warmup_fraction", f"{prefix}decay_fraction")(config)
         if warmup + decay > 1:
             raise UserError(
                 f"{prefix}decay_fraction: got {decay} after {prefix}warmup_fraction {warmup},"
@@ -96,11 +96,6 @@ def check_device(device: str, name: str) -> None:
             f"{name}: got {shown(device)}, expected auto, cpu, cuda or cuda:N; use auto to take"
             " what there is"
         )
-
-
-def _get(config: RunConfig, name: str) -> object:
-    section, key = name.split(".")
-    return getattr(getattr(config, section), key)
 
 
 def shown(value: object) -> str:
