@@ -21,11 +21,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from tiny_onn.config import RunConfig
 from tiny_onn.console import say
-from tiny_onn.device import device_name, pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.lock import LOCK_NAME
 from tiny_onn.resuming import check_changes, with_absolute_paths
@@ -312,6 +309,11 @@ def _explain_write(path: Path) -> Iterator[None]:
 
 
 def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
+    # A mistake in the settings of a run is told from its folder, which is read without torch.
+    import torch  # noqa: PLC0415
+
+    from tiny_onn.device import device_name, pick_device  # noqa: PLC0415
+
     commit, dirty = _git_state()
     return {
         "tiny_onn": version("tiny-onn"),
