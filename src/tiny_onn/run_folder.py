@@ -25,6 +25,7 @@ from tiny_onn.config import RunConfig
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.lock import LOCK_NAME
+from tiny_onn.publish import publish
 from tiny_onn.resuming import check_changes, with_absolute_paths
 from tiny_onn.settings import config_from_json, resolved_json
 
@@ -285,11 +286,8 @@ def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _explain_write(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            temporary.write_text(text, encoding="utf-8")
+            publish(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
