@@ -125,7 +125,7 @@ class Hub(http.server.SimpleHTTPRequestHandler):
             self.send_header("X-Repo-Commit", COMMIT)
         super().end_headers()
 
-    def log_message(self, *arguments):
+    def log_message(self, format, *args):
         """Keep the test's output clean."""
 
 
