@@ -318,6 +318,16 @@ def in_checkpoints(path: Any, *_: Any) -> bool:
     return ".partial" in str(path)
 
 
+def is_partial_file(path: Any, *_: Any) -> bool:
+    """Whether a path is a file of a checkpoint that is being written."""
+    return in_checkpoints(Path(path).parent)
+
+
+def is_partial(path: Any, *_: Any) -> bool:
+    """Whether a path is the folder of a checkpoint that is being written."""
+    return in_checkpoints(path) and not is_partial_file(path)
+
+
 def is_new(path: Any, *_: Any) -> bool:
     """Whether a path is a checkpoint's folder, and is made by this call."""
     return in_checkpoints(path) and Path(path).parent.exists()
@@ -334,9 +344,9 @@ STAGES: dict[str, Callable[[int], None]] = {
     "in the middle of a file": lambda n: wrapped(checkpoint, "save_file", 2 * n, half_file),
     "before a file is synced": lambda n: wrapped(os, "fsync", 5 * n, before),
     "before the manifest": lambda n: wrapped(checkpoint, "write_json", n, before),
-    "before the manifest's rename": lambda n: wrapped(os, "replace", n, before, in_checkpoints),
-    "before the folder's rename": lambda n: wrapped(os, "rename", n, before, in_checkpoints),
-    "after the folder's rename": lambda n: wrapped(os, "rename", n, after, in_checkpoints),
+    "before the manifest's rename": lambda n: wrapped(os, "replace", n, before, is_partial_file),
+    "before the folder's rename": lambda n: wrapped(os, "replace", n, before, is_partial),
+    "after the folder's rename": lambda n: wrapped(os, "replace", n, after, is_partial),
     "while an old one is removed": lambda n: wrapped(shutil, "rmtree", n, half_gone, is_old),
     "in the middle of a metrics record": lambda n: wrapped(
         run_folder.MetricsWriter, "write", 4 * n, half_line

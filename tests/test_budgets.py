@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny import make_dense, make_rows, make_student
-from tiny_onn.budgets import parse_budgets, set_budget, tabulate
+from tiny_onn.budgets import set_budget, tabulate
+from tiny_onn.checks import parse_budgets
 from tiny_onn.config import BudgetScope, LossConfig
 from tiny_onn.convert import all_experts_on
 from tiny_onn.errors import UserError
