@@ -35,7 +35,7 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=gpu)]
 SHAPES = [(1, 5, 12, 40), (3, 4, 9, 33), (2, 1, 1, 8), (16, 3, 2, 16)]
 LARGE = [(1, 5, 48, 576), (2, 32, 96, 1024), (16, 3, 20, 1500)]
 # The other path's own products, on a GPU.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 MODES = {
     "budget": RoutingRule(selection="budget"),
     "top_k": RoutingRule(selection="top_k"),
