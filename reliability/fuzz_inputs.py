@@ -1,6 +1,6 @@
 """Throw generated input at everything that reads a user's files, and count how it ends.
 
-    python tests/fuzz_inputs.py --cases 10000
+    python -m reliability.fuzz_inputs --cases 10000
 
 Every case ends in success or in one line (a `UserError`), within `LIMIT_S` seconds and `LIMIT_MIB`
 MiB of memory more than before it; a traceback, a hang, a crash of the process or code that came
@@ -42,8 +42,8 @@ import hypothesis
 import pyarrow
 import torch
 
-from fuzz_targets import TARGETS, make_bases
-from harness import FUZZ, fuzz_part, in_child, surroundings, wait_for, write_results
+from reliability.fuzz_targets import TARGETS, make_bases
+from reliability.harness import FUZZ, fuzz_part, in_child, surroundings, wait_for, write_results
 from tiny_onn.errors import UserError, reason_line
 from tiny_onn.readers import WORKING_BYTES
 from tiny_onn.teacher import quiet_transformers

@@ -4,7 +4,7 @@ One student learns from N tokens blockwise and then from M by the distillation l
 the same start, text and optimizer, from as many tokens by the distillation loss alone as take the
 same time. The time of a step is the median of its stage, so that compiling does not count.
 
-    python benchmarks/blockwise.py [--preset demo] [--blockwise-tokens 65536] [--tokens 65536]
+    python -m experiments.blockwise [--preset demo] [--blockwise-tokens 65536] [--tokens 65536]
         [--seeds 0] [--set smk.surprise=gain ...] [--device cuda] [--smoke]
 
 Parity: both students start from the same held-out KL, and with all experts on they are the teacher.
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from common import check, environment, parser, report, results_folder
-from steps import TINY
+from benchmarks.common import check, environment, report
+from benchmarks.steps import TINY
+from experiments.options import parser, results_folder
 from tiny_onn.config import RunConfig
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.run_folder import METRICS_NAME, read_metrics

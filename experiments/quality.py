@@ -5,10 +5,10 @@ corpus and the documentation of Django 5.2.19 (2.09M tokens together), so that n
 training token twice; 5 % of the documents are held out.
 
     pip download --no-deps --no-binary :all: django==5.2.19 && tar -xzf django-5.2.19.tar.gz
-    python benchmarks/quality.py --text django-5.2.19/docs --groups small partitions \
+    python -m experiments.quality --text django-5.2.19/docs --groups small partitions \
         --jobs 2 --threads 1
-    python benchmarks/quality.py --text django-5.2.19/docs --groups long --device cuda --jobs 6
-    python benchmarks/quality.py --write        # docs/results.md from the records
+    python -m experiments.quality --text django-5.2.19/docs --groups long --device cuda --jobs 6
+    python -m docs.tools        # the tables of docs/results.md from the records
 
 Every run is a `tiny-onn distill` of its own process, several at once; its line goes to
 `results/quality.jsonl` as soon as it is done, and a run that has its line is not made again. With
@@ -28,11 +28,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import pages
-from blockwise import tiny_teacher
-from common import RESULTS, environment, parser
+from benchmarks.common import ROOT, environment
+from docs.tools import pages
+from experiments.blockwise import tiny_teacher
+from experiments.options import RESULTS, parser
 
-ROOT = Path(__file__).parent.parent
 RECORDS = RESULTS / "quality.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
@@ -307,7 +307,7 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Measure, or write the page."""
+    """Make the runs that have no record yet; the exit status."""
     options = parser(__doc__)
     options.add_argument("--text", type=Path, help="folder of text beside the embedded one")
     options.add_argument("--groups", nargs="+", default=["small", "partitions", "long"])
@@ -316,11 +316,7 @@ def main() -> int:
     options.add_argument("--threads", type=int, default=2, help="of each run")
     options.add_argument("--seconds", type=float, default=1e9, help="then no run is started")
     options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
-    options.add_argument("--write", action="store_true", help="write docs/results.md, run nothing")
     arguments = options.parse_args()
-    if arguments.write:
-        PAGE.write_text(filled(PAGE.read_text("utf-8")), encoding="utf-8")
-        return 0
     folder = arguments.out or RESULTS
     if arguments.smoke:
         with tempfile.TemporaryDirectory() as name:

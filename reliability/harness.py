@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "reliability.md"
+PAGE = ROOT / "docs" / "reliability.md"
 FAULTS, FUZZ = "faults", "fuzz"
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "hypothesis")
 
@@ -24,7 +24,7 @@ def surroundings(command: Sequence[str]) -> dict[str, Any]:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "command": " ".join(["python", os.path.relpath(command[0], ROOT), *command[1:]]),
+        "command": " ".join(["python -m", f"reliability.{Path(command[0]).stem}", *command[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
@@ -128,13 +128,20 @@ def document_with(document: str, name: str, record: dict[str, Any]) -> str:
     return f"{head}{begin}\n{part}{end}{foot}"
 
 
+def filled(document: str) -> str:
+    """The document with both parts as the committed records say."""
+    for name in (FAULTS, FUZZ):
+        record = json.loads(results_file(name).read_text(encoding="utf-8"))
+        document = document_with(document, name, record)
+    return document
+
+
 def results_file(name: str) -> Path:
     """Where a script's committed record is."""
-    return ROOT / "benchmarks" / "results" / f"{name}.json"
+    return ROOT / "reliability" / "results" / f"{name}.json"
 
 
 def write_results(name: str, record: dict[str, Any]) -> None:
     """Write a script's record and its part of the document."""
     results_file(name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    document = document_with(DOCUMENT.read_text(encoding="utf-8"), name, record)
-    DOCUMENT.write_text(document, encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

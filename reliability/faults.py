@@ -1,6 +1,6 @@
 """Break runs in every way that is known, resume them, and hold the result against an unbroken run.
 
-    python tests/faults.py --kills 100
+    python -m reliability.faults --kills 100
 
 Each trial is a forked process (the imports are done once) that runs `tiny-onn distill` on a tiny
 teacher; a fault hits it, and the run is resumed until it is done. It survived if student, last
@@ -32,9 +32,9 @@ for variable, value in {
 
 import torch
 
-import fault_trials as trials
-from fault_trials import ROW, SAVE_TOKENS, STAGES, STEPS, Lab, Outcome
-from harness import FAULTS, faults_part, surroundings, write_results
+from reliability import fault_trials as trials
+from reliability.fault_trials import ROW, SAVE_TOKENS, STAGES, STEPS, Lab, Outcome
+from reliability.harness import FAULTS, faults_part, surroundings, write_results
 from tiny_onn.teacher import quiet_transformers
 
 # Random kills that one run takes before it may end.

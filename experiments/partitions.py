@@ -6,7 +6,7 @@ norms), `static` (best mean norms) and `random`. On one partition also: `budget`
 on average), other gates, experts that are always on, and what stands in for inactive experts.
 The neuron oracle, which keeps each token's best half of single neurons, is the ceiling.
 
-    python benchmarks/partitions.py [--only learned importance] [--num-shared 4] [--brief] [--smoke]
+    python -m experiments.partitions [--only learned importance] [--num-shared 4] [--brief]
 
 With `--num-shared S` each layer's first S experts are always on and hold the neurons of largest
 energy; the 16 count them.
@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common import environment, parser, report, results_folder
-from steps import random_dense, random_rows
+from benchmarks.common import environment, report
+from benchmarks.steps import random_dense, random_rows
+from experiments.options import parser, results_folder
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.calibrate import Ridge, expert_norms, fit_gates, sample_inputs, settle_budgets
 from tiny_onn.config import RunConfig

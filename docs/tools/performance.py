@@ -1,24 +1,17 @@
-"""The performance tables of README and docs, from the records in `results/`.
-
-    python benchmarks/performance.py          # write the tables where they belong
-    python benchmarks/performance.py --check  # say whether they are up to date
+"""The performance tables of README and docs, from the records in `benchmarks/results`.
 
 Every row is what one benchmark wrote on one machine; nothing is measured here.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import pages
+from benchmarks.common import RESULTS, ROOT
+from docs.tools import pages
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
-BEGIN, END = "<!-- performance: {name} -->\n", "<!-- end -->"
+BEGIN, END = "<!-- performance: {name} -->", "<!-- end -->"
 GIB = 2**30
 
 
@@ -82,7 +75,7 @@ def cpu_rows() -> Iterator[Row]:
 
 
 def gpu_rows(name: str) -> Iterator[Row]:
-    """What `gpu.py` measured; the last record of a kind wins."""
+    """What `gpu` measured; the last record of a kind wins."""
     lines = (RESULTS / f"gpu_{name}.jsonl").read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     card = {
@@ -122,8 +115,10 @@ def gpu_rows(name: str) -> Iterator[Row]:
             if row["k"] in (4, 16):
                 yield from layer_rows(row, f"{tokens:,} tokens", "<= 1.15")
     yield from decode_rows([r for r in records if r["section"] == "decode"])
-    for record in [r for r in records if r["section"] == "plan" and "cases" in r][-1:]:
-        ratios = [case["ratio"] for case in record["cases"]]
+    # Until November 2026 the lines of this record were called cases.
+    plans = [r.get("rows", r.get("cases")) for r in records if r["section"] == "plan"]
+    for cases in [found for found in plans if found][-1:]:
+        ratios = [case["ratio"] for case in cases]
         predicted = f"{min(ratios):.2f} to {max(ratios):.2f}"
         yield Row(f"plan's memory, {len(ratios)} cases", predicted, "1 = measured", "", "~ 1")
     losses = {
@@ -149,7 +144,7 @@ def gpu_rows(name: str) -> Iterator[Row]:
 
 
 def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
-    """What `decode.py` measured on a GPU: one token at a time."""
+    """What `decode` measured on a GPU: one token at a time."""
     timed = [r for r in records if "us_per_layer" in r]
     stacks = {r["k"]: r for r in timed if r["kind"] == "stack"}
     peers = {r["k"]: r["us_per_layer"] for r in timed if r["kind"] == "moe"}
@@ -252,21 +247,4 @@ def sections() -> dict[str, str]:
 
 def filled(text: str) -> str:
     """A page with the generated text in its places."""
-    return pages.filled(text, sections(), BEGIN.removesuffix("\n"), END)
-
-
-def main() -> int:
-    """Write the pages, or check them."""
-    parser = argparse.ArgumentParser(description="Performance tables from the records.")
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if stale")
-    check = parser.parse_args().check
-    stale = [page for page in PAGES if filled(page.read_text("utf-8")) != page.read_text("utf-8")]
-    for page in () if check else stale:
-        page.write_text(filled(page.read_text("utf-8")), encoding="utf-8")
-    if check and stale:
-        print(f"stale: {', '.join(page.name for page in stale)}; run {Path(__file__).name}")
-    return int(check and bool(stale))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return pages.filled(text, sections(), BEGIN, END)

@@ -5,8 +5,8 @@ and is compared with the teacher on the same held-out text, before and after; a 
 why. One process, one pair after another; pairs that the record already holds are skipped, so that
 an interrupted run goes on.
 
-    python benchmarks/routing_rules.py [--steps 20] [--row-tokens 1024] [--device cpu] [--smoke]
-    python benchmarks/routing_rules.py --render      # the table in docs/routing.md, from the record
+    python -m experiments.routing_rules [--steps 20] [--row-tokens 1024] [--device cpu] [--smoke]
+    python -m docs.tools        # the table in docs/routing.md, from the record
 
 Twenty steps say that a pair learns and stays alive, not which one is best. A layer is dead if in
 the last step at most one of its experts was used. Step time: the median over the steps after the
@@ -25,8 +25,10 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
-from common import RESULTS, environment, parser, report, results_folder
-from steps import random_dense, random_rows
+from benchmarks.common import ROOT, environment, report
+from benchmarks.steps import random_dense, random_rows
+from docs.tools import pages
+from experiments.options import RESULTS, parser, results_folder
 from tiny_onn.config import Objective, RunConfig, Selection
 from tiny_onn.data import held_out_rows
 from tiny_onn.device import pick_device
@@ -49,8 +51,8 @@ from tiny_onn.step import distill_step
 from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
 
 NAME = "routing_rules"
-DOCS = Path(__file__).parents[1] / "docs" / "routing.md"
-BEGIN, END = "<!-- routing rules: begin -->", "<!-- routing rules: end -->"
+PAGE = ROOT / "docs" / "routing.md"
+BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 PAIRS = tuple(itertools.product(get_args(Selection), get_args(Objective)))
 # What DynMoE wants: its own gate, and outputs divided by k.
 TOP_ANY = ("experts.gate_init=random", "experts.weighting=mean")
@@ -150,7 +152,7 @@ def read_rows(folder: Path | None, wanted: Mapping[str, object]) -> list[dict[st
 
 def render(record: Mapping[str, Any] | None) -> str:
     """The table of the docs, with a line on how it was made; without a record, how to make one."""
-    command = "python benchmarks/routing_rules.py"
+    command = "python -m experiments.routing_rules"
     if record is None:
         return f"Not measured yet: `{command}`."
     rows, made, machine = record["rows"], record["settings"], record["environment"]
@@ -176,17 +178,9 @@ def render(record: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def table_of(text: str) -> str:
-    """What stands between the markers."""
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
-
-
-def write_table(record: Mapping[str, Any] | None) -> None:
-    """Put the rendered record between the markers of docs/routing.md."""
-    text = DOCS.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    DOCS.write_text(f"{head}{BEGIN}\n{render(record)}\n{END}{tail}", encoding="utf-8")
+def filled(text: str) -> str:
+    """The page with the rendered record between its markers."""
+    return pages.filled(text, {"routing rules": f"{render(read_record())}\n"}, BEGIN, END)
 
 
 def read_record(folder: Path = RESULTS) -> dict[str, Any] | None:
@@ -250,20 +244,14 @@ def finish(
 
 
 def main() -> None:
-    """Measure what is missing, write the record, and the docs' table if it is the committed one."""
+    """Measure what is missing and write the record."""
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=20)
     options.add_argument("--row-tokens", type=int, default=1024)
-    options.add_argument("--render", action="store_true", help="only the docs, from the record")
     arguments = options.parse_args()
     if arguments.smoke:
         arguments.steps, arguments.row_tokens = 2, 64
-    if arguments.render:
-        write_table(read_record())
-        return
     run(arguments)
-    if results_folder(arguments) == RESULTS:
-        write_table(read_record())
 
 
 if __name__ == "__main__":

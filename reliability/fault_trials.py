@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_onn_cli
-from harness import in_child, wait_for
+from reliability.harness import in_child, wait_for
 from tiny import CONFIG, change, save_teacher, write_corpus
 from tiny_onn import checkpoint, run_folder, sources, step, train
 from tiny_onn.checkpoint import valid_checkpoints
