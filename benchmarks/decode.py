@@ -1,6 +1,6 @@
 """Generating one token at a time: the expert layer and a whole model, against dense ones.
 
-    python benchmarks/decode.py [--device cuda] [--k 4 8 16 24 32] [--sweep] [--smoke]
+    python -m benchmarks decode [--device cuda] [--k 4 8 16 24 32] [--sweep] [--smoke]
 
 A stack of feed-forward layers of Qwen3-0.6B's shape (hidden 1024, 32 experts x 96, bfloat16), as
 many as exceed a GPU's L2 cache even at k = 4, each with an input of its own, captured in a CUDA
@@ -19,8 +19,8 @@ without one. On a CPU nothing is captured and ours is the path for all experts: 
 runs. `--sweep` times other sizes of the kernels' programs. Ends in one JSON line.
 """
 
+import argparse
 import gc
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,18 +30,9 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from common import (
-    Deadline,
-    captured,
-    check,
-    environment,
-    measure,
-    parser,
-    relative_gap,
-    report,
-    results_folder,
-)
-from decode_model import whole_model
+from benchmarks.common import Deadline, captured, check, measure, relative_gap
+from benchmarks.decode_model import whole_model
+from benchmarks.registry import Option, Result, benchmark
 from tiny_onn.experts import ExpertBank, selecting
 from tiny_onn.ops import decode
 from tiny_onn.router import RoutingRule
@@ -207,7 +198,7 @@ def timed(ways: dict[str, Callable[[], object]], stack: Stack, repeats: int) -> 
     return {name: t.p50_ms * 1e3 / REPLAYS / stack.layers for name, t in times.items()}
 
 
-def run(
+def records(
     device: str, deadline: Deadline, *, smoke: bool, ks: tuple[int, ...] = KS
 ) -> Iterator[dict]:
     """Records, one as soon as it is known: bandwidth, the stack by k and by tokens, the model."""
@@ -412,41 +403,31 @@ def row_of(record: dict[str, Any]) -> dict[str, Any]:
     """One line of the table."""
     return {
         "k": record["k"],
-        **{name: f"{value:.2f}" for name, value in record["us_per_layer"].items()},
+        **record["us_per_layer"],
         "ours / Qwen3MLP": record["ours / Qwen3MLP"],
         "limit": record["limit_us"],
         "share of bandwidth": record["share_of_bandwidth"],
     }
 
 
-def main() -> None:
-    """Time everything and report."""
-    options = parser(__doc__)
-    options.add_argument("--k", nargs="+", type=int, default=list(KS))
-    options.add_argument("--sweep", action="store_true", help="only other sizes of the programs")
-    arguments = options.parse_args()
-    # Inductor imports parts of torch that torch itself deprecates.
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+@benchmark(
+    "Time of one decoded token in the expert layer and in a whole model, against dense ones.",
+    k=Option(list(KS)),
+    sweep=Option(False, "only other sizes of the kernels' programs"),
+)
+def run(arguments: argparse.Namespace) -> Result | None:
+    """Check, then time the stack and the model."""
     device, smoke = arguments.device, arguments.smoke
     if arguments.sweep:
         with torch.no_grad():
             for record in sweep(Stack(device, smoke=smoke), tuple(arguments.k)):
                 print(record, flush=True)
-        return
-    deadline = Deadline(SECONDS)
-    records = list(run(device, deadline, smoke=smoke, ks=tuple(arguments.k)))
-    stacks = [r for r in records if r["kind"] == "stack" and "us_per_layer" in r]
-    name = "decode" if device == "cpu" else f"decode_{torch.device(device).type}"
-    report(
-        name,
-        [row_of(record) for record in stacks],
-        {f"ours / Qwen3MLP, k={r['k']}": r["ours / Qwen3MLP"] for r in stacks},
-        results_folder(arguments),
-        records=records,
-        settings={"smoke": smoke, "replays": REPLAYS},
-        environment=environment(device),
+        return None
+    found = list(records(device, Deadline(SECONDS), smoke=smoke, ks=tuple(arguments.k)))
+    stacks = [r for r in found if r["kind"] == "stack" and "us_per_layer" in r]
+    return Result(
+        rows=[row_of(record) for record in stacks],
+        ratios={f"ours / Qwen3MLP, k={r['k']}": r["ours / Qwen3MLP"] for r in stacks},
+        settings={"replays": REPLAYS},
+        more={"records": found},
     )
-
-
-if __name__ == "__main__":
-    main()

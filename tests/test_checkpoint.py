@@ -238,7 +238,7 @@ def test_a_disk_that_refuses_is_told_and_leaves_the_previous_checkpoint(
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tiny_onn.checkpoint._fsync", refuse)
+    monkeypatch.setattr("tiny_onn.publish._sync", refuse)
     with pytest.raises(UserError, match=r"cannot write the checkpoint \(No space left on device\)"):
         session.save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000001"]

@@ -17,7 +17,7 @@ TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text("utf-8")) for pat
 
 # A module imports from the layers above its own in this list.
 LAYERS = (
-    ("errors", "config", "charts", "probe_stats"),
+    ("errors", "config", "charts", "probe_stats", "publish"),
     ("console", "routing_checks", "shared", "surprise"),
     ("checks",),
     ("settings", "device", "ops", "packing", "lock", "dynmoe"),

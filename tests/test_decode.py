@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
+from repository import ROOT
 from tiny import make_dense, make_ids, make_student
 from tiny_onn.experts import ExpertBank, selecting
 from tiny_onn.ops import decode, reference
@@ -35,7 +35,7 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=gpu)]
 SHAPES = [(1, 5, 12, 40), (3, 4, 9, 33), (2, 1, 1, 8), (16, 3, 2, 16)]
 LARGE = [(1, 5, 48, 576), (2, 32, 96, 1024), (16, 3, 20, 1500)]
 # The other path's own products, on a GPU.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 MODES = {
     "budget": RoutingRule(selection="budget"),
     "top_k": RoutingRule(selection="top_k"),
@@ -59,7 +59,7 @@ def test_the_kernels_pass_in_the_interpreter():
         text=True,
         env=variables,
         check=False,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert "passed" in done.stdout

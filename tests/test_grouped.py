@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers.activations import ACT2FN
 
-from test_expert_layer import (
+from expert_cases import (
     KINDS,
     PATTERNS,
     RULES,

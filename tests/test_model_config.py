@@ -106,6 +106,30 @@ def test_growing_the_vocabulary_grows_what_the_configuration_says():
     assert student.config.vocab_size == student.config.backbone.vocab_size == 70
 
 
+def test_a_students_folder_that_makes_no_sense_is_refused():
+    for changes in ({"num_shared": 8}, {"num_shared": -1}):
+        with pytest.raises(UserError, match=r"experts.num_shared: got .*, expected 0 to 7 .*;"):
+            make_student(make_dense(), target_k=8.0, **changes)
+    with pytest.raises(UserError, match=r"router.target_k: got 4, expected 5 to 8"):
+        make_student(make_dense(), num_shared=4)
+
+
+def test_a_saved_student_comes_back_and_an_older_one_has_none(tmp_path):
+    student = make_student(make_dense(), num_shared=3)
+    student.save_pretrained(tmp_path)
+    again = TinyOnnForCausalLM.from_pretrained(tmp_path)
+    assert again.banks()[0].router.rule == student.banks()[0].router.rule
+    assert again.banks()[0].router.rule.num_shared == 3
+    ids = make_ids()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, student(input_ids=ids).logits)
+    table = json.loads((tmp_path / "config.json").read_text())
+    del table["routing"]["num_shared"]
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    older = TinyOnnForCausalLM.from_pretrained(tmp_path)
+    assert older.banks()[0].router.rule.num_shared == 0
+
+
 # No option has its default.
 UNUSUAL = {
     "selection": "oracle",

@@ -25,7 +25,8 @@ from tiny_onn.optim import (
 
 NAMES = get_args(get_type_hints(OptimConfig)["name"])
 FORMATS = get_args(get_type_hints(OptimConfig)["master_dtype"])
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = ("cpu", CUDA) if torch.cuda.is_available() else ("cpu",)
 each_name = pytest.mark.parametrize("name", NAMES)
 each_format = pytest.mark.parametrize("master_dtype", FORMATS)
 

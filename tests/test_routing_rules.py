@@ -1,15 +1,13 @@
 """Every selection with every objective: it trains, or it is refused with the setting's name."""
 
-import importlib
 import itertools
-import sys
-from operator import attrgetter
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 
+from experiments import routing_rules
+from repository import ROOT
 from tiny import CONFIG, change, make_dense, make_rows
 from tiny_onn import prepare
 from tiny_onn.checks import validate
@@ -20,11 +18,9 @@ from tiny_onn.held_out import HeldOut
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.optim import build_optimizer
-from tiny_onn.routing_checks import RULES
 from tiny_onn.steering import settle
 from tiny_onn.step import distill_step
 
-ROOT = Path(__file__).parents[1]
 ROWS = make_rows((14, 9, 16, 12, 13, 16), 16)
 PAIRS = list(itertools.product(get_args(Selection), get_args(Objective)))
 
@@ -135,67 +131,6 @@ def test_top_any_refuses_a_linear_gate_and_a_frozen_one_that_reseeds():
         validate(ridge)
 
 
-# For each rule of the table, in its order: settings that it alone refuses, one for each name.
-STATIC = {"selection": "static", "objective": "none"}
-TOP_ANY = {"selection": "top_any", "objective": "task"}
-EXPLORE = {"explore_fraction": 0.1}
-REFUSED: list[dict[str, dict[str, Any]]] = [
-    {"router": {"selection": "static"}},
-    {"router": {"selection": "top_any"}},
-    {"router": {"selection": "top_any", "objective": "regression"}},
-    {"router": {"target_k": 8.5}},
-    {"router": {"selection": "top_k", "target_k": 2.5}},
-    {"router": {"selection": "top_k", "budget_scope": "global"}},
-    {"router": {"oracle_budget": True}},
-    {"router": TOP_ANY, "experts": {"weighting": "softmax"}},
-    {"router": TOP_ANY, "experts": {"gate_init": "zeros"}},
-    {"router": {"selection": "top_any", "objective": "none", "reseed_every_steps": 3}},
-    {"router": {"at_least_one": "always"}},
-    {"router": {"reseed_every_steps": 3}},
-    {"router": {**STATIC, "balance_rate": 0.1}},
-    {"router": {**STATIC, "revive_after_steps": 2}},
-    {"router": {"objective": "task"}, "smk": EXPLORE},
-    {"smk": {"candidates": "all", **EXPLORE}},
-    {"router": {"target_k": 8.0}, "smk": EXPLORE},
-    {"router": {"blockwise_anneal_fraction": 0.5}},
-    {"router": {**TOP_ANY, "anneal_fraction": 0.5}},
-    {"router": {**TOP_ANY, "blockwise_anneal_fraction": 0.5}, "train": {"blockwise_tokens": 9}},
-    {"router": {"target_k": 8.0, "anneal_fraction": 0.5}},
-    {
-        "router": {"target_k": 8.0, "blockwise_anneal_fraction": 0.5},
-        "train": {"blockwise_tokens": 9},
-    },
-    {"smk": {"targets": "helpful", "surprise": "gain", "direction": "min"}},
-    {"router": TOP_ANY, "experts": {"num_shared": 1}},
-    {"experts": {"num_experts": 4, "num_shared": 4}},
-    {"experts": {"num_shared": 4}},
-    {"experts": {"init": "random", "num_shared": 1, "keep_massive": True}},
-    {"experts": {"keep_massive": True}},
-]
-NAMED_RULES = [(rule, name) for rule in RULES for name in rule.settings.split()]
-
-
-@pytest.mark.parametrize(
-    ("rule", "name", "changes"),
-    [(*named, changes) for named, changes in zip(NAMED_RULES, REFUSED, strict=True)],
-)
-def test_every_rule_of_the_table_refuses_what_no_other_does(rule, name, changes):
-    config = change(CONFIG, **changes)
-    with pytest.raises(UserError) as caught:
-        validate(config)
-    reason, message = rule.reason.format(c=config), str(caught.value)
-    assert message.startswith(f"{name}: got ")
-    assert message.endswith(f": {reason}; {rule.remedy}")
-    assert "{" not in message
-    others = [
-        other
-        for other, setting in NAMED_RULES
-        if (other, setting) != (rule, name) and other.refuses(config, attrgetter(setting)(config))
-    ]
-    # Four experts that are all shared leave k = 4 none of the others.
-    assert [other.settings for other in others] in ([], ["router.target_k"])
-
-
 OPTIONS = [
     ({"budget_scope": "global"}, {}),
     ({"balance_rate": 0.01, "revive_after_steps": 1}, {}),
@@ -249,24 +184,17 @@ def test_a_saved_student_routes_as_before_and_generates(selection, dense, tmp_pa
     assert generated.generate(ids[:, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    """The generator of the docs' table."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("routing_rules")
-    sys.path.remove(str(ROOT / "benchmarks"))
-
-
-def test_the_table_in_the_docs_is_what_the_record_renders_to(benchmark):
-    text = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
-    record = benchmark.read_record()
-    assert benchmark.table_of(text) == benchmark.render(record)
+def test_the_table_in_the_docs_is_what_the_record_renders_to():
+    text = routing_rules.PAGE.read_text(encoding="utf-8")
+    record = routing_rules.read_record()
+    assert routing_rules.filled(text) == text
+    assert routing_rules.render(record) in text
     if record is not None:
         assert [(r["selection"], r["objective"]) for r in record["rows"]] == PAIRS
         assert not record["settings"]["smoke"]
 
 
-def test_the_table_has_a_line_for_every_pair(benchmark):
+def test_the_table_has_a_line_for_every_pair():
     measured = {"kl_before": 1.0, "kl_after": 0.5, "mean_k": 16.0, "step_s": 2.0}
     rows = [
         {"selection": s, "objective": o, **measured, "dead_experts": 3, "dead_layers": 0}
@@ -275,7 +203,7 @@ def test_the_table_has_a_line_for_every_pair(benchmark):
     rows.append({"selection": "oracle", "objective": "none", "refused": "no reason"})
     machine = {"machine": "a machine", "versions": {"torch": "2"}}
     made = {"steps": 20, "row_tokens": 1024, "eval_tokens": 4096}
-    table = benchmark.render({"rows": rows, "settings": made, "environment": machine})
+    table = routing_rules.render({"rows": rows, "settings": made, "environment": machine})
     lines = [line for line in table.splitlines() if line.startswith("| `")]
     assert len(lines) == len(PAIRS)
     assert lines[0] == "| `top_k` | `smk` | 1.000 | 0.500 | 16.00 | 3 | 0 | 1.00 |"

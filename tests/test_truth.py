@@ -1,16 +1,21 @@
 """Leave-one-out against brute force: one token, one expert, everything computed again."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny import make_dense, make_ids, make_student
+from tiny import make_dense, make_ids, make_student, normal
+from tiny_onn.config import Weighting
+from tiny_onn.experts import ExpertBank
 from tiny_onn.ops import reference
 from tiny_onn.own_keys import own_keys
-from tiny_onn.truth import SURPRISES, Document
+from tiny_onn.router import RoutingRule, route
+from tiny_onn.truth import SURPRISES, Document, would_be_weights
 
+E, S = 8, 2
 TOKENS = 7
 
 
@@ -202,3 +207,14 @@ def test_gain_of_own_losses_is_the_truth_to_first_order():
         truth_TE = document.truth(0)[:-1]
         gain_TE = document.surprise([0], ["gain"], own=True)[0]["gain"][:-1]
     torch.testing.assert_close(gain_TE, truth_TE, rtol=0.1, atol=1e-2 * truth_TE.abs().max().item())
+
+
+@pytest.mark.parametrize("weighting", get_args(Weighting))
+def test_an_experts_would_be_weight_is_the_one_it_would_have(weighting):
+    rule = RoutingRule(selection="top_k", weighting=weighting, target_k=4.0, num_shared=S)
+    bank = ExpertBank(3, E, 2, "silu", rule)
+    routing = route(normal(9, E), rule, torch.tensor(0.0))
+    weights = would_be_weights(routing, bank)
+    assert torch.equal(weights[:, :S], torch.ones(9, S))
+    torch.testing.assert_close(weights[routing.active], routing.weights[routing.active])
+    assert (weights[~routing.active] > 0).all()

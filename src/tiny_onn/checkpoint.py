@@ -27,6 +27,7 @@ from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.optim import split_parameters
+from tiny_onn.publish import publish
 from tiny_onn.run_folder import write_json
 
 FILES = ("student.safetensors", "optimizer.safetensors", "state.json")
@@ -107,13 +108,8 @@ def write_checkpoint(
             name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
             for name in FILES
         }
-        for name in manifest:
-            _fsync(partial / name)
         write_json(partial / MANIFEST, manifest)
-        _fsync(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        _fsync(folder)
+        publish(partial, target, over_folder=True)
     except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -350,11 +346,3 @@ def _hashes_hold(path: Path) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
