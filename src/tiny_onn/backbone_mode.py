@@ -13,6 +13,11 @@ from typing import Any
 from torch import nn
 
 
+def in_mlp(name: str) -> bool:
+    """Whether a module or parameter, by its name in the model, is inside a layer's MLP or is it."""
+    return ".mlp." in f"{name}."
+
+
 def set_backbone_mode(backbone: nn.Module, layers: Sequence[nn.Module], training: bool) -> None:
     """Turn training mode off outside `layers.*.mlp` if nothing there requires a gradient.
 
@@ -21,11 +26,11 @@ def set_backbone_mode(backbone: nn.Module, layers: Sequence[nn.Module], training
         layers: its layers; what each holds under `mlp` keeps its mode.
         training: the mode that was asked for.
     """
-    own = (parameter for name, parameter in backbone.named_parameters() if ".mlp." not in name)
+    own = (parameter for name, parameter in backbone.named_parameters() if not in_mlp(name))
     frozen = training and not any(parameter.requires_grad for parameter in own)
     if frozen:
         for name, module in backbone.named_modules():
-            if ".mlp." not in f"{name}.":
+            if not in_mlp(name):
                 module.training = False
     for layer in layers:
         if getattr(layer, "gradient_checkpointing", False):

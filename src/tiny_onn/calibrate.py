@@ -36,7 +36,7 @@ def neuron_importance(inputs: MlpInputs) -> list[Float[Tensor, " neurons"]]:
     sums = [torch.zeros(1, device=inputs.dense.device) for _ in mlps]
 
     def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
-        hidden_TF = activation(mlps[index].gate_proj(x_TD)) * mlps[index].up_proj(x_TD)
+        hidden_TF = mlps[index].hidden(x_TD, activation)
         sums[index] = sums[index] + hidden_TF[row.router_mask[0]].float().square().sum(0)
 
     inputs.visit(see, "importance of neurons, rows")

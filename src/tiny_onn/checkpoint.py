@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tiny_onn.backbone_mode import in_mlp
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM
@@ -287,7 +288,7 @@ def student_tensors(student: TinyOnnForCausalLM) -> dict[str, Tensor]:
     return {
         name: tensor.detach().contiguous()
         for name, tensor in student.state_dict().items()
-        if ".mlp." in name
+        if in_mlp(name)
     }
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tiny_onn.backbone_mode import in_mlp
 from tiny_onn.config import ExpertsConfig, RouterConfig
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
@@ -25,6 +26,7 @@ from tiny_onn.modeling import (
     GatedMlp,
     TinyOnnConfig,
     TinyOnnForCausalLM,
+    backbone_of,
     gated_mlps,
     head_of,
     last_hidden_states,
@@ -113,7 +115,7 @@ def adopt_backbone(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> None:
     """Replace the student's backbone tensors by the dense model's, by reference."""
     dense_tensors = [*dense.named_parameters(remove_duplicate=False), *dense.named_buffers()]
     for name, tensor in dense_tensors:
-        if ".mlp." not in name:
+        if not in_mlp(name):
             owner_name, _, attribute = name.rpartition(".")
             setattr(student.backbone.get_submodule(owner_name), attribute, tensor)
 
@@ -222,9 +224,8 @@ def backbone_hash(model: PreTrainedModel, dtype: torch.dtype | None = None) -> s
 
 def backbone_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters outside the MLPs of a dense model or a student, without graphs, in order."""
-    backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
-    named = sorted(backbone.named_parameters(remove_duplicate=False))
-    return {name: parameter.detach() for name, parameter in named if ".mlp." not in name}
+    named = sorted(backbone_of(model).named_parameters(remove_duplicate=False))
+    return {name: parameter.detach() for name, parameter in named if not in_mlp(name)}
 
 
 def shape_difference(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from tiny_onn.attention import DOCUMENT_ATTENTION, document_attention
-from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
+from tiny_onn.modeling import backbone_of, decoder_layers
 
 
 def compile_backbones(*models: PreTrainedModel) -> None:
@@ -22,7 +22,7 @@ def compile_backbones(*models: PreTrainedModel) -> None:
     # Here, not where it is defined: naming the compiler imports it, which takes seconds.
     AttentionInterface.register(DOCUMENT_ATTENTION, torch.compiler.disable(document_attention))
     for model in on_gpu:
-        _compile(model.backbone if isinstance(model, TinyOnnForCausalLM) else model)
+        _compile(backbone_of(model))
 
 
 def _compile(backbone: PreTrainedModel) -> None:

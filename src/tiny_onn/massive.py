@@ -53,7 +53,7 @@ def massive_activations(inputs: MlpInputs) -> list[MassiveActivation]:
         first_T = row.position_ids[0] == 0
         # Padding has no router and no label; a fragment's last token has a router alone.
         text_T = row.router_mask[0] | (first_T & row.loss_mask[0])
-        hidden_TF = activation(mlps[index].gate_proj(x_TD)) * mlps[index].up_proj(x_TD)
+        hidden_TF = mlps[index].hidden(x_TD, activation)
         sizes_TD = mlps[index].down_proj(hidden_TF).float().abs()
         # Only tokens with a value that is large enough need their median.
         token_U = (text_T & (sizes_TD.amax(1) > MIN_VALUE)).nonzero()[:, 0]

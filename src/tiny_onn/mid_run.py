@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.checkpoint import restore_student, step_of, valid_checkpoints
 from tiny_onn.config import RunConfig
 from tiny_onn.convert import share_backbone, student_config
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.modeling import TinyOnnForCausalLM, generation_attention
 from tiny_onn.recorded_teacher import check_run_teacher, load_recorded
 
 
@@ -117,8 +117,3 @@ def load_from_checkpoint(
     student.requires_grad_(False)
     student.set_attn_implementation(generation_attention(dense))
     return student, tokenizer
-
-
-def generation_attention(dense: PreTrainedModel) -> str:
-    """The attention that generates with caches: torch's own where the family supports it."""
-    return "sdpa" if dense._supports_sdpa else "eager"

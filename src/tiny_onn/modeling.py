@@ -4,10 +4,13 @@
 replaced by an `ExpertBank`. Saving, loading, generation and caches are transformers' own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,7 +24,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tiny_onn.backbone_mode import set_backbone_mode
+from tiny_onn.backbone_mode import in_mlp, set_backbone_mode
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import Head
@@ -38,6 +41,20 @@ class GatedMlp:
     gate_proj: nn.Linear
     up_proj: nn.Linear
     down_proj: nn.Linear
+
+    def hidden(
+        self, x_TD: Float[Tensor, "tokens hidden"], activation: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "tokens neurons"]:
+        """The neurons' hidden activations, `act(gate_proj(x)) * up_proj(x)`, without a gradient.
+
+        They are computed in the inputs' number format, whatever the weights are stored in.
+        """
+        with torch.no_grad():
+            gate_TF, up_TF = (
+                F.linear(x_TD, linear.weight.to(x_TD.dtype))
+                for linear in (self.gate_proj, self.up_proj)
+            )
+            return activation(gate_TF).mul_(up_TF)
 
 
 class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
@@ -66,6 +83,8 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: TinyOnnConfig) -> None:
         super().__init__(config)
         self.backbone: PreTrainedModel = AutoModelForCausalLM.from_config(config.backbone)
+        if self.backbone.config._attn_implementation == "sdpa":
+            self.backbone.set_attn_implementation(generation_attention(self.backbone))
         mlps = gated_mlps(self.backbone)
         for layer, mlp in zip(decoder_layers(self.backbone), mlps, strict=True):
             layer.mlp = expert_bank(mlp, config)
@@ -161,7 +180,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of experts and routers, by name: what distillation trains."""
-        return {name: p for name, p in self.named_parameters() if ".mlp." in name}
+        return {name: p for name, p in self.named_parameters() if in_mlp(name)}
 
     def freeze_backbone(self) -> None:
         """Leave the experts alone trainable, for other training loops than this package's.
@@ -172,6 +191,12 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         self.requires_grad_(False)
         for name, parameter in self.trainable().items():
             parameter.requires_grad_(".router." not in name)
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The dense architecture: what a student holds as `backbone`, or a dense model itself."""
+    backbone: Any = model.backbone if model.config.model_type == "tiny_onn" else model
+    return backbone
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -278,6 +303,16 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
     )
 
 
+def generation_attention(dense: PreTrainedModel) -> str:
+    """The attention that generates with caches: torch's own where it computes the family's.
+
+    It has no softcap on its scores. Before transformers 5.23, families with one claim to support
+    it all the same, and would go without their softcap.
+    """
+    softcap = getattr(dense.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if dense._supports_sdpa and softcap is None else "eager"
+
+
 def head_of(model: PreTrainedModel) -> Head:
     """How a causal LM turns its last hidden states into logits.
 
@@ -299,8 +334,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, **kwargs: object) -> Tensor:
     """The hidden states (B, T, D) that the head reads, after the final norm."""
-    backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
-    output = backbone.base_model(input_ids=input_ids, use_cache=False, **kwargs)
+    output = backbone_of(model).base_model(input_ids=input_ids, use_cache=False, **kwargs)
     return output.last_hidden_state
 
 

@@ -127,9 +127,7 @@ def neuron_energy(
     A CPU computes all of it in float32, because many emulate products in bfloat16.
     """
     dtype = torch.float32 if x_TD.device.type == "cpu" else x_TD.dtype
-    x_TD = x_TD.to(dtype)
-    gate_TF, up_TF = (F.linear(x_TD, p.weight.to(dtype)) for p in (mlp.gate_proj, mlp.up_proj))
-    hidden_TF = activation(gate_TF).mul_(up_TF).float()
+    hidden_TF = mlp.hidden(x_TD.to(dtype), activation).float()
     return hidden_TF.square_().mul_(mlp.down_proj.weight.float().square().sum(0))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tiny_onn.backbone_mode import in_mlp
 from tiny_onn.config import RunConfig
 from tiny_onn.convert import student_config
 from tiny_onn.errors import LoadErrors, UserError
@@ -212,7 +213,7 @@ def count_parameters(dense: PreTrainedModel, student: TinyOnnForCausalLM) -> Par
     inner = [
         (name, p)
         for name, p in student.named_parameters()
-        if ".mlp." not in name and id(p) not in outer
+        if not in_mlp(name) and id(p) not in outer
     ]
     attention = sum(p.numel() for name, p in inner if p.ndim > 1 or name.endswith(".bias"))
     return Parameters(
@@ -225,7 +226,7 @@ def count_parameters(dense: PreTrainedModel, student: TinyOnnForCausalLM) -> Par
         gate_biases=sum(p.numel() for p in gates.values() if p.ndim == 1),
         budget_thresholds=sum(bank.router.threshold.numel() for bank in banks),
         one_expert=3 * banks[0].down_proj[0].numel(),
-        dense_mlps=sum(p.numel() for name, p in dense.named_parameters() if ".mlp." in name),
+        dense_mlps=sum(p.numel() for name, p in dense.named_parameters() if in_mlp(name)),
         attention_linear_layers=tuple(
             tuple(linear.weight.shape)
             for linear in _attention(student).modules()

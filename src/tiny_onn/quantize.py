@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tiny_onn.backbone_mode import in_mlp
 from tiny_onn.console import track
 from tiny_onn.errors import UserError
 
@@ -107,7 +108,7 @@ def _is_not_kernel_notice(record: logging.LogRecord) -> bool:
 def _linear_layers(model: PreTrainedModel, only_mlps: bool) -> Iterator[tuple[str, nn.Linear]]:
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        wanted = not only_mlps or ".mlp." in name
+        wanted = not only_mlps or in_mlp(name)
         # Not subclasses: those compute something else, or are quantised already.
         if type(module) is nn.Linear and module is not head and wanted:
             yield name, module

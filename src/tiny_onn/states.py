@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
+from tiny_onn.modeling import backbone_of, decoder_layers
 
 
 @contextmanager
@@ -28,14 +28,13 @@ def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[
 
     Close it before the backward pass: what a checkpointed layer recomputes would be added.
     """
-    backbone = model.backbone if isinstance(model, TinyOnnForCausalLM) else model
     kept: list[Tensor] = []
 
     def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
         kept.append(output if isinstance(output, Tensor) else output[0])
 
     with ExitStack() as hooks:
-        for layer in decoder_layers(backbone) if wanted else ():
+        for layer in decoder_layers(backbone_of(model)) if wanted else ():
             hooks.enter_context(layer.register_forward_hook(hook))
         yield kept
 
