@@ -21,6 +21,7 @@ from tiny_onn.modeling import (
     TinyOnnForCausalLM,
     activation_name,
     decoder_layers,
+    generation_attention,
     head_of,
     last_hidden_states,
 )
@@ -76,6 +77,17 @@ def test_saving_and_loading_changes_no_bit(family, dtype, tmp_path):
     assert torch.equal(student(input_ids=ids).logits, loaded(input_ids=ids).logits)
     assert loaded.config.to_dict().keys() == student.config.to_dict().keys()
     assert not loaded.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_student_attends_as_its_teacher_generates(family, tmp_path, monkeypatch):
+    dense = make_dense(family)
+    # As transformers before 5.23 has it of every family, whose sdpa then drops Gemma 2's softcap.
+    monkeypatch.setattr(type(dense), "_supports_sdpa", True)
+    loaded = reload(make_student(dense), tmp_path)
+    expected = "eager" if family == "gemma2" else "sdpa"
+    assert generation_attention(dense) == expected
+    assert loaded.backbone.config._attn_implementation == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
