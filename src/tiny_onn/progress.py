@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any
 
 from rich.progress import (
@@ -21,7 +21,7 @@ from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.prepare import Conversion
 
 
-class RunProgress:
+class RunProgress(ExitStack):
     """A live line with KL (and loss, where it is another), mean k, tokens/s and the time left.
 
     Where there is no terminal to draw it on, the same as a line every `LINE_SECONDS`. A context
@@ -34,6 +34,7 @@ class RunProgress:
     """
 
     def __init__(self, title: str, total_tokens: int, done_tokens: int = 0) -> None:
+        super().__init__()
         self._title, self._total, self._last_line = title, total_tokens, time.monotonic()
         self._progress = Progress(
             SpinnerColumn(),
@@ -49,6 +50,7 @@ class RunProgress:
         self._task = self._progress.add_task(
             title, total=total_tokens, completed=done_tokens, numbers=""
         )
+        self.enter_context(self._progress)
 
     def update(self, tokens: int, record: dict[str, Any]) -> None:
         """Show a step's record."""
@@ -64,18 +66,6 @@ class RunProgress:
         if not self._progress.console.is_terminal and now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             say(f"{self._title}: {tokens:,} of {self._total:,} tokens  {numbers}")
-
-    def __enter__(self) -> "RunProgress":
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
 
 def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Conversion) -> None:

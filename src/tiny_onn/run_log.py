@@ -1,9 +1,9 @@
 """What a run tells while it goes on: its metrics file, its lines and bar, and its health."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from tiny_onn.config import RunConfig
@@ -34,7 +34,7 @@ class RunResult:
     interrupted: bool
 
 
-class RunLog:
+class RunLog(ExitStack):
     """Writes each record, shows it, and lets the health watch see it. A context manager.
 
     Args:
@@ -48,24 +48,12 @@ class RunLog:
     def __init__(
         self, out: Path, config: RunConfig, title: str, span: tuple[int, int], offset: int
     ) -> None:
+        super().__init__()
         self._config, self._title = config, title
-        self.metrics = MetricsWriter(out / METRICS_NAME, offset)
-        done_tokens, total_tokens = span
-        self._progress = RunProgress(title, total_tokens, done_tokens)
+        self.metrics = self.enter_context(closing(MetricsWriter(out / METRICS_NAME, offset)))
         self._health = HealthWatch(config, title, read_metrics(out / METRICS_NAME))
-
-    def __enter__(self) -> "RunLog":
-        self._progress.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.__exit__(kind, error, traceback)
-        self.metrics.close()
+        done_tokens, total_tokens = span
+        self._progress = self.enter_context(RunProgress(title, total_tokens, done_tokens))
 
     def step(
         self,
