@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 from jaxtyping import Int
@@ -271,25 +271,35 @@ def forward_flops(
     }
 
 
-def run_eval(
-    model: str,
-    *,
-    text: Path | None,
-    device: str,
-    max_tokens: int,
-    checkpoint: str = "newest",
-    teacher: str | None = None,
-) -> dict[str, object]:
+class EvalOptions(TypedDict):
+    """What a student is measured on, and how it is found."""
+
+    text: Path | None
+    """A file or folder; None: held-out text of the student's run."""
+    device: str
+    """Where to run."""
+    max_tokens: int
+    """Tokens to read, at most."""
+    checkpoint: NotRequired[str]
+    """Which of a run's students; see `load_student`."""
+    teacher: NotRequired[str | None]
+    """Where the student's teacher is; see `load_student`."""
+
+
+def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, object]:
     """The verb `eval`: a student against its teacher, on a file or on its run's held-out text.
 
     The teacher is the dense model as it is; where the run's teacher was quantised, the result also
-    says what that cost the teacher itself, under `quantised_teacher`. `checkpoint` and `teacher`
-    are those of `load_student`.
+    says what that cost the teacher itself, under `quantised_teacher`.
+
+    Args:
+        model: a run folder or a student's folder.
+        options: see `EvalOptions`.
 
     Raises:
         UserError: no such model or text, or the teacher cannot be had or is another model.
     """
-    loaded, held_out, source = load_for_eval(model, text, device, max_tokens, checkpoint, teacher)
+    loaded, held_out, source = load_for_eval(model, **options)
     with stage(f"Evaluating on {source}"):
         result = evaluate(loaded.student, held_out, loaded.config.loss)
     found: dict[str, object] = dict(asdict(result))
@@ -302,28 +312,26 @@ def run_eval(
     return {**about, "text": source, **found, "budget": budget}
 
 
-def load_for_eval(  # noqa: PLR0917
-    model: str,
-    text: Path | None,
-    device: str,
-    max_tokens: int,
-    checkpoint: str = "newest",
-    teacher: str | None = None,
-) -> tuple[LoadedStudent, HeldOut, str]:
+def load_for_eval(model: str, **options: Unpack[EvalOptions]) -> tuple[LoadedStudent, HeldOut, str]:
     """A student, the rows to measure on with its teacher, and what these are in words.
+
+    Args:
+        model: a run folder or a student's folder.
+        options: see `EvalOptions`.
 
     Raises:
         UserError: as `run_eval`.
     """
-    where = pick_device(device)
-    loaded = load_student(model, where, checkpoint, teacher)
+    where, text = pick_device(options["device"]), options["text"]
+    checkpoint = options.get("checkpoint", "newest")
+    loaded = load_student(model, where, checkpoint, options.get("teacher"))
     with stage(f"Loading the teacher, {loaded.config.teacher.path}"):
         dense = load_teacher_of(loaded, where)
     data = loaded.config.data
     rows = (
-        held_out_rows(data, loaded.tokenizer, data.row_tokens, max_tokens)
+        held_out_rows(data, loaded.tokenizer, data.row_tokens, options["max_tokens"])
         if text is None
-        else text_rows(text, loaded.tokenizer, data, max_tokens)
+        else text_rows(text, loaded.tokenizer, data, options["max_tokens"])
     )
     source = "held-out text of " + ", ".join(data.sources) if text is None else str(text)
     return loaded, HeldOut(dense, rows), source

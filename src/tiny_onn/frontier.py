@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from rich.table import Table
 
@@ -10,7 +10,7 @@ from tiny_onn.budgets import set_budget
 from tiny_onn.charts import Line, line_plot, page
 from tiny_onn.console import say, stage
 from tiny_onn.errors import UserError
-from tiny_onn.evaluate import evaluate, load_for_eval
+from tiny_onn.evaluate import EvalOptions, evaluate, load_for_eval
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.run_folder import write_json
 
@@ -19,32 +19,20 @@ SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 
 
 def run_frontier(
-    model: str,
-    *,
-    budgets: Sequence[float],
-    text: Path | None,
-    device: str,
-    max_tokens: int,
-    out: Path,
-    checkpoint: str = "newest",
-    teacher: str | None = None,
+    model: str, *, budgets: Sequence[float], out: Path, **options: Unpack[EvalOptions]
 ) -> dict[str, Any]:
     """Evaluate a student at several budgets; write `frontier.json` and `frontier.html`.
 
     Args:
         model: a run folder or a student's folder.
         budgets: mean numbers of active experts a token; none: shares of all, from 1 to 1/8.
-        text: a file or folder; None: held-out text of the run.
-        device: where to run.
-        max_tokens: read, at most.
         out: a folder for the results; made if missing.
-        checkpoint: which of a run's students, see `load_student`.
-        teacher: where the student's teacher is, see `load_student`.
+        options: see `EvalOptions`.
 
     Raises:
         UserError: no such model or text, or a budget that it cannot run at.
     """
-    loaded, held_out, source = load_for_eval(model, text, device, max_tokens, checkpoint, teacher)
+    loaded, held_out, source = load_for_eval(model, **options)
     student = loaded.student
     budgets = budgets or default_budgets(student)
     for budget in budgets:
