@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.config import RouterConfig, RunConfig
 from tiny_onn.console import say, stage
-from tiny_onn.data import check_vocabulary, held_out_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.evaluate import Evaluation, budget_report, shown_k
 from tiny_onn.expert_path import choose_path
@@ -30,17 +29,17 @@ from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.prepare import (
     Conversion,
     Prepared,
-    calibration_rows,
     check_conversion,
     make_student,
     partition,
+    read_inputs,
     with_router,
 )
 from tiny_onn.run_folder import write_json
 from tiny_onn.run_log import RunResult
 from tiny_onn.settings import load_config
 from tiny_onn.stages import step_tokens
-from tiny_onn.teacher import load_dense, teacher_for
+from tiny_onn.teacher import teacher_for
 from tiny_onn.train import AfterStep, run_distill
 
 NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
@@ -151,17 +150,11 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
 
 def share(config: RunConfig, device: torch.device) -> Shared:
     """Load the teacher, read the text, and cut the MLPs into experts."""
-    with stage("Loading the embedded teacher"):
-        dense, tokenizer = load_dense(config.teacher, device)
-        check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
-        plain = config.teacher.placement == "shared" and config.teacher.quantization == "none"
-        # Every arm is cut from the dense weights, so what quantises them gets a copy.
-        separate = replace(config.teacher, placement="separate")
-        teacher = dense if plain else teacher_for(dense, separate)
-    with stage("Reading the embedded text"):
-        data = config.data
-        inputs = MlpInputs(dense, calibration_rows(config, tokenizer, device))
-        rows = held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
+    inputs, tokenizer, rows = read_inputs(config, device)
+    plain = config.teacher.placement == "shared" and config.teacher.quantization == "none"
+    # Every arm is cut from the dense weights, so what quantises them gets a copy.
+    separate = replace(config.teacher, placement="separate")
+    teacher = inputs.dense if plain else teacher_for(inputs.dense, separate)
     with stage("Cutting the MLPs into experts"):
         order = partition(config, inputs)
     return Shared(

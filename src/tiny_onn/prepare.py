@@ -81,7 +81,31 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         UserError: whatever is wrong with the teacher, the text or the sizes.
     """
-    device = pick_device(config.train.device)
+    inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
+    with stage("Converting"):
+        student = make_student(config, inputs)
+    with stage("Checking the conversion"):
+        conversion = check_conversion(config, student, inputs)
+    teacher = teacher_for(inputs.dense, config.teacher)
+    return Prepared(
+        teacher=teacher,
+        student=student,
+        tokenizer=tokenizer,
+        conversion=conversion,
+        held_out=HeldOut(teacher, held_out),
+    )
+
+
+def read_inputs(
+    config: RunConfig, device: torch.device
+) -> tuple[MlpInputs, PreTrainedTokenizerBase, list[PackedRow]]:
+    """The dense model's MLP inputs on calibration text, its tokenizer, and the held-out rows.
+
+    A conversion that reads no text gets the first held-out row to be checked on.
+
+    Raises:
+        UserError: whatever is wrong with the teacher or the text.
+    """
     with stage(f"Loading the teacher, {config.teacher.path}"):
         dense, tokenizer = load_dense(config.teacher, device)
         check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
@@ -90,19 +114,7 @@ def prepare(config: RunConfig) -> Prepared:
         # Read here, so that a lack of held-out text shows before the work.
         data = config.data
         held_out = held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
-    inputs = MlpInputs(dense, rows or [held_out[0].to(device)])
-    with stage("Converting"):
-        student = make_student(config, inputs)
-    with stage("Checking the conversion"):
-        conversion = check_conversion(config, student, inputs)
-    teacher = teacher_for(dense, config.teacher)
-    return Prepared(
-        teacher=teacher,
-        student=student,
-        tokenizer=tokenizer,
-        conversion=conversion,
-        held_out=HeldOut(teacher, held_out),
-    )
+    return MlpInputs(dense, rows or [held_out[0].to(device)]), tokenizer, held_out
 
 
 def check_conversion(
