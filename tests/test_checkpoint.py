@@ -9,13 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import CONFIG, change, make_dense, make_rows, make_tokenizer, write_corpus
+from tiny import (
+    CONFIG,
+    change,
+    make_dense,
+    make_rows,
+    make_tokenizer,
+    save_checkpoint,
+    write_corpus,
+)
 from tiny_onn import checkpoint as checkpoint_module
 from tiny_onn import prepare
 from tiny_onn.checkpoint import (
     Checkpointer,
     load_checkpoint,
-    save_checkpoint,
     take_snapshot,
     valid_checkpoints,
     write_checkpoint,

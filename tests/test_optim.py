@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tiny import make_dense, make_student
-from tiny_onn.checkpoint import load_checkpoint, save_checkpoint
+from tiny import make_dense, make_student, save_checkpoint
+from tiny_onn.checkpoint import load_checkpoint
 from tiny_onn.config import OptimConfig
 from tiny_onn.errors import UserError
 from tiny_onn.optim import (

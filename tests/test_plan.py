@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tiny_onn_cli as cli
-from tiny import make_dense, make_rows
+from tiny import make_dense, make_rows, model_bytes
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.convert import convert
 from tiny_onn.errors import UserError
@@ -25,7 +25,7 @@ from tiny_onn.plan_costs import count_parameters, meta_models
 from tiny_onn.plan_memory import nf4_bytes
 from tiny_onn.plan_sources import GIB, Device, find_device, load_shape
 from tiny_onn.prepare import set_objective
-from tiny_onn.quantize import model_bytes, quantize_nf4
+from tiny_onn.quantize import quantize_nf4
 from tiny_onn.settings import load_config
 from tiny_onn.step import distill_step
 from tiny_onn.teacher import teacher_for

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tiny import make_dense, make_ids, make_student
+from tiny import make_dense, make_ids, make_student, model_bytes
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import gated_mlps
-from tiny_onn.quantize import BLOCK_SIZE, load_bitsandbytes, model_bytes, quantize_nf4
+from tiny_onn.quantize import BLOCK_SIZE, load_bitsandbytes, quantize_nf4
 
 # Rows of the linear layers' weights hold one block of 64 and two.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

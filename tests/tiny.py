@@ -1,11 +1,13 @@
 """Tiny models, rows and settings that the tests share: everything seeded, nothing downloaded."""
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +16,7 @@ from transformers import (
 )
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
+from tiny_onn.checkpoint import take_snapshot, write_checkpoint
 from tiny_onn.config import ExpertsConfig, RouterConfig, RunConfig
 from tiny_onn.convert import convert
 from tiny_onn.modeling import TinyOnnForCausalLM
@@ -203,3 +206,32 @@ def write_run(folder: Path, *, num_files=40, **sections: dict[str, Any]) -> RunC
         },
     )
     return change(config, **sections)
+
+
+def save_checkpoint(folder: Path, step, student, optimizer, state: dict[str, Any]) -> Path:
+    """Take a snapshot and write it, at once."""
+    return write_checkpoint(folder, take_snapshot(step, student, optimizer, state), keep=2)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, packed weights and their scales included.
+
+    Tensors that share storage count once.
+    """
+    storages = {}
+    for tensor in _tensors(model):
+        storage = tensor.untyped_storage()
+        # Tensors without data (meta) all sit at address 0.
+        storages[(tensor.device, storage.data_ptr() or id(tensor))] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code)
+            if state.nested:
+                yield from (state.offset, state.state2.absmax, state.state2.code)

@@ -121,23 +121,6 @@ def write_checkpoint(
     return target
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    student: TinyOnnForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    *,
-    keep: int = 2,
-) -> Path:
-    """Take a snapshot and write it, at once.
-
-    Raises:
-        UserError: as `write_checkpoint`.
-    """
-    return write_checkpoint(folder, take_snapshot(step, student, optimizer, state), keep=keep)
-
-
 class Checkpointer:
     """Writes snapshots in a thread of its own, one at a time. A context manager.
 

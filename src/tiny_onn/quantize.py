@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tiny_onn.backbone_mode import in_mlp
@@ -88,19 +88,6 @@ def quantize_nf4(model: PreTrainedModel, *, only_mlps: bool, double_quant: bool)
     return model
 
 
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, packed weights and their scales included.
-
-    Tensors that share storage count once.
-    """
-    storages = {}
-    for tensor in _tensors(model):
-        storage = tensor.untyped_storage()
-        # Tensors without data (meta) all sit at address 0.
-        storages[(tensor.device, storage.data_ptr() or id(tensor))] = storage.nbytes()
-    return sum(storages.values())
-
-
 def _is_not_kernel_notice(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_KERNEL_NOTICE)
 
@@ -134,14 +121,3 @@ def _nf4_linear(bitsandbytes: ModuleType, dense: nn.Linear, double_quant: bool) 
     # 1024 x 3072 in bfloat16 on 2 cores.
     linear.support_avx512bf16_for_cpu = False
     return linear.train(dense.training)
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            yield from (state.absmax, state.code)
-            if state.nested:
-                yield from (state.offset, state.state2.absmax, state.state2.code)
