@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from tiny_onn.device import device_name
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "liger-kernel", "trl", "tiny-onn")
@@ -57,7 +59,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """The machine and the versions that a number belongs to."""
     device = torch.device(device)
     record: dict[str, Any] = {
-        "machine": _cpu_name(),
+        "machine": device_name(torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -276,13 +278,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _driver() -> str | None:

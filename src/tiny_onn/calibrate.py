@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from tiny_onn.config import BudgetScope
-from tiny_onn.experts import MIN_NORM, ExpertBank, expert_norms
+from tiny_onn.experts import ExpertBank, expert_norms
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import activation_name, gated_mlps
 from tiny_onn.packing import PackedRow
 from tiny_onn.shared import routed
+from tiny_onn.surprise import log_norm
 from tiny_onn.thresholds import aims, exact_thresholds, steer
 
 RIDGE = 1e-3
@@ -136,7 +137,7 @@ def fit_gates(
 
     def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
         x_TD = x_TD[row.router_mask[0]]
-        targets_TE = expert_norms(banks[index], x_TD).clamp_min(MIN_NORM).log()
+        targets_TE = log_norm(expert_norms(banks[index], x_TD))
         features_TD = F.pad(x_TD.float(), (0, 1), value=1.0)
         grams[index] += features_TD.T @ features_TD
         moments[index] += features_TD.T @ targets_TE

@@ -41,10 +41,15 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU, or of this machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    lines = _cpuinfo().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _cpuinfo() -> str:
+    """What Linux tells about the processor; empty on other systems."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -60,9 +65,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if not any(name in allowed for name in _BFLOAT16_ISAS):
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):
-        # macOS has no such file, and torch's products there are emulated whatever the chip has.
-        cpuinfo = Path("/proc/cpuinfo")
-        return cpuinfo.exists() and " bf16" in cpuinfo.read_text(encoding="utf-8")
+        # On macOS it is empty, and torch's products there are emulated whatever the chip has.
+        return " bf16" in _cpuinfo()
     return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AVX10")) and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )

@@ -18,9 +18,7 @@ from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import TIE_BREAK, Router, Routing, RoutingRule
-
-# Where the logarithm of an expert's output norm begins.
-MIN_NORM = 1e-6
+from tiny_onn.surprise import log_norm
 
 
 class ExpertBank(nn.Module):
@@ -90,7 +88,7 @@ class ExpertBank(nn.Module):
         if self.router.rule.selection != "oracle":
             return self.router(x_TD)
         with torch.no_grad():
-            return self.router(x_TD, expert_norms(self, x_TD).clamp_min(MIN_NORM).log())
+            return self.router(x_TD, log_norm(expert_norms(self, x_TD)))
 
     @torch.no_grad()
     def reset_corrections(self) -> None:

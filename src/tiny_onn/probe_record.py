@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tiny_onn.probe_stats import Estimate, estimate, fit_ridge, levels, per_token, spearman
+from tiny_onn.surprise import log_norm
 
 # Fewer groups than this give no interval worth the name; tokens take their place.
 MIN_DOCUMENTS = 10
@@ -122,7 +123,7 @@ def quantities(gain_TE: Tensor, magnitude_TE: Tensor) -> dict[str, Tensor]:
         "gain above 0": gain_TE.clamp_min(0),
         "gain in the top half": top_TE,
         "magnitude": magnitude_TE,
-        "log magnitude": magnitude_TE.clamp_min(1e-6).log(),
+        "log magnitude": log_norm(magnitude_TE),
     }
 
 

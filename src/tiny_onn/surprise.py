@@ -21,8 +21,13 @@ from tiny_onn.config import SmkTargets, Surprise
 _HALVINGS = 40
 # Logits this far from all others are as good as infinitely far: the sigmoid is within 1e-13.
 _FAR = 30.0
-# Where the logarithm of a norm begins, as in the calibration of gates.
-MIN_QUANTITY = 1e-6
+# Where the logarithm of a norm begins.
+MIN_NORM = 1e-6
+
+
+def log_norm(norm: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The logarithm of a norm or of another quantity that is not negative, from `MIN_NORM` up."""
+    return norm.clamp_min(MIN_NORM).log()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +119,7 @@ def regression_targets(
     candidates_TE = torch.ones_like(active_TE) if rule.candidates == "all" else active_TE
     counts_TE = candidates_TE & token_mask_T[:, None]
     if rule.targets == "log":
-        return surprise_TE.clamp_min(MIN_QUANTITY).log(), counts_TE
+        return log_norm(surprise_TE), counts_TE
     signed_TE = surprise_TE if rule.direction == "max" else -surprise_TE
     centred_TE = centre(signed_TE, candidates_TE)
     farthest_TE = torch.where(candidates_TE, signed_TE, float("-inf"))
