@@ -36,10 +36,10 @@ PARITY_TOKENS = 48
 class Inputs:
     """Hidden states and heads; student and teacher have heads of their own."""
 
-    student_TD: Tensor  # noqa: N815
-    teacher_TD: Tensor  # noqa: N815
-    student_VD: Tensor  # noqa: N815
-    teacher_VD: Tensor  # noqa: N815
+    student_TD: Tensor
+    teacher_TD: Tensor
+    student_VD: Tensor
+    teacher_VD: Tensor
 
     def run(self, loss: Loss) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient at the student's hidden states."""

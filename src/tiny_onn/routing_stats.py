@@ -68,15 +68,15 @@ class RoutingStats:
     """Counted tokens."""
     num_first: Int[Tensor, ""]
     """First tokens of documents, not among the counted ones."""
-    k_histogram_LK: Int[Tensor, "layers experts_plus_one"]  # noqa: N815 - shape suffix
+    k_histogram_LK: Int[Tensor, "layers experts_plus_one"]
     """Counted tokens by number of active experts, 0 to E."""
-    load_LE: Int[Tensor, "layers experts"]  # noqa: N815
+    load_LE: Int[Tensor, "layers experts"]
     """Counted tokens that activated the expert."""
-    first_load_LE: Int[Tensor, "layers experts"]  # noqa: N815
+    first_load_LE: Int[Tensor, "layers experts"]
     """First tokens that activated the expert."""
-    gate_entropy_L: Float[Tensor, " layers"]  # noqa: N815
+    gate_entropy_L: Float[Tensor, " layers"]
     """Sum over counted tokens of the entropy of the softmax of the logits, nats."""
-    ties_L: Int[Tensor, " layers"]  # noqa: N815
+    ties_L: Int[Tensor, " layers"]
     """Counted tokens with a tie at the border, see `border_ties`."""
     num_shared: int
     """Shared experts of each layer, S: they count as active, and in nothing about choices."""
@@ -208,11 +208,11 @@ class OracleStats:
 
     num_tokens: Int[Tensor, " layers"]
     """Counted tokens with at least one active expert."""
-    overlap_L: Float[Tensor, " layers"]  # noqa: N815
+    overlap_L: Float[Tensor, " layers"]
     """Sum over them of the share of the active experts that the oracle picks too."""
-    chance_L: Float[Tensor, " layers"]  # noqa: N815
+    chance_L: Float[Tensor, " layers"]
     """Sum over them of k / E: what a random set of k overlaps on average."""
-    norm_L: Float[Tensor, " layers"]  # noqa: N815
+    norm_L: Float[Tensor, " layers"]
     """Sum over them of the mean norm of their active experts' outputs, unweighted."""
 
     @staticmethod

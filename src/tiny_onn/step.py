@@ -41,7 +41,7 @@ class StepResult:
     student_entropy: Tensor | None = None
     states_error: Tensor | None = None
     """Mean over layers of `states.unexplained`; None where hidden states are not matched."""
-    error_L: Tensor | None = None  # noqa: N815 - shape suffix
+    error_L: Tensor | None = None
     """Each layer's normalised error, in the blockwise stage."""
     expert_grad_norm: Tensor | float
     gate_grad_norm: Tensor | float

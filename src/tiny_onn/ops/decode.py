@@ -64,9 +64,9 @@ class Selecting:
 class Gate(NamedTuple):
     """A linear gate."""
 
-    weight_ED: Float[Tensor, "experts hidden"]  # noqa: N815
-    bias_E: Float[Tensor, " experts"]  # noqa: N815
-    selection_bias_E: Float[Tensor, " experts"]  # noqa: N815
+    weight_ED: Float[Tensor, "experts hidden"]
+    bias_E: Float[Tensor, " experts"]
+    selection_bias_E: Float[Tensor, " experts"]
     """Added to the logits for selection."""
     threshold: Float[Tensor, ""]
     """Of a budget."""
@@ -75,11 +75,11 @@ class Gate(NamedTuple):
 class Decoded(NamedTuple):
     """Output and routing."""
 
-    y_TD: Float[Tensor, "tokens hidden"]  # noqa: N815
-    logits_TE: Float[Tensor, "tokens experts"]  # noqa: N815
-    scores_TE: Float[Tensor, "tokens experts"]  # noqa: N815
-    active_TE: Bool[Tensor, "tokens experts"]  # noqa: N815
-    weights_TE: Float[Tensor, "tokens experts"]  # noqa: N815
+    y_TD: Float[Tensor, "tokens hidden"]
+    logits_TE: Float[Tensor, "tokens experts"]
+    scores_TE: Float[Tensor, "tokens experts"]
+    active_TE: Bool[Tensor, "tokens experts"]
+    weights_TE: Float[Tensor, "tokens experts"]
 
 
 @functools.cache

@@ -46,13 +46,13 @@ ROUND_ROWS = 64
 class Groups(NamedTuple):
     """Which token and expert each row is, and where experts and tokens begin and end."""
 
-    token_R: Tensor  # noqa: N815
-    expert_R: Tensor  # noqa: N815
-    ends_E: Tensor  # noqa: N815
+    token_R: Tensor
+    expert_R: Tensor
+    ends_E: Tensor
     """Row after each expert's last, int32."""
-    order_R: Tensor | None  # noqa: N815
+    order_R: Tensor | None
     """Rows by token, for the kernel; None: the loop runs."""
-    starts_T: Tensor | None  # noqa: N815
+    starts_T: Tensor | None
     """Where each token's rows begin in `order_R`."""
 
 

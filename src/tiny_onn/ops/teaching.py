@@ -31,7 +31,7 @@ class SurpriseTally(NamedTuple):
 
     counts_4: Tensor
     """`num_tokens`, `num_targets`, `num_agree` and `chance`."""
-    sums_4E: Tensor  # noqa: N815 - shape suffix
+    sums_4E: Tensor
     """`surprise_E`, `active_surprise_E`, `pick_E` and `target_E`."""
 
     @staticmethod
@@ -125,15 +125,15 @@ class Sums:
     Whole (T, E) tables, or one column of active pairs.
     """
 
-    x_sq_T1: Tensor  # noqa: N815
+    x_sq_T1: Tensor
     """Squared norm of the input; see `squared_norms`."""
-    grad_y_sq_T1: Tensor  # noqa: N815
+    grad_y_sq_T1: Tensor
     """Squared norm of the gradient at the layer's output."""
-    pre_sq_TE: Tensor  # noqa: N815
+    pre_sq_TE: Tensor
     """Squared gradients of gate and up pre-activations."""
-    hidden_sq_TE: Tensor  # noqa: N815
+    hidden_sq_TE: Tensor
     """Squared hidden activations."""
-    dot_TE: Tensor  # noqa: N815
+    dot_TE: Tensor
     """Hidden activations times their gradient, `<grad_y, expert(x)>`."""
 
 
@@ -175,9 +175,9 @@ def closed_form(kind: Surprise, sums: Sums) -> Float[Tensor, "tokens experts"]:
 class Lesson(NamedTuple):
     """What one layer's surprise says: the gate's gradient, and what a `SurpriseTally` adds up."""
 
-    grad_TE: Tensor  # noqa: N815
+    grad_TE: Tensor
     counts_4: Tensor
-    sums_4E: Tensor  # noqa: N815
+    sums_4E: Tensor
 
 
 def teach(  # noqa: PLR0917
