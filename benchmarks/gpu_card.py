@@ -18,7 +18,7 @@ from tiny_onn.config import Checkpointing, Objective
 from tiny_onn.packing import PackedRow
 from tiny_onn.plan_costs import (
     StepFlops,
-    count_parameters,
+    document_context,
     meta_models,
     sizes_of,
     step_flops,
@@ -166,14 +166,13 @@ def _rates(timing: Timing, flops: StepFlops, tokens: int, peak: float, label: st
 
 def _flops(step: Step, row: PackedRow, *, packed: bool) -> StepFlops:
     lengths = row.cu_seqlens.diff().double()
-    dense, student = meta_models(step.config, step.student.config.get_text_config())
-    parameters, sizes = count_parameters(dense, student), sizes_of(student)
+    _, student = meta_models(step.config, step.student.config.get_text_config())
+    sizes = sizes_of(student)
     token = token_flops(
         sizes,
-        parameters,
         target_k=step.config.router.target_k,
-        row_tokens=row.input_ids.numel(),
-        document_tokens=round((lengths.square().sum() / lengths.sum()).item()),
+        row_context=document_context(row.input_ids.numel()),
+        document_context=document_context(round((lengths.square().sum() / lengths.sum()).item())),
     )
     return step_flops(step.config, sizes, token, packed=packed)
 

@@ -25,7 +25,7 @@ from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow, pack
-from tiny_onn.plan_costs import dense_ffn_flops, gate_flops, score_flops
+from tiny_onn.plan_costs import sizes_of, token_flops
 from tiny_onn.routing_checks import has_budget
 from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.sources import read_documents
@@ -245,29 +245,20 @@ def document_lengths(row: PackedRow) -> list[int]:
 def forward_flops(
     student: TinyOnnForCausalLM, mean_k: float, mean_context: float
 ) -> dict[str, float]:
-    """Forward FLOPs per token at a mean number of active experts and attended positions.
-
-    Two per multiply-add: the active experts' share of the dense FFN, gates and mean outputs, every
-    other linear map by its size, the head once, and attention.
-    """
-    banks = student.banks()
-    L, (E, I, D) = len(banks), banks[0].down_proj.shape
-    config = student.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
-    scores = score_flops(L, config.num_attention_heads * head_dim, mean_context)
-    linear = sum(
-        2 * module.weight.numel()
-        for name, module in student.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".mlp." not in name
+    """Forward FLOPs per token at a mean number of active experts and attended positions."""
+    token = token_flops(
+        sizes_of(student),
+        target_k=mean_k,
+        row_context=mean_context,
+        document_context=mean_context,
     )
-    dense_ffn = float(dense_ffn_flops(L, D, E * I))
-    gates = 1 if banks[0].mean_outputs is None else 2
-    ffn = dense_ffn * mean_k / E + gates * gate_flops(L, D, E)
+    rest = token.attention_projections + token.attention_scores_documents + token.head
+    ffn = token.ffn_at_k + token.router
     return {
         "ffn_flops": ffn,
-        "dense_ffn_flops": dense_ffn,
-        "total_flops": ffn + linear + scores,
-        "dense_total_flops": dense_ffn + linear + scores,
+        "dense_ffn_flops": float(token.ffn_dense),
+        "total_flops": ffn + rest,
+        "dense_total_flops": token.ffn_dense + rest,
     }
 
 

@@ -21,6 +21,7 @@ from tiny_onn.plan_costs import (
     StepFlops,
     TokenFlops,
     count_parameters,
+    document_context,
     meta_models,
     sizes_of,
     step_flops,
@@ -121,7 +122,8 @@ class Plan:
             "parameters": asdict(self.parameters)
             | {name: getattr(self.parameters, name) for name in derived},
             "card": [asdict(line) for line in card_lines(self)],
-            "token_forward_flops": asdict(self.token) | token_shares,
+            "token_forward_flops": {n: round(v) for n, v in asdict(self.token).items()}
+            | token_shares,
             "step_flops": {
                 name: asdict(step) | {"total": step.total}
                 for name, step in (("whole_rows", self.whole_rows), ("packed", self.packed))
@@ -189,10 +191,9 @@ def plan(
     document_tokens = min(document_tokens, config.data.row_tokens)
     token = token_flops(
         sizes,
-        parameters,
         target_k=config.router.target_k,
-        row_tokens=config.data.row_tokens,
-        document_tokens=document_tokens,
+        row_context=document_context(config.data.row_tokens),
+        document_context=document_context(document_tokens),
     )
     return Plan(
         model=model,

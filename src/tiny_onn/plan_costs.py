@@ -42,6 +42,8 @@ class Sizes:
     key_value: int
     """Width of all key heads together, and of all value heads."""
     head_dim: int
+    attention_weights: int
+    """Weights of the linear layers of all attention blocks."""
     qk_norm: bool
     """Whether queries and keys are normalised before they are rotated."""
     experts: int
@@ -109,14 +111,14 @@ class TokenFlops:
     """FLOPs of one token's forward pass through all layers, by part."""
 
     attention_projections: int
-    attention_scores_row: int
+    attention_scores_row: float
     """Where the whole row is one document: each token sees (T + 1) / 2 on average."""
-    attention_scores_documents: int
-    """Where documents are as long as the plan says."""
+    attention_scores_documents: float
+    """Where documents are as long as the plan says, or those that were measured."""
     ffn_dense: int
     """The teacher's MLPs, and the experts as training runs them: all computed, then masked."""
-    ffn_at_k: int
-    """The experts at `router.target_k` active ones, as decoding runs them, and the mean outputs of
+    ffn_at_k: float
+    """The experts at the mean number of active ones, as decoding runs them, and the mean outputs of
     the others; without the gate."""
     router: int
     head: int
@@ -183,7 +185,7 @@ def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
     bank = student.banks()[0]
     E, I, D = bank.down_proj.shape
     head_dim = getattr(text, "head_dim", None) or D // text.num_attention_heads
-    attention = _attention(student)
+    attention, head = _attention(student), student.get_output_embeddings()
     return Sizes(
         layers=text.num_hidden_layers,
         hidden=D,
@@ -193,6 +195,11 @@ def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
         key_value=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
         * head_dim,
         head_dim=head_dim,
+        attention_weights=sum(
+            module.weight.numel()
+            for name, module in student.named_modules()
+            if isinstance(module, nn.Linear) and not in_mlp(name) and module is not head
+        ),
         qk_norm=hasattr(attention, "q_norm"),
         experts=E,
         expert_dim=I,
@@ -256,38 +263,31 @@ def score_flops(layers: int, query: int, context: float) -> float:
     return 4 * layers * query * context
 
 
+def document_context(tokens: int) -> float:
+    """Positions that a token of a document attends to, the mean: half of it, and itself."""
+    return (tokens + 1) / 2
+
+
 def token_flops(
-    sizes: Sizes,
-    parameters: Parameters,
-    *,
-    target_k: float,
-    row_tokens: int,
-    document_tokens: int,
+    sizes: Sizes, *, target_k: float, row_context: float, document_context: float
 ) -> TokenFlops:
     """FLOPs of one token's forward pass.
 
     Args:
         sizes: the student's lengths.
-        parameters: the student's numbers of parameters.
-        target_k: active experts per token.
-        row_tokens: tokens of a row.
-        document_tokens: tokens of a document, the mean over tokens (a long document counts with
-            each of its tokens).
+        target_k: active experts per token, the mean.
+        row_context: positions that a token attends to where the row is one document, the mean.
+        document_context: positions that a token attends to in its document, the mean over tokens
+            (a long document counts with each of its tokens).
     """
-    linear = sum(rows * columns for rows, columns in parameters.attention_linear_layers)
     dense = dense_ffn_flops(sizes.layers, sizes.hidden, sizes.neurons)
     gate = gate_flops(sizes.layers, sizes.hidden, sizes.experts)
-
-    def scores(tokens: int) -> int:
-        # On average a token of a document sees half of it, and itself.
-        return round(score_flops(sizes.layers, sizes.query, (tokens + 1) / 2))
-
     return TokenFlops(
-        attention_projections=2 * sizes.layers * linear,
-        attention_scores_row=scores(row_tokens),
-        attention_scores_documents=scores(document_tokens),
+        attention_projections=2 * sizes.attention_weights,
+        attention_scores_row=score_flops(sizes.layers, sizes.query, row_context),
+        attention_scores_documents=score_flops(sizes.layers, sizes.query, document_context),
         ffn_dense=dense,
-        ffn_at_k=round(dense * target_k / sizes.experts) + (gate if sizes.compensated else 0),
+        ffn_at_k=dense * target_k / sizes.experts + (gate if sizes.compensated else 0),
         router=gate,
         head=2 * sizes.hidden * sizes.vocab,
     )
