@@ -14,6 +14,7 @@ which makes the optimizer's state. Ends in one JSON line.
 
 import argparse
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ class PlainTrainer:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.model = step.student.backbone
-        for layer in decoder_layers(self.model):
+        layers: Any = decoder_layers(self.model)
+        for layer in layers:
             layer.mlp = PlainExperts(layer.mlp)
         parameters = [p for p in step.student.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=6e-4)

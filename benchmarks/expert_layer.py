@@ -115,7 +115,7 @@ class Layers:
             norm_topk_prob=True,
         )
         config._experts_implementation = implementation
-        block = Qwen3MoeSparseMoeBlock(config).to(case.device, DTYPES[case.dtype])
+        block: Any = Qwen3MoeSparseMoeBlock(config).to(case.device, DTYPES[case.dtype])
         with torch.no_grad():
             block.gate.weight.copy_(self.router_ED)
             block.experts.gate_up_proj.copy_(self.gate_up_2EID.transpose(0, 1).flatten(1, 2))
@@ -184,7 +184,7 @@ def parity(layers: Layers) -> dict[str, Any]:
         SystemExit: one is off: nothing is timed.
     """
     case, limit = layers.case, LIMITS[layers.case.dtype]
-    block = layers.block("eager")
+    block: Any = layers.block("eager")
     theirs = [layers.step(block), layers.x_TD.grad, block.gate.weight.grad]
     D, E, I = case.hidden, case.num_experts, case.expert_dim
     of_gate_up, of_down = (p.grad for p in (block.experts.gate_up_proj, block.experts.down_proj))

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class Textbook:
         def keep_input(bank: ExpertBank, inputs: tuple[Tensor, ...]) -> None:
             self.inputs[bank] = inputs[0].detach().flatten(0, -2)
 
-        def keep_grad(bank: ExpertBank, _: object, grads: tuple[Tensor, ...]) -> None:
+        def keep_grad(bank: Any, _: object, grads: Any) -> None:
             self.grads[bank] = grads[0].detach().flatten(0, -2)
 
         handles = []

@@ -85,14 +85,15 @@ def loss_values(divergence, device, dtype):
     T, D, V = (600, 1024, 32_000) if GPU else (24, 32, 500)
     hidden = leaf(draw(T, D, seed=0), device, dtype)
     # Logits of a standard deviation of 2.
-    teacher, *heads = (
+    teacher, student_head, teacher_head = (
         draw(rows, D, seed=seed, scale=scale).to(device, dtype)
         for rows, seed, scale in ((T, 1, 1.0), (V, 2, 2 * D**-0.5), (V, 3, 2 * D**-0.5))
     )
     values = distill(
         hidden,
         teacher,
-        *(Head(weight=weight) for weight in heads),
+        Head(weight=student_head),
+        Head(weight=teacher_head),
         (torch.arange(T) % V).to(device),
         divergence=divergence,
         temperature=2.0,

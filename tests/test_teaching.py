@@ -104,7 +104,8 @@ def taught(rule, lesson, num_shared):
     num_experts = lesson.logits_TE.shape[1]
     tally = SurpriseTally.of_layers(1, num_experts, torch.device("cpu"))[0]
     step = SmkStep(rule=rule, grad_scale=0.5, tally=tally, num_shared=num_shared)
-    return teach(step, *lesson, COUNTED_T), tally
+    surprise_TE, weights_TE, logits_TE, active_TE = lesson
+    return teach(step, surprise_TE, weights_TE, logits_TE, active_TE, COUNTED_T), tally
 
 
 @pytest.mark.parametrize("candidates", ["active", "all"])
