@@ -97,8 +97,8 @@ def _expert_gaps(run: Run, dtype: torch.dtype) -> dict[str, float]:
 
     tensors = {
         "x": draw(T, D),
-        "gate_up": draw(2, E, I, D) / D**0.5,
-        "down": draw(E, I, D) / (E * I) ** 0.5,
+        "gate_up": draw(E, 2 * I, D) / D**0.5,
+        "down": draw(E, D, I) / (E * I) ** 0.5,
     }
     tensors = {name: value.bfloat16().double() for name, value in tensors.items()}
     logits, grad_y = draw(T, E), draw(T, D)

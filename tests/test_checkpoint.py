@@ -99,7 +99,7 @@ def test_a_checkpoint_holds_what_learns_and_no_backbone(config, tmp_path):
     path = session.save(tmp_path, 1)
     names = load_file(path / "student.safetensors").keys()
     layers = [f"backbone.model.layers.{i}.mlp." for i in range(2)]
-    ends = ["gate_up_proj", "down_proj"]
+    ends = ["experts.gate_up_proj", "experts.down_proj"]
     ends += ["router.weight", "router.bias", "router.threshold", "router.num_updates"]
     assert names >= {layer + end for layer in layers for end in ends}
     learning = {name for name in session.student.state_dict() if ".mlp." in name}

@@ -50,9 +50,7 @@ def bank_of(block, top_k, path):
     rule = RoutingRule(selection="top_k", weighting="softmax", target_k=float(top_k))
     bank = ExpertBank(HIDDEN, EXPERTS, WIDTH, "silu", rule)
     with torch.no_grad():
-        stacked = block.experts.gate_up_proj.view(EXPERTS, 2, WIDTH, HIDDEN)
-        bank.gate_up_proj.copy_(stacked.transpose(0, 1))
-        bank.down_proj.copy_(block.experts.down_proj.mT)
+        bank.experts.load_state_dict(block.experts.state_dict())
         bank.router.weight.copy_(block.gate.weight)
     bank.coupled, bank.path = True, path
     return bank
@@ -80,11 +78,10 @@ def test_outputs_losses_and_gradients_are_those_of_the_block(family, top_k, path
     their_loss = balancing((raw_logits,), EXPERTS, top_k, None)
     torch.testing.assert_close(our_loss, their_loss)
 
-    weights = [bank.router.weight, bank.gate_up_proj, bank.down_proj, ours_x]
+    weights = [bank.router.weight, bank.experts.gate_up_proj, bank.experts.down_proj, ours_x]
     got = torch.autograd.grad((ours * pull).sum() + our_loss, weights)
     weights = [block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, theirs_x]
     gate, gate_up, down, at_x = torch.autograd.grad((theirs * pull).sum() + their_loss, weights)
-    gate_up = gate_up.view(EXPERTS, 2, WIDTH, HIDDEN).transpose(0, 1)
-    for mine, expected in zip(got, (gate, gate_up, down.mT, at_x), strict=True):
+    for mine, expected in zip(got, (gate, gate_up, down, at_x), strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-4)
         assert expected.any()

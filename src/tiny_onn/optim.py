@@ -14,8 +14,9 @@ gradient and 4 bytes of random bits: one tensor at a time.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -65,7 +66,8 @@ def build_optimizer(
     Raises:
         UserError: the setting needs bitsandbytes, which is not installed.
     """
-    experts, gates = (list(parameters.values()) for parameters in split_parameters(student))
+    named_experts, named_gates = split_parameters(student)
+    experts, gates = list(named_experts.values()), list(named_gates.values())
     for parameter in experts:
         parameter.data = parameter.data.to(getattr(torch, config.master_dtype))
     steppers = []
@@ -87,7 +89,12 @@ def build_optimizer(
             "weight_decay": config.gate_weight_decay,
         }
         steppers.append(_adamw(config, group))
-    return SplitOptimizer(steppers, seed)
+    parts = {p: (len(p), 2, -1, p.shape[-1]) for n, p in named_experts.items() if _is_joint(n)}
+    return SplitOptimizer(steppers, seed, parts if config.name == "adafactor" else {})
+
+
+def _is_joint(name: str) -> bool:
+    return name.endswith(".gate_up_proj")
 
 
 def _stepper(
@@ -127,12 +134,19 @@ class SplitOptimizer(torch.optim.Optimizer):
     Args:
         steppers: optimizers of one group each.
         seed: seed of stochastic rounding.
+        shapes: shapes in which the libraries' optimizers see some of the parameters.
     """
 
-    def __init__(self, steppers: Sequence[torch.optim.Optimizer], seed: int) -> None:
+    def __init__(
+        self,
+        steppers: Sequence[torch.optim.Optimizer],
+        seed: int,
+        shapes: Mapping[nn.Parameter, tuple[int, ...]] = MappingProxyType({}),
+    ) -> None:
         super().__init__([group for stepper in steppers for group in stepper.param_groups], {})
         self._steppers = tuple(steppers)
         self._seed = seed
+        self._shapes = shapes
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -153,7 +167,8 @@ class SplitOptimizer(torch.optim.Optimizer):
                 elif p.grad is not None:
                     plain.append(p)
             if plain:
-                _step(stepper, group, plain, [self.state[p] for p in plain])
+                seen = [p if p not in self._shapes else self._seen(p, p.data) for p in plain]
+                _step(stepper, group, seen, [self.state[p] for p in plain])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -170,18 +185,24 @@ class SplitOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
 
+    def _seen(self, p: nn.Parameter, values: Tensor) -> nn.Parameter:
+        """These values and p's gradient in their format, as a library's optimizer sees them."""
+        assert p.grad is not None
+        shape = self._shapes.get(p, p.shape)
+        seen = nn.Parameter(values.view(shape))
+        seen.grad = p.grad.to(values.dtype).view(shape)
+        return seen
+
     def _rounded_step(
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
     ) -> None:
-        assert p.grad is not None
-        master = nn.Parameter(p.float())
-        master.grad = p.grad.float()
+        master = self._seen(p, p.data.float())
         state = self.state[p]
         num_roundings = int(state.pop("num_roundings", 0))
         _step(stepper, group, [master], [state])
         digest = hashlib.blake2b(f"{place} {num_roundings}".encode(), digest_size=7).digest()
         generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest))
-        p.copy_(stochastic_round(master.data, generator))
+        p.copy_(stochastic_round(master.data.view_as(p), generator))
         state["num_roundings"] = num_roundings + 1
 
 
@@ -255,7 +276,10 @@ def stochastic_round(
 def state_bytes(
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"], shape: Sequence[int]
 ) -> int:
-    """Bytes of optimizer state beside one expert tensor of this shape, counters left out."""
+    """Bytes of optimizer state beside one expert tensor of this shape, counters left out.
+
+    Adafactor sees `gate_up_proj` as (E, 2, I, D), a gate and an up matrix with factors of their own.
+    """
     size = prod(shape)
     if name == "adafactor":
         return 4 * (size // shape[-1] + size // shape[-2])
