@@ -13,6 +13,7 @@ from tiny import make_dense, make_student
 from tiny_onn.checkpoint import load_checkpoint, save_checkpoint
 from tiny_onn.config import OptimConfig
 from tiny_onn.errors import UserError
+from tiny_onn.expert_weights import by_neuron
 from tiny_onn.optim import (
     build_optimizer,
     clip_gradients,
@@ -194,9 +195,7 @@ def test_state_takes_the_bytes_that_are_stated(student, name, master_dtype):
     take_steps(student, optimizer, range(2))
     for key, parameter in split_parameters(student)[0].items():
         tensors = [v for v in optimizer.state[parameter].values() if torch.is_tensor(v) and v.ndim]
-        # A gate and an up matrix, with factors of their own.
-        parts = (len(parameter), 2, -1, parameter.shape[-1])
-        shape = parameter.view(parts).shape if key.endswith("gate_up_proj") else parameter.shape
+        shape = by_neuron(key.split(".")[-1], parameter).shape
         assert sum(tensor.nbytes for tensor in tensors) == state_bytes(name, shape), key
 
 

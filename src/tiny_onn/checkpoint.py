@@ -249,12 +249,13 @@ def load_checkpoint(
             continue
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if (got := state.pop("format", None)) not in READABLE:
+            expected = " or ".join(map(str, READABLE))
             raise UserError(
-                f"{path}: got a checkpoint of format {got}, expected {FORMAT}; go"
+                f"{path}: got a checkpoint of format {got}, expected {expected}; go"
                 " on with the version of tiny-onn in environment.json, or start a new run"
             )
         device = str(next(student.parameters()).device)
-        kept = today_state(str(path), load_file(path / "optimizer.safetensors", device=device))
+        kept = today_state(load_file(path / "optimizer.safetensors", device=device))
         _restore_student(student, _read_student(path, device))
         _restore_optimizer(student, optimizer, kept)
         return state

@@ -16,6 +16,30 @@ from transformers.activations import ACT2FN
 Layer = Callable[[Tensor, Tensor, Tensor], Any]
 
 
+KINDS = ("gate_up_proj", "down_proj")
+
+
+def by_neuron(kind: str, weight: Tensor) -> Tensor:
+    """A view of a weight with a row per neuron: (2, E, I, D), gates first, or (E, I, D).
+
+    Args:
+        kind: `gate_up_proj` or `down_proj`.
+        weight: (E, 2 I, D) or (E, D, I).
+    """
+    if kind == "down_proj":
+        return weight.mT
+    E, J, D = weight.shape
+    return weight.view(E, 2, J // 2, D).transpose(0, 1)
+
+
+def stacked(kind: str, neurons: Tensor) -> Tensor:
+    """The weight of which `by_neuron` is a view, contiguous."""
+    if kind == "down_proj":
+        return neurons.mT.contiguous()
+    _, E, I, D = neurons.shape
+    return neurons.transpose(0, 1).reshape(E, 2 * I, D)
+
+
 class Experts(nn.Module):
     """E gated experts of width I, stacked: `gate_up_proj` (E, 2 I, D) and `down_proj` (E, D, I).
 
@@ -46,9 +70,9 @@ class Experts(nn.Module):
         E, I, D = self.num_experts, self.intermediate_dim, self.hidden_dim
         # All gates are drawn first, then all ups, then downs neuron by neuron: a seed gives the
         # same experts as it gave when they were stored in that order.
-        gate_up_2EID = torch.randn(2, E, I, D, generator=generator) * std
-        self.gate_up_proj.copy_(gate_up_2EID.transpose(0, 1).reshape(E, 2 * I, D))
-        self.down_proj.copy_(torch.randn(E, I, D, generator=generator).mT * std)
+        for kind, shape in zip(KINDS, ((2, E, I, D), (E, I, D)), strict=True):
+            drawn = torch.randn(shape, generator=generator) * std
+            by_neuron(kind, self.get_parameter(kind)).copy_(drawn)
 
     @torch.no_grad()
     def store_by_neuron(self) -> None:

@@ -273,8 +273,8 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
     if config.num_experts * config.moe_intermediate_size != width:
         raise UserError(
             f"experts.num_experts x experts.expert_dim: got {config.num_experts} x "
-            f"{config.moe_intermediate_size}, expected a product of {width}, the MLP's width; choose a "
-            f"num_experts that divides {width} and leave expert_dim at 0"
+            f"{config.moe_intermediate_size}, expected a product of {width}, the MLP's width; "
+            f"choose a num_experts that divides {width} and leave expert_dim at 0"
         )
     if config.num_shared not in range(config.num_experts):
         raise UserError(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from tiny_onn.config import OptimConfig
+from tiny_onn.expert_weights import KINDS, by_neuron
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.quantize import load_bitsandbytes
 
@@ -89,12 +90,8 @@ def build_optimizer(
             "weight_decay": config.gate_weight_decay,
         }
         steppers.append(_adamw(config, group))
-    parts = {p: (len(p), 2, -1, p.shape[-1]) for n, p in named_experts.items() if _is_joint(n)}
-    return SplitOptimizer(steppers, seed, parts if config.name == "adafactor" else {})
-
-
-def _is_joint(name: str) -> bool:
-    return name.endswith(".gate_up_proj")
+    kinds = {p: kind for name, p in named_experts.items() if (kind := name.split(".")[-1]) in KINDS}
+    return SplitOptimizer(steppers, seed, {} if config.name == "adamw" else kinds)
 
 
 def _stepper(
@@ -131,22 +128,27 @@ class SplitOptimizer(torch.optim.Optimizer):
     and how often it was rounded, which is part of its state: restoring the state is enough to go
     on bit for bit.
 
+    Optimizers whose state depends on an element's neighbours see the experts' weights neuron by
+    neuron, in copies made one at a time: a block of 8-bit state then holds weights of one neuron,
+    a factor of Adafactor's belongs to a gate or an up matrix, and state of checkpoints from before
+    the weights were stacked as they are today stays exact.
+
     Args:
         steppers: optimizers of one group each.
         seed: seed of stochastic rounding.
-        shapes: shapes in which the libraries' optimizers see some of the parameters.
+        kinds: the weights that are to be seen so, with their names in `Experts`.
     """
 
     def __init__(
         self,
         steppers: Sequence[torch.optim.Optimizer],
         seed: int,
-        shapes: Mapping[nn.Parameter, tuple[int, ...]] = MappingProxyType({}),
+        kinds: Mapping[nn.Parameter, str] = MappingProxyType({}),
     ) -> None:
         super().__init__([group for stepper in steppers for group in stepper.param_groups], {})
         self._steppers = tuple(steppers)
         self._seed = seed
-        self._shapes = shapes
+        self._kinds = kinds
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -162,13 +164,12 @@ class SplitOptimizer(torch.optim.Optimizer):
         ):
             plain = []
             for number, p in enumerate(group["params"]):
-                if p.grad is not None and p.dtype == torch.bfloat16:
-                    self._rounded_step(stepper, group, p, f"{self._seed} {index} {number}")
+                if p.grad is not None and (p.dtype == torch.bfloat16 or p in self._kinds):
+                    self._step_of_copy(stepper, group, p, f"{self._seed} {index} {number}")
                 elif p.grad is not None:
                     plain.append(p)
             if plain:
-                seen = [p if p not in self._shapes else self._seen(p, p.data) for p in plain]
-                _step(stepper, group, seen, [self.state[p] for p in plain])
+                _step(stepper, group, plain, [self.state[p] for p in plain])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -185,24 +186,24 @@ class SplitOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
 
-    def _seen(self, p: nn.Parameter, values: Tensor) -> nn.Parameter:
-        """These values and p's gradient in their format, as a library's optimizer sees them."""
-        assert p.grad is not None
-        shape = self._shapes.get(p, p.shape)
-        seen = nn.Parameter(values.view(shape))
-        seen.grad = p.grad.to(values.dtype).view(shape)
-        return seen
-
-    def _rounded_step(
+    def _step_of_copy(
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
     ) -> None:
-        master = self._seen(p, p.data.float())
+        assert p.grad is not None
+        kind = self._kinds.get(p)
+        weight, grad = (t if kind is None else by_neuron(kind, t) for t in (p.data, p.grad))
+        master = nn.Parameter(weight.float().contiguous())
+        master.grad = grad.float().contiguous()
         state = self.state[p]
+        if p.dtype != torch.bfloat16:
+            _step(stepper, group, [master], [state])
+            weight.copy_(master)
+            return
         num_roundings = int(state.pop("num_roundings", 0))
         _step(stepper, group, [master], [state])
         digest = hashlib.blake2b(f"{place} {num_roundings}".encode(), digest_size=7).digest()
         generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest))
-        p.copy_(stochastic_round(master.data.view_as(p), generator))
+        weight.copy_(stochastic_round(master.data, generator))
         state["num_roundings"] = num_roundings + 1
 
 
@@ -276,9 +277,11 @@ def stochastic_round(
 def state_bytes(
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"], shape: Sequence[int]
 ) -> int:
-    """Bytes of optimizer state beside one expert tensor of this shape, counters left out.
+    """Bytes of optimizer state beside one expert tensor, counters left out.
 
-    Adafactor sees `gate_up_proj` as (E, 2, I, D), a gate and an up matrix with factors of their own.
+    Args:
+        name: the optimizer.
+        shape: the tensor's as the optimizer sees it: (2, E, I, D), (E, I, D).
     """
     size = prod(shape)
     if name == "adafactor":

@@ -11,7 +11,8 @@ once (9 in all), as a dense MLP. Memory kept for backward: x and the (T, 2F) pre
 chunks of C tokens only x is kept: the working set is that of C tokens, and the pre-activations are
 computed again in the backward pass (11 in all).
 
-Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows, F = E * I neurons.
+Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows,
+F = E * I neurons.
 """
 
 from collections.abc import Callable
