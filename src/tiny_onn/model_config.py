@@ -127,8 +127,8 @@ class TinyOnnConfig(PretrainedConfig):
     @property
     def num_experts_per_tok(self) -> int:
         """The largest number of experts that a token can activate, shared ones included."""
-        fixed = self.selection in ("top_k", "static", "random")
-        return round(self.target_k) if fixed else self.num_experts
+        varies = self.routing_rule().has_budget or self.selection == "top_any"
+        return self.num_experts if varies else round(self.target_k)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # noqa: ANN401 # pyright: ignore[reportIncompatibleMethodOverride]
         """Write config.json, and the file that names the package to programs without it."""
