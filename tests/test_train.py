@@ -91,7 +91,7 @@ def experts_of(tensors):
     return {name: tensor for name, tensor in tensors.items() if ".router." not in name}
 
 
-def plain_expert_layer(x_TD, gate_up, down, weights_TE, logits_TE, *, activation, **_):
+def plain_expert_layer(x_TD, gate_up, down, weights_TE, router_logits_TE, *, activation, **_):
     """The expert layer as torch differentiates it."""
     gate, up = torch.einsum("td,ejd->tej", x_TD, gate_up).chunk(2, dim=-1)
     hidden = activation(gate) * up * weights_TE[..., None]
@@ -127,8 +127,8 @@ def test_smk_gives_the_gates_exactly_its_own_gradient(surprise, monkeypatch):
     config = change(CONFIG, smk=smk, train={"expert_path": "dense"})
     layers = []
 
-    def watched(x_TD, gate_up, down, weights_TE, logits_TE, **options):
-        y_TD = experts_layer(x_TD, gate_up, down, weights_TE, logits_TE, **options)
+    def watched(x_TD, gate_up, down, **options):
+        y_TD = experts_layer(x_TD, gate_up, down, **options)
         if torch.is_grad_enabled():
             y_TD.retain_grad()
             layers.append((x_TD.detach(), gate_up, down, y_TD, options["active_TE"]))

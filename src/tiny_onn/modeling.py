@@ -191,7 +191,7 @@ class TinyOnnModel(TinyOnnForCausalLM):
     Its tensors are those of `TinyOnnForCausalLM`, the head included.
     """
 
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:  # noqa: ANN401, D102 # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:  # noqa: D102, ANN401 # pyright: ignore[reportIncompatibleMethodOverride]
         return self.backbone.base_model(input_ids=input_ids, **kwargs)
 
 
