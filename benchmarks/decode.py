@@ -69,7 +69,7 @@ class Stack:
         D, E, I = self.D, self.E, self.I
         self.inputs = [draw(1, D) for _ in range(self.layers)]
         self.experts = [
-            (draw(2, E, I, D, std=D**-0.5), draw(E, I, D, std=(E * I) ** -0.5))
+            (draw(E, 2 * I, D, std=D**-0.5), draw(E, D, I, std=(E * I) ** -0.5))
             for _ in range(self.layers)
         ]
         self.gates = [draw(E, D, std=D**-0.5) for _ in range(self.layers)]
@@ -84,7 +84,9 @@ class Stack:
             bank.router = bank.router.to_empty(device=self.device)
             bank.router.reset(None)
             bank.router.weight.data.copy_(gate)
-            bank.gate_up_proj, bank.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+            bank.experts.gate_up_proj = nn.Parameter(gate_up)
+            bank.experts.down_proj = nn.Parameter(down)
+            bank.experts.store_by_neuron()
             banks.append(bank.train(False).requires_grad_(False))
         return banks
 
@@ -103,9 +105,9 @@ class Stack:
             with torch.device("meta"):
                 config = Qwen3Config(hidden_size=self.D, intermediate_size=self.E * self.I)
                 mlp = Qwen3MLP(config)
-            mlp.gate_proj.weight = nn.Parameter(gate_up[0].flatten(0, 1))
-            mlp.up_proj.weight = nn.Parameter(gate_up[1].flatten(0, 1))
-            mlp.down_proj.weight = nn.Parameter(down.flatten(0, 1).T.contiguous())
+            for name, rows in zip(("gate_proj", "up_proj"), gate_up.chunk(2, dim=1), strict=True):
+                getattr(mlp, name).weight = nn.Parameter(rows.flatten(0, 1))
+            mlp.down_proj.weight = nn.Parameter(down.transpose(0, 1).flatten(1))
             modules.append(mlp.requires_grad_(False))
         return modules
 
@@ -120,7 +122,10 @@ class Stack:
             return forward
 
         pairs = zip(self.experts, mlps, strict=True)
-        return [layer(gate_up.flatten(0, 2), mlp) for (gate_up, _), mlp in pairs]
+        return [
+            layer(gate_up.view(self.E, 2, self.I, self.D).transpose(0, 1).flatten(0, 2), mlp)
+            for (gate_up, _), mlp in pairs
+        ]
 
     def blocks(self, k: int, implementation: str) -> list[nn.Module]:
         """Transformers' MoE blocks."""
@@ -138,8 +143,8 @@ class Stack:
                 block: Any = Qwen3MoeSparseMoeBlock(config).to(self.dtype)
             block = block.to_empty(device=self.device).requires_grad_(False)
             block.gate.weight.copy_(gate)
-            block.experts.gate_up_proj.copy_(gate_up.transpose(0, 1).flatten(1, 2))
-            block.experts.down_proj.copy_(down.mT)
+            block.experts.gate_up_proj.copy_(gate_up)
+            block.experts.down_proj.copy_(down)
             modules.append(block)
         return modules
 
@@ -150,9 +155,9 @@ class Stack:
     def defined(self, index: int, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
         """A layer's output by the definition, in float64."""
         gate_up, down = (tensor.double() for tensor in self.experts[index])
-        gate_TEI, up_TEI = torch.einsum("td,peid->ptei", x_TD.double(), gate_up)
+        gate_TEI, up_TEI = torch.einsum("td,ejd->tej", x_TD.double(), gate_up).chunk(2, -1)
         hidden_TEI = nn.functional.silu(gate_TEI) * up_TEI * weights_TE.double()[..., None]
-        return torch.einsum("tei,eid->td", hidden_TEI, down)
+        return torch.einsum("tei,edi->td", hidden_TEI, down)
 
 
 def through(
@@ -387,8 +392,8 @@ def sweep(stack: Stack, ks: tuple[int, ...]) -> Iterator[dict]:
                     gate = (router.weight, router.bias, router.selection_bias, router.settled)
                     decode.routed_expert_layer(
                         x_TD,
-                        bank.gate_up_proj,
-                        bank.down_proj,
+                        bank.experts.gate_up_proj,
+                        bank.experts.down_proj,
                         decode.Gate(*gate),
                         rule=rule,
                         activation="silu",

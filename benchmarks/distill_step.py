@@ -49,18 +49,19 @@ class PlainExperts(nn.Module):
 
     def __init__(self, bank: ExpertBank) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = bank.gate_up_proj, bank.down_proj
+        self.gate_up_proj, self.down_proj = bank.experts.gate_up_proj, bank.experts.down_proj
         self.router, self.activation = bank.router, bank.activation
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The routed sum of the experts' outputs."""
         x_TD = hidden_states.flatten(0, -2)
-        _, E, I, D = self.gate_up_proj.shape
+        E, D, I = self.down_proj.shape
         gate_up_FD = self.gate_up_proj.view(-1, D).to(x_TD.dtype)
-        gate_TF, up_TF = F.linear(x_TD, gate_up_FD).chunk(2, dim=-1)
+        gate_TEI, up_TEI = F.linear(x_TD, gate_up_FD).view(-1, E, 2, I).unbind(2)
         weights_TE = self.router(x_TD.detach()).weights.to(x_TD.dtype)
-        hidden_TF = self.activation(gate_TF) * up_TF * weights_TE.repeat_interleave(I, dim=1)
-        y_TD = hidden_TF @ self.down_proj.view(E * I, D).to(x_TD.dtype)
+        hidden_TEI = self.activation(gate_TEI) * up_TEI * weights_TE[..., None]
+        down_DF = self.down_proj.transpose(0, 1).reshape(D, E * I).to(x_TD.dtype)
+        y_TD = F.linear(hidden_TEI.flatten(1), down_DF)
         return y_TD.view_as(hidden_states)
 
 

@@ -126,8 +126,10 @@ def routers(student: TinyOnnForCausalLM, make: Callable[[ExpertBank], Router]) -
 
 def outputs(bank: ExpertBank, x_TD: Tensor) -> Iterator[Tensor]:
     """Every expert's output, one after another."""
-    for gate_ID, up_ID, down_ID in zip(*bank.gate_up_proj, bank.down_proj, strict=True):
-        yield (bank.activation(x_TD @ gate_ID.T) * (x_TD @ up_ID.T)) @ down_ID
+    experts = bank.experts
+    for gate_up_JD, down_DI in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+        gate_ID, up_ID = gate_up_JD.chunk(2)
+        yield (bank.activation(x_TD @ gate_ID.T) * (x_TD @ up_ID.T)) @ down_DI.T
 
 
 GATES: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -154,14 +156,15 @@ class Representative(Router):
     """CMoE's gate (arXiv 2502.04416, 4.2): |h| of the neuron nearest to each expert's mean."""
 
     def __init__(self, bank: ExpertBank, x_TD: Tensor) -> None:
-        _, E, I, D = bank.gate_up_proj.shape
+        E, D, I = bank.experts.down_proj.shape
         super().__init__(D, E, bank.router.rule)
         x_TD = x_TD.float()
-        pre_T2EI = (x_TD @ bank.gate_up_proj.view(-1, D).T).view(-1, 2, E, I)
-        hidden_TEI = (bank.activation(pre_T2EI[:, 0]) * pre_T2EI[:, 1]).abs()
+        rows_E2ID = bank.experts.gate_up_proj.detach().view(E, 2, I, D)
+        pre_TE2I = (x_TD @ rows_E2ID.view(-1, D).T).view(-1, E, 2, I)
+        hidden_TEI = (bank.activation(pre_TE2I[:, :, 0]) * pre_TE2I[:, :, 1]).abs()
         rates_TEI = F.normalize(hidden_TEI, dim=0)
         nearest_E = (rates_TEI - rates_TEI.mean(2, keepdim=True)).norm(dim=0).argmin(1)
-        self.rows_2ED = bank.gate_up_proj.detach()[:, torch.arange(E), nearest_E]
+        self.rows_2ED = rows_E2ID[torch.arange(E), :, nearest_E].transpose(0, 1)
         self.activation = bank.activation
 
     def forward(self, x_TD: Tensor, given_TE: Tensor | None = None) -> Routing:

@@ -52,7 +52,7 @@ def make_case(num_tokens, pattern="mixed", seed=0) -> Case:
 
     weights = 2 * torch.rand(num_tokens, E, generator=generator, dtype=torch.float64)
     weights *= torch.rand(num_tokens, E, generator=generator) < 0.5
-    x, gate_up, down = normal(num_tokens, D), normal(2, E, I, D), normal(E, I, D)
+    x, gate_up, down = normal(num_tokens, D), normal(E, 2 * I, D), normal(E, D, I)
     if pattern == "empty_expert":
         weights[:, 1] = 0
     if pattern == "one_expert":
@@ -112,7 +112,7 @@ RULES = {
 def make_bank(rule="budget", *, coupled=False, seed=0) -> ExpertBank:
     bank = ExpertBank(16, 6, 4, "silu", RULES[rule])
     generator = torch.Generator().manual_seed(seed)
-    bank.reset(generator, std=0.3)
+    bank.experts.reset(generator, std=0.3)
     bank.router.reset(generator, std=0.3)
     bank.router.threshold.fill_(0.3)
     bank.coupled = coupled

@@ -223,14 +223,14 @@ def test_random_rows_are_full_and_their_documents_as_long_as_asked(row_tokens, l
 def test_the_textbook_peer_computes_the_reference_surprise(kind):
     generator = torch.Generator().manual_seed(0)
     bank = ExpertBank(6, 3, 2, "silu", RoutingRule(target_k=2.0))
-    bank.reset(generator, 1.0)
+    bank.experts.reset(generator, 1.0)
     x_TD, grad_y_TD = (torch.randn(4, 6, generator=generator) for _ in range(2))
     got_TE = surprise_overhead.textbook_surprise(bank, x_TD, grad_y_TD, SmkRule(surprise=kind))
     expected_TE = reference.surprise(
         kind,
         x_TD.double(),
-        bank.gate_up_proj.detach().double(),
-        bank.down_proj.detach().double(),
+        bank.experts.gate_up_proj.detach().double(),
+        bank.experts.down_proj.detach().double(),
         grad_y_TD.double(),
         silu,
     )

@@ -46,8 +46,12 @@ def expert_outputs(bank, x):
     """Every expert's output, (E, T, D)."""
     return torch.stack(
         [
-            (bank.activation(x @ gate.T) * (x @ up.T)) @ down
-            for gate, up, down in zip(*bank.gate_up_proj, bank.down_proj, strict=True)
+            (bank.activation(x @ gate.T) * (x @ up.T)) @ down.T
+            for (gate, up), down in zip(
+                (gate_up.chunk(2) for gate_up in bank.experts.gate_up_proj),
+                bank.experts.down_proj,
+                strict=True,
+            )
         ]
     )
 

@@ -23,7 +23,8 @@ LAYERS = (
     ("settings", "device", "ops", "packing", "lock", "dynmoe"),
     ("attention",),
     ("model_paths", "backbone_mode", "router", "losses", "quantize", "assignment", "expert_path"),
-    ("model_config", "experts", "coupled_losses", "embedded", "thresholds"),
+    ("expert_weights",),
+    ("model_config", "old_layout", "experts", "coupled_losses", "embedded", "thresholds"),
     ("modeling", "rows"),
     ("readers", "tokens"),
     (

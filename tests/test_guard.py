@@ -57,7 +57,7 @@ def poison(monkeypatch):
         def clip_gradients(student, clip_norm):
             if current["poisoned"] and part == "gradient":
                 bank = student.banks()[1]
-                bank.down_proj.grad.view(-1)[7] = value
+                bank.experts.down_proj.grad.view(-1)[7] = value
             return REAL_CLIP(student, clip_norm)
 
         monkeypatch.setattr(step, "distill", distill)

@@ -47,8 +47,8 @@ def layer_values(layer, device, dtype):
     T, D, E, I = (1024, 1024, 32, 96) if GPU else (48, 32, 8, 16)
     inputs = {
         "x": draw(T, D, seed=0),
-        "gate_up": draw(2, E, I, D, seed=1, scale=D**-0.5),
-        "down": draw(E, I, D, seed=2, scale=(E * I) ** -0.5),
+        "gate_up": draw(E, 2 * I, D, seed=1, scale=D**-0.5),
+        "down": draw(E, D, I, seed=2, scale=(E * I) ** -0.5),
     }
     leaves = {name: leaf(value, device, dtype) for name, value in inputs.items()}
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -249,8 +249,8 @@ def test_the_oracle_is_the_k_largest_norms_of_each_token():
         norms = reference.surprise(
             "magnitude",
             inputs[i].double(),
-            bank.gate_up_proj.detach().double(),
-            bank.down_proj.detach().double(),
+            bank.experts.gate_up_proj.detach().double(),
+            bank.experts.down_proj.detach().double(),
             torch.zeros_like(inputs[i]).double(),
             F.silu,
         )

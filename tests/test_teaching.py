@@ -22,7 +22,7 @@ def taught_bank(path, targets, candidates, *, compiled) -> ExpertBank:
     rule = RoutingRule(selection="top_k", target_k=5.0, num_shared=S)
     bank = ExpertBank(12, E, 3, "silu", rule)
     generator = torch.Generator().manual_seed(0)
-    bank.reset(generator, 0.5)
+    bank.experts.reset(generator, 0.5)
     bank.router.reset(generator, 0.5)
     surprise = "magnitude" if targets == "log" else "gain"
     smk = SmkRule(
@@ -42,8 +42,8 @@ def assert_learns_nothing_about_shared_experts(bank: ExpertBank) -> None:
         assert torch.equal(gate.grad[:S], torch.zeros_like(gate.grad[:S]))
         assert (gate.grad[S:] != 0).any()
     # The shared ones learn as all experts do.
-    assert bank.down_proj.grad is not None
-    assert (bank.down_proj.grad[:S] != 0).any()
+    assert bank.experts.down_proj.grad is not None
+    assert (bank.experts.down_proj.grad[:S] != 0).any()
     assert bank.smk is not None and bank.smk.tally is not None
     tally = bank.smk.tally
     assert not tally.target_E[:S].any() and not tally.pick_E[:S].any()

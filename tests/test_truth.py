@@ -29,7 +29,7 @@ def make_wide(family, weighting, **changes):
             bank.double()
             # A gate that chooses by token.
             bank.router.weight.mul_(20)
-            bank.gate_up_proj.add_(torch.randn_like(bank.gate_up_proj) * 0.05)
+            bank.experts.gate_up_proj.add_(torch.randn_like(bank.experts.gate_up_proj) * 0.05)
             if bank.mean_outputs is not None and bank.expert_scale is not None:
                 bank.mean_outputs.copy_(torch.randn_like(bank.mean_outputs) * 0.1)
                 bank.expert_scale.copy_(torch.rand_like(bank.expert_scale) + 0.5)
@@ -56,7 +56,7 @@ def flipped(student, layer, token, expert):
     """A hook that changes one token at one layer: the expert's weights zero, or the expert on."""
     bank = student.banks()[layer]
     without = copy.deepcopy(bank)
-    without.down_proj[expert] = 0
+    without.experts.down_proj[expert] = 0
 
     def hook(module, inputs, output):
         output = output.clone()
@@ -67,8 +67,8 @@ def flipped(student, layer, token, expert):
         else:
             added = reference.expert(
                 inputs[0][0, token],
-                module.gate_up_proj[:, expert],
-                module.down_proj[expert],
+                module.experts.gate_up_proj[expert],
+                module.experts.down_proj[expert],
                 module.activation,
             )
             logits = module.routing.router_logits[token]
@@ -167,8 +167,8 @@ def test_surprise_is_the_definition_at_the_gradient_that_counts(own):
             expected = reference.surprise(
                 kind,
                 x_TD[: TOKENS - 1],
-                bank.gate_up_proj,
-                bank.down_proj,
+                bank.experts.gate_up_proj,
+                bank.experts.down_proj,
                 grad_TD[: TOKENS - 1],
                 bank.activation,
             )
@@ -200,7 +200,7 @@ def test_gain_of_own_losses_is_the_truth_to_first_order():
     student, _ = make_wide("llama", "unit")
     with torch.no_grad():
         for bank in student.banks():
-            bank.down_proj.mul_(1e-3)
+            bank.experts.down_proj.mul_(1e-3)
     ids = make_ids(1, TOKENS)
     with own_keys(student):
         document = Document(student, ids, None)

@@ -251,7 +251,7 @@ def forward_flops(
     other linear map by its size, the head once, and attention.
     """
     banks = student.banks()
-    L, (E, I, D) = len(banks), banks[0].down_proj.shape
+    L, (E, D, I) = len(banks), banks[0].experts.down_proj.shape
     config = student.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
     scores = score_flops(L, config.num_attention_heads * head_dim, mean_context)
