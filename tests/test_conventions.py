@@ -39,7 +39,7 @@ LAYERS = (
         "activations",
     ),
     ("data", "convert", "teacher", "calibrate", "massive", "compensate", "steering", "optim"),
-    ("partition", "resuming", "own_keys", "budgets"),
+    ("partition", "resuming", "own_keys", "budgets", "gate_step"),
     ("run_folder", "truth", "plan_costs", "plan_sources"),
     ("checkpoint",),
     ("recorded_teacher", "prepare", "plan_memory", "integrity"),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from test_routing_stats import COUNTED, ROW, entropy
+from test_routing_stats import COUNTED, ROW, entropy, routing_of
 from tiny import CONFIG, WIDTH, change, make_dense, make_ids, make_rows, make_student
 from tiny_onn.budgets import set_budget, tabulate
 from tiny_onn.calibrate import sample_inputs
@@ -18,7 +18,7 @@ from tiny_onn.config import ExpertInit, RunConfig, Selection, Weighting
 from tiny_onn.convert import identity_gap
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.frontier import default_budgets
 from tiny_onn.held_out import HeldOut
 from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
@@ -29,7 +29,7 @@ from tiny_onn.optim import build_optimizer
 from tiny_onn.partition import by_importance, learn_partition, neuron_energy
 from tiny_onn.prepare import make_student as prepare_student
 from tiny_onn.prepare import needs_text, partition, set_objective
-from tiny_onn.router import Exploration, Routing, RoutingRule, route
+from tiny_onn.router import Exploration, RoutingRule, route
 from tiny_onn.routing_stats import OracleStats, RoutingStats
 from tiny_onn.shared import kept_first, routed, split_neurons, with_shared
 from tiny_onn.steering import settle
@@ -138,7 +138,6 @@ def test_a_fresh_threshold_fits_a_flat_gate(form):
     student = make_student(make_dense(), budget_form=form, num_shared=S, gate_init="zeros")
     router = student.banks()[0].router
     assert router(normal(9, 32)).active.sum(-1).tolist() == [4] * 9
-    router.rule = RoutingRule(target_k=4.0, num_shared=S)
     router.correction.fill_(0.9)
     assert aims([router]) == S + 1
 
@@ -171,8 +170,8 @@ def test_the_main_loss_leaves_shared_logits_alone(weighting):
 TARGETS = ("single", "set", "regress", "member", "helpful", "log")
 
 
-def taught_bank(path, targets, candidates, *, compiled) -> ExpertBank:
-    """A bank after one backward pass that teaches its gate."""
+def taught_bank(path, targets, candidates, *, compiled) -> tuple[ExpertBank, SurpriseTally]:
+    """A bank after one backward pass that teaches its gate, and the tally."""
     rule = RoutingRule(selection="top_k", target_k=5.0, num_shared=S)
     bank = ExpertBank(12, E, 3, "silu", rule)
     generator = torch.Generator().manual_seed(0)
@@ -183,14 +182,15 @@ def taught_bank(path, targets, candidates, *, compiled) -> ExpertBank:
         surprise=surprise, direction="max", candidates=candidates, targets=targets, num_targets=3
     )
     tally = SurpriseTally.of_layers(1, E, torch.device("cpu"))[0]
-    bank.smk = SmkStep(rule=smk, grad_scale=1.0, tally=tally, num_shared=S)
-    bank.path, bank.compiled = path, compiled
-    y = bank(normal(30, 12, seed=2))
-    (y * normal(30, 12, seed=3)).sum().backward()
-    return bank
+    step = SmkStep(rule=smk, grad_scale=1.0, tally=tally, num_shared=S)
+    bank.set_execution(Execution(path=path, compiled=compiled))
+    with row_context([bank], [RowState(smk=step)]):
+        y = bank(normal(30, 12, seed=2))
+        (y * normal(30, 12, seed=3)).sum().backward()
+    return bank, tally
 
 
-def assert_learns_nothing_about_shared_experts(bank: ExpertBank) -> None:
+def assert_learns_nothing_about_shared_experts(bank: ExpertBank, tally: SurpriseTally) -> None:
     for gate in (bank.router.weight, bank.router.bias):
         assert gate.grad is not None
         assert torch.equal(gate.grad[:S], torch.zeros_like(gate.grad[:S]))
@@ -198,8 +198,6 @@ def assert_learns_nothing_about_shared_experts(bank: ExpertBank) -> None:
     # The shared ones learn as all experts do.
     assert bank.down_proj.grad is not None
     assert (bank.down_proj.grad[:S] != 0).any()
-    assert bank.smk is not None and bank.smk.tally is not None
-    tally = bank.smk.tally
     assert not tally.target_E[:S].any() and not tally.pick_E[:S].any()
     assert (tally.surprise_E != 0).all() and (tally.active_surprise_E[:S] != 0).all()
     assert torch.equal(tally.surprise_E[:S], tally.active_surprise_E[:S])
@@ -210,8 +208,8 @@ def assert_learns_nothing_about_shared_experts(bank: ExpertBank) -> None:
     ("path", "candidates"), [("dense", "all"), ("dense", "active"), ("grouped", "active")]
 )
 def test_a_gate_learns_nothing_about_shared_experts(path, targets, candidates):
-    bank = taught_bank(path, targets, candidates, compiled=False)
-    assert_learns_nothing_about_shared_experts(bank)
+    bank, tally = taught_bank(path, targets, candidates, compiled=False)
+    assert_learns_nothing_about_shared_experts(bank, tally)
 
 
 # torch 2.13's inductor warns about torch itself when it is imported.
@@ -219,9 +217,9 @@ def test_a_gate_learns_nothing_about_shared_experts(path, targets, candidates):
 @pytest.mark.compiled
 @pytest.mark.parametrize(("path", "candidates"), [("dense", "all"), ("grouped", "active")])
 def test_a_compiled_gate_learns_nothing_about_them_either(path, candidates):
-    bank = taught_bank(path, "set", candidates, compiled=True)
-    assert_learns_nothing_about_shared_experts(bank)
-    eager = taught_bank(path, "set", candidates, compiled=False)
+    bank, tally = taught_bank(path, "set", candidates, compiled=True)
+    assert_learns_nothing_about_shared_experts(bank, tally)
+    eager, _ = taught_bank(path, "set", candidates, compiled=False)
     torch.testing.assert_close(bank.router.weight.grad, eager.router.weight.grad)
 
 
@@ -471,11 +469,8 @@ def test_statistics_are_about_choices():
     active[:, :S] = True
     rule = RoutingRule(target_k=4.0, num_shared=S)
     bank = ExpertBank(3, E, 2, "silu", rule)
-    bank.routing = Routing(
-        router_logits=logits, scores=logits, active=active, weights=active.float()
-    )
     stats = RoutingStats.zeros([bank])
-    stats.add([bank], ROW)
+    stats.add([routing_of(logits, active)], ROW)
     layers, others = stats.layers(), range(S, E)
     load = [sum(int(active[t, e]) for t in COUNTED) for e in others]
     assert stats.counts()["load"] == [[len(COUNTED)] * S + load]
