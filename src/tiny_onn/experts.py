@@ -27,25 +27,26 @@ MIN_NORM = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """How a bank computes. None of it changes what a student without a gradient gives."""
+    """How a bank computes its output and gradients; the output is the same to rounding."""
 
     path: Literal["dense", "grouped"] = "dense"
-    """Every expert on every token, masked, or each expert on its own tokens. In evaluation mode and
-    without gradients, a few tokens on a GPU with triton take `ops/decode.py` on either path."""
+    """`dense` computes every expert on every token and masks the inactive ones, `grouped` computes
+    each expert on its own tokens. In evaluation mode and without gradients, a few tokens on a GPU
+    with triton take `ops/decode.py` whatever the path."""
     compiled: bool = False
     """Whether the elementwise regions are compiled."""
     chunk_tokens: int = 0
-    """Tokens that the dense path processes at once; 0: all."""
+    """How many tokens the dense path processes at once; 0: all."""
     coupled: bool = False
     """Whether the router's input and weights carry the main loss' gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowState:
-    """What a bank is told about a training row; the default is told outside of one."""
+    """What a bank knows of the training row in hand. The default holds where there is none."""
 
     token_mask: Bool[Tensor, " tokens"] | None = None
-    """The row's tokens that count in SMK targets and statistics; None: all."""
+    """The row's tokens that count in SMK targets and statistics, (B * T,); None: all."""
     smk: SmkStep | None = None
     """How the router is taught in the backward pass; None: it is not."""
     exploration: Exploration | None = None
@@ -63,10 +64,10 @@ class ExpertBank(nn.Module):
     change nothing while all experts are active and scales are 1: `mean_outputs` (E, D), added for
     inactive experts, and `expert_scale` (E,), a factor of the experts' weights.
 
-    What changes a call is in three attributes, which this file alone assigns:
-        execution: given once, by `set_execution`.
-        row: the training row in hand, within `row_context`.
-        The recordings in progress, within `recorded_routings`.
+    Beside parameters and buffers, a call depends on two attributes, which this file alone assigns:
+        execution: How to compute; `set_execution` gives it once.
+        row: The training row in hand; `row_context` gives it for a forward and backward pass.
+    `recorded_routings` collects the routing of calls.
     """
 
     mean_outputs: nn.Parameter | None
@@ -201,7 +202,7 @@ def row_context(banks: Sequence[ExpertBank], states: Sequence[RowState]) -> Iter
 
     Args:
         banks: The layers.
-        states: What each of them is told.
+        states: What each of them knows of the row.
     """
     # Attributes rather than context variables: autograd computes layers again in its own threads.
     before = [bank.row for bank in banks]

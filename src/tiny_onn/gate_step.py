@@ -22,7 +22,7 @@ from tiny_onn.surprise import SmkRule
 
 
 class GateStep:
-    """One update's gates, used by both stages in the same way.
+    """The gates' side of one update, used by both stages in the same way.
 
         with gates.row(row):
             with recorded_routings(banks) as routings:
