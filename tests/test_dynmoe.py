@@ -1,6 +1,7 @@
 """The top-any gate against the paper's equations, one token and one expert at a time."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ def normal(*shape, seed=0, scale=1.0):
 
 
 def make_bank(
-    weighting: Weighting = "mean", at_least_one: AtLeastOne = "evaluation", raised=0.0, path="dense"
+    weighting: Weighting = "mean",
+    at_least_one: AtLeastOne = "evaluation",
+    raised=0.0,
+    path: Literal["dense", "grouped"] = "dense",
 ):
     rule = RoutingRule(selection="top_any", weighting=weighting, at_least_one=at_least_one)
     bank = ExpertBank(HIDDEN, EXPERTS, WIDTH, "silu", rule)
