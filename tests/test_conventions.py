@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import get_type_hints
@@ -40,7 +41,7 @@ LAYERS = (
         "activations",
     ),
     ("data", "convert", "teacher", "calibrate", "massive", "compensate", "steering", "optim"),
-    ("partition", "resuming", "own_keys", "budgets"),
+    ("partition", "resuming", "own_keys", "budgets", "gate_step"),
     ("run_folder", "truth", "plan_costs", "plan_sources"),
     ("checkpoint",),
     ("recorded_teacher", "prepare", "plan_memory", "integrity"),
@@ -177,6 +178,28 @@ def test_files_and_functions_are_short(name):
         if (node.end_lineno or 0) - node.lineno + 1 > 80
     ]
     assert long == []
+
+
+@per_file
+def test_banks_and_routers_are_set_in_their_own_files(name):
+    # What changes their calls is given by contexts and methods there. Buffers change in place.
+    if name in ("experts.py", "router.py"):
+        return
+    targets = [
+        target
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
+    found = [
+        f"{name}:{node.lineno} {ast.unparse(node)}"
+        for target in targets
+        for node in ast.walk(target)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and re.search(r"\b(banks?|routers?)(\[.*\])?$", ast.unparse(node.value))
+    ]
+    assert found == []
 
 
 @per_file
