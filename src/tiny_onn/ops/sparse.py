@@ -51,7 +51,7 @@ class Tile:
     depth: int
     """Of a step along the summed axis."""
     columns: int = 0
-    """Features of an output tile, where the width of an expert does not set it."""
+    """Features of an output tile of `project`; rows of `slope` that are in registers at once."""
     warps: int = 8
     stages: int = 3
 
@@ -60,17 +60,17 @@ class Tile:
 class Tiles:
     """How the work is cut into programs; results differ by rounding only."""
 
-    up: Tile = Tile(rows=128, depth=64)
-    slope: Tile = Tile(rows=128, depth=64)
-    outer_gate_up: Tile = Tile(rows=128, depth=64)
-    outer_down: Tile = Tile(rows=128, depth=64)
+    up: Tile = Tile(rows=128, depth=32, stages=5)
+    slope: Tile = Tile(rows=64, depth=64, columns=32, warps=4)
+    outer_gate_up: Tile = Tile(rows=128, depth=64, stages=2)
+    outer_down: Tile = Tile(rows=128, depth=128, stages=2)
     project: Tile = Tile(rows=128, depth=32, columns=128)
 
 
 # Float32 products need twice the shared memory.
 WIDE_TILES = Tiles(
     up=Tile(rows=64, depth=32),
-    slope=Tile(rows=64, depth=32),
+    slope=Tile(rows=64, depth=32, columns=32),
     outer_gate_up=Tile(rows=64, depth=32),
     outer_down=Tile(rows=64, depth=32),
     project=Tile(rows=64, depth=32, columns=64),
@@ -268,21 +268,19 @@ class _Launches:
 
     def slope(
         self, grad_y_TD: Tensor, down_EDI: Tensor, weights_TE: Tensor, pre_SJ: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        hidden_SI, grad_pre_SJ = self.new(self.num_slots, self.I), torch.empty_like(pre_SJ)
-        sums_C3TE = weights_TE.new_empty(
-            self.num_chunks, 3, self.T, self.E, dtype=torch.float32
-        )
-        tile = self.tiles.slope
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient at the pre-activations, and the sums (3, T, E) of `Sums`."""
+        grad_pre_SJ, tile = torch.empty_like(pre_SJ), self.tiles.slope
+        shape = (self.num_chunks, 3, self.E, self.T)
+        sums_C3ET = weights_TE.new_empty(shape, dtype=torch.float32)
         _kernels().slope_kernel[self.grid(tile), self.num_chunks](
             grad_y_TD,
             down_EDI,
             weights_TE,
             *self.lists[:3],
             pre_SJ,
-            hidden_SI,
             grad_pre_SJ,
-            sums_C3TE,
+            sums_C3ET,
             self.T,
             D=self.D,
             E=self.E,
@@ -290,14 +288,16 @@ class _Launches:
             **_strides(down_EDI, "EDI"),
             BLOCK_M=tile.rows,
             BLOCK_K=_depth(tile, self.D),
+            BLOCK_R=min(tile.columns, tile.rows),
+            W=_power_of_two(sum(self.chunk.values())),
             ACTIVATION=self.options.activation,
             num_warps=tile.warps,
             num_stages=tile.stages,
             **self.chunk,
             **self.common,
         )
-        sums_3TE = sums_C3TE[0] if self.num_chunks == 1 else sums_C3TE.sum(0)
-        return hidden_SI, grad_pre_SJ, sums_3TE
+        sums_3ET = sums_C3ET[0] if self.num_chunks == 1 else sums_C3ET.sum(0)
+        return grad_pre_SJ, sums_3ET.mT
 
     def outer(self, rows_SN: Tensor, x_TD: Tensor, grad: Tensor, axes: str, tile: Tile) -> Tensor:
         """Fill the weight's gradient, whose axes are named: E, N (columns of the rows) and D."""
@@ -398,6 +398,7 @@ class _Sparse(torch.autograd.Function):
             token_mask_T,
             lesson_T,
             pre_SJ,
+            hidden_SI,
             *lists,
         )
         ctx.options = options
@@ -413,13 +414,13 @@ class _Sparse(torch.autograd.Function):
             ctx.saved_tensors
         )
         options: _Options = ctx.options
-        pre_SJ, *lists = saved
+        pre_SJ, hidden_SI, *lists = saved
         grad_y_TD = grad_y_TD.contiguous()
         need_x, need_gate_up, need_down, need_weights, need_logits = ctx.needs_input_grad[:5]
         grad_x = grad_gate_up = grad_down = grad_weights = grad_logits = None
         run = _Launches(options, x_TD, down, Lists(*lists))
         with torch.cuda.device_of(x_TD):
-            hidden_SI, grad_pre_SJ, sums_3TE = run.slope(
+            grad_pre_SJ, sums_3TE = run.slope(
                 grad_y_TD, _cast(down, x_TD), weights_TE, pre_SJ
             )
             if need_x and run.all_slots:

@@ -3,7 +3,7 @@
     count     how many tokens of a block chose each expert
     index     each expert's tokens: those that chose it, in their order, then the others
     up        pre-activations and routed hidden activations of a tile of one expert's tokens
-    slope     the gradient at these, the routed hidden again, and the sums surprise is made of
+    slope     the gradient at the pre-activations, and the sums that surprise is made of
     outer     a weight's gradient, from all tokens of one expert
     project   rows of one expert times its weights, a row of the output for each
     reduce    the sum of a token's rows
@@ -235,44 +235,6 @@ def up_kernel(
 
 @triton.jit
 @no_type_check
-def store_gradients(
-    acc,  # (BLOCK_M, W): the gradient at the unrouted hidden activations
-    at,  # (BLOCK_M,) int64 slots
-    first,  # the chunk's first column
-    weight,  # (BLOCK_M,) float32
-    own,  # (BLOCK_M,)
-    written,  # (BLOCK_M,) pairs whose gradient is written, as 0 if not own
-    pre,
-    hidden,
-    grad_pre,
-    I: tl.constexpr,
-    W: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """Routed hidden activations and gradients; the three sums over the columns, unrouted."""
-    i = first + tl.arange(0, W)
-    here = at[:, None] * (2 * I) + i[None, :]
-    inside = (i < I)[None, :]
-    mine = own[:, None] & inside
-    gate = tl.load(pre + here, mask=mine, other=0.0).to(tl.float32)
-    up = tl.load(pre + here + I, mask=mine, other=0.0).to(tl.float32)
-    grad_hidden = tl.where(mine, acc, 0.0)
-    value, slope = activate(gate, ACTIVATION)
-    value = tl.where(mine, value, 0.0)
-    product = value * up
-    grad_gate = grad_hidden * up * slope
-    grad_up = grad_hidden * value
-    dtype = hidden.dtype.element_ty
-    w = weight[:, None]
-    tl.store(hidden + at[:, None] * I + i[None, :], (product * w).to(dtype), mask=mine)
-    tl.store(grad_pre + here, (grad_gate * w).to(dtype), mask=written[:, None] & inside)
-    tl.store(grad_pre + here + I, (grad_up * w).to(dtype), mask=written[:, None] & inside)
-    pre_sq = tl.sum(grad_gate * grad_gate + grad_up * grad_up, axis=1)
-    return pre_sq, tl.sum(product * product, axis=1), tl.sum(product * grad_hidden, axis=1)
-
-
-@triton.jit
-@no_type_check
 def slope_kernel(
     grad_y,  # (T, D)
     down,  # (E, D, I), by its strides
@@ -281,9 +243,8 @@ def slope_kernel(
     num,  # (E,) int32
     starts,  # (E,) int32
     pre,  # (S, J)
-    hidden,  # (S, I), written
     grad_pre,  # (S, J), written
-    sums,  # (C, 3, T, E) float32, written
+    sums,  # (C, 3, E, T) float32, written
     T,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -293,94 +254,100 @@ def slope_kernel(
     STRIDE_I: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    W: tl.constexpr,
     W0: tl.constexpr,
     W1: tl.constexpr,
     ALL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tile's gradients at the pre-activations and its sums; 0 for pairs outside the lists."""
+    """The tile's gradients at the pre-activations and its sums; 0 for pairs outside the lists.
+
+    The product leaves the gradient at the hidden activations where that at the up projection goes,
+    and BLOCK_R rows at a time are read back, still in the L2 cache: all at once would need more
+    registers than there are.
+    """
     e = tl.program_id(0) % E
     start = (tl.program_id(0) // E) * BLOCK_M
     first = tl.program_id(1) * (W0 + W1)
     count = tl.load(num + e)
-    position = start + tl.arange(0, BLOCK_M)
-    inside_t = position < T
-    own = position < count
-    written = own
-    if ALL:
-        written = inside_t
-    if start < T:
-        t = tl.load(order + e.to(tl.int64) * T + position, mask=inside_t, other=0)
+    before = tl.load(starts + e)
+    of_order = order + e.to(tl.int64) * T
+    if start < count:
+        position = start + tl.arange(0, BLOCK_M)
+        t = tl.load(of_order + position, mask=position < T, other=0).to(tl.int64)
+        at = t * E + e
+        if not ALL:
+            at = (before + position).to(tl.int64)
+        k = tl.arange(0, BLOCK_K)
+        i0 = first + tl.arange(0, W0)
+        from_y = grad_y + t[:, None] * D + k[None, :]
+        of_e = down + e.to(tl.int64) * STRIDE_E
+        from_0 = of_e + i0[None, :] * STRIDE_I + k[:, None] * STRIDE_D
+        acc0 = tl.zeros((BLOCK_M, W0), tl.float32)
+        if W1 > 0:
+            i1 = first + W0 + tl.arange(0, W1)
+            from_1 = of_e + i1[None, :] * STRIDE_I + k[:, None] * STRIDE_D
+            acc1 = tl.zeros((BLOCK_M, W1), tl.float32)
+        for begin in range(0, D, BLOCK_K):
+            if D % BLOCK_K == 0:
+                a = tl.load(from_y + begin)
+            else:
+                a = tl.load(from_y + begin, mask=(begin + k < D)[None, :], other=0.0)
+            if D % BLOCK_K == 0 and I % (W0 + W1) == 0:
+                b0 = tl.load(from_0 + begin * STRIDE_D)
+            else:
+                inside = (begin + k < D)[:, None] & (i0 < I)[None, :]
+                b0 = tl.load(from_0 + begin * STRIDE_D, mask=inside, other=0.0)
+            acc0 = tl.dot(a, b0, acc0, input_precision=PRECISION)
+            if W1 > 0:
+                if D % BLOCK_K == 0 and I % (W0 + W1) == 0:
+                    b1 = tl.load(from_1 + begin * STRIDE_D)
+                else:
+                    inside = (begin + k < D)[:, None] & (i1 < I)[None, :]
+                    b1 = tl.load(from_1 + begin * STRIDE_D, mask=inside, other=0.0)
+                acc1 = tl.dot(a, b1, acc1, input_precision=PRECISION)
+        to = grad_pre + at[:, None] * (2 * I) + I
+        own = (position < count)[:, None]
+        dtype = grad_pre.dtype.element_ty
+        tl.store(to + i0[None, :], acc0.to(dtype), mask=own & (i0 < I)[None, :])
+        if W1 > 0:
+            tl.store(to + i1[None, :], acc1.to(dtype), mask=own & (i1 < I)[None, :])
+        # What other threads of the program stored is read below.
+        tl.debug_barrier()
+    i = first + tl.arange(0, W)
+    of_chunk = (i < first + W0 + W1) & (i < I)
+    size = T * E
+    for row in range(start, tl.minimum(start + BLOCK_M, T), BLOCK_R):
+        position = row + tl.arange(0, BLOCK_R)
+        inside_t = position < T
+        t = tl.load(of_order + position, mask=inside_t, other=0)
         pair = t.to(tl.int64) * E + e
         at = pair
         if not ALL:
-            at = (tl.load(starts + e) + position).to(tl.int64)
-        size = T * E
-        to_sums = sums + tl.program_id(1) * 3 * size + pair
-        if start < count:
-            weight = tl.load(weights + pair, mask=own, other=0.0).to(tl.float32)
-            k = tl.arange(0, BLOCK_K)
-            i0 = first + tl.arange(0, W0)
-            from_y = grad_y + t.to(tl.int64)[:, None] * D + k[None, :]
-            of_e = down + e.to(tl.int64) * STRIDE_E
-            from_0 = of_e + i0[None, :] * STRIDE_I + k[:, None] * STRIDE_D
-            acc0 = tl.zeros((BLOCK_M, W0), tl.float32)
-            if W1 > 0:
-                i1 = first + W0 + tl.arange(0, W1)
-                from_1 = of_e + i1[None, :] * STRIDE_I + k[:, None] * STRIDE_D
-                acc1 = tl.zeros((BLOCK_M, W1), tl.float32)
-            for begin in range(0, D, BLOCK_K):
-                if D % BLOCK_K == 0:
-                    a = tl.load(from_y + begin)
-                else:
-                    a = tl.load(from_y + begin, mask=(begin + k < D)[None, :], other=0.0)
-                if D % BLOCK_K == 0 and I % (W0 + W1) == 0:
-                    b0 = tl.load(from_0 + begin * STRIDE_D)
-                else:
-                    inside = (begin + k < D)[:, None] & (i0 < I)[None, :]
-                    b0 = tl.load(from_0 + begin * STRIDE_D, mask=inside, other=0.0)
-                acc0 = tl.dot(a, b0, acc0, input_precision=PRECISION)
-                if W1 > 0:
-                    if D % BLOCK_K == 0 and I % (W0 + W1) == 0:
-                        b1 = tl.load(from_1 + begin * STRIDE_D)
-                    else:
-                        inside = (begin + k < D)[:, None] & (i1 < I)[None, :]
-                        b1 = tl.load(from_1 + begin * STRIDE_D, mask=inside, other=0.0)
-                    acc1 = tl.dot(a, b1, acc1, input_precision=PRECISION)
-            pre_sq, hidden_sq, dot = store_gradients(
-                acc0, at, first, weight, own, written, pre, hidden, grad_pre, I, W0, ACTIVATION
-            )
-            if W1 > 0:
-                more = store_gradients(
-                    acc1, at, first + W0, weight, own, written, pre, hidden, grad_pre, I, W1,
-                    ACTIVATION,
-                )  # fmt: skip
-                pre_sq += more[0]
-                hidden_sq += more[1]
-                dot += more[2]
-            tl.store(to_sums, pre_sq, mask=inside_t)
-            tl.store(to_sums + size, hidden_sq, mask=inside_t)
-            tl.store(to_sums + 2 * size, dot, mask=inside_t)
-        else:
-            zero = tl.zeros((BLOCK_M,), tl.float32)
-            tl.store(to_sums, zero, mask=inside_t)
-            tl.store(to_sums + size, zero, mask=inside_t)
-            tl.store(to_sums + 2 * size, zero, mask=inside_t)
-            if ALL:
-                i = first + tl.arange(0, W0)
-                to = grad_pre + at[:, None] * (2 * I) + i[None, :]
-                zeros = tl.zeros((BLOCK_M, W0), grad_pre.dtype.element_ty)
-                mask = inside_t[:, None] & (i < I)[None, :]
-                tl.store(to, zeros, mask=mask)
-                tl.store(to + I, zeros, mask=mask)
-                if W1 > 0:
-                    i = first + W0 + tl.arange(0, W1)
-                    to = grad_pre + at[:, None] * (2 * I) + i[None, :]
-                    zeros = tl.zeros((BLOCK_M, W1), grad_pre.dtype.element_ty)
-                    mask = inside_t[:, None] & (i < I)[None, :]
-                    tl.store(to, zeros, mask=mask)
-                    tl.store(to + I, zeros, mask=mask)
+            at = (before + position).to(tl.int64)
+        own = position < count
+        w = tl.load(weights + pair, mask=own, other=0.0).to(tl.float32)[:, None]
+        mask = own[:, None] & of_chunk[None, :]
+        here = at[:, None] * (2 * I) + i[None, :]
+        gate = tl.load(pre + here, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(pre + here + I, mask=mask, other=0.0).to(tl.float32)
+        grad_hidden = tl.load(grad_pre + here + I, mask=mask, other=0.0).to(tl.float32)
+        value, slope = activate(gate, ACTIVATION)
+        hidden = value * up
+        grad_gate = grad_hidden * up * slope
+        grad_up = grad_hidden * value
+        if ALL:
+            mask = inside_t[:, None] & of_chunk[None, :]
+        dtype = grad_pre.dtype.element_ty
+        tl.store(grad_pre + here, (grad_gate * w).to(dtype), mask=mask)
+        tl.store(grad_pre + here + I, (grad_up * w).to(dtype), mask=mask)
+        to = sums + tl.program_id(1) * 3 * size + e * T + t
+        squares = grad_gate * grad_gate + grad_up * grad_up
+        tl.store(to, tl.sum(squares, axis=1), mask=inside_t)
+        tl.store(to + size, tl.sum(hidden * hidden, axis=1), mask=inside_t)
+        tl.store(to + 2 * size, tl.sum(hidden * grad_hidden, axis=1), mask=inside_t)
 
 
 @triton.jit
