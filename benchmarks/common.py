@@ -2,10 +2,10 @@
 
 Functions are timed interleaved (A B B A A B ...), so that a machine that slows down slows all of
 them. Peak memory is what a call adds to what is held before it. Every benchmark ends in one JSON
-line, written to `results/NAME.json` too, and reports no time where its parity check fails.
+line, written to `results/NAME.json` too, and reports no time where its parity check fails. The
+studies in `experiments/` use the same functions.
 """
 
-import argparse
 import ctypes
 import gc
 import json
@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 _PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "liger-kernel", "trl", "tiny-onn")
 
 
@@ -36,6 +37,10 @@ class Timing:
     p80_ms: float
     repeats: int
 
+    def columns(self) -> dict[str, float]:
+        """The quantiles as columns of a table."""
+        return {"p20_ms": self.p20_ms, "p50_ms": self.p50_ms, "p80_ms": self.p80_ms}
+
 
 class Deadline:
     """A budget of wall time that starts now."""
@@ -46,20 +51,6 @@ class Deadline:
     def left(self) -> bool:
         """Whether there is some left."""
         return time.monotonic() < self._end
-
-
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
-    first = (description or "").partition("\n")[0]
-    options = argparse.ArgumentParser(description=first)
-    options.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    options.add_argument("--smoke", action="store_true", help="a tiny size, to see that it runs")
-    options.add_argument(
-        "--out",
-        type=Path,
-        help="folder of the JSON record; default: benchmarks/results, with --smoke none",
-    )
-    return options
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -172,19 +163,26 @@ def resident_bytes(key: str) -> int:
     raise KeyError(key)
 
 
-def in_subprocess(script: str, case: Mapping[str, Any]) -> dict[str, Any]:
-    """Run `script --case JSON` in a process of its own; its last line, which is JSON.
+def command_of(name: str, *options: str) -> list[str]:
+    """The command of a benchmark; to be run in `ROOT`."""
+    return [sys.executable, "-m", "benchmarks", name, *options]
+
+
+def in_subprocess(name: str, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a benchmark's `case` in a process of its own.
 
     Raises:
-        SystemExit: it failed; with its error output.
+        SystemExit: It failed; with its error output.
     """
     # glibc keeps freed blocks below a threshold that grows with use; a fixed one gives tensors back
     # to the system when they are freed, so that resident memory is what is alive.
     variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, script, "--case", json.dumps(dict(case))]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    command = command_of(name, "--case", json.dumps(dict(case)))
+    done = subprocess.run(
+        command, env=variables, capture_output=True, text=True, check=False, cwd=ROOT
+    )
     if done.returncode:
-        raise SystemExit(f"{script} {command[-1]} failed:\n{done.stderr}")
+        raise SystemExit(f"{name} {command[-1]} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -215,12 +213,7 @@ def report(
         out: folder of the record.
         record: what else the record holds: settings, parity, environment.
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    # By hand, so that a GPU machine needs no more than torch and transformers.
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print_table(rows)
     for label, value in ratios.items():
         print(f"{label}: {_cell(value)}")
     whole = {"benchmark": name, "rows": list(rows), "ratios": dict(ratios), **record}
@@ -232,9 +225,14 @@ def report(
     return whole
 
 
-def results_folder(arguments: argparse.Namespace) -> Path | None:
-    """Where the record goes: `--out`, or `results/` unless it is a smoke run."""
-    return arguments.out or (None if arguments.smoke else RESULTS)
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows under the names of their columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    # By hand, so that a GPU machine needs no more than torch and transformers.
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Generating one token at a time: the expert layer and a whole model, against dense ones.
 
-    python benchmarks/decode.py [--device cuda] [--k 4 8 16 24 32] [--sweep] [--smoke]
+    python -m benchmarks decode [--device cuda] [--k 4 8 16 24 32] [--sweep] [--smoke]
 
 A stack of feed-forward layers of Qwen3-0.6B's shape (hidden 1024, 32 experts x 96, bfloat16), as
 many as exceed a GPU's L2 cache even at k = 4, each with an input of its own, captured in a CUDA
@@ -19,8 +19,8 @@ without one. On a CPU nothing is captured and ours is the path for all experts: 
 runs. `--sweep` times other sizes of the kernels' programs. Ends in one JSON line.
 """
 
+import argparse
 import gc
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,18 +30,9 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from common import (
-    Deadline,
-    captured,
-    check,
-    environment,
-    measure,
-    parser,
-    relative_gap,
-    report,
-    results_folder,
-)
-from decode_model import whole_model
+from benchmarks.common import Deadline, captured, check, measure, relative_gap
+from benchmarks.decode_model import whole_model
+from benchmarks.registry import Option, Result, benchmark
 from tiny_onn.experts import ExpertBank, selecting
 from tiny_onn.ops import decode
 from tiny_onn.router import RoutingRule
@@ -78,7 +69,7 @@ class Stack:
         D, E, I = self.D, self.E, self.I
         self.inputs = [draw(1, D) for _ in range(self.layers)]
         self.experts = [
-            (draw(2, E, I, D, std=D**-0.5), draw(E, I, D, std=(E * I) ** -0.5))
+            (draw(E, 2 * I, D, std=D**-0.5), draw(E, D, I, std=(E * I) ** -0.5))
             for _ in range(self.layers)
         ]
         self.gates = [draw(E, D, std=D**-0.5) for _ in range(self.layers)]
@@ -93,7 +84,9 @@ class Stack:
             bank.router = bank.router.to_empty(device=self.device)
             bank.router.reset(None)
             bank.router.weight.data.copy_(gate)
-            bank.gate_up_proj, bank.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+            bank.experts.gate_up_proj = nn.Parameter(gate_up)
+            bank.experts.down_proj = nn.Parameter(down)
+            bank.experts.store_by_neuron()
             banks.append(bank.train(False).requires_grad_(False))
         return banks
 
@@ -112,9 +105,9 @@ class Stack:
             with torch.device("meta"):
                 config = Qwen3Config(hidden_size=self.D, intermediate_size=self.E * self.I)
                 mlp = Qwen3MLP(config)
-            mlp.gate_proj.weight = nn.Parameter(gate_up[0].flatten(0, 1))
-            mlp.up_proj.weight = nn.Parameter(gate_up[1].flatten(0, 1))
-            mlp.down_proj.weight = nn.Parameter(down.flatten(0, 1).T.contiguous())
+            for name, rows in zip(("gate_proj", "up_proj"), gate_up.chunk(2, dim=1), strict=True):
+                getattr(mlp, name).weight = nn.Parameter(rows.flatten(0, 1))
+            mlp.down_proj.weight = nn.Parameter(down.transpose(0, 1).flatten(1))
             modules.append(mlp.requires_grad_(False))
         return modules
 
@@ -129,7 +122,10 @@ class Stack:
             return forward
 
         pairs = zip(self.experts, mlps, strict=True)
-        return [layer(gate_up.flatten(0, 2), mlp) for (gate_up, _), mlp in pairs]
+        return [
+            layer(gate_up.view(self.E, 2, self.I, self.D).transpose(0, 1).flatten(0, 2), mlp)
+            for (gate_up, _), mlp in pairs
+        ]
 
     def blocks(self, k: int, implementation: str) -> list[nn.Module]:
         """Transformers' MoE blocks."""
@@ -147,8 +143,8 @@ class Stack:
                 block: Any = Qwen3MoeSparseMoeBlock(config).to(self.dtype)
             block = block.to_empty(device=self.device).requires_grad_(False)
             block.gate.weight.copy_(gate)
-            block.experts.gate_up_proj.copy_(gate_up.transpose(0, 1).flatten(1, 2))
-            block.experts.down_proj.copy_(down.mT)
+            block.experts.gate_up_proj.copy_(gate_up)
+            block.experts.down_proj.copy_(down)
             modules.append(block)
         return modules
 
@@ -159,9 +155,9 @@ class Stack:
     def defined(self, index: int, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
         """A layer's output by the definition, in float64."""
         gate_up, down = (tensor.double() for tensor in self.experts[index])
-        gate_TEI, up_TEI = torch.einsum("td,peid->ptei", x_TD.double(), gate_up)
+        gate_TEI, up_TEI = torch.einsum("td,ejd->tej", x_TD.double(), gate_up).chunk(2, -1)
         hidden_TEI = nn.functional.silu(gate_TEI) * up_TEI * weights_TE.double()[..., None]
-        return torch.einsum("tei,eid->td", hidden_TEI, down)
+        return torch.einsum("tei,edi->td", hidden_TEI, down)
 
 
 def through(
@@ -207,7 +203,7 @@ def timed(ways: dict[str, Callable[[], object]], stack: Stack, repeats: int) -> 
     return {name: t.p50_ms * 1e3 / REPLAYS / stack.layers for name, t in times.items()}
 
 
-def run(
+def records(
     device: str, deadline: Deadline, *, smoke: bool, ks: tuple[int, ...] = KS
 ) -> Iterator[dict]:
     """Records, one as soon as it is known: bandwidth, the stack by k and by tokens, the model."""
@@ -396,8 +392,8 @@ def sweep(stack: Stack, ks: tuple[int, ...]) -> Iterator[dict]:
                     gate = (router.weight, router.bias, router.selection_bias, router.settled)
                     decode.routed_expert_layer(
                         x_TD,
-                        bank.gate_up_proj,
-                        bank.down_proj,
+                        bank.experts.gate_up_proj,
+                        bank.experts.down_proj,
                         decode.Gate(*gate),
                         rule=rule,
                         activation="silu",
@@ -412,41 +408,31 @@ def row_of(record: dict[str, Any]) -> dict[str, Any]:
     """One line of the table."""
     return {
         "k": record["k"],
-        **{name: f"{value:.2f}" for name, value in record["us_per_layer"].items()},
+        **record["us_per_layer"],
         "ours / Qwen3MLP": record["ours / Qwen3MLP"],
         "limit": record["limit_us"],
         "share of bandwidth": record["share_of_bandwidth"],
     }
 
 
-def main() -> None:
-    """Time everything and report."""
-    options = parser(__doc__)
-    options.add_argument("--k", nargs="+", type=int, default=list(KS))
-    options.add_argument("--sweep", action="store_true", help="only other sizes of the programs")
-    arguments = options.parse_args()
-    # Inductor imports parts of torch that torch itself deprecates.
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+@benchmark(
+    "Time of one decoded token in the expert layer and in a whole model, against dense ones.",
+    k=Option(list(KS)),
+    sweep=Option(False, "only other sizes of the kernels' programs"),
+)
+def run(arguments: argparse.Namespace) -> Result | None:
+    """Check, then time the stack and the model."""
     device, smoke = arguments.device, arguments.smoke
     if arguments.sweep:
         with torch.no_grad():
             for record in sweep(Stack(device, smoke=smoke), tuple(arguments.k)):
                 print(record, flush=True)
-        return
-    deadline = Deadline(SECONDS)
-    records = list(run(device, deadline, smoke=smoke, ks=tuple(arguments.k)))
-    stacks = [r for r in records if r["kind"] == "stack" and "us_per_layer" in r]
-    name = "decode" if device == "cpu" else f"decode_{torch.device(device).type}"
-    report(
-        name,
-        [row_of(record) for record in stacks],
-        {f"ours / Qwen3MLP, k={r['k']}": r["ours / Qwen3MLP"] for r in stacks},
-        results_folder(arguments),
-        records=records,
-        settings={"smoke": smoke, "replays": REPLAYS},
-        environment=environment(device),
+        return None
+    found = list(records(device, Deadline(SECONDS), smoke=smoke, ks=tuple(arguments.k)))
+    stacks = [r for r in found if r["kind"] == "stack" and "us_per_layer" in r]
+    return Result(
+        rows=[row_of(record) for record in stacks],
+        ratios={f"ours / Qwen3MLP, k={r['k']}": r["ours / Qwen3MLP"] for r in stacks},
+        settings={"replays": REPLAYS},
+        more={"records": found},
     )
-
-
-if __name__ == "__main__":
-    main()

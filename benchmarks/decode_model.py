@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from common import captured, check, measure
-from steps import random_dense, settings
+from benchmarks.common import captured, check, measure
+from benchmarks.steps import random_dense, settings
 from tiny_onn.convert import convert
 
 

@@ -5,14 +5,14 @@ with frozen heads. Peers: naive (all logits of both models, float32 log-softmax,
 autograd); Liger's `LigerFusedLinearJSDLoss` (beta 0); TRL's `ChunkedDivergenceFunction` (beta 0,
 what its `DistillationTrainer` calls). A peer that is not installed is recorded as skipped.
 
-    python benchmarks/distill_loss.py [--tokens 2048] [--dtype bfloat16] [--device cuda] [--smoke]
+    python -m benchmarks distill_loss [--tokens 2048] [--dtype bfloat16] [--device cuda] [--smoke]
 
 Parity: every peer's loss and gradient equal ours in float32 at few tokens. Memory: peak beyond the
 inputs, each peer in a process of its own. Ends in one JSON line.
 """
 
+import argparse
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,17 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (
-    check,
-    environment,
-    in_subprocess,
-    measure,
-    parser,
-    peak_bytes,
-    relative_gap,
-    report,
-    results_folder,
-)
+from benchmarks.common import check, in_subprocess, measure, peak_bytes, relative_gap
+from benchmarks.registry import Goal, Option, Result, benchmark
 from tiny_onn.activations import CPU_LOSS_CHUNK_TOKENS, GPU_LOSS_CHUNK_TOKENS
 from tiny_onn.losses import Head, distill
 
@@ -169,7 +160,7 @@ def compare(
     gate = parity(found, vocab, hidden, device)
     size = {"tokens": tokens, "vocab": vocab, "hidden": hidden, "dtype": dtype, "device": device}
     memory = {}
-    probe = partial(in_subprocess, __file__) if own_process else measure_memory
+    probe = partial(in_subprocess, "distill_loss") if own_process else measure_memory
     for name in list(found):
         try:
             memory[name] = probe({**size, "loss": name})["bytes"]
@@ -184,9 +175,7 @@ def compare(
             "loss": name,
             "dtype": dtype,
             "tokens": tokens,
-            "p20_ms": timing.p20_ms,
-            "p50_ms": timing.p50_ms,
-            "p80_ms": timing.p80_ms,
+            **timing.columns(),
             "peak_bytes": memory[name],
         }
         for name, timing in timings.items()
@@ -209,22 +198,17 @@ def measure_memory(case: dict) -> dict[str, int]:
     return {"bytes": peak_bytes(partial(inputs.run, loss), case["device"])}
 
 
-def main() -> None:
-    """Check, measure, report."""
-    options = parser(__doc__)
-    options.add_argument("--tokens", type=int, nargs="+", default=[2048])
-    options.add_argument("--vocab", type=int, default=151_936)
-    options.add_argument("--hidden", type=int, default=1024)
-    options.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    options.add_argument("--repeats", type=int, default=5)
-    options.add_argument("--case", type=json.loads, help="internal: one measurement of memory")
-    arguments = options.parse_args()
-    if arguments.case:
-        print(json.dumps(measure_memory(arguments.case)))
-        return
-    if arguments.smoke:
-        arguments.tokens, arguments.vocab, arguments.hidden = [96], 2048, 64
-        arguments.dtype, arguments.repeats = ["float32"], 2
+@benchmark(
+    "Time and memory of the distillation loss against the ways others compute it.",
+    case=measure_memory,
+    tokens=Option([2048], smoke=[96]),
+    vocab=Option(151_936, smoke=2048),
+    hidden=Option(1024, smoke=64),
+    dtype=Option(["float32", "bfloat16"], smoke=["float32"]),
+    repeats=Option(5, smoke=2),
+)
+def run(arguments: argparse.Namespace) -> Result:
+    """Check, then measure, at every size and in every format."""
     rows, ratios, skipped, gate = [], {}, {}, {}
     for dtype in arguments.dtype:
         for tokens in arguments.tokens:
@@ -243,23 +227,20 @@ def main() -> None:
             gate = result["parity"]
     for name, reason in skipped.items():
         print(f"skipped: {name}: {reason}")
-    report(
-        "distill_loss",
-        rows,
-        ratios,
-        results_folder(arguments),
-        goal={"ours / naive, memory": 0.125, "ours / each, time": 1.0},
+    return Result(
+        rows=rows,
+        ratios=ratios,
+        goals={name: goal_of(name) for name in ratios},
         parity=gate,
-        skipped=skipped,
         settings={
             "vocab": arguments.vocab,
             "hidden": arguments.hidden,
             "chunk_tokens": CHUNK_TOKENS[torch.device(arguments.device).type],
-            "smoke": arguments.smoke,
         },
-        environment=environment(arguments.device),
+        more={"skipped": skipped},
     )
 
 
-if __name__ == "__main__":
-    main()
+def goal_of(ratio: str) -> Goal:
+    """An eighth of the naive way's memory, and nowhere more time or memory than a peer."""
+    return Goal(at_most=0.125 if ratio.endswith("naive, memory") else 1.0)

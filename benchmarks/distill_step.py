@@ -5,35 +5,27 @@ is `F.kl_div` between float32 log-softmaxes of all of them, experts are plain to
 autograd (dense and masked, the gate's weights coupled to the loss), no gradient checkpointing, and
 one `torch.optim.AdamW` steps the same parameters. It is measured with gradient checkpointing too.
 
-    python benchmarks/distill_step.py [--model embedded] [--tokens 1024] [--smoke]
+    python -m benchmarks distill_step [--model embedded] [--tokens 1024] [--smoke]
 
 Parity: both give the same loss and the same gradients of the experts, in float32 on a tiny model.
 Memory: peak of a step beyond the two models, each way in a process of its own; the first step's,
 which makes the optimizer's state. Ends in one JSON line.
 """
 
-import json
+import argparse
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (
-    check,
-    environment,
-    in_subprocess,
-    measure,
-    parser,
-    peak_bytes,
-    relative_gap,
-    report,
-    results_folder,
-)
-from steps import (
+from benchmarks.common import check, in_subprocess, measure, peak_bytes, relative_gap
+from benchmarks.registry import Goal, Option, Result, benchmark
+from benchmarks.steps import (
     GradientRecorder,
     Step,
-    embedded_dense,
+    dense_model,
     make_step,
     perturb,
     random_dense,
@@ -57,18 +49,19 @@ class PlainExperts(nn.Module):
 
     def __init__(self, bank: ExpertBank) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = bank.gate_up_proj, bank.down_proj
+        self.gate_up_proj, self.down_proj = bank.experts.gate_up_proj, bank.experts.down_proj
         self.router, self.activation = bank.router, bank.activation
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The routed sum of the experts' outputs."""
         x_TD = hidden_states.flatten(0, -2)
-        _, E, I, D = self.gate_up_proj.shape
+        E, D, I = self.down_proj.shape
         gate_up_FD = self.gate_up_proj.view(-1, D).to(x_TD.dtype)
-        gate_TF, up_TF = F.linear(x_TD, gate_up_FD).chunk(2, dim=-1)
+        gate_TEI, up_TEI = F.linear(x_TD, gate_up_FD).view(-1, E, 2, I).unbind(2)
         weights_TE = self.router(x_TD.detach()).weights.to(x_TD.dtype)
-        hidden_TF = self.activation(gate_TF) * up_TF * weights_TE.repeat_interleave(I, dim=1)
-        y_TD = hidden_TF @ self.down_proj.view(E * I, D).to(x_TD.dtype)
+        hidden_TEI = self.activation(gate_TEI) * up_TEI * weights_TE[..., None]
+        down_DF = self.down_proj.transpose(0, 1).reshape(D, E * I).to(x_TD.dtype)
+        y_TD = F.linear(hidden_TEI.flatten(1), down_DF)
         return y_TD.view_as(hidden_states)
 
 
@@ -78,7 +71,8 @@ class PlainTrainer:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.model = step.student.backbone
-        for layer in decoder_layers(self.model):
+        layers: Any = decoder_layers(self.model)
+        for layer in layers:
             layer.mlp = PlainExperts(layer.mlp)
         parameters = [p for p in step.student.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=6e-4)
@@ -127,8 +121,7 @@ def make(way: str, model: str, tokens: int, device: str, compiled: bool) -> Step
     """One way to take a step, with models of its own."""
     mode, *rest = WAYS[way]
     config = settings(f"train.compile={str(compiled).lower()}", f"train.checkpointing={mode}")
-    load = embedded_dense if model == "embedded" else partial(random_dense, model)
-    dense = load(config, device)
+    dense = dense_model(model, config, device)
     vocab = dense.config.get_text_config().vocab_size
     rows = random_rows(vocab, tokens, documents=(max(2, tokens // 8), tokens // 2))
     step = make_step(dense, config, [row.to(device) for row in rows])
@@ -141,58 +134,44 @@ def measure_memory(case: dict) -> dict[str, int]:
     return {"bytes": peak_bytes(step, case["device"])}
 
 
-def main() -> None:
-    """Check, time, report."""
-    options = parser(__doc__)
-    options.add_argument("--model", default="embedded", help="embedded, or a bundled shape")
-    options.add_argument("--tokens", type=int, default=1024)
-    options.add_argument("--repeats", type=int, default=5)
-    options.add_argument("--no-compile", action="store_true")
-    options.add_argument("--case", type=json.loads, help="internal: one measurement of memory")
-    arguments = options.parse_args()
-    if arguments.case:
-        print(json.dumps(measure_memory(arguments.case)))
-        return
+@benchmark(
+    "Tokens per second and memory of a whole training step against a plain trainer.",
+    case=measure_memory,
+    model=Option("embedded", "embedded, or a bundled shape", smoke="tiny"),
+    tokens=Option(1024, smoke=64),
+    repeats=Option(5, smoke=2),
+    compile=Option(True, smoke=False),
+)
+def run(arguments: argparse.Namespace) -> Result:
+    """Check, then measure memory and time."""
     ways = list(WAYS)
-    if arguments.smoke:
-        arguments.model, arguments.tokens, arguments.repeats = "tiny", 64, 2
     gate = parity()
     case = {
         "model": arguments.model,
         "tokens": arguments.tokens,
         "device": arguments.device,
-        "compiled": not (arguments.no_compile or arguments.smoke),
+        "compiled": arguments.compile,
     }
-    probe = measure_memory if arguments.smoke else partial(in_subprocess, __file__)
+    probe = measure_memory if arguments.smoke else partial(in_subprocess, "distill_step")
     memory = {way: probe({"way": way, **case})["bytes"] for way in ways}
     steps = {way: make(way, **case) for way in ways}
     timings = measure(steps, repeats=arguments.repeats, warmup=2, device=arguments.device)
-    rows = [
-        {
-            "step": way,
-            "p20_ms": timing.p20_ms,
-            "p50_ms": timing.p50_ms,
-            "p80_ms": timing.p80_ms,
-            "tokens_per_s": 1e3 * arguments.tokens / timing.p50_ms,
-            "step_peak_bytes": memory[way],
-        }
-        for way, timing in timings.items()
-    ]
     ratios: dict[str, float | None] = {}
     for way in ways[2:]:
         ratios[f"ours / {way}, tokens per second"] = timings[way].p50_ms / timings["ours"].p50_ms
         ratios[f"ours / {way}, memory"] = memory["ours"] / max(1, memory[way])
-    report(
-        "distill_step",
-        rows,
-        ratios,
-        results_folder(arguments),
-        goal={"ours / plain, tokens per second": 1.5},
+    return Result(
+        rows=[
+            {
+                "step": way,
+                **timing.columns(),
+                "tokens_per_s": 1e3 * arguments.tokens / timing.p50_ms,
+                "step_peak_bytes": memory[way],
+            }
+            for way, timing in timings.items()
+        ],
+        ratios=ratios,
+        goals={"ours / plain, tokens per second": Goal(at_least=1.5)},
         parity=gate,
-        settings={**case, "repeats": arguments.repeats, "smoke": arguments.smoke},
-        environment=environment(arguments.device),
+        settings={**case, "repeats": arguments.repeats},
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """One expert layer, forward and backward with surprise, against a dense MLP and transformers' MoE.
 
-    python benchmarks/expert_layer.py [--device cuda] [--tokens 2048] [--dtype float32 bfloat16]
+    python -m benchmarks expert_layer [--device cuda] [--tokens 2048] [--dtype float32 bfloat16]
         [--k 2 4 8 16 32] [--write-crossover] [--smoke]
 
 Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96. Ours are whole `ExpertBank`s, router
@@ -19,7 +19,6 @@ of its own for each k of `MEMORY_KS`, in float32. Ends in one JSON line.
 import argparse
 import itertools
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,18 +33,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from common import (
+from benchmarks.common import (
     Timing,
     check,
     environment,
     in_subprocess,
     measure,
-    parser,
     peak_bytes,
     relative_gap,
-    report,
-    results_folder,
 )
+from benchmarks.registry import Option, Result, benchmark
 from tiny_onn.expert_path import FILE, crossover_share
 from tiny_onn.experts import ExpertBank
 from tiny_onn.ops import reference
@@ -57,6 +54,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative norms of differences; bf16 keeps 8 bits, and gradients pass through several roundings.
 LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}
 PATHS = ("dense", "grouped")
+QWEN3 = {"hidden": 1024, "num_experts": 32, "expert_dim": 96}
+SMALL = {"hidden": 64, "num_experts": 8, "expert_dim": 16}
 MEMORY_KS = (4, 16)
 CHECKED_TOKENS = 3
 # That times are taken on, in turns.
@@ -85,8 +84,8 @@ class Layers:
         torch.manual_seed(0)
         D, E, I = case.hidden, case.num_experts, case.expert_dim
         kwargs: Any = {"device": case.device, "dtype": DTYPES[case.dtype]}
-        self.gate_up_2EID = 0.02 * torch.randn(2, E, I, D, **kwargs)
-        self.down_EID = 0.02 * torch.randn(E, I, D, **kwargs)
+        self.gate_up_EJD = 0.02 * torch.randn(E, 2 * I, D, **kwargs)
+        self.down_EDI = 0.02 * torch.randn(E, D, I, **kwargs)
         self.router_ED = torch.randn(E, D, **kwargs) / D**0.5
         self.x_TD = torch.randn(case.tokens, D, **kwargs).requires_grad_()
         self.grad_y_TD = torch.randn(case.tokens, D, **kwargs)
@@ -97,8 +96,8 @@ class Layers:
         rule = RoutingRule(selection="top_k", weighting=weighting, target_k=float(k or case.k))
         bank = ExpertBank(case.hidden, case.num_experts, case.expert_dim, "silu", rule)
         bank = bank.to(case.device)
-        bank.gate_up_proj = nn.Parameter(self.gate_up_2EID.clone())
-        bank.down_proj = nn.Parameter(self.down_EID.clone())
+        bank.experts.gate_up_proj = nn.Parameter(self.gate_up_EJD.clone())
+        bank.experts.down_proj = nn.Parameter(self.down_EDI.clone())
         bank.router.weight.data.copy_(self.router_ED)
         bank.path, bank.compiled = path, case.compiled  # pyright: ignore[reportAttributeAccessIssue]
         rule = SmkRule(surprise="parameters", direction="min", candidates="active")
@@ -116,11 +115,11 @@ class Layers:
             norm_topk_prob=True,
         )
         config._experts_implementation = implementation
-        block = Qwen3MoeSparseMoeBlock(config).to(case.device, DTYPES[case.dtype])
+        block: Any = Qwen3MoeSparseMoeBlock(config).to(case.device, DTYPES[case.dtype])
         with torch.no_grad():
             block.gate.weight.copy_(self.router_ED)
-            block.experts.gate_up_proj.copy_(self.gate_up_2EID.transpose(0, 1).flatten(1, 2))
-            block.experts.down_proj.copy_(self.down_EID.mT)
+            block.experts.gate_up_proj.copy_(self.gate_up_EJD)
+            block.experts.down_proj.copy_(self.down_EDI)
         return block
 
     def mlp(self) -> nn.Module:
@@ -130,9 +129,10 @@ class Layers:
         mlp = Qwen3MLP(Qwen3Config(hidden_size=case.hidden, intermediate_size=width))
         mlp = mlp.to(case.device, DTYPES[case.dtype])
         with torch.no_grad():
-            mlp.gate_proj.weight.copy_(self.gate_up_2EID[0].flatten(0, 1))
-            mlp.up_proj.weight.copy_(self.gate_up_2EID[1].flatten(0, 1))
-            mlp.down_proj.weight.copy_(self.down_EID.flatten(0, 1).T)
+            gate_EID, up_EID = self.gate_up_EJD.chunk(2, dim=1)
+            mlp.gate_proj.weight.copy_(gate_EID.flatten(0, 1))
+            mlp.up_proj.weight.copy_(up_EID.flatten(0, 1))
+            mlp.down_proj.weight.copy_(self.down_EDI.transpose(0, 1).flatten(1))
         return mlp
 
     def step(self, module: nn.Module) -> Tensor:
@@ -185,19 +185,16 @@ def parity(layers: Layers) -> dict[str, Any]:
         SystemExit: one is off: nothing is timed.
     """
     case, limit = layers.case, LIMITS[layers.case.dtype]
-    block = layers.block("eager")
+    block: Any = layers.block("eager")
     theirs = [layers.step(block), layers.x_TD.grad, block.gate.weight.grad]
-    D, E, I = case.hidden, case.num_experts, case.expert_dim
-    of_gate_up, of_down = (p.grad for p in (block.experts.gate_up_proj, block.experts.down_proj))
-    assert of_gate_up is not None and of_down is not None
-    theirs += [of_gate_up.view(E, 2, I, D).transpose(0, 1), of_down.mT]
+    theirs += [block.experts.gate_up_proj.grad, block.experts.down_proj.grad]
     gaps: dict[str, Any] = {}
     surprises: list[Tensor] = []
     for path in PATHS:
         bank = layers.bank(path)
         smk, bank.smk, bank.coupled = bank.smk, None, True
         ours = [layers.step(bank), layers.x_TD.grad, bank.router.weight.grad]
-        ours += [bank.gate_up_proj.grad, bank.down_proj.grad]
+        ours += [bank.experts.gate_up_proj.grad, bank.experts.down_proj.grad]
         for name, got, expected in zip(
             ("y", "grad x", "grad router", "grad gate_up", "grad down"), ours, theirs, strict=True
         ):
@@ -212,7 +209,7 @@ def parity(layers: Layers) -> dict[str, Any]:
     gaps["surprise: grouped, dense"] = check("surprise", gap, limit)
     gap = relative_gap(surprises[0][:CHECKED_TOKENS], defined_surprise(layers))
     gaps["surprise: dense, definition"] = check("surprise of the definition", gap, limit)
-    whole = layers.bank("dense", k=E, weighting="unit")
+    whole = layers.bank("dense", k=case.num_experts, weighting="unit")
     gap = relative_gap(layers.step(whole), layers.step(layers.mlp()))
     gaps["all experts, Qwen3MLP"] = check("all experts, Qwen3MLP", gap, limit)
     return gaps
@@ -223,7 +220,7 @@ def defined_surprise(layers: Layers) -> Tensor:
     x, grad_y = (t[:CHECKED_TOKENS].detach() for t in (layers.x_TD, layers.grad_y_TD))
     weights = layers.bank("dense").router(x).weights.detach().cpu().double()
     x, gate_up, down, grad_y = (
-        t.cpu().double() for t in (x, layers.gate_up_2EID, layers.down_EID, grad_y)
+        t.cpu().double() for t in (x, layers.gate_up_EJD, layers.down_EDI, grad_y)
     )
     surprise = reference.surprise("parameters", x, gate_up, down, grad_y, nn.functional.silu)
     return surprise * weights * layers.case.tokens
@@ -269,8 +266,10 @@ def compare(case: Case, *, repeats: int, warmup: int) -> dict[str, Any]:
     }
 
 
-def memory_case(case: Case, name: str) -> dict[str, int]:
+def memory_case(whole: dict[str, Any]) -> dict[str, Any]:
     """Peak memory of one contender, in this process."""
+    let_regions_meet_many_shapes()
+    case, name = Case(**whole["case"]), whole["name"]
     layers = Layers(case)
     modules, _ = contenders(layers)
     step = partial(layers.step, modules[name])
@@ -286,7 +285,7 @@ def cpu_memory(results: list[dict[str, Any]], cases: list[Case]) -> None:
         if case.k in MEMORY_KS and case.dtype == "float32":
             for name in result["timings"]:
                 whole = {"name": name, "case": {s: getattr(case, s) for s in case.__slots__}}
-                result["peak_bytes"][name] = in_subprocess(__file__, whole)["bytes"]
+                result["peak_bytes"][name] = in_subprocess("expert_layer", whole)["bytes"]
 
 
 def row_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -325,51 +324,45 @@ def write_crossover(results: list[dict[str, Any]], case: Case, where: dict[str, 
     Path(str(FILE)).write_text(f"{text}\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Time every case and report."""
-    options = parser(__doc__)
-    options.add_argument("--tokens", type=int, default=2048)
-    options.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
-    options.add_argument("--k", nargs="+", type=int, default=[2, 4, 8, 16, 32])
-    options.add_argument("--repeats", type=int, default=9)
-    options.add_argument("--write-crossover", action="store_true")
-    options.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = options.parse_args()
-    # Inductor imports parts of torch that torch itself deprecates.
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-    # One region meets many shapes here: two paths, two formats, and row counts that grow with k.
+def let_regions_meet_many_shapes() -> None:
+    """Allow one region two paths, two formats, and row counts that grow with k."""
     torch._dynamo.config.recompile_limit = 64
-    if arguments.case:
-        whole = json.loads(arguments.case)
-        print(json.dumps(memory_case(Case(**whole["case"]), whole["name"])))
-        return
-    if arguments.smoke:
-        shape = {"tokens": 64, "hidden": 64, "num_experts": 8, "expert_dim": 16, "compiled": False}
-        ks = [2, 8]
-    else:
-        shape = {"tokens": arguments.tokens, "hidden": 1024, "num_experts": 32, "expert_dim": 96}
-        shape["compiled"] = True
-        ks = arguments.k
-    device = arguments.device
-    cases = [Case(device=device, dtype=d, k=k, **shape) for d in arguments.dtype for k in ks]
-    repeats, warmup = (2, 1) if arguments.smoke else (arguments.repeats, 3)
+
+
+@benchmark(
+    "Time and memory of one expert layer, surprise included, against a dense MLP and other MoEs.",
+    case=memory_case,
+    tokens=Option(2048, smoke=64),
+    dtype=Option(list(DTYPES), choices=tuple(DTYPES)),
+    k=Option([2, 4, 8, 16, 32], smoke=[2, 8]),
+    repeats=Option(9, smoke=2),
+    write_crossover=Option(False, "store the measured crossover in the package"),
+)
+def run(arguments: argparse.Namespace) -> Result:
+    """Compare at every k in every format."""
+    let_regions_meet_many_shapes()
+    device, smoke = arguments.device, arguments.smoke
+    shape: dict[str, Any] = {"tokens": arguments.tokens, "compiled": not smoke}
+    shape |= SMALL if smoke else QWEN3
+    cases = [
+        Case(device=device, dtype=dtype, k=k, **shape)
+        for dtype in arguments.dtype
+        for k in arguments.k
+    ]
+    repeats, warmup = arguments.repeats, 1 if smoke else 3
     results = [compare(case, repeats=repeats, warmup=warmup) for case in cases]
-    if device == "cpu" and not arguments.smoke:
+    if device == "cpu" and not smoke:
         cpu_memory(results, cases)
-    where = environment(device)
     if arguments.write_crossover:
-        write_crossover(results, cases[0], where)
+        write_crossover(results, cases[0], environment(device))
     rows = [row_of(result) for result in results]
-    ratios = {
-        f"{name}, {row['dtype']}, k={row['k']}": row[name]
-        for row in rows
-        for name in ("ours / Qwen3MLP", "ours / best MoE")
-    }
-    settings = {"shape": shape, "repeats": repeats, "warmup": warmup}
-    name = "expert_layer" if device == "cpu" else f"expert_layer_{torch.device(device).type}"
-    folder = results_folder(arguments)
-    report(name, rows, ratios, folder, settings=settings, cases=results, environment=where)
-
-
-if __name__ == "__main__":
-    main()
+    return Result(
+        rows=rows,
+        ratios={
+            f"{name}, {row['dtype']}, k={row['k']}": row[name]
+            for row in rows
+            for name in ("ours / Qwen3MLP", "ours / best MoE")
+        },
+        settings={"shape": shape, "repeats": repeats, "warmup": warmup},
+        more={"cases": results},
+    )

@@ -4,21 +4,22 @@ Random weights, vocabulary 151,936, one row of 2,048 tokens in packed documents,
 and separate), 8-bit AdamW, gradient checkpointing, SMK. Each placement runs in a process of its
 own: peak resident memory is the whole process', interpreter and model building included.
 
-    python benchmarks/full_size.py [--tokens 2048] [--placement shared separate] [--smoke]
+    python -m benchmarks full_size [--tokens 2048] [--placement shared separate] [--smoke]
 
 The first step is reported, which compiles and makes the optimizer's state, and the second. Its peer
 is the limit of 20 GB, and the shared placement for the separate one. Parity: the loss is finite,
 every expert and gate moved, nothing of the backbone did. Ends in one JSON line.
 """
 
-import json
+import argparse
 import math
 import time
 
 import torch
 
-from common import environment, in_subprocess, parser, report, resident_bytes, results_folder
-from steps import Step, make_step, random_dense, random_rows, settings
+from benchmarks.common import in_subprocess, resident_bytes
+from benchmarks.registry import Goal, Option, Result, benchmark
+from benchmarks.steps import Step, make_step, random_dense, random_rows, settings
 from tiny_onn.convert import backbone_hash
 
 LIMIT_BYTES = 20e9
@@ -75,44 +76,32 @@ def _sum(parameter: torch.Tensor) -> float:
     return parameter.detach().double().abs().sum().item()
 
 
-def main() -> None:
-    """Step, check, report."""
-    options = parser(__doc__)
-    options.add_argument("--model", default="Qwen3-0.6B", help="a bundled shape")
-    options.add_argument("--tokens", type=int, default=2048)
-    options.add_argument("--placement", nargs="+", default=["shared", "separate"])
-    options.add_argument("--no-compile", action="store_true")
-    options.add_argument("--case", type=json.loads, help="internal: one placement")
-    arguments = options.parse_args()
-    if arguments.case:
-        print(json.dumps(measure_placement(arguments.case)))
-        return
-    if arguments.smoke:
-        arguments.model, arguments.tokens, arguments.placement = "tiny", 64, ["separate"]
+@benchmark(
+    "Time and peak resident memory of a step at Qwen3-0.6B's exact shape.",
+    case=measure_placement,
+    model=Option("Qwen3-0.6B", "a bundled shape", smoke="tiny"),
+    tokens=Option(2048, smoke=64),
+    placement=Option(["shared", "separate"], smoke=["separate"]),
+    compile=Option(True, smoke=False),
+)
+def run(arguments: argparse.Namespace) -> Result:
+    """Take two checked steps with every placement of the teacher."""
     case = {
         "model": arguments.model,
         "tokens": arguments.tokens,
-        "compiled": not (arguments.no_compile or arguments.smoke),
+        "compiled": arguments.compile,
     }
-    rows = [in_subprocess(__file__, {**case, "placement": name}) for name in arguments.placement]
+    rows = [in_subprocess("full_size", {**case, "placement": p}) for p in arguments.placement]
     phases = {row["placement"]: row.pop("phases_s") for row in rows}
-    ratios: dict[str, float | None] = {
-        f"{row['placement']}: peak / 20 GB": row["peak_bytes"] / LIMIT_BYTES for row in rows
-    }
+    peaks = {f"{row['placement']}: peak / 20 GB": row["peak_bytes"] / LIMIT_BYTES for row in rows}
+    ratios: dict[str, float | None] = {**peaks}
     if len(rows) == 2:
         ratios["separate / shared, time"] = rows[1]["step_s"] / rows[0]["step_s"]
-    report(
-        "full_size",
-        rows,
-        ratios,
-        results_folder(arguments),
-        goal={"peak / 20 GB": 1.0},
+    return Result(
+        rows=rows,
+        ratios=ratios,
+        goals={name: Goal(at_most=1.0) for name in peaks},
         parity="loss finite, all experts and gates moved, backbone unchanged (SHA-256)",
-        phases_s=phases,
-        settings={**case, "smoke": arguments.smoke},
-        environment=environment(),
+        settings=case,
+        more={"phases_s": phases},
     )
-
-
-if __name__ == "__main__":
-    main()

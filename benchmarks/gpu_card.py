@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
-from common import Deadline, Timing, measure
-from steps import Step, make_step, random_dense, random_rows, settings
+from benchmarks.common import Deadline, Timing, measure
+from benchmarks.steps import Step, make_step, random_dense, random_rows, settings
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config import Checkpointing, Objective
 from tiny_onn.packing import PackedRow

@@ -6,7 +6,7 @@ The peer assigns neurons by an auction that starts from zero prices in every rou
 active experts hold, `learn_partition`'s own measure in float64, and the total score of both
 assignments of one table.
 
-    python benchmarks/partition_time.py [--layers 30] [--threads 2] [--calibration-tokens 6144]
+    python -m benchmarks partition_time [--layers 30] [--threads 2] [--calibration-tokens 6144]
         [--shape Qwen3-0.6B] [--smoke]
 
 The embedded teacher, SmolLM2-135M, or a shape with random weights. One run: the layers are the
@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from common import environment, parser, report, results_folder
-from steps import random_dense, random_rows
+from benchmarks.registry import Option, Result, benchmark
+from benchmarks.steps import random_dense, random_rows
 from tiny_onn.assignment import balanced_assignment
 from tiny_onn.calibrate import RIDGE, sample_inputs
 from tiny_onn.config import RunConfig
@@ -145,29 +145,28 @@ def inputs_of(arguments: argparse.Namespace) -> tuple[RunConfig, PreTrainedModel
     """The settings, the teacher and its MLPs' inputs, float32."""
     sets = [f"experts.calibration_tokens={arguments.calibration_tokens}", "teacher.dtype=float32"]
     device = torch.device("cpu")
-    shape = "tiny" if arguments.smoke else arguments.shape
-    if shape is None:
+    if arguments.shape is None:
         config = load_config(None, "demo", sets)
         dense, tokenizer = load_dense(config.teacher, device)
         rows = calibration_rows(config, tokenizer, device)
     else:
         config = load_config(None, "demo", sets)
-        dense = random_dense(shape, config, device)
-        num_tokens = 512 if arguments.smoke else arguments.calibration_tokens
+        dense = random_dense(arguments.shape, config, device)
         vocabulary = dense.config.get_text_config().vocab_size
-        rows = random_rows(vocabulary, num_tokens, documents=(9, 900))
+        rows = random_rows(vocabulary, arguments.calibration_tokens, documents=(9, 900))
     return config, dense, sample_inputs(MlpInputs(dense, rows), SAMPLED_TOKENS)
 
 
+@benchmark(
+    "Time of the learned partition beside the algorithm that it replaced, and the quality of both.",
+    layers=Option(1000, "the first so many"),
+    shape=Option(None, "random weights of this shape; default: the teacher's", smoke="tiny"),
+    calibration_tokens=Option(6144, smoke=512),
+    threads=Option(2),
+)
 @torch.no_grad()
-def main() -> None:
-    """Measure, print, write."""
-    options = parser(__doc__)
-    options.add_argument("--layers", type=int, default=1000, help="the first so many")
-    options.add_argument("--shape", help="random weights of this shape; default: the teacher's")
-    options.add_argument("--calibration-tokens", type=int, default=6144)
-    options.add_argument("--threads", type=int, default=2)
-    arguments = options.parse_args()
+def run(arguments: argparse.Namespace) -> Result:
+    """Learn every layer's partition in both ways."""
     torch.set_num_threads(arguments.threads)
     quiet_transformers()
     (config, dense, inputs), _, sampling_cpu_s = timed(lambda: inputs_of(arguments))
@@ -182,33 +181,27 @@ def main() -> None:
         rows.append({"layer": number} | Layer(energy_TF, x_TD, *sizes).compare())
         print(rows[-1], flush=True)
     sums = {key: sum(row[key] for row in rows) for key in rows[0]}
-    report(
-        "partition_time",
-        rows,
-        {
+    return Result(
+        rows=rows,
+        ratios={
             "seconds, ours / previous": sums["ours_s"] / sums["previous_s"],
             "CPU seconds, ours / previous": sums["ours_cpu_s"] / sums["previous_cpu_s"],
             "captured share, ours / previous": sums["ours_captured"] / sums["previous_captured"],
             "assignment total, ours / auction": sums["ours_total"] / sums["previous_total"],
         },
-        results_folder(arguments),
-        means={key: total / len(rows) for key, total in sums.items() if key != "layer"},
-        seconds={
-            "ours": sums["ours_s"],
-            "previous": sums["previous_s"],
-            "energies": energy_s,
-            "energies, CPU": energy_cpu_s,
-            "teacher and its pass, CPU": sampling_cpu_s,
-        },
         settings={
-            "smoke": arguments.smoke,
             "shape": arguments.shape,
             "calibration_tokens": arguments.calibration_tokens,
             "threads": arguments.threads,
         },
-        environment=environment(),
+        more={
+            "means": {key: total / len(rows) for key, total in sums.items() if key != "layer"},
+            "seconds": {
+                "ours": sums["ours_s"],
+                "previous": sums["previous_s"],
+                "energies": energy_s,
+                "energies, CPU": energy_cpu_s,
+                "teacher and its pass, CPU": sampling_cpu_s,
+            },
+        },
     )
-
-
-if __name__ == "__main__":
-    main()

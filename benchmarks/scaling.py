@@ -5,29 +5,22 @@ then measured steps. Memory is the peak of a step beyond what is held between st
 optimizer state), fitted as a + b * tokens by least squares and compared, as its peer, with what a
 token cannot avoid: each layer's saved input and the last hidden states of both models.
 
-    python benchmarks/scaling.py [--model SmolLM2-135M] [--tokens 512 1024 2048 4096 8192] [--smoke]
+    python -m benchmarks scaling [--model SmolLM2-135M] [--tokens 512 1024 2048 4096 8192] [--smoke]
 
 Parity: a step of the longest row, of equal documents, gives the loss of the same documents in rows
 of one document each. Random weights. Ends in one JSON line.
 """
 
-import json
+import argparse
 import statistics
 import time
 from functools import partial
 
 import torch
 
-from common import (
-    check,
-    environment,
-    in_subprocess,
-    parser,
-    peak_bytes,
-    report,
-    results_folder,
-)
-from steps import make_step, perturb, random_dense, random_rows, settings
+from benchmarks.common import check, in_subprocess, peak_bytes
+from benchmarks.registry import Goal, Option, Result, benchmark
+from benchmarks.steps import make_step, perturb, random_dense, random_rows, settings
 from tiny_onn.packing import PackedRow, build_row
 from tiny_onn.step import distill_step
 
@@ -87,53 +80,45 @@ def line(xs: list[float], ys: list[float]) -> tuple[float, float]:
     return fit.intercept, fit.slope
 
 
-def main() -> None:
-    """Check, measure, fit, report."""
-    options = parser(__doc__)
-    options.add_argument("--model", default="SmolLM2-135M", help="a bundled shape")
-    options.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
-    options.add_argument("--document-tokens", type=int, default=512)
-    options.add_argument("--ffn-chunk-tokens", type=int, default=512, help="0: the whole row")
-    options.add_argument("--repeats", type=int, default=2)
-    options.add_argument("--no-compile", action="store_true")
-    options.add_argument("--case", type=json.loads, help="internal: one length")
-    arguments = options.parse_args()
-    if arguments.case:
-        print(json.dumps(measure_length(arguments.case)))
-        return
-    if arguments.smoke:
-        arguments.model, arguments.tokens, arguments.document_tokens = "tiny", [128, 512], 64
-        arguments.ffn_chunk_tokens, arguments.repeats = 64, 1
+@benchmark(
+    "Time and peak memory of a step at growing row lengths.",
+    case=measure_length,
+    model=Option("SmolLM2-135M", "a bundled shape", smoke="tiny"),
+    tokens=Option([512, 1024, 2048, 4096, 8192], smoke=[128, 512]),
+    document_tokens=Option(512, smoke=64),
+    ffn_chunk_tokens=Option(512, "0: the whole row", smoke=64),
+    repeats=Option(2, smoke=1),
+    compile=Option(True, smoke=False),
+)
+def run(arguments: argparse.Namespace) -> Result:
+    """Check, then measure every length and fit a line."""
     gate = parity()
     case = {
         "model": arguments.model,
         "document_tokens": arguments.document_tokens,
         "ffn_chunk_tokens": arguments.ffn_chunk_tokens,
         "repeats": arguments.repeats,
-        "compiled": not (arguments.no_compile or arguments.smoke),
+        "compiled": arguments.compile,
     }
-    probe = measure_length if arguments.smoke else partial(in_subprocess, __file__)
+    probe = measure_length if arguments.smoke else partial(in_subprocess, "scaling")
     rows = [probe({**case, "tokens": tokens}) for tokens in arguments.tokens]
-    saved = rows[0].pop("saved_bytes_per_token")
-    for row in rows[1:]:
-        del row["saved_bytes_per_token"]
+    saved = [row.pop("saved_bytes_per_token") for row in rows][-1]
     fixed, per_token = line([row["tokens"] for row in rows], [row["peak_bytes"] for row in rows])
     growth = rows[-1]["step_s"] / rows[0]["step_s"] / (rows[-1]["tokens"] / rows[0]["tokens"])
-    report(
-        "scaling",
-        rows,
-        {
+    return Result(
+        rows=rows,
+        ratios={
             "memory per token / saved inputs": per_token / saved,
             "time growth / token growth": growth,
         },
-        results_folder(arguments),
-        goal={"memory per token / saved inputs": 1.0},
-        fit={"fixed_bytes": fixed, "bytes_per_token": per_token, "saved_bytes_per_token": saved},
+        goals={"memory per token / saved inputs": Goal(at_most=1.1)},
         parity=gate,
-        settings={**case, "smoke": arguments.smoke},
-        environment=environment(arguments.device),
+        settings=case,
+        more={
+            "fit": {
+                "fixed_bytes": fixed,
+                "bytes_per_token": per_token,
+                "saved_bytes_per_token": saved,
+            }
+        },
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from common import seeded
+from benchmarks.common import seeded
 from tiny_onn.assembly import assemble
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import Objective, RunConfig
@@ -89,26 +89,31 @@ def settings(*overrides: str) -> RunConfig:
 
 
 def shape_of(name: str) -> PreTrainedConfig:
-    """`tiny`, or a bundled model's configuration."""
+    """A model's configuration: `tiny`'s, or a bundled one."""
     if name == "tiny":
         return AutoConfig.for_model(**TINY)
     return load_shape(name, RunConfig().teacher)[1]
 
 
-def random_dense(name: str, config: RunConfig, device: torch.device | str) -> PreTrainedModel:
-    """A frozen dense model of a bundled shape with random weights, reading packed rows."""
+def dense_model(name: str, config: RunConfig, device: torch.device | str) -> PreTrainedModel:
+    """The embedded teacher, or a model of a bundled shape with random weights."""
+    if name != "embedded":
+        return random_dense(name, config, device)
+    quiet_transformers()
+    return load_dense(config.teacher, torch.device(device))[0]
+
+
+def random_dense(
+    shape: str | PreTrainedConfig, config: RunConfig, device: torch.device | str
+) -> PreTrainedModel:
+    """A frozen dense model of a shape (a bundled one by its name), random, reading packed rows."""
+    found = shape_of(shape) if isinstance(shape, str) else shape
     with seeded(0), torch.device(device):
         dtype = getattr(torch, number_format(config.teacher.dtype, torch.device(device)))
-        dense = AutoModelForCausalLM.from_config(shape_of(name), dtype=dtype).train(False)
+        dense = AutoModelForCausalLM.from_config(found, dtype=dtype).train(False)
     dense.requires_grad_(False)
     dense.set_attn_implementation(DOCUMENT_ATTENTION)
     return dense
-
-
-def embedded_dense(config: RunConfig, device: torch.device | str) -> PreTrainedModel:
-    """The embedded teacher, its weights and all."""
-    quiet_transformers()
-    return load_dense(config.teacher, torch.device(device))[0]
 
 
 def make_step(dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRow]) -> Step:
@@ -163,6 +168,6 @@ def perturb(student: TinyOnnForCausalLM) -> None:
     """Move the experts away from the teacher's, so that there is something to learn."""
     generator = torch.Generator().manual_seed(1)
     for bank in student.banks():
-        for weight in (bank.gate_up_proj, bank.down_proj):
+        for weight in (bank.experts.gate_up_proj, bank.experts.down_proj):
             noise = torch.randn(weight.shape, generator=generator) * 0.1
             weight.add_(noise.to(weight.device))

@@ -4,35 +4,30 @@ The peer is the textbook way: hooks keep each expert bank's input and the gradie
 and after the backward pass a second forward and backward of every bank, by autograd, gives the
 gradients that surprise is made of, and a backward pass of the gate's loss its gradient.
 
-    python benchmarks/surprise_overhead.py [--model embedded] [--tokens 1024] [--smoke]
+    python -m benchmarks surprise_overhead [--model embedded] [--tokens 1024] [--smoke]
 
 Parity: both ways give the gates the same gradients, in float32 on a tiny model, for the default
 rule and the model card's. Ends in one JSON line.
 """
 
+import argparse
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (
-    check,
-    environment,
-    measure,
-    parser,
-    relative_gap,
-    report,
-    results_folder,
-)
-from steps import (
+from benchmarks.common import check, measure, relative_gap
+from benchmarks.registry import Goal, Option, Result, benchmark
+from benchmarks.steps import (
     GradientRecorder,
     Step,
-    embedded_dense,
+    dense_model,
     make_step,
     perturb,
     random_dense,
@@ -41,6 +36,7 @@ from steps import (
 )
 from tiny_onn.config import RunConfig
 from tiny_onn.experts import ExpertBank
+from tiny_onn.ops.layout import joined_down
 from tiny_onn.surprise import SmkRule, smk_loss, smk_targets
 
 CARD = ("smk.surprise=parameters", "smk.direction=min", "smk.candidates=active")
@@ -70,7 +66,7 @@ class Textbook:
         def keep_input(bank: ExpertBank, inputs: tuple[Tensor, ...]) -> None:
             self.inputs[bank] = inputs[0].detach().flatten(0, -2)
 
-        def keep_grad(bank: ExpertBank, _: object, grads: tuple[Tensor, ...]) -> None:
+        def keep_grad(bank: Any, _: object, grads: Any) -> None:
             self.grads[bank] = grads[0].detach().flatten(0, -2)
 
         handles = []
@@ -104,19 +100,20 @@ class Textbook:
 
 def textbook_surprise(bank: ExpertBank, x_TD: Tensor, grad_y_TD: Tensor, rule: SmkRule) -> Tensor:
     """`gain` or `parameters` of every token and expert, by autograd through the experts."""
-    _, E, I, D = bank.gate_up_proj.shape
+    E, D, I = bank.experts.down_proj.shape
     with torch.enable_grad():
-        weight_FD = bank.gate_up_proj.detach().to(x_TD.dtype).view(-1, D)
-        gate_up_T2EI = F.linear(x_TD, weight_FD).view(-1, 2, E, I).requires_grad_()
-        hidden_TEI = bank.activation(gate_up_T2EI[:, 0]) * gate_up_T2EI[:, 1]
-        y_TD = hidden_TEI.flatten(1) @ bank.down_proj.detach().to(x_TD.dtype).view(-1, D)
-        grad_pre, grad_hidden = torch.autograd.grad(y_TD, (gate_up_T2EI, hidden_TEI), grad_y_TD)
+        weight_FD = bank.experts.gate_up_proj.detach().to(x_TD.dtype).view(-1, D)
+        down_DF = joined_down(bank.experts.down_proj.detach(), x_TD.dtype)
+        pre_TE2I = F.linear(x_TD, weight_FD).view(-1, E, 2, I).requires_grad_()
+        hidden_TEI = bank.activation(pre_TE2I[:, :, 0]) * pre_TE2I[:, :, 1]
+        y_TD = F.linear(hidden_TEI.flatten(1), down_DF)
+        grad_pre, grad_hidden = torch.autograd.grad(y_TD, (pre_TE2I, hidden_TEI), grad_y_TD)
     if rule.surprise == "gain":
         return -(hidden_TEI.detach().float() * grad_hidden.float()).sum(-1)
     assert rule.surprise == "parameters"
     x_sq_T1 = x_TD.float().square().sum(-1, keepdim=True)
     grad_y_sq_T1 = grad_y_TD.float().square().sum(-1, keepdim=True)
-    pre_sq_TE = grad_pre.float().square().sum((1, -1))
+    pre_sq_TE = grad_pre.float().square().sum((2, -1))
     hidden_sq_TE = hidden_TEI.detach().float().square().sum(-1)
     return (x_sq_T1 * pre_sq_TE + hidden_sq_TE * grad_y_sq_T1).sqrt()
 
@@ -158,27 +155,23 @@ def parity() -> dict:
     return check("gate gradients", max(gaps), 1e-4)
 
 
-def main() -> None:
-    """Check, time, report."""
-    options = parser(__doc__)
-    options.add_argument("--model", default="embedded", help="embedded, or a bundled shape")
-    options.add_argument("--tokens", type=int, default=1024)
-    options.add_argument("--repeats", type=int, default=7)
-    options.add_argument("--no-compile", action="store_true")
-    arguments = options.parse_args()
-    if arguments.smoke:
-        arguments.model, arguments.tokens, arguments.repeats = "tiny", 64, 2
+@benchmark(
+    "Time of a distillation step with SMK against the same step with the gate frozen.",
+    model=Option("embedded", "embedded, or a bundled shape", smoke="tiny"),
+    tokens=Option(1024, smoke=64),
+    repeats=Option(7, smoke=2),
+    compile=Option(True, smoke=False),
+)
+def run(arguments: argparse.Namespace) -> Result:
+    """Check, then time."""
     gate = parity()
-    compiled = not (arguments.no_compile or arguments.smoke)
-    config = settings(f"train.compile={str(compiled).lower()}")
-    if arguments.model == "embedded":
-        dense = embedded_dense(config, arguments.device)
-    else:
-        dense = random_dense(arguments.model, config, arguments.device)
+    compiled = f"train.compile={str(arguments.compile).lower()}"
+    config = settings(compiled)
+    dense = dense_model(arguments.model, config, arguments.device)
     vocab = dense.config.get_text_config().vocab_size
     rows = random_rows(vocab, arguments.tokens, documents=(64, max(65, arguments.tokens // 2)))
     step = make_step(dense, config, rows)
-    card = replace(step, config=settings(f"train.compile={str(compiled).lower()}", *CARD))
+    card = replace(step, config=settings(compiled, *CARD))
     functions = {
         "gate frozen": partial(step, "none"),
         "smk (default rule)": partial(step, "smk"),
@@ -187,40 +180,24 @@ def main() -> None:
     }
     timings = measure(functions, repeats=arguments.repeats, warmup=2, device=arguments.device)
     base = timings["gate frozen"].p50_ms
-    lines = [
-        {
-            "step": name,
-            "p20_ms": timing.p20_ms,
-            "p50_ms": timing.p50_ms,
-            "p80_ms": timing.p80_ms,
-            "of frozen": timing.p50_ms / base,
-        }
-        for name, timing in timings.items()
-    ]
-    ratios = {
-        "smk / frozen": timings["smk (default rule)"].p50_ms / base,
-        "smk (model card) / frozen": timings["smk (model card's rule)"].p50_ms / base,
-        "textbook / frozen": timings["textbook (default rule)"].p50_ms / base,
-        "smk / textbook": timings["smk (default rule)"].p50_ms
-        / timings["textbook (default rule)"].p50_ms,
-    }
-    report(
-        "surprise_overhead",
-        lines,
-        ratios,
-        results_folder(arguments),
-        goal={"smk / frozen": 1.05},
+    return Result(
+        rows=[
+            {"step": name, **timing.columns(), "of frozen": timing.p50_ms / base}
+            for name, timing in timings.items()
+        ],
+        ratios={
+            "smk / frozen": timings["smk (default rule)"].p50_ms / base,
+            "smk (model card) / frozen": timings["smk (model card's rule)"].p50_ms / base,
+            "textbook / frozen": timings["textbook (default rule)"].p50_ms / base,
+            "smk / textbook": timings["smk (default rule)"].p50_ms
+            / timings["textbook (default rule)"].p50_ms,
+        },
+        goals={"smk / frozen": Goal(at_most=1.05)},
         parity=gate,
         settings={
             "model": arguments.model,
             "tokens": arguments.tokens,
-            "compiled": compiled,
+            "compiled": arguments.compile,
             "repeats": arguments.repeats,
-            "smoke": arguments.smoke,
         },
-        environment=environment(arguments.device),
     )
-
-
-if __name__ == "__main__":
-    main()

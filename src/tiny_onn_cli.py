@@ -1,8 +1,8 @@
 """The command line: parse, call, print.
 
-Every verb is a dataclass whose fields are its arguments. This module lies beside the package, whose
-import registers the model with transformers and takes seconds: help and malformed command lines
-answer before it.
+Every verb is a dataclass whose fields are its arguments. A verb imports what it calls only after
+its arguments and settings are checked: torch and transformers take seconds to load, and help,
+`config` and mistakes answer without them.
 """
 
 # ruff: noqa: PLC0415
@@ -12,16 +12,17 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
+
+if TYPE_CHECKING:
+    from tiny_onn.config import RunConfig
 
 _Run = Annotated[Positional[Path | None], arg(metavar="RUN.toml", help_behavior_hint="(optional)")]
 _Preset = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(optional)")]
@@ -56,6 +57,10 @@ class Demo:
 
     def __call__(self) -> None:
         """Run the verb."""
+        from tiny_onn.settings import load_config
+
+        # A mistake in the settings is told before torch is imported.
+        load_config(None, "demo", self.overrides)
         with _starting():
             from tiny_onn.demo import run_demo
 
@@ -100,9 +105,7 @@ class Plan:
 
         with _starting():
             from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, plan, render
-            from tiny_onn.teacher import quiet_transformers
 
-        quiet_transformers()
         planned = plan(
             config,
             config.teacher.path,
@@ -149,7 +152,7 @@ class Distill:
     def __call__(self) -> None:
         """Run the verb."""
         from tiny_onn.errors import UserError
-        from tiny_onn.settings import load_config, override
+        from tiny_onn.settings import load_config
 
         named = self.run is not None or self.preset is not None
         if self.resume and self.out is None:
@@ -167,13 +170,10 @@ class Distill:
                 "distill: got neither RUN.toml nor --preset, expected one; try --preset demo, or"
                 " write a file with `tiny-onn config > RUN.toml`"
             )
-        if named:
-            config = load_config(self.run, self.preset, self.overrides)
+        if self.resume and self.out is not None:
+            config = self._resumed(self.out, named=named)
         else:
-            from tiny_onn.run_folder import read_run_config
-
-            assert self.out is not None
-            config = override(read_run_config(self.out), self.overrides)
+            config = load_config(self.run, self.preset, self.overrides)
         name = self.run.stem if self.run is not None else str(self.preset)
         out = _default_out(name) if self.out is None else self.out
         if self.profile:
@@ -194,6 +194,22 @@ class Distill:
                 file=sys.stderr,
             )
             raise KeyboardInterrupt
+
+    def _resumed(self, out: Path, *, named: bool) -> "RunConfig":
+        from tiny_onn.resuming import check_changes, with_absolute_paths, with_number_format_of
+        from tiny_onn.run_folder import read_run_config
+        from tiny_onn.settings import load_config, override
+
+        began = read_run_config(out)
+        config = (
+            load_config(self.run, self.preset, self.overrides)
+            if named
+            else override(began, self.overrides)
+        )
+        # The run checks it too; here it is told before torch is imported.
+        after = with_absolute_paths(with_number_format_of(began, config))
+        check_changes(with_absolute_paths(began), after, self.allow_change)
+        return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +273,7 @@ class Eval:
             _print_table(result)
 
     def _frontier(self) -> None:
-        from tiny_onn.budgets import parse_budgets
+        from tiny_onn.checks import parse_budgets
         from tiny_onn.errors import UserError
 
         if self.frontier and self.budget is not None:
@@ -331,9 +347,10 @@ class Probe:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.checks import check_device
+        from tiny_onn.checks import check_device, check_probe
 
         check_device(self.device, "--device")
+        check_probe(self.loss, self.init)
         for name, value, least in (
             ("--max-tokens", self.max_tokens, 1),
             ("--document-tokens", self.document_tokens, 3),
@@ -451,6 +468,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments == ["--version"]:
+        from importlib.metadata import version
+
         print(f"tiny-onn {version('tiny-onn')}")
         return 0
     verb = tyro.cli(
@@ -484,11 +503,16 @@ def _run(verb: Callable[[], None]) -> int:
     return 0
 
 
-def _starting() -> AbstractContextManager[None]:
-    """Show that something happens while torch is imported, which takes seconds."""
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Show that something happens while torch is imported, which takes seconds, and set it up."""
     from tiny_onn.console import console, stage
 
-    return stage("Starting") if console().is_terminal else contextlib.nullcontext()
+    with stage("Starting") if console().is_terminal else contextlib.nullcontext():
+        yield
+        from tiny_onn.teacher import quiet_transformers
+
+        quiet_transformers()
 
 
 def _default_out(name: str) -> Path:

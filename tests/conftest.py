@@ -26,3 +26,4 @@ def quiet():
     yield
     logging.set_verbosity_warning()
     logging.enable_progress_bar()
+    logging.set_tqdm_hook(None)

@@ -1,5 +1,7 @@
-"""What tests ask of finished run folders."""
+"""What tests do in the middle of runs, and ask of finished run folders."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,21 @@ import torch
 from tiny import TIMES
 from tiny_onn import TinyOnnForCausalLM
 from tiny_onn.run_folder import read_metrics
+
+
+def at_step(number: int, action: Callable[[], object]) -> Callable[[int, float], None]:
+    """What `run_distill` takes as `after_step` to do something after the step of this number."""
+
+    def after_step(step: int, _: float) -> None:
+        if step == number:
+            action()
+
+    return after_step
+
+
+def send(number: int) -> None:
+    """Send this process a signal."""
+    os.kill(os.getpid(), number)
 
 
 def records(out: Path) -> list[dict[str, Any]]:

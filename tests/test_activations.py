@@ -194,6 +194,7 @@ def test_a_host_tensor_is_not_copied_to_the_host():
     assert to_device(packed) is tensor
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offloaded_inputs_leave_the_gpu_and_change_no_bit():
     results, kept = [], []

@@ -317,6 +317,7 @@ def test_device_bounds_without_host_bounds_are_refused_by_the_loop() -> None:
         document_attention(nn.Module(), query, key, value, None, cu_seq_lens_q=bounds)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the flash kernel runs on CUDA only")
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 128), (3, 3, 64), (2, 1, 256)])
@@ -361,6 +362,7 @@ def test_varlen_is_as_exact_as_the_loop_in_bfloat16(
         assert (gt - ours).abs().max() <= allowed
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the flash kernel runs on CUDA only")
 def test_varlen_without_bounds_takes_each_batch_row_as_one_document() -> None:
     query, key, value = (
@@ -377,6 +379,7 @@ def test_varlen_without_bounds_takes_each_batch_row_as_one_document() -> None:
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the flash kernel runs on CUDA only")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,15 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiny import make_dense, make_rows, make_student
-from tiny_onn.budgets import parse_budgets, set_budget, tabulate
+from tiny import CONFIG, make_dense, make_rows, make_student
+from tiny_onn.budgets import set_budget, tabulate
+from tiny_onn.checks import parse_budgets
 from tiny_onn.config import BudgetScope, LossConfig
 from tiny_onn.convert import all_experts_on
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
+from tiny_onn.frontier import default_budgets
 from tiny_onn.held_out import HeldOut
 from tiny_onn.modeling import TinyOnnForCausalLM
 
+S = 2
 LENGTHS = [40, 64, 30, 50, 33] * 12
 
 
@@ -118,3 +121,24 @@ def test_budgets_are_read_from_a_list():
     assert parse_budgets("32,2.5, 8") == [32, 2.5, 8]
     with pytest.raises(UserError, match="--budget: got 3;4"):
         parse_budgets("3;4")
+
+
+@pytest.mark.parametrize("form", ["threshold", "cumulative"])
+def test_budgets_count_shared_experts_and_stay_above_them(form):
+    student = make_student(make_dense(), budget_form=form, num_shared=S)
+    with torch.no_grad():
+        for bank in student.banks():
+            bank.router.weight.mul_(30)
+    lengths = [40, 64, 30, 50, 33] * 12
+    tabulate(student, make_rows(lengths, 64, seed=1)[:30])
+    rows, dense = make_rows(lengths, 64, seed=2)[:30], make_dense()
+    for budget in (8.0, 6.0, 4.5, 4.0, 3.0):
+        set_budget(student, budget)
+        result = evaluate(student, HeldOut(dense, rows), CONFIG.loss)
+        assert result.mean_k == pytest.approx(budget, rel=0.05), budget
+    assert default_budgets(student) == [8.0, 6.0, 4.0, 3.0]
+    for budget in (2.0, 2.9):
+        with pytest.raises(
+            UserError, match=f"--budget: got {budget:g}, expected 3 to 8, .* the 2 "
+        ):
+            set_budget(student, budget)

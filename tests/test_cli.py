@@ -150,6 +150,73 @@ def test_mistake_exits_with_2_and_one_line(arguments, message, capsys, tmp_path,
     assert [entry.name for entry in tmp_path.iterdir()] == ["broken.toml"]
 
 
+RESUME = ["distill", "--resume", "--out", "run"]
+ANSWERED_WITHOUT_TORCH = [
+    [],
+    ["--help"],
+    ["--version"],
+    *([verb, "--help"] for verb in VERBS),
+    *MALFORMED,
+    *(arguments for arguments, _ in MISTAKES),
+    ["config"],
+    ["config", "--preset", "model-card", "--set", "train.seed=7"],
+    # Each kind of mistake in a setting, through each verb that takes settings.
+    *(
+        [*verb, "--set", mistake]
+        for verb in (["config"], ["demo"], ["plan"], ["distill", "--preset", "demo"], RESUME)
+        for mistake in (
+            "router.target=3",
+            "train.seed=x",
+            "train.seed=-1",
+            "train.seed=[",
+            "optim.decay_fraction=1.0",
+            "train.device=tpu",
+            "router.selection=static",
+        )
+    ),
+    [*RESUME, "--set", "train.tokens=9"],
+    [*RESUME, "--allow-change", "train.seed"],
+    [*RESUME, "--allow-change", "seed"],
+]
+ANSWER_ALL = """
+import contextlib, io, json, sys
+import tiny_onn_cli as cli
+
+for arguments in json.loads(sys.argv[1]):
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        try:
+            status = cli.main(arguments)
+        except SystemExit as stop:
+            status = stop.code
+    loaded = sorted({"torch", "transformers", "datasets"} & sys.modules.keys())
+    print(json.dumps([arguments, status, loaded]))
+"""
+
+
+def test_help_settings_and_mistakes_answer_without_torch(tmp_path):
+    (tmp_path / "broken.toml").write_bytes(b"[\n\n\xff")
+    create_run_folder(tmp_path / "run", load_config(None, "demo", []), argv=[])
+    command = [sys.executable, "-c", ANSWER_ALL, json.dumps(ANSWERED_WITHOUT_TORCH)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer for answer in answers if answer[2]] == []
+    mistaken = [answer for answer in answers if answer[1] not in (0, 2)]
+    assert (len(answers), mistaken) == (len(ANSWERED_WITHOUT_TORCH), [])
+    through_settings = [answer for answer in answers if "--set" in answer[0] and answer[1] == 0]
+    assert [answer[0][0:3] for answer in through_settings] == [["config", "--preset", "model-card"]]
+
+
+def test_modules_of_the_settings_are_imported_without_torch():
+    modules = ("config", "settings", "checks", "routing_checks", "errors", "console", "resuming")
+    program = "".join(f"import tiny_onn.{name}\n" for name in (*modules, "run_folder"))
+    program += "import sys\nprint({'torch', 'transformers', 'datasets'} & sys.modules.keys())"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
 def test_mistake_in_the_real_program_shows_no_traceback(tmp_path):
     done = run_cli("distill", "missing.toml", cwd=tmp_path)
     assert done.returncode == 2

@@ -14,6 +14,7 @@ from tiny_onn.optim import split_parameters
 from tiny_onn.prepare import make_student as prepared_student
 from tiny_onn.prepare import needs_text
 
+S = 2
 ROWS = make_rows((20, 13, 30, 64, 9, 40, 17, 22, 33), 64)
 
 
@@ -45,8 +46,12 @@ def expert_outputs(bank, x):
     """Every expert's output, (E, T, D)."""
     return torch.stack(
         [
-            (bank.activation(x @ gate.T) * (x @ up.T)) @ down
-            for gate, up, down in zip(*bank.gate_up_proj, bank.down_proj, strict=True)
+            (bank.activation(x @ gate.T) * (x @ up.T)) @ down.T
+            for (gate, up), down in zip(
+                (gate_up.chunk(2) for gate_up in bank.experts.gate_up_proj),
+                bank.experts.down_proj,
+                strict=True,
+            )
         ]
     )
 
@@ -150,3 +155,13 @@ def test_settings_fit_the_means_from_text_and_count_their_work():
     assert means(students[1]).abs().sum() > 0
     before, after = (forward_flops(student, 4.0, 10.0)["ffn_flops"] for student in students)
     assert after - before == 2 * 2 * 8 * 32
+
+
+def test_nothing_stands_in_for_a_shared_expert():
+    experts = {"init": "importance", "compensation": "mean", "gate_init": "ridge"}
+    config = change(CONFIG, experts={**experts, "num_shared": S}, data={"row_tokens": 64})
+    student = prepared_student(config, MlpInputs(make_dense(), ROWS))
+    for bank in student.banks():
+        assert bank.mean_outputs is not None
+        assert not bank.mean_outputs[:S].any()
+        assert bank.mean_outputs[S:].any(-1).any()

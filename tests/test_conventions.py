@@ -17,13 +17,14 @@ TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text("utf-8")) for pat
 
 # A module imports from the layers above its own in this list.
 LAYERS = (
-    ("errors", "config", "charts", "probe_stats"),
+    ("errors", "config", "charts", "probe_stats", "publish"),
     ("console", "routing_checks", "shared", "surprise"),
     ("checks",),
     ("settings", "device", "ops", "packing", "lock", "dynmoe"),
     ("attention",),
     ("model_paths", "backbone_mode", "router", "losses", "quantize", "assignment", "expert_path"),
-    ("model_config", "experts", "coupled_losses", "embedded", "thresholds"),
+    ("expert_weights",),
+    ("model_config", "old_layout", "experts", "coupled_losses", "embedded", "thresholds"),
     ("modeling", "rows"),
     ("readers", "tokens"),
     (

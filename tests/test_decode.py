@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
+from repository import ROOT
 from tiny import make_dense, make_ids, make_student
 from tiny_onn.experts import ExpertBank, selecting
 from tiny_onn.ops import decode, reference
@@ -35,7 +35,7 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=gpu)]
 SHAPES = [(1, 5, 12, 40), (3, 4, 9, 33), (2, 1, 1, 8), (16, 3, 2, 16)]
 LARGE = [(1, 5, 48, 576), (2, 32, 96, 1024), (16, 3, 20, 1500)]
 # The other path's own products, on a GPU.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 MODES = {
     "budget": RoutingRule(selection="budget"),
     "top_k": RoutingRule(selection="top_k"),
@@ -59,7 +59,7 @@ def test_the_kernels_pass_in_the_interpreter():
         text=True,
         env=variables,
         check=False,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert "passed" in done.stdout
@@ -70,7 +70,10 @@ def test_a_cpu_takes_the_other_paths():
     bank = make_bank(MODES["budget"])
     with torch.no_grad():
         assert not decode.can_decode(
-            torch.zeros(1, 33), bank.gate_up_proj, bank.down_proj, bank.activation_name
+            torch.zeros(1, 33),
+            bank.experts.gate_up_proj,
+            bank.experts.down_proj,
+            bank.activation_name,
         )
 
 
@@ -84,15 +87,15 @@ def make_layer(shape, dtype=torch.float32, seed=0) -> list[Tensor]:
 
     weights = 2 * torch.rand(T, E, generator=generator)
     weights *= torch.rand(T, E, generator=generator) < 0.5
-    tensors = [normal(T, D), normal(2, E, I, D) / D**0.5, normal(E, I, D) / (E * I) ** 0.5]
+    tensors = [normal(T, D), normal(E, 2 * I, D) / D**0.5, normal(E, D, I) / (E * I) ** 0.5]
     return [*(tensor.to(DEVICE, dtype) for tensor in tensors), weights.to(DEVICE)]
 
 
 def defined(x, gate_up, down, weights, activation=F.silu) -> Tensor:
     """The definition in float64, without loops over tokens and experts for the large shapes."""
     x, gate_up, down, weights = (t.detach().double().cpu() for t in (x, gate_up, down, weights))
-    gate, up = torch.einsum("td,peid->ptei", x, gate_up)
-    return torch.einsum("tei,eid->td", activation(gate) * up * weights[..., None], down)
+    gate, up = torch.einsum("td,ejd->tej", x, gate_up).chunk(2, dim=-1)
+    return torch.einsum("tei,edi->td", activation(gate) * up * weights[..., None], down)
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
@@ -135,7 +138,7 @@ def test_only_active_experts_are_read(num_active):
     weights += 1
     expected = defined(x, gate_up, down, weights * active)
     # What is not read may be anything.
-    gate_up[:, ~active[0]], down[~active[0]] = float("nan"), float("nan")
+    gate_up[~active[0]], down[~active[0]] = float("nan"), float("nan")
     y = decode.expert_layer(x, gate_up, down, weights, active, activation="silu")
     assert_close(y, expected)
 
@@ -220,7 +223,7 @@ def make_bank(
     """A bank with every correction at work, ready for evaluation."""
     bank = ExpertBank(D, E, I, options.pop("activation", "silu"), rule, **options)
     generator = torch.Generator().manual_seed(seed)
-    bank.reset(generator, std=0.3)
+    bank.experts.reset(generator, std=0.3)
     bank.router.reset(None if gate_std is None else generator, std=gate_std or 0.0)
     if gate_std is not None:
         bank.router.settled.fill_(0.7 / E)
@@ -338,11 +341,11 @@ def test_a_student_s_logits_are_those_of_its_other_path(family):
 def test_rounding_the_experts_for_generation_changes_no_bit():
     student = make_student(make_dense(dtype="bfloat16"), compensation="mean").train(False)
     ids = make_ids()
-    assert student.banks()[0].gate_up_proj.dtype == torch.float32
+    assert student.banks()[0].experts.gate_up_proj.dtype == torch.float32
     with torch.no_grad():
         want = student(ids, use_cache=False).logits
         student.round_experts()
         got = student(ids, use_cache=False).logits
-    assert student.banks()[0].gate_up_proj.dtype == torch.bfloat16
+    assert student.banks()[0].experts.gate_up_proj.dtype == torch.bfloat16
     assert student.banks()[0].router.weight.dtype == torch.float32
     assert torch.equal(got, want)

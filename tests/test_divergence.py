@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from test_losses import BETA, DIVERGENCES, assert_same, make_case, run
+from loss_cases import BETA, DIVERGENCES, assert_same, make_case, run
 from tiny_onn.losses import Head, distill
 from tiny_onn.ops.divergence import divergence_region
 

@@ -27,7 +27,7 @@ def make_bank(weighting: Weighting = "mean", at_least_one: AtLeastOne = "evaluat
     rule = RoutingRule(selection="top_any", weighting=weighting, at_least_one=at_least_one)
     bank = ExpertBank(HIDDEN, EXPERTS, WIDTH, "silu", rule)
     generator = torch.Generator().manual_seed(0)
-    bank.reset(generator, 0.5)
+    bank.experts.reset(generator, 0.5)
     bank.router.reset(generator)
     with torch.no_grad():
         bank.router.bias.copy_(normal(EXPERTS, seed=4, scale=0.1) + raised)
@@ -65,9 +65,9 @@ def paper(bank, x_TD, *, training, at_least_one=False, mean=True):
             gates = {nearest: 1 + gaps[nearest] - gaps[nearest].detach()}
         y = torch.zeros(HIDDEN)
         for e, gate in gates.items():
-            gate_proj, up_proj = bank.gate_up_proj[:, e]
+            gate_proj, up_proj = bank.experts.gate_up_proj[e].chunk(2)
             hidden = F.silu(gate_proj @ x) * (up_proj @ x)
-            y = y + gate * (bank.down_proj[e].T @ hidden) / (len(gates) if mean else 1)
+            y = y + gate * (bank.experts.down_proj[e] @ hidden) / (len(gates) if mean else 1)
         rows.append(y)
         chosen.append(set(gates))
     return torch.stack(rows), chosen
@@ -75,7 +75,7 @@ def paper(bank, x_TD, *, training, at_least_one=False, mean=True):
 
 def gradients(y, bank, x):
     parameters = [getattr(bank.router, name) for name in GATE]
-    inputs = [x, bank.gate_up_proj, bank.down_proj, *parameters]
+    inputs = [x, bank.experts.gate_up_proj, bank.experts.down_proj, *parameters]
     pull = normal(*y.shape, seed=9)
     return torch.autograd.grad((y * pull).sum(), inputs, allow_unused=True)
 

@@ -6,96 +6,38 @@ c is 3 for the maximum and 1.1 for the mean (over 20 seeds and all tensors the r
 most 2.65, one element of a small gradient, and 1.02).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-from tiny_onn.experts import ExpertBank
+from expert_cases import (
+    COEF,
+    KINDS,
+    PATTERNS,
+    RULES,
+    Case,
+    Watch,
+    bank_gradients,
+    batch,
+    by_definition,
+    make_bank,
+    make_case,
+    smk_step,
+)
 from tiny_onn.ops import reference
 from tiny_onn.ops.dense_masked import expert_layer
-from tiny_onn.ops.teaching import SmkStep, SurpriseTally
-from tiny_onn.router import RoutingRule
-from tiny_onn.surprise import SmkRule, smk_loss, smk_targets
-
-D, E, I = 7, 5, 3
-COEF = 0.7
-KINDS = ("parameters", "input", "output", "gain", "magnitude", "relative")
-PATTERNS = ("mixed", "empty_expert", "one_expert", "none_active", "unit", "zero_rows")
-
-
-class Case(NamedTuple):
-    """The tensors of one call and the gradient of its output."""
-
-    x: Tensor
-    gate_up: Tensor
-    down: Tensor
-    weights: Tensor
-    logits: Tensor
-    grad_y: Tensor
-
-    def leaves(self, dtype=None) -> list[Tensor]:
-        """Fresh copies that want a gradient, logits and weights never below float32."""
-        return [
-            t.detach().to(dtype if i < 3 else None).clone().requires_grad_()
-            for i, t in enumerate(self[:5])
-        ]
-
-
-def make_case(num_tokens, pattern="mixed", seed=0) -> Case:
-    """Random tensors; about half of the experts are active, with weights between 0 and 2."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    weights = 2 * torch.rand(num_tokens, E, generator=generator, dtype=torch.float64)
-    weights *= torch.rand(num_tokens, E, generator=generator) < 0.5
-    x, gate_up, down = normal(num_tokens, D), normal(2, E, I, D), normal(E, I, D)
-    if pattern == "empty_expert":
-        weights[:, 1] = 0
-    if pattern == "one_expert":
-        weights = torch.zeros_like(weights).index_fill_(1, torch.tensor([2]), 1.5)
-    if pattern == "none_active":
-        weights[::2] = 0
-    if pattern == "unit":
-        weights = torch.ones_like(weights)
-    grad_y = normal(num_tokens, D)
-    if pattern == "zero_rows":
-        x[::2], grad_y[::3] = 0, 0
-    return Case(x, gate_up, down, weights, normal(num_tokens, E), grad_y)
-
-
-def smk_step(num_tokens, rule=None, **options: Any) -> SmkStep:
-    """A step whose SMK loss is a mean over these tokens."""
-    return SmkStep(rule=rule or SmkRule(), grad_scale=COEF / num_tokens, **options)
+from tiny_onn.ops.teaching import SurpriseTally
+from tiny_onn.surprise import SmkRule
 
 
 def layer(leaves, activation, **options: Any) -> Tensor:
     """The layer's output for the five leaves."""
     x, gate_up, down, weights, logits = leaves
     return expert_layer(x, gate_up, down, weights, logits, activation=activation, **options)
-
-
-def by_definition(case: Case, activation, rule: SmkRule) -> list[Tensor]:
-    """Output and all five gradients: autograd of the loops and of the explicit SMK loss."""
-    leaves = case.leaves()
-    x, gate_up, down, weights, logits = leaves
-    y = reference.expert_layer(x, gate_up, down, weights, activation)
-    surprise = reference.surprise(
-        rule.surprise, case.x, case.gate_up, case.down, case.grad_y, activation
-    )
-    active = case.weights != 0
-    everyone = torch.ones(len(case.x), dtype=torch.bool)
-    targets = smk_targets(surprise * case.weights, active, everyone, rule)
-    main = torch.autograd.grad(y, leaves[:4], case.grad_y)
-    (of_logits,) = torch.autograd.grad(smk_loss(logits, targets).mean() * COEF, logits)
-    return [y.detach(), *main, of_logits]
 
 
 def assert_parity(case: Case, activation, compiled=False) -> None:
@@ -114,7 +56,7 @@ def test_equals_the_definition_in_output_and_every_gradient(num_tokens, pattern)
 def test_equal_experts_share_the_target():
     # Small integers and relu: no rounding, so that copies of an expert tie exactly.
     case = Case(*((3 * t).round() for t in make_case(63, "unit")))
-    case.gate_up[:, 3], case.down[3] = case.gate_up[:, 1], case.down[1]
+    case.gate_up[3], case.down[3] = case.gate_up[1], case.down[1]
     case = case._replace(weights=torch.ones_like(case.weights))
     assert_parity(case, F.relu)
     # The gradient at the logits is softmax minus target: what is left is the target.
@@ -143,9 +85,9 @@ def test_compiled_regions_equal_the_definition_for_any_number_of_tokens():
 def plain_layer(leaves, activation) -> Tensor:
     """The dense formula in the leaves' own number formats."""
     x, gate_up, down, weights, _ = leaves
-    gate, up = torch.einsum("td,jeid->jtei", x, gate_up)
+    gate, up = torch.einsum("td,ejd->tej", x, gate_up).chunk(2, dim=-1)
     routed = activation(gate) * up * weights[..., None].to(x.dtype)
-    return torch.einsum("tei,eid->td", routed, down)
+    return torch.einsum("tei,edi->td", routed, down)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -216,21 +158,6 @@ def test_without_smk_the_logits_get_no_gradient():
     assert leaves[4].grad is None
 
 
-class Watch(TorchDispatchMode):
-    """Counts operations and keeps the size of the largest tensor they return."""
-
-    calls = 0
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.calls += 1
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("candidates", ["active", "all"])
 def test_no_loop_over_experts_or_tokens_and_nothing_of_tokens_x_experts_x_hidden(kind, candidates):
@@ -242,8 +169,8 @@ def test_no_loop_over_experts_or_tokens_and_nothing_of_tokens_x_experts_x_hidden
             torch.randn(shape, generator=generator).requires_grad_()
             for shape in (
                 (tokens, hidden),
-                (2, experts, width, hidden),
-                (experts, width, hidden),
+                (experts, 2 * width, hidden),
+                (experts, hidden, width),
                 (tokens, experts),
                 (tokens, experts),
             )
@@ -258,44 +185,6 @@ def test_no_loop_over_experts_or_tokens_and_nothing_of_tokens_x_experts_x_hidden
         calls.add(watch.calls)
         assert watch.largest <= max(tokens, 2 * experts * width) * hidden
     assert len(calls) == 1
-
-
-RULES = {
-    "top_k": RoutingRule(selection="top_k", weighting="softmax", target_k=3.0),
-    "budget": RoutingRule(selection="budget", budget_form="cumulative", target_k=3.0),
-}
-
-
-def make_bank(rule="budget", *, coupled=False, seed=0) -> ExpertBank:
-    bank = ExpertBank(16, 6, 4, "silu", RULES[rule])
-    generator = torch.Generator().manual_seed(seed)
-    bank.reset(generator, std=0.3)
-    bank.router.reset(generator, std=0.3)
-    bank.router.threshold.fill_(0.3)
-    bank.coupled = coupled
-    return bank
-
-
-def batch(num_tokens=20, seed=1) -> Tensor:
-    return torch.randn(num_tokens, 16, generator=torch.Generator().manual_seed(seed))
-
-
-def bank_gradients(bank: ExpertBank, x: Tensor, parts=1, use_checkpoint=False, **options: Any):
-    """Gradients of the mean squared output over the batch, in parts; the tally; the input's."""
-    num_tokens = len(x)
-    tally = SurpriseTally.of_layers(1, 6, x.device)[0]
-    bank.smk = smk_step(num_tokens, loss_scale=float(num_tokens), tally=tally, **options)
-    bank.zero_grad()
-    x = x.clone().requires_grad_()
-    for part in x.chunk(parts):
-        bank.token_mask = torch.arange(len(part)) % 5 != 0
-        y = checkpoint(bank, part, use_reentrant=False) if use_checkpoint else bank(part)
-        assert isinstance(y, Tensor)
-        (y.square().sum() / num_tokens).backward()
-    grads = {name: p.grad for name, p in bank.named_parameters()} | {"x": x.grad}
-    assert all(g is not None and bool(g.any()) for g in grads.values())
-    sums = {name: getattr(tally, name) for name in tally._fields}
-    return grads, sums
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -335,8 +224,8 @@ def test_decoupled_systems_get_no_gradient_from_each_other(rule):
     assert bank.router.weight.grad is None or not bank.router.weight.grad.any()
     for name, alone in (
         ("x", x.grad),
-        ("gate_up_proj", bank.gate_up_proj.grad),
-        ("down_proj", bank.down_proj.grad),
+        ("experts.gate_up_proj", bank.experts.gate_up_proj.grad),
+        ("experts.down_proj", bank.experts.down_proj.grad),
     ):
         assert alone is not None
         torch.testing.assert_close(taught[name], alone, rtol=0, atol=0)
@@ -347,7 +236,8 @@ def test_coupled_gate_gets_the_main_loss_through_the_weights():
     (bank(x).square().sum() / 20).backward()
     again = x.detach().clone().requires_grad_()
     routing = bank.router(again)
-    y = reference.expert_layer(again, bank.gate_up_proj, bank.down_proj, routing.weights, F.silu)
+    weights = (bank.experts.gate_up_proj, bank.experts.down_proj)
+    y = reference.expert_layer(again, *weights, routing.weights, F.silu)
     wanted = torch.autograd.grad(
         y.square().sum() / 20, (again, bank.router.weight, bank.router.bias)
     )

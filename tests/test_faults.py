@@ -1,23 +1,16 @@
 """The short form of the fault harness, and the document that its long form wrote."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from harness import DOCUMENT, FAULTS, FUZZ, ROOT, document_with, results_file
+from reliability.harness import FAULTS, FUZZ, PAGE, document_with, results_file
+from repository import run_module
 
 
 @pytest.mark.timeout(600)
 def test_a_run_survives_each_kind_of_fault(tmp_path):
-    script = str(ROOT / "tests" / "faults.py")
-    command = [sys.executable, script, "--short", "--kills", "4", "--out", str(tmp_path / "f.json")]
-    # Shapes are checked elsewhere; here many processes start.
-    variables = os.environ | {"JAXTYPING_DISABLE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_module("reliability.faults", "--short", "--kills", 4, "--out", tmp_path / "f.json")
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert len(rows) == 15
     assert all(row["survived"] == row["tried"] >= 1 for row in rows)
@@ -26,7 +19,7 @@ def test_a_run_survives_each_kind_of_fault(tmp_path):
 @pytest.mark.parametrize("name", [FAULTS, FUZZ])
 def test_the_document_says_what_was_measured(name):
     record = json.loads(results_file(name).read_text(encoding="utf-8"))
-    document = DOCUMENT.read_text(encoding="utf-8")
+    document = PAGE.read_text(encoding="utf-8")
     assert document_with(document, name, record) == document
 
 

@@ -3,8 +3,6 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import ROOT
+from repository import run_module
 from tiny_onn import readers
 from tiny_onn.embedded import split_text
 from tiny_onn.errors import LoadErrors, UserError, reason_line
@@ -24,11 +22,7 @@ from tiny_onn.sources import read_documents
 
 @pytest.mark.timeout(300)
 def test_generated_input_ends_in_success_or_one_line(tmp_path):
-    script = str(ROOT / "tests" / "fuzz_inputs.py")
-    command = [sys.executable, script, "--cases", "300", "--out", str(tmp_path / "fuzz.json")]
-    variables = os.environ | {"JAXTYPING_DISABLE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    run_module("reliability.fuzz_inputs", "--cases", 300, "--out", tmp_path / "fuzz.json")
     record = json.loads((tmp_path / "fuzz.json").read_text())
     assert record["cases"] >= 300
     # Neither everything nor nothing gets through, so the cases reach the code behind the parsers.

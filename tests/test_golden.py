@@ -2,16 +2,16 @@
 
 After a change that is meant to move the curve, write it again and say why in the commit:
 
-    python tests/test_golden.py
+    PYTHONPATH=tests python tests/test_golden.py
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from repository import ROOT
 from tiny import CONFIG, change, make_dense, make_documents
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.mlp_inputs import MlpInputs
@@ -20,7 +20,7 @@ from tiny_onn.packing import build_row
 from tiny_onn.prepare import make_student
 from tiny_onn.step import distill_step
 
-CURVE = Path(__file__).parent / "golden" / "tiny_20_steps.json"
+CURVE = ROOT / "tests" / "golden" / "tiny_20_steps.json"
 STEPS, ROW = 20, 64
 LENGTHS = ((20, 12, 32), (40, 24), (9, 30, 25), (16, 16, 16, 16), (50, 14))
 GOLDEN = change(

@@ -1,5 +1,6 @@
 """Updates that are not finite change nothing, are told with their documents, and end in time."""
 
+import itertools
 import json
 import math
 from typing import Any
@@ -10,7 +11,6 @@ from safetensors.torch import load_file
 
 from tiny import CONFIG, change, make_dense, make_rows, write_run
 from tiny_onn import prepare, step
-from tiny_onn import train as train_module
 from tiny_onn.checkpoint import student_tensors
 from tiny_onn.errors import UserError
 from tiny_onn.guard import MIN_WINDOW, SPIKE_MADS, WINDOW, Guard, provenance
@@ -44,14 +44,11 @@ def poison(monkeypatch):
     """Make a part of some steps, counted from 1, not finite."""
 
     def arrange(numbers, part="loss", value=math.nan):
-        count = iter(range(1, 1000))
-        current = {"poisoned": False}
-
-        def stepped(*arguments, **options):
-            current["poisoned"] = next(count) in numbers
-            return distill_step(*arguments, **options)
+        # A step of one row takes one loss and then clips.
+        count, current = itertools.count(1), {"poisoned": False}
 
         def distill(*arguments, **options):
+            current["poisoned"] = next(count) in numbers
             values = REAL_DISTILL(*arguments, **options)
             if current["poisoned"] and part == "loss":
                 values.loss.data[3] = value
@@ -60,13 +57,11 @@ def poison(monkeypatch):
         def clip_gradients(student, clip_norm):
             if current["poisoned"] and part == "gradient":
                 bank = student.banks()[1]
-                bank.down_proj.grad.view(-1)[7] = value
+                bank.experts.down_proj.grad.view(-1)[7] = value
             return REAL_CLIP(student, clip_norm)
 
         monkeypatch.setattr(step, "distill", distill)
         monkeypatch.setattr(step, "clip_gradients", clip_gradients)
-        monkeypatch.setattr(train_module, "distill_step", stepped)
-        return stepped
 
     return arrange
 
@@ -87,17 +82,19 @@ def test_an_update_that_is_not_finite_changes_nothing(poison, name, part, value)
                 found[f"{label} {entry}"] = torch.as_tensor(state).clone()
         return found
 
-    stepped = poison([2], part, value)
-    arguments: Any = (student, dense, optimizer)
-    assert stepped(*arguments, ROWS[:1], config).finite
+    def take_step(rows):
+        return distill_step(student, dense, optimizer, rows, config)
+
+    poison([2], part, value)
+    assert take_step(ROWS[:1]).finite
     before = tensors()
-    assert not stepped(*arguments, ROWS[1:2], config).finite
+    assert not take_step(ROWS[1:2]).finite
     after = tensors()
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert all(p.grad is None for p in student.trainable().values())
     # The skipped batch leaves no trace in the next update either.
-    assert stepped(*arguments, ROWS[2:3], config).finite
+    assert take_step(ROWS[2:3]).finite
     assert all(
         tensor.isfinite().all() for tensor in tensors().values() if tensor.is_floating_point()
     )

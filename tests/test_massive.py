@@ -1,11 +1,14 @@
 """A planted massive activation is found, named and reported; ordinary layers have none."""
 
+import pytest
 import torch
 
-from tiny import make_dense, make_rows
-from tiny_onn.massive import massive_activations
+from tiny import CONFIG, change, make_dense, make_rows
+from tiny_onn.errors import UserError
+from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import gated_mlps
+from tiny_onn.prepare import partition
 
 ROWS = make_rows((20, 13, 30, 9), 40)
 
@@ -16,18 +19,23 @@ def plant(dense, layer, feature, neurons, size):
         mlp.down_proj.weight[feature, neuron] = size * share
 
 
+def loudest_neuron(dense, layer):
+    """The neuron whose value at some token of the first row is the layer's largest."""
+    seen = []
+    projection = gated_mlps(dense)[layer].down_proj
+    handle = projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    dense(input_ids=ROWS[0].input_ids)
+    handle.remove()
+    return int(seen[0][0].abs().amax(0).argmax())
+
+
 def test_ordinary_layers_have_none():
     assert massive_activations(MlpInputs(make_dense("llama"), ROWS)) == []
 
 
 def test_a_planted_one_is_found_with_its_neurons():
     dense = make_dense("llama")
-    mlp = gated_mlps(dense)[1]
-    seen = []
-    handle = mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    dense(input_ids=ROWS[0].input_ids)
-    handle.remove()
-    loudest = int(seen[0][0].abs().amax(0).argmax())
+    loudest = loudest_neuron(dense, 1)
     plant(dense, 1, 7, {loudest: 1.0}, 1e6)
     (found,) = massive_activations(MlpInputs(dense, ROWS))
     assert (found.layer, found.feature) == (1, 7)
@@ -45,3 +53,24 @@ def test_padding_is_no_text():
     with torch.no_grad():
         next(iter(dense.get_input_embeddings().parameters()))[0] *= 1e6
     assert massive_activations(MlpInputs(dense, padded)) == on_text
+
+
+def test_more_massive_neurons_than_shared_ones_are_refused():
+    found = [
+        MassiveActivation(
+            layer=1, feature=0, value=1.0, ratio=1.0, first_token=True, neurons=(4, 2, 9)
+        )
+    ]
+    assert massive_neurons(found, 3, 3) == [(), (4, 2, 9), ()]
+    with pytest.raises(UserError, match=r"experts.num_shared: got .* 2 neurons, .* 3.*; raise it"):
+        massive_neurons(found, 3, 2)
+
+
+def test_a_planted_one_comes_first_when_asked():
+    dense = make_dense("llama")
+    loudest = loudest_neuron(dense, 1)
+    plant(dense, 1, 7, {loudest: 1.0}, 1e6)
+    config = change(CONFIG, experts={"init": "slices", "num_shared": 2, "keep_massive": True})
+    orders = partition(config, MlpInputs(dense, ROWS))
+    assert orders is not None
+    assert massive_activations(MlpInputs(dense, ROWS))[0].neurons[0] == orders[1][0] == loudest

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from tiny import FAMILIES, OTHERS, make_dense, make_ids, make_student
+from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -99,3 +100,63 @@ def test_growing_the_vocabulary_grows_what_the_configuration_says():
     student = make_student(make_dense("llama"))
     student.resize_token_embeddings(70, mean_resizing=False)
     assert student.config.vocab_size == student.config.backbone.vocab_size == 70
+
+
+def test_a_students_folder_that_makes_no_sense_is_refused():
+    for changes in ({"num_shared": 8}, {"num_shared": -1}):
+        with pytest.raises(UserError, match=r"experts.num_shared: got .*, expected 0 to 7 .*;"):
+            make_student(make_dense(), target_k=8.0, **changes)
+    with pytest.raises(UserError, match=r"router.target_k: got 4, expected 5 to 8"):
+        make_student(make_dense(), num_shared=4)
+
+
+def test_a_saved_student_comes_back_and_an_older_one_has_none(tmp_path):
+    student = make_student(make_dense(), num_shared=3)
+    student.save_pretrained(tmp_path)
+    again = TinyOnnForCausalLM.from_pretrained(tmp_path)
+    assert again.banks()[0].router.rule == student.banks()[0].router.rule
+    assert again.banks()[0].router.rule.num_shared == 3
+    ids = make_ids()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, student(input_ids=ids).logits)
+    table = json.loads((tmp_path / "config.json").read_text())
+    del table["num_shared"]
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    older = TinyOnnForCausalLM.from_pretrained(tmp_path)
+    assert older.banks()[0].router.rule.num_shared == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"selection": "top_k", "target_k": 3.0}, 3),
+        ({"selection": "static", "target_k": 3.0}, 3),
+        ({"selection": "random", "target_k": 3.0}, 3),
+        ({"selection": "top_k", "target_k": 3.0, "num_shared": 1}, 3),
+        ({"selection": "budget"}, 8),
+        ({"selection": "top_any", "weighting": "mean"}, 8),
+        ({"selection": "oracle", "target_k": 3.0, "oracle_budget": True}, 8),
+        ({"selection": "oracle", "target_k": 3.0, "oracle_budget": False}, 3),
+    ],
+    ids=str,
+)
+def test_sizes_are_told_by_the_names_that_engines_ask_for(changes, most, tmp_path):
+    student = make_student(make_dense(), **changes)
+    config = student.config
+    assert (config.num_experts, config.moe_intermediate_size, config.expert_dim) == (8, 6, 6)
+    assert config.num_experts_per_tok == most
+    with torch.no_grad():
+        student.eval()(make_ids())
+    routings = [bank.routing for bank in student.banks()]
+    assert max(int(r.active.sum(-1).max()) for r in routings if r is not None) <= most
+    config.save_pretrained(tmp_path)
+    table = json.loads((tmp_path / "config.json").read_text())
+    assert table["moe_intermediate_size"] == 6
+    assert "expert_dim" not in table
+    assert TinyOnnConfig.from_pretrained(tmp_path).moe_intermediate_size == 6
+
+
+def test_a_configuration_of_an_earlier_version_keeps_its_width():
+    backbone = make_dense().config.to_dict()
+    assert TinyOnnConfig(backbone, num_experts=8, expert_dim=5).moe_intermediate_size == 5
+    assert TinyOnnConfig(backbone, num_experts=8, expert_dim=0).moe_intermediate_size == 6

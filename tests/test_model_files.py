@@ -12,7 +12,7 @@ import torch
 import transformers.dynamic_module_utils
 from safetensors.torch import load_file, save_file
 
-from fuzz_targets import Bomb
+from reliability.fuzz_targets import Bomb
 from tiny import (
     CONFIG,
     change,

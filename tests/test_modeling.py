@@ -191,8 +191,8 @@ def test_a_student_from_its_configuration_alone_has_finite_experts():
     for name, tensor in student.state_dict().items():
         assert tensor.isfinite().all(), name
     for bank in student.banks():
-        assert 0.1 < bank.gate_up_proj.std() < 0.3
-        assert 0.1 < bank.down_proj.std() < 0.3
+        assert 0.1 < bank.experts.gate_up_proj.std() < 0.3
+        assert 0.1 < bank.experts.down_proj.std() < 0.3
 
 
 def test_configuration_survives_json(tmp_path):
@@ -235,7 +235,7 @@ def test_packed_row_gives_each_document_the_logits_it_gets_alone(family, selecti
 def test_only_experts_and_gates_count_as_trainable():
     student = make_student(make_dense("qwen3"))
     names = {name.partition(".mlp.")[2] for name in student.trainable()}
-    assert names == {"gate_up_proj", "down_proj", "router.weight", "router.bias"}
+    assert names == {"experts.gate_up_proj", "experts.down_proj", "router.weight", "router.bias"}
     assert {n for n, p in student.named_parameters() if p.requires_grad} == set(student.trainable())
 
 
@@ -259,7 +259,7 @@ def test_a_frozen_backbone_trains_without_dropout(family, dropouts, checkpointin
         checkpoint_layers(student, checkpointing)
         hidden = last_hidden_states(student.train(), make_ids())
         hidden.square().sum().backward()
-        return [hidden, *(bank.gate_up_proj.grad for bank in student.banks())]
+        return [hidden, *(bank.experts.gate_up_proj.grad for bank in student.banks())]
 
     without = gradients(dict.fromkeys(dropouts, 0.0))
     assert all(map(torch.equal, gradients(dropouts), without))

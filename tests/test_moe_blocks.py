@@ -50,9 +50,7 @@ def bank_of(block, top_k, path):
     rule = RoutingRule(selection="top_k", weighting="softmax", target_k=float(top_k))
     bank = ExpertBank(HIDDEN, EXPERTS, WIDTH, "silu", rule)
     with torch.no_grad():
-        stacked = block.experts.gate_up_proj.view(EXPERTS, 2, WIDTH, HIDDEN)
-        bank.gate_up_proj.copy_(stacked.transpose(0, 1))
-        bank.down_proj.copy_(block.experts.down_proj.mT)
+        bank.experts.load_state_dict(block.experts.state_dict())
         bank.router.weight.copy_(block.gate.weight)
     bank.coupled, bank.path = True, path
     return bank
@@ -80,11 +78,33 @@ def test_outputs_losses_and_gradients_are_those_of_the_block(family, top_k, path
     their_loss = balancing((raw_logits,), EXPERTS, top_k, None)
     torch.testing.assert_close(our_loss, their_loss)
 
-    weights = [bank.router.weight, bank.gate_up_proj, bank.down_proj, ours_x]
+    weights = [bank.router.weight, bank.experts.gate_up_proj, bank.experts.down_proj, ours_x]
     got = torch.autograd.grad((ours * pull).sum() + our_loss, weights)
     weights = [block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, theirs_x]
     gate, gate_up, down, at_x = torch.autograd.grad((theirs * pull).sum() + their_loss, weights)
-    gate_up = gate_up.view(EXPERTS, 2, WIDTH, HIDDEN).transpose(0, 1)
-    for mine, expected in zip(got, (gate, gate_up, down.mT, at_x), strict=True):
+    for mine, expected in zip(got, (gate, gate_up, down, at_x), strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-4)
         assert expected.any()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_experts_are_called_and_computed_as_those_of_the_block(family):
+    block, _ = block_of(family, 3)
+    bank = bank_of(block, 3, "dense")
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(15, HIDDEN, generator=generator)
+    # An engine that splits experts over machines names those of others EXPERTS.
+    index = torch.stack([torch.randperm(EXPERTS + 1, generator=generator)[:3] for _ in range(15)])
+    weights = torch.rand(15, 3, generator=generator)
+    grads = []
+    for experts in (bank.experts, block.experts):
+        y = experts(x, index, weights)
+        parameters = [experts.gate_up_proj, experts.down_proj]
+        grads.append([y, *torch.autograd.grad(y.square().sum(), parameters)])
+    torch.testing.assert_close(*grads)
+    names = ("num_experts", "hidden_dim", "intermediate_dim")
+    assert all(getattr(bank.experts, name) == getattr(block.experts, name) for name in names)
+    # With our routing they compute our layer.
+    routing = bank.router(x)
+    chosen = routing.weights.topk(3)
+    torch.testing.assert_close(bank.experts(x, chosen.indices, chosen.values), bank(x))

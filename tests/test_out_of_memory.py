@@ -5,13 +5,12 @@ import re
 import pytest
 import torch
 
+from run_records import at_step
 from tiny import CONFIG, change, make_dense, save_teacher, write_corpus
-from tiny_onn import evaluate as evaluate_module
-from tiny_onn import train as train_module
 from tiny_onn.errors import UserError
 from tiny_onn.memory_advice import is_out_of_memory, remedies
 from tiny_onn.plan import plan
-from tiny_onn.step import distill_step
+from tiny_onn.prepare import prepare
 from tiny_onn.train import run_distill
 
 
@@ -46,19 +45,11 @@ def exhaust_gpu():
 
 @pytest.mark.parametrize("exhaust", [exhaust_host, exhaust_python, exhaust_gpu])
 def test_a_step_without_memory_keeps_the_checkpoint_and_says_what_to_lower(
-    config, tmp_path, monkeypatch, exhaust
+    config, tmp_path, exhaust
 ):
-    count = iter(range(1, 100))
-
-    def step(*arguments, **options):
-        if next(count) == 4:
-            exhaust()
-        return distill_step(*arguments, **options)
-
-    monkeypatch.setattr(train_module, "distill_step", step)
     out = tmp_path / "run"
     with pytest.raises(UserError) as caught:
-        run_distill(config, out=out)
+        run_distill(config, out=out, after_step=at_step(3, exhaust))
     message = str(caught.value)
     assert message.startswith("train.device: out of memory on cpu, which has ")
     assert re.search(r"data\.row_tokens 512 -> 256 saves \d+\.\d\d MiB \(new run\)", message)
@@ -66,28 +57,25 @@ def test_a_step_without_memory_keeps_the_checkpoint_and_says_what_to_lower(
     assert "the checkpoint step-0000002 is whole: --resume" in message
     assert "\n" not in message
     # As it says.
-    monkeypatch.setattr(train_module, "distill_step", distill_step)
     lower = change(config, train={"checkpointing": "layer"})
     allowed = ("train.checkpointing",)
     assert run_distill(lower, out=out, resume=True, allow_change=allowed).tokens == 6 * 512
 
 
-def test_an_evaluation_without_memory_is_told_the_same_way(config, tmp_path, monkeypatch):
-    def compare(*_):
-        exhaust_host()
-
-    monkeypatch.setattr(evaluate_module, "compare", compare)
+def test_an_evaluation_without_memory_is_told_the_same_way(config, tmp_path):
+    prepared = prepare(config)
+    # The run begins with an evaluation.
+    prepared.student.banks()[0].register_forward_pre_hook(lambda *_: exhaust_host())
     with pytest.raises(UserError, match=r"out of memory on cpu.*there is no checkpoint yet"):
-        run_distill(config, out=tmp_path / "run")
+        run_distill(config, out=tmp_path / "run", prepared=prepared)
 
 
-def test_other_errors_pass(config, tmp_path, monkeypatch):
-    def step(*_, **options):
+def test_other_errors_pass(config, tmp_path):
+    def fail():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(train_module, "distill_step", step)
     with pytest.raises(RuntimeError, match="shapes cannot"):
-        run_distill(config, out=tmp_path / "run")
+        run_distill(config, out=tmp_path / "run", after_step=at_step(1, fail))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
 

@@ -1,33 +1,24 @@
 """docs/results.md says what the records say; the runs behind it are runs that can be made."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
-import pytest
-
-from test_benchmarks import smoke
+from experiments import quality
+from repository import run_module
 from tiny_onn.settings import load_config
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+def smoke(out, *options):
+    """What a short run prints."""
+    return run_module("experiments.quality", "--smoke", "--out", out, *options)
 
 
-@pytest.fixture
-def quality(monkeypatch):
-    """The script that makes the runs and the page."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("quality")
-    sys.modules.pop("quality", None)
-
-
-def test_the_page_says_what_the_records_say(quality):
+def test_the_page_says_what_the_records_say():
     text = quality.PAGE.read_text("utf-8")
-    assert quality.filled(text) == text, "run benchmarks/quality.py --write"
+    assert quality.filled(text) == text, "run python -m docs.tools"
     assert all(quality.BEGIN.format(name=name) in text for name in quality.sections())
 
 
-def test_every_record_is_of_a_known_run_and_made_once(quality):
+def test_every_record_is_of_a_known_run_and_made_once():
     known = {arm.key(seed) for arm in quality.ARMS for seed in range(arm.seeds)}
     records = quality.read_records(quality.RECORDS)
     keys = [(record["group"], record["arm"], record["seed"]) for record in records]
@@ -35,19 +26,19 @@ def test_every_record_is_of_a_known_run_and_made_once(quality):
     assert set(keys) <= known
 
 
-def test_every_run_has_valid_settings(quality):
+def test_every_run_has_valid_settings():
     for arm in quality.ARMS:
         load_config(None, "demo", [*quality.BASE, *arm.settings])
 
 
-def test_a_table_shows_the_spread_over_seeds(quality):
+def test_a_table_shows_the_spread_over_seeds():
     assert quality.spread([0.25], 2) == "0.25"
     assert quality.spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
 
 
 def test_a_run_leaves_its_line_and_is_not_made_again(tmp_path):
     options = ("--groups", "partitions", "--threads", "1")
-    assert "partitions: slices, seed 0: KL" in smoke("quality", tmp_path, *options)
+    assert "partitions: slices, seed 0: KL" in smoke(tmp_path, *options)
     lines = (tmp_path / "quality.jsonl").read_text().splitlines()
     (record,) = map(json.loads, lines)
     assert (record["group"], record["arm"], record["seed"]) == ("partitions", "slices", 0)
@@ -55,5 +46,5 @@ def test_a_run_leaves_its_line_and_is_not_made_again(tmp_path):
     for stage in ("before", "after_blockwise", "after"):
         assert 0 <= record[stage]["forward_kl"] < 20
     assert record["block_error"]["after"] >= 0
-    assert smoke("quality", tmp_path, *options) == ""
+    assert smoke(tmp_path, *options) == ""
     assert (tmp_path / "quality.jsonl").read_text().splitlines() == lines

@@ -19,7 +19,8 @@ from tiny_onn.quantize import BLOCK_SIZE, load_bitsandbytes, model_bytes, quanti
 # Rows of the linear layers' weights hold one block of 64 and two.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 bitsandbytes = load_bitsandbytes("tests")
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = ("cpu", CUDA) if torch.cuda.is_available() else ("cpu",)
 each_format = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 double_or_not = pytest.mark.parametrize("double_quant", [False, True])
 

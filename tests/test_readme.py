@@ -2,18 +2,17 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
 import tiny_onn_cli as cli
+from repository import ROOT
 from tiny import make_student, save_teacher
 from tiny_onn.config import TeacherConfig
 from tiny_onn.settings import load_config, preset_names
 from tiny_onn.teacher import load_dense
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 SHELL = [text for language, text in BLOCKS if not language]

@@ -3,17 +3,17 @@
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
+from repository import ROOT
 from tiny import write_run
 from tiny_onn.integrity import predictive_integrity
 from tiny_onn.records import EvaluationRecord, LayersRecord, SmkRecord, StepRecord, metrics_docs
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.train import run_distill
 
-PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
+PAGE = ROOT / "docs" / "metrics.md"
 ONLY_STEPS = {"smk_agreement", "smk_shuffled", "surprise", "active_surprise"}
 ONLY_EVALUATIONS = {"oracle_overlap", "oracle_chance", "expert_norm"}
 

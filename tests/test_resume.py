@@ -1,20 +1,19 @@
 """N steps, a stop, N more: the same bits as 2N steps; what may change in between, and what not."""
 
 import json
-import os
 import signal
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pytest
 
+from run_records import at_step, send
 from tiny import CONFIG, TIMES, change, save_teacher, write_corpus
-from tiny_onn import train as train_module
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.resuming import CHANGEABLE, REASONS, check_changes, with_absolute_paths
 from tiny_onn.run_folder import create_run_folder, read_metrics, read_run_config
-from tiny_onn.step import distill_step
 from tiny_onn.train import run_distill
 
 STEPS, STOP = 6, 3
@@ -36,24 +35,6 @@ def config(tmp_path_factory):
         },
         train={"tokens": STEPS * 48, "eval_every_tokens": 2 * 48, "save_every_tokens": 0},
     )
-
-
-@pytest.fixture
-def signal_at(monkeypatch):
-    """Send this process a signal after a step of the loop, counted from 1."""
-
-    def arrange(number, at):
-        count = iter(range(1, 1000))
-
-        def step(*arguments, **options):
-            result = distill_step(*arguments, **options)
-            if next(count) == at:
-                os.kill(os.getpid(), number)
-            return result
-
-        monkeypatch.setattr(train_module, "distill_step", step)
-
-    return arrange
 
 
 def records(out):
@@ -111,7 +92,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, signal_at, case):
+def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, case):
     changes = dict(CASES[case])
     rows = changes.pop("rows", 1)
     train = {"rows_per_step": rows, "tokens": STEPS * 48 * rows, "eval_every_tokens": 2 * 48 * rows}
@@ -119,10 +100,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, signal_at, case):
     whole, out = tmp_path / "whole", tmp_path / "run"
     run_distill(config, out=whole)
     number = signal.SIGTERM if rows == 2 else signal.SIGINT
-    signal_at(number, STOP)
-    first = run_distill(config, out=out)
+    first = run_distill(config, out=out, after_step=at_step(STOP, partial(send, number)))
     assert (first.interrupted, first.tokens) == (True, STOP * 48 * rows)
-    signal_at(number, None)
     run_distill(config, out=out, resume=True)
     assert records(out) == records(whole)
     tensors, state = last_checkpoint(out)
@@ -207,19 +186,17 @@ def test_a_longer_run_is_the_same_run_with_leave_and_recorded(config, tmp_path):
     run_distill(longer, out=out, resume=True)
 
 
-def test_a_run_goes_on_from_another_folder(config, tmp_path, monkeypatch, signal_at):
+def test_a_run_goes_on_from_another_folder(config, tmp_path, monkeypatch):
     corpus, teacher = tmp_path / "here" / "corpus", tmp_path / "here" / "teacher"
     corpus.parent.mkdir()
     corpus.symlink_to(config.data.sources[0])
     teacher.symlink_to(config.teacher.path)
     relative = change(config, teacher={"path": "teacher"}, data={"sources": ("./corpus",)})
     monkeypatch.chdir(tmp_path / "here")
-    signal_at(signal.SIGINT, 2)
-    run_distill(relative, out=tmp_path / "run")
+    run_distill(relative, out=tmp_path / "run", after_step=at_step(2, partial(send, signal.SIGINT)))
     recorded = read_run_config(tmp_path / "run")
     assert recorded.teacher.path == str(teacher)
     assert recorded.data.sources == (str(corpus),)
-    signal_at(signal.SIGINT, None)
     monkeypatch.chdir(tmp_path)
     # With the folder's settings it goes on, with paths that mean another place it does not.
     with pytest.raises(UserError, match=r"data\.sources: .*here/corpus.* -> .*--allow-change"):
@@ -236,10 +213,9 @@ def test_names_that_are_no_paths_stay_as_they_are():
     assert with_absolute_paths(config) == config
 
 
-def test_a_changed_teacher_is_refused(config, tmp_path, signal_at):
+def test_a_changed_teacher_is_refused(config, tmp_path):
     out = tmp_path / "run"
-    signal_at(signal.SIGINT, 1)
-    run_distill(config, out=out)
+    run_distill(config, out=out, after_step=at_step(1, partial(send, signal.SIGINT)))
     other = save_teacher(tmp_path / "other", intermediate_size=96, seed=1)
     moved = change(config, teacher={"path": str(other)})
     with pytest.raises(UserError, match=r"teacher\.path: got other weights than the run began"):
@@ -247,16 +223,14 @@ def test_a_changed_teacher_is_refused(config, tmp_path, signal_at):
     assert read_run_config(out) == config
 
 
-def test_refused_text_does_not_become_the_runs(config, tmp_path, signal_at):
+def test_refused_text_does_not_become_the_runs(config, tmp_path):
     out = tmp_path / "run"
-    signal_at(signal.SIGINT, 1)
-    run_distill(config, out=out)
+    run_distill(config, out=out, after_step=at_step(1, partial(send, signal.SIGINT)))
     other = write_corpus(tmp_path / "other", seed=1)
     moved = change(config, data={"sources": (str(other),)})
     with pytest.raises(UserError, match=r"the data's text .* changed"):
         run_distill(moved, out=out, resume=True, allow_change=("data.sources",))
     assert read_run_config(out) == config
-    signal_at(signal.SIGINT, None)
     assert run_distill(config, out=out, resume=True).tokens == STEPS * 48
 
 

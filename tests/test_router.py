@@ -1,6 +1,7 @@
 """Routing against transformers' routers and per-token loops; the budget's controller on streams."""
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -11,25 +12,22 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from tiny_onn.config import Weighting
-from tiny_onn.coupled_losses import load_balancing_loss, z_loss
+from tiny import normal
+from tiny_onn.config import Selection, Weighting
 from tiny_onn.router import (
+    Exploration,
     Router,
     RoutingRule,
     route,
     routing_weights,
 )
-from tiny_onn.thresholds import exact_threshold, steer
 
 BudgetForm = Literal["cumulative", "threshold"]
 FORMS: tuple[BudgetForm, ...] = ("cumulative", "threshold")
 HIDDEN, NUM_EXPERTS = 12, 8
+E, S = NUM_EXPERTS, 2
 
 each_form = pytest.mark.parametrize("form", FORMS)
-
-
-def normal(*shape, seed=0, scale=1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def everyone(num_tokens) -> Tensor:
@@ -69,39 +67,6 @@ def test_top_k_routes_as_transformers(family, top_k):
     (our_grad,) = torch.autograd.grad((routing.weights * pull).sum(), ours.weight)
     (their_grad,) = torch.autograd.grad((expected * pull).sum(), theirs.weight)
     torch.testing.assert_close(our_grad, their_grad)
-
-
-@pytest.mark.parametrize("module", [modeling_mixtral, modeling_qwen3_moe])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_load_balancing_loss_equals_transformers(module, masked, top_k):
-    layers = tuple(normal(2 * 15, NUM_EXPERTS, seed=i).requires_grad_() for i in range(3))
-    mask = torch.arange(30).view(2, 15) % 4 != 0 if masked else None
-    theirs = module.load_balancing_loss_func(layers, NUM_EXPERTS, top_k, mask)
-    ours = load_balancing_loss(layers, top_k, mask.flatten() if mask is not None else everyone(30))
-    torch.testing.assert_close(ours, theirs)
-    ours_grad, theirs_grad = torch.autograd.grad(ours, layers), torch.autograd.grad(theirs, layers)
-    torch.testing.assert_close(ours_grad, theirs_grad)
-    assert all(grad.any() for grad in ours_grad)
-
-
-def test_balanced_and_collapsed_gates_bound_the_load_balancing_loss():
-    balanced = 9 * torch.eye(4).repeat(5, 1)
-    collapsed = 99 * torch.eye(4)[:1].repeat(20, 1)
-    assert load_balancing_loss([balanced], 1, everyone(20)).item() == pytest.approx(1)
-    assert load_balancing_loss([collapsed], 1, everyone(20)).item() == pytest.approx(4)
-
-
-def test_z_loss_is_the_mean_squared_log_partition_of_counted_tokens():
-    logits = [normal(6, 4, seed=i) for i in range(2)]
-    mask = torch.tensor([True, False, True, True, False, True])
-    squares = [
-        row.exp().sum().log().item() ** 2
-        for layer in logits
-        for row, counts in zip(layer, mask, strict=True)
-        if counts
-    ]
-    assert z_loss(logits, mask).item() == pytest.approx(sum(squares) / 8)
 
 
 def budget_by_loop(logits: list[float], form: BudgetForm, threshold: float) -> set[int]:
@@ -145,102 +110,6 @@ def test_at_least_one_expert_is_active_and_weights_are_finite(form, threshold, s
         assert routing.active.gather(1, logits.argmax(-1, keepdim=True)).all()
         assert routing.weights.isfinite().all()
         assert not routing.weights[~routing.active].any()
-
-
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("num_layers", [None, 1, 3])
-def test_exact_threshold_lies_between_the_sorted_scores_on_either_side(num_layers, ties):
-    shape = (13, 8) if num_layers is None else (num_layers, 13, 8)
-    scores = normal(*shape).softmax(-1)
-    scores = (8 * scores).round() / 8 if ties else scores
-    for mask in (torch.arange(13) % 3 != 0, torch.zeros(13, dtype=torch.bool)):
-        for target_k in (0.0, 0.05, 1.0, 3.3, 8.0):
-            expected = []
-            for layer in scores.view(-1, 13, 8):
-                falling = [*sorted(layer[mask].flatten().tolist(), reverse=True), -1.0]
-                n = round(int(mask.sum()) * target_k)
-                expected.append((falling[max(n - 1, 0)] + falling[n]) / 2)
-            got = exact_threshold(scores, mask, target_k)
-            assert got.shape == shape[:-2]
-            torch.testing.assert_close(got.flatten(), torch.tensor(expected))
-            if num_layers is not None:
-                targets = torch.full((num_layers,), target_k)
-                assert torch.equal(exact_threshold(scores, mask, targets), got)
-
-
-@each_form
-@pytest.mark.parametrize("target_k", [1.0, 4.0, 16.0, 24.5, 32.0])
-@pytest.mark.parametrize("scale", [0.01, 1.0, 20.0])
-def test_exact_threshold_meets_the_target_on_its_batch(form, target_k, scale):
-    logits, mask = normal(64, 32, scale=scale), torch.arange(64) % 4 != 0
-    rule = RoutingRule(selection="budget", budget_form=form, target_k=target_k)
-    scores = route(logits, rule, torch.tensor(0.0)).scores
-    threshold = exact_threshold(scores, mask, target_k)
-    active = route(logits, rule, threshold).active
-    # A whole number of pairs: 48 counted tokens times 24.5 is one.
-    assert int(active[mask].sum()) == 48 * target_k
-    moved = exact_threshold(torch.where(mask[:, None], scores, 7.0), mask, target_k)
-    assert torch.equal(moved, threshold)
-
-
-@each_form
-@pytest.mark.parametrize("num_experts", [30, 32])
-def test_a_flat_gate_starts_on_target_and_stays(form, num_experts):
-    for target_k in (1, 7, num_experts // 2, num_experts):
-        rule = RoutingRule(selection="budget", budget_form=form, target_k=float(target_k))
-        router = Router(HIDDEN, num_experts, rule)
-        for _ in range(30):
-            routing = router(normal(9, HIDDEN))
-            assert (routing.active.sum(-1) == target_k).all()
-            exact = exact_threshold(routing.scores, everyone(9), rule.target_k)
-            steer([router], exact[None], 0.1)
-
-
-@settings(max_examples=12, deadline=None)
-@given(
-    form=st.sampled_from(FORMS),
-    target_k=st.sampled_from([5.5, 16.0, 27.25]),
-    scale=st.sampled_from([0.01, 0.3, 1.0, 4.0]),
-    skew=st.sampled_from([0.0, 1.0, 4.0]),
-    seed=st.integers(0, 99),
-)
-def test_steering_holds_the_mean_k_within_two_percent(form, target_k, scale, skew, seed):
-    generator = torch.Generator().manual_seed(seed)
-    rule = RoutingRule(selection="budget", budget_form=form, target_k=target_k)
-    router = Router(HIDDEN, 32, rule)
-    favourites = torch.randn(32, generator=generator) * skew
-    means = []
-    for _ in range(35):
-        logits = torch.randn(512, 32, generator=generator) * scale + favourites
-        routing = route(logits, rule, router.threshold)
-        means.append(routing.active.sum(-1).float().mean())
-        exact = exact_threshold(routing.scores, everyone(512), target_k)
-        steer([router], exact[None], 0.1)
-    # The first batch is routed by a flat gate's threshold. A batch is a sample with noise of its
-    # own, so that what holds is the mean of some.
-    held = torch.stack(means[5:]).view(2, 15).mean(1)
-    assert ((held / target_k - 1).abs() < 0.02).all()
-
-
-def test_steering_is_a_mean_at_first_and_then_a_moving_one():
-    router = Router(HIDDEN, NUM_EXPERTS, RoutingRule(target_k=4.0))
-    for value, expected in ((0.2, 0.2), (0.4, 0.3), (0.7, 0.5), (0.1, 0.3)):
-        steer([router], torch.tensor([value]), rate=0.5)
-        assert router.threshold.item() == pytest.approx(expected)
-
-
-@each_form
-def test_steering_follows_a_gate_that_sharpens(form):
-    rule = RoutingRule(selection="budget", budget_form=form, target_k=16.0)
-    router = Router(HIDDEN, 32, rule)
-    means = []
-    for step in range(120):
-        logits = normal(256, 32, seed=step, scale=0.5 * 1.01**step)
-        routing = route(logits, rule, router.threshold)
-        means.append(routing.active.sum(-1).float().mean().item())
-        exact = exact_threshold(routing.scores, everyone(256), 16.0)
-        steer([router], exact[None], 0.1)
-    assert abs(sum(means[20:]) / 100 / 16 - 1) < 0.1
 
 
 def test_weights_by_hand():
@@ -287,3 +156,104 @@ def test_routing_runs_in_float32_whatever_the_input():
     routing = router(x)
     assert routing.router_logits.dtype == routing.weights.dtype == torch.float32
     torch.testing.assert_close(routing.router_logits, x.float() @ router.weight.T)
+
+
+LINEAR: tuple[Selection, ...] = ("budget", "top_k", "static", "random", "oracle")
+
+
+def routed_by_hand(logits, rule: RoutingRule, threshold, bias):
+    """One token's active experts and their weights, by the definition."""
+    others = range(rule.num_shared, len(logits))
+    biased = {e: logits[e] + bias[e] for e in others}
+    order = sorted(others, key=lambda e: (-biased[e], e))
+    total = sum(math.exp(biased[e]) for e in others)
+    probs = [math.exp(biased[e]) / total for e in order]
+    if rule.has_budget:
+        scores = [p * (1 - rank * 2.0**-20) for rank, p in enumerate(probs)]
+        if rule.budget_form == "cumulative":
+            scores = [sum(probs[rank:]) for rank in range(len(order))]
+        # Rounding decides nothing here.
+        assume(all(abs(score - threshold) > 1e-9 for score in scores))
+        chosen = [
+            e
+            for rank, (e, score) in enumerate(zip(order, scores, strict=True))
+            if rank == 0 or score > threshold
+        ]
+    else:
+        chosen = order[: int(rule.target_k) - rule.num_shared]
+    mass = sum(math.exp(logits[e]) for e in chosen)
+    weight = {
+        "unit": lambda e: 1.0,
+        "softmax": lambda e: math.exp(logits[e]) / mass,
+        "sigmoid": lambda e: 1 / (1 + math.exp(-logits[e])),
+        "mean": lambda e: 1 / len(chosen),
+    }[rule.weighting]
+    weights = [0.0] * len(logits)
+    for e in range(len(logits)):
+        if e < rule.num_shared:
+            weights[e] = 1.0
+        elif e in chosen:
+            weights[e] = weight(e)
+    return [e < rule.num_shared or e in chosen for e in range(len(logits))], weights
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    num_shared=st.integers(0, 5),
+    more=st.integers(1, 3),
+    selection=st.sampled_from(LINEAR),
+    weighting=st.sampled_from(get_args(Weighting)),
+    form=st.sampled_from(["cumulative", "threshold"]),
+    oracle_budget=st.booleans(),
+    threshold=st.floats(-0.1, 1.1),
+    ties=st.booleans(),
+    biased=st.booleans(),
+)
+def test_routing_is_the_definition_for_every_selection(  # noqa: PLR0917
+    seed, num_shared, more, selection, weighting, form, oracle_budget, threshold, ties, biased
+):
+    rule = RoutingRule(
+        selection=selection,
+        weighting=weighting,
+        target_k=float(num_shared + more),
+        budget_form=form,
+        oracle_budget=oracle_budget,
+        num_shared=num_shared,
+    )
+    logits = normal(5, E, seed=seed, dtype=torch.float64)
+    # Sums of halves are exact, so that equal logits stay equal.
+    logits = logits.mul(2).round().div(2) if ties else logits
+    bias = normal(E, seed=seed + 1, dtype=torch.float64).round() * biased
+    routing = route(logits, rule, torch.tensor(threshold, dtype=torch.float64), bias)
+    assert torch.equal(routing.router_logits, logits)
+    for t in range(len(logits)):
+        active, weights = routed_by_hand(logits[t].tolist(), rule, threshold, bias.tolist())
+        assert routing.active[t].tolist() == active
+        assert routing.weights[t].tolist() == pytest.approx(weights, abs=1e-12)
+    assert routing.scores[:, :num_shared].isposinf().all()
+
+
+@given(st.integers(0, 99), st.integers(0, 5), st.floats(0, 1))
+def test_exploration_swaps_no_shared_expert(seed, num_shared, fraction):
+    rule = RoutingRule(selection="top_k", target_k=num_shared + 2.0, num_shared=num_shared)
+    logits, zero = normal(20, E, seed=seed), torch.tensor(0.0)
+    plain = route(logits, rule, zero)
+    tried = route(logits, rule, zero, exploration=Exploration(fraction=fraction, seed=seed))
+    assert tried.active[:, :num_shared].all()
+    assert torch.equal(tried.active.sum(-1), plain.active.sum(-1))
+    # One out, one in, among the others.
+    changed = (tried.active != plain.active).sum(-1)
+    assert set(changed.tolist()) <= {0, 2}
+    assert fraction < 1 or (changed == 2).all()
+
+
+@pytest.mark.parametrize("weighting", get_args(Weighting))
+def test_the_main_loss_leaves_shared_logits_alone(weighting):
+    rule = RoutingRule(selection="top_k", weighting=weighting, target_k=5.0, num_shared=S)
+    logits = normal(20, E).requires_grad_()
+    weights = route(logits, rule, torch.tensor(0.0)).weights
+    (weights * normal(20, E, seed=1)).sum().backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad[:, :S], torch.zeros(20, S))
+    assert (logits.grad[:, S:] != 0).any(0).all()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny import CONFIG, change, make_dense, make_rows, make_student
+from tiny import CONFIG, change, make_dense, make_rows, make_student, normal
 from tiny_onn import thresholds
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.evaluate import evaluate, evaluate_layers, unigram_nll
@@ -28,7 +28,7 @@ from tiny_onn.surprise import SmkRule, smk_targets
 # Documents of 5, 2 and 4 tokens, then one of padding.
 ROW = build_row([[5, 6, 7, 8, 9], [3, 4], [9, 8, 7, 6]], row_tokens=12, pad_token_id=0)
 FIRST, COUNTED = (0, 5, 7), (1, 2, 3, 4, 6, 8, 9, 10)
-E = 8
+E, S = 8, 2
 
 
 def make_bank(logits, active) -> ExpertBank:
@@ -249,8 +249,8 @@ def test_the_oracle_is_the_k_largest_norms_of_each_token():
         norms = reference.surprise(
             "magnitude",
             inputs[i].double(),
-            bank.gate_up_proj.detach().double(),
-            bank.down_proj.detach().double(),
+            bank.experts.gate_up_proj.detach().double(),
+            bank.experts.down_proj.detach().double(),
             torch.zeros_like(inputs[i]).double(),
             F.silu,
         )
@@ -336,3 +336,47 @@ def test_flat_gates_tie_and_have_the_largest_entropy():
     result = evaluate(student, HeldOut(make_dense(), make_rows((20, 12), 32)), config.loss)
     assert result.tie_rate == 1
     assert result.gate_entropy == pytest.approx(math.log(8))
+
+
+def test_statistics_are_about_choices():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-1, 2, (12, E), generator=generator).float()
+    active = logits + torch.rand(12, E, generator=generator) > 0.5
+    active[:, :S] = True
+    rule = RoutingRule(target_k=4.0, num_shared=S)
+    bank = ExpertBank(3, E, 2, "silu", rule)
+    bank.routing = Routing(
+        router_logits=logits, scores=logits, active=active, weights=active.float()
+    )
+    stats = RoutingStats.zeros([bank])
+    stats.add([bank], ROW)
+    layers, others = stats.layers(), range(S, E)
+    load = [sum(int(active[t, e]) for t in COUNTED) for e in others]
+    assert stats.counts()["load"] == [[len(COUNTED)] * S + load]
+    assert layers["mean_k"] == [pytest.approx(S + sum(load) / len(COUNTED))]
+    assert layers["load_entropy"] == [pytest.approx(entropy(load))]
+    assert layers["max_load_share"] == [pytest.approx(max(load) / sum(load))]
+    gates = [entropy([math.exp(logits[t, e]) for e in others]) for t in COUNTED]
+    assert layers["gate_entropy"] == [pytest.approx(sum(gates) / len(COUNTED))]
+    ties = 0
+    for t in COUNTED:
+        on = [float(logits[t, e]) for e in others if active[t, e]]
+        off = [float(logits[t, e]) for e in others if not active[t, e]]
+        ties += bool(on and off and min(on) == max(off))
+    assert layers["tie_rate"] == [ties / len(COUNTED)]
+    assert ties > 0
+
+
+def test_the_oracles_overlap_is_that_of_the_others():
+    norms, active = normal(20, E).abs(), normal(20, E, seed=1) > 0
+    active[:, :S] = True
+    everyone = torch.ones(20, dtype=torch.bool)
+    bank = ExpertBank(3, E, 2, "silu", RoutingRule())
+    got, alone = OracleStats.zeros([bank]), OracleStats.zeros([bank])
+    got.add(0, norms, active, everyone, num_shared=S)
+    alone.add(0, norms[:, S:], active[:, S:], everyone)
+    for name in ("oracle_overlap", "oracle_chance"):
+        assert got.layers()[name] == alone.layers()[name]
+    some = [t for t in range(20) if active[t, S:].any()]
+    means = [norms[t][active[t]].mean().item() for t in some]
+    assert got.layers()["expert_norm"] == [pytest.approx(sum(means) / len(some))]

@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from run_records import assert_same_run, records, student_of
+from run_records import assert_same_run, at_step, records, send, student_of
 from tiny import change, write_run
 from tiny_onn import checkpoint as checkpoint_module
 from tiny_onn import train as train_module
@@ -19,7 +19,6 @@ from tiny_onn.errors import UserError
 from tiny_onn.lock import run_lock
 from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
-from tiny_onn.step import distill_step
 from tiny_onn.teacher import load_dense
 from tiny_onn.train import run_distill
 
@@ -49,24 +48,6 @@ def whole(config, tmp_path_factory):
     """A run that nobody disturbed: its folder and its result."""
     out = tmp_path_factory.mktemp("whole") / "run"
     return out, run_distill(config, out=out, argv=["tiny-onn", "distill"])
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """Do something after a step of the loop, counted from 1 for each run."""
-
-    def arrange(number: int, action: Callable[[], object]):
-        count = iter(range(1, 1000))
-
-        def step(*arguments, **options):
-            result = distill_step(*arguments, **options)
-            if next(count) == number:
-                action()
-            return result
-
-        monkeypatch.setattr(train_module, "distill_step", step)
-
-    return arrange
 
 
 def test_the_folder_holds_the_whole_run(whole):
@@ -133,25 +114,21 @@ def fail():
 
 
 @pytest.mark.parametrize("last", [2, 3, 5])
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
-    whole, config, tmp_path, at_step, last
-):
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(whole, config, tmp_path, last):
     out = tmp_path / "run"
-    at_step(last, fail)
     with pytest.raises(PowerCutError):
-        run_distill(config, out=out)
+        run_distill(config, out=out, after_step=at_step(last, fail))
     assert not (out / "student").exists()
-    at_step(1000, fail)
     result = run_distill(config, out=out, resume=True)
     assert not result.interrupted
     assert_same_run(out, whole[0])
 
 
-def test_ctrl_c_between_steps_leaves_a_usable_student(config, tmp_path, at_step, capsys):
+def test_ctrl_c_between_steps_leaves_a_usable_student(config, tmp_path, capsys):
     out = tmp_path / "run"
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    result = run_distill(config, out=out)
+    interrupt = at_step(2, partial(send, signal.SIGINT))
+    result = run_distill(config, out=out, after_step=interrupt)
     assert (result.interrupted, result.tokens) == (True, 128)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert "Stopping: the work in hand" in capsys.readouterr().err
@@ -161,30 +138,25 @@ def test_ctrl_c_between_steps_leaves_a_usable_student(config, tmp_path, at_step,
     assert student_of(out).generate(**prompt, max_new_tokens=2).shape[0] == 1
 
 
-def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(
-    whole, config, tmp_path, at_step, capsys
-):
+def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(whole, config, tmp_path, capsys):
     out = tmp_path / "run"
-    at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run_distill(config, out=out).interrupted
-    at_step(1000, fail)
+    terminate = at_step(5, partial(send, signal.SIGTERM))
+    assert run_distill(config, out=out, after_step=terminate).interrupted
     assert not run_distill(config, out=out, resume=True).interrupted
     assert "going on after step 5, 320 tokens" in capsys.readouterr().err
     assert_same_run(out, whole[0])
     assert json.loads((out / "summary.json").read_text())["interrupted"] is False
 
 
-def test_a_second_ctrl_c_stops_at_once_and_the_checkpoint_stays(whole, config, tmp_path, at_step):
+def test_a_second_ctrl_c_stops_at_once_and_the_checkpoint_stays(whole, config, tmp_path):
     out = tmp_path / "run"
 
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        send(signal.SIGINT)
+        send(signal.SIGINT)
 
-    at_step(4, twice)
     with pytest.raises(KeyboardInterrupt):
-        run_distill(config, out=out)
-    at_step(1000, fail)
+        run_distill(config, out=out, after_step=at_step(4, twice))
     run_distill(config, out=out, resume=True)
     assert_same_run(out, whole[0])
 
@@ -200,17 +172,15 @@ def test_resuming_a_finished_run_changes_nothing(config, tmp_path):
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
-    whole, config, tmp_path, at_step
+    whole, config, tmp_path
 ):
     out = tmp_path / "run"
-    at_step(7, fail)
     with pytest.raises(PowerCutError):
-        run_distill(config, out=out)
+        run_distill(config, out=out, after_step=at_step(7, fail))
     file = out / "checkpoints" / "step-0000006" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    at_step(1000, fail)
     run_distill(config, out=out, resume=True)
     assert_same_run(out, whole[0])
 
@@ -282,14 +252,12 @@ def refuse(*_):
     raise OSError(28, "No space left on device")
 
 
-def test_a_disk_that_is_full_for_a_while_stops_nothing(
-    request, whole, tmp_path, monkeypatch, at_step
-):
+def test_a_disk_that_is_full_for_a_while_stops_nothing(request, whole, tmp_path, monkeypatch):
     config, capsys = (request.getfixturevalue(name) for name in ("config", "capsys"))
     out, real = tmp_path / "run", checkpoint_module.save_file
     monkeypatch.setattr(checkpoint_module, "save_file", refuse)
-    at_step(4, lambda: monkeypatch.setattr(checkpoint_module, "save_file", real))
-    run_distill(config, out=out)
+    free = partial(monkeypatch.setattr, checkpoint_module, "save_file", real)
+    run_distill(config, out=out, after_step=at_step(4, free))
     assert_same_run(out, whole[0])
     said = capsys.readouterr().err
     assert said.count("the run goes on, but") == 1
@@ -300,15 +268,14 @@ def test_a_disk_that_is_full_for_a_while_stops_nothing(
 
 
 def test_a_disk_that_is_full_at_the_end_stops_the_run_with_one_line(
-    whole, config, tmp_path, monkeypatch, at_step
+    whole, config, tmp_path, monkeypatch
 ):
     out, real = tmp_path / "run", checkpoint_module.save_file
-    at_step(5, lambda: monkeypatch.setattr(checkpoint_module, "save_file", refuse))
+    fill = partial(monkeypatch.setattr, checkpoint_module, "save_file", refuse)
     told = r"^\S*step-0000008: cannot write .*step-0000004, is whole: free some space and use --res"
     with pytest.raises(UserError, match=told):
-        run_distill(config, out=out)
+        run_distill(config, out=out, after_step=at_step(5, fill))
     assert not (out / "student").exists()
     monkeypatch.setattr(checkpoint_module, "save_file", real)
-    at_step(1000, fail)
     run_distill(config, out=out, resume=True)
     assert_same_run(out, whole[0])

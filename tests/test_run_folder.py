@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny_onn
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.run_folder import (
@@ -48,8 +49,8 @@ def test_new_folder_holds_settings_and_environment(tmp_path):
 def test_recorded_commit_is_that_of_the_checkout(tmp_path):
     create_run_folder(tmp_path, RunConfig(), argv=[])
     environment = json.loads((tmp_path / "environment.json").read_text())
-    here = Path(__file__).parent
-    source = here.parent / "src" / "tiny_onn" / "run_folder.py"
+    source = Path(str(tiny_onn.__file__))
+    here = source.parent
     command = ["git", "-C", str(here), "ls-files", "--error-unmatch", str(source)]
     tracked = subprocess.run(command, capture_output=True, check=False).returncode == 0
     if tracked:

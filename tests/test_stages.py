@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from run_records import at_step
 from tiny import TIMES, change, write_run
 from tiny_onn import train as train_module
 from tiny_onn.checks import validate
@@ -96,25 +97,14 @@ class PowerCutError(Exception):
 
 # Within the first stage, at its end before and after the checkpoint there, and in the second.
 @pytest.mark.parametrize("last", [1, 3, 4, 5, 7])
-def test_a_run_killed_in_any_stage_goes_on_as_if_it_had_not_been(
-    whole, config, tmp_path, monkeypatch, last
-):
-    out, count = tmp_path / "run", iter(range(1, 1000))
+def test_a_run_killed_in_any_stage_goes_on_as_if_it_had_not_been(whole, config, tmp_path, last):
+    out = tmp_path / "run"
 
-    def fail_at(step):
-        def failing(*arguments, **options):
-            result = step(*arguments, **options)
-            if next(count) == last + 1:
-                raise PowerCutError
-            return result
+    def cut_power():
+        raise PowerCutError
 
-        return failing
-
-    with monkeypatch.context() as patch:
-        for name in ("blockwise_step", "distill_step"):
-            patch.setattr(train_module, name, fail_at(getattr(train_module, name)))
-        with pytest.raises(PowerCutError):
-            run_distill(config, out=out)
+    with pytest.raises(PowerCutError):
+        run_distill(config, out=out, after_step=at_step(last + 1, cut_power))
     newest = max(path.name for path in (out / "checkpoints").iterdir())
     assert newest == f"step-{last:07d}"
     run_distill(config, out=out, resume=True)

@@ -50,8 +50,8 @@ def make_layer(num_tokens=11, num_experts=5, seed=0):
     weights = normal(num_tokens, num_experts, seed=seed).clamp_min(0)
     shapes = (
         (num_tokens, 6),
-        (2, num_experts, 3, 6),
-        (num_experts, 3, 6),
+        (num_experts, 2 * 3, 6),
+        (num_experts, 6, 3),
         (num_tokens, num_experts),
         (num_tokens, 6),
     )
@@ -87,8 +87,8 @@ def test_loss_scale_undoes_the_divisor_of_the_loss(kind):
 
 def test_surprise_by_hand():
     # x = (3, 4), gate (1, 0), up (0, 1), down (1, 0), relu: gate 3, up 4, hidden 12, y = (12, 0).
-    x, gate_up = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(2, 1, 1, 2)
-    down, one = torch.tensor([[[1.0, 0.0]]]), torch.ones(1, 1)
+    x, gate_up = torch.tensor([[3.0, 4.0]]), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    down, one = torch.tensor([[[1.0], [0.0]]]), torch.ones(1, 1)
 
     def values(grad_y):
         return {
@@ -241,7 +241,7 @@ def make_bank(
     """Eight experts with a random gate whose budget lets about three of them pass."""
     bank = ExpertBank(12, 8, 4, "silu", rule)
     generator = torch.Generator().manual_seed(seed)
-    bank.reset(generator, std=0.3)
+    bank.experts.reset(generator, std=0.3)
     bank.router.reset(generator, std=0.3)
     bank.router.threshold.fill_(0.35 if rule.budget_form == "cumulative" else 0.12)
     options = {"rule": SmkRule(direction=direction), "grad_scale": 1.0} | options

@@ -1,7 +1,7 @@
 """One step teaches experts by the loss and gates by what the objective says, and nothing else."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from tiny import CONFIG, SIZES, change, make_dense, make_documents, make_rows
 from tiny_onn import prepare
 from tiny_onn.activations import checkpoint_layers
+from tiny_onn.checks import validate
 from tiny_onn.convert import backbone_hash
+from tiny_onn.evaluate import evaluate
+from tiny_onn.experts import ExpertBank
+from tiny_onn.held_out import HeldOut
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.ops import dense_masked, reference
 from tiny_onn.optim import build_optimizer
 from tiny_onn.packing import build_row
+from tiny_onn.steering import settle
 from tiny_onn.step import StepResult, distill_step
 from tiny_onn.surprise import SmkRule, smk_loss, smk_targets
 from tiny_onn.teacher import teacher_for
@@ -91,11 +96,11 @@ def experts_of(tensors):
     return {name: tensor for name, tensor in tensors.items() if ".router." not in name}
 
 
-def plain_expert_layer(x_TD, gate_up, down, weights_TE, logits_TE, *, activation, **_):
+def plain_expert_layer(x_TD, gate_up, down, weights_TE, router_logits_TE, *, activation, **_):
     """The expert layer as torch differentiates it."""
-    gate, up = (torch.einsum("td,eid->tei", x_TD, gate_up[side]) for side in (0, 1))
+    gate, up = torch.einsum("td,ejd->tej", x_TD, gate_up).chunk(2, dim=-1)
     hidden = activation(gate) * up * weights_TE[..., None]
-    return torch.einsum("tei,eid->td", hidden, down)
+    return torch.einsum("tei,edi->td", hidden, down)
 
 
 # Measured: from 0.85 to 0.46 and from 0.45 to 0.22.
@@ -121,55 +126,70 @@ def test_all_objectives_start_from_the_same_forward_pass():
         torch.testing.assert_close(loss, expected, rtol=bound, atol=0)
 
 
-@pytest.mark.parametrize("surprise", ["parameters", "gain"])
-def test_smk_gives_the_gates_exactly_its_own_gradient(surprise, monkeypatch):
-    smk = {"surprise": surprise, "coef": 0.5, "direction": "max", "candidates": "active"}
-    config = change(CONFIG, smk=smk, train={"expert_path": "dense"})
-    layers = []
+class Watched(NamedTuple):
+    """One bank's forward pass: what went in, what came out, and who was active."""
 
-    def watched(x_TD, gate_up, down, weights_TE, logits_TE, **options):
-        y_TD = experts_layer(x_TD, gate_up, down, weights_TE, logits_TE, **options)
-        if torch.is_grad_enabled():
-            y_TD.retain_grad()
-            layers.append((x_TD.detach(), gate_up, down, y_TD, options["active_TE"]))
-        return y_TD
+    bank: ExpertBank
+    x_TD: torch.Tensor
+    y_TD: torch.Tensor
+    active_TE: torch.Tensor
 
-    experts_layer = dense_masked.expert_layer
-    monkeypatch.setattr(dense_masked, "expert_layer", watched)
-    (row,) = ROWS[:1]
-    student, teacher = start(config)
-    recorder = Recorder(student)
-    unclipped = change(config, optim={"clip_norm": 1e9})
-    result = distill_step(student, teacher, recorder, [row], unclipped)
-    (got,) = recorder.gradients
-    mask_T, loss_tokens = row.router_mask[0], int(row.loss_mask.sum())
-    rule = SmkRule(surprise=surprise, direction="max", candidates="active", num_targets=4)
-    assert len(layers) == 2
-    for index, (x_TD, gate_up, down, y_TD, active_TE) in enumerate(layers):
-        router = student.banks()[index].router
-        assert y_TD.grad is not None
-        surprise_TE = reference.surprise(
-            surprise,
-            x_TD.double(),
-            gate_up.detach().double(),
-            down.detach().double(),
-            y_TD.grad.double() * loss_tokens,
+    def surprise(self, kind, num_tokens):
+        """The definition, at the gradient of a loss that is a sum over these tokens."""
+        assert self.y_TD.grad is not None
+        return reference.surprise(
+            kind,
+            self.x_TD.double(),
+            self.bank.experts.gate_up_proj.detach().double(),
+            self.bank.experts.down_proj.detach().double(),
+            self.y_TD.grad.flatten(0, -2).double() * num_tokens,
             F.silu,
         )
+
+
+def watch(student) -> list[Watched]:
+    """The banks' passes that are to come, in the order of the layers; gradients are kept."""
+    seen = []
+
+    def keep(bank, inputs, y_TD):
+        if torch.is_grad_enabled():
+            y_TD.retain_grad()
+            x_TD = inputs[0].detach().flatten(0, -2)
+            seen.append(Watched(bank, x_TD, y_TD, bank.router(x_TD).active))
+
+    for bank in student.banks():
+        bank.register_forward_hook(keep)
+    return seen
+
+
+@pytest.mark.parametrize("surprise", ["parameters", "gain"])
+def test_smk_gives_the_gates_exactly_its_own_gradient(surprise):
+    smk = {"surprise": surprise, "coef": 0.5, "direction": "max", "candidates": "active"}
+    rule = SmkRule(surprise=surprise, direction="max", candidates="active", num_targets=4)
+    # Clipping would scale the gradients that are compared.
+    config = change(CONFIG, smk=smk, train={"expert_path": "dense"}, optim={"clip_norm": 1e9})
+    row = ROWS[0]
+    mask_T = row.router_mask[0]
+    student, teacher = start(config)
+    recorder, passes = Recorder(student), watch(student)
+    tallies = distill_step(student, teacher, recorder, [row], config).tallies
+    (got,) = recorder.gradients
+    assert len(passes) == len(tallies) == 2
+    for layer, (watched, tally) in enumerate(zip(passes, tallies, strict=True)):
+        router, active_TE = watched.bank.router, watched.active_TE
+        surprise_TE = watched.surprise(surprise, int(row.loss_mask.sum()))
         counted_E = (surprise_TE * active_TE)[mask_T].sum(0).float()
-        torch.testing.assert_close(
-            result.tallies[index].surprise_E, counted_E, rtol=1e-3, atol=1e-4
-        )
-        logits_TE = F.linear(x_TD, router.weight, router.bias)
+        torch.testing.assert_close(tally.surprise_E, counted_E, rtol=1e-3, atol=1e-4)
         targets_TE = smk_targets(surprise_TE.float(), active_TE, mask_T, rule)
         # A document's last token has no loss, so no gradient and no target.
         assert targets_TE.sum() == (mask_T & row.loss_mask[0]).sum()
-        loss = 0.5 * smk_loss(logits_TE, targets_TE).sum() / mask_T.sum()
+        logits_TE = F.linear(watched.x_TD, router.weight, router.bias)
         # The loss is 0 without a target, and so is the gradient.
-        expected = torch.autograd.grad(loss, (router.weight, router.bias))
-        name = f"backbone.model.layers.{index}.mlp.router."
-        torch.testing.assert_close(got[name + "weight"], expected[0], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(got[name + "bias"], expected[1], rtol=1e-4, atol=1e-6)
+        loss = 0.5 * smk_loss(logits_TE, targets_TE).sum() / mask_T.sum()
+        for name, parameter in (("weight", router.weight), ("bias", router.bias)):
+            (expected,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+            ours = got[f"backbone.model.layers.{layer}.mlp.router.{name}"]
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_smk_moves_the_gates_and_leaves_the_experts_gradient_alone():
@@ -329,3 +349,44 @@ def test_every_surprise_teaches(surprise, targets):
             # All experts of a layer share the gradient at its output: it points at none.
             assert tally.num_targets == (0 if surprise == "output" else counted.sum())
             assert tally.surprise_E.isfinite().all()
+
+
+E, S = 8, 2
+LONG = make_rows((20, 13, 30, 64, 9, 40, 17, 22), 64)
+SHARED = change(CONFIG, experts={"num_shared": S}, data={"row_tokens": 64})
+TRAINED = [
+    ({}, {}),
+    ({"budget_scope": "global"}, {"candidates": "all", "surprise": "gain", "direction": "max"}),
+    ({"balance_rate": 0.01, "revive_after_steps": 1}, {"explore_fraction": 0.5}),
+    ({"objective": "regression"}, {}),
+    ({"objective": "task"}, {}),
+    ({"selection": "top_k", "objective": "task", "z_loss_coef": 0.1}, {}),
+]
+
+
+@pytest.mark.parametrize(("router", "smk"), TRAINED)
+def test_training_moves_every_gate_but_those_of_shared_experts(router, smk):
+    config = change(SHARED, router=router, smk=smk)
+    validate(config)
+    dense = make_dense()
+    student = prepare.make_student(config, MlpInputs(dense, LONG))
+    prepare.set_objective(student.banks(), config)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    optimizer = build_optimizer(student, config.optim)
+    results = [
+        distill_step(student, dense, optimizer, LONG[:2], config, step=step) for step in range(3)
+    ]
+    for name, tensor in student.state_dict().items():
+        if name.endswith(("router.weight", "router.bias")):
+            moved_E = (tensor != before[name]).view(E, -1).any(1)
+            assert moved_E.tolist() == [False] * S + [True] * (E - S), name
+        if name.endswith("selection_bias") and config.router.balance_rate:
+            assert not tensor[:S].any() and tensor[S:].any()
+            assert tensor[S:].sum().abs() < 1
+        if name.endswith("down_proj"):
+            assert (tensor[:S] != before[name][:S]).any()
+    stats = results[-1].stats
+    assert stats.load_LE[:, :S].eq(stats.num_tokens).all()
+    settle(student, LONG, config.router.budget_scope)
+    mean_k = evaluate(student, HeldOut(dense, LONG), config.loss).mean_k
+    assert mean_k == pytest.approx(4.0, rel=0.05)

@@ -1,16 +1,21 @@
 """Leave-one-out against brute force: one token, one expert, everything computed again."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny import make_dense, make_ids, make_student
+from tiny import make_dense, make_ids, make_student, normal
+from tiny_onn.config import Weighting
+from tiny_onn.experts import ExpertBank
 from tiny_onn.ops import reference
 from tiny_onn.own_keys import own_keys
-from tiny_onn.truth import SURPRISES, Document
+from tiny_onn.router import RoutingRule, route
+from tiny_onn.truth import SURPRISES, Document, would_be_weights
 
+E, S = 8, 2
 TOKENS = 7
 
 
@@ -24,7 +29,7 @@ def make_wide(family, weighting, **changes):
             bank.double()
             # A gate that chooses by token.
             bank.router.weight.mul_(20)
-            bank.gate_up_proj.add_(torch.randn_like(bank.gate_up_proj) * 0.05)
+            bank.experts.gate_up_proj.add_(torch.randn_like(bank.experts.gate_up_proj) * 0.05)
             if bank.mean_outputs is not None and bank.expert_scale is not None:
                 bank.mean_outputs.copy_(torch.randn_like(bank.mean_outputs) * 0.1)
                 bank.expert_scale.copy_(torch.rand_like(bank.expert_scale) + 0.5)
@@ -51,7 +56,7 @@ def flipped(student, layer, token, expert):
     """A hook that changes one token at one layer: the expert's weights zero, or the expert on."""
     bank = student.banks()[layer]
     without = copy.deepcopy(bank)
-    without.down_proj[expert] = 0
+    without.experts.down_proj[expert] = 0
 
     def hook(module, inputs, output):
         output = output.clone()
@@ -62,8 +67,8 @@ def flipped(student, layer, token, expert):
         else:
             added = reference.expert(
                 inputs[0][0, token],
-                module.gate_up_proj[:, expert],
-                module.down_proj[expert],
+                module.experts.gate_up_proj[expert],
+                module.experts.down_proj[expert],
                 module.activation,
             )
             logits = module.routing.router_logits[token]
@@ -162,8 +167,8 @@ def test_surprise_is_the_definition_at_the_gradient_that_counts(own):
             expected = reference.surprise(
                 kind,
                 x_TD[: TOKENS - 1],
-                bank.gate_up_proj,
-                bank.down_proj,
+                bank.experts.gate_up_proj,
+                bank.experts.down_proj,
                 grad_TD[: TOKENS - 1],
                 bank.activation,
             )
@@ -195,10 +200,21 @@ def test_gain_of_own_losses_is_the_truth_to_first_order():
     student, _ = make_wide("llama", "unit")
     with torch.no_grad():
         for bank in student.banks():
-            bank.down_proj.mul_(1e-3)
+            bank.experts.down_proj.mul_(1e-3)
     ids = make_ids(1, TOKENS)
     with own_keys(student):
         document = Document(student, ids, None)
         truth_TE = document.truth(0)[:-1]
         gain_TE = document.surprise([0], ["gain"], own=True)[0]["gain"][:-1]
     torch.testing.assert_close(gain_TE, truth_TE, rtol=0.1, atol=1e-2 * truth_TE.abs().max().item())
+
+
+@pytest.mark.parametrize("weighting", get_args(Weighting))
+def test_an_experts_would_be_weight_is_the_one_it_would_have(weighting):
+    rule = RoutingRule(selection="top_k", weighting=weighting, target_k=4.0, num_shared=S)
+    bank = ExpertBank(3, E, 2, "silu", rule)
+    routing = route(normal(9, E), rule, torch.tensor(0.0))
+    weights = would_be_weights(routing, bank)
+    assert torch.equal(weights[:, :S], torch.ones(9, S))
+    torch.testing.assert_close(weights[routing.active], routing.weights[routing.active])
+    assert (weights[~routing.active] > 0).all()

@@ -99,6 +99,11 @@ def make_ids(num_rows=2, num_tokens=16, seed=0):
     return torch.randint(3, VOCAB, (num_rows, num_tokens), generator=generator)
 
 
+def normal(*shape, seed=0, scale=1.0, dtype=torch.float32) -> torch.Tensor:
+    """Normally distributed numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * scale
+
+
 def make_documents(lengths, seed=0):
     """Random documents of these lengths."""
     generator = torch.Generator().manual_seed(seed)

@@ -121,6 +121,8 @@ def _checkpoint_offloaded(function: Callable[..., Any], *args: Any) -> Any:  # n
         return checkpoint(function, *args, use_reentrant=False)
 
 
+# Not `torch.autograd.graph.save_on_cpu(pin_memory=True)`: it copies host tensors too, and in older
+# releases of torch the host waits for each copy (pytorch/pytorch#175421).
 def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
     """The tensor's device and its copy in pinned host memory; a host tensor itself."""
     if tensor.device.type == "cpu":

@@ -147,7 +147,7 @@ def blockwise_step(  # noqa: PLR0917 - as distill_step, and the power
         commit: called before the update, from where on the step can no longer be given up.
     """
     banks = student.banks()
-    device = banks[0].gate_up_proj.device
+    device = banks[0].experts.gate_up_proj.device
     num_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
     tallies = teach_gates(banks, config, num_tokens, num_tokens)
     steering = Steering(banks, config, num_tokens, step, RoutingStats.zeros(banks))
@@ -195,7 +195,7 @@ class _Layers:
     ) -> None:
         self.banks, self.config, self.steering = banks, config, steering
         self.power, self.num_tokens, self.num_rows = power, num_tokens, num_rows
-        self.error_L = torch.zeros(len(banks), device=banks[0].down_proj.device)
+        self.error_L = torch.zeros(len(banks), device=banks[0].experts.down_proj.device)
         self.shared_budget = config.router.budget_scope == "global"
         self.stats = steering.stats
         self.token_losses: list[Tensor] = []

@@ -103,23 +103,6 @@ def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
         bank.router.set_budget(budget)
 
 
-def parse_budgets(text: str) -> list[float]:
-    """The numbers of a comma-separated list, as `--budget` takes it.
-
-    Raises:
-        UserError: something in it is no number.
-    """
-    found = []
-    for part in text.split(","):
-        try:
-            found.append(float(part))
-        except ValueError as error:
-            raise UserError(
-                f"--budget: got {text}, expected numbers with commas between; for example 16,8"
-            ) from error
-    return found
-
-
 @contextmanager
 def _settling(bank: ExpertBank, k: int, nearest: Sequence[int], mask_T: Tensor) -> Iterator[None]:
     """Within the context the bank's next call uses k experts on average, and fills its table."""

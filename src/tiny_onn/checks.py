@@ -6,12 +6,14 @@ What depends on the teacher (its MLP width, its memory) is checked where the tea
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
-from tiny_onn.config import RunConfig
+from tiny_onn.config import ExpertInit, RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.routing_checks import check_path, check_routing
 
+# The own losses of a token that `probe` knows.
+PROBE_LOSSES = ("auto", "forward-kl", "next-token")
 # What to expect, the check, and the settings it holds for.
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -96,6 +98,39 @@ def check_device(device: str, name: str) -> None:
             f"{name}: got {shown(device)}, expected auto, cpu, cuda or cuda:N; use auto to take"
             " what there is"
         )
+
+
+def parse_budgets(text: str) -> list[float]:
+    """The numbers of a comma-separated list, as `--budget` takes it.
+
+    Raises:
+        UserError: something in it is no number.
+    """
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError as error:
+            raise UserError(
+                f"--budget: got {text}, expected numbers with commas between; for example 16,8"
+            ) from error
+    return found
+
+
+def check_probe(loss: str, init: str) -> None:
+    """Return if `probe` knows the loss and the partition.
+
+    Raises:
+        UserError: It does not know one of them.
+    """
+    for name, value, known, remedy in (
+        ("--loss", loss, PROBE_LOSSES, "auto"),
+        ("--init", init, get_args(ExpertInit), "slices"),
+    ):
+        if value not in known:
+            raise UserError(
+                f"{name}: got {value}, expected one of {', '.join(known)}; try {remedy}"
+            )
 
 
 def _get(config: RunConfig, name: str) -> object:

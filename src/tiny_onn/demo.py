@@ -40,7 +40,7 @@ from tiny_onn.run_folder import write_json
 from tiny_onn.run_log import RunResult
 from tiny_onn.settings import load_config
 from tiny_onn.stages import step_tokens
-from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
+from tiny_onn.teacher import load_dense, teacher_for
 from tiny_onn.train import AfterStep, run_distill
 
 NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
@@ -93,7 +93,6 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     Raises:
         UserError: bad settings, or no place to write.
     """
-    quiet_transformers()
     started = time.perf_counter()
     config, device = prepare_device(load_config(None, "demo", overrides))
     shared = share(config, device)

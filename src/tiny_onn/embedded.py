@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_onn.errors import UserError
+from tiny_onn.publish import publish
 
 _FILE_CHARS = 8_000
 _PARSED_CHARS = 60_000
@@ -238,7 +239,7 @@ def cached_folder(target: Path, build: Callable[[Path], None]) -> Path:
             with contextlib.suppress(FileNotFoundError):
                 target.rename(Path(temporary) / "broken")
         try:
-            built.rename(target)
+            publish(built, target)
         except OSError:
             # Another process published first; its folder is as good.
             if not _is_whole(target):

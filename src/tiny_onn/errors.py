@@ -2,24 +2,30 @@
 
 from collections.abc import Callable
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
-# What transformers, tokenizers and safetensors raise on folders that are not what they should be.
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    ImportError,
-    RuntimeError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-    SafetensorError,
-    StrictDataclassError,
-)
+def load_errors() -> tuple[type[Exception], ...]:
+    """What transformers, tokenizers and safetensors raise on a model folder that is damaged.
+
+    Call it in the `except` clause itself, which is evaluated when something has been raised.
+    """
+    # Every command imports this module, and the hub's errors bring an HTTP client along: 70 ms.
+    from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
+    from safetensors import SafetensorError  # noqa: PLC0415
+
+    return (
+        OSError,
+        ValueError,
+        LookupError,
+        ImportError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        MemoryError,
+        SafetensorError,
+        StrictDataclassError,
+    )
 
 
 def reason_of(error: BaseException) -> str:
@@ -60,10 +66,11 @@ class LoadErrors:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, UserError):
+            return
         # tokenizers raises Exception itself on files it cannot parse, and panics on some.
-        damaged = isinstance(error, LOAD_ERRORS) or type(error) is Exception
-        panic = type(error).__name__ == "PanicException"
-        if error is not None and (damaged or panic) and not isinstance(error, UserError):
+        damaged = isinstance(error, load_errors()) or type(error) is Exception
+        if damaged or type(error).__name__ == "PanicException":
             raise UserError(self._explain(reason_of(error))) from error
 
 

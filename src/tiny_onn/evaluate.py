@@ -29,7 +29,7 @@ from tiny_onn.plan_costs import dense_ffn_flops, gate_flops, score_flops
 from tiny_onn.routing_checks import has_budget
 from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.sources import read_documents
-from tiny_onn.teacher import quiet_transformers, teacher_for
+from tiny_onn.teacher import teacher_for
 from tiny_onn.tokens import DocumentTokens
 
 # Share by which a mean number of experts may miss its budget without being called off target.
@@ -251,7 +251,7 @@ def forward_flops(
     other linear map by its size, the head once, and attention.
     """
     banks = student.banks()
-    L, (E, I, D) = len(banks), banks[0].down_proj.shape
+    L, (E, D, I) = len(banks), banks[0].experts.down_proj.shape
     config = student.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
     scores = score_flops(L, config.num_attention_heads * head_dim, mean_context)
@@ -315,7 +315,6 @@ def load_for_eval(  # noqa: PLR0917
     Raises:
         UserError: as `run_eval`.
     """
-    quiet_transformers()
     where = pick_device(device)
     loaded = load_student(model, where, checkpoint, teacher)
     with stage(f"Loading the teacher, {loaded.config.teacher.path}"):

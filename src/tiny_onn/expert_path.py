@@ -1,7 +1,7 @@
 """Which path an expert layer takes: dense and masked, or grouped, by measurement.
 
 The grouped path's time grows with the share of active experts, the dense path's does not; they
-meet at a share that depends on the device and the number format. `benchmarks/expert_layer.py
+meet at a share that depends on the device and the number format. `python -m benchmarks expert_layer
 --write-crossover` measures it and writes `crossover.json`, which is read here.
 """
 

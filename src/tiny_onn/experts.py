@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from tiny_onn.expert_weights import Experts
 from tiny_onn.ops import decode, dense_masked, grouped
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
@@ -26,11 +26,10 @@ MIN_NORM = 1e-6
 class ExpertBank(nn.Module):
     """E experts of width I and their router.
 
-    `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`. The neurons are rows of stacked
-    tensors, `gate_up_proj` (2, E, I, D) and `down_proj` (E, I, D): the down projection is
-    transposed, so that one neuron is one row in each. Two parameters are there if asked for, and
-    change nothing while all experts are active and scales are 1: `mean_outputs` (E, D), added for
-    inactive experts, and `expert_scale` (E,), a factor of the experts' weights.
+    `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`, with the weights that `experts` holds.
+    Two parameters are there if asked for, and change nothing while all experts are active and
+    scales are 1: `mean_outputs` (E, D), added for inactive experts, and `expert_scale` (E,), a
+    factor of the experts' weights.
 
     Attributes set for training by whoever owns the model, read at every call:
         token_mask: (B * T,) tokens that count in SMK targets and statistics; None: all. It belongs
@@ -61,14 +60,13 @@ class ExpertBank(nn.Module):
         scaled: bool = False,
     ) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(2, num_experts, expert_dim, hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, expert_dim, hidden_dim))
+        self.experts = Experts(hidden_dim, num_experts, expert_dim, activation)
         mean_outputs = nn.Parameter(torch.zeros(num_experts, hidden_dim)) if compensated else None
         expert_scale = nn.Parameter(torch.ones(num_experts)) if scaled else None
         self.register_parameter("mean_outputs", mean_outputs)
         self.register_parameter("expert_scale", expert_scale)
         self.router = Router(hidden_dim, num_experts, rule)
-        self.activation = ACT2FN[activation]
+        self.activation = self.experts.act_fn
         self.activation_name = activation
         self.token_mask: Bool[Tensor, " tokens"] | None = None
         self.smk: SmkStep | None = None
@@ -78,12 +76,6 @@ class ExpertBank(nn.Module):
         self.chunk_tokens = 0
         self.recording = True
         self.routing: Routing | None = None
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator, std: float) -> None:
-        """Random experts, each weight normal with the given standard deviation."""
-        for weight in (self.gate_up_proj, self.down_proj):
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
     def route(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:
         """The routing of these inputs; the oracle's logits are the log norms of the outputs."""
@@ -109,8 +101,9 @@ class ExpertBank(nn.Module):
         input as it came, so that autocast does not change the routing.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        weights = (self.gate_up_proj, self.down_proj)
-        if not self.training and decode.can_decode(x_TD, *weights, self.activation_name):
+        if not (self.training or torch.is_grad_enabled()) and self.experts(
+            x_TD, layer=partial(decode.can_decode, activation=self.activation_name)
+        ):
             return in_autocast_format(self._decode(x_TD)).view_as(hidden_states)
         routing = self.route(x_TD if self.coupled else x_TD.detach())
         self._record(x_TD, routing)
@@ -120,18 +113,17 @@ class ExpertBank(nn.Module):
         layer = grouped.expert_layer
         if self.path == "dense":
             layer = partial(dense_masked.expert_layer, chunk_tokens=self.chunk_tokens)
-        y_TD = layer(
-            x_TD,
-            self.gate_up_proj,
-            self.down_proj,
-            weights_TE,
-            routing.router_logits,
+        layer = partial(
+            layer,
+            weights_TE=weights_TE,
+            router_logits_TE=routing.router_logits,
             activation=self.activation,
             active_TE=routing.active,
             token_mask_T=self.token_mask if torch.is_grad_enabled() else None,
             smk=self.smk,
             compiled=self.compiled,
         )
+        y_TD = self.experts(x_TD, layer=layer)
         if self.mean_outputs is not None:
             missing_TE = (~routing.active).to(y_TD.dtype)
             y_TD = y_TD + missing_TE @ self.mean_outputs.to(y_TD.dtype)
@@ -143,14 +135,16 @@ class ExpertBank(nn.Module):
             "expert_scale_E": self.expert_scale,
             "mean_outputs_ED": self.mean_outputs,
         }
-        weights, router = (self.gate_up_proj, self.down_proj), self.router
+        router = self.router
         if (rule := selecting(router.rule)) is None:
             routing = self.route(x_TD)
-            y_TD = decode.expert_layer(x_TD, *weights, routing.weights, routing.active, **options)
+            options |= {"weights_TE": routing.weights, "active_TE": routing.active}
+            y_TD = self.experts(x_TD, layer=partial(decode.expert_layer, **options))
         else:
             gate = decode.Gate(router.weight, router.bias, router.selection_bias, router.settled)
-            options["rule"] = rule
-            y_TD, *routed = decode.routed_expert_layer(x_TD, *weights, gate, **options)
+            options |= {"gate": gate, "rule": rule}
+            layer = partial(decode.routed_expert_layer, **options)
+            y_TD, *routed = self.experts(x_TD, layer=layer)
             logits_TE, scores_TE, active_TE, weights_TE = routed
             routing = Routing(
                 router_logits=logits_TE, scores=scores_TE, active=active_TE, weights=weights_TE
@@ -191,7 +185,12 @@ def expert_norms(
     bank: ExpertBank, x_TD: Float[Tensor, "tokens hidden"]
 ) -> Float[Tensor, "tokens experts"]:
     """`|expert_e(x)|` of every expert, active or not, in float32."""
-    _, E, I, D = bank.gate_up_proj.shape
-    gate_up_FD = bank.gate_up_proj.to(x_TD.dtype).view(2 * E * I, D)
-    gate_up_T2EI = F.linear(x_TD, gate_up_FD).view(-1, 2, E, I).float()
-    return gram_norm(bank.activation(gate_up_T2EI[:, 0]) * gate_up_T2EI[:, 1], bank.down_proj)
+
+    def norms(x_TD: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor) -> Tensor:
+        E, _, I = down_EDI.shape
+        gate_up_FD = gate_up_EJD.to(x_TD.dtype).flatten(0, 1)
+        pre_TE2I = F.linear(x_TD, gate_up_FD).view(-1, E, 2, I).float()
+        hidden_TEI = bank.activation(pre_TE2I[:, :, 0]) * pre_TE2I[:, :, 1]
+        return gram_norm(hidden_TEI, down_EDI.mT)
+
+    return bank.experts(x_TD, layer=norms)

@@ -13,7 +13,7 @@ from tiny_onn.loading import is_student, load_student
 from tiny_onn.mid_run import generation_attention
 from tiny_onn.model_paths import find_model
 from tiny_onn.recorded_teacher import refuse_for_dense
-from tiny_onn.teacher import load_dense, quiet_transformers
+from tiny_onn.teacher import load_dense
 from tiny_onn.tokens import DocumentTokens
 
 
@@ -54,7 +54,6 @@ def run_generate(
             f"--prompt: got a byte that is not UTF-8 at character {error.start}, expected text; "
             "check the terminal's encoding"
         ) from error
-    quiet_transformers()
     network, tokenizer = _load(model, pick_device(device), budget, checkpoint, teacher)
     # transformers' sampling knows no generator argument.
     torch.manual_seed(seed)

@@ -56,6 +56,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+# Not `filelock`: up to its release 4.2.0 it empties the file that it locks, so that nobody could
+# tell whose lock a killed run left.
 def _acquire(path: Path) -> int:
     """The locked file's descriptor, with this process written into it."""
     while True:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from tiny_onn.checks import shown
-from tiny_onn.console import say
+from tiny_onn.console import DownloadBar, say, track
 from tiny_onn.errors import LoadErrors, UserError, printable
 
 # The largest configurations that are published have some 20 KB and 130 layers.
@@ -172,6 +172,7 @@ def _weight_files(source: str, revision: str | None) -> Iterator[Path]:
     optional: dict[str, Any] = {
         "revision": revision,
         "_raise_exceptions_for_missing_entries": False,
+        "tqdm_class": DownloadBar,
     }
     whole = cached_file(source, _WEIGHTS, **optional)
     if whole is not None:
@@ -193,7 +194,7 @@ def _weight_files(source: str, revision: str | None) -> Iterator[Path]:
                 " a .safetensors file beside it"
             )
     for name in sorted(set(names.values())):
-        file = cached_file(source, name, revision=revision)
+        file = cached_file(source, name, revision=revision, tqdm_class=DownloadBar)
         assert file is not None
         yield Path(file)
 
@@ -217,7 +218,7 @@ def check_loaded(model: PreTrainedModel, loading: dict[str, Any]) -> None:
             f"its weights hold {len(extra)} tensors that its config.json has no place for "
             f"({printable(extra[0])[:80]} first); restore the config.json that belongs to them"
         )
-    for name, tensor in model.state_dict().items():
+    for name, tensor in track(model.state_dict().items(), "Checking weights"):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
                 f"its tensor {name} holds NaN or infinite numbers in {tensor.dtype}, expected "

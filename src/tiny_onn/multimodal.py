@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tiny_onn.errors import LOAD_ERRORS, UserError
+from tiny_onn.errors import UserError, load_errors
 from tiny_onn.modeling import gated_mlps
 
 
@@ -29,7 +29,7 @@ def dense_skeleton(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, **options)
-    except LOAD_ERRORS as error:
+    except load_errors() as error:
         if multimodal:
             # Its towers may need libraries that text does not.
             raise multimodal_error(config) from error

@@ -7,7 +7,7 @@ each layer, so that long rows peak at the last layer and short ones at the first
 
 Every term is a tensor of the code it names. Terms below a kilobyte per layer are left out, and so
 are the interpreter, the libraries and the CUDA context (`RUNTIME_BYTES`) and what an allocator
-wastes. `benchmarks/plan_memory.py` measures the rest.
+wastes. `python -m benchmarks plan_memory` measures the rest.
 
 Legend: T tokens, D hidden, E experts, F neurons, V vocabulary, L layers; b bytes of an activation,
 wide bytes of an activation's float32 copy (0 where it is float32 already).

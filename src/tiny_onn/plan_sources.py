@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from tiny_onn.config import DType, TeacherConfig, TeacherDType
 from tiny_onn.device import number_format
-from tiny_onn.errors import LOAD_ERRORS, UserError, printable, reason_line, reason_of
+from tiny_onn.errors import UserError, load_errors, printable, reason_line, reason_of
 from tiny_onn.model_files import check_config_table, check_model_config, read_object
 from tiny_onn.model_paths import find_model
 
@@ -190,7 +190,7 @@ def _read_shape(path: Path, name: str) -> PreTrainedConfig:
 def _for_model(table: dict[str, Any], name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(table.pop("model_type"), **table)
-    except LOAD_ERRORS as error:
+    except load_errors() as error:
         raise _no_shape(name, reason_of(error)) from error
 
 
@@ -200,7 +200,7 @@ def _from_pretrained(name: str, options: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, **options)
     except UserError as error:
         raise _no_shape(name, reason_line(error)) from error
-    except LOAD_ERRORS as error:
+    except load_errors() as error:
         raise _no_shape(name, str(error)) from error
 
 

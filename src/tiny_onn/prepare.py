@@ -195,7 +195,7 @@ def partition(config: RunConfig, inputs: MlpInputs) -> list[Int[Tensor, " neuron
     if experts.keep_massive:
         found = massive_activations(_searched(config, inputs))
         kept = massive_neurons(
-            found, len(gated_mlps(inputs.dense)), experts.num_shared * shape.expert_dim
+            found, len(gated_mlps(inputs.dense)), experts.num_shared * shape.moe_intermediate_size
         )
     if experts.init == "importance":
         orders = importance_order(neuron_importance(inputs))
@@ -246,7 +246,7 @@ def make_student(
 
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
     """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
-    path = choose_path(config, banks[0].down_proj.device).path
+    path = choose_path(config, banks[0].experts.down_proj.device).path
     for bank in banks:
         bank.coupled = config.router.objective == "task"
         bank.compiled = config.train.compile

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
-from tiny_onn.checks import validate
-from tiny_onn.config import ExpertInit, RunConfig, Surprise
+from tiny_onn.checks import check_probe, validate
+from tiny_onn.config import RunConfig, Surprise
 from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
 from tiny_onn.device import pick_device
@@ -44,10 +44,9 @@ from tiny_onn.probe_record import Seen, numbers
 from tiny_onn.probe_report import html_page
 from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.run_folder import write_json
-from tiny_onn.teacher import load_dense, quiet_transformers
+from tiny_onn.teacher import load_dense
 from tiny_onn.truth import Document
 
-LOSSES = ("auto", "forward-kl", "next-token")
 # Fragments that are sampled are at most this long, whatever a run's rows are.
 ROW_TOKENS = 1024
 # What was measured so far is written as many times.
@@ -96,7 +95,7 @@ def run_probe(
             model is converted on the fly, with all experts on.
         out: a folder for the results; made if missing.
         layers: which; none: an early, a middle and a late one.
-        loss: the token's own loss, one of `LOSSES`. `auto`: the KL to the teacher, but for a
+        loss: the token's own loss, one of `PROBE_LOSSES`. `auto`: the KL to the teacher, but for a
             fresh conversion, whose KL is zero and at its minimum, the next token's.
         text: a file or folder; None: held-out text.
         init: the partition of a dense model.
@@ -111,12 +110,7 @@ def run_probe(
     Raises:
         UserError: no such model, layer, loss or text.
     """
-    if loss not in LOSSES:
-        raise UserError(f"--loss: got {loss}, expected one of {', '.join(LOSSES)}; try auto")
-    if init not in get_args(ExpertInit):
-        expected = ", ".join(get_args(ExpertInit))
-        raise UserError(f"--init: got {init}, expected one of {expected}; try slices")
-    quiet_transformers()
+    check_probe(loss, init)
     started = time.perf_counter()
     where = pick_device(device)
     say(f"Loading {model} ...")

@@ -27,7 +27,6 @@ from tiny_onn.prepare import Prepared, calibration_rows, prepare, training_rows
 from tiny_onn.run_folder import create_run_folder, write_json
 from tiny_onn.stages import step_tokens
 from tiny_onn.step import Clock, distill_step
-from tiny_onn.teacher import quiet_transformers
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 3
@@ -75,7 +74,6 @@ def run_profile(config: RunConfig, *, out: Path, argv: Sequence[str] = ()) -> St
     Raises:
         UserError: bad settings, text, teacher, folder or disk.
     """
-    quiet_transformers()
     config, _ = prepare_device(config)
     create_run_folder(out, config, argv=argv)
     folder = out / "profile"
@@ -98,7 +96,7 @@ def profile_steps(config: RunConfig, prepared: Prepared, trace: Path) -> StepPro
     """Steps over the run's first rows; the last `PROFILED_STEPS` are recorded into `trace`."""
     training = assemble(config, prepared.student, prepared.teacher)
     stream = training_rows(config, prepared.tokenizer)
-    device = prepared.student.banks()[0].down_proj.device
+    device = prepared.student.banks()[0].experts.down_proj.device
     run_step = distill_step
     if config.train.blockwise_tokens:
         rows = calibration_rows(config, prepared.tokenizer, device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tiny_onn.console import track
 from tiny_onn.errors import UserError
 
 BLOCK_SIZE = 64
@@ -79,7 +80,7 @@ def quantize_nf4(model: PreTrainedModel, *, only_mlps: bool, double_quant: bool)
                 f"expected a multiple of {BLOCK_SIZE}, the block that shares a scale in NF4; "
                 'set teacher.quantization = "none"'
             )
-    while layers:
+    for _ in track(range(len(layers)), "Quantising layers"):
         # Taken out, so that a dense weight is freed as soon as its replacement stands.
         name, dense = layers.popitem()
         model.set_submodule(name, _nf4_linear(bitsandbytes, dense, double_quant))

@@ -27,7 +27,7 @@ from tiny_onn.rows import bad_source, fields_read, row_text
 
 Part = TypeVar("Part", str, bytes)
 WORKING_BYTES = 512 * 2**20
-"""Memory that reading takes beside the texts it has given away (tests/fuzz_inputs.py)."""
+"""Memory that reading takes beside the texts it has given away (reliability/fuzz_inputs.py)."""
 LINE_BYTES = 8 * 2**20
 """Longest line of .jsonl. JSON takes up to 34 times its size when parsed."""
 BOMB_RATIO = 100

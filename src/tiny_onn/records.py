@@ -5,17 +5,17 @@ and a test holds page and records to each other. Making a record is where a run 
 device; no step does so for statistics.
 """
 
-import ast
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tiny_onn.evaluate import Evaluation
 from tiny_onn.integrity import predictive_integrity
 from tiny_onn.ops.teaching import SurpriseTally
 from tiny_onn.routing_stats import RoutingSummary
+from tiny_onn.settings import docstrings_of
 from tiny_onn.step import StepResult
 
 INTRODUCTION = (
@@ -358,16 +358,7 @@ def metrics_docs() -> str:
 
 def _fields(cls: type) -> Iterator[tuple[str, str, str]]:
     """Name, type and docstring of a record's fields in the order of the record."""
-    docs: dict[str, str] = {}
-    for base in cls.__mro__:
-        if not is_dataclass(base):
-            continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(tree, ast.ClassDef)
-        for before, after in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
-                docs[ast.unparse(before.target)] = " ".join(ast.literal_eval(after.value).split())
-    hints = get_type_hints(cls)
+    docs, hints = docstrings_of(cls), get_type_hints(cls)
     for name in _names(cls):
         yield name, _kind(hints[name]), docs[name].replace("|", "\\|")
 

@@ -72,6 +72,18 @@ def check_changes(before: RunConfig, after: RunConfig, allowed: Sequence[str]) -
     return changes
 
 
+def with_number_format_of(began: RunConfig, config: RunConfig) -> RunConfig:
+    """The settings with the run's own `teacher.dtype` where they leave it open.
+
+    Args:
+        began: the settings of the run.
+        config: those to go on with.
+    """
+    if config.teacher.dtype != "auto":
+        return config
+    return replace(config, teacher=replace(config.teacher, dtype=began.teacher.dtype))
+
+
 def check_changeable(name: str) -> None:
     """Return if a resumed run can take over a change of the setting.
 

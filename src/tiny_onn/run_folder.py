@@ -21,13 +21,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from tiny_onn.config import RunConfig
 from tiny_onn.console import say
-from tiny_onn.device import device_name, pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.lock import LOCK_NAME
+from tiny_onn.publish import publish
 from tiny_onn.resuming import check_changes, with_absolute_paths
 from tiny_onn.settings import config_from_json, resolved_json
 
@@ -288,11 +286,8 @@ def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _explain_write(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            temporary.write_text(text, encoding="utf-8")
+            publish(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -312,6 +307,11 @@ def _explain_write(path: Path) -> Iterator[None]:
 
 
 def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
+    # A mistake in the settings of a run is told from its folder, which is read without torch.
+    import torch  # noqa: PLC0415
+
+    from tiny_onn.device import device_name, pick_device  # noqa: PLC0415
+
     commit, dirty = _git_state()
     return {
         "tiny_onn": version("tiny-onn"),

@@ -4,10 +4,8 @@ Everything is driven by the fields, type hints and docstrings of `config.py`; wh
 said in `checks.py`.
 """
 
-import ast
 import difflib
 import inspect
-import itertools
 import json
 import textwrap
 import tomllib
@@ -17,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from tiny_onn import config as config_module
+import docstring_parser
+
 from tiny_onn.checks import RANGES, shown, to_toml, validate
 from tiny_onn.config import RunConfig
 from tiny_onn.errors import UserError
@@ -131,21 +130,10 @@ def config_diff(before: RunConfig, after: RunConfig) -> list[str]:
 
 def field_docs() -> Iterator[FieldDoc]:
     """Yield every setting with the docstring under its field in `config.py`."""
-    tree = ast.parse(inspect.getsource(config_module))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     ranges = {name: expected for expected, _, names in RANGES for name in names.split()}
     defaults = asdict(RunConfig())
     for section, cls in _sections().items():
-        body = classes[cls.__name__].body
-        docs = {
-            before.target.id: " ".join(after.value.value.split())
-            for before, after in itertools.pairwise(body)
-            if isinstance(before, ast.AnnAssign)
-            and isinstance(before.target, ast.Name)
-            and isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-            and isinstance(after.value.value, str)
-        }
+        docs = docstrings_of(cls)
         for key, hint in get_type_hints(cls).items():
             yield FieldDoc(
                 section=section,
@@ -154,6 +142,16 @@ def field_docs() -> Iterator[FieldDoc]:
                 default=to_toml(defaults[section][key]),
                 doc=docs[key],
             )
+
+
+def docstrings_of(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass and of its bases, each in one line."""
+    return {
+        field.arg_name: " ".join((field.description or "").split())
+        for base in reversed(cls.__mro__)
+        if is_dataclass(base)
+        for field in docstring_parser.parse_from_object(base).params
+    }
 
 
 def config_template(config: RunConfig | None = None) -> str:

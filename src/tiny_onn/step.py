@@ -101,7 +101,7 @@ def distill_step(
     called before the update, from where on the step can no longer be given up.
     """
     banks = student.banks()
-    device = banks[0].gate_up_proj.device
+    device = banks[0].experts.gate_up_proj.device
     loss_tokens = max(1, sum(int(row.loss_mask.sum()) for row in rows))
     router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
     tallies = teach_gates(banks, config, loss_tokens, router_tokens)
@@ -240,7 +240,7 @@ def teach_gates(
         # D2DMoE, arXiv 2310.04361, section 3.3: the gate predicts the norms of all experts' outputs
         # by squared error. In logs, so that loud layers do not decide.
         rule = SmkRule(surprise="magnitude", direction="max", candidates="all", targets="log")
-    num_experts, device = banks[0].down_proj.shape[0], banks[0].down_proj.device
+    num_experts, device = banks[0].experts.num_experts, banks[0].experts.down_proj.device
     tallies = SurpriseTally.of_layers(len(banks), num_experts, device)
     for bank, tally in zip(banks, tallies, strict=True):
         bank.smk = SmkStep(

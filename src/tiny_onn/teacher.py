@@ -1,7 +1,7 @@
 """Load the dense model: the embedded one, a local folder or a hub id, with clear refusals."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config import TeacherConfig
+from tiny_onn.console import track
 from tiny_onn.device import number_format
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import LoadErrors, UserError
@@ -135,6 +136,19 @@ def teacher_for(dense: PreTrainedModel, config: TeacherConfig) -> PreTrainedMode
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' own bars and notices off the screen; ours say what matters."""
+    """Keep transformers' notices and bars off the screen in this process; it loads with our bar.
+
+    For programs, once, at their start: a program that uses the package as a library decides itself.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_tqdm_hook(_own_bar)
+
+
+def _own_bar(
+    factory: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> object:
+    """Our bar in place of the one over the weights that are read or written."""
+    if args and isinstance(args[0], Collection):
+        return track(args[0], str(kwargs.get("desc", "Loading")))
+    return factory(*args, **kwargs)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.console import say
 from tiny_onn.embedded import Document
-from tiny_onn.errors import LOAD_ERRORS, LoadErrors, UserError, reason_of
+from tiny_onn.errors import LoadErrors, UserError, load_errors, reason_of
 from tiny_onn.rows import bad_source
 
 # A date that a chat template asks for: today's would give other rows tomorrow.
@@ -135,7 +135,7 @@ class DocumentTokens:
             text = self._tokenizer.apply_chat_template(
                 json.loads(document.text), chat_template=template, tokenize=False
             )
-        except (TemplateError, *LOAD_ERRORS) as error:
+        except (TemplateError, *load_errors()) as error:
             raise bad_source(
                 where,
                 f"the tokenizer's chat template refuses the chat ({reason_of(error)}), expected"

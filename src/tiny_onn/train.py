@@ -37,7 +37,7 @@ from tiny_onn.prepare import (
     training_rows,
 )
 from tiny_onn.progress import show_conversion
-from tiny_onn.resuming import with_absolute_paths
+from tiny_onn.resuming import with_absolute_paths, with_number_format_of
 from tiny_onn.run_folder import (
     create_run_folder,
     keep_settings,
@@ -51,7 +51,6 @@ from tiny_onn.stages import annealed, run_tokens, stage_named, step_tokens
 from tiny_onn.steering import settled
 from tiny_onn.step import StepResult, distill_step
 from tiny_onn.stopping import Stopped, StopRequest, stop_on_signal
-from tiny_onn.teacher import quiet_transformers
 
 AfterStep = Callable[[int, float], None]
 # A stopped run still evaluates its last step if the evaluation before took no longer.
@@ -88,12 +87,9 @@ def run_distill(
             or updates that are not finite.
         KeyboardInterrupt: a signal before the first step, or a second one.
     """
-    quiet_transformers()
     if resume:
         # A missing run is refused here, because taking the lock makes the folder.
-        began = read_run_config(out)
-        if config.teacher.dtype == "auto":
-            config = replace(config, teacher=replace(config.teacher, dtype=began.teacher.dtype))
+        config = with_number_format_of(read_run_config(out), config)
     config = with_absolute_paths(prepare_device(config)[0])
     with stop_on_signal() as stop, run_lock(out):
         if resume:

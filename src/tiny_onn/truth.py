@@ -109,7 +109,7 @@ class Document:
             seen: called with the number of experts done.
         """
         bank = self._bank(layer)
-        num_tokens, num_experts = len(self.has_loss_T), bank.down_proj.shape[0]
+        num_tokens, num_experts = len(self.has_loss_T), bank.experts.num_experts
         size = max(1, BATCH_TOKENS // num_tokens - 1)
         columns, active_TE = [], None
         for experts in torch.arange(num_experts).split(size):
@@ -210,10 +210,10 @@ class _Flip:
         x_TD = inputs[0][0]
         changes = [torch.zeros_like(output[0])]
         for e in self.experts:
-            gate_ID, up_ID = bank.gate_up_proj[:, e].to(x_TD.dtype)
+            gate_ID, up_ID = bank.experts.gate_up_proj[e].to(x_TD.dtype).chunk(2)
             hidden_TI = bank.activation(x_TD @ gate_ID.T) * (x_TD @ up_ID.T)
             signed_T1 = torch.where(self.active_TE[:, e], -weights_TE[:, e], weights_TE[:, e])
-            change_TD = hidden_TI @ bank.down_proj[e].to(x_TD.dtype) * signed_T1[:, None]
+            change_TD = hidden_TI @ bank.experts.down_proj[e].to(x_TD.dtype).T * signed_T1[:, None]
             if bank.mean_outputs is not None:
                 # What stands in for an inactive expert.
                 added_T1 = torch.where(self.active_TE[:, e, None], 1.0, -1.0)

@@ -1,0 +1,1 @@
+"""Speed and memory of the package, measured against peers: `python -m benchmarks --list`."""

@@ -1,0 +1,50 @@
+"""Write the generated parts of all pages, or say which of them are stale.
+
+    python -m docs.tools            # write them
+    python -m docs.tools --check    # write nothing; exit status 1 if one is stale
+
+Every part is made from records that are committed; nothing is measured here.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.common import ROOT
+from docs.tools import performance, probe_docs
+from experiments import quality, routing_rules
+from reliability import harness
+from tiny_onn.records import metrics_docs
+
+
+def generators() -> Iterator[tuple[Path, Callable[[str], str]]]:
+    """Each page with the function that gives its text as it should be, from its text as it is."""
+    for page in performance.PAGES:
+        yield page, performance.filled
+    yield quality.PAGE, quality.filled
+    yield routing_rules.PAGE, routing_rules.filled
+    yield probe_docs.PAGE, probe_docs.filled
+    yield harness.PAGE, harness.filled
+    yield ROOT / "docs" / "metrics.md", lambda _: metrics_docs()
+
+
+def main() -> int:
+    """Write the pages, or check them; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m docs.tools", description="Generated pages.")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if stale")
+    check, stale = parser.parse_args().check, []
+    for page, generate in generators():
+        before = page.read_text("utf-8")
+        if (after := generate(before)) == before:
+            continue
+        stale.append(str(page.relative_to(ROOT)))
+        if not check:
+            page.write_text(after, encoding="utf-8")
+    if stale:
+        print(f"{'stale' if check else 'written'}: {', '.join(stale)}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

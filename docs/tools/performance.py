@@ -1,0 +1,250 @@
+"""The performance tables of README and docs, from the records in `benchmarks/results`.
+
+Every row is what one benchmark wrote on one machine; nothing is measured here.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.common import RESULTS, ROOT
+from docs.tools import pages
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BEGIN, END = "<!-- performance: {name} -->", "<!-- end -->"
+GIB = 2**30
+
+
+class Row(NamedTuple):
+    """One line: what was measured, ours, the peer's, their ratio, what was aimed at."""
+
+    what: str
+    ours: str
+    peer: str
+    ratio: str
+    goal: str
+
+
+def load(name: str) -> dict[str, Any]:
+    """A benchmark's record."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def layer_rows(row: dict[str, Any], where: str, goal: str) -> Iterator[Row]:
+    """The expert layer at one k against the dense MLP, and against transformers' best MoE."""
+    label = f"expert layer, {where}, k = {row['k']}"
+    ours, dense = min(row["dense"], row["grouped"]), row["Qwen3MLP"]
+    moe = min(value for key, value in row.items() if key.startswith("MoE") and value)
+    yield Row(label, ms(ours), f"{ms(dense)} dense MLP", f"{ours / dense:.2f}", goal)
+    yield Row("", ms(ours), f"{ms(moe)} best MoE of transformers", f"{ours / moe:.2f}", "< 1")
+
+
+def cpu_rows() -> Iterator[Row]:
+    """What the benchmarks measured on two CPU cores."""
+    for row in load("expert_layer")["rows"]:
+        if row["k"] in (4, 16, 32):
+            yield from layer_rows(row, row["dtype"], "<= 0.5" if row["k"] == 4 else "<= 1.0")
+    smk = {row["step"]: row for row in load("surprise_overhead")["rows"]}
+    frozen = smk["gate frozen"]["p50_ms"]
+    for label, name in (
+        ("step with SMK", "smk (default rule)"),
+        ("step with SMK, model card's rule", "smk (model card's rule)"),
+        ("the textbook way: hooks, second backward", "textbook (default rule)"),
+    ):
+        time = smk[name]["p50_ms"]
+        goal = "" if "textbook" in label else "<= 1.05"
+        yield Row(label, ms(time), f"{ms(frozen)} gate frozen", f"{time / frozen:.2f}", goal)
+    steps = {row["step"]: row for row in load("distill_step")["rows"]}
+    ours, plain = steps["ours"], steps["plain"]
+    yield Row(
+        "whole step, tokens/s",
+        f"{ours['tokens_per_s']:.0f}",
+        f"{plain['tokens_per_s']:.0f} plain trainer",
+        f"{ours['tokens_per_s'] / plain['tokens_per_s']:.2f}",
+        ">= 1.5",
+    )
+    yield Row(
+        "whole step, memory beyond the models",
+        gib(ours["step_peak_bytes"]),
+        f"{gib(plain['step_peak_bytes'])} plain trainer",
+        f"{ours['step_peak_bytes'] / plain['step_peak_bytes']:.2f}",
+        "",
+    )
+    growth = load("scaling")["ratios"]["memory per token / saved inputs"]
+    yield Row("memory per further token of a row", f"{growth:.2f}", "1 = saved inputs", "", "~ 1")
+
+
+def gpu_rows(name: str) -> Iterator[Row]:
+    """What `gpu` measured; the last record of a kind wins."""
+    lines = (RESULTS / f"gpu_{name}.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    card = {
+        (r["placement"], r["rows"], r["kind"], r.get("step", r.get("cap_gib")), r.get("variant")): r
+        for r in records
+        if r["section"] == "card" and "rows" in r
+    }
+    for rows in ("packed", "whole"):
+        packed = rows == "packed"
+        time = card["shared", rows, "time", "smk", None]
+        hours = time["hours_for_0.5B_tokens"]
+        there = time["hours_on_a_4090_at_this_share"]
+        yield Row(
+            f"card's step, {rows} rows, tokens/s",
+            f"{time['tokens_per_s']:,.0f}",
+            f"{hours:.1f} h for 0.5B tokens ({there:.0f} h on an RTX 4090 at this share)",
+            "",
+            "< 4 h" if packed else "",
+        )
+        share = time["share_of_matmul_peak"]
+        yield Row(
+            f"card's step, {rows} rows, share of the measured matmul peak",
+            f"{100 * share:.0f} %",
+            "",
+            "",
+            ">= 60 %" if packed else "",
+        )
+        ratio = card["shared", rows, "ratio", None, None]["smk / frozen"]
+        yield Row(f"SMK's cost, {rows} rows", "", "gate frozen", f"{ratio:.3f}", "<= 1.03")
+    memory = card["shared", "packed", "memory", 12, "layer"]
+    used = gib(memory["peak_reserved_bytes"] + memory["context_bytes"])
+    fits = "fits" if memory["fits"] else "does not fit"
+    yield Row("card's step, memory with the context", used, f"{fits} a cap of 12 GiB", "", "fits")
+    layers = {r["tokens"]: r for r in records if r["section"] == "experts" and "rows" in r}
+    for tokens, record in sorted(layers.items()):
+        for row in record["rows"]:
+            if row["k"] in (4, 16):
+                yield from layer_rows(row, f"{tokens:,} tokens", "<= 1.15")
+    yield from decode_rows([r for r in records if r["section"] == "decode"])
+    # Until November 2026 the lines of this record were called cases.
+    plans = [r.get("rows", r.get("cases")) for r in records if r["section"] == "plan"]
+    for cases in [found for found in plans if found][-1:]:
+        ratios = [case["ratio"] for case in cases]
+        predicted = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        yield Row(f"plan's memory, {len(ratios)} cases", predicted, "1 = measured", "", "~ 1")
+    losses = {
+        (row["tokens"], row["loss"]): row
+        for r in records
+        if r["section"] == "loss"
+        for row in r.get("rows", ())
+    }
+    for tokens in sorted({tokens for tokens, _ in losses}):
+        ours = losses[tokens, "ours"]
+        for peer in ("naive", "liger", "trl"):
+            if (other := losses.get((tokens, peer))) is None:
+                yield Row(f"loss, {tokens:,} tokens", "", f"{peer}: out of memory", "", "")
+                continue
+            yield Row(
+                f"loss, {tokens:,} tokens",
+                f"{ms(ours['p50_ms'])}, {gib(ours['peak_bytes'])}",
+                f"{ms(other['p50_ms'])}, {gib(other['peak_bytes'])} {peer}",
+                f"{ours['p50_ms'] / other['p50_ms']:.2f}, "
+                f"{ours['peak_bytes'] / other['peak_bytes']:.2f}",
+                "<= 1, < 1",
+            )
+
+
+def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
+    """What `decode` measured on a GPU: one token at a time."""
+    timed = [r for r in records if "us_per_layer" in r]
+    stacks = {r["k"]: r for r in timed if r["kind"] == "stack"}
+    peers = {r["k"]: r["us_per_layer"] for r in timed if r["kind"] == "moe"}
+    for k, record in sorted(stacks.items()):
+        micro = record["us_per_layer"]
+        ours, dense = micro["ours"], micro["Qwen3MLP"]
+        label = f"decode, one layer, k = {k}"
+        yield Row(label, us(ours), f"{us(dense)} dense MLP", f"{ours / dense:.2f}", "< 1")
+        if k in peers:
+            mine = peers[k].pop("ours")
+            best = min(peers[k].values())
+            peer = f"{us(best)} best MoE of transformers"
+            yield Row("", us(mine), peer, f"{mine / best:.2f}", "< 1")
+        share = f"{100 * record['share_of_bandwidth']:.0f} %"
+        limit = f"{us(record['limit_us'])} to read the active weights"
+        yield Row(f"{label}, share of the bandwidth", share, limit, "", ">= 85 %")
+    for record in {r["tokens"]: r for r in timed if r["kind"] == "tokens"}.values():
+        micro = record["us_per_layer"]
+        ours, label = micro["ours"], f"decode, {record['tokens']} tokens at once, k = {record['k']}"
+        for name, peer in (("dense MLP", "Qwen3MLP"), ("our path for all experts", "all experts")):
+            ratio = f"{ours / micro[peer]:.2f}"
+            yield Row(label, us(ours), f"{us(micro[peer])} {name}", ratio, "")
+            label = ""
+    model = [r for r in records if r["kind"] == "model" and "tokens_per_s" in r]
+    for name, rate in model[-1]["tokens_per_s"].items() if model else ():
+        if name != "dense":
+            dense = model[-1]["tokens_per_s"]["dense"]
+            label = f"decode, Qwen3-0.6B, {name}, tokens/s"
+            yield Row(label, f"{rate:,.0f}", f"{dense:,.0f} dense", f"{rate / dense:.2f}", "> 1")
+
+
+def us(value: float) -> str:
+    """Microseconds in three figures."""
+    return f"{value:.3g} us"
+
+
+def ms(value: float) -> str:
+    """Milliseconds in three figures."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def gib(value: float) -> str:
+    """Bytes as GiB."""
+    return f"{value / GIB:.2f} GiB"
+
+
+def where(*environments: dict[str, Any]) -> str:
+    """The machine, the versions and the days of some records of one machine."""
+    environment, versions = environments[0], environments[0]["versions"]
+    days = sorted({record["time"][:10] for record in environments})
+    machine = (
+        environment.get("gpu") or f"{environment['cores']} cores of an {environment['machine']}"
+    )
+    return (
+        f"{machine}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{' and '.join(days)}"
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown."""
+    lines = ["| | ours | peer | ratio | goal |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+# What the README shows of the whole.
+README_ROWS = (
+    "card's step, packed rows, tokens/s",
+    "card's step, packed rows, share of the measured matmul peak",
+    "card's step, memory with the context",
+    "SMK's cost, packed rows",
+    "expert layer, 32,768 tokens, k = 16",
+    "decode, one layer, k = 4",
+    "decode, one layer, k = 16",
+    "decode, one layer, k = 16, share of the bandwidth",
+    "decode, Qwen3-0.6B, k = 16, tokens/s",
+    "loss, 32,768 tokens",
+    "expert layer, bfloat16, k = 16",
+    "step with SMK",
+    "whole step, tokens/s",
+)
+
+
+def sections() -> dict[str, str]:
+    """The generated text by the name of its place."""
+    gpu = "nvidia_h100_80gb_hbm3"
+    records = map(json.loads, (RESULTS / f"gpu_{gpu}.jsonl").read_text("utf-8").splitlines())
+    on_gpu = where(*(record for record in records if record["section"] == "environment"))
+    on_cpu = where(load("distill_step")["environment"])
+    short = (
+        f"Measured on {place}:\n\n{table(row for row in rows if row.what in README_ROWS)}"
+        for place, rows in ((on_gpu, gpu_rows(gpu)), (on_cpu, cpu_rows()))
+    )
+    return {
+        "cpu": f"Measured on {on_cpu}.\n\n{table(cpu_rows())}",
+        "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows(gpu))}",
+        "readme": "\n".join(short),
+    }
+
+
+def filled(text: str) -> str:
+    """A page with the generated text in its places."""
+    return pages.filled(text, sections(), BEGIN, END)

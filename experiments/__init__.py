@@ -1,0 +1,1 @@
+"""Studies of quality: what a student becomes. See README.md."""

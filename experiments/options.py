@@ -1,0 +1,27 @@
+"""The options that all studies have, and where their records are."""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.common import ROOT
+
+RESULTS = ROOT / "experiments" / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every study has."""
+    first = (description or "").partition("\n")[0]
+    options = argparse.ArgumentParser(description=first)
+    options.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    options.add_argument("--smoke", action="store_true", help="a tiny size, to see that it runs")
+    options.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the JSON record; default: experiments/results, with --smoke none",
+    )
+    return options
+
+
+def results_folder(arguments: argparse.Namespace) -> Path | None:
+    """Where the record goes: `--out`, or `results/` unless it is a smoke run."""
+    return arguments.out or (None if arguments.smoke else RESULTS)

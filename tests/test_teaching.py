@@ -1,0 +1,133 @@
+"""The backward pass teaches a gate nothing about shared experts, and the rest as without them."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tiny import normal
+from tiny_onn.experts import ExpertBank
+from tiny_onn.ops.teaching import SmkStep, SurpriseTally, teach
+from tiny_onn.router import RoutingRule
+from tiny_onn.shared import with_shared
+from tiny_onn.surprise import SmkRule
+
+E, S = 8, 2
+TARGETS = ("single", "set", "regress", "member", "helpful", "log")
+
+
+def taught_bank(path, targets, candidates, *, compiled) -> ExpertBank:
+    """A bank after one backward pass that teaches its gate."""
+    rule = RoutingRule(selection="top_k", target_k=5.0, num_shared=S)
+    bank = ExpertBank(12, E, 3, "silu", rule)
+    generator = torch.Generator().manual_seed(0)
+    bank.experts.reset(generator, 0.5)
+    bank.router.reset(generator, 0.5)
+    surprise = "magnitude" if targets == "log" else "gain"
+    smk = SmkRule(
+        surprise=surprise, direction="max", candidates=candidates, targets=targets, num_targets=3
+    )
+    tally = SurpriseTally.of_layers(1, E, torch.device("cpu"))[0]
+    bank.smk = SmkStep(rule=smk, grad_scale=1.0, tally=tally, num_shared=S)
+    bank.path, bank.compiled = path, compiled
+    y = bank(normal(30, 12, seed=2))
+    (y * normal(30, 12, seed=3)).sum().backward()
+    return bank
+
+
+def assert_learns_nothing_about_shared_experts(bank: ExpertBank) -> None:
+    for gate in (bank.router.weight, bank.router.bias):
+        assert gate.grad is not None
+        assert torch.equal(gate.grad[:S], torch.zeros_like(gate.grad[:S]))
+        assert (gate.grad[S:] != 0).any()
+    # The shared ones learn as all experts do.
+    assert bank.experts.down_proj.grad is not None
+    assert (bank.experts.down_proj.grad[:S] != 0).any()
+    assert bank.smk is not None and bank.smk.tally is not None
+    tally = bank.smk.tally
+    assert not tally.target_E[:S].any() and not tally.pick_E[:S].any()
+    assert (tally.surprise_E != 0).all() and (tally.active_surprise_E[:S] != 0).all()
+    assert torch.equal(tally.surprise_E[:S], tally.active_surprise_E[:S])
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize(
+    ("path", "candidates"), [("dense", "all"), ("dense", "active"), ("grouped", "active")]
+)
+def test_a_gate_learns_nothing_about_shared_experts(path, targets, candidates):
+    bank = taught_bank(path, targets, candidates, compiled=False)
+    assert_learns_nothing_about_shared_experts(bank)
+
+
+# torch 2.13's inductor warns about torch itself when it is imported.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.compiled
+@pytest.mark.parametrize(("path", "candidates"), [("dense", "all"), ("grouped", "active")])
+def test_a_compiled_gate_learns_nothing_about_them_either(path, candidates):
+    bank = taught_bank(path, "set", candidates, compiled=True)
+    assert_learns_nothing_about_shared_experts(bank)
+    eager = taught_bank(path, "set", candidates, compiled=False)
+    torch.testing.assert_close(bank.router.weight.grad, eager.router.weight.grad)
+
+
+class Lesson(NamedTuple):
+    """What a gate is taught about some tokens: one table of tokens and experts each."""
+
+    surprise_TE: torch.Tensor
+    weights_TE: torch.Tensor
+    logits_TE: torch.Tensor
+    active_TE: torch.Tensor
+
+    def without(self, num_shared):
+        """The same lesson for a gate that has the other experts alone."""
+        return Lesson(*(table[:, num_shared:].contiguous() for table in self))
+
+
+COUNTED_T = torch.arange(40) % 5 != 0
+
+
+def make_lesson():
+    """Random surprise, logits and choices; shared experts are active at every token."""
+    active_TE = with_shared(normal(40, E - S, seed=2) > 0, S, value=True)
+    return Lesson(normal(40, E), active_TE.float(), normal(40, E, seed=1), active_TE)
+
+
+def rule_of(targets, candidates):
+    return SmkRule(
+        surprise="gain", direction="max", candidates=candidates, targets=targets, num_targets=3
+    )
+
+
+def taught(rule, lesson, num_shared):
+    """The gradient at the logits, and the tally."""
+    num_experts = lesson.logits_TE.shape[1]
+    tally = SurpriseTally.of_layers(1, num_experts, torch.device("cpu"))[0]
+    step = SmkStep(rule=rule, grad_scale=0.5, tally=tally, num_shared=num_shared)
+    surprise_TE, weights_TE, logits_TE, active_TE = lesson
+    return teach(step, surprise_TE, weights_TE, logits_TE, active_TE, COUNTED_T), tally
+
+
+@pytest.mark.parametrize("candidates", ["active", "all"])
+@pytest.mark.parametrize("targets", ["single", "set", "member", "helpful", "regress"])
+def test_other_experts_are_taught_as_by_a_gate_without_shared_ones(targets, candidates):
+    rule, lesson = rule_of(targets, candidates), make_lesson()
+    got_TE, tally = taught(rule, lesson, S)
+    expected_TE, alone = taught(rule, lesson.without(S), 0)
+    assert not got_TE[:, :S].any()
+    assert torch.equal(got_TE[:, S:], expected_TE)
+    for name in ("num_tokens", "num_targets", "num_agree", "chance"):
+        assert torch.equal(getattr(tally, name), getattr(alone, name)), name
+    for name in ("surprise_E", "active_surprise_E", "pick_E", "target_E"):
+        assert torch.equal(getattr(tally, name)[S:], getattr(alone, name)), name
+
+
+def test_the_single_target_is_the_largest_gain_among_experts_that_can_be_chosen():
+    lesson = make_lesson()
+    got_TE, _ = taught(rule_of("single", "all"), lesson, S)
+    for token in COUNTED_T.nonzero().flatten().tolist():
+        best = max(range(S, E), key=lambda e, t=token: lesson.surprise_TE[t, e].item())
+        target_E = F.one_hot(torch.tensor(best - S), E - S)
+        # Of a cross-entropy, times the step's scale of one half.
+        expected_E = 0.5 * (lesson.logits_TE[token, S:].softmax(-1) - target_E)
+        torch.testing.assert_close(got_TE[token, S:], expected_E)
