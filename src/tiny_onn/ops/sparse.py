@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.ops.decode import triton_runs_on
+from tiny_onn.ops.layout import joined_down
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, squared_norms, teach
 
@@ -272,7 +273,8 @@ class _Launches:
         """The gradient at the pre-activations, and the sums (3, T, E) of `Sums`."""
         grad_pre_SJ, tile = torch.empty_like(pre_SJ), self.tiles.slope
         shape = (self.num_chunks, 3, self.E, self.T)
-        sums_C3ET = weights_TE.new_empty(shape, dtype=torch.float32)
+        new = weights_TE.new_empty if self.all_slots else weights_TE.new_zeros
+        sums_C3ET = new(shape, dtype=torch.float32)
         _kernels().slope_kernel[self.grid(tile), self.num_chunks](
             grad_y_TD,
             down_EDI,
@@ -384,10 +386,9 @@ class _Sparse(torch.autograd.Function):
         with torch.cuda.device_of(x_TD):
             pre_SJ, hidden_SI = run.up(_cast(gate_up_EJD, x_TD), weights_TE)
             if run.all_slots:
-                down_DF = down_EDI.to(x_TD.dtype).transpose(0, 1).reshape(run.D, -1)
-                y_TD = hidden_SI.view(run.T, -1) @ down_DF.T
+                y_TD = hidden_SI.view(run.T, -1) @ joined_down(down_EDI, x_TD.dtype).T
             else:
-                y_TD = run.sum_rows(hidden_SI, _cast(down_EDI, x_TD), "EDN")
+                y_TD = run.sum_rows(hidden_SI, down_EDI.to(x_TD.dtype), "EDN")
         ctx.save_for_backward(
             x_TD,
             gate_up_EJD,
@@ -421,7 +422,7 @@ class _Sparse(torch.autograd.Function):
         run = _Launches(options, x_TD, down, Lists(*lists))
         with torch.cuda.device_of(x_TD):
             grad_pre_SJ, sums_3TE = run.slope(
-                grad_y_TD, _cast(down, x_TD), weights_TE, pre_SJ
+                grad_y_TD, down.to(x_TD.dtype), weights_TE, pre_SJ
             )
             if need_x and run.all_slots:
                 grad_x = grad_pre_SJ.view(run.T, -1) @ _cast(gate_up, x_TD).flatten(0, 1)

@@ -244,7 +244,7 @@ def slope_kernel(
     starts,  # (E,) int32
     pre,  # (S, J)
     grad_pre,  # (S, J), written
-    sums,  # (C, 3, E, T) float32, written
+    sums,  # (C, 3, E, T) float32, written for pairs that have a slot
     T,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -319,7 +319,10 @@ def slope_kernel(
     i = first + tl.arange(0, W)
     of_chunk = (i < first + W0 + W1) & (i < I)
     size = T * E
-    for row in range(start, tl.minimum(start + BLOCK_M, T), BLOCK_R):
+    end = count
+    if ALL:
+        end = T
+    for row in range(start, tl.minimum(start + BLOCK_M, end), BLOCK_R):
         position = row + tl.arange(0, BLOCK_R)
         inside_t = position < T
         t = tl.load(of_order + position, mask=inside_t, other=0)
@@ -345,9 +348,10 @@ def slope_kernel(
         tl.store(grad_pre + here + I, (grad_up * w).to(dtype), mask=mask)
         to = sums + tl.program_id(1) * 3 * size + e * T + t
         squares = grad_gate * grad_gate + grad_up * grad_up
-        tl.store(to, tl.sum(squares, axis=1), mask=inside_t)
-        tl.store(to + size, tl.sum(hidden * hidden, axis=1), mask=inside_t)
-        tl.store(to + 2 * size, tl.sum(hidden * grad_hidden, axis=1), mask=inside_t)
+        slotted = position < end
+        tl.store(to, tl.sum(squares, axis=1), mask=slotted)
+        tl.store(to + size, tl.sum(hidden * hidden, axis=1), mask=slotted)
+        tl.store(to + 2 * size, tl.sum(hidden * grad_hidden, axis=1), mask=slotted)
 
 
 @triton.jit
