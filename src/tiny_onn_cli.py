@@ -406,13 +406,16 @@ class Report:
         with _starting():
             from tiny_onn.reporting import run_report
 
-        run_report(
-            self.runs,
-            out=self.out,
-            device=self.device,
-            teacher=self.teacher,
-            models=not self.skip_models,
-        )
+        # Standard output belongs to the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            page = run_report(
+                self.runs,
+                out=self.out,
+                device=self.device,
+                teacher=self.teacher,
+                models=not self.skip_models,
+            )
+        print(page)
 
 
 @dataclass(frozen=True, kw_only=True)

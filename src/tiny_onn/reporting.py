@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -57,7 +58,6 @@ def run_report(
             raise UserError(
                 f"--out: got {path}, expected a file to write to ({error.strerror}); choose another"
             ) from error
-    say(f"Report: {path}")
     return path
 
 
@@ -88,7 +88,8 @@ def print_comparison(found: Comparison) -> None:
     """Print a comparison's tables to standard output, for a terminal."""
     console = Console()
     for number, (header, rows) in enumerate(found.tables()):
-        table = Table(title="What differs in the settings" if number else None)
+        title = "What differs in the settings" if number else None
+        table = Table(title=title, box=SIMPLE_HEAD)
         for column, name in enumerate(header):
             # Half a number misleads: on a narrow terminal it goes on in the next line.
             table.add_column(Text(name), justify="right" if column else "left", overflow="fold")

@@ -1,8 +1,8 @@
 """What a report shows of a student that its run's records do not hold: measured, kept as JSON.
 
 A held-out passage token by token, with the experts of every layer; and how often two experts of a
-layer serve the same token. `view.json` in the run folder keeps it, so that a page that is made again
-has the same bytes.
+layer serve the same token. `view.json` in the run folder keeps it, so that a page that is made
+again has the same bytes.
 
 Legend: T tokens, E experts, L layers.
 """
@@ -67,21 +67,20 @@ def view_of_run(run: Path, device: str, teacher: str | None = None) -> dict[str,
         view = measure_view(
             loaded.student, held_out.teacher, loaded.tokenizer, held_out.rows, loaded.config.loss
         )
-    return keep_view(run, view, loaded.step)
+    return keep_view(run, view)
 
 
-def keep_view(run: Path, view: dict[str, Any], step: int | None) -> dict[str, Any]:
-    """Write a view to the run folder and return what was written.
+def keep_view(run: Path, view: dict[str, Any]) -> dict[str, Any]:
+    """Write a view of a run's newest student to its folder and return what was written.
 
     Args:
         run: the folder.
         view: as `measure_view` returns it.
-        step: updates of the student.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    written = {"format": FORMAT, "step": step, **view}
+    written = {"format": FORMAT, "step": choose(run, "newest").step, **view}
     write_json(run / VIEW_NAME, written)
     return written
 

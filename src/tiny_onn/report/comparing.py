@@ -19,6 +19,7 @@ EQUAL_K = 1e-3
 EQUAL_LOSS = 1e-3
 # Share by which a run's k may differ from that of the comparison and still take its place by KL.
 NEAR_K = 0.02
+OTHER_K, OTHER_TEXT = " *", " #"
 NUMBERS = ("forward_kl", "top1_agreement", "student_nll", "ffn_flops", "total_flops")
 
 
@@ -61,15 +62,15 @@ class Comparison:
 
     def tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
         """Header and rows, as text: of the numbers, and of the settings if some differ."""
-        header = ("run", "k", "KL", "agreement", "perplexity", "FFN MFLOPs", "tokens", "health")
+        header = ("run", "k", "KL", "agree", "perplexity", "MFLOPs", "tokens", "health")
         numbers = [
             (
                 row.name,
-                f"{row.mean_k:.2f}{'' if row.equal else ' (other k)'}",
-                f"{row.forward_kl:.4f}{'' if row.same_text else ' (other text)'}",
+                f"{row.mean_k:.2f}{'' if row.equal else OTHER_K}",
+                f"{row.forward_kl:.4f}{'' if row.same_text else OTHER_TEXT}",
                 f"{row.top1_agreement:.1%}",
                 f"{row.perplexity:.2f}",
-                f"{row.ffn_flops / 1e6:.4g}",
+                mflops(row.ffn_flops),
                 f"{row.tokens:,}",
                 row.verdict,
             )
@@ -96,15 +97,18 @@ class Comparison:
         """What the numbers are, in sentences."""
         text = (
             f"Held-out KL to the teacher at {self.mean_k:.2f} active experts a token, the smallest"
-            " first."
+            " first; FFN MFLOPs a token."
         )
         if any(not row.equal for row in self.rows):
             text += (
-                " A run marked with another k was not measured around that k:"
+                f" {OTHER_K.strip()} marks a run that was not measured around that k:"
                 " `tiny-onn eval RUN --frontier --out RUN` measures it."
             )
         if any(not row.same_text for row in self.rows):
-            text += " A run marked with another text was evaluated on other text than the first."
+            text += (
+                f" {OTHER_TEXT.strip()} marks a run that was evaluated on other text than the first"
+                " one given."
+            )
         return text
 
 
@@ -234,6 +238,12 @@ def setting(config: Mapping[str, Mapping[str, Any]], name: str) -> object:
     """The value of `section.key`; None where the run has no such setting."""
     section, _, key = name.partition(".")
     return config.get(section, {}).get(key)
+
+
+def mflops(flops: float) -> str:
+    """FLOPs in millions, to four digits or to the unit."""
+    millions = flops / 1e6
+    return f"{millions:,.0f}" if millions >= 1000 else f"{millions:.4g}"
 
 
 def exp(nll: float) -> float:

@@ -19,7 +19,7 @@ TOKENS = {
     "field": "tokens",
     "type": "quantitative",
     "title": "training tokens",
-    "axis": {"format": "~s"},
+    "axis": {"format": "~s", "labelExpr": "datum.value == 0 ? '0' : datum.label"},
     "scale": {"zero": True, "nice": False},
 }
 
@@ -67,6 +67,27 @@ def kl_spec(runs: Sequence[Run]) -> Spec:
             *hovered(shared),
         ],
     )
+
+
+def rates_spec(runs: Sequence[Run]) -> Spec:
+    """The learning rates of experts and gates: colours are runs, or the two where one run is."""
+    rows, names = [], ("experts", "gates")
+    for run in runs:
+        for group, what in enumerate(names):
+            pairs = [(r["tokens"], r["lr"][group]) for r in run.steps if len(r["lr"]) > group]
+            rows += rows_of(run.name if len(runs) > 1 else what, pairs, what=what)
+    colour = series_colour([run.name for run in runs] if len(runs) > 1 else names)
+    dash = {
+        "field": "what",
+        "type": "nominal",
+        "scale": {"domain": list(names), "range": [[1, 0], [4, 3]]},
+        "legend": {"title": None, "orient": "top", "symbolType": "stroke", "symbolSize": 300},
+    }
+    y = {**quantity("learning rate", [row["value"] for row in rows]), "axis": {"format": "~e"}}
+    shared = {"x": TOKENS, "y": y, "color": colour, "tooltip": tooltip("what")}
+    dashed = {**shared, "strokeDash": dash} if len(runs) > 1 else shared
+    mark = {"type": "line", "strokeWidth": 1.6}
+    return chart(rows, [{"mark": mark, "encoding": dashed}, *hovered(shared)])
 
 
 def line_spec(title: str, series: dict[str, list[tuple[float, float]]], **axis: Any) -> Spec:  # noqa: ANN401 - what Vega-Lite's axis takes
@@ -180,7 +201,7 @@ def layer_agreement_spec(run: Run) -> Spec | None:
                 "encoding": {"x": x, "y": y("shuffled"), "y2": {"field": "gate"}},
             },
             {
-                "mark": {"type": "tick", "thickness": 2, "style": "reference"},
+                "mark": {"type": "tick", "thickness": 2, "size": 12, "style": "reference"},
                 "encoding": {"x": x, "y": y("shuffled"), "tooltip": tips},
             },
             {
@@ -192,7 +213,10 @@ def layer_agreement_spec(run: Run) -> Spec | None:
 
 
 def frontier_spec(runs: Sequence[Run]) -> Spec | None:
-    """KL by the share of the teacher's FFN FLOPs; a run without a frontier is one point."""
+    """KL by the share of the teacher's FFN FLOPs; a run without a frontier is one point.
+
+    None where there is but one point.
+    """
     rows = [
         {
             "series": run.name,
@@ -204,7 +228,7 @@ def frontier_spec(runs: Sequence[Run]) -> Spec | None:
         for point in points_of(run)
         if math.isfinite(point["forward_kl"])
     ]
-    if not rows:
+    if len(rows) < 2:
         return None
     y = quantity("KL to the teacher, nats", [row["value"] for row in rows if row["value"] > 0])
     share = {
@@ -297,7 +321,7 @@ def tooltip(*fields: str) -> list[Spec]:
     """What hovering shows: the series, fields that say which point, tokens and value."""
     return [
         {"field": "series", "title": "curve"},
-        *({"field": field, "title": "measured on"} for field in fields),
+        *({"field": field, "title": "of"} for field in fields),
         {"field": "tokens", "format": ",", "title": "training tokens"},
         {"field": "value", "format": ".4~r", "title": "value"},
     ]

@@ -145,7 +145,7 @@
       const layers = this.passage.active[this.here].map((hex) => BigInt(`0x${hex}`));
       const experts = this.passage.num_experts;
       const width = canvas.clientWidth || 320;
-      const row = Math.max(4, Math.min(12, Math.floor(300 / layers.length)));
+      const row = Math.max(3, Math.min(12, Math.floor((window.innerWidth < 740 ? 130 : 300) / layers.length)));
       const scale = window.devicePixelRatio || 1;
       canvas.width = width * scale;
       canvas.height = row * layers.length * scale;

@@ -46,7 +46,7 @@ class Charts:
 
     specs: dict[str, Any] = field(default_factory=dict)
 
-    def add(  # noqa: PLR0917
+    def add(
         self,
         key: str,
         spec: dict[str, Any] | None,
@@ -126,7 +126,7 @@ def script_json(value: object) -> Markup:
     """JSON that can stand inside a script element; numbers that are not finite become null."""
     text = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
     escapes = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
-    return Markup(text.translate(escapes))  # noqa: S704 - just escaped
+    return Markup(text.translate(escapes))
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
@@ -141,19 +141,7 @@ def _training(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
     """Curves over training, of all runs together."""
     if not any(run.steps for run in runs):
         return []
-    names = [run.name for run in runs]
-    several = len(names) > 1
-
-    def label(run: Run, what: str) -> str:
-        return f"{run.name}: {what}" if several else what
-
     losses = {run.name: curves.curve(run.steps, "loss") for run in runs}
-    rates = {
-        label(run, what): [(record["tokens"], record["lr"][group]) for record in run.steps]
-        for run in runs
-        for group, what in enumerate(("experts", "gates"))
-        if run.steps and len(run.steps[0]["lr"]) > group
-    }
     return [
         *charts.add(
             "kl",
@@ -180,7 +168,7 @@ def _training(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
         ),
         *charts.add(
             "lr",
-            curves.line_spec("learning rate", rates, format="~e"),
+            curves.rates_spec(runs),
             "How fast experts and gates learn",
             "The learning rates as the schedule set them: they rise in the warm-up and fall to zero"
             " at the end of a run that finished.",
@@ -257,8 +245,8 @@ def _details(charts: Charts, number: int, run: Run) -> dict[str, Any]:
             f"surprise-{number}",
             heatmaps.surprise_spec(run),
             "Where surprise is",
-            "The mean surprise of each expert over the tokens of the newest record that holds it, in"
-            " the units of the objective. A table that is the same everywhere teaches nothing; a"
+            "The mean surprise of each expert over the tokens of the newest record that holds it,"
+            " in the units of the objective. A table that is the same everywhere teaches nothing; a"
             " single loud row drowns the other layers.",
         ),
     ]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from tiny_onn.report.comparing import EQUAL_K, at_k, points_of, same_text
+from tiny_onn.report.comparing import EQUAL_K, at_k, mflops, points_of, same_text
 from tiny_onn.report.run_data import Record, Run
 
 # Steps whose mean a sentence tells.
@@ -43,10 +43,14 @@ def health_of(run: Run) -> str:
         return "It is too early to tell: no evaluation was made after training began."
     if not findings:
         return "Healthy: it learns, every layer works, and no rule of the health check objects."
-    count = "one rule objects" if len(findings) == 1 else f"{len(findings)} rules object"
+    count = (
+        "one rule of the health check objects"
+        if len(findings) == 1
+        else f"{len(findings)} rules of the health check object"
+    )
     if run.health["verdict"] == "dead":
-        return f"Dead: {count}, and more training cannot mend it."
-    return f"Suspicious: {count}, so look before trusting its numbers."
+        return f"Dead: {count}, and more of the same training will not mend it."
+    return f"Suspicious: {count}; look before you trust its numbers."
 
 
 def learning_of(run: Run) -> str:
@@ -117,8 +121,8 @@ def routing_of(run: Run) -> str:
     return (
         f"On held-out text {unused}; eight experts in ten serve between {low:.0%} and {high:.0%} of"
         f" the tokens. A token has {last['mean_k']:.2f} active experts on average (of"
-        f" {run.num_experts}), give or take {last['std_k']:.2f} within a layer; the layers' means go"
-        f" from {last['min_layer_k']:.2f} to {last['max_layer_k']:.2f}."
+        f" {run.num_experts}), give or take {last['std_k']:.2f} within a layer; the layers' means"
+        f" go from {last['min_layer_k']:.2f} to {last['max_layer_k']:.2f}."
     )
 
 
@@ -141,9 +145,7 @@ def gate_of(run: Run) -> str:
 
 def compute_of(record: Record) -> str:
     """FFN FLOPs with their share of the teacher's."""
-    return (
-        f"{record['ffn_flops'] / 1e6:.2f} ({record['ffn_flops'] / record['dense_ffn_flops']:.0%})"
-    )
+    return f"{mflops(record['ffn_flops'])} ({record['ffn_flops'] / record['dense_ffn_flops']:.0%})"
 
 
 def joined(sentences: Iterable[str]) -> str:

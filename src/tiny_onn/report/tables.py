@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tiny_onn.report.comparing import at_k, differing, exp, points_of, same_text, setting
+from tiny_onn.report.comparing import at_k, differing, exp, mflops, points_of, same_text, setting
 from tiny_onn.report.run_data import Record, Run
-from tiny_onn.report.sentences import compute_of, kind_of
+from tiny_onn.report.sentences import compute_of
 
 HEADLINE = (
     "model",
@@ -51,8 +51,8 @@ def headline(runs: Sequence[Run]) -> TextTable:
             rows.append(_row(f"{run.name}, untrained", run.untrained, run))
         if not run.is_control:
             strong.append(len(rows))
-        kind = kind_of(run)
-        rows.append(_row(f"{run.name} ({kind})" if kind else run.name, last, run))
+        control = run.is_control and run.selection not in run.name
+        rows.append(_row(f"{run.name} ({run.selection})" if control else run.name, last, run))
         rows += _at_the_controls_k(run, measured)
     return TextTable(header=HEADLINE, rows=rows, strong=strong)
 
@@ -74,7 +74,7 @@ def _at_the_controls_k(run: Run, runs: Sequence[Run]) -> list[tuple[str, ...]]:
                     f"{exp(point['student_nll']):.2f}",
                     f"{point['mean_k']:.2f}",
                     compute_of(point),
-                    f"{point['total_flops'] / 1e6:.1f}",
+                    mflops(point["total_flops"]),
                 )
             )
     return found
@@ -87,8 +87,8 @@ def _teacher_row(last: Record, number: int) -> tuple[str, ...]:
         "100.0%",
         f"{last['teacher_perplexity']:.2f}",
         "all",
-        f"{last['dense_ffn_flops'] / 1e6:.2f} (100%)",
-        f"{last['dense_total_flops'] / 1e6:.1f}",
+        f"{mflops(last['dense_ffn_flops'])} (100%)",
+        mflops(last["dense_total_flops"]),
     )
 
 
@@ -101,7 +101,7 @@ def _row(name: str, record: Record, run: Run) -> tuple[str, ...]:
         f"{record['student_perplexity']:.2f}",
         k if run.target_k is None else f"{k} / {run.target_k:g}",
         compute_of(record),
-        f"{record['total_flops'] / 1e6:.1f}",
+        mflops(record["total_flops"]),
     )
 
 
