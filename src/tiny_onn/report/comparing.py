@@ -117,7 +117,7 @@ def shown(value: object) -> str:
     return json.dumps(value)
 
 
-def points_of(run: Run) -> list[dict[str, float]]:
+def points_of(run: Run) -> list[dict[str, Any]]:
     """What is known of a run's quality by its mean k, with k rising: its frontier and last word.
 
     The last evaluation is a point of the frontier if it was made on the same text.
@@ -136,7 +136,7 @@ def same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one["num_tokens"] == other["num_tokens"] and close
 
 
-def at_k(points: Sequence[Mapping[str, float]], mean_k: float) -> dict[str, float] | None:
+def at_k(points: Sequence[Mapping[str, Any]], mean_k: float) -> dict[str, Any] | None:
     """The numbers at exactly `mean_k`, on the chord between its neighbours; None: out of reach.
 
     Args:

@@ -15,13 +15,6 @@ Spec = dict[str, Any]
 # Points of a curve; of longer ones each point is the mean of its neighbours.
 MAX_POINTS = 300
 HEIGHT = 240
-TOKENS = {
-    "field": "tokens",
-    "type": "quantitative",
-    "title": "training tokens",
-    "axis": {"format": "~s", "labelExpr": "datum.value == 0 ? '0' : datum.label"},
-    "scale": {"zero": True, "nice": False},
-}
 
 
 def thin(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -45,7 +38,9 @@ def rows_of(label: str, pairs: Sequence[tuple[float, float]], **more: str) -> li
 def curve(records: Iterable[Record], field: str) -> list[tuple[float, float]]:
     """A field of records over the tokens; records without it are left out."""
     return [
-        (record["tokens"], record[field]) for record in records if record.get(field) is not None
+        (float(record["tokens"]), float(record[field]))
+        for record in records
+        if record.get(field) is not None
     ]
 
 
@@ -57,7 +52,7 @@ def kl_spec(runs: Sequence[Run]) -> Spec:
         rows += rows_of(run.name, curve(run.evaluations, "forward_kl"), what="held-out text")
     names = [run.name for run in runs]
     y = quantity("KL to the teacher, nats", [row["value"] for row in rows])
-    shared = {"x": TOKENS, "y": y, "color": series_colour(names), "tooltip": tooltip("what")}
+    shared = {"x": tokens_axis(), "y": y, "color": series_colour(names), "tooltip": tooltip("what")}
     return chart(
         rows,
         [
@@ -74,7 +69,11 @@ def rates_spec(runs: Sequence[Run]) -> Spec:
     rows, names = [], ("experts", "gates")
     for run in runs:
         for group, what in enumerate(names):
-            pairs = [(r["tokens"], r["lr"][group]) for r in run.steps if len(r["lr"]) > group]
+            pairs = [
+                (float(r["tokens"]), float(r["lr"][group]))
+                for r in run.steps
+                if len(r["lr"]) > group
+            ]
             rows += rows_of(run.name if len(runs) > 1 else what, pairs, what=what)
     colour = series_colour([run.name for run in runs] if len(runs) > 1 else names)
     dash = {
@@ -84,7 +83,7 @@ def rates_spec(runs: Sequence[Run]) -> Spec:
         "legend": {"title": None, "orient": "top", "symbolType": "stroke", "symbolSize": 300},
     }
     y = {**quantity("learning rate", [row["value"] for row in rows]), "axis": {"format": "~e"}}
-    shared = {"x": TOKENS, "y": y, "color": colour, "tooltip": tooltip("what")}
+    shared = {"x": tokens_axis(), "y": y, "color": colour, "tooltip": tooltip("what")}
     dashed = {**shared, "strokeDash": dash} if len(runs) > 1 else shared
     mark = {"type": "line", "strokeWidth": 1.6}
     return chart(rows, [{"mark": mark, "encoding": dashed}, *hovered(shared)])
@@ -101,7 +100,12 @@ def line_spec(title: str, series: dict[str, list[tuple[float, float]]], **axis: 
     rows = [row for name, pairs in series.items() for row in rows_of(name, pairs)]
     y = quantity(title, [row["value"] for row in rows])
     y["axis"] = axis
-    shared = {"x": TOKENS, "y": y, "color": series_colour(list(series)), "tooltip": tooltip()}
+    shared = {
+        "x": tokens_axis(),
+        "y": y,
+        "color": series_colour(list(series)),
+        "tooltip": tooltip(),
+    }
     mark = {"type": "line", "strokeWidth": 1.6}
     return chart(rows, [{"mark": mark, "encoding": shared}, *hovered(shared)])
 
@@ -126,12 +130,12 @@ def k_spec(runs: Sequence[Run]) -> Spec:
         "scale": {"zero": False},
     }
     colour = series_colour([run.name for run in runs])
-    shared = {"x": TOKENS, "y": y, "color": colour, "tooltip": tooltip("what")}
+    shared = {"x": tokens_axis(), "y": y, "color": colour, "tooltip": tooltip("what")}
     band: Spec = {
         "data": {"values": bands},
         "mark": {"type": "area", "opacity": 0.16},
         "encoding": {
-            "x": TOKENS,
+            "x": tokens_axis(),
             "y": {**y, "field": "low"},
             "y2": {"field": "high"},
             "color": colour,
@@ -165,7 +169,8 @@ def agreement_spec(run: Run) -> Spec | None:
         "chance": "chance",
     }
     series = {
-        label: [(tokens, smk[field]) for tokens, smk in said] for label, field in names.items()
+        label: [(float(tokens), float(smk[field])) for tokens, smk in said]
+        for label, field in names.items()
     }
     return line_spec("share of tokens", series, format="~%")
 
@@ -265,6 +270,17 @@ def chart(rows: Sequence[Spec], layers: Sequence[Spec], height: int = HEIGHT) ->
         "autosize": {"type": "fit-x", "contains": "padding"},
         "data": {"values": list(rows)},
         "layer": list(layers),
+    }
+
+
+def tokens_axis() -> Spec:
+    """Training tokens, from 0."""
+    return {
+        "field": "tokens",
+        "type": "quantitative",
+        "title": "training tokens",
+        "axis": {"format": "~s", "labelExpr": "datum.value == 0 ? '0' : datum.label"},
+        "scale": {"zero": True, "nice": False},
     }
 
 

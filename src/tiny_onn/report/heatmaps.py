@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tiny_onn.report.run_data import Record, Run
 
 Spec = dict[str, Any]
-Table = Sequence[Sequence[float]]
+Table = Sequence[Sequence[int | float]]
 
 # Numbers that the frames of one heatmap hold together.
 MAX_CELLS = 40_000
@@ -188,5 +188,5 @@ def _rounded(table: Table, factor: float) -> list[list[float]]:
     return [[round(value * factor, 3) for value in row] for row in table]
 
 
-def _digits(value: float, digits: int) -> float:
+def _digits(value: int | float, digits: int) -> float:
     return float(f"{value:.{digits}g}")

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def code(text: str) -> Markup:
     return found
 
 
+@cache
 def library() -> str:
     """Vega, Vega-Lite and vega-embed as one script that sets `window.vegaEmbed`.
 
