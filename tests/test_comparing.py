@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 
 import pytest
 
@@ -9,6 +10,7 @@ import tiny_onn_cli as cli
 from run_records import write_records
 from tiny import CONFIG, change
 from tiny_onn.errors import UserError
+from tiny_onn.records import EvaluationRecord
 from tiny_onn.report.comparing import at_k, common_k, compare, points_of
 from tiny_onn.reporting import print_comparison, read_run, run_compare
 
@@ -16,7 +18,7 @@ from tiny_onn.reporting import print_comparison, read_run, run_compare
 def evaluation(mean_k, kl, **changes):
     """A last evaluation, as far as a comparison reads it."""
     flops = 10.0 * mean_k
-    record = {
+    record = {field.name: 0.0 for field in fields(EvaluationRecord)} | {
         "kind": "end",
         "step": 4,
         "tokens": 1000,

@@ -246,6 +246,41 @@ def test_a_damaged_file_is_named(runs, tmp_path, text):
         read_run(tmp_path)
 
 
+def test_a_record_without_a_field_is_named(runs, tmp_path):
+    (tmp_path / "config.json").write_bytes((runs / "student" / "config.json").read_bytes())
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "spike", "step": 1, "tokens": 2}\n')
+    assert read_run(tmp_path).tokens == 2
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "end", "step": 1, "tokens": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: record 1 has no dead_experts"):
+        read_run(tmp_path)
+
+
+def test_curves_of_the_stages_are_apart(runs):
+    run = read_run(runs / "student")
+    block = {**run.steps[0], "kind": "blockwise", "loss": 0.5, "errors": [0.4, 0.6]}
+    matched = [{**record, "states_error": 0.2} for record in run.records]
+    page = report_page([replace(run, records=[block, *matched])])
+    values = {
+        key: {row["value"] for row in _chart(page, key)["data"]["values"]}
+        for key in ("blocks", "loss", "states")
+    }
+    assert values["blocks"] == {0.5}
+    assert values["states"] == {0.2}
+    assert len(values["loss"]) == 6
+
+
+def test_several_runs_share_the_room_of_one(runs):
+    run = read_run(runs / "student")
+    many = [*run.with_layers()] * 40
+    long = replace(run, records=many, view=None)
+    frames = [
+        len({row["frame"] for row in _chart(page, "load-0")["data"]["values"]})
+        for page in (report_page([long]), report_page(distinct([long] * 100)))
+    ]
+    # 40,000 numbers of 2 layers and 8 experts, at most 60 frames; then a hundredth of them.
+    assert frames == [60, 25]
+
+
 def test_a_page_that_cannot_be_written_is_refused(runs):
     with pytest.raises(UserError, match=r"--out: got .*, expected a file to write to"):
         run_report([runs / "static"], out=runs, models=False)

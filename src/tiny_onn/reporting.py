@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.text import Text
 from tiny_onn.console import say, stage
 from tiny_onn.errors import UserError, reason_line
 from tiny_onn.health import diagnose, verdict
+from tiny_onn.records import BlockwiseRecord, EvaluationRecord, StepRecord
 from tiny_onn.report.comparing import Comparison, compare
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
@@ -124,6 +125,7 @@ def read_run(folder: Path) -> Run:
     """
     config = read_run_config(folder)
     records = read_metrics(folder / METRICS_NAME) if _is_run(folder) else []
+    _check_records(folder / METRICS_NAME, records)
     environments = sorted(folder.glob("environment*.json"), key=lambda path: path.stat().st_mtime)
     environments.sort(key=lambda path: (len(path.name), path.name))
     return Run(
@@ -159,6 +161,25 @@ def _frontier_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str
         return found
     say(f"{folder / 'frontier.json'}: left out, because it was measured at another step")
     return None
+
+
+def _check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Return if the records have the fields that their kinds have.
+
+    Raises:
+        UserError: one has not: the file is damaged, or of another version.
+    """
+    kinds = {"step": StepRecord, "blockwise": BlockwiseRecord}
+    kinds |= dict.fromkeys(EVALUATIONS, EvaluationRecord)
+    needed = {kind: {field.name for field in fields(cls)} for kind, cls in kinds.items()}
+    for number, record in enumerate(records, start=1):
+        always = {"kind", "step", "tokens"}
+        missing = sorted(needed.get(str(record.get("kind")), always) - record.keys())
+        if missing:
+            raise UserError(
+                f"{path}: record {number} has no {missing[0]}, expected what docs/metrics.md lists;"
+                " restore the file, or read it with the version that wrote it"
+            )
 
 
 def _is_run(folder: Path) -> bool:

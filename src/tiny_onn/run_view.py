@@ -45,7 +45,7 @@ def kept_view(run: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     same = isinstance(view, dict) and view.get("format") == FORMAT
-    return view if same and view["step"] == choose(run, "newest").step else None
+    return view if same and view.get("step") == choose(run, "newest").step else None
 
 
 def view_of_run(run: Path, device: str, teacher: str | None = None) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A budget is met within a few percent only, and a few percent of the experts are worth some KL. So a
 run that was measured at several budgets (`frontier.json`) is read at exactly the k of the others:
-on the chord between the two measurements around it. KL falls with k on a convex curve, whose chords
-lie above it, so that reading between measurements never flatters a run.
+on the chord between the two measurements around it. Where KL falls ever more slowly with k, as is
+usual, chords lie above the curve, so that reading between measurements does not flatter a run.
 """
 
 import json

@@ -23,9 +23,14 @@ class Frames(NamedTuple):
     labels: Sequence[str]
 
 
-def load_frames(run: Run) -> Frames | None:
-    """The share of the tokens that used each expert, by layer, over training."""
-    records = chosen(list(run.with_layers()), lambda layers: layers["load"])
+def load_frames(run: Run, cells: int = MAX_CELLS) -> Frames | None:
+    """The share of the tokens that used each expert, by layer, over training.
+
+    Args:
+        run: with records that tell of layers.
+        cells: numbers that the frames hold together at most, but for a first one.
+    """
+    records = chosen(list(run.with_layers()), lambda layers: layers["load"], cells)
     if not records:
         return None
     tables = [
@@ -42,9 +47,14 @@ def load_frames(run: Run) -> Frames | None:
     return Frames(spec, [_when(record) for record in records])
 
 
-def k_frames(run: Run) -> Frames | None:
-    """The share of the tokens with each number of active experts, by layer, over training."""
-    records = chosen(list(run.with_layers()), lambda layers: layers["k_histogram"])
+def k_frames(run: Run, cells: int = MAX_CELLS) -> Frames | None:
+    """The share of the tokens with each number of active experts, by layer, over training.
+
+    Args:
+        run: with records that tell of layers.
+        cells: as for `load_frames`, so that both show the same moments.
+    """
+    records = chosen(list(run.with_layers()), lambda layers: layers["load"], cells)
     if not records:
         return None
     tables = [
@@ -165,12 +175,12 @@ def heatmap(
     }
 
 
-def chosen(records: Sequence[Record], table: Any) -> list[Record]:  # noqa: ANN401 - a function of a record's layers
+def chosen(records: Sequence[Record], table: Any, cells: int) -> list[Record]:  # noqa: ANN401 - a function of a record's layers
     """Records evenly over training, few enough for the page; first and last among them."""
     if not records:
         return []
     rows = table(records[0]["layers"])
-    most = max(1, min(MAX_FRAMES, MAX_CELLS // (len(rows) * len(rows[0]))))
+    most = max(1, min(MAX_FRAMES, cells // (len(rows) * len(rows[0]))))
     if len(records) <= most:
         return list(records)
     if most == 1:

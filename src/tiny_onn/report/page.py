@@ -70,7 +70,8 @@ def report_page(runs: Sequence[Run]) -> str:
     """
     charts = Charts()
     training, frontier = _training(charts, runs), _frontier(charts, runs)
-    details = [_details(charts, number, run) for number, run in enumerate(runs)]
+    cells = heatmaps.MAX_CELLS // len(runs)
+    details = [_details(charts, number, run, cells) for number, run in enumerate(runs)]
     views = {f"tokens-{n}": run.view for n, run in enumerate(runs) if run.view is not None}
     passages = {
         key: {"num_experts": view["num_experts"], **view["passage"]} for key, view in views.items()
@@ -143,7 +144,10 @@ def _training(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
     """Curves over training, of all runs together."""
     if not any(run.steps for run in runs):
         return []
-    losses = {run.name: curves.curve(run.steps, "loss") for run in runs}
+    losses, states, blocks = (
+        {run.name: curves.curve(run.of_kind(kind), name) for run in runs}
+        for kind, name in (("step", "loss"), ("step", "states_error"), ("blockwise", "loss"))
+    )
     return [
         *charts.add(
             "kl",
@@ -169,6 +173,24 @@ def _training(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
             " another divergence or temperature is set. It should fall without jumps.",
         ),
         *charts.add(
+            "states",
+            curves.line_spec("unexplained variance", states, format="~%")
+            if any(states.values())
+            else None,
+            "How well hidden states are matched",
+            "The share of the teacher's hidden states' variance that the student's leave"
+            " unexplained, mean over layers. It is part of the gradient here, and should fall.",
+        ),
+        *charts.add(
+            "blocks",
+            curves.line_spec("share of the output's power", blocks, format="~%")
+            if any(blocks.values())
+            else None,
+            "What the blockwise stage leaves",
+            "The error of each layer alone, mean over layers, while every layer learns its"
+            " teacher's MLP by itself. It should fall and then flatten; the stage may end there.",
+        ),
+        *charts.add(
             "lr",
             curves.rates_spec(runs),
             "How fast experts and gates learn",
@@ -191,9 +213,9 @@ def _frontier(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
     )
 
 
-def _details(charts: Charts, number: int, run: Run) -> dict[str, Any]:
+def _details(charts: Charts, number: int, run: Run, cells: int) -> dict[str, Any]:
     """What the page says and draws about one run alone."""
-    load, k = heatmaps.load_frames(run), heatmaps.k_frames(run)
+    load, k = heatmaps.load_frames(run, cells), heatmaps.k_frames(run, cells)
     routing = []
     if load is not None and k is not None:
         routing += charts.add(

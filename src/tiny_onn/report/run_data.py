@@ -45,6 +45,10 @@ class Run:
         """Records of steps, of both stages."""
         return [record for record in self.records if record["kind"] in STEPS]
 
+    def of_kind(self, kind: str) -> list[Record]:
+        """Records of one kind."""
+        return [record for record in self.records if record["kind"] == kind]
+
     @cached_property
     def evaluations(self) -> list[Record]:
         """Records of held-out evaluations, the one before the first step among them."""
@@ -75,7 +79,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        return self.summary is not None and not self.summary["interrupted"]
+        return self.summary is not None and not self.summary.get("interrupted")
 
     @property
     def selection(self) -> str:

@@ -162,8 +162,8 @@ def _provenance(run: Run) -> dict[str, str]:
             "expert path": f"{path.get('path')}: {path.get('reason')}",
         }
     if run.summary:
-        found["training time"] = f"{run.summary['training_seconds']:,.0f} s"
-        found["skipped steps"] = _text(run.summary["skipped_steps"])
+        found["training time"] = f"{run.summary.get('training_seconds', 0):,.0f} s"
+        found["skipped steps"] = _text(run.summary.get("skipped_steps"))
     return found
 
 
@@ -171,7 +171,9 @@ def _commit(environment: Mapping[str, Any]) -> str:
     commit = environment.get("git_commit")
     if not commit:
         return "none: an installed copy"
-    return f"{commit}{', with changes that were not committed' * bool(environment['git_dirty'])}"
+    return (
+        f"{commit}{', with changes that were not committed' * bool(environment.get('git_dirty'))}"
+    )
 
 
 def _text(value: object) -> str:
