@@ -189,6 +189,22 @@ def test_an_interrupted_run_says_how_far_it_came(runs):
     assert re.search(r"interrupted after \d+ of 384 training tokens", state_of(cut))
 
 
+def test_a_control_is_called_one_and_not_judged_as_a_student(runs):
+    run = read_run(runs / "static")
+    assert health_of(run).startswith("A control, which is there to be beaten")
+    assert '<article class="card control">' in report_page([run])
+
+
+def test_a_single_step_is_a_point_and_no_frontier_draws_none(runs):
+    run = read_run(runs / "student")
+    page = report_page([replace(run, records=run.records[:2], frontier=None)])
+    charts = json.loads(read_page(page).scripts[0])["charts"]
+    assert charts["loss"]["layer"][0]["mark"]["point"]
+    assert "frontier" not in charts
+    assert "One budget of each run was measured." in page
+    assert "In the only recorded step" in page
+
+
 def test_the_verdict_names_the_number_of_findings(runs):
     run = read_run(runs / "student")
     finding = {"severity": "dead", "code": "x", "what": "y", "advice": "z"}

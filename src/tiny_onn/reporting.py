@@ -101,7 +101,7 @@ def print_comparison(found: Comparison) -> None:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is a run's, or the runs in it; the student's before its controls.
+    """The folder itself if it is a run's, or the runs in it: the student, the static one, others.
 
     Raises:
         UserError: there is none.
@@ -114,7 +114,8 @@ def runs_in(folder: Path) -> list[Path]:
             f"RUN: got {folder}, expected the folder of a run, with its config.json, or a folder of"
             " such; make one with `tiny-onn distill` or `tiny-onn demo`"
         )
-    return sorted(found, key=lambda path: path.name != "student")
+    first = ("student", "static")
+    return sorted(found, key=lambda path: [not path.name.startswith(name) for name in first])
 
 
 def read_run(folder: Path) -> Run:

@@ -33,7 +33,7 @@ VIEW_NAME = "view.json"
 # Of the layout of the file; another one is measured again.
 FORMAT = 1
 # Held-out tokens that are read, and of them those that are shown one by one.
-VIEW_TOKENS, PASSAGE_TOKENS = 1024, 192
+VIEW_TOKENS, PASSAGE_TOKENS = 512, 192
 # Numbers of the co-activation tables together.
 TABLE_CELLS = 40_000
 
@@ -185,9 +185,9 @@ def _beginning(row: PackedRow) -> PackedRow:
 
 
 def _passage(row: PackedRow) -> tuple[int, int]:
-    """Bounds of the first document of a third of `PASSAGE_TOKENS`, or else of the longest one."""
+    """Bounds of the first document of 2/3 of `PASSAGE_TOKENS`, or else of the longest one."""
     lengths = document_lengths(row)
-    long = [n for n, length in enumerate(lengths) if 3 * length >= PASSAGE_TOKENS]
+    long = [n for n, length in enumerate(lengths) if 3 * length >= 2 * PASSAGE_TOKENS]
     number = long[0] if long else lengths.index(max(lengths))
     begin = sum(lengths[:number])
     return begin, begin + min(lengths[number], PASSAGE_TOKENS)

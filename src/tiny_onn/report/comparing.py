@@ -243,7 +243,7 @@ def setting(config: Mapping[str, Mapping[str, Any]], name: str) -> object:
 def mflops(flops: float) -> str:
     """FLOPs in millions, to four digits or to the unit."""
     millions = flops / 1e6
-    return f"{millions:,.0f}" if millions >= 1000 else f"{millions:.4g}"
+    return f"{millions:,.0f}" if millions >= 1000 else f"{millions:#.4g}"
 
 
 def exp(nll: float) -> float:

@@ -14,6 +14,8 @@ Spec = dict[str, Any]
 
 # Points of a curve; of longer ones each point is the mean of its neighbours.
 MAX_POINTS = 300
+# Points of a chart that are marked one by one.
+FEW_POINTS = 60
 HEIGHT = 240
 
 
@@ -56,7 +58,7 @@ def kl_spec(runs: Sequence[Run]) -> Spec:
     return chart(
         rows,
         [
-            layer(shared, {"type": "line", "strokeWidth": 1.3, "opacity": 0.75}, "training step"),
+            layer(shared, {**line_mark(rows), "opacity": 0.75}, "training step"),
             layer(shared, {"type": "line", "strokeDash": [2, 3]}, "held-out text"),
             layer(shared, {"type": "point", "filled": True, "size": 70}, "held-out text"),
             *hovered(shared),
@@ -85,8 +87,7 @@ def rates_spec(runs: Sequence[Run]) -> Spec:
     y = {**quantity("learning rate", [row["value"] for row in rows]), "axis": {"format": "~e"}}
     shared = {"x": tokens_axis(), "y": y, "color": colour, "tooltip": tooltip("what")}
     dashed = {**shared, "strokeDash": dash} if len(runs) > 1 else shared
-    mark = {"type": "line", "strokeWidth": 1.6}
-    return chart(rows, [{"mark": mark, "encoding": dashed}, *hovered(shared)])
+    return chart(rows, [{"mark": line_mark(rows), "encoding": dashed}, *hovered(shared)])
 
 
 def line_spec(title: str, series: dict[str, list[tuple[float, float]]], **axis: Any) -> Spec:  # noqa: ANN401 - what Vega-Lite's axis takes
@@ -106,8 +107,7 @@ def line_spec(title: str, series: dict[str, list[tuple[float, float]]], **axis: 
         "color": series_colour(list(series)),
         "tooltip": tooltip(),
     }
-    mark = {"type": "line", "strokeWidth": 1.6}
-    return chart(rows, [{"mark": mark, "encoding": shared}, *hovered(shared)])
+    return chart(rows, [{"mark": line_mark(rows), "encoding": shared}, *hovered(shared)])
 
 
 def k_spec(runs: Sequence[Run]) -> Spec:
@@ -151,7 +151,7 @@ def k_spec(runs: Sequence[Run]) -> Spec:
         [
             *([band] if bands else []),
             *([rule] if targets else []),
-            layer(shared, {"type": "line", "strokeWidth": 1.3}, "training step"),
+            layer(shared, line_mark(rows), "training step"),
             layer(shared, {"type": "point", "filled": True, "size": 70}, "held-out text"),
             *hovered(shared),
         ],
@@ -220,7 +220,7 @@ def layer_agreement_spec(run: Run) -> Spec | None:
 def frontier_spec(runs: Sequence[Run]) -> Spec | None:
     """KL by the share of the teacher's FFN FLOPs; a run without a frontier is one point.
 
-    None where there is but one point.
+    None where no run has a frontier.
     """
     rows = [
         {
@@ -233,7 +233,7 @@ def frontier_spec(runs: Sequence[Run]) -> Spec | None:
         for point in points_of(run)
         if math.isfinite(point["forward_kl"])
     ]
-    if len(rows) < 2:
+    if not any(run.frontier for run in runs):
         return None
     y = quantity("KL to the teacher, nats", [row["value"] for row in rows if row["value"] > 0])
     share = {
@@ -271,6 +271,12 @@ def chart(rows: Sequence[Spec], layers: Sequence[Spec], height: int = HEIGHT) ->
         "data": {"values": list(rows)},
         "layer": list(layers),
     }
+
+
+def line_mark(rows: Sequence[Spec]) -> Spec:
+    """A line; where it joins few points they are marked, as a single one is no line."""
+    few = len(rows) <= FEW_POINTS
+    return {"type": "line", "strokeWidth": 1.5, **({"point": {"size": 24}} if few else {})}
 
 
 def tokens_axis() -> Spec:

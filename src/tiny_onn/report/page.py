@@ -223,7 +223,7 @@ def _details(charts: Charts, number: int, run: Run, cells: int) -> dict[str, Any
             load.spec,
             "Which experts are used",
             "A row is a layer, a column an expert; the colour is the share of the tokens that used"
-            " it. Drag the slider to go through training. Healthy layers are uneven but mixed. A"
+            " it. Healthy layers are uneven but mixed. A"
             " row that knows only 0 % and 100 % gives all tokens the same experts; a cell at 0 % is"
             " an expert that nobody uses.",
             load.labels,

@@ -38,7 +38,9 @@ def state_of(run: Run) -> str:
 
 def health_of(run: Run) -> str:
     """The verdict as one sentence."""
-    findings = run.health["findings"]
+    findings, called = run.health["findings"], run.health["verdict"]
+    if run.is_control:
+        return f"A control, which is there to be beaten; the health check calls it {called}."
     if run.last is None or run.last["step"] == 0:
         return "It is too early to tell: no evaluation was made after training began."
     if not findings:
@@ -48,7 +50,7 @@ def health_of(run: Run) -> str:
         if len(findings) == 1
         else f"{len(findings)} rules of the health check object"
     )
-    if run.health["verdict"] == "dead":
+    if called == "dead":
         return f"Dead: {count}, and more of the same training will not mend it."
     return f"Suspicious: {count}; look before you trust its numbers."
 
@@ -137,10 +139,14 @@ def gate_of(run: Run) -> str:
         for name in ("agreement", "shuffled", "chance")
     )
     return (
-        f"In the last {len(said)} recorded steps the gates' first choice was the target of"
+        f"{_steps(len(said))} the gates' first choice was the target of"
         f" {agreement:.1%} of the tokens; with another token's target it agrees at {shuffled:.1%},"
         f" and a random candidate at {chance:.1%}."
     )
+
+
+def _steps(number: int) -> str:
+    return "In the only recorded step" if number == 1 else f"In the last {number} recorded steps"
 
 
 def compute_of(record: Record) -> str:
