@@ -135,7 +135,8 @@ def test_a_diverged_run_comes_last(make_run):
 
 
 def test_the_verb_prints_a_table_json_or_markdown(make_run, tmp_path, capsys):
-    make_run("a|b", 4.0, 0.5), make_run("c", 4.0, 0.25, config=CONTROL)
+    make_run("a|b", 4.0, 0.5)
+    make_run("c", 4.0, 0.25, config=CONTROL)
     folders = [str(tmp_path / "a|b"), str(tmp_path / "c")]
     assert cli.main(["compare", *folders]) == 0
     shown = capsys.readouterr().out

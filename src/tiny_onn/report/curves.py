@@ -82,7 +82,13 @@ def rates_spec(runs: Sequence[Run]) -> Spec:
         "field": "what",
         "type": "nominal",
         "scale": {"domain": list(names), "range": [[1, 0], [4, 3]]},
-        "legend": {"title": None, "orient": "top", "symbolType": "stroke", "symbolSize": 300},
+        "legend": {
+            "title": None,
+            "orient": "top",
+            "symbolType": "stroke",
+            "symbolSize": 300,
+            "symbolStrokeColor": "gray",
+        },
     }
     y = {**quantity("learning rate", [row["value"] for row in rows]), "axis": {"format": "~e"}}
     shared = {"x": tokens_axis(), "y": y, "color": colour, "tooltip": tooltip("what")}
