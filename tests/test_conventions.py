@@ -18,7 +18,7 @@ TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text("utf-8")) for pat
 
 # A module imports from the layers above its own in this list.
 LAYERS = (
-    ("errors", "config", "charts", "probe_stats", "publish"),
+    ("errors", "config", "charts", "probe_stats", "publish", "report"),
     ("console", "routing_checks", "shared", "surprise"),
     ("checks",),
     ("settings", "device", "ops", "packing", "lock", "dynmoe"),
@@ -48,9 +48,9 @@ LAYERS = (
     ("mid_run", "plan", "memory_advice", "assembly"),
     ("loading",),
     ("evaluate", "generate"),
-    ("step", "probe_record", "frontier", "progress"),
+    ("step", "probe_record", "frontier", "progress", "run_view"),
     ("blockwise", "stages", "probe_report", "records", "guard", "health"),
-    ("profile", "probe", "run_log", "stopping"),
+    ("profile", "probe", "run_log", "stopping", "reporting"),
     ("train",),
     ("demo",),
     ("__init__",),
