@@ -33,9 +33,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from benchmarks.common import Deadline, captured, check, measure, relative_gap
 from benchmarks.decode_model import whole_model
 from benchmarks.registry import Option, Result, benchmark
-from tiny_onn.experts import ExpertBank, selecting
+from tiny_onn.experts import ExpertBank, recorded_routings, selecting
 from tiny_onn.ops import decode
-from tiny_onn.router import RoutingRule
+from tiny_onn.router import Routing, RoutingRule
 from tiny_onn.thresholds import exact_threshold
 
 # Of the output's norm; bfloat16 keeps 8 bits.
@@ -69,7 +69,7 @@ class Stack:
         D, E, I = self.D, self.E, self.I
         self.inputs = [draw(1, D) for _ in range(self.layers)]
         self.experts = [
-            (draw(2, E, I, D, std=D**-0.5), draw(E, I, D, std=(E * I) ** -0.5))
+            (draw(E, 2 * I, D, std=D**-0.5), draw(E, D, I, std=(E * I) ** -0.5))
             for _ in range(self.layers)
         ]
         self.gates = [draw(E, D, std=D**-0.5) for _ in range(self.layers)]
@@ -81,10 +81,12 @@ class Stack:
         for (gate_up, down), gate in zip(self.experts, self.gates, strict=True):
             with torch.device("meta"):
                 bank = ExpertBank(self.D, self.E, self.I, "silu", rule)
-            bank.router = bank.router.to_empty(device=self.device)
+            bank.router.to_empty(device=self.device)
             bank.router.reset(None)
             bank.router.weight.data.copy_(gate)
-            bank.gate_up_proj, bank.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+            bank.experts.gate_up_proj = nn.Parameter(gate_up)
+            bank.experts.down_proj = nn.Parameter(down)
+            bank.experts.store_by_neuron()
             banks.append(bank.train(False).requires_grad_(False))
         return banks
 
@@ -103,9 +105,9 @@ class Stack:
             with torch.device("meta"):
                 config = Qwen3Config(hidden_size=self.D, intermediate_size=self.E * self.I)
                 mlp = Qwen3MLP(config)
-            mlp.gate_proj.weight = nn.Parameter(gate_up[0].flatten(0, 1))
-            mlp.up_proj.weight = nn.Parameter(gate_up[1].flatten(0, 1))
-            mlp.down_proj.weight = nn.Parameter(down.flatten(0, 1).T.contiguous())
+            for name, rows in zip(("gate_proj", "up_proj"), gate_up.chunk(2, dim=1), strict=True):
+                getattr(mlp, name).weight = nn.Parameter(rows.flatten(0, 1))
+            mlp.down_proj.weight = nn.Parameter(down.transpose(0, 1).flatten(1))
             modules.append(mlp.requires_grad_(False))
         return modules
 
@@ -120,7 +122,10 @@ class Stack:
             return forward
 
         pairs = zip(self.experts, mlps, strict=True)
-        return [layer(gate_up.flatten(0, 2), mlp) for (gate_up, _), mlp in pairs]
+        return [
+            layer(gate_up.view(self.E, 2, self.I, self.D).transpose(0, 1).flatten(0, 2), mlp)
+            for (gate_up, _), mlp in pairs
+        ]
 
     def blocks(self, k: int, implementation: str) -> list[nn.Module]:
         """Transformers' MoE blocks."""
@@ -138,8 +143,8 @@ class Stack:
                 block: Any = Qwen3MoeSparseMoeBlock(config).to(self.dtype)
             block = block.to_empty(device=self.device).requires_grad_(False)
             block.gate.weight.copy_(gate)
-            block.experts.gate_up_proj.copy_(gate_up.transpose(0, 1).flatten(1, 2))
-            block.experts.down_proj.copy_(down.mT)
+            block.experts.gate_up_proj.copy_(gate_up)
+            block.experts.down_proj.copy_(down)
             modules.append(block)
         return modules
 
@@ -150,9 +155,9 @@ class Stack:
     def defined(self, index: int, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
         """A layer's output by the definition, in float64."""
         gate_up, down = (tensor.double() for tensor in self.experts[index])
-        gate_TEI, up_TEI = torch.einsum("td,peid->ptei", x_TD.double(), gate_up)
+        gate_TEI, up_TEI = torch.einsum("td,ejd->tej", x_TD.double(), gate_up).chunk(2, -1)
         hidden_TEI = nn.functional.silu(gate_TEI) * up_TEI * weights_TE.double()[..., None]
-        return torch.einsum("tei,eid->td", hidden_TEI, down)
+        return torch.einsum("tei,edi->td", hidden_TEI, down)
 
 
 def through(
@@ -167,6 +172,19 @@ def through(
         ]
 
     return call
+
+
+def recorded(
+    banks: list[ExpertBank], call: Callable[[], None], routings: list[Routing]
+) -> Callable[[], None]:
+    """The call, which leaves the banks' routings behind; a graph of it writes them anew."""
+
+    def recorded_call() -> None:
+        with recorded_routings(banks) as found:
+            call()
+        routings[:] = found
+
+    return recorded_call
 
 
 def bandwidth(device: str, *, smoke: bool) -> dict[str, float]:
@@ -228,7 +246,10 @@ def by_k(
     mlps = stack.mlps()
     outputs: dict[str, list[Tensor]] = {"ours": [], "Qwen3MLP": [], "Qwen3MLP fused": []}
     layers = {"ours": banks, "Qwen3MLP": mlps, "Qwen3MLP fused": stack.fused(mlps)}
-    ways = {name: captured(through(layers[name], inputs, outputs[name]), device) for name in layers}
+    calls = {name: through(layers[name], inputs, outputs[name]) for name in layers}
+    routings: list[Routing] = []
+    calls["ours"] = recorded(banks, calls["ours"], routings)
+    ways = {name: captured(call, device) for name, call in calls.items()}
     repeats = 2 if smoke else 20
     for k in ks:
         if not deadline.left():
@@ -238,8 +259,8 @@ def by_k(
         stack.budget(banks, inputs, k)
         for way in ways.values():
             way()
-        gaps = parity(stack, banks, outputs)
-        mean_k = sum(int(routing_of(bank).active.sum()) for bank in banks) / len(banks)
+        gaps = parity(stack, banks, routings, outputs)
+        mean_k = sum(int(routing.active.sum()) for routing in routings) / len(banks)
         micro = timed(ways, stack, repeats)
         limit = stack.active_bytes(mean_k) / rate * 1e6
         dense = min(micro["Qwen3MLP"], micro["Qwen3MLP fused"])
@@ -272,14 +293,11 @@ def by_moe(stack: Stack, deadline: Deadline, *, smoke: bool) -> Iterator[dict]:
         yield {"kind": "moe", "k": k, "parity": gaps, "us_per_layer": micro, "eager": reasons}
 
 
-def routing_of(bank: ExpertBank) -> Any:
-    """What the bank recorded."""
-    assert bank.routing is not None
-    return bank.routing
-
-
 def parity(
-    stack: Stack, banks: list[ExpertBank], outputs: dict[str, list[Tensor]]
+    stack: Stack,
+    banks: list[ExpertBank],
+    routings: list[Routing],
+    outputs: dict[str, list[Tensor]],
 ) -> dict[str, float]:
     """Worst gaps over the layers, of what the graphs just left.
 
@@ -290,19 +308,16 @@ def parity(
     ones = torch.ones(1, stack.E, device=stack.device)
     for name, values in outputs.items():
         worst = 0.0
-        for index, (bank, x_TD) in enumerate(zip(banks, stack.inputs, strict=True)):
-            weights_TE = routing_of(bank).weights if name == "ours" else ones
+        for index, x_TD in enumerate(stack.inputs):
+            weights_TE = routings[index].weights if name == "ours" else ones
             gap = relative_gap(values[index], stack.defined(index, x_TD, weights_TE))
             worst = max(worst, gap)
         gaps[name] = check(f"decode, {name}", worst, LIMIT)["gap"]
     for index, (bank, x_TD) in enumerate(zip(banks, stack.inputs, strict=True)):
-        kept, again = bank.routing, bank(x_TD)
-        # The graph's own, which its next replay overwrites.
-        bank.routing = kept
-        gap = float(not torch.equal(again, outputs["ours"][index]))
+        gap = float(not torch.equal(bank(x_TD), outputs["ours"][index]))
         gaps["captured, not captured"] = check("decode, captured", gap, 0.0)["gap"]
         # Logits are summed in another order, so that a score at the threshold may pass or not.
-        differ = routing_of(bank).active != bank.router(x_TD).active
+        differ = routings[index].active != bank.router(x_TD).active
         gaps["routing"] = check("decode, routing", differ.float().mean().item(), 1 / stack.E)["gap"]
     return gaps
 
@@ -387,8 +402,8 @@ def sweep(stack: Stack, ks: tuple[int, ...]) -> Iterator[dict]:
                     gate = (router.weight, router.bias, router.selection_bias, router.settled)
                     decode.routed_expert_layer(
                         x_TD,
-                        bank.gate_up_proj,
-                        bank.down_proj,
+                        bank.experts.gate_up_proj,
+                        bank.experts.down_proj,
                         decode.Gate(*gate),
                         rule=rule,
                         activation="silu",

@@ -14,6 +14,7 @@ which makes the optimizer's state. Ends in one JSON line.
 
 import argparse
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +49,19 @@ class PlainExperts(nn.Module):
 
     def __init__(self, bank: ExpertBank) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = bank.gate_up_proj, bank.down_proj
+        self.gate_up_proj, self.down_proj = bank.experts.gate_up_proj, bank.experts.down_proj
         self.router, self.activation = bank.router, bank.activation
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The routed sum of the experts' outputs."""
         x_TD = hidden_states.flatten(0, -2)
-        _, E, I, D = self.gate_up_proj.shape
+        E, D, I = self.down_proj.shape
         gate_up_FD = self.gate_up_proj.view(-1, D).to(x_TD.dtype)
-        gate_TF, up_TF = F.linear(x_TD, gate_up_FD).chunk(2, dim=-1)
+        gate_TEI, up_TEI = F.linear(x_TD, gate_up_FD).view(-1, E, 2, I).unbind(2)
         weights_TE = self.router(x_TD.detach()).weights.to(x_TD.dtype)
-        hidden_TF = self.activation(gate_TF) * up_TF * weights_TE.repeat_interleave(I, dim=1)
-        y_TD = hidden_TF @ self.down_proj.view(E * I, D).to(x_TD.dtype)
+        hidden_TEI = self.activation(gate_TEI) * up_TEI * weights_TE[..., None]
+        down_DF = self.down_proj.transpose(0, 1).reshape(D, E * I).to(x_TD.dtype)
+        y_TD = F.linear(hidden_TEI.flatten(1), down_DF)
         return y_TD.view_as(hidden_states)
 
 
@@ -69,7 +71,8 @@ class PlainTrainer:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.model = step.student.backbone
-        for layer in decoder_layers(self.model):
+        layers: Any = decoder_layers(self.model)
+        for layer in layers:
             layer.mlp = PlainExperts(layer.mlp)
         parameters = [p for p in step.student.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=6e-4)

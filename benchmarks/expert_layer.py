@@ -20,7 +20,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from benchmarks.common import (
 )
 from benchmarks.registry import Option, Result, benchmark
 from tiny_onn.expert_path import FILE, crossover_share
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.ops import reference
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import RoutingRule
@@ -84,24 +84,26 @@ class Layers:
         torch.manual_seed(0)
         D, E, I = case.hidden, case.num_experts, case.expert_dim
         kwargs: Any = {"device": case.device, "dtype": DTYPES[case.dtype]}
-        self.gate_up_2EID = 0.02 * torch.randn(2, E, I, D, **kwargs)
-        self.down_EID = 0.02 * torch.randn(E, I, D, **kwargs)
+        self.gate_up_EJD = 0.02 * torch.randn(E, 2 * I, D, **kwargs)
+        self.down_EDI = 0.02 * torch.randn(E, D, I, **kwargs)
         self.router_ED = torch.randn(E, D, **kwargs) / D**0.5
         self.x_TD = torch.randn(case.tokens, D, **kwargs).requires_grad_()
         self.grad_y_TD = torch.randn(case.tokens, D, **kwargs)
+        rule = SmkRule(surprise="parameters", direction="min", candidates="active")
+        self.smk = SmkStep(rule=rule, grad_scale=1 / case.tokens, loss_scale=float(case.tokens))
 
-    def bank(self, path: str, *, k: int | None = None, weighting: Any = "softmax") -> ExpertBank:
+    def bank(
+        self, path: Any, *, k: int | None = None, weighting: Any = "softmax", coupled: bool = False
+    ) -> ExpertBank:
         """Ours, with renormalised softmax weights of the k largest logits."""
         case = self.case
         rule = RoutingRule(selection="top_k", weighting=weighting, target_k=float(k or case.k))
         bank = ExpertBank(case.hidden, case.num_experts, case.expert_dim, "silu", rule)
         bank = bank.to(case.device)
-        bank.gate_up_proj = nn.Parameter(self.gate_up_2EID.clone())
-        bank.down_proj = nn.Parameter(self.down_EID.clone())
+        bank.experts.gate_up_proj = nn.Parameter(self.gate_up_EJD.clone())
+        bank.experts.down_proj = nn.Parameter(self.down_EDI.clone())
         bank.router.weight.data.copy_(self.router_ED)
-        bank.path, bank.compiled = path, case.compiled  # pyright: ignore[reportAttributeAccessIssue]
-        rule = SmkRule(surprise="parameters", direction="min", candidates="active")
-        bank.smk = SmkStep(rule=rule, grad_scale=1 / case.tokens, loss_scale=float(case.tokens))
+        bank.set_execution(Execution(path=path, compiled=case.compiled, coupled=coupled))
         return bank
 
     def block(self, implementation: str) -> Qwen3MoeSparseMoeBlock:
@@ -115,11 +117,11 @@ class Layers:
             norm_topk_prob=True,
         )
         config._experts_implementation = implementation
-        block = Qwen3MoeSparseMoeBlock(config).to(case.device, DTYPES[case.dtype])
+        block: Any = Qwen3MoeSparseMoeBlock(config).to(case.device, DTYPES[case.dtype])
         with torch.no_grad():
             block.gate.weight.copy_(self.router_ED)
-            block.experts.gate_up_proj.copy_(self.gate_up_2EID.transpose(0, 1).flatten(1, 2))
-            block.experts.down_proj.copy_(self.down_EID.mT)
+            block.experts.gate_up_proj.copy_(self.gate_up_EJD)
+            block.experts.down_proj.copy_(self.down_EDI)
         return block
 
     def mlp(self) -> nn.Module:
@@ -129,17 +131,26 @@ class Layers:
         mlp = Qwen3MLP(Qwen3Config(hidden_size=case.hidden, intermediate_size=width))
         mlp = mlp.to(case.device, DTYPES[case.dtype])
         with torch.no_grad():
-            mlp.gate_proj.weight.copy_(self.gate_up_2EID[0].flatten(0, 1))
-            mlp.up_proj.weight.copy_(self.gate_up_2EID[1].flatten(0, 1))
-            mlp.down_proj.weight.copy_(self.down_EID.flatten(0, 1).T)
+            gate_EID, up_EID = self.gate_up_EJD.chunk(2, dim=1)
+            mlp.gate_proj.weight.copy_(gate_EID.flatten(0, 1))
+            mlp.up_proj.weight.copy_(up_EID.flatten(0, 1))
+            mlp.down_proj.weight.copy_(self.down_EDI.transpose(0, 1).flatten(1))
         return mlp
 
-    def step(self, module: nn.Module) -> Tensor:
-        """Forward and backward; gradients are new each time."""
+    def step(
+        self, module: nn.Module, *, taught: bool = True, capture: list[Tensor] | None = None
+    ) -> Tensor:
+        """Forward and backward; gradients are new each time.
+
+        A bank's gate is taught by surprise, unless told otherwise, which `capture` receives.
+        """
         self.x_TD.grad = None
         module.zero_grad(set_to_none=True)
-        y_TD = module(self.x_TD[None])[0]
-        y_TD.backward(self.grad_y_TD)
+        banks = [module] if isinstance(module, ExpertBank) else []
+        smk = replace(self.smk, capture=capture) if taught else None
+        with row_context(banks, [RowState(smk=smk) for _ in banks]):
+            y_TD = module(self.x_TD[None])[0]
+            y_TD.backward(self.grad_y_TD)
         return y_TD
 
 
@@ -184,19 +195,15 @@ def parity(layers: Layers) -> dict[str, Any]:
         SystemExit: one is off: nothing is timed.
     """
     case, limit = layers.case, LIMITS[layers.case.dtype]
-    block = layers.block("eager")
+    block: Any = layers.block("eager")
     theirs = [layers.step(block), layers.x_TD.grad, block.gate.weight.grad]
-    D, E, I = case.hidden, case.num_experts, case.expert_dim
-    of_gate_up, of_down = (p.grad for p in (block.experts.gate_up_proj, block.experts.down_proj))
-    assert of_gate_up is not None and of_down is not None
-    theirs += [of_gate_up.view(E, 2, I, D).transpose(0, 1), of_down.mT]
+    theirs += [block.experts.gate_up_proj.grad, block.experts.down_proj.grad]
     gaps: dict[str, Any] = {}
     surprises: list[Tensor] = []
     for path in PATHS:
-        bank = layers.bank(path)
-        smk, bank.smk, bank.coupled = bank.smk, None, True
-        ours = [layers.step(bank), layers.x_TD.grad, bank.router.weight.grad]
-        ours += [bank.gate_up_proj.grad, bank.down_proj.grad]
+        bank = layers.bank(path, coupled=True)
+        ours = [layers.step(bank, taught=False), layers.x_TD.grad, bank.router.weight.grad]
+        ours += [bank.experts.gate_up_proj.grad, bank.experts.down_proj.grad]
         for name, got, expected in zip(
             ("y", "grad x", "grad router", "grad gate_up", "grad down"), ours, theirs, strict=True
         ):
@@ -204,14 +211,12 @@ def parity(layers: Layers) -> dict[str, Any]:
             # Where two experts tie for the last place, bf16 logits choose otherwise than float32's.
             loose = 10 * limit if case.dtype == "bfloat16" else limit
             gaps[f"{path}: {name}"] = check(f"{path}, {name}", relative_gap(got, expected), loose)
-        assert smk is not None
-        smk.capture, bank.smk, bank.coupled = surprises, smk, False
-        layers.step(bank)
+        layers.step(layers.bank(path), capture=surprises)
     gap = relative_gap(surprises[1], surprises[0])
     gaps["surprise: grouped, dense"] = check("surprise", gap, limit)
     gap = relative_gap(surprises[0][:CHECKED_TOKENS], defined_surprise(layers))
     gaps["surprise: dense, definition"] = check("surprise of the definition", gap, limit)
-    whole = layers.bank("dense", k=E, weighting="unit")
+    whole = layers.bank("dense", k=case.num_experts, weighting="unit")
     gap = relative_gap(layers.step(whole), layers.step(layers.mlp()))
     gaps["all experts, Qwen3MLP"] = check("all experts, Qwen3MLP", gap, limit)
     return gaps
@@ -222,7 +227,7 @@ def defined_surprise(layers: Layers) -> Tensor:
     x, grad_y = (t[:CHECKED_TOKENS].detach() for t in (layers.x_TD, layers.grad_y_TD))
     weights = layers.bank("dense").router(x).weights.detach().cpu().double()
     x, gate_up, down, grad_y = (
-        t.cpu().double() for t in (x, layers.gate_up_2EID, layers.down_EID, grad_y)
+        t.cpu().double() for t in (x, layers.gate_up_EJD, layers.down_EDI, grad_y)
     )
     surprise = reference.surprise("parameters", x, gate_up, down, grad_y, nn.functional.silu)
     return surprise * weights * layers.case.tokens

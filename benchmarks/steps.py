@@ -63,8 +63,6 @@ class Step:
         if objective is not None:
             config = replace(config, router=replace(config.router, objective=objective))
             set_objective(self.student.banks(), config)
-        for bank in self.student.banks():
-            bank.smk = None
         rows = [next(self.rows)]
         return distill_step(self.student, self.teacher, self.optimizer, rows, config, clock=clock)
 
@@ -168,6 +166,6 @@ def perturb(student: TinyOnnForCausalLM) -> None:
     """Move the experts away from the teacher's, so that there is something to learn."""
     generator = torch.Generator().manual_seed(1)
     for bank in student.banks():
-        for weight in (bank.gate_up_proj, bank.down_proj):
+        for weight in (bank.experts.gate_up_proj, bank.experts.down_proj):
             noise = torch.randn(weight.shape, generator=generator) * 0.1
             weight.add_(noise.to(weight.device))

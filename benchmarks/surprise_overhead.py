@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from benchmarks.steps import (
 )
 from tiny_onn.config import RunConfig
 from tiny_onn.experts import ExpertBank
+from tiny_onn.ops.layout import joined_down
 from tiny_onn.surprise import SmkRule, smk_loss, smk_targets
 
 CARD = ("smk.surprise=parameters", "smk.direction=min", "smk.candidates=active")
@@ -47,6 +49,7 @@ class Textbook:
         self.step, self.rule = step, rule
         self.inputs: dict[ExpertBank, Tensor] = {}
         self.grads: dict[ExpertBank, Tensor] = {}
+        self.masks: dict[ExpertBank, Tensor | None] = {}
 
     def __call__(self) -> None:
         """One update: the gates' gradients are made just before the optimizer steps."""
@@ -63,8 +66,9 @@ class Textbook:
     def _hooks(self) -> Iterator[None]:
         def keep_input(bank: ExpertBank, inputs: tuple[Tensor, ...]) -> None:
             self.inputs[bank] = inputs[0].detach().flatten(0, -2)
+            self.masks[bank] = bank.row.token_mask
 
-        def keep_grad(bank: ExpertBank, _: object, grads: tuple[Tensor, ...]) -> None:
+        def keep_grad(bank: Any, _: object, grads: Any) -> None:
             self.grads[bank] = grads[0].detach().flatten(0, -2)
 
         handles = []
@@ -83,7 +87,7 @@ class Textbook:
         for bank in self.step.student.banks():
             bank.router.requires_grad_(True)
             routing = bank.router(self.inputs[bank])
-            mask_T = bank.token_mask
+            mask_T = self.masks[bank]
             assert mask_T is not None
             # The step's loss is a mean over its tokens with a label: one less than the row's for
             # every document, as many as the router counts.
@@ -98,19 +102,20 @@ class Textbook:
 
 def textbook_surprise(bank: ExpertBank, x_TD: Tensor, grad_y_TD: Tensor, rule: SmkRule) -> Tensor:
     """`gain` or `parameters` of every token and expert, by autograd through the experts."""
-    _, E, I, D = bank.gate_up_proj.shape
+    E, D, I = bank.experts.down_proj.shape
     with torch.enable_grad():
-        weight_FD = bank.gate_up_proj.detach().to(x_TD.dtype).view(-1, D)
-        gate_up_T2EI = F.linear(x_TD, weight_FD).view(-1, 2, E, I).requires_grad_()
-        hidden_TEI = bank.activation(gate_up_T2EI[:, 0]) * gate_up_T2EI[:, 1]
-        y_TD = hidden_TEI.flatten(1) @ bank.down_proj.detach().to(x_TD.dtype).view(-1, D)
-        grad_pre, grad_hidden = torch.autograd.grad(y_TD, (gate_up_T2EI, hidden_TEI), grad_y_TD)
+        weight_FD = bank.experts.gate_up_proj.detach().to(x_TD.dtype).view(-1, D)
+        down_DF = joined_down(bank.experts.down_proj.detach(), x_TD.dtype)
+        pre_TE2I = F.linear(x_TD, weight_FD).view(-1, E, 2, I).requires_grad_()
+        hidden_TEI = bank.activation(pre_TE2I[:, :, 0]) * pre_TE2I[:, :, 1]
+        y_TD = F.linear(hidden_TEI.flatten(1), down_DF)
+        grad_pre, grad_hidden = torch.autograd.grad(y_TD, (pre_TE2I, hidden_TEI), grad_y_TD)
     if rule.surprise == "gain":
         return -(hidden_TEI.detach().float() * grad_hidden.float()).sum(-1)
     assert rule.surprise == "parameters"
     x_sq_T1 = x_TD.float().square().sum(-1, keepdim=True)
     grad_y_sq_T1 = grad_y_TD.float().square().sum(-1, keepdim=True)
-    pre_sq_TE = grad_pre.float().square().sum((1, -1))
+    pre_sq_TE = grad_pre.float().square().sum((2, -1))
     hidden_sq_TE = hidden_TEI.detach().float().square().sum(-1)
     return (x_sq_T1 * pre_sq_TE + hidden_sq_TE * grad_y_sq_T1).sqrt()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.ops import reference
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally
 from tiny_onn.router import RoutingRule
@@ -52,7 +52,7 @@ def make_case(num_tokens, pattern="mixed", seed=0) -> Case:
 
     weights = 2 * torch.rand(num_tokens, E, generator=generator, dtype=torch.float64)
     weights *= torch.rand(num_tokens, E, generator=generator) < 0.5
-    x, gate_up, down = normal(num_tokens, D), normal(2, E, I, D), normal(E, I, D)
+    x, gate_up, down = normal(num_tokens, D), normal(E, 2 * I, D), normal(E, D, I)
     if pattern == "empty_expert":
         weights[:, 1] = 0
     if pattern == "one_expert":
@@ -112,10 +112,10 @@ RULES = {
 def make_bank(rule="budget", *, coupled=False, seed=0) -> ExpertBank:
     bank = ExpertBank(16, 6, 4, "silu", RULES[rule])
     generator = torch.Generator().manual_seed(seed)
-    bank.reset(generator, std=0.3)
+    bank.experts.reset(generator, std=0.3)
     bank.router.reset(generator, std=0.3)
     bank.router.threshold.fill_(0.3)
-    bank.coupled = coupled
+    bank.set_execution(Execution(coupled=coupled))
     return bank
 
 
@@ -127,14 +127,15 @@ def bank_gradients(bank: ExpertBank, x: Tensor, parts=1, use_checkpoint=False, *
     """Gradients of the mean squared output over the batch, in parts; the tally; the input's."""
     num_tokens = len(x)
     tally = SurpriseTally.of_layers(1, 6, x.device)[0]
-    bank.smk = smk_step(num_tokens, loss_scale=float(num_tokens), tally=tally, **options)
+    smk = smk_step(num_tokens, loss_scale=float(num_tokens), tally=tally, **options)
     bank.zero_grad()
     x = x.clone().requires_grad_()
     for part in x.chunk(parts):
-        bank.token_mask = torch.arange(len(part)) % 5 != 0
-        y = checkpoint(bank, part, use_reentrant=False) if use_checkpoint else bank(part)
-        assert isinstance(y, Tensor)
-        (y.square().sum() / num_tokens).backward()
+        row = RowState(token_mask=torch.arange(len(part)) % 5 != 0, smk=smk)
+        with row_context([bank], [row]):
+            y = checkpoint(bank, part, use_reentrant=False) if use_checkpoint else bank(part)
+            assert isinstance(y, Tensor)
+            (y.square().sum() / num_tokens).backward()
     grads = {name: p.grad for name, p in bank.named_parameters()} | {"x": x.grad}
     assert all(g is not None and bool(g.any()) for g in grads.values())
     sums = {name: getattr(tally, name) for name in tally._fields}

@@ -92,9 +92,10 @@ def mlp_inputs(dense, row):
 
 def plain_layer(bank, x_TD, weights_TE):
     """The expert layer as torch differentiates it."""
-    gate, up = (torch.einsum("td,eid->tei", x_TD, bank.gate_up_proj[side]) for side in (0, 1))
+    gate_up = torch.einsum("td,ejd->tej", x_TD, bank.experts.gate_up_proj)
+    gate, up = gate_up.chunk(2, dim=-1)
     hidden = F.silu(gate) * up * weights_TE[..., None]
-    return torch.einsum("tei,eid->td", hidden, bank.down_proj)
+    return torch.einsum("tei,edi->td", hidden, bank.experts.down_proj)
 
 
 def of_layer(tensors, index):
@@ -123,7 +124,10 @@ def test_every_layer_learns_as_if_it_were_alone(config):
         error_T = (plain_layer(bank, x_TD, weights_TE) - y_TD).square().sum(-1) / power
         error = error_T[mask_T].mean()
         torch.testing.assert_close(result.error_L[index], error.detach(), rtol=1e-5, atol=1e-7)
-        names = ["gate_up_proj", "down_proj"] + ["router.weight", "router.bias"] * coupled
+        names = ["experts.gate_up_proj", "experts.down_proj"] + [
+            "router.weight",
+            "router.bias",
+        ] * coupled
         parameters = [bank.get_parameter(name) for name in names]
         for name, expected in zip(names, torch.autograd.grad(error, parameters), strict=True):
             assert expected.abs().max() > 1e-5
@@ -163,8 +167,8 @@ def test_a_gate_learns_from_the_surprise_of_its_own_error(surprise, candidates):
         surprise_TE = reference.surprise(
             surprise,
             x_TD.double(),
-            bank.gate_up_proj.detach().double(),
-            bank.down_proj.detach().double(),
+            bank.experts.gate_up_proj.detach().double(),
+            bank.experts.down_proj.detach().double(),
             grad_y_TD.double(),
             F.silu,
         ).float()
@@ -270,7 +274,6 @@ def test_nothing_of_a_layer_outlives_its_turn(config):
             gc.enable()
         assert len(between) == 2 * num_layers
         assert set(between) == {0}
-        assert all(bank.routing is None for bank in student.banks())
         return max(most)
 
     assert peak(2) == peak(5) > 0
@@ -319,7 +322,7 @@ def test_the_error_is_0_with_all_experts_on_and_1_in_silence():
     with all_experts_on(student.banks()):
         assert max(block_errors(student, teacher, ROWS)) < 1e-10
     for bank in student.banks():
-        bank.down_proj.data.zero_()
+        bank.experts.down_proj.data.zero_()
     assert block_errors(student, teacher, ROWS) == [1.0, 1.0]
 
 
@@ -345,7 +348,6 @@ def test_a_budget_that_layers_share_gives_them_one_threshold():
     last = [result.stats.summary() for result in results[-len(ROWS) :]]
     assert sum(stats["mean_k"] for stats in last) / len(last) == pytest.approx(4, rel=0.1)
     assert last[-1]["min_layer_k"] != last[-1]["max_layer_k"]
-    assert all(bank.routing is None for bank in student.banks())
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
@@ -358,7 +360,8 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert all(torch.equal(tensor, before[n]) for n, tensor in student.state_dict().items())
     assert blockwise_step(student, teacher, optimizer, ROWS[:1], CONFIG, power).finite
     assert not torch.equal(
-        student.banks()[0].down_proj, before["backbone.model.layers.0.mlp.down_proj"]
+        student.banks()[0].experts.down_proj,
+        before["backbone.model.layers.0.mlp.experts.down_proj"],
     )
 
 

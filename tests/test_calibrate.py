@@ -96,7 +96,7 @@ def test_important_neurons_share_an_expert():
     importance = neuron_importance(MlpInputs(dense, ROWS))
     student = make_student(dense, init="importance", neuron_order=importance_order(importance))
     for bank, mlp, scores in zip(student.banks(), gated_mlps(dense), importance, strict=True):
-        first = {tuple(row.tolist()) for row in bank.gate_up_proj[0, 0]}
+        first = {tuple(row.tolist()) for row in bank.experts.gate_up_proj[0, :6]}
         best = {tuple(mlp.gate_proj.weight[f].tolist()) for f in scores.topk(6).indices}
         assert first == best
 
@@ -108,8 +108,8 @@ def test_expert_norms_are_the_norms_of_each_experts_output(family):
     (x_TD, _) = gather(dense, ROWS[:1], lambda mlp: mlp.module)
     got = expert_norms(bank, x_TD)
     for e in range(8):
-        gate, up = (x_TD @ bank.gate_up_proj[side, e].T for side in (0, 1))
-        expected = (bank.activation(gate) * up @ bank.down_proj[e]).norm(dim=-1)
+        gate, up = (x_TD @ rows.T for rows in bank.experts.gate_up_proj[e].chunk(2))
+        expected = (bank.activation(gate) * up @ bank.experts.down_proj[e].T).norm(dim=-1)
         torch.testing.assert_close(got[:, e], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -59,9 +59,9 @@ def test_the_order_says_which_neuron_goes_where():
     student = make_student(dense, neuron_order=order)
     for bank, mlp, order_F in zip(student.banks(), gated_mlps(dense), order, strict=True):
         neuron = int(order_F[3 * 6 + 2])
-        assert torch.equal(bank.gate_up_proj[0, 3, 2], mlp.gate_proj.weight[neuron])
-        assert torch.equal(bank.gate_up_proj[1, 3, 2], mlp.up_proj.weight[neuron])
-        assert torch.equal(bank.down_proj[3, 2], mlp.down_proj.weight[:, neuron])
+        assert torch.equal(bank.experts.gate_up_proj[3, 2], mlp.gate_proj.weight[neuron])
+        assert torch.equal(bank.experts.gate_up_proj[3, 6 + 2], mlp.up_proj.weight[neuron])
+        assert torch.equal(bank.experts.down_proj[3, :, 2], mlp.down_proj.weight[:, neuron])
 
 
 def test_random_experts_depend_on_the_seed_alone():
@@ -71,7 +71,7 @@ def test_random_experts_depend_on_the_seed_alone():
         assert torch.equal(tensor, again.trainable()[name]), name
         if not name.endswith("bias"):
             assert not torch.equal(tensor, other.trainable()[name]), name
-    assert 0.18 < first.banks()[0].gate_up_proj.std() < 0.22
+    assert 0.18 < first.banks()[0].experts.gate_up_proj.std() < 0.22
 
 
 def test_gates_start_as_asked():

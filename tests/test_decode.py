@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 from repository import ROOT
 from tiny import make_dense, make_ids, make_student
-from tiny_onn.experts import ExpertBank, selecting
+from tiny_onn.experts import ExpertBank, recorded_routings, selecting
 from tiny_onn.ops import decode, reference
 from tiny_onn.router import RoutingRule, route
 
@@ -70,7 +70,10 @@ def test_a_cpu_takes_the_other_paths():
     bank = make_bank(MODES["budget"])
     with torch.no_grad():
         assert not decode.can_decode(
-            torch.zeros(1, 33), bank.gate_up_proj, bank.down_proj, bank.activation_name
+            torch.zeros(1, 33),
+            bank.experts.gate_up_proj,
+            bank.experts.down_proj,
+            bank.activation_name,
         )
 
 
@@ -84,15 +87,15 @@ def make_layer(shape, dtype=torch.float32, seed=0) -> list[Tensor]:
 
     weights = 2 * torch.rand(T, E, generator=generator)
     weights *= torch.rand(T, E, generator=generator) < 0.5
-    tensors = [normal(T, D), normal(2, E, I, D) / D**0.5, normal(E, I, D) / (E * I) ** 0.5]
+    tensors = [normal(T, D), normal(E, 2 * I, D) / D**0.5, normal(E, D, I) / (E * I) ** 0.5]
     return [*(tensor.to(DEVICE, dtype) for tensor in tensors), weights.to(DEVICE)]
 
 
 def defined(x, gate_up, down, weights, activation=F.silu) -> Tensor:
     """The definition in float64, without loops over tokens and experts for the large shapes."""
     x, gate_up, down, weights = (t.detach().double().cpu() for t in (x, gate_up, down, weights))
-    gate, up = torch.einsum("td,peid->ptei", x, gate_up)
-    return torch.einsum("tei,eid->td", activation(gate) * up * weights[..., None], down)
+    gate, up = torch.einsum("td,ejd->tej", x, gate_up).chunk(2, dim=-1)
+    return torch.einsum("tei,edi->td", activation(gate) * up * weights[..., None], down)
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
@@ -135,7 +138,7 @@ def test_only_active_experts_are_read(num_active):
     weights += 1
     expected = defined(x, gate_up, down, weights * active)
     # What is not read may be anything.
-    gate_up[:, ~active[0]], down[~active[0]] = float("nan"), float("nan")
+    gate_up[~active[0]], down[~active[0]] = float("nan"), float("nan")
     y = decode.expert_layer(x, gate_up, down, weights, active, activation="silu")
     assert_close(y, expected)
 
@@ -208,10 +211,9 @@ def test_a_flat_gate_activates_as_many_as_its_threshold_says(E):
     for k in range(1, E + 1) if DEVICE == "cuda" else {1, 2, E // 2, E - 1, E}:
         rule = RoutingRule(target_k=float(k))
         bank = make_bank(rule, E=E, I=1, D=8, gate_std=None)
-        with torch.no_grad():
+        with torch.no_grad(), recorded_routings([bank]) as routings:
             bank(torch.ones(1, 8, device=DEVICE))
-        assert bank.routing is not None
-        assert bank.routing.active[0].tolist() == [e < k for e in range(E)]
+        assert routings[0].active[0].tolist() == [e < k for e in range(E)]
 
 
 def make_bank(
@@ -220,7 +222,7 @@ def make_bank(
     """A bank with every correction at work, ready for evaluation."""
     bank = ExpertBank(D, E, I, options.pop("activation", "silu"), rule, **options)
     generator = torch.Generator().manual_seed(seed)
-    bank.reset(generator, std=0.3)
+    bank.experts.reset(generator, std=0.3)
     bank.router.reset(None if gate_std is None else generator, std=gate_std or 0.0)
     if gate_std is not None:
         bank.router.settled.fill_(0.7 / E)
@@ -249,22 +251,21 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("corrected", [False, True])
 def test_a_bank_decodes_what_its_other_path_computes(mode, corrected):
-    bank = make_bank(MODES[mode], compensated=corrected, scaled=corrected)
-    bank.router.rule = replace(MODES[mode], target_k=2.0)
+    rule = replace(MODES[mode], target_k=2.0)
+    bank = make_bank(rule, compensated=corrected, scaled=corrected)
     x = torch.randn(2, 3, 33, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    want, by_router = bank(x).detach(), bank.routing
-    bank.routing = None
-    with torch.no_grad():
-        got, ours = bank(x), bank.routing
+    with recorded_routings([bank]) as routings:
+        want = bank(x).detach()
+        with torch.no_grad():
+            got = bank(x)
+    by_router, ours = routings
     assert got.shape == x.shape
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert by_router is not None and ours is not None
     for name in ("router_logits", "scores", "active", "weights"):
         torch.testing.assert_close(getattr(ours, name), getattr(by_router, name).detach())
-    bank.recording, bank.routing = False, None
     with torch.no_grad(), Watch() as watch:
         bank(x)
-    assert bank.routing is None
+    assert len(routings) == 2
     assert mode.partition(",")[0] not in ("budget", "top_k", "static") or watch.products == 0
 
 
@@ -297,28 +298,26 @@ def test_results_repeat_bit_for_bit():
 @gpu
 @pytest.mark.parametrize("mode", ["budget", "top_k", "cumulative"])
 def test_a_captured_graph_follows_the_routing_of_its_input(mode):
-    bank = make_bank(MODES[mode], E=32, I=24, D=64, gate_std=1.0, compensated=True).bfloat16()
+    rule = replace(MODES[mode], target_k=7.0)
+    bank = make_bank(rule, E=32, I=24, D=64, gate_std=1.0, compensated=True).bfloat16()
     bank.router.float()
-    bank.router.rule = replace(MODES[mode], target_k=7.0)
     static, stream = torch.randn(1, 64, device=DEVICE).bfloat16(), torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
         with torch.cuda.stream(stream):
             bank(static)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph), recorded_routings([bank]) as routings:
             out = bank(static)
-    routing, counts = bank.routing, set()
-    assert routing is not None
+    routing, counts = routings[0], set()
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(1, 64, generator=generator) * seed
         static.copy_(x)
         graph.replay()
-        with torch.no_grad():
+        with torch.no_grad(), recorded_routings([bank]) as routings:
             assert torch.equal(out, bank(static))
-        assert bank.routing is not None
-        assert torch.equal(routing.active, bank.routing.active)
+        assert torch.equal(routing.active, routings[0].active)
         counts.add(int(routing.active.sum()))
     assert mode == "top_k" or len(counts) > 2
 
@@ -338,11 +337,11 @@ def test_a_student_s_logits_are_those_of_its_other_path(family):
 def test_rounding_the_experts_for_generation_changes_no_bit():
     student = make_student(make_dense(dtype="bfloat16"), compensation="mean").train(False)
     ids = make_ids()
-    assert student.banks()[0].gate_up_proj.dtype == torch.float32
+    assert student.banks()[0].experts.gate_up_proj.dtype == torch.float32
     with torch.no_grad():
         want = student(ids, use_cache=False).logits
         student.round_experts()
         got = student(ids, use_cache=False).logits
-    assert student.banks()[0].gate_up_proj.dtype == torch.bfloat16
+    assert student.banks()[0].experts.gate_up_proj.dtype == torch.bfloat16
     assert student.banks()[0].router.weight.dtype == torch.float32
     assert torch.equal(got, want)

@@ -25,8 +25,8 @@ def make_leaves(num_tokens, dtype=torch.float64, sizes=(D, E, I)) -> list[Tensor
     hidden, experts, width = sizes
     shapes = (
         (num_tokens, hidden),
-        (2, experts, width, hidden),
-        (experts, width, hidden),
+        (experts, 2 * width, hidden),
+        (experts, hidden, width),
         (num_tokens, experts),
         (num_tokens, experts),
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, RowState, row_context
 from tiny_onn.ops import dense_masked, grouped, reference
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import RoutingRule
@@ -83,7 +83,7 @@ def test_regressed_targets_are_free_of_the_scale_of_the_loss():
 
 
 def layer(seed=0):
-    parts = normal(2, EXPERTS, WIDTH, HIDDEN, seed=seed), normal(EXPERTS, WIDTH, HIDDEN, seed=1)
+    parts = normal(EXPERTS, 2 * WIDTH, HIDDEN, seed=seed), normal(EXPERTS, HIDDEN, WIDTH, seed=1)
     return normal(TOKENS, HIDDEN, seed=2), *parts
 
 
@@ -122,16 +122,22 @@ def test_the_grouped_path_refuses_what_it_cannot_see():
 def test_a_gate_taught_by_regression_comes_to_know_the_norms():
     generator = torch.Generator().manual_seed(0)
     bank = ExpertBank(HIDDEN, EXPERTS, WIDTH, "silu", RoutingRule(selection="top_k", target_k=2.0))
-    bank.reset(generator, 0.5)
-    bank.smk = SmkStep(rule=LOG, grad_scale=1 / 400)
+    bank.experts.reset(generator, 0.5)
+    row = RowState(smk=SmkStep(rule=LOG, grad_scale=1 / 400))
     optimizer = torch.optim.Adam(bank.router.parameters(), lr=0.03)
     x = torch.randn(400, HIDDEN, generator=generator)
     norms = reference.surprise(
-        "magnitude", x[:40], bank.gate_up_proj, bank.down_proj, torch.ones(40, HIDDEN), F.silu
+        "magnitude",
+        x[:40],
+        bank.experts.gate_up_proj,
+        bank.experts.down_proj,
+        torch.ones(40, HIDDEN),
+        F.silu,
     )
     errors = []
     for _ in range(150):
-        bank(x).sum().backward()
+        with row_context([bank], [row]):
+            bank(x).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         logits = bank.router(x[:40]).router_logits.detach()

@@ -57,7 +57,7 @@ def poison(monkeypatch):
         def clip_gradients(student, clip_norm):
             if current["poisoned"] and part == "gradient":
                 bank = student.banks()[1]
-                bank.down_proj.grad.view(-1)[7] = value
+                bank.experts.down_proj.grad.view(-1)[7] = value
             return REAL_CLIP(student, clip_norm)
 
         monkeypatch.setattr(step, "distill", distill)
@@ -82,17 +82,19 @@ def test_an_update_that_is_not_finite_changes_nothing(poison, name, part, value)
                 found[f"{label} {entry}"] = torch.as_tensor(state).clone()
         return found
 
+    def take_step(rows):
+        return distill_step(student, dense, optimizer, rows, config)
+
     poison([2], part, value)
-    arguments: Any = (student, dense, optimizer)
-    assert distill_step(*arguments, ROWS[:1], config).finite
+    assert take_step(ROWS[:1]).finite
     before = tensors()
-    assert not distill_step(*arguments, ROWS[1:2], config).finite
+    assert not take_step(ROWS[1:2]).finite
     after = tensors()
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert all(p.grad is None for p in student.trainable().values())
     # The skipped batch leaves no trace in the next update either.
-    assert distill_step(*arguments, ROWS[2:3], config).finite
+    assert take_step(ROWS[2:3]).finite
     assert all(
         tensor.isfinite().all() for tensor in tensors().values() if tensor.is_floating_point()
     )

@@ -88,13 +88,13 @@ def test_a_normal_run_is_healthy(well, config):
 
 def zero_experts(student):
     for bank in student.banks():
-        bank.gate_up_proj.zero_()
-        bank.down_proj.zero_()
+        bank.experts.gate_up_proj.zero_()
+        bank.experts.down_proj.zero_()
 
 
 def cut_expert_gradients(student):
     for bank in student.banks():
-        for parameter in (bank.gate_up_proj, bank.down_proj):
+        for parameter in (bank.experts.gate_up_proj, bank.experts.down_proj):
             parameter.register_hook(torch.zeros_like)
 
 
@@ -125,14 +125,14 @@ def loosen_budget(student):
 def one_loud_expert(student):
     """Expert 0 is always the largest, the gate always says so, and the sum is noise."""
     for bank in student.banks():
-        bank.down_proj[0] = torch.randn(bank.down_proj[0].shape) * 100
-        bank.gate_up_proj[:, 0] *= 100
+        bank.experts.down_proj[0] = torch.randn(bank.experts.down_proj[0].shape) * 100
+        bank.experts.gate_up_proj[0] *= 100
         bank.router.weight.zero_()
         bank.router.bias[0] = 4
 
 
 def one_silent_layer(student):
-    student.banks()[1].down_proj.zero_()
+    student.banks()[1].experts.down_proj.zero_()
 
 
 TOP_K = {"selection": "top_k"}
@@ -222,8 +222,8 @@ def test_random_experts_that_were_not_trained_use_no_context(config, tmp_path):
 
 def scale(student, factor):
     for bank in student.banks():
-        bank.down_proj.mul_(factor)
-        bank.gate_up_proj.mul_(factor)
+        bank.experts.down_proj.mul_(factor)
+        bank.experts.gate_up_proj.mul_(factor)
 
 
 def test_a_teacher_that_does_not_know_the_text_is_told(config, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 from tiny import FAMILIES, OTHERS, make_dense, make_ids, make_student, make_tokenizer
 from tiny_onn.config import ExpertsConfig, RouterConfig
 from tiny_onn.errors import UserError
+from tiny_onn.experts import recorded_routings
 from tiny_onn.loading import load_student
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.router import RoutingRule
@@ -128,6 +129,41 @@ def test_a_saved_student_comes_back_and_an_older_one_has_none(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(table))
     older = TinyOnnForCausalLM.from_pretrained(tmp_path)
     assert older.banks()[0].router.rule.num_shared == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"selection": "top_k", "target_k": 3.0}, 3),
+        ({"selection": "static", "target_k": 3.0}, 3),
+        ({"selection": "random", "target_k": 3.0}, 3),
+        ({"selection": "top_k", "target_k": 3.0, "num_shared": 1}, 3),
+        ({"selection": "budget"}, 8),
+        ({"selection": "top_any", "weighting": "mean"}, 8),
+        ({"selection": "oracle", "target_k": 3.0, "oracle_budget": True}, 8),
+        ({"selection": "oracle", "target_k": 3.0, "oracle_budget": False}, 3),
+    ],
+    ids=str,
+)
+def test_sizes_are_told_by_the_names_that_engines_ask_for(changes, most, tmp_path):
+    student = make_student(make_dense(), **changes)
+    config = student.config
+    assert (config.num_experts, config.moe_intermediate_size, config.expert_dim) == (8, 6, 6)
+    assert config.num_experts_per_tok == most
+    with torch.no_grad(), recorded_routings(student.banks()) as routings:
+        student.eval()(make_ids())
+    assert max(int(routing.active.sum(-1).max()) for routing in routings) <= most
+    config.save_pretrained(tmp_path)
+    table = json.loads((tmp_path / "config.json").read_text())
+    assert table["moe_intermediate_size"] == 6
+    assert "expert_dim" not in table
+    assert TinyOnnConfig.from_pretrained(tmp_path).moe_intermediate_size == 6
+
+
+def test_a_configuration_of_an_earlier_version_keeps_its_width():
+    backbone = make_dense().config.to_dict()
+    assert TinyOnnConfig(backbone, num_experts=8, expert_dim=5).moe_intermediate_size == 5
+    assert TinyOnnConfig(backbone, num_experts=8, expert_dim=0).moe_intermediate_size == 6
 
 
 # No option has its default.

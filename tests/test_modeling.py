@@ -16,6 +16,7 @@ from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.backbone_mode import set_backbone_mode
 from tiny_onn.convert import backbone_hash
+from tiny_onn.experts import recorded_routings
 from tiny_onn.modeling import (
     TinyOnnConfig,
     TinyOnnForCausalLM,
@@ -203,8 +204,8 @@ def test_a_student_from_its_configuration_alone_has_finite_experts():
     for name, tensor in student.state_dict().items():
         assert tensor.isfinite().all(), name
     for bank in student.banks():
-        assert 0.1 < bank.gate_up_proj.std() < 0.3
-        assert 0.1 < bank.down_proj.std() < 0.3
+        assert 0.1 < bank.experts.gate_up_proj.std() < 0.3
+        assert 0.1 < bank.experts.down_proj.std() < 0.3
 
 
 def test_configuration_survives_json(tmp_path):
@@ -228,26 +229,25 @@ def test_packed_row_gives_each_document_the_logits_it_gets_alone(family, selecti
     documents = make_documents((5, 17, 3, 11))
     row = next(pack(documents, row_tokens=40, pad_token_id=0))
     with torch.no_grad():
-        packed = last_hidden_states(student, row.input_ids, **packed_kwargs(row))[0]
-        routing = [bank.routing for bank in student.banks()]
+        with recorded_routings(student.banks()) as routing:
+            packed = last_hidden_states(student, row.input_ids, **packed_kwargs(row))[0]
         start = 0
         for document in documents:
-            alone = last_hidden_states(student, torch.tensor([document]))[0]
+            with recorded_routings(student.banks()) as own_routing:
+                alone = last_hidden_states(student, torch.tensor([document]))[0]
             span = slice(start, start + len(document))
             torch.testing.assert_close(packed[span], alone, rtol=1e-4, atol=1e-5)
-            for together, bank in zip(routing, student.banks(), strict=True):
-                assert together is not None
-                assert bank.routing is not None
-                assert torch.equal(together.active[span], bank.routing.active)
+            for together, own in zip(routing, own_routing, strict=True):
+                assert torch.equal(together.active[span], own.active)
             start += len(document)
-    ks = torch.cat([r.active.sum(-1) for r in routing if r is not None])
+    ks = torch.cat([r.active.sum(-1) for r in routing])
     assert (ks.unique().numel() > 1) == (selection == "budget")
 
 
 def test_only_experts_and_gates_count_as_trainable():
     student = make_student(make_dense("qwen3"))
     names = {name.partition(".mlp.")[2] for name in student.trainable()}
-    assert names == {"gate_up_proj", "down_proj", "router.weight", "router.bias"}
+    assert names == {"experts.gate_up_proj", "experts.down_proj", "router.weight", "router.bias"}
     assert {n for n, p in student.named_parameters() if p.requires_grad} == set(student.trainable())
 
 
@@ -271,7 +271,7 @@ def test_a_frozen_backbone_trains_without_dropout(family, dropouts, checkpointin
         checkpoint_layers(student, checkpointing)
         hidden = last_hidden_states(student.train(), make_ids())
         hidden.square().sum().backward()
-        return [hidden, *(bank.gate_up_proj.grad for bank in student.banks())]
+        return [hidden, *(bank.experts.gate_up_proj.grad for bank in student.banks())]
 
     without = gradients(dict.fromkeys(dropouts, 0.0))
     assert all(map(torch.equal, gradients(dropouts), without))

@@ -9,7 +9,7 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from tiny_onn.coupled_losses import load_balancing_loss
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import Execution, ExpertBank, recorded_routings
 from tiny_onn.router import RoutingRule
 
 HIDDEN, WIDTH, EXPERTS = 12, 5, 8
@@ -50,11 +50,9 @@ def bank_of(block, top_k, path):
     rule = RoutingRule(selection="top_k", weighting="softmax", target_k=float(top_k))
     bank = ExpertBank(HIDDEN, EXPERTS, WIDTH, "silu", rule)
     with torch.no_grad():
-        stacked = block.experts.gate_up_proj.view(EXPERTS, 2, WIDTH, HIDDEN)
-        bank.gate_up_proj.copy_(stacked.transpose(0, 1))
-        bank.down_proj.copy_(block.experts.down_proj.mT)
+        bank.experts.load_state_dict(block.experts.state_dict())
         bank.router.weight.copy_(block.gate.weight)
-    bank.coupled, bank.path = True, path
+    bank.set_execution(Execution(coupled=True, path=path))
     return bank
 
 
@@ -67,12 +65,12 @@ def test_outputs_losses_and_gradients_are_those_of_the_block(family, top_k, path
     generator = torch.Generator().manual_seed(1)
     x, pull = (torch.randn(2, 15, HIDDEN, generator=generator) for _ in range(2))
     ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    ours, theirs = bank(ours_x), block(theirs_x)
+    with recorded_routings([bank]) as routings:
+        ours, theirs = bank(ours_x), block(theirs_x)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
-    assert bank.routing is not None
     everyone = torch.ones(30, dtype=torch.bool)
-    our_loss = load_balancing_loss([bank.routing.router_logits], top_k, everyone)
+    our_loss = load_balancing_loss([routings[0].router_logits], top_k, everyone)
     their_logits, _, _ = block.gate(theirs_x.view(-1, HIDDEN))
     raw_logits = torch.nn.functional.linear(theirs_x.view(-1, HIDDEN), block.gate.weight)
     # Some releases hand out probabilities there; the loss takes logits.
@@ -80,11 +78,33 @@ def test_outputs_losses_and_gradients_are_those_of_the_block(family, top_k, path
     their_loss = balancing((raw_logits,), EXPERTS, top_k, None)
     torch.testing.assert_close(our_loss, their_loss)
 
-    weights = [bank.router.weight, bank.gate_up_proj, bank.down_proj, ours_x]
+    weights = [bank.router.weight, bank.experts.gate_up_proj, bank.experts.down_proj, ours_x]
     got = torch.autograd.grad((ours * pull).sum() + our_loss, weights)
     weights = [block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, theirs_x]
     gate, gate_up, down, at_x = torch.autograd.grad((theirs * pull).sum() + their_loss, weights)
-    gate_up = gate_up.view(EXPERTS, 2, WIDTH, HIDDEN).transpose(0, 1)
-    for mine, expected in zip(got, (gate, gate_up, down.mT, at_x), strict=True):
+    for mine, expected in zip(got, (gate, gate_up, down, at_x), strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-4)
         assert expected.any()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_experts_are_called_and_computed_as_those_of_the_block(family):
+    block, _ = block_of(family, 3)
+    bank = bank_of(block, 3, "dense")
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(15, HIDDEN, generator=generator)
+    # An engine that splits experts over machines names those of others EXPERTS.
+    index = torch.stack([torch.randperm(EXPERTS + 1, generator=generator)[:3] for _ in range(15)])
+    weights = torch.rand(15, 3, generator=generator)
+    grads = []
+    for experts in (bank.experts, block.experts):
+        y = experts(x, index, weights)
+        parameters: Any = [experts.gate_up_proj, experts.down_proj]
+        grads.append([y, *torch.autograd.grad(y.square().sum(), parameters)])
+    torch.testing.assert_close(*grads)
+    names = ("num_experts", "hidden_dim", "intermediate_dim")
+    assert all(getattr(bank.experts, name) == getattr(block.experts, name) for name in names)
+    # With our routing they compute our layer.
+    routing = bank.router(x)
+    chosen = routing.weights.topk(3)
+    torch.testing.assert_close(bank.experts(x, chosen.indices, chosen.values), bank(x))

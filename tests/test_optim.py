@@ -13,6 +13,7 @@ from tiny import make_dense, make_student, save_checkpoint
 from tiny_onn.checkpoint import load_checkpoint
 from tiny_onn.config import OptimConfig
 from tiny_onn.errors import UserError
+from tiny_onn.expert_weights import by_neuron
 from tiny_onn.optim import (
     build_optimizer,
     clip_gradients,
@@ -195,7 +196,8 @@ def test_state_takes_the_bytes_that_are_stated(student, name, master_dtype):
     take_steps(student, optimizer, range(2))
     for key, parameter in split_parameters(student)[0].items():
         tensors = [v for v in optimizer.state[parameter].values() if torch.is_tensor(v) and v.ndim]
-        assert sum(tensor.nbytes for tensor in tensors) == state_bytes(name, parameter.shape), key
+        shape = by_neuron(key.split(".")[-1], parameter).shape
+        assert sum(tensor.nbytes for tensor in tensors) == state_bytes(name, shape), key
 
 
 def test_state_of_a_full_size_layer():
@@ -219,7 +221,7 @@ def test_experts_are_cast_and_gates_are_not(student):
 def test_bfloat16_weights_gather_updates_that_rounding_to_nearest_loses(student, name):
     config = OptimConfig(name=name, master_dtype="bfloat16", expert_lr=1e-4)
     optimizer = build_optimizer(student, config)
-    down = student.banks()[0].down_proj
+    down = student.banks()[0].experts.down_proj
     with torch.no_grad():
         down.fill_(1.0)
     for _ in range(20):
@@ -235,7 +237,7 @@ def test_rounding_depends_on_the_seed_alone(dense, device):
         student = twin(dense).to(device)
         optimizer = build_optimizer(student, OptimConfig(master_dtype="bfloat16"), seed=seed)
         take_steps(student, optimizer, range(2))
-        return student.banks()[0].down_proj.detach()
+        return student.banks()[0].experts.down_proj.detach()
 
     torch.manual_seed(0)
     first = train(0)
@@ -247,11 +249,11 @@ def test_rounding_depends_on_the_seed_alone(dense, device):
 def test_parameters_without_a_gradient_stay(student):
     optimizer = build_optimizer(student, OptimConfig(weight_decay=0.1))
     bank = student.banks()[0]
-    before = bank.down_proj.detach().clone()
-    bank.gate_up_proj.grad = torch.ones_like(bank.gate_up_proj)
+    before = bank.experts.down_proj.detach().clone()
+    bank.experts.gate_up_proj.grad = torch.ones_like(bank.experts.gate_up_proj)
     optimizer.step()
-    assert torch.equal(bank.down_proj, before)
-    assert bank.down_proj not in optimizer.state
+    assert torch.equal(bank.experts.down_proj, before)
+    assert bank.experts.down_proj not in optimizer.state
 
 
 def test_a_frozen_gate_has_no_group(student):
@@ -264,7 +266,7 @@ def test_a_frozen_gate_has_no_group(student):
 
 def test_a_closure_gives_the_loss(student):
     optimizer = build_optimizer(student, OptimConfig())
-    down = student.banks()[0].down_proj
+    down = student.banks()[0].experts.down_proj
 
     def closure():
         loss = down.square().sum()

@@ -16,10 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 import tiny_onn_cli as cli
 from tiny import make_dense, make_rows, model_bytes
-from tiny_onn.activations import checkpoint_layers
+from tiny_onn.assembly import assemble
 from tiny_onn.convert import convert
 from tiny_onn.errors import UserError
-from tiny_onn.optim import build_optimizer
 from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, card_lines, plan, render
 from tiny_onn.plan_costs import count_parameters, meta_models
 from tiny_onn.plan_memory import nf4_bytes
@@ -65,10 +64,9 @@ def small_step(family, config):
     generator = torch.Generator().manual_seed(0)
     student = convert(dense, config.experts, config.router, generator=generator)
     set_objective(student.banks(), config)
-    checkpoint_layers(student, config.train.checkpointing)
-    optimizer = build_optimizer(student, config.optim)
+    training = assemble(config, student, teacher_for(dense, config.teacher))
     rows = make_rows([ROW_TOKENS // 2] * 2 * config.train.rows_per_step, ROW_TOKENS)
-    return student, teacher_for(dense, config.teacher), optimizer, rows, config
+    return student, training.teacher, training.optimizer, rows, training.config
 
 
 def small_plan(family, config, tmp_path):

@@ -133,7 +133,9 @@ def test_a_run_in_the_middle_gives_its_newest_checkpoint(run, tmp_path):
     (newer,) = sorted((middle / "checkpoints").glob("step-*"))[-1:]
     shutil.rmtree(newer)
     earlier = load_student(str(middle), torch.device("cpu")).student
-    assert not torch.equal(earlier.banks()[0].down_proj, newest.banks()[0].down_proj)
+    assert not torch.equal(
+        earlier.banks()[0].experts.down_proj, newest.banks()[0].experts.down_proj
+    )
 
 
 def test_an_interrupted_probe_keeps_what_it_measured(of_student, run, tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def test_a_step_says_what_states_leave_unexplained(coef):
     dense, rows = make_dense(), make_rows([15, 17, 32], 32)
     student = make_student(dense)
     with torch.no_grad():
-        student.banks()[0].down_proj.mul_(0.5)
+        student.banks()[0].experts.down_proj.mul_(0.5)
     config = change(CONFIG, loss={"states_coef": coef})
     set_objective(student.banks(), config)
     by_row = []

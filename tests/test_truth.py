@@ -1,6 +1,7 @@
 """Leave-one-out against brute force: one token, one expert, everything computed again."""
 
 import copy
+from contextlib import contextmanager
 from typing import get_args
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from tiny import make_dense, make_ids, make_student, normal
 from tiny_onn.config import Weighting
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.ops import reference
 from tiny_onn.own_keys import own_keys
 from tiny_onn.router import RoutingRule, route
@@ -29,15 +30,11 @@ def make_wide(family, weighting, **changes):
             bank.double()
             # A gate that chooses by token.
             bank.router.weight.mul_(20)
-            bank.gate_up_proj.add_(torch.randn_like(bank.gate_up_proj) * 0.05)
+            bank.experts.gate_up_proj.add_(torch.randn_like(bank.experts.gate_up_proj) * 0.05)
             if bank.mean_outputs is not None and bank.expert_scale is not None:
                 bank.mean_outputs.copy_(torch.randn_like(bank.mean_outputs) * 0.1)
                 bank.expert_scale.copy_(torch.rand_like(bank.expert_scale) + 0.5)
     return student.requires_grad_(False), dense
-
-
-def active_of(bank, token):
-    return bank.routing.active[token]
 
 
 def own_loss(student, ids, teacher_logits, token):
@@ -52,27 +49,28 @@ def own_loss(student, ids, teacher_logits, token):
     )
 
 
+@contextmanager
 def flipped(student, layer, token, expert):
-    """A hook that changes one token at one layer: the expert's weights zero, or the expert on."""
+    """Within, one token is changed at one layer: the expert's weights are zero, or it is on."""
     bank = student.banks()[layer]
     without = copy.deepcopy(bank)
-    without.down_proj[expert] = 0
+    without.experts.down_proj[expert] = 0
 
     def hook(module, inputs, output):
-        output = output.clone()
-        if module.routing.active[token, expert]:
+        output, routing = output.clone(), routings[-1]
+        if routing.active[token, expert]:
             output[0, token] = without(inputs[0])[0, token]
             if module.mean_outputs is not None:
                 output[0, token] += module.mean_outputs[expert]
         else:
             added = reference.expert(
                 inputs[0][0, token],
-                module.gate_up_proj[:, expert],
-                module.down_proj[expert],
+                module.experts.gate_up_proj[expert],
+                module.experts.down_proj[expert],
                 module.activation,
             )
-            logits = module.routing.router_logits[token]
-            kept = module.routing.active[token].clone()
+            logits = routing.router_logits[token]
+            kept = routing.active[token].clone()
             kept[expert] = True
             rule = module.router.rule.weighting
             weight = {
@@ -87,7 +85,8 @@ def flipped(student, layer, token, expert):
             output[0, token] += weight * added
         return output
 
-    return bank.register_forward_hook(hook)
+    with recorded_routings([bank]) as routings, bank.register_forward_hook(hook):
+        yield
 
 
 @pytest.mark.parametrize("loss", ["forward_kl", "next_token"])
@@ -114,13 +113,13 @@ def test_truth_is_that_of_single_changes(family, weighting, loss):
     for layer, got_TE in enumerate(got):
         assert got_TE[-1].abs().max() == 0
         for token in range(TOKENS - 1):
-            base = own_loss(student, ids, teacher_logits, token)
-            active_E = active_of(student.banks()[layer], token)
+            with recorded_routings([student.banks()[layer]]) as routings:
+                base = own_loss(student, ids, teacher_logits, token)
+            active_E = routings[0].active[token]
             assert document.losses_T[token] == pytest.approx(base.item(), abs=1e-9)
             for expert in range(0, 8, 3):
-                handle = flipped(student, layer, token, expert)
-                rise = own_loss(student, ids, teacher_logits, token) - base
-                handle.remove()
+                with flipped(student, layer, token, expert):
+                    rise = own_loss(student, ids, teacher_logits, token) - base
                 expected = rise if active_E[expert] else -rise
                 assert got_TE[token, expert].item() == pytest.approx(
                     expected.item(), rel=1e-5, abs=1e-8
@@ -167,8 +166,8 @@ def test_surprise_is_the_definition_at_the_gradient_that_counts(own):
             expected = reference.surprise(
                 kind,
                 x_TD[: TOKENS - 1],
-                bank.gate_up_proj,
-                bank.down_proj,
+                bank.experts.gate_up_proj,
+                bank.experts.down_proj,
                 grad_TD[: TOKENS - 1],
                 bank.activation,
             )
@@ -185,14 +184,18 @@ def test_probing_leaves_the_student_as_it_was():
     student, dense = make_wide("llama", "unit")
     ids = make_ids(1, TOKENS)
     before = student(input_ids=ids).logits
-    state = [(bank.smk, bank.path, bank.router.weight.requires_grad) for bank in student.banks()]
+
+    def state():
+        banks = student.banks()
+        return [(bank.row, bank.execution, bank.router.weight.requires_grad) for bank in banks]
+
+    earlier = state()
     with own_keys(student):
         document = Document(student, ids, dense(input_ids=ids).logits[0])
         document.truth(0)
         document.surprise([0])
     assert torch.equal(student(input_ids=ids).logits, before)
-    after = [(bank.smk, bank.path, bank.router.weight.requires_grad) for bank in student.banks()]
-    assert after == state
+    assert state() == earlier
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
@@ -200,7 +203,7 @@ def test_gain_of_own_losses_is_the_truth_to_first_order():
     student, _ = make_wide("llama", "unit")
     with torch.no_grad():
         for bank in student.banks():
-            bank.down_proj.mul_(1e-3)
+            bank.experts.down_proj.mul_(1e-3)
     ids = make_ids(1, TOKENS)
     with own_keys(student):
         document = Document(student, ids, None)

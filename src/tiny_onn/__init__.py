@@ -7,9 +7,9 @@ with transformers; importing the package alone loads neither torch nor transform
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
+    from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM, TinyOnnModel
 
-__all__ = ["TinyOnnConfig", "TinyOnnForCausalLM"]
+__all__ = ["TinyOnnConfig", "TinyOnnForCausalLM", "TinyOnnModel"]
 
 
 def __getattr__(name: str) -> object:

@@ -128,8 +128,7 @@ def fit_gates(
         Per layer, the share of the targets' variance (within routed experts) that the gate
         explains.
     """
-    D = banks[0].gate_up_proj.shape[-1]
-    E = banks[0].down_proj.shape[0]
+    D, E = banks[0].experts.hidden_dim, banks[0].experts.num_experts
     zeros = partial(torch.zeros, device=inputs.dense.device, dtype=torch.float64)
     grams = [zeros(D + 1, D + 1) for _ in banks]
     moments = [zeros(D + 1, E) for _ in banks]

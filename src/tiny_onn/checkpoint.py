@@ -27,14 +27,16 @@ from tiny_onn.backbone_mode import in_mlp
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.old_layout import today_state, today_tensors
 from tiny_onn.optim import split_parameters
 from tiny_onn.publish import publish
 from tiny_onn.run_folder import write_json
 
 FILES = ("student.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
-# Of `state.json`; a checkpoint of another version of the package is refused by name.
-FORMAT = 3
+# Of `state.json`, and those that are read; a checkpoint of another one is refused by name.
+FORMAT = 4
+READABLE = (3, FORMAT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,16 +228,16 @@ def load_checkpoint(
             say(f"{path}: damaged, passed over")
             continue
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if (got := state.pop("format", None)) != FORMAT:
+        if (got := state.pop("format", None)) not in READABLE:
+            expected = " or ".join(map(str, READABLE))
             raise UserError(
-                f"{path}: got a checkpoint of format {got}, expected {FORMAT}; go"
+                f"{path}: got a checkpoint of format {got}, expected {expected}; go"
                 " on with the version of tiny-onn in environment.json, or start a new run"
             )
         device = str(next(student.parameters()).device)
-        _restore_student(student, load_file(path / "student.safetensors", device=device))
-        _restore_optimizer(
-            student, optimizer, load_file(path / "optimizer.safetensors", device=device)
-        )
+        kept = today_state(load_file(path / "optimizer.safetensors", device=device))
+        _restore_student(student, _read_student(path, device))
+        _restore_optimizer(student, optimizer, kept)
         return state
     if found:
         raise UserError(
@@ -257,7 +259,7 @@ def restore_student(path: Path, student: TinyOnnForCausalLM) -> None:
             f"{path}: got a damaged checkpoint, expected a whole one; remove it to use the one"
             " before it"
         )
-    tensors = load_file(path / "student.safetensors", device=device)
+    tensors = _read_student(path, device)
     if lacking := sorted(student_tensors(student).keys() - tensors.keys()):
         raise UserError(
             f"{path}: got no {lacking[0]}, expected all of the student's tensors; use the version"
@@ -285,6 +287,10 @@ def optimizer_tensors(
             for entry, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}|{entry}"] = torch.as_tensor(value).detach().contiguous()
     return tensors
+
+
+def _read_student(path: Path, device: str) -> dict[str, Tensor]:
+    return today_tensors(load_file(path / "student.safetensors", device=device))
 
 
 @torch.no_grad()

@@ -22,15 +22,16 @@ def fit_compensation(inputs: MlpInputs, banks: Sequence[ExpertBank]) -> None:
     alone. An expert that is active everywhere gets 0. Banks without the parameter are left alone.
     Memory: sums of the size of the experts' hidden activations at one token.
     """
-    sums = [torch.zeros(bank.down_proj.shape[:2], device=inputs.dense.device) for bank in banks]
-    counts = [torch.zeros(len(bank.down_proj), device=inputs.dense.device) for bank in banks]
+    device, shape = inputs.dense.device, banks[0].experts.down_proj.shape
+    sums = [torch.zeros(shape[0], shape[2], device=device) for _ in banks]
+    counts = [torch.zeros(shape[0], device=device) for _ in banks]
 
     def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
         bank, x_TD = banks[index], x_TD[row.router_mask[0]]
-        _, E, I, D = bank.gate_up_proj.shape
-        gate_up_FD = bank.gate_up_proj.to(x_TD.dtype).view(2 * E * I, D)
-        gate_T2EI = F.linear(x_TD, gate_up_FD).view(-1, 2, E, I)
-        hidden_TEI = bank.activation(gate_T2EI[:, 0]) * gate_T2EI[:, 1]
+        E, _, I = bank.experts.down_proj.shape
+        gate_up_FD = bank.experts.gate_up_proj.to(x_TD.dtype).flatten(0, 1)
+        pre_TE2I = F.linear(x_TD, gate_up_FD).view(-1, E, 2, I)
+        hidden_TEI = bank.activation(pre_TE2I[:, :, 0]) * pre_TE2I[:, :, 1]
         inactive_TE = (~bank.route(x_TD).active).float()
         sums[index] += torch.einsum("te,tei->ei", inactive_TE, hidden_TEI.float())
         counts[index] += inactive_TE.sum(0)
@@ -39,4 +40,4 @@ def fit_compensation(inputs: MlpInputs, banks: Sequence[ExpertBank]) -> None:
     for bank, sum_EI, count_E in zip(banks, sums, counts, strict=True):
         if bank.mean_outputs is not None:
             mean_EI = sum_EI / count_E.clamp_min(1)[:, None]
-            bank.mean_outputs.copy_((mean_EI[:, None] @ bank.down_proj.float())[:, 0])
+            bank.mean_outputs.copy_((bank.experts.down_proj.float() @ mean_EI[..., None])[..., 0])

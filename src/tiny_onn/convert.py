@@ -10,8 +10,8 @@ Legend: D hidden, E experts, I expert width, F = E * I neurons, L layers.
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +31,7 @@ from tiny_onn.modeling import (
     head_of,
     last_hidden_states,
 )
-from tiny_onn.router import RoutingRule
+from tiny_onn.router import RoutingRule, temporary_rules
 
 GATE_STD = 0.02
 
@@ -53,7 +53,7 @@ def student_config(
     return TinyOnnConfig(
         backbone=copy.deepcopy(dense.config),
         num_experts=experts.num_experts,
-        expert_dim=experts.expert_dim or width // experts.num_experts,
+        moe_intermediate_size=experts.expert_dim or width // experts.num_experts,
         routing=RoutingRule.of_settings(experts, router),
         compensation=experts.compensation,
         learn_scale=experts.learn_scale,
@@ -90,7 +90,7 @@ def convert(
         bank.router.reset(None if experts.gate_init == "zeros" else generator, GATE_STD)
         bank.reset_corrections()
         if experts.init == "random":
-            bank.reset(generator, std)
+            bank.experts.reset(generator, std)
         else:
             fill_from_dense(bank, mlp, None if neuron_order is None else neuron_order[index])
             _verify_layer(bank, mlp, index, dense)
@@ -125,21 +125,21 @@ def fill_from_dense(
     bank: ExpertBank, mlp: GatedMlp, order: Int[Tensor, " neurons"] | None = None
 ) -> None:
     """Cut a dense MLP into the bank: neuron `order[e * I + i]` becomes neuron i of expert e."""
-    _, E, I, D = bank.gate_up_proj.shape
+    E, D, I = bank.experts.down_proj.shape
     gate_up_down = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
     gate, up, down = (
         (rows_FD if order is None else rows_FD[order.to(rows_FD.device)]).reshape(E, I, D)
         for rows_FD in gate_up_down
     )
-    bank.gate_up_proj.copy_(torch.stack((gate, up)))
-    bank.down_proj.copy_(down)
+    bank.experts.gate_up_proj.copy_(torch.cat((gate, up), dim=1))
+    bank.experts.down_proj.copy_(down.mT)
 
 
 @torch.no_grad()
 def _verify_layer(bank: ExpertBank, mlp: GatedMlp, index: int, dense: PreTrainedModel) -> None:
     """Refuse an MLP that computes something else than act(gate x) * (up x)."""
     generator = torch.Generator().manual_seed(index)
-    x_TD = torch.randn(4, bank.gate_up_proj.shape[-1], generator=generator).to(dense.device)
+    x_TD = torch.randn(4, bank.experts.hidden_dim, generator=generator).to(dense.device)
     expected = copy.deepcopy(mlp.module).float()(x_TD)
     with all_experts_on([bank]):
         gap = (bank(x_TD) - expected).abs().max().item()
@@ -152,18 +152,11 @@ def _verify_layer(bank: ExpertBank, mlp: GatedMlp, index: int, dense: PreTrained
         )
 
 
-@contextmanager
-def all_experts_on(banks: Sequence[ExpertBank]) -> Iterator[None]:
-    """Within the context every expert is active at weight 1."""
-    rules = [bank.router.rule for bank in banks]
-    for bank in banks:
-        everyone = float(bank.router.weight.shape[0])
-        bank.router.rule = RoutingRule(selection="top_k", weighting="unit", target_k=everyone)
-    try:
-        yield
-    finally:
-        for bank, rule in zip(banks, rules, strict=True):
-            bank.router.rule = rule
+def all_experts_on(banks: Sequence[ExpertBank]) -> AbstractContextManager[None]:
+    """A context within which every expert is active at weight 1."""
+    everyone = float(banks[0].router.weight.shape[0])
+    rule = RoutingRule(selection="top_k", weighting="unit", target_k=everyone)
+    return temporary_rules([bank.router for bank in banks], [rule] * len(banks))
 
 
 @torch.no_grad()
@@ -238,8 +231,8 @@ def shape_difference(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> str
         {name: tuple(tensor.shape) for name, tensor in backbone_tensors(model).items()}
         for model in (student, dense)
     )
-    _, E, I, _ = student.banks()[0].gate_up_proj.shape
-    ours["mlp"] = (E * I,)
+    experts = student.banks()[0].experts
+    ours["mlp"] = (experts.num_experts * experts.intermediate_dim,)
     theirs["mlp"] = (gated_mlps(dense)[0].gate_proj.out_features,)
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):

@@ -1,6 +1,9 @@
 """The student's configuration: its experts' own settings, and the backbone's for all else."""
 
+import os
 from dataclasses import asdict, fields
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
@@ -14,6 +17,26 @@ from tiny_onn.router import RoutingRule
 OF_STORED_FILES = ("quantization_config", "compression_config", "auto_map")
 
 
+# The file beside a saved student by which a program that never imported this package finds it.
+CODE_FILE = "modeling_tiny_onn.py"
+CODE = '''"""The classes of this folder's model, which the installed package tiny-onn defines."""
+
+from tiny_onn import TinyOnnConfig, TinyOnnForCausalLM, TinyOnnModel
+
+__all__ = ["TinyOnnConfig", "TinyOnnForCausalLM", "TinyOnnModel"]
+'''
+AUTO_MAP = MappingProxyType(
+    {
+        auto: f"{CODE_FILE.removesuffix('.py')}.{name}"
+        for auto, name in (
+            ("AutoConfig", "TinyOnnConfig"),
+            ("AutoModel", "TinyOnnModel"),
+            ("AutoModelForCausalLM", "TinyOnnForCausalLM"),
+        )
+    }
+)
+
+
 class TinyOnnConfig(PretrainedConfig):
     """A dense decoder's configuration and the shape and routing of its experts.
 
@@ -23,7 +46,8 @@ class TinyOnnConfig(PretrainedConfig):
     Args:
         backbone: the dense model's configuration, or its dictionary.
         num_experts: experts per layer, E.
-        expert_dim: neurons per expert, I; E * I is the dense MLP's width.
+        moe_intermediate_size: neurons per expert, I, stored as `expert_dim` by earlier versions;
+            E * I is the dense MLP's width; 0: as E gives it.
         routing: the options of `RoutingRule`, or the rule itself; stored as a table of all of
             them. Students of before this table have its options among `kwargs`.
         compensation, learn_scale: see `ExpertsConfig`.
@@ -35,6 +59,7 @@ class TinyOnnConfig(PretrainedConfig):
     """
 
     model_type = "tiny_onn"
+    attribute_map = {"expert_dim": "moe_intermediate_size"}  # noqa: RUF012 # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     # The class-level protocol of transformers 5.17 and later.
     sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
@@ -43,7 +68,7 @@ class TinyOnnConfig(PretrainedConfig):
         backbone: PretrainedConfig | dict[str, Any] | None = None,
         *,
         num_experts: int = 32,
-        expert_dim: int = 0,
+        moe_intermediate_size: int = 0,
         routing: object = None,
         compensation: Compensation = "none",
         learn_scale: bool = False,
@@ -55,7 +80,8 @@ class TinyOnnConfig(PretrainedConfig):
             backbone = CONFIG_MAPPING[backbone["model_type"]](**backbone)
         self.backbone = CONFIG_MAPPING["qwen3"]() if backbone is None else backbone
         self.num_experts = num_experts
-        self.expert_dim = expert_dim or self.backbone.intermediate_size // num_experts
+        width = kwargs.pop("expert_dim", 0) or moe_intermediate_size
+        self.moe_intermediate_size = width or self.backbone.intermediate_size // num_experts
         beside = {f.name: kwargs.pop(f.name) for f in fields(RoutingRule) if f.name in kwargs}
         if beside and routing is not None:
             raise UserError(
@@ -72,6 +98,7 @@ class TinyOnnConfig(PretrainedConfig):
             kwargs.setdefault(name, getattr(self.backbone, name, None))
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
         super().__init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
         # Last, see `_answers_for`: transformers' part must not find and change the backbone's.
         self.teacher = teacher
 
@@ -98,6 +125,23 @@ class TinyOnnConfig(PretrainedConfig):
     def get_text_config(self, *_: object, **__: object) -> PretrainedConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The backbone's configuration: what caches and generation ask about layers and heads."""
         return self.backbone
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """The largest number of experts that a token can activate, shared ones included."""
+        rule = self.routing_rule()
+        varies = rule.has_budget or rule.selection == "top_any"
+        return self.num_experts if varies else round(rule.target_k)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # noqa: ANN401 # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write config.json, and the file that names the package to programs without it."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / CODE_FILE).write_text(CODE, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Leave the class as it is: transformers would copy its source beside what is saved."""
 
     def routing_rule(self) -> RoutingRule:
         """The rule every layer's router follows."""

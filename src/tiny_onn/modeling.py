@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     Cache,
     GenerationMixin,
@@ -29,6 +30,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.losses import Head
 from tiny_onn.model_config import TinyOnnConfig
+from tiny_onn.old_layout import register_old_layout
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -131,6 +133,14 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         super()._set_gradient_checkpointing(*args, **kwargs)
         self.train(self.training)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Save as transformers does, in today's layout whatever the layout that was loaded."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Leave the class as it is: transformers would copy its source beside what is saved."""
+
     def get_input_embeddings(self) -> nn.Module:  # noqa: D102
         return self.backbone.get_input_embeddings()
 
@@ -150,8 +160,8 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         # transformers hands a nested model to its own class, which knows no expert bank.
         std = getattr(self.config.get_text_config(), "initializer_range", 0.02)
         for bank in self.banks():
-            initialization.normal_(bank.gate_up_proj, std=std)
-            initialization.normal_(bank.down_proj, std=std)
+            initialization.normal_(bank.experts.gate_up_proj, std=std)
+            initialization.normal_(bank.experts.down_proj, std=std)
             # Zero unless a checkpoint says otherwise: students of before these buffers have none.
             router = bank.router
             for buffer in (router.selection_bias, router.unused_steps, router.threshold_table):
@@ -174,9 +184,10 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         is decoded takes as long as its weights take to read.
         """
         for bank in self.banks():
-            for weight in (bank.gate_up_proj, bank.down_proj, bank.mean_outputs):
+            for weight in (*bank.experts.parameters(), bank.mean_outputs):
                 if weight is not None:
                     weight.data = weight.data.to(self.dtype)
+            bank.experts.store_by_neuron()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of experts and routers, by name: what distillation trains."""
@@ -191,6 +202,16 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         self.requires_grad_(False)
         for name, parameter in self.trainable().items():
             parameter.requires_grad_(".router." not in name)
+
+
+class TinyOnnModel(TinyOnnForCausalLM):
+    """The same model without the step from hidden states to logits, for `AutoModel`.
+
+    Its tensors are those of `TinyOnnForCausalLM`, the head included.
+    """
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:  # noqa: D102, ANN401 # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.backbone.base_model(input_ids=input_ids, **kwargs)
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -274,11 +295,11 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
         UserError: E * I is not the MLP's width, or k is not in 1 ... E.
     """
     width = mlp.gate_proj.out_features
-    if config.num_experts * config.expert_dim != width:
+    if config.num_experts * config.moe_intermediate_size != width:
         raise UserError(
             f"experts.num_experts x experts.expert_dim: got {config.num_experts} x "
-            f"{config.expert_dim}, expected a product of {width}, the MLP's width; choose a "
-            f"num_experts that divides {width} and leave expert_dim at 0"
+            f"{config.moe_intermediate_size}, expected a product of {width}, the MLP's width; "
+            f"choose a num_experts that divides {width} and leave expert_dim at 0"
         )
     rule = config.routing_rule()
     if rule.num_shared not in range(config.num_experts):
@@ -295,7 +316,7 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
     return ExpertBank(
         mlp.gate_proj.in_features,
         config.num_experts,
-        config.expert_dim,
+        config.moe_intermediate_size,
         activation_name(config.backbone),
         rule,
         compensated=config.compensation != "none",
@@ -347,4 +368,6 @@ def _unsupported(model: PreTrainedModel, reason: str) -> UserError:
 
 
 AutoConfig.register("tiny_onn", TinyOnnConfig, exist_ok=True)
+AutoModel.register(TinyOnnConfig, TinyOnnModel, exist_ok=True)
 AutoModelForCausalLM.register(TinyOnnConfig, TinyOnnForCausalLM, exist_ok=True)
+register_old_layout(TinyOnnConfig.model_type)

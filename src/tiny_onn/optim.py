@@ -14,8 +14,9 @@ gradient and 4 bytes of random bits: one tensor at a time.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from tiny_onn.config import OptimConfig
+from tiny_onn.expert_weights import KINDS, by_neuron
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.quantize import load_bitsandbytes
 
@@ -65,7 +67,8 @@ def build_optimizer(
     Raises:
         UserError: the setting needs bitsandbytes, which is not installed.
     """
-    experts, gates = (list(parameters.values()) for parameters in split_parameters(student))
+    named_experts, named_gates = split_parameters(student)
+    experts, gates = list(named_experts.values()), list(named_gates.values())
     for parameter in experts:
         parameter.data = parameter.data.to(getattr(torch, config.master_dtype))
     steppers = []
@@ -87,7 +90,8 @@ def build_optimizer(
             "weight_decay": config.gate_weight_decay,
         }
         steppers.append(_adamw(config, group))
-    return SplitOptimizer(steppers, seed)
+    kinds = {p: kind for name, p in named_experts.items() if (kind := name.split(".")[-1]) in KINDS}
+    return SplitOptimizer(steppers, seed, {} if config.name == "adamw" else kinds)
 
 
 def _stepper(
@@ -124,15 +128,27 @@ class SplitOptimizer(torch.optim.Optimizer):
     and how often it was rounded, which is part of its state: restoring the state is enough to go
     on bit for bit.
 
+    Optimizers whose state depends on an element's neighbours see the experts' weights neuron by
+    neuron, in copies made one at a time: a block of 8-bit state then holds weights of one neuron,
+    a factor of Adafactor's belongs to a gate or an up matrix, and state of checkpoints from before
+    the weights were stacked as they are today stays exact.
+
     Args:
         steppers: optimizers of one group each.
         seed: seed of stochastic rounding.
+        kinds: the weights that are to be seen so, with their names in `Experts`.
     """
 
-    def __init__(self, steppers: Sequence[torch.optim.Optimizer], seed: int) -> None:
+    def __init__(
+        self,
+        steppers: Sequence[torch.optim.Optimizer],
+        seed: int,
+        kinds: Mapping[nn.Parameter, str] = MappingProxyType({}),
+    ) -> None:
         super().__init__([group for stepper in steppers for group in stepper.param_groups], {})
         self._steppers = tuple(steppers)
         self._seed = seed
+        self._kinds = kinds
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -148,8 +164,8 @@ class SplitOptimizer(torch.optim.Optimizer):
         ):
             plain = []
             for number, p in enumerate(group["params"]):
-                if p.grad is not None and p.dtype == torch.bfloat16:
-                    self._rounded_step(stepper, group, p, f"{self._seed} {index} {number}")
+                if p.grad is not None and (p.dtype == torch.bfloat16 or p in self._kinds):
+                    self._step_of_copy(stepper, group, p, f"{self._seed} {index} {number}")
                 elif p.grad is not None:
                     plain.append(p)
             if plain:
@@ -170,18 +186,24 @@ class SplitOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
 
-    def _rounded_step(
+    def _step_of_copy(
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
     ) -> None:
         assert p.grad is not None
-        master = nn.Parameter(p.float())
-        master.grad = p.grad.float()
+        kind = self._kinds.get(p)
+        weight, grad = (t if kind is None else by_neuron(kind, t) for t in (p.data, p.grad))
+        master = nn.Parameter(weight.float().contiguous())
+        master.grad = grad.float().contiguous()
         state = self.state[p]
+        if p.dtype != torch.bfloat16:
+            _step(stepper, group, [master], [state])
+            weight.copy_(master)
+            return
         num_roundings = int(state.pop("num_roundings", 0))
         _step(stepper, group, [master], [state])
         digest = hashlib.blake2b(f"{place} {num_roundings}".encode(), digest_size=7).digest()
         generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest))
-        p.copy_(stochastic_round(master.data, generator))
+        weight.copy_(stochastic_round(master.data, generator))
         state["num_roundings"] = num_roundings + 1
 
 
@@ -255,7 +277,12 @@ def stochastic_round(
 def state_bytes(
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"], shape: Sequence[int]
 ) -> int:
-    """Bytes of optimizer state beside one expert tensor of this shape, counters left out."""
+    """Bytes of optimizer state beside one expert tensor, counters left out.
+
+    Args:
+        name: the optimizer.
+        shape: the tensor's as the optimizer sees it: (2, E, I, D), (E, I, D).
+    """
     size = prod(shape)
     if name == "adafactor":
         return 4 * (size // shape[-1] + size // shape[-2])

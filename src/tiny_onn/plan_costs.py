@@ -183,7 +183,7 @@ def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
     """The student's lengths."""
     text = student.config.get_text_config()
     bank = student.banks()[0]
-    E, I, D = bank.down_proj.shape
+    E, D, I = bank.experts.down_proj.shape
     head_dim = getattr(text, "head_dim", None) or D // text.num_attention_heads
     attention, head = _attention(student), student.get_output_embeddings()
     return Sizes(
@@ -232,7 +232,7 @@ def count_parameters(dense: PreTrainedModel, student: TinyOnnForCausalLM) -> Par
         gate_weights=sum(p.numel() for p in gates.values() if p.ndim > 1),
         gate_biases=sum(p.numel() for p in gates.values() if p.ndim == 1),
         budget_thresholds=sum(bank.router.threshold.numel() for bank in banks),
-        one_expert=3 * banks[0].down_proj[0].numel(),
+        one_expert=3 * banks[0].experts.down_proj[0].numel(),
         dense_mlps=sum(p.numel() for name, p in dense.named_parameters() if in_mlp(name)),
         attention_linear_layers=tuple(
             tuple(linear.weight.shape)

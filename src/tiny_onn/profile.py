@@ -96,7 +96,7 @@ def profile_steps(config: RunConfig, prepared: Prepared, trace: Path) -> StepPro
     """Steps over the run's first rows; the last `PROFILED_STEPS` are recorded into `trace`."""
     training = assemble(config, prepared.student, prepared.teacher)
     stream = training_rows(config, prepared.tokenizer)
-    device = prepared.student.banks()[0].down_proj.device
+    device = prepared.student.banks()[0].experts.down_proj.device
     run_step = distill_step
     if config.train.blockwise_tokens:
         rows = calibration_rows(config, prepared.tokenizer, device)

@@ -81,7 +81,7 @@ def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Convers
     always_on = f" ({num_shared} always on)" if num_shared else ""
     say(
         f"{title}: {len(student.banks())} layers x {shape.num_experts} experts{always_on} x "
-        f"{shape.expert_dim} neurons; {exact}; backbone SHA-256 "
+        f"{shape.moe_intermediate_size} neurons; {exact}; backbone SHA-256 "
         f"{conversion.backbone_sha256[:12]} in both; expert path: {conversion.expert_path.path} "
         f"({conversion.expert_path.reason})"
     )

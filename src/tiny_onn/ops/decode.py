@@ -11,7 +11,8 @@ Sums run in a fixed order, in float32 throughout: results repeat bit for bit, an
 other paths by their rounding. What it does not do: gradients, surprise, other activations than
 `ACTIVATIONS`, more than `MAX_EXPERTS` experts.
 
-Legend: T tokens, D hidden, E experts, I expert width, S rows of the scratch.
+Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows, S rows of the
+scratch.
 """
 
 import functools
@@ -91,20 +92,20 @@ def triton_runs_on(device_type: str) -> bool:
 
 def can_decode(
     x_TD: Float[Tensor, "tokens hidden"],
-    gate_up_2EID: Float[Tensor, "2 experts width hidden"],
-    down_EID: Float[Tensor, "experts width hidden"],
+    gate_up_EJD: Float[Tensor, "experts rows hidden"],
+    down_EDI: Float[Tensor, "experts hidden width"],
     activation: str,
 ) -> bool:
     """Whether this path computes these inputs: few tokens, no gradients, a GPU with triton."""
-    tensors = (x_TD, gate_up_2EID, down_EID)
+    tensors = (x_TD, gate_up_EJD, down_EDI)
     return (
         not torch.is_grad_enabled()
         and 0 < len(x_TD) <= MAX_TOKENS
-        and len(down_EID) <= MAX_EXPERTS
+        and len(down_EDI) <= MAX_EXPERTS
         and activation in ACTIVATIONS
         and all(tensor.dtype in DTYPES for tensor in tensors)
-        and gate_up_2EID.is_contiguous()
-        and down_EID.is_contiguous()
+        and gate_up_EJD.is_contiguous()
+        and (down_EDI.is_contiguous() or down_EDI.mT.is_contiguous())
         # The compiler traces the other paths, and fuses them.
         and not torch.compiler.is_compiling()
         and triton_runs_on(x_TD.device.type)
@@ -113,8 +114,8 @@ def can_decode(
 
 def expert_layer(
     x_TD: Float[Tensor, "tokens hidden"],
-    gate_up_2EID: Float[Tensor, "2 experts width hidden"],
-    down_EID: Float[Tensor, "experts width hidden"],
+    gate_up_EJD: Float[Tensor, "experts rows hidden"],
+    down_EDI: Float[Tensor, "experts hidden width"],
     weights_TE: Float[Tensor, "tokens experts"],
     active_TE: Bool[Tensor, "tokens experts"],
     *,
@@ -129,8 +130,8 @@ def expert_layer(
 
     Args:
         x_TD: the layer's input, one of `DTYPES`.
-        gate_up_2EID: gate and up projections, contiguous, one of `DTYPES`; not rounded to x's.
-        down_EID: down projections, transposed, likewise.
+        gate_up_EJD: gate and up projections, contiguous, one of `DTYPES`; not rounded to x's.
+        down_EDI: down projections, likewise, or contiguous when transposed, which is read faster.
         weights_TE: routing weights, float32.
         active_TE: which experts are read.
         activation: one of `ACTIVATIONS`.
@@ -148,13 +149,13 @@ def expert_layer(
         active=active_TE.contiguous(),
     )
     corrections = (expert_scale_E, mean_outputs_ED)
-    return _run(x_TD, gate_up_2EID, down_EID, tensors, None, activation, corrections, blocks)
+    return _run(x_TD, gate_up_EJD, down_EDI, tensors, None, activation, corrections, blocks)
 
 
 def routed_expert_layer(
     x_TD: Float[Tensor, "tokens hidden"],
-    gate_up_2EID: Float[Tensor, "2 experts width hidden"],
-    down_EID: Float[Tensor, "experts width hidden"],
+    gate_up_EJD: Float[Tensor, "experts rows hidden"],
+    down_EDI: Float[Tensor, "experts hidden width"],
     gate: Gate,
     *,
     rule: Selecting,
@@ -188,7 +189,7 @@ def routed_expert_layer(
         logits_TE, gate.selection_bias_E, gate.threshold, scores_TE, weights_TE, active_TE
     )
     corrections = (expert_scale_E, mean_outputs_ED)
-    y_TD = _run(x_TD, gate_up_2EID, down_EID, tensors, rule, activation, corrections, blocks)
+    y_TD = _run(x_TD, gate_up_EJD, down_EDI, tensors, rule, activation, corrections, blocks)
     return Decoded(y_TD, logits_TE, scores_TE, active_TE, weights_TE)
 
 
@@ -205,8 +206,8 @@ class _Tensors(NamedTuple):
 
 def _run(  # noqa: PLR0917
     x_TD: Tensor,
-    gate_up_2EID: Tensor,
-    down_EID: Tensor,
+    gate_up_EJD: Tensor,
+    down_EDI: Tensor,
     tensors: _Tensors,
     rule: Selecting | None,
     activation: str,
@@ -216,7 +217,7 @@ def _run(  # noqa: PLR0917
     blocks = blocks or Blocks()
     expert_scale_E, mean_outputs_ED = corrections
     x_TD = x_TD.contiguous()
-    E, I, D = down_EID.shape
+    E, D, I = down_EDI.shape
     T = len(x_TD)
     block_i = min(blocks.width, _power_of_two(I))
     num_blocks = -(-I // block_i)
@@ -230,8 +231,8 @@ def _run(  # noqa: PLR0917
     with torch.cuda.device_of(x_TD):
         _kernels().experts_kernel[T, max_rows](
             x_TD,
-            gate_up_2EID,
-            down_EID,
+            gate_up_EJD,
+            down_EDI,
             tensors.logits,
             tensors.selection_bias,
             tensors.threshold,
@@ -242,6 +243,8 @@ def _run(  # noqa: PLR0917
             partial_TSD,
             **sizes,
             I=I,
+            STRIDE_D=down_EDI.stride(1),
+            STRIDE_I=down_EDI.stride(2),
             BLOCK_D=min(blocks.hidden, _power_of_two(D)),
             BLOCK_I=block_i,
             ROUTED=rule is not None,

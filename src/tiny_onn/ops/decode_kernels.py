@@ -111,8 +111,8 @@ def activate(gate, ACTIVATION: tl.constexpr):
 @no_type_check
 def experts_kernel(
     x,  # (T, D) float32 | bfloat16
-    gate_up,  # (2, E, I, D) float32 | bfloat16
-    down,  # (E, I, D) float32 | bfloat16
+    gate_up,  # (E, 2 * I, D) float32 | bfloat16
+    down,  # (E, D, I) float32 | bfloat16, by its strides
     logits,  # (T, E) float32, read if ROUTED
     selection_bias,  # (E,) float32, read if ROUTED
     threshold,  # () float32, read if ROUTED
@@ -124,6 +124,8 @@ def experts_kernel(
     D: tl.constexpr,
     E: tl.constexpr,
     I: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    STRIDE_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -163,16 +165,17 @@ def experts_kernel(
         weight_of_mine = tl.sum(tl.where(mine, weight, 0.0), axis=0)
         i = (s % N) * BLOCK_I + tl.arange(0, BLOCK_I)
         d = tl.arange(0, BLOCK_D)
-        at = (expert * I + i).to(tl.int64)[:, None] * D + d[None, :]
+        at = (2 * expert * I + i).to(tl.int64)[:, None] * D + d[None, :]
+        at_down = expert.to(tl.int64) * I * D + i[:, None] * STRIDE_I + d[None, :] * STRIDE_D
         in_row = (i < I)[:, None]
         # Asked for before it is needed, so that it comes while the first sums are made.
-        w_down = tl.load(down + at, mask=in_row & (d < D)[None, :], other=0.0)
+        w_down = tl.load(down + at_down, mask=in_row & (d < D)[None, :], other=0.0)
         gate = tl.zeros((BLOCK_I,), tl.float32)
         up = tl.zeros((BLOCK_I,), tl.float32)
         for start in tl.static_range(0, D, BLOCK_D):
             inside = in_row & (start + d < D)[None, :]
             w_gate = tl.load(gate_up + at + start, mask=inside, other=0.0)
-            w_up = tl.load(gate_up + E * I * D + at + start, mask=inside, other=0.0)
+            w_up = tl.load(gate_up + I * D + at + start, mask=inside, other=0.0)
             v = tl.load(x + t * D + start + d, mask=start + d < D, other=0.0).to(tl.float32)
             gate += tl.sum(w_gate.to(tl.float32) * v[None, :], axis=1)
             up += tl.sum(w_up.to(tl.float32) * v[None, :], axis=1)
@@ -181,7 +184,7 @@ def experts_kernel(
         for start in tl.static_range(0, D, BLOCK_D):
             if start > 0:
                 inside = in_row & (start + d < D)[None, :]
-                w_down = tl.load(down + at + start, mask=inside, other=0.0)
+                w_down = tl.load(down + at_down + start * STRIDE_D, mask=inside, other=0.0)
             part = tl.sum(hidden[:, None] * w_down.to(tl.float32), axis=0)
             tl.store(out + start + d, part, mask=start + d < D)
 

@@ -11,7 +11,8 @@ once (9 in all), as a dense MLP. Memory kept for backward: x and the (T, 2F) pre
 chunks of C tokens only x is kept: the working set is that of C tokens, and the pre-activations are
 computed again in the backward pass (11 in all).
 
-Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons.
+Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows,
+F = E * I neurons.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config import Surprise
+from tiny_onn.ops.layout import joined_down, parted_down
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.regions import (
     Activation,
@@ -38,8 +40,8 @@ from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, squared_norms, tea
 
 def expert_layer(
     x_TD: Float[Tensor, "tokens hidden"],
-    gate_up_2EID: Float[Tensor, "2 experts width hidden"],
-    down_EID: Float[Tensor, "experts width hidden"],
+    gate_up_EJD: Float[Tensor, "experts rows hidden"],
+    down_EDI: Float[Tensor, "experts hidden width"],
     weights_TE: Float[Tensor, "tokens experts"],
     router_logits_TE: Float[Tensor, "tokens experts"],
     *,
@@ -58,8 +60,8 @@ def expert_layer(
 
     Args:
         x_TD: the layer's input, in the compute format; under autocast it is cast to autocast's.
-        gate_up_2EID: gate and up projections, any format; cast to x's.
-        down_EID: down projections, transposed (a row per neuron); cast to x's.
+        gate_up_EJD: an expert's gate rows, then its up rows, any format; cast to x's.
+        down_EDI: down projections, any format; cast to x's.
         weights_TE: routing weights, 0 where inactive.
         router_logits_TE: the gate's float32 logits.
         activation: elementwise.
@@ -77,8 +79,8 @@ def expert_layer(
     options = _Options(activation, smk, compiled, chunk_tokens)
     return _DenseMasked.apply(
         in_autocast_format(x_TD),
-        gate_up_2EID,
-        down_EID,
+        gate_up_EJD,
+        down_EDI,
         weights_TE,
         router_logits_TE,
         active_TE,
@@ -108,26 +110,26 @@ class _DenseMasked(torch.autograd.Function):
     def forward(  # noqa: PLR0917 # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
         x_TD: Tensor,
-        gate_up_2EID: Tensor,
-        down_EID: Tensor,
+        gate_up_EJD: Tensor,
+        down_EDI: Tensor,
         weights_TE: Tensor,
         router_logits_TE: Tensor,
         active_TE: Tensor,
         token_mask_T: Tensor,
         options: _Options,
     ) -> Tensor:
-        _, E, I, D = gate_up_2EID.shape
-        gate_up_FD = gate_up_2EID.to(x_TD.dtype).view(2 * E * I, D)
-        down_FD = down_EID.to(x_TD.dtype).view(E * I, D)
+        E, _, I = down_EDI.shape
+        gate_up_FD = gate_up_EJD.to(x_TD.dtype).flatten(0, 1)
+        down_DF = joined_down(down_EDI, x_TD.dtype)
         region, y_TD, pre = options.region(hidden_region), x_TD.new_empty(x_TD.shape), None
         for rows in options.chunks(len(x_TD)):
-            pre = F.linear(x_TD[rows], gate_up_FD).view(-1, 2, E, I)
+            pre = F.linear(x_TD[rows], gate_up_FD).view(-1, E, 2, I)
             hidden = region(pre, weights_TE[rows], options.activation)
-            torch.mm(hidden.view(-1, E * I), down_FD, out=y_TD[rows])
+            torch.mm(hidden.view(-1, E * I), down_DF.T, out=y_TD[rows])
         ctx.save_for_backward(
             x_TD,
-            gate_up_2EID,
-            down_EID,
+            gate_up_EJD,
+            down_EDI,
             weights_TE,
             router_logits_TE,
             active_TE,
@@ -149,9 +151,9 @@ class _DenseMasked(torch.autograd.Function):
         options: _Options = ctx.options
         need_x, need_gate_up, need_down, need_weights, need_logits = ctx.needs_input_grad[:5]
         smk = options.smk if need_logits else None
-        _, E, I, D = gate_up.shape
-        gate_up_FD = gate_up.to(x_TD.dtype).view(2 * E * I, D)
-        down_FD = down.to(x_TD.dtype).view(E * I, D)
+        E, _, I = down.shape
+        gate_up_FD = gate_up.to(x_TD.dtype).flatten(0, 1)
+        down_DF = joined_down(down, x_TD.dtype)
         chunks = options.chunks(len(x_TD))
         grad_y_TD = grad_y_TD.contiguous()
         grad_x = x_TD.new_empty(x_TD.shape) if need_x else None
@@ -159,8 +161,8 @@ class _DenseMasked(torch.autograd.Function):
         dots, surprises = [], []
         for rows in chunks:
             x, grad_y, weights = x_TD[rows], grad_y_TD[rows], weights_TE[rows]
-            pre = F.linear(x, gate_up_FD).view(-1, 2, E, I) if saved is None else saved
-            grad_hidden = F.linear(grad_y, down_FD).view(-1, E, I)
+            pre = F.linear(x, gate_up_FD).view(-1, E, 2, I) if saved is None else saved
+            grad_hidden = (grad_y @ down_DF).view(-1, E, I)
             hidden, grad_pre, pre_sq, hidden_sq, dot = options.region(gradient_region)(
                 pre, grad_hidden, weights, options.activation
             )
@@ -170,7 +172,7 @@ class _DenseMasked(torch.autograd.Function):
             if need_gate_up:
                 grad_gate_up.add(grad_pre, x)
             if need_down:
-                grad_down.add(hidden.view(-1, E * I), grad_y)
+                grad_down.add(grad_y, hidden.view(-1, E * I))
             del hidden, grad_pre
             dots.append(dot)
             if smk is not None:
@@ -184,7 +186,7 @@ class _DenseMasked(torch.autograd.Function):
                     dot_TE=dot,
                 )
                 surprises.append(_surprise(kind, sums, pre, grad_hidden, gate_up, down, act))
-        del gate_up_FD, down_FD
+        del gate_up_FD, down_DF
         grad_weights = _joined(dots).to(weights_TE.dtype) if need_weights else None
         grad_logits = None
         if smk is not None:
@@ -192,8 +194,8 @@ class _DenseMasked(torch.autograd.Function):
             grad_logits = teach(smk, _joined(surprises), *routing, compiled=options.compiled)
         return (
             grad_x,
-            grad_gate_up.take(gate_up) if need_gate_up else None,
-            grad_down.take(down) if need_down else None,
+            grad_gate_up.take().view_as(gate_up).to(gate_up.dtype) if need_gate_up else None,
+            parted_down(grad_down.take(), down) if need_down else None,
             grad_weights,
             grad_logits,
             None,
@@ -218,10 +220,10 @@ class _Product:
         else:
             self.total += left_TF.T @ right_TD
 
-    def take(self, weight: Tensor) -> Tensor:
+    def take(self) -> Tensor:
         total, self.total = self.total, None
         assert total is not None
-        return total.view_as(weight).to(weight.dtype)
+        return total
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -231,22 +233,22 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _surprise(  # noqa: PLR0917
     kind: Surprise,
     sums: Sums,
-    pre_T2EI: Tensor,
+    pre_TE2I: Tensor,
     grad_hidden_TEI: Tensor,
-    gate_up_2EID: Tensor,
-    down_EID: Tensor,
+    gate_up_EJD: Tensor,
+    down_EDI: Tensor,
     activation: Activation,
 ) -> Float[Tensor, "tokens experts"]:
     """`reference.surprise` for all tokens at once."""
     if kind not in ("magnitude", "input"):
         return closed_form(kind, sums)
-    gate, up = wide(pre_T2EI[:, 0]), wide(pre_T2EI[:, 1])
+    gate, up = wide(pre_TE2I[:, :, 0]), wide(pre_TE2I[:, :, 1])
     if kind == "magnitude":
-        return gram_norm(activation(gate) * up, down_EID)
+        return gram_norm(activation(gate) * up, down_EDI.mT)
     value, slope = activation_and_slope(activation, gate)
     grad_hidden = wide(grad_hidden_TEI)
     grads_TEJ = torch.cat((grad_hidden * up * slope, grad_hidden * value), dim=-1)
-    return gram_norm(grads_TEJ, torch.cat((gate_up_2EID[0], gate_up_2EID[1]), dim=1))
+    return gram_norm(grads_TEJ, gate_up_EJD)
 
 
 def gram_norm(

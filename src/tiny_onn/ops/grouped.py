@@ -14,8 +14,8 @@ expert after expert, in float32; the kernel's rows are summed by `embedding_bag`
 token and feature over the token's rows, in float32. What it does not do: say anything about
 inactive experts, neither their surprise nor the gradient of their weights, which is returned as 0.
 
-Legend: T tokens, R rows (active pairs), D hidden, E experts, I expert width, P planes (gate and up:
-2, down: 1), J = P * I.
+Legend: T tokens, R rows (active pairs), D hidden, E experts, I expert width, J rows of an expert's
+matrix (gate and up: 2 * I, down: I, a row per neuron).
 """
 
 from dataclasses import dataclass
@@ -84,18 +84,17 @@ def has_kernel(device: torch.device, dtype: torch.dtype, *dims: int) -> bool:
 
 def gather_mm(
     x_TD: Float[Tensor, "tokens hidden"],
-    weight_PEID: Float[Tensor, "planes experts width hidden"],
+    weight_EJD: Float[Tensor, "experts neurons hidden"],
     groups: Groups,
 ) -> Float[Tensor, "rows neurons"]:
-    """`weight[:, expert of r] @ x[token of r]` for every row r, in x's number format."""
-    P, _, I, D = weight_PEID.shape
+    """`weight[expert of r] @ x[token of r]` for every row r, in x's number format."""
     if groups.order_R is not None:
         rows_RD = x_TD.index_select(0, groups.token_R)
-        return F.grouped_mm(rows_RD, _by_expert(weight_PEID, x_TD.dtype).mT, offs=groups.ends_E)
-    out_RJ = x_TD.new_empty(len(groups.token_R), P * I)
+        return F.grouped_mm(rows_RD, weight_EJD.to(x_TD.dtype).mT, offs=groups.ends_E)
+    out_RJ = x_TD.new_empty(len(groups.token_R), weight_EJD.shape[1])
     for e, begin, _, stop in _bounds(groups, x_TD):
         rows_ND = x_TD.index_select(0, groups.token_R[begin:stop])
-        weight_JD = weight_PEID[:, e].reshape(P * I, D).to(x_TD.dtype)
+        weight_JD = weight_EJD[e].to(x_TD.dtype)
         # Rows beyond the expert's own are the next one's, which writes them afterwards.
         torch.mm(rows_ND, weight_JD.T, out=out_RJ[begin:stop])
     return out_RJ
@@ -103,19 +102,18 @@ def gather_mm(
 
 def scatter_mm(
     rows_RJ: Float[Tensor, "rows neurons"],
-    weight_PEID: Float[Tensor, "planes experts width hidden"],
+    weight_EJD: Float[Tensor, "experts neurons hidden"],
     groups: Groups,
     num_tokens: int,
 ) -> Float[Tensor, "tokens hidden"]:
-    """`sum of weight[:, expert of r]^T @ rows[r]` over each token's rows, summed in float32."""
-    P, _, I, D = weight_PEID.shape
+    """`sum of weight[expert of r]^T @ rows[r]` over each token's rows, summed in float32."""
     if groups.order_R is not None:
-        out_RD = F.grouped_mm(rows_RJ, _by_expert(weight_PEID, rows_RJ.dtype), offs=groups.ends_E)
+        out_RD = F.grouped_mm(rows_RJ, weight_EJD.to(rows_RJ.dtype), offs=groups.ends_E)
         return F.embedding_bag(groups.order_R, out_RD, groups.starts_T, mode="sum")
     wide = torch.float64 if rows_RJ.dtype == torch.float64 else torch.float32
-    y_TD = rows_RJ.new_zeros(num_tokens, D, dtype=wide)
+    y_TD = rows_RJ.new_zeros(num_tokens, weight_EJD.shape[2], dtype=wide)
     for e, begin, end, stop in _bounds(groups, rows_RJ):
-        weight_JD = weight_PEID[:, e].reshape(P * I, D).to(rows_RJ.dtype)
+        weight_JD = weight_EJD[e].to(rows_RJ.dtype)
         rows_ND = (rows_RJ[begin:stop] @ weight_JD)[: end - begin]
         # A token occurs once per expert: no two additions of a call meet.
         y_TD.index_add_(0, groups.token_R[begin:end], rows_ND.to(wide))
@@ -126,23 +124,22 @@ def outer_mm(
     rows_RJ: Float[Tensor, "rows neurons"],
     x_TD: Float[Tensor, "tokens hidden"],
     groups: Groups,
-    weight_PEID: Float[Tensor, "planes experts width hidden"],
-) -> Float[Tensor, "planes experts width hidden"]:
+    weight_EJD: Float[Tensor, "experts neurons hidden"],
+) -> Float[Tensor, "experts neurons hidden"]:
     """The weight's gradient, `sum of rows[r] x[token of r]^T` per expert, in its format."""
-    P, E, I, D = weight_PEID.shape
     if groups.order_R is not None:
         rows_RD = x_TD.index_select(0, groups.token_R)
         grad_EJD = F.grouped_mm(rows_RJ.mT, rows_RD, offs=groups.ends_E)
-        return _copy(grad_EJD.view(E, P, I, D).transpose(0, 1), weight_PEID.dtype)
-    grad_PEID = torch.zeros_like(weight_PEID)
+        return torch.empty_like(weight_EJD).copy_(grad_EJD)
+    grad_EJD = torch.zeros_like(weight_EJD)
     for e, begin, end, stop in _bounds(groups, x_TD):
         rows_ND = x_TD.index_select(0, groups.token_R[begin:stop])
         rows_NJ = rows_RJ[begin:stop]
         if end < stop:
             rows_NJ = rows_NJ.clone()
             rows_NJ[end - begin :] = 0
-        grad_PEID[:, e] = (rows_NJ.mT @ rows_ND).view(P, I, D)
-    return grad_PEID
+        grad_EJD[e] = rows_NJ.mT @ rows_ND
+    return grad_EJD
 
 
 def _bounds(groups: Groups, like: Tensor) -> list[tuple[int, int, int, int]]:
@@ -161,23 +158,11 @@ def _bounds(groups: Groups, like: Tensor) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _by_expert(weight_PEID: Tensor, dtype: torch.dtype) -> Float[Tensor, "experts rows hidden"]:
-    P, E, I, D = weight_PEID.shape
-    if P == 1:
-        return weight_PEID[0].to(dtype)
-    return _copy(weight_PEID.transpose(0, 1), dtype).view(E, P * I, D)
-
-
-def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous and in the number format, in one pass."""
-    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
-
-
 def row_hidden(
     pre_R2I: Float[Tensor, "rows 2 width"], weights_R: Float[Tensor, " rows"], act: Activation
 ) -> Float[Tensor, "rows width"]:
     """`hidden_region` of rows: a layer of one expert."""
-    return hidden_region(pre_R2I[:, :, None], weights_R[:, None], act)[:, 0]
+    return hidden_region(pre_R2I[:, None], weights_R[:, None], act)[:, 0]
 
 
 def row_gradients(
@@ -188,9 +173,9 @@ def row_gradients(
 ) -> tuple[Tensor, ...]:
     """`gradient_region` of rows: a layer of one expert, that axis removed."""
     hidden, grad_pre, *sums = gradient_region(
-        pre_R2I[:, :, None], grad_hidden_RI[:, None], weights_R[:, None], act
+        pre_R2I[:, None], grad_hidden_RI[:, None], weights_R[:, None], act
     )
-    return hidden[:, 0], grad_pre[:, :, 0], *(sum_R1[:, 0] for sum_R1 in sums)
+    return hidden[:, 0], grad_pre[:, 0], *(sum_R1[:, 0] for sum_R1 in sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +187,8 @@ class _Options:
 
 def expert_layer(
     x_TD: Float[Tensor, "tokens hidden"],
-    gate_up_2EID: Float[Tensor, "2 experts width hidden"],
-    down_EID: Float[Tensor, "experts width hidden"],
+    gate_up_EJD: Float[Tensor, "experts rows hidden"],
+    down_EDI: Float[Tensor, "experts hidden width"],
     weights_TE: Float[Tensor, "tokens experts"],
     router_logits_TE: Float[Tensor, "tokens experts"],
     *,
@@ -233,8 +218,8 @@ def expert_layer(
     options = _Options(activation, smk, compiled)
     return _Grouped.apply(
         in_autocast_format(x_TD),
-        gate_up_2EID,
-        down_EID,
+        gate_up_EJD,
+        down_EDI,
         weights_TE,
         router_logits_TE,
         active_TE,
@@ -249,24 +234,24 @@ class _Grouped(torch.autograd.Function):
     def forward(  # noqa: PLR0917 # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401 - torch names no type with these attributes
         x_TD: Tensor,
-        gate_up_2EID: Tensor,
-        down_EID: Tensor,
+        gate_up_EJD: Tensor,
+        down_EDI: Tensor,
         weights_TE: Tensor,
         router_logits_TE: Tensor,
         active_TE: Tensor,
         token_mask_T: Tensor,
         options: _Options,
     ) -> Tensor:
-        _, _, I, D = gate_up_2EID.shape
+        _, D, I = down_EDI.shape
         groups = group_rows(active_TE, kernel=has_kernel(x_TD.device, x_TD.dtype, I, D))
-        pre_R2I = gather_mm(x_TD, gate_up_2EID, groups).view(-1, 2, I)
+        pre_R2I = gather_mm(x_TD, gate_up_EJD, groups).view(-1, 2, I)
         weights_R = weights_TE[groups.token_R, groups.expert_R]
         region = region_of(row_hidden, compiled=options.compiled)
         hidden_RI = region(pre_R2I, weights_R, options.activation)
         ctx.save_for_backward(
             x_TD,
-            gate_up_2EID,
-            down_EID,
+            gate_up_EJD,
+            down_EDI,
             weights_TE,
             router_logits_TE,
             active_TE,
@@ -275,7 +260,7 @@ class _Grouped(torch.autograd.Function):
             *groups,
         )
         ctx.options = options
-        return scatter_mm(hidden_RI, down_EID[None], groups, len(x_TD))
+        return scatter_mm(hidden_RI, down_EDI.mT, groups, len(x_TD))
 
     @staticmethod
     @without_autocast
@@ -290,7 +275,7 @@ class _Grouped(torch.autograd.Function):
         options: _Options = ctx.options
         grad_y_TD = grad_y_TD.contiguous()
         weights_R = weights_TE[groups.token_R, groups.expert_R]
-        grad_hidden_RI = gather_mm(grad_y_TD, down[None], groups)
+        grad_hidden_RI = gather_mm(grad_y_TD, down.mT, groups)
         region = region_of(row_gradients, compiled=options.compiled)
         hidden_RI, grad_pre, pre_sq_R, hidden_sq_R, dot_R = region(
             pre_R2I, grad_hidden_RI, weights_R, options.activation
@@ -303,7 +288,7 @@ class _Grouped(torch.autograd.Function):
         if need_gate_up:
             grad_gate_up = outer_mm(grad_pre_RJ, x_TD, groups, gate_up)
         if need_down:
-            grad_down = outer_mm(hidden_RI, grad_y_TD, groups, down[None])[0]
+            grad_down = outer_mm(hidden_RI, grad_y_TD, groups, down.mT).mT
         if need_weights:
             grad_weights = _spread(dot_R, groups, active_TE).to(weights_TE.dtype)
         if need_logits and (smk := options.smk) is not None:
@@ -337,8 +322,8 @@ def _row_surprise(  # noqa: PLR0917
     sums: Sums,
     pre_R2I: Tensor,
     grad_hidden_RI: Tensor,
-    gate_up_2EID: Tensor,
-    down_EID: Tensor,
+    gate_up_EJD: Tensor,
+    down_EDI: Tensor,
     groups: Groups,
     activation: Activation,
 ) -> Float[Tensor, " rows"]:
@@ -347,19 +332,18 @@ def _row_surprise(  # noqa: PLR0917
         return closed_form(kind, sums)[:, 0]
     gate, up = wide(pre_R2I[:, 0]), wide(pre_R2I[:, 1])
     if kind == "magnitude":
-        return _gram_norm(activation(gate) * up, down_EID[None], groups)
+        return _gram_norm(activation(gate) * up, down_EDI.mT, groups)
     value, slope = activation_and_slope(activation, gate)
     grad_hidden = wide(grad_hidden_RI)
     grads_RJ = torch.cat((grad_hidden * up * slope, grad_hidden * value), dim=-1)
-    return _gram_norm(grads_RJ, gate_up_2EID, groups)
+    return _gram_norm(grads_RJ, gate_up_EJD, groups)
 
 
-def _gram_norm(rows_RJ: Tensor, weight_PEID: Tensor, groups: Groups) -> Float[Tensor, " rows"]:
+def _gram_norm(rows_RJ: Tensor, weight_EJD: Tensor, groups: Groups) -> Float[Tensor, " rows"]:
     """`|sum_j rows[r, j] weight[j of r's expert]|`, through each expert's Gram matrix."""
-    P, _, I, D = weight_PEID.shape
     squared_R = rows_RJ.new_empty(len(rows_RJ))
     for e, begin, end, _ in _bounds(groups, rows_RJ):
-        weight_JD = weight_PEID[:, e].reshape(P * I, D).to(rows_RJ.dtype)
+        weight_JD = weight_EJD[e].to(rows_RJ.dtype)
         rows_NJ = rows_RJ[begin:end]
         squared_R[begin:end] = ((rows_NJ @ (weight_JD @ weight_JD.T)) * rows_NJ).sum(-1)
     return squared_R.clamp_min(0).sqrt()

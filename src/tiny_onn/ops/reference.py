@@ -3,7 +3,7 @@
 Slow and obvious: loops, and `torch.autograd.grad` per token and expert for the gradients. Use
 float64. `dense_masked` is tested against this in outputs, gradients and surprise.
 
-Legend: T tokens, D hidden, E experts, I expert width.
+Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I rows (gate, then up).
 """
 
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from tiny_onn.config import Surprise
 
 def expert(
     x_D: Float[Tensor, " hidden"],
-    gate_up_2ID: Float[Tensor, "2 width hidden"],
-    down_ID: Float[Tensor, "width hidden"],
+    gate_up_JD: Float[Tensor, "rows hidden"],
+    down_DI: Float[Tensor, "hidden width"],
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, " hidden"]:
-    """One expert's output for one token: `down^T (act(gate x) * (up x))`."""
-    gate_ID, up_ID = gate_up_2ID
-    return down_ID.T @ (activation(gate_ID @ x_D) * (up_ID @ x_D))
+    """One expert's output for one token: `down (act(gate x) * (up x))`."""
+    gate_ID, up_ID = gate_up_JD.chunk(2)
+    return down_DI @ (activation(gate_ID @ x_D) * (up_ID @ x_D))
 
 
 def expert_layer(
     x_TD: Float[Tensor, "tokens hidden"],
-    gate_up_2EID: Float[Tensor, "2 experts width hidden"],
-    down_EID: Float[Tensor, "experts width hidden"],
+    gate_up_EJD: Float[Tensor, "experts rows hidden"],
+    down_EDI: Float[Tensor, "experts hidden width"],
     weights_TE: Float[Tensor, "tokens experts"],
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "tokens hidden"]:
@@ -40,8 +40,8 @@ def expert_layer(
     rows = []
     for t in range(x_TD.shape[0]):
         y_D = torch.zeros_like(x_TD[t])
-        for e in range(down_EID.shape[0]):
-            out_D = expert(x_TD[t], gate_up_2EID[:, e], down_EID[e], activation)
+        for e in range(down_EDI.shape[0]):
+            out_D = expert(x_TD[t], gate_up_EJD[e], down_EDI[e], activation)
             y_D = y_D + weights_TE[t, e] * out_D
         rows.append(y_D)
     return torch.stack(rows)
@@ -50,8 +50,8 @@ def expert_layer(
 def surprise(  # noqa: PLR0917
     kind: Surprise,
     x_TD: Float[Tensor, "tokens hidden"],
-    gate_up_2EID: Float[Tensor, "2 experts width hidden"],
-    down_EID: Float[Tensor, "experts width hidden"],
+    gate_up_EJD: Float[Tensor, "experts rows hidden"],
+    down_EDI: Float[Tensor, "experts hidden width"],
     grad_y_TD: Float[Tensor, "tokens hidden"],
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "tokens experts"]:
@@ -67,17 +67,18 @@ def surprise(  # noqa: PLR0917
     - `relative`: `parameters` divided by the norm of the expert's hidden activations, 0 where that
       is 0.
     """
-    values_TE = x_TD.new_zeros(x_TD.shape[0], down_EID.shape[0])
+    values_TE = x_TD.new_zeros(x_TD.shape[0], down_EDI.shape[0])
     for t in range(x_TD.shape[0]):
-        for e in range(down_EID.shape[0]):
+        for e in range(down_EDI.shape[0]):
             x_D = x_TD[t].detach().clone().requires_grad_()
-            gate_up_2ID = gate_up_2EID[:, e].detach().clone().requires_grad_()
-            down_ID = down_EID[e].detach().clone().requires_grad_()
-            out_D = expert(x_D, gate_up_2ID, down_ID, activation)
+            gate_up_JD = gate_up_EJD[e].detach().clone().requires_grad_()
+            down_DI = down_EDI[e].detach().clone().requires_grad_()
+            out_D = expert(x_D, gate_up_JD, down_DI, activation)
             loss = out_D @ grad_y_TD[t]
-            grad_x, grad_gate_up, grad_down = torch.autograd.grad(loss, (x_D, gate_up_2ID, down_ID))
+            grad_x, grad_gate_up, grad_down = torch.autograd.grad(loss, (x_D, gate_up_JD, down_DI))
             parameters = torch.cat([grad_gate_up.flatten(), grad_down.flatten()]).norm()
-            hidden = (activation(gate_up_2ID[0] @ x_D) * (gate_up_2ID[1] @ x_D)).norm()
+            gate_ID, up_ID = gate_up_JD.chunk(2)
+            hidden = (activation(gate_ID @ x_D) * (up_ID @ x_D)).norm()
             values_TE[t, e] = {
                 "parameters": parameters,
                 "input": grad_x.norm(),

@@ -28,18 +28,18 @@ def activation_and_slope(
 
 
 def hidden_region(
-    gate_up_T2EI: Float[Tensor, "tokens 2 experts width"],
+    gate_up_TE2I: Float[Tensor, "tokens experts 2 width"],
     weights_TE: Float[Tensor, "tokens experts"],
     activation: Activation,
 ) -> Float[Tensor, "tokens experts width"]:
     """Routed hidden activations: `weights * act(gate) * up`, in the inputs' number format."""
-    gate, up = wide(gate_up_T2EI[:, 0]), wide(gate_up_T2EI[:, 1])
+    gate, up = wide(gate_up_TE2I[:, :, 0]), wide(gate_up_TE2I[:, :, 1])
     hidden = activation(gate) * up * weights_TE[..., None].to(gate.dtype)
-    return hidden.to(gate_up_T2EI.dtype)
+    return hidden.to(gate_up_TE2I.dtype)
 
 
 def gradient_region(
-    gate_up_T2EI: Float[Tensor, "tokens 2 experts width"],
+    gate_up_TE2I: Float[Tensor, "tokens experts 2 width"],
     grad_hidden_TEI: Float[Tensor, "tokens experts width"],
     weights_TE: Float[Tensor, "tokens experts"],
     activation: Activation,
@@ -47,23 +47,23 @@ def gradient_region(
     """Everything elementwise in the backward pass, from the gradient at the unrouted hidden.
 
     Returns:
-        Routed hidden (T, E, I); routed gradient of gate and up (T, 2, E, I); and, in float32, the
+        Routed hidden (T, E, I); routed gradient of gate and up (T, E, 2, I); and, in float32, the
         sums over the width (T, E) of: the squared unrouted gradients of gate and up, the squared
         unrouted hidden, and hidden times its gradient (`<grad_y, expert_e(x)>`).
     """
-    gate, up = wide(gate_up_T2EI[:, 0]), wide(gate_up_T2EI[:, 1])
+    gate, up = wide(gate_up_TE2I[:, :, 0]), wide(gate_up_TE2I[:, :, 1])
     grad_hidden = wide(grad_hidden_TEI)
     value, slope = activation_and_slope(activation, gate)
     hidden = value * up
     grad_gate = grad_hidden * up * slope
     grad_up = grad_hidden * value
     weights_TE1 = weights_TE[..., None].to(gate.dtype)
-    dtype = gate_up_T2EI.dtype
+    dtype = gate_up_TE2I.dtype
     # Rounded before they are stacked: the compiler would write the whole stack in float32 first.
     return (
         (hidden * weights_TE1).to(dtype),
         torch.stack(
-            ((grad_gate * weights_TE1).to(dtype), (grad_up * weights_TE1).to(dtype)), dim=1
+            ((grad_gate * weights_TE1).to(dtype), (grad_up * weights_TE1).to(dtype)), dim=2
         ),
         (grad_gate.square() + grad_up.square()).sum(-1),
         hidden.square().sum(-1),
