@@ -9,7 +9,7 @@ import torch
 from tiny import make_dense, make_rows, make_student, make_tokenizer, write_run
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import LossConfig
-from tiny_onn.experts import routings_of
+from tiny_onn.experts import recorded_routings
 from tiny_onn.modeling import last_hidden_states
 from tiny_onn.run_view import VIEW_NAME, correlation, measure_view, view_of_run
 from tiny_onn.train import run_distill
@@ -45,8 +45,9 @@ def test_numbers_of_a_token_are_those_of_both_models(measured):
 
 def test_experts_of_a_token_are_bits_of_a_number(measured):
     _, student, row, view = measured
-    last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-    active = torch.stack([routing.active for routing in routings_of(student.banks())])[:, 7:47]
+    with recorded_routings(student.banks()) as routings:
+        last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+    active = torch.stack([routing.active for routing in routings])[:, 7:47]
     for token, layers in enumerate(view["passage"]["active"]):
         for layer, bits in enumerate(layers):
             on = [bool(int(bits, 16) >> expert & 1) for expert in range(8)]
@@ -57,10 +58,11 @@ def test_experts_of_a_token_are_bits_of_a_number(measured):
 
 def test_coactivation_is_the_correlation_over_counted_tokens(measured):
     _, student, row, view = measured
-    last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+    with recorded_routings(student.banks()) as routings:
+        last_hidden_states(student, row.input_ids, **packed_kwargs(row))
     assert [table["layer"] for table in view["coactivation"]] == [0, 1]
     assert view["num_tokens"] == 61
-    for table, routing in zip(view["coactivation"], routings_of(student.banks()), strict=True):
+    for table, routing in zip(view["coactivation"], routings, strict=True):
         active = routing.active[row.router_mask[0]].numpy().astype(float)
         varies = active.std(0) > 0
         expected = np.corrcoef(active[:, varies].T)

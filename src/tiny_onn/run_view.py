@@ -22,7 +22,7 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import LossConfig
 from tiny_onn.console import stage
 from tiny_onn.evaluate import document_lengths, inference_mode_of, load_for_eval
-from tiny_onn.experts import routings_of
+from tiny_onn.experts import recorded_routings
 from tiny_onn.losses import distill
 from tiny_onn.mid_run import choose
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
@@ -62,7 +62,9 @@ def view_of_run(run: Path, device: str, teacher: str | None = None) -> dict[str,
     kept = kept_view(run)
     if kept is not None:
         return kept
-    loaded, held_out, _ = load_for_eval(str(run), None, device, VIEW_TOKENS, teacher=teacher)
+    loaded, held_out, _ = load_for_eval(
+        str(run), text=None, device=device, max_tokens=VIEW_TOKENS, teacher=teacher
+    )
     with stage("Looking at single tokens"):
         view = measure_view(
             loaded.student, held_out.teacher, loaded.tokenizer, held_out.rows, loaded.config.loss
@@ -109,7 +111,7 @@ def measure_view(
         correlation of every two experts over tokens, in percent).
     """
     row = _beginning(rows[0]).to(student.device)
-    with inference_mode_of(student):
+    with inference_mode_of(student), recorded_routings(student.banks()) as routings:
         hidden_TD = last_hidden_states(student, row.input_ids, **packed_kwargs(row))[0]
     values = distill(
         hidden_TD,
@@ -122,7 +124,7 @@ def measure_view(
         jsd_beta=loss.jsd_beta,
         chunk_tokens=loss_chunk_tokens(loss, head_of(student).weight),
     )
-    active_LTE = torch.stack([routing.active for routing in routings_of(student.banks())]).cpu()
+    active_LTE = torch.stack([routing.active for routing in routings]).cpu()
     begin, end = _passage(row)
     part = slice(begin, end)
     ids = row.input_ids[0, part].tolist()
