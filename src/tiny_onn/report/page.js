@@ -6,29 +6,6 @@
   let chosen = null;
   const views = new Map();
   const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
-  const colours = (letter, count) => Array.from({ length: count }, (_, i) => colour(letter + i));
-
-  function themeConfig() {
-    const [ink, soft, line] = ["ink", "soft", "line"].map(colour);
-    return {
-      background: "transparent",
-      font: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
-      view: { stroke: null },
-      axis: {
-        labelColor: soft, titleColor: soft, gridColor: line, domainColor: line, tickColor: line,
-        titleFontWeight: 400, labelFontSize: 11, titleFontSize: 12, gridOpacity: 0.7,
-        titlePadding: 8,
-      },
-      axisX: { grid: false, tickCount: 5 },
-      axisY: { domain: false, ticks: false, tickCount: 5 },
-      legend: { labelColor: ink, titleColor: soft, titleFontWeight: 400, labelFontSize: 12 },
-      range: {
-        category: colours("c", 6), heatmap: colours("h", 5), diverging: colours("d", 5),
-      },
-      mark: { color: colour("c0") },
-      style: { reference: { stroke: soft, color: soft, fill: soft } },
-    };
-  }
 
   // A chart is drawn when it comes near the screen, and again when the theme changes.
   async function draw(plot) {
@@ -36,7 +13,7 @@
     const slider = document.querySelector(`[data-scrubs="${key}"]`);
     const isHeatmap = "params" in data.charts[key];
     const drawn = await window.vegaEmbed(plot, data.charts[key], {
-      mode: "vega-lite", actions: false, config: themeConfig(),
+      mode: "vega-lite", actions: false, config: data.themes[root.dataset.theme],
       renderer: isHeatmap ? "canvas" : "svg",
     });
     views.set(key, drawn);

@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 
 from tiny_onn.report import curves, heatmaps, sentences, tables
 from tiny_onn.report.run_data import Run
+from tiny_onn.report.theme import THEMES, vega_config
 
 FOLDER = Path(__file__).parent
 
@@ -98,7 +99,13 @@ def report_page(runs: Sequence[Run]) -> str:
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
         library=Markup(library()),
-        data=script_json({"charts": charts.specs, "passages": passages}),
+        data=script_json(
+            {
+                "charts": charts.specs,
+                "passages": passages,
+                "themes": {theme: vega_config(theme) for theme in THEMES},
+            }
+        ),
     )
 
 

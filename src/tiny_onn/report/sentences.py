@@ -1,7 +1,7 @@
 """What a report says in words: answers with their numbers, from records alone."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from tiny_onn.report.comparing import EQUAL_K, at_k, mflops, points_of, same_text
 from tiny_onn.report.run_data import Record, Run
@@ -152,8 +152,3 @@ def _steps(number: int) -> str:
 def compute_of(record: Record) -> str:
     """FFN FLOPs with their share of the teacher's."""
     return f"{mflops(record['ffn_flops'])} ({record['ffn_flops'] / record['dense_ffn_flops']:.0%})"
-
-
-def joined(sentences: Iterable[str]) -> str:
-    """The sentences that say something, one after the other."""
-    return " ".join(sentence for sentence in sentences if sentence)

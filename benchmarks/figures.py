@@ -1,0 +1,190 @@
+"""The pictures of README and docs, from the committed records.
+
+    python benchmarks/figures.py
+
+writes every picture as SVG, for light and for dark pages, to `docs/figures/`.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import vl_convert
+
+from common import RESULTS
+from tiny_onn.report.theme import THEMES, vega_config
+
+FOLDER = Path(__file__).parents[1] / "docs" / "figures"
+GPU = RESULTS / "gpu_nvidia_h100_80gb_hbm3.jsonl"
+FONT = "Arial, 'Liberation Sans', Helvetica, sans-serif"
+ROWS = {"packed": "packed documents", "whole": "one document"}
+
+Spec = dict[str, Any]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def figures() -> Iterator[tuple[str, Spec]]:
+    """Every picture by name."""
+    runs = [r for r in read_lines(RESULTS / "quality.jsonl") if r["group"] == "long"]
+    arms = sorted({r["arm"] for r in runs}, key=lambda arm: mean_of(runs, arm, "after"))
+    yield "controls", controls(runs, arms)
+    yield "training", training(runs, arms)
+    yield "step-time", step_time(read_lines(GPU))
+
+
+def mean_of(runs: Sequence[dict[str, Any]], arm: str, when: str) -> float:
+    """The mean over seeds of an arm's held-out KL."""
+    return fmean(run[when]["forward_kl"] for run in runs if run["arm"] == arm)
+
+
+def controls(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> Spec:
+    """KL at half of the FFN's compute by arm: a dot for each seed, a bar at their mean."""
+    seeds = [{"arm": run["arm"], "kl": digits(run["after"]["forward_kl"])} for run in runs]
+    means = [{"arm": arm, "kl": digits(mean_of(runs, arm, "after"))} for arm in arms]
+    y = {
+        "field": "arm",
+        "type": "nominal",
+        "sort": list(arms),
+        "title": None,
+        "axis": {"labelFontSize": 13, "labelLimit": 200, "grid": True},
+    }
+    x = {
+        "field": "kl",
+        "type": "quantitative",
+        "title": "KL to the teacher on held-out text, nats a token (left is better)",
+        "scale": {"type": "log", "domain": [0.1, 1]},
+        "axis": {"values": [0.1, 0.2, 0.3, 0.5, 1]},
+    }
+    return {
+        "width": 440,
+        "height": {"step": 30},
+        "layer": [
+            {
+                "data": {"values": means},
+                "mark": {"type": "tick", "thickness": 2, "size": 20, "style": "reference"},
+                "encoding": {"x": x, "y": y},
+            },
+            {
+                "data": {"values": means},
+                "mark": {"type": "text", "dx": 34, "align": "left", "fontSize": 12},
+                "encoding": {"x": x, "y": y, "text": {"field": "kl", "format": ".3f"}},
+            },
+            {
+                "data": {"values": seeds},
+                "mark": {"type": "point", "filled": True, "size": 55, "opacity": 0.85},
+                "encoding": {"x": x, "y": y},
+            },
+        ],
+    }
+
+
+def training(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> Spec:
+    """KL by arm before training and after it: the records hold the ends alone."""
+    rows = [
+        {"arm": arm, "tokens": tokens, "kl": digits(mean_of(runs, arm, when))}
+        for arm in arms
+        for when, tokens in (("before", 0), ("after", max(run["tokens"] for run in runs)))
+    ]
+    encoding = {
+        "x": {
+            "field": "tokens",
+            "type": "quantitative",
+            "title": "training tokens",
+            "axis": {"values": [0, 1e6, 2e6], "labelExpr": "datum.value / 1e6 + 'M'"},
+            "scale": {"domain": [0, 2_000_000]},
+        },
+        "y": {
+            "field": "kl",
+            "type": "quantitative",
+            "title": "KL to the teacher, nats",
+            "scale": {"type": "log"},
+            "axis": {"values": [0.2, 0.5, 1, 2, 5]},
+        },
+        "color": {
+            "field": "arm",
+            "type": "nominal",
+            "scale": {"domain": list(arms)},
+            "legend": {"title": None, "labelLimit": 200, "symbolType": "stroke"},
+        },
+    }
+    mark = {"type": "line", "strokeWidth": 2, "point": {"size": 45}}
+    return {
+        "width": 360,
+        "height": 240,
+        "data": {"values": rows},
+        "mark": mark,
+        "encoding": encoding,
+    }
+
+
+def step_time(records: Sequence[dict[str, Any]]) -> Spec:
+    """Where the time of the card's step goes: stacked bars."""
+    phases = {r["rows"]: r["seconds"] for r in records if r.get("kind") == "phases"}
+    names = list(next(iter(phases.values())))
+    rows = [
+        {"rows": ROWS[kind], "part": part, "order": order, "seconds": digits(seconds[part])}
+        for kind, seconds in phases.items()
+        for order, part in enumerate(names)
+    ]
+    return {
+        "width": 440,
+        "height": {"step": 44},
+        "data": {"values": rows},
+        "mark": {"type": "bar", "height": 26},
+        "encoding": {
+            "x": {
+                "field": "seconds",
+                "type": "quantitative",
+                "stack": "zero",
+                "title": "seconds of a step of 32,768 tokens",
+            },
+            "y": {
+                "field": "rows",
+                "type": "nominal",
+                "title": None,
+                "sort": list(ROWS.values()),
+                "axis": {"labelFontSize": 13},
+            },
+            "order": {"field": "order"},
+            "color": {
+                "field": "part",
+                "type": "nominal",
+                "scale": {"domain": names},
+                "legend": {"title": None, "orient": "top", "columns": 5, "columnPadding": 22},
+            },
+        },
+    }
+
+
+def digits(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def drawn(spec: Spec, theme: str) -> str:
+    """The picture as SVG in a theme's colours.
+
+    Whoever reads it may have another font than was measured, so that there is room around it.
+    """
+    config = vega_config(theme) | {"font": FONT, "padding": 16}
+    return vl_convert.vegalite_to_svg(spec, config=config) + "\n"
+
+
+def main() -> None:
+    """Write the pictures."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    for name, spec in figures():
+        for theme in THEMES:
+            (FOLDER / f"{name}-{theme}.svg").write_text(drawn(spec, theme), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
