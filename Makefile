@@ -4,7 +4,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.tools/uv/bin/uv)
 BIN := .venv/bin
 TORCH := $(shell sed -n '/^name = "torch"$$/{n;s/version = "\(.*\)"/\1/p;}' uv.lock)
 
-.PHONY: demo test fast lint types setup clean
+.PHONY: demo test browser fast lint types setup clean
 demo: setup  ## convert the embedded teacher, distill it, compare with the controls
 	$(BIN)/tiny-onn demo
 
@@ -13,6 +13,10 @@ WORKERS ?= 2
 test: lint types  ## everything CI runs
 	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -m "compiled and not slow" tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not compiled and not slow" --jaxtyping-packages=tiny_onn,beartype.beartype tests
+
+browser: setup  ## the report in a Chromium, which the machine must have
+	$(UV) pip install --quiet --python $(BIN)/python --group browser
+	$(BIN)/python -m pytest -m browser tests/test_report_browser.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ def against(
     """Run a benchmark with another commit's package and print the ratios of this one to it.
 
     The two run one after the other, so that a machine that changes its speed in between shows up
-    as a difference: only ratios that a second run repeats mean something.
+    as a difference. The rows of peers, whose code is the same, show by how much it did.
 
     Args:
         commit: What git can resolve to a commit.
@@ -38,7 +38,7 @@ def against(
     with _checked_out(resolved) as tree:
         record, program = _measure(tree, name, options)
     ratios = ratio_rows(rows, record["rows"])
-    print(f"\nthis tree / {commit}, {program}:")
+    print(f"\nthis tree / {commit}, {program}; rows of peers show the machine's own drift:")
     print_table(ratios)
     print()
     return {"commit": resolved, "program": program, "rows": record["rows"], "ratios": ratios}

@@ -20,7 +20,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from benchmarks.common import (
 )
 from benchmarks.registry import Option, Result, benchmark
 from tiny_onn.expert_path import FILE, crossover_share
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.ops import reference
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import RoutingRule
@@ -89,8 +89,12 @@ class Layers:
         self.router_ED = torch.randn(E, D, **kwargs) / D**0.5
         self.x_TD = torch.randn(case.tokens, D, **kwargs).requires_grad_()
         self.grad_y_TD = torch.randn(case.tokens, D, **kwargs)
+        rule = SmkRule(surprise="parameters", direction="min", candidates="active")
+        self.smk = SmkStep(rule=rule, grad_scale=1 / case.tokens, loss_scale=float(case.tokens))
 
-    def bank(self, path: str, *, k: int | None = None, weighting: Any = "softmax") -> ExpertBank:
+    def bank(
+        self, path: Any, *, k: int | None = None, weighting: Any = "softmax", coupled: bool = False
+    ) -> ExpertBank:
         """Ours, with renormalised softmax weights of the k largest logits."""
         case = self.case
         rule = RoutingRule(selection="top_k", weighting=weighting, target_k=float(k or case.k))
@@ -99,9 +103,7 @@ class Layers:
         bank.experts.gate_up_proj = nn.Parameter(self.gate_up_EJD.clone())
         bank.experts.down_proj = nn.Parameter(self.down_EDI.clone())
         bank.router.weight.data.copy_(self.router_ED)
-        bank.path, bank.compiled = path, case.compiled  # pyright: ignore[reportAttributeAccessIssue]
-        rule = SmkRule(surprise="parameters", direction="min", candidates="active")
-        bank.smk = SmkStep(rule=rule, grad_scale=1 / case.tokens, loss_scale=float(case.tokens))
+        bank.set_execution(Execution(path=path, compiled=case.compiled, coupled=coupled))
         return bank
 
     def block(self, implementation: str) -> Qwen3MoeSparseMoeBlock:
@@ -135,12 +137,20 @@ class Layers:
             mlp.down_proj.weight.copy_(self.down_EDI.transpose(0, 1).flatten(1))
         return mlp
 
-    def step(self, module: nn.Module) -> Tensor:
-        """Forward and backward; gradients are new each time."""
+    def step(
+        self, module: nn.Module, *, taught: bool = True, capture: list[Tensor] | None = None
+    ) -> Tensor:
+        """Forward and backward; gradients are new each time.
+
+        A bank's gate is taught by surprise, unless told otherwise, which `capture` receives.
+        """
         self.x_TD.grad = None
         module.zero_grad(set_to_none=True)
-        y_TD = module(self.x_TD[None])[0]
-        y_TD.backward(self.grad_y_TD)
+        banks = [module] if isinstance(module, ExpertBank) else []
+        smk = replace(self.smk, capture=capture) if taught else None
+        with row_context(banks, [RowState(smk=smk) for _ in banks]):
+            y_TD = module(self.x_TD[None])[0]
+            y_TD.backward(self.grad_y_TD)
         return y_TD
 
 
@@ -191,9 +201,8 @@ def parity(layers: Layers) -> dict[str, Any]:
     gaps: dict[str, Any] = {}
     surprises: list[Tensor] = []
     for path in PATHS:
-        bank = layers.bank(path)
-        smk, bank.smk, bank.coupled = bank.smk, None, True
-        ours = [layers.step(bank), layers.x_TD.grad, bank.router.weight.grad]
+        bank = layers.bank(path, coupled=True)
+        ours = [layers.step(bank, taught=False), layers.x_TD.grad, bank.router.weight.grad]
         ours += [bank.experts.gate_up_proj.grad, bank.experts.down_proj.grad]
         for name, got, expected in zip(
             ("y", "grad x", "grad router", "grad gate_up", "grad down"), ours, theirs, strict=True
@@ -202,9 +211,7 @@ def parity(layers: Layers) -> dict[str, Any]:
             # Where two experts tie for the last place, bf16 logits choose otherwise than float32's.
             loose = 10 * limit if case.dtype == "bfloat16" else limit
             gaps[f"{path}: {name}"] = check(f"{path}, {name}", relative_gap(got, expected), loose)
-        assert smk is not None
-        smk.capture, bank.smk, bank.coupled = surprises, smk, False
-        layers.step(bank)
+        layers.step(layers.bank(path), capture=surprises)
     gap = relative_gap(surprises[1], surprises[0])
     gaps["surprise: grouped, dense"] = check("surprise", gap, limit)
     gap = relative_gap(surprises[0][:CHECKED_TOKENS], defined_surprise(layers))

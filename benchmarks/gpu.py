@@ -13,7 +13,8 @@ measured.
 Whether the operators are right on this GPU is for the tests: `python -m pytest -m gpu`. Each
 section has a time budget, checked between its measurements. Every record is a JSON line, appended
 to `results/gpu_NAME.jsonl` as soon as it is known.
-Imports neither text nor command line: torch, transformers and jaxtyping are enough.
+Imports neither text nor command line: torch, transformers, jaxtyping and docstring_parser are
+enough.
 """
 
 import argparse

@@ -221,7 +221,5 @@ def _memory(step: Step, labels: dict[str, str], device: str, deadline: Deadline)
 def _recover(step: Step) -> None:
     """Drop what a step that ran out of memory left behind."""
     step.optimizer.zero_grad(set_to_none=True)
-    for bank in step.student.banks():
-        bank.recording, bank.routing = True, None
     gc.collect()
     torch.cuda.empty_cache()

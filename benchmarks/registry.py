@@ -47,6 +47,11 @@ class Goal:
     at_most: float | None = None
     at_least: float | None = None
 
+    def __str__(self) -> str:
+        """The range in words."""
+        bounds = (("at least", self.at_least), ("at most", self.at_most))
+        return " and ".join(f"{word} {value:g}" for word, value in bounds if value is not None)
+
     def is_met(self, value: float) -> bool:
         """Whether the value is in the range, ends included."""
         low = self.at_least is None or value >= self.at_least

@@ -57,7 +57,7 @@ def run(benchmark: Benchmark, given: Sequence[str]) -> int:
     name = benchmark.name if device == "cpu" else f"{benchmark.name}_{device}"
     missed = _missed(result)
     for ratio in missed:
-        print(f"goal missed: {ratio}: {result.ratios[ratio]:.4g}, {result.goals[ratio]}")
+        print(f"goal missed: {ratio}: {result.ratios[ratio]:.4g}, expected {result.goals[ratio]}")
     more: dict[str, Any] = {"goal": {key: asdict(goal) for key, goal in result.goals.items()}}
     more |= {"missed": missed, "parity": result.parity, **result.more}
     if own.base is not None:

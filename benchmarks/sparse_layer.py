@@ -155,7 +155,7 @@ def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> I
                 name: ((g.double() - e).norm() / e.norm()).item()
                 for name, g, e in zip(NAMES, got, expected(layer, number), strict=True)
             }
-            limits = {name: LIMITS[dtype] for name in NAMES}
+            limits = dict.fromkeys(NAMES, LIMITS[dtype])
             # Where surprises tie within their rounding, another expert becomes the target.
             limits["logits"] = 0.1 if dtype == torch.bfloat16 else 1e-2
             yield {

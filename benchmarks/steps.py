@@ -63,8 +63,6 @@ class Step:
         if objective is not None:
             config = replace(config, router=replace(config.router, objective=objective))
             set_objective(self.student.banks(), config)
-        for bank in self.student.banks():
-            bank.smk = None
         rows = [next(self.rows)]
         return distill_step(self.student, self.teacher, self.optimizer, rows, config, clock=clock)
 

@@ -49,6 +49,7 @@ class Textbook:
         self.step, self.rule = step, rule
         self.inputs: dict[ExpertBank, Tensor] = {}
         self.grads: dict[ExpertBank, Tensor] = {}
+        self.masks: dict[ExpertBank, Tensor | None] = {}
 
     def __call__(self) -> None:
         """One update: the gates' gradients are made just before the optimizer steps."""
@@ -65,6 +66,7 @@ class Textbook:
     def _hooks(self) -> Iterator[None]:
         def keep_input(bank: ExpertBank, inputs: tuple[Tensor, ...]) -> None:
             self.inputs[bank] = inputs[0].detach().flatten(0, -2)
+            self.masks[bank] = bank.row.token_mask
 
         def keep_grad(bank: Any, _: object, grads: Any) -> None:
             self.grads[bank] = grads[0].detach().flatten(0, -2)
@@ -85,7 +87,7 @@ class Textbook:
         for bank in self.step.student.banks():
             bank.router.requires_grad_(True)
             routing = bank.router(self.inputs[bank])
-            mask_T = bank.token_mask
+            mask_T = self.masks[bank]
             assert mask_T is not None
             # The step's loss is a mean over its tokens with a label: one less than the row's for
             # every document, as many as the router counts.

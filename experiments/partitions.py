@@ -18,7 +18,7 @@ Ends in one JSON line.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,13 +34,13 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.calibrate import Ridge, expert_norms, fit_gates, sample_inputs, settle_budgets
 from tiny_onn.config import RunConfig
 from tiny_onn.data import held_out_rows
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.losses import distill
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow
 from tiny_onn.prepare import calibration_rows, make_student, partition, with_router
-from tiny_onn.router import Router, Routing, RoutingRule, route
+from tiny_onn.router import Exploration, Router, Routing, RoutingRule, route, temporary_rules
 from tiny_onn.settings import load_config
 from tiny_onn.teacher import load_dense, quiet_transformers
 
@@ -68,8 +68,10 @@ class Bench:
         banks = model.banks() if isinstance(model, TinyOnnForCausalLM) else []
         active = {"k": [torch.zeros(0)], "k_first": [torch.zeros(0)]}
         for row, expected_TD in zip(self.held_out, self.expected, strict=True):
+            with recorded_routings(banks) as routings:
+                hidden_TD = last_hidden_states(model, row.input_ids, **packed_kwargs(row))[0]
             values = distill(
-                last_hidden_states(model, row.input_ids, **packed_kwargs(row))[0],
+                hidden_TD,
                 expected_TD,
                 head_of(model),
                 head_of(self.dense),
@@ -84,9 +86,8 @@ class Bench:
                 sums[i] += value_T[mask_T].double().sum().cpu()
             count += int(mask_T.sum())
             first_T = (row.position_ids[0] == 0) & mask_T
-            for bank in banks:
-                assert bank.routing is not None
-                on_T = bank.routing.active.sum(1).float()
+            for routing in routings:
+                on_T = routing.active.sum(1).float()
                 active["k"].append(on_T[row.router_mask[0]].cpu())
                 active["k_first"].append(on_T[first_T].cpu())
         kl, agreement = (sums / count).tolist()
@@ -116,12 +117,12 @@ def routers(student: TinyOnnForCausalLM, make: Callable[[ExpertBank], Router]) -
     """Within the context every bank has another router."""
     kept = [bank.router for bank in student.banks()]
     for bank in student.banks():
-        bank.router = make(bank)
+        bank.set_submodule("router", make(bank))
     try:
         yield
     finally:
         for bank, router in zip(student.banks(), kept, strict=True):
-            bank.router = router
+            bank.set_submodule("router", router)
 
 
 def outputs(bank: ExpertBank, x_TD: Tensor) -> Iterator[Tensor]:
@@ -167,7 +168,13 @@ class Representative(Router):
         self.rows_2ED = rows_E2ID[torch.arange(E), :, nearest_E].transpose(0, 1)
         self.activation = bank.activation
 
-    def forward(self, x_TD: Tensor, given_TE: Tensor | None = None) -> Routing:
+    def forward(
+        self,
+        x_TD: Tensor,
+        given_TE: Tensor | None = None,
+        *,
+        exploration: Exploration | None = None,
+    ) -> Routing:
         """The k experts whose representatives are largest."""
         gate_TE, up_TE = (x_TD.float() @ rows_ED.T for rows_ED in self.rows_2ED)
         return route((self.activation(gate_TE) * up_TE).abs(), self.rule, self.threshold)
@@ -178,7 +185,7 @@ def compensated(
     student: TinyOnnForCausalLM, inputs: Sequence[Tensor], *, inactive_only: bool
 ) -> Iterator[None]:
     """Within the context an inactive expert gives its mean output (over tokens where inactive)."""
-    handles = []
+    stack = ExitStack()
     for bank, narrow_TD in zip(student.banks(), inputs, strict=True):
         x_TD = narrow_TD.float()
         off_TE = (~bank.router(x_TD).active).float()
@@ -188,17 +195,19 @@ def compensated(
             [share_TE[:, e] @ out_TD for e, out_TD in enumerate(outputs(bank, x_TD))]
         )
 
-        def add(bank: ExpertBank, _: object, y: Tensor, means_ED: Tensor = means_ED) -> Tensor:
-            assert bank.routing is not None
-            missing_TD = (~bank.routing.active).float() @ means_ED
-            return y + missing_TD.view_as(y).to(y.dtype)
-
-        handles.append(bank.register_forward_hook(add))
-    try:
+        routings = stack.enter_context(recorded_routings([bank]))
+        stack.enter_context(bank.register_forward_hook(partial(_add_means, routings, means_ED)))
+    with stack:
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _add_means(
+    routings: list[Routing], means_ED: Tensor, _: nn.Module, inputs: object, y: Tensor
+) -> Tensor:
+    """As a forward hook, add the mean outputs of the experts that were inactive."""
+    del inputs
+    missing_TD = (~routings.pop().active).float() @ means_ED
+    return y + missing_TD.view_as(y).to(y.dtype)
 
 
 def details(bench: Bench, student: TinyOnnForCausalLM, add: Callable[..., None]) -> None:
@@ -214,17 +223,18 @@ def details(bench: Bench, student: TinyOnnForCausalLM, add: Callable[..., None])
     for name, only in (("ridge, means", False), ("ridge, means where off", True)):
         with torch.no_grad(), compensated(student, inputs, inactive_only=only):
             add(name, student)
-    kept = [bank.router.rule for bank in banks]
-    for bank, rule in zip(banks, kept, strict=True):
-        bank.router.rule = RoutingRule(
-            selection="budget", target_k=rule.target_k, num_shared=rule.num_shared
+    every = [bank.router for bank in banks]
+    budgets = [
+        RoutingRule(
+            selection="budget", target_k=router.rule.target_k, num_shared=router.rule.num_shared
         )
-    settle_budgets(bench.inputs, banks)
-    add("ridge, budget", student)
-    with torch.no_grad(), compensated(student, inputs, inactive_only=True):
-        add("ridge, budget, means where off", student)
-    for bank, rule in zip(banks, kept, strict=True):
-        bank.router.rule = rule
+        for router in every
+    ]
+    with temporary_rules(every, budgets):
+        settle_budgets(bench.inputs, banks)
+        add("ridge, budget", student)
+        with torch.no_grad(), compensated(student, inputs, inactive_only=True):
+            add("ridge, budget, means where off", student)
 
 
 def measure_partition(bench: Bench, init: str, rows: list[dict], *, brief: bool) -> None:

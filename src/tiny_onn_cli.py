@@ -34,6 +34,7 @@ _Results = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(run
 _Budget = Annotated[str | None, arg(metavar="K,K", help_behavior_hint="(as trained)")]
 _Model = Annotated[Positional[str], arg(metavar="MODEL")]
 _Checkpoint = Annotated[str, arg(metavar="newest|best|STEP")]
+_Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")]
 _Teacher = Annotated[
     str | None, arg(metavar="PATH_OR_HUB_ID", help_behavior_hint="(where it was recorded)")
 ]
@@ -390,6 +391,95 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one HTML page that shows what runs did; it needs no network.
+
+    Example: tiny-onn report runs/mine runs/static
+
+    A held-out passage token by token, and which experts work together, need the student: it is
+    loaded once, and the run's view.json keeps what was measured. Where it cannot be loaded, the
+    page says so. Controls (router.selection = "static" or "random") are given beside their run.
+    """
+
+    runs: _Runs
+    """Run folders, in the middle of training too, or folders of such as the demo makes."""
+    teacher: _Teacher = None
+    """The model that the students were converted from, if it has moved since."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    skip_models: bool = False
+    """Load no models: the page shows what the runs recorded."""
+    out: Annotated[
+        Path | None, arg(metavar="FILE", help_behavior_hint="(report.html in the runs' folder)")
+    ] = None
+    """The page."""
+
+    def __call__(self) -> None:
+        """Run the verb."""
+        from tiny_onn.checks import check_device
+
+        check_device(self.device, "--device")
+        _require_runs(self.runs)
+        with _starting():
+            from tiny_onn.reporting import run_report
+
+        # Standard output belongs to the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            page = run_report(
+                self.runs,
+                out=self.out,
+                device=self.device,
+                teacher=self.teacher,
+                models=not self.skip_models,
+            )
+        print(page)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Print runs by their held-out KL at equal compute, with what differs in their settings.
+
+    Example: tiny-onn compare runs/a runs/b --markdown
+
+    A run with a frontier.json (`tiny-onn eval RUN --frontier --out RUN`) is read at exactly the
+    mean number of active experts of the others.
+    """
+
+    runs: _Runs
+    """Run folders, or folders of such as the demo makes."""
+    k: Annotated[
+        float | None, arg(metavar="K", help_behavior_hint="(what most runs can be read at)")
+    ] = None
+    """Mean active experts a token to compare at."""
+    json: bool = False
+    """Print JSON and nothing else."""
+    markdown: bool = False
+    """Print a Markdown table and nothing else."""
+
+    def __call__(self) -> None:
+        """Run the verb."""
+        from tiny_onn.errors import UserError
+
+        _require_runs(self.runs)
+        if self.json and self.markdown:
+            raise UserError("--markdown: got --json too, expected one of them; leave one out")
+        accepted = self.k is None or 0 < self.k < math.inf
+        _require(accepted, "--k", self.k or 0, "a number of experts above 0")
+        with _starting():
+            from tiny_onn.reporting import run_compare
+
+        found = run_compare(self.runs, self.k)
+        if self.json:
+            print(found.as_json())
+        elif self.markdown:
+            print(found.markdown(), end="")
+        else:
+            from tiny_onn.reporting import print_comparison
+
+            print_comparison(found)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generate:
     """Write text with a student or a teacher.
 
@@ -473,7 +563,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tiny-onn {version('tiny-onn')}")
         return 0
     verb = tyro.cli(
-        Demo | Plan | Distill | Eval | Probe | Generate | Config,
+        Demo | Plan | Distill | Eval | Probe | Report | Compare | Generate | Config,
         prog="tiny-onn",
         description="Turn a dense language model into many ultra-light experts, by"
         " distillation.\n\nExample: tiny-onn demo",
@@ -527,6 +617,15 @@ def _parse_layers(text: str | None) -> list[int]:
         if not (part.strip().isascii() and part.strip().isdigit()):
             raise UserError(f"--layers: got {text}, expected integers with commas; as 4,15,26")
     return [int(part) for part in parts]
+
+
+def _require_runs(runs: Sequence[Path]) -> None:
+    from tiny_onn.errors import UserError
+
+    if not runs:
+        raise UserError(
+            "RUN: got none, expected the folder of a run or several; for example runs/mine"
+        )
 
 
 def _require(accepted: bool, name: str, value: int | float, expected: str) -> None:

@@ -5,6 +5,15 @@ import torch
 from transformers.utils import logging
 
 
+def pytest_collection_modifyitems(config, items):
+    """Deselect what needs a browser unless `-m` asks for it: few machines have one."""
+    if "browser" in config.getoption("-m"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("browser")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def deterministic():
     """An operation that cannot be repeated warns, and warnings are errors here."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.ops import reference
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally
 from tiny_onn.router import RoutingRule
@@ -115,7 +115,7 @@ def make_bank(rule="budget", *, coupled=False, seed=0) -> ExpertBank:
     bank.experts.reset(generator, std=0.3)
     bank.router.reset(generator, std=0.3)
     bank.router.threshold.fill_(0.3)
-    bank.coupled = coupled
+    bank.set_execution(Execution(coupled=coupled))
     return bank
 
 
@@ -127,14 +127,15 @@ def bank_gradients(bank: ExpertBank, x: Tensor, parts=1, use_checkpoint=False, *
     """Gradients of the mean squared output over the batch, in parts; the tally; the input's."""
     num_tokens = len(x)
     tally = SurpriseTally.of_layers(1, 6, x.device)[0]
-    bank.smk = smk_step(num_tokens, loss_scale=float(num_tokens), tally=tally, **options)
+    smk = smk_step(num_tokens, loss_scale=float(num_tokens), tally=tally, **options)
     bank.zero_grad()
     x = x.clone().requires_grad_()
     for part in x.chunk(parts):
-        bank.token_mask = torch.arange(len(part)) % 5 != 0
-        y = checkpoint(bank, part, use_reentrant=False) if use_checkpoint else bank(part)
-        assert isinstance(y, Tensor)
-        (y.square().sum() / num_tokens).backward()
+        row = RowState(token_mask=torch.arange(len(part)) % 5 != 0, smk=smk)
+        with row_context([bank], [row]):
+            y = checkpoint(bank, part, use_reentrant=False) if use_checkpoint else bank(part)
+            assert isinstance(y, Tensor)
+            (y.square().sum() / num_tokens).backward()
     grads = {name: p.grad for name, p in bank.named_parameters()} | {"x": x.grad}
     assert all(g is not None and bool(g.any()) for g in grads.values())
     sums = {name: getattr(tally, name) for name in tally._fields}

@@ -1,5 +1,6 @@
 """What tests do in the middle of runs, and ask of finished run folders."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 
 from tiny import TIMES
 from tiny_onn import TinyOnnForCausalLM
-from tiny_onn.run_folder import read_metrics
+from tiny_onn.config import RunConfig
+from tiny_onn.run_folder import keep_settings, read_metrics
 
 
 def at_step(number: int, action: Callable[[], object]) -> Callable[[int, float], None]:
@@ -45,3 +47,12 @@ def assert_same_run(out: Path, expected: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def write_records(folder: Path, config: RunConfig, rows: list[dict[str, Any]]) -> Path:
+    """A run folder that holds settings and these records, and no model."""
+    folder.mkdir()
+    keep_settings(folder, config)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder

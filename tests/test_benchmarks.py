@@ -113,7 +113,8 @@ def test_options_take_their_smoke_values_and_the_types_of_their_defaults(tmp_pat
 def test_a_missed_goal_is_said_and_fails_where_it_is_a_gate(ratio, status, tmp_path, capsys):
     options = ["--smoke", "--out", str(tmp_path)]
     assert runner.run(counted(ratio), options) == 0
-    assert ("goal missed: ours / peer" in capsys.readouterr().out) == bool(status)
+    said = "goal missed: ours / peer: 1.1, expected at most 1"
+    assert (said in capsys.readouterr().out) == bool(status)
     record = json.loads((tmp_path / "counted.json").read_text())
     assert record["missed"] == ["ours / peer"] * status
     assert runner.run(counted(ratio), [*options, "--gate"]) == status
@@ -152,7 +153,7 @@ def test_the_base_of_a_comparison_is_the_package_of_its_commit(tmp_path):
         command, cwd=root, env=variables, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "this tree / HEAD, this tree's benchmark:" in done.stdout
+    assert "this tree / HEAD, this tree's benchmark;" in done.stdout
     record = json.loads((tmp_path / "distill_loss.json").read_text())
     ratios = {row["loss"]: row["p50_ms"] for row in record["base"]["ratios"]}
     assert ratios["ours"] > 10

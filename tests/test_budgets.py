@@ -66,7 +66,6 @@ def test_measuring_changes_nothing_but_the_table():
     }
     assert changed
     assert {name.rpartition(".")[2] for name in changed} == {"threshold_table"}
-    assert all(bank.routing is None for bank in student.banks())
 
 
 def test_thresholds_fall_with_k():

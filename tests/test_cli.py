@@ -16,7 +16,7 @@ from tiny_onn.run_folder import create_run_folder
 from tiny_onn.settings import config_template, load_config
 
 FINISHED = types.SimpleNamespace(interrupted=False)
-VERBS = ("demo", "plan", "distill", "eval", "probe", "generate", "config")
+VERBS = ("demo", "plan", "distill", "eval", "probe", "report", "compare", "generate", "config")
 
 
 def run_cli(*arguments, cwd=None):
@@ -129,6 +129,12 @@ MISTAKES = [
     (["probe", "m", "--document-tokens", "2"], "--document-tokens: got 2"),
     (["probe", "m", "--loss", "mse"], "--loss: got mse, expected one of auto, forward-kl"),
     (["probe", "m", "--init", "x"], "--init: got x, expected one of random, slices"),
+    (["report"], "RUN: got none, expected the folder of a run"),
+    (["report", "nowhere"], "RUN: got nowhere, expected the folder of a run"),
+    (["report", "m", "--device", "tpu"], '--device: got "tpu"'),
+    (["compare"], "RUN: got none, expected the folder of a run"),
+    (["compare", "m", "--k", "0"], "--k: got 0, expected a number of experts above 0"),
+    (["compare", "m", "--json", "--markdown"], "--markdown: got --json too"),
     (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: got 0"),
     (["generate", "m", "--prompt", "x", "--temperature", "-1"], "--temperature: got -1.0"),
     (["generate", "m", "--prompt", "x", "--temperature", "nan"], "--temperature: got nan"),

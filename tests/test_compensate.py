@@ -8,6 +8,7 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.compensate import fit_compensation
 from tiny_onn.convert import identity_gap
 from tiny_onn.evaluate import forward_flops
+from tiny_onn.experts import Execution
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps, last_hidden_states
 from tiny_onn.optim import split_parameters
@@ -80,7 +81,7 @@ def test_a_bank_adds_the_means_of_inactive_experts_and_scales_active_ones(path):
     with torch.no_grad():
         for parameter in corrections(bank):
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    bank.path = path
+    bank.set_execution(Execution(path=path))
     mean_outputs, scale = corrections(bank)
     x = torch.randn(9, 32, generator=generator)
     active = bank.router(x).active

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 from repository import ROOT
 from tiny import make_dense, make_ids, make_student
-from tiny_onn.experts import ExpertBank, selecting
+from tiny_onn.experts import ExpertBank, recorded_routings, selecting
 from tiny_onn.ops import decode, reference
 from tiny_onn.router import RoutingRule, route
 
@@ -211,10 +211,9 @@ def test_a_flat_gate_activates_as_many_as_its_threshold_says(E):
     for k in range(1, E + 1) if DEVICE == "cuda" else {1, 2, E // 2, E - 1, E}:
         rule = RoutingRule(target_k=float(k))
         bank = make_bank(rule, E=E, I=1, D=8, gate_std=None)
-        with torch.no_grad():
+        with torch.no_grad(), recorded_routings([bank]) as routings:
             bank(torch.ones(1, 8, device=DEVICE))
-        assert bank.routing is not None
-        assert bank.routing.active[0].tolist() == [e < k for e in range(E)]
+        assert routings[0].active[0].tolist() == [e < k for e in range(E)]
 
 
 def make_bank(
@@ -252,22 +251,21 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("corrected", [False, True])
 def test_a_bank_decodes_what_its_other_path_computes(mode, corrected):
-    bank = make_bank(MODES[mode], compensated=corrected, scaled=corrected)
-    bank.router.rule = replace(MODES[mode], target_k=2.0)
+    rule = replace(MODES[mode], target_k=2.0)
+    bank = make_bank(rule, compensated=corrected, scaled=corrected)
     x = torch.randn(2, 3, 33, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    want, by_router = bank(x).detach(), bank.routing
-    bank.routing = None
-    with torch.no_grad():
-        got, ours = bank(x), bank.routing
+    with recorded_routings([bank]) as routings:
+        want = bank(x).detach()
+        with torch.no_grad():
+            got = bank(x)
+    by_router, ours = routings
     assert got.shape == x.shape
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert by_router is not None and ours is not None
     for name in ("router_logits", "scores", "active", "weights"):
         torch.testing.assert_close(getattr(ours, name), getattr(by_router, name).detach())
-    bank.recording, bank.routing = False, None
     with torch.no_grad(), Watch() as watch:
         bank(x)
-    assert bank.routing is None
+    assert len(routings) == 2
     assert mode.partition(",")[0] not in ("budget", "top_k", "static") or watch.products == 0
 
 
@@ -300,28 +298,26 @@ def test_results_repeat_bit_for_bit():
 @gpu
 @pytest.mark.parametrize("mode", ["budget", "top_k", "cumulative"])
 def test_a_captured_graph_follows_the_routing_of_its_input(mode):
-    bank = make_bank(MODES[mode], E=32, I=24, D=64, gate_std=1.0, compensated=True).bfloat16()
+    rule = replace(MODES[mode], target_k=7.0)
+    bank = make_bank(rule, E=32, I=24, D=64, gate_std=1.0, compensated=True).bfloat16()
     bank.router.float()
-    bank.router.rule = replace(MODES[mode], target_k=7.0)
     static, stream = torch.randn(1, 64, device=DEVICE).bfloat16(), torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
         with torch.cuda.stream(stream):
             bank(static)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph), recorded_routings([bank]) as routings:
             out = bank(static)
-    routing, counts = bank.routing, set()
-    assert routing is not None
+    routing, counts = routings[0], set()
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(1, 64, generator=generator) * seed
         static.copy_(x)
         graph.replay()
-        with torch.no_grad():
+        with torch.no_grad(), recorded_routings([bank]) as routings:
             assert torch.equal(out, bank(static))
-        assert bank.routing is not None
-        assert torch.equal(routing.active, bank.routing.active)
+        assert torch.equal(routing.active, routings[0].active)
         counts.add(int(routing.active.sum()))
     assert mode == "top_k" or len(counts) > 2
 

@@ -1,6 +1,7 @@
 """The top-any gate against the paper's equations, one token and one expert at a time."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from tiny import CONFIG, change, make_dense, make_rows
 from tiny_onn import dynmoe, prepare
 from tiny_onn.config import AtLeastOne, Weighting
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import Execution, ExpertBank, recorded_routings
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.optim import build_optimizer
 from tiny_onn.router import Router, RoutingRule
@@ -23,7 +24,12 @@ def normal(*shape, seed=0, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def make_bank(weighting: Weighting = "mean", at_least_one: AtLeastOne = "evaluation", raised=0.0):
+def make_bank(
+    weighting: Weighting = "mean",
+    at_least_one: AtLeastOne = "evaluation",
+    raised=0.0,
+    path: Literal["dense", "grouped"] = "dense",
+):
     rule = RoutingRule(selection="top_any", weighting=weighting, at_least_one=at_least_one)
     bank = ExpertBank(HIDDEN, EXPERTS, WIDTH, "silu", rule)
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +37,7 @@ def make_bank(weighting: Weighting = "mean", at_least_one: AtLeastOne = "evaluat
     bank.router.reset(generator)
     with torch.no_grad():
         bank.router.bias.copy_(normal(EXPERTS, seed=4, scale=0.1) + raised)
-    bank.coupled = True
+    bank.set_execution(Execution(coupled=True, path=path))
     return bank
 
 
@@ -86,9 +92,8 @@ def gradients(y, bank, x):
 @pytest.mark.parametrize("path", ["dense", "grouped"])
 def test_outputs_and_all_gradients_equal_the_papers(weighting, at_least_one, training, path):
     # Thresholds so high that some tokens pass none.
-    bank = make_bank(weighting, at_least_one, raised=0.3)
+    bank = make_bank(weighting, at_least_one, raised=0.3, path=path)
     bank.train(training)
-    bank.path = path
     x = normal(TOKENS, HIDDEN, seed=1).requires_grad_()
     expected, chosen = paper(
         bank,
@@ -97,9 +102,9 @@ def test_outputs_and_all_gradients_equal_the_papers(weighting, at_least_one, tra
         at_least_one=at_least_one == "always",
         mean=weighting == "mean",
     )
-    got = bank(x)
-    assert bank.routing is not None
-    active = [set(row.nonzero().flatten().tolist()) for row in bank.routing.active]
+    with recorded_routings([bank]) as routings:
+        got = bank(x)
+    active = [set(row.nonzero().flatten().tolist()) for row in routings[0].active]
     assert active == chosen
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     none = sum(not some for some in chosen)
@@ -116,9 +121,9 @@ def test_a_token_that_passes_no_threshold_gets_nothing_in_training_and_one_at_ev
     x = normal(TOKENS, HIDDEN, seed=1)
     assert not bank(x).any()
     bank.train(False)
-    y = bank(x)
-    assert bank.routing is not None
-    assert (bank.routing.active.sum(-1) == 1).all()
+    with recorded_routings([bank]) as routings:
+        y = bank(x)
+    assert (routings[0].active.sum(-1) == 1).all()
     assert y.any(-1).all()
 
 

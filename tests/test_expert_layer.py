@@ -216,7 +216,6 @@ def test_loss_scale_frees_surprise_of_the_batch_size():
 def test_decoupled_systems_get_no_gradient_from_each_other(rule):
     bank, x = make_bank(rule), batch()
     taught, _ = bank_gradients(bank, x)
-    bank.smk, bank.token_mask = None, None
     bank.zero_grad()
     x = x.clone().requires_grad_()
     (bank(x).square().sum() / 20).backward()

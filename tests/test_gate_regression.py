@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, RowState, row_context
 from tiny_onn.ops import dense_masked, grouped, reference
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import RoutingRule
@@ -123,7 +123,7 @@ def test_a_gate_taught_by_regression_comes_to_know_the_norms():
     generator = torch.Generator().manual_seed(0)
     bank = ExpertBank(HIDDEN, EXPERTS, WIDTH, "silu", RoutingRule(selection="top_k", target_k=2.0))
     bank.experts.reset(generator, 0.5)
-    bank.smk = SmkStep(rule=LOG, grad_scale=1 / 400)
+    row = RowState(smk=SmkStep(rule=LOG, grad_scale=1 / 400))
     optimizer = torch.optim.Adam(bank.router.parameters(), lr=0.03)
     x = torch.randn(400, HIDDEN, generator=generator)
     norms = reference.surprise(
@@ -136,7 +136,8 @@ def test_a_gate_taught_by_regression_comes_to_know_the_norms():
     )
     errors = []
     for _ in range(150):
-        bank(x).sum().backward()
+        with row_context([bank], [row]):
+            bank(x).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         logits = bank.router(x[:40]).router_logits.detach()

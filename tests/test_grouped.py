@@ -252,7 +252,7 @@ def test_all_experts_as_candidates_are_refused():
 def test_a_bank_learns_the_same_on_both_paths(rule, use_checkpoint):
     bank, x = make_bank(rule, coupled=rule == "top_k"), batch()
     dense = bank_gradients(bank, x)
-    bank.path = "grouped"
+    bank.set_execution(replace(bank.execution, path="grouped"))
     assert_close(bank_gradients(bank, x, use_checkpoint=use_checkpoint), dense)
 
 
@@ -316,7 +316,7 @@ def test_an_explicit_path_is_taken():
         assert choose_path(config, torch.device("cpu")) == PathChoice(path=path, reason=reason)
         student = make_student(make_dense())
         set_objective(student.banks(), config)
-        assert {bank.path for bank in student.banks()} == {path}
+        assert {bank.execution.path for bank in student.banks()} == {path}
     assert TrainConfig().expert_path == "auto"
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from tiny import FAMILIES, OTHERS, make_dense, make_ids, make_student
 from tiny_onn.errors import UserError
+from tiny_onn.experts import recorded_routings
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -145,10 +146,9 @@ def test_sizes_are_told_by_the_names_that_engines_ask_for(changes, most, tmp_pat
     config = student.config
     assert (config.num_experts, config.moe_intermediate_size, config.expert_dim) == (8, 6, 6)
     assert config.num_experts_per_tok == most
-    with torch.no_grad():
+    with torch.no_grad(), recorded_routings(student.banks()) as routings:
         student.eval()(make_ids())
-    routings = [bank.routing for bank in student.banks()]
-    assert max(int(r.active.sum(-1).max()) for r in routings if r is not None) <= most
+    assert max(int(routing.active.sum(-1).max()) for routing in routings) <= most
     config.save_pretrained(tmp_path)
     table = json.loads((tmp_path / "config.json").read_text())
     assert table["moe_intermediate_size"] == 6

@@ -44,7 +44,7 @@ def assert_close(got, expected, limit):
 
 def layer_values(layer, device, dtype):
     """Output, surprise of the active experts and gradients of an expert layer."""
-    T, D, E, I = (1024, 1024, 32, 96) if GPU else (48, 32, 8, 16)
+    T, D, E, I = (512, 512, 32, 48) if GPU else (48, 32, 8, 16)
     inputs = {
         "x": draw(T, D, seed=0),
         "gate_up": draw(E, 2 * I, D, seed=1, scale=D**-0.5),
@@ -82,7 +82,7 @@ def test_expert_layer_is_that_of_exact_arithmetic(name, dtype):
 
 def loss_values(divergence, device, dtype):
     """The loss of every token and its gradient at the student's hidden states."""
-    T, D, V = (600, 1024, 32_000) if GPU else (24, 32, 500)
+    T, D, V = (300, 512, 8_000) if GPU else (24, 32, 500)
     hidden = leaf(draw(T, D, seed=0), device, dtype)
     # Logits of a standard deviation of 2.
     teacher, student_head, teacher_head = (

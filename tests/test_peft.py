@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tiny import make_dense, make_ids, make_student
+from tiny_onn.experts import Execution
 from tiny_onn.modeling import TinyOnnForCausalLM
 
 pytestmark = [
@@ -43,7 +44,7 @@ def train(model, steps=8) -> list[float]:
 def test_adapters_on_the_experts_learn_and_merge_into_what_they_computed(path, selection):
     student = make_student(make_dense(), selection=selection)
     for bank in student.banks():
-        bank.path = path
+        bank.set_execution(Execution(path=path))
     ids = make_ids()
     before = student(input_ids=ids).logits
     model = adapted(student)

@@ -32,7 +32,8 @@ def test_command_is_understood(command, monkeypatch):
     def record(verb):
         ran.append(verb)
 
-    for verb in (cli.Demo, cli.Plan, cli.Distill, cli.Eval, cli.Probe, cli.Generate, cli.Config):
+    named = (cli.Demo, cli.Plan, cli.Distill, cli.Eval, cli.Probe, cli.Report, cli.Compare)
+    for verb in (*named, cli.Generate, cli.Config):
         monkeypatch.setattr(verb, "__call__", record)
     assert cli.main(shlex.split(command)[1:]) == 0
     (verb,) = ran
@@ -42,7 +43,7 @@ def test_command_is_understood(command, monkeypatch):
 
 def test_the_readme_has_commands_for_every_verb_that_needs_one():
     verbs = {shlex.split(command)[1] for command in COMMANDS}
-    assert verbs == {"plan", "distill", "eval", "probe", "generate", "config"}
+    assert verbs == {"plan", "distill", "eval", "probe", "report", "compare", "generate", "config"}
 
 
 def test_the_first_two_commands_are_targets_of_the_makefile():

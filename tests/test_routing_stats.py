@@ -15,7 +15,7 @@ from tiny import CONFIG, change, make_dense, make_rows, make_student, normal
 from tiny_onn import thresholds
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.evaluate import evaluate, evaluate_layers, unigram_nll
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.held_out import HeldOut
 from tiny_onn.modeling import last_hidden_states
 from tiny_onn.ops import reference
@@ -31,15 +31,11 @@ FIRST, COUNTED = (0, 5, 7), (1, 2, 3, 4, 6, 8, 9, 10)
 E, S = 8, 2
 
 
-def make_bank(logits, active) -> ExpertBank:
-    """A bank whose last routing is this."""
-    bank = ExpertBank(3, E, 2, "silu", RoutingRule(target_k=4.0)).to(logits.device)
-    weights = active.float()
-    bank.routing = Routing(router_logits=logits, scores=logits, active=active, weights=weights)
-    return bank
+def routing_of(logits, active) -> Routing:
+    return Routing(router_logits=logits, scores=logits, active=active, weights=active.float())
 
 
-def uneven(seed, share) -> ExpertBank:
+def uneven(seed, share) -> Routing:
     """Logits with ties and any active experts, none and all of them among the tokens."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(-2, 3, (12, E), generator=generator).float()
@@ -47,11 +43,11 @@ def uneven(seed, share) -> ExpertBank:
     active[1], active[2] = False, True
     # Expert 5 has only a first token.
     active[1:5, 5], active[0, 5], active[6:, 5] = False, True, False
-    return make_bank(logits, active)
+    return routing_of(logits, active)
 
 
-BANKS = [uneven(0, 0.5), uneven(1, 0.1), uneven(2, 0.9)]
-ROUTINGS = [bank.routing for bank in BANKS if bank.routing is not None]
+ROUTINGS = [uneven(0, 0.5), uneven(1, 0.1), uneven(2, 0.9)]
+BANKS = [ExpertBank(3, E, 2, "silu", RoutingRule(target_k=4.0)) for _ in ROUTINGS]
 
 
 def entropy(weights):
@@ -66,7 +62,7 @@ def test_first_tokens_are_the_first_of_each_document():
 
 def test_every_statistic_is_a_count_over_tokens():
     stats = RoutingStats.zeros(BANKS)
-    stats.add(BANKS, ROW)
+    stats.add(ROUTINGS, ROW)
     layers, counts = stats.layers(), stats.counts()
     assert (counts["num_tokens"], counts["num_first"]) == (8, 3)
     wanted: dict[str, list[Any]] = {name: [] for name in (*layers, *counts)}
@@ -108,9 +104,9 @@ def test_every_statistic_is_a_count_over_tokens():
 @pytest.mark.parametrize("elements", [1, 2 * E * 11])
 def test_however_many_layers_are_counted_together(elements, monkeypatch):
     whole, parts = RoutingStats.zeros(BANKS), RoutingStats.zeros(BANKS)
-    whole.add(BANKS, ROW)
+    whole.add(ROUTINGS, ROW)
     monkeypatch.setattr(thresholds, "GROUP_ELEMENTS", elements)
-    parts.add(BANKS, ROW)
+    parts.add(ROUTINGS, ROW)
     for name, values in parts.layers().items():
         assert values == pytest.approx(whole.layers()[name]), name
     assert parts.counts() == whole.counts()
@@ -131,9 +127,9 @@ def test_tallies_are_read_layer_by_layer():
 
 def test_rows_add_up():
     once, twice = RoutingStats.zeros(BANKS), RoutingStats.zeros(BANKS)
-    once.add(BANKS, ROW)
+    once.add(ROUTINGS, ROW)
     for _ in range(2):
-        twice.add(BANKS, ROW)
+        twice.add(ROUTINGS, ROW)
     for field in fields(RoutingStats):
         if field.name == "num_shared":
             continue
@@ -144,8 +140,9 @@ def test_rows_add_up():
 def test_a_step_reads_nothing_from_the_device():
     # Meta tensors hold no numbers: whatever asked for one would raise.
     row = PackedRow(**{name: _meta(getattr(ROW, name)) for name in ROW.__slots__})
-    banks = [make_bank(torch.empty(12, E, device="meta"), _meta(ROUTINGS[0].active))]
-    RoutingStats.zeros(banks).add(banks, row)
+    banks = [ExpertBank(3, E, 2, "silu", RoutingRule(target_k=4.0)).to("meta")]
+    routing = routing_of(torch.empty(12, E, device="meta"), _meta(ROUTINGS[0].active))
+    RoutingStats.zeros(banks).add([routing], row)
     tally = SurpriseTally.of_layers(1, E, torch.device("meta"))[0]
     smk = SmkStep(rule=SmkRule(), grad_scale=1.0, tally=tally)
     table = torch.empty(12, E, device="meta")
@@ -238,14 +235,14 @@ def test_the_oracle_is_the_k_largest_norms_of_each_token():
         inputs[i] = arguments[0][0]
 
     handles = [bank.register_forward_pre_hook(partial(keep, i)) for i, bank in enumerate(banks)]
-    with torch.no_grad(), oracle.watch(banks, row.router_mask[0]):
+    watching, recorded = oracle.watch(banks, row.router_mask[0]), recorded_routings(banks)
+    with torch.no_grad(), watching, recorded as routings:
         last_hidden_states(student, row.input_ids, **packed_kwargs(row))
     for handle in handles:
         handle.remove()
     assert len(inputs) == 2
     got = oracle.layers()
     for i, bank in enumerate(banks):
-        assert bank.routing is not None
         norms = reference.surprise(
             "magnitude",
             inputs[i].double(),
@@ -256,7 +253,7 @@ def test_the_oracle_is_the_k_largest_norms_of_each_token():
         )
         shares, means = [], []
         for t in row.router_mask[0].nonzero().flatten().tolist():
-            ours = bank.routing.active[t].nonzero().flatten().tolist()
+            ours = routings[i].active[t].nonzero().flatten().tolist()
             best = norms[t].argsort(descending=True)[: len(ours)].tolist()
             shares.append(len(set(ours) & set(best)) / len(ours))
             means.append(sum(float(norms[t, e]) for e in ours) / len(ours))
@@ -345,11 +342,8 @@ def test_statistics_are_about_choices():
     active[:, :S] = True
     rule = RoutingRule(target_k=4.0, num_shared=S)
     bank = ExpertBank(3, E, 2, "silu", rule)
-    bank.routing = Routing(
-        router_logits=logits, scores=logits, active=active, weights=active.float()
-    )
     stats = RoutingStats.zeros([bank])
-    stats.add([bank], ROW)
+    stats.add([routing_of(logits, active)], ROW)
     layers, others = stats.layers(), range(S, E)
     load = [sum(int(active[t, e]) for t in COUNTED) for e in others]
     assert stats.counts()["load"] == [[len(COUNTED)] * S + load]

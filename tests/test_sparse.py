@@ -204,9 +204,7 @@ def test_weights_stored_a_row_per_neuron(dense_sums):
 @sums
 def test_results_repeat_bit_for_bit(dense_sums):
     case = fast_case((150, 5, 24, 32))
-    first, second = (
-        results(leaves_of(case), case.grad_y, dense_sums=dense_sums) for _ in range(2)
-    )
+    first, second = (results(leaves_of(case), case.grad_y, dense_sums=dense_sums) for _ in range(2))
     assert_close(second, first, rtol=0, atol=0)
 
 

@@ -10,6 +10,7 @@ from tiny_onn import prepare, thresholds
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import BudgetScope, Checkpointing
+from tiny_onn.experts import RowState, recorded_routings
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import last_hidden_states
 from tiny_onn.optim import build_optimizer
@@ -179,8 +180,9 @@ def test_settling_meets_the_target_at_evaluation_and_leaves_training_alone(scope
     stats = RoutingStats.zeros(banks)
     with torch.no_grad():
         for row in ROWS:
-            last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-            stats.add(banks, row)
+            with recorded_routings(banks) as routings:
+                last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+            stats.add(routings, row)
     k_L = stats.load_LE.sum(-1) / stats.num_tokens
     assert k_L.mean().item() == pytest.approx(4, rel=0.02)
     if scope == "layer":
@@ -295,9 +297,9 @@ def test_exploration_is_the_same_when_layers_are_computed_again():
     assert any(not torch.equal(tensor, other[name]) for name, tensor in plain.items())
 
 
-def test_exploration_ends_with_the_step():
+def test_a_row_leaves_nothing_behind_in_the_banks():
     config = change(CONFIG, smk={"explore_fraction": 0.5})
     dense = make_dense("llama")
     student = prepare.make_student(config, MlpInputs(dense, ROWS))
     distill_step(student, dense, build_optimizer(student, config.optim), ROWS[:1], config)
-    assert all(bank.router.exploration is None for bank in student.banks())
+    assert all(bank.row == RowState() for bank in student.banks())

@@ -1,6 +1,7 @@
 """Surprise, SMK targets and the gate's gradient against brute force; one test per known failure."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -10,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, RowState, recorded_routings, row_context
 from tiny_onn.ops import reference
 from tiny_onn.ops.dense_masked import expert_layer
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally
-from tiny_onn.router import Router, RoutingRule, route
+from tiny_onn.router import Router, Routing, RoutingRule, route
 from tiny_onn.surprise import SmkRule, smk_logits_grad, smk_loss, smk_targets
 
 KINDS = ("parameters", "input", "output", "gain", "magnitude", "relative")
@@ -237,7 +238,7 @@ def test_layer_returns_the_gradient_of_the_explicit_smk_loss(kind, direction, ca
 
 def make_bank(
     rule: RoutingRule, *, seed=0, direction: Direction = "min", **options: Any
-) -> ExpertBank:
+) -> tuple[ExpertBank, SmkStep]:
     """Eight experts with a random gate whose budget lets about three of them pass."""
     bank = ExpertBank(12, 8, 4, "silu", rule)
     generator = torch.Generator().manual_seed(seed)
@@ -245,8 +246,18 @@ def make_bank(
     bank.router.reset(generator, std=0.3)
     bank.router.threshold.fill_(0.35 if rule.budget_form == "cumulative" else 0.12)
     options = {"rule": SmkRule(direction=direction), "grad_scale": 1.0} | options
-    bank.smk = SmkStep(**options)
-    return bank
+    return bank, SmkStep(**options)
+
+
+def taught(
+    bank: ExpertBank, smk: SmkStep, x: Tensor, backward: Callable[[Tensor], None]
+) -> Routing:
+    """The routing of x, after a backward pass that teaches the gate."""
+    with row_context([bank], [RowState(smk=smk)]):
+        with recorded_routings([bank]) as routings:
+            y = bank(x)
+        backward(y)
+    return routings[0]
 
 
 def selection_rate(router: Router, x: Tensor) -> Tensor:
@@ -262,15 +273,15 @@ def selection_rate(router: Router, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_router_step_makes_the_target_more_likely_to_be_selected(selection, direction, seed):
     seen: list[Tensor] = []
-    bank = make_bank(SELECTIONS[selection], seed=seed, direction=direction, capture=seen)
+    bank, smk = make_bank(SELECTIONS[selection], seed=seed, direction=direction, capture=seen)
     x = normal(1, 12, seed=seed, dtype=torch.float32)
-    bank(x).backward(normal(1, 12, seed=seed + 100, dtype=torch.float32))
-    assert bank.routing is not None
-    active = bank.routing.active[0]
+    grad_y = normal(1, 12, seed=seed + 100, dtype=torch.float32)
+    routing = taught(bank, smk, x, lambda y: y.backward(grad_y))
+    active = routing.active[0]
     assert 1 < active.sum() < 8
     ranked = seen[0][0].masked_fill(~active, math.inf if direction == "min" else -math.inf)
     target = int(ranked.argmin() if direction == "min" else ranked.argmax())
-    before, probs = selection_rate(bank.router, x), bank.routing.router_logits[0].softmax(-1)
+    before, probs = selection_rate(bank.router, x), routing.router_logits[0].softmax(-1)
     with torch.no_grad():
         for parameter in bank.router.parameters():
             assert parameter.grad is not None
@@ -282,11 +293,10 @@ def test_a_router_step_makes_the_target_more_likely_to_be_selected(selection, di
 
 def test_gate_gets_a_gradient_though_everything_around_it_is_detached():
     seen: list[Tensor] = []
-    bank = make_bank(SELECTIONS["top_k"], grad_scale=0.25, capture=seen)
+    bank, smk = make_bank(SELECTIONS["top_k"], grad_scale=0.25, capture=seen)
     x = normal(9, 12, dtype=torch.float32)
-    bank(x).square().sum().backward()
-    assert bank.routing is not None
-    logits, active = bank.routing.router_logits.detach(), bank.routing.active
+    routing = taught(bank, smk, x, lambda y: y.square().sum().backward())
+    logits, active = routing.router_logits, routing.active
     everyone = torch.ones(9, dtype=torch.bool)
     error = logits.softmax(-1) - smk_targets(seen[0], active, everyone, SmkRule())
     torch.testing.assert_close(bank.router.weight.grad, 0.25 * error.T @ x)

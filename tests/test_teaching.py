@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tiny import normal
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally, teach
 from tiny_onn.router import RoutingRule
 from tiny_onn.shared import with_shared
@@ -17,8 +17,8 @@ E, S = 8, 2
 TARGETS = ("single", "set", "regress", "member", "helpful", "log")
 
 
-def taught_bank(path, targets, candidates, *, compiled) -> ExpertBank:
-    """A bank after one backward pass that teaches its gate."""
+def taught_bank(path, targets, candidates, *, compiled) -> tuple[ExpertBank, SurpriseTally]:
+    """Return a bank after one backward pass that teaches its gate, and the tally."""
     rule = RoutingRule(selection="top_k", target_k=5.0, num_shared=S)
     bank = ExpertBank(12, E, 3, "silu", rule)
     generator = torch.Generator().manual_seed(0)
@@ -29,14 +29,15 @@ def taught_bank(path, targets, candidates, *, compiled) -> ExpertBank:
         surprise=surprise, direction="max", candidates=candidates, targets=targets, num_targets=3
     )
     tally = SurpriseTally.of_layers(1, E, torch.device("cpu"))[0]
-    bank.smk = SmkStep(rule=smk, grad_scale=1.0, tally=tally, num_shared=S)
-    bank.path, bank.compiled = path, compiled
-    y = bank(normal(30, 12, seed=2))
-    (y * normal(30, 12, seed=3)).sum().backward()
-    return bank
+    step = SmkStep(rule=smk, grad_scale=1.0, tally=tally, num_shared=S)
+    bank.set_execution(Execution(path=path, compiled=compiled))
+    with row_context([bank], [RowState(smk=step)]):
+        y = bank(normal(30, 12, seed=2))
+        (y * normal(30, 12, seed=3)).sum().backward()
+    return bank, tally
 
 
-def assert_learns_nothing_about_shared_experts(bank: ExpertBank) -> None:
+def assert_learns_nothing_about_shared_experts(bank: ExpertBank, tally: SurpriseTally) -> None:
     for gate in (bank.router.weight, bank.router.bias):
         assert gate.grad is not None
         assert torch.equal(gate.grad[:S], torch.zeros_like(gate.grad[:S]))
@@ -44,8 +45,6 @@ def assert_learns_nothing_about_shared_experts(bank: ExpertBank) -> None:
     # The shared ones learn as all experts do.
     assert bank.experts.down_proj.grad is not None
     assert (bank.experts.down_proj.grad[:S] != 0).any()
-    assert bank.smk is not None and bank.smk.tally is not None
-    tally = bank.smk.tally
     assert not tally.target_E[:S].any() and not tally.pick_E[:S].any()
     assert (tally.surprise_E != 0).all() and (tally.active_surprise_E[:S] != 0).all()
     assert torch.equal(tally.surprise_E[:S], tally.active_surprise_E[:S])
@@ -56,8 +55,8 @@ def assert_learns_nothing_about_shared_experts(bank: ExpertBank) -> None:
     ("path", "candidates"), [("dense", "all"), ("dense", "active"), ("grouped", "active")]
 )
 def test_a_gate_learns_nothing_about_shared_experts(path, targets, candidates):
-    bank = taught_bank(path, targets, candidates, compiled=False)
-    assert_learns_nothing_about_shared_experts(bank)
+    bank, tally = taught_bank(path, targets, candidates, compiled=False)
+    assert_learns_nothing_about_shared_experts(bank, tally)
 
 
 # torch 2.13's inductor warns about torch itself when it is imported.
@@ -65,9 +64,9 @@ def test_a_gate_learns_nothing_about_shared_experts(path, targets, candidates):
 @pytest.mark.compiled
 @pytest.mark.parametrize(("path", "candidates"), [("dense", "all"), ("grouped", "active")])
 def test_a_compiled_gate_learns_nothing_about_them_either(path, candidates):
-    bank = taught_bank(path, "set", candidates, compiled=True)
-    assert_learns_nothing_about_shared_experts(bank)
-    eager = taught_bank(path, "set", candidates, compiled=False)
+    bank, tally = taught_bank(path, "set", candidates, compiled=True)
+    assert_learns_nothing_about_shared_experts(bank, tally)
+    eager, _ = taught_bank(path, "set", candidates, compiled=False)
     torch.testing.assert_close(bank.router.weight.grad, eager.router.weight.grad)
 
 

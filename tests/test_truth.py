@@ -1,6 +1,7 @@
 """Leave-one-out against brute force: one token, one expert, everything computed again."""
 
 import copy
+from contextlib import contextmanager
 from typing import get_args
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from tiny import make_dense, make_ids, make_student, normal
 from tiny_onn.config import Weighting
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.ops import reference
 from tiny_onn.own_keys import own_keys
 from tiny_onn.router import RoutingRule, route
@@ -36,10 +37,6 @@ def make_wide(family, weighting, **changes):
     return student.requires_grad_(False), dense
 
 
-def active_of(bank, token):
-    return bank.routing.active[token]
-
-
 def own_loss(student, ids, teacher_logits, token):
     logits = student(input_ids=ids).logits[0, token]
     if teacher_logits is None:
@@ -52,15 +49,16 @@ def own_loss(student, ids, teacher_logits, token):
     )
 
 
+@contextmanager
 def flipped(student, layer, token, expert):
-    """A hook that changes one token at one layer: the expert's weights zero, or the expert on."""
+    """Within, one token is changed at one layer: the expert's weights are zero, or it is on."""
     bank = student.banks()[layer]
     without = copy.deepcopy(bank)
     without.experts.down_proj[expert] = 0
 
     def hook(module, inputs, output):
-        output = output.clone()
-        if module.routing.active[token, expert]:
+        output, routing = output.clone(), routings[-1]
+        if routing.active[token, expert]:
             output[0, token] = without(inputs[0])[0, token]
             if module.mean_outputs is not None:
                 output[0, token] += module.mean_outputs[expert]
@@ -71,8 +69,8 @@ def flipped(student, layer, token, expert):
                 module.experts.down_proj[expert],
                 module.activation,
             )
-            logits = module.routing.router_logits[token]
-            kept = module.routing.active[token].clone()
+            logits = routing.router_logits[token]
+            kept = routing.active[token].clone()
             kept[expert] = True
             rule = module.router.rule.weighting
             weight = {
@@ -87,7 +85,8 @@ def flipped(student, layer, token, expert):
             output[0, token] += weight * added
         return output
 
-    return bank.register_forward_hook(hook)
+    with recorded_routings([bank]) as routings, bank.register_forward_hook(hook):
+        yield
 
 
 @pytest.mark.parametrize("loss", ["forward_kl", "next_token"])
@@ -114,13 +113,13 @@ def test_truth_is_that_of_single_changes(family, weighting, loss):
     for layer, got_TE in enumerate(got):
         assert got_TE[-1].abs().max() == 0
         for token in range(TOKENS - 1):
-            base = own_loss(student, ids, teacher_logits, token)
-            active_E = active_of(student.banks()[layer], token)
+            with recorded_routings([student.banks()[layer]]) as routings:
+                base = own_loss(student, ids, teacher_logits, token)
+            active_E = routings[0].active[token]
             assert document.losses_T[token] == pytest.approx(base.item(), abs=1e-9)
             for expert in range(0, 8, 3):
-                handle = flipped(student, layer, token, expert)
-                rise = own_loss(student, ids, teacher_logits, token) - base
-                handle.remove()
+                with flipped(student, layer, token, expert):
+                    rise = own_loss(student, ids, teacher_logits, token) - base
                 expected = rise if active_E[expert] else -rise
                 assert got_TE[token, expert].item() == pytest.approx(
                     expected.item(), rel=1e-5, abs=1e-8
@@ -185,14 +184,18 @@ def test_probing_leaves_the_student_as_it_was():
     student, dense = make_wide("llama", "unit")
     ids = make_ids(1, TOKENS)
     before = student(input_ids=ids).logits
-    state = [(bank.smk, bank.path, bank.router.weight.requires_grad) for bank in student.banks()]
+
+    def state():
+        banks = student.banks()
+        return [(bank.row, bank.execution, bank.router.weight.requires_grad) for bank in banks]
+
+    earlier = state()
     with own_keys(student):
         document = Document(student, ids, dense(input_ids=ids).logits[0])
         document.truth(0)
         document.surprise([0])
     assert torch.equal(student(input_ids=ids).logits, before)
-    after = [(bank.smk, bank.path, bank.router.weight.requires_grad) for bank in student.banks()]
-    assert after == state
+    assert state() == earlier
     assert all(parameter.grad is None for parameter in student.parameters())
 
 

@@ -20,7 +20,7 @@ Legend: T tokens, D hidden, L layers.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -32,19 +32,11 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import RunConfig
 from tiny_onn.console import track
 from tiny_onn.evaluate import inference_mode_of
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import recorded_routings
+from tiny_onn.gate_step import GateStep
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, last_hidden_states
 from tiny_onn.packing import PackedRow
-from tiny_onn.routing_stats import RoutingStats
-from tiny_onn.steering import Steering
-from tiny_onn.step import (
-    Clock,
-    StepResult,
-    router_losses,
-    teach_gates,
-    undone_if_broken,
-    update,
-)
+from tiny_onn.step import Clock, StepResult, undone_if_broken, update
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,7 +102,6 @@ def block_errors(
     def see(layer: int, x_TD: Tensor, y_TD: Tensor) -> None:
         error_T, power_T = squared_error(banks[layer](x_TD), y_TD), y_TD.float().square().sum(-1)
         sums_2L[:, layer] += (torch.stack((error_T, power_T)) * mask_T).double().sum(-1)
-        banks[layer].routing = None
 
     with inference_mode_of(student), mlp_calls(teacher, see):
         for row in (row.to(teacher.device) for row in track(rows, "block errors, rows")):
@@ -147,90 +138,51 @@ def blockwise_step(  # noqa: PLR0917 - as distill_step, and the power
         commit: called before the update, from where on the step can no longer be given up.
     """
     banks = student.banks()
-    device = banks[0].experts.gate_up_proj.device
-    num_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
-    tallies = teach_gates(banks, config, num_tokens, num_tokens)
-    steering = Steering(banks, config, num_tokens, step, RoutingStats.zeros(banks))
-    layers = _Layers(banks, config, steering, power, num_tokens, len(rows))
+    device = banks[0].router.weight.device
+    gates = GateStep(banks, config, rows, step)
+    layers = _Layers(gates, power, len(rows))
     clock = clock or Clock(device)
     student.train()
-    with (
-        undone_if_broken(steering, optimizer),
-        clock.phase("blocks"),
-        torch.no_grad(),
-        mlp_calls(teacher, layers.learn),
-    ):
+    with undone_if_broken(gates, optimizer), clock.phase("blocks"), torch.no_grad():
         for row in (row.to(device) for row in rows):
-            layers.begin(row)
-            last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
-            layers.end()
+            with gates.row(row), mlp_calls(teacher, layers.learning(row)):
+                last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
         commit()
     loss = layers.error_L.mean()
     with clock.phase("optimizer"):
-        expert_norm, gate_norm, finite = update(student, optimizer, loss, steering, config)
-    return StepResult(
-        loss=loss,
+        result = update(student, optimizer, loss, gates, config)
+    return replace(
+        result,
         error_L=layers.error_L,
-        expert_grad_norm=expert_norm,
-        gate_grad_norm=gate_norm,
-        stats=layers.stats,
         token_losses=layers.token_losses,
-        finite=finite,
-        tallies=tallies,
         seconds=clock.seconds,
     )
 
 
 class _Layers:
-    """What one step knows of its layers: sums on the device, and the row in hand."""
+    """What one step knows of its layers: sums on the device."""
 
-    def __init__(  # noqa: PLR0917
-        self,
-        banks: Sequence[ExpertBank],
-        config: RunConfig,
-        steering: Steering,
-        power: Sequence[float],
-        num_tokens: int,
-        num_rows: int,
-    ) -> None:
-        self.banks, self.config, self.steering = banks, config, steering
-        self.power, self.num_tokens, self.num_rows = power, num_tokens, num_rows
-        self.error_L = torch.zeros(len(banks), device=banks[0].experts.down_proj.device)
-        self.shared_budget = config.router.budget_scope == "global"
-        self.stats = steering.stats
+    def __init__(self, gates: GateStep, power: Sequence[float], num_rows: int) -> None:
+        self.gates, self.power, self.num_rows = gates, power, num_rows
+        self.error_L = torch.zeros(len(gates.banks), device=gates.banks[0].router.weight.device)
         self.token_losses: list[Tensor] = []
 
-    def begin(self, row: PackedRow) -> None:
-        """The row whose MLP calls come next."""
-        self.row, self.mask_T = row, row.router_mask[0]
-        self.steering.begin_row(self.mask_T)
-        self.stats.add_tokens(row)
-        self.token_losses.append(torch.zeros_like(self.mask_T, dtype=torch.float32))
+    def learning(self, row: PackedRow) -> Callable[[int, Tensor, Tensor], None]:
+        """What is to be called with each layer's MLP call on this row."""
+        self.token_losses.append(torch.zeros_like(row.router_mask[0], dtype=torch.float32))
+        return partial(self.learn, row)
 
-    def learn(self, layer: int, x_TD: Tensor, y_teacher_TD: Tensor) -> None:
+    def learn(self, row: PackedRow, layer: int, x_TD: Tensor, y_teacher_TD: Tensor) -> None:
         """Forward and backward pass of one layer; only its gradients and sums remain."""
-        bank = self.banks[layer]
+        gates, bank, mask_T = self.gates, self.gates.banks[layer], row.router_mask[0]
         with torch.enable_grad():
-            errors_T = squared_error(bank(x_TD), y_teacher_TD) * (self.mask_T / self.power[layer])
-            loss = errors_T.sum() / self.num_tokens
-            total = loss + router_losses([bank], self.row, self.config) / self.num_rows
-        assert bank.routing is not None
-        # A layer whose gate learns from the main loss has its graph here.
-        bank.routing = bank.routing.detach()
+            with recorded_routings([bank]) as routings:
+                y_TD = bank(x_TD)
+            errors_T = squared_error(y_TD, y_teacher_TD) * (mask_T / self.power[layer])
+            loss = errors_T.sum() / gates.router_tokens
+            total = loss + gates.loss(routings, row, layer) / self.num_rows
         self.error_L[layer] += loss.detach()
         # Of one token, the mean of the layers.
-        self.token_losses[-1] += errors_T.detach() / len(self.banks)
-        this = slice(layer, layer + 1)
-        self.stats.add_layers(this, [bank], self.row)
-        self.steering.see_unused(this, self.mask_T)
-        if not self.shared_budget:
-            self.steering.see_budget(this, self.mask_T)
-            bank.routing = None
+        self.token_losses[-1] += errors_T.detach() / len(gates.banks)
+        gates.observe(routings, row, layer)
         total.backward()
-
-    def end(self) -> None:
-        """After the row's last layer: what concerns all of them."""
-        if self.shared_budget:
-            self.steering.see_budget(slice(None), self.mask_T)
-            for bank in self.banks:
-                bank.routing = None

@@ -21,7 +21,7 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import BudgetScope
 from tiny_onn.console import track
 from tiny_onn.errors import UserError
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
 from tiny_onn.packing import PackedRow
 from tiny_onn.thresholds import exact_threshold
@@ -126,8 +126,9 @@ def _fill_together(
     # Twice: the inputs of the first pass are those of another budget.
     masks_T, scores = mask_T.repeat(len(banks)), banks[0].router.weight.new_empty(0)
     for _ in range(2):
-        last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-        scores = torch.cat([bank.routing.scores for bank in banks if bank.routing is not None])
+        with recorded_routings(banks) as routings:
+            last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+        scores = torch.cat([routing.scores for routing in routings])
         for bank in banks:
             bank.router.settled.copy_(exact_threshold(scores, masks_T, float(k)))
     for other in nearest:
@@ -138,14 +139,13 @@ def _fill_together(
 
 @contextmanager
 def _thresholds_kept(banks: Sequence[ExpertBank]) -> Iterator[None]:
-    """After the context thresholds are what they were before it, and no routing is left."""
+    """After the context thresholds are what they were before it."""
     kept = [bank.router.settled.clone() for bank in banks]
     try:
         yield
     finally:
         for bank, threshold in zip(banks, kept, strict=True):
             bank.router.settled.copy_(threshold)
-            bank.routing = None
 
 
 def _joined(rows: Sequence[PackedRow]) -> PackedRow:

@@ -10,8 +10,8 @@ Legend: D hidden, E experts, I expert width, F = E * I neurons, L layers.
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +29,7 @@ from tiny_onn.modeling import (
     head_of,
     last_hidden_states,
 )
-from tiny_onn.router import RoutingRule
+from tiny_onn.router import RoutingRule, temporary_rules
 
 GATE_STD = 0.02
 
@@ -156,18 +156,11 @@ def _verify_layer(bank: ExpertBank, mlp: GatedMlp, index: int, dense: PreTrained
         )
 
 
-@contextmanager
-def all_experts_on(banks: Sequence[ExpertBank]) -> Iterator[None]:
-    """Within the context every expert is active at weight 1."""
-    rules = [bank.router.rule for bank in banks]
-    for bank in banks:
-        everyone = float(bank.router.weight.shape[0])
-        bank.router.rule = RoutingRule(selection="top_k", weighting="unit", target_k=everyone)
-    try:
-        yield
-    finally:
-        for bank, rule in zip(banks, rules, strict=True):
-            bank.router.rule = rule
+def all_experts_on(banks: Sequence[ExpertBank]) -> AbstractContextManager[None]:
+    """A context within which every expert is active at weight 1."""
+    everyone = float(banks[0].router.weight.shape[0])
+    rule = RoutingRule(selection="top_k", weighting="unit", target_k=everyone)
+    return temporary_rules([bank.router for bank in banks], [rule] * len(banks))
 
 
 @torch.no_grad()

@@ -36,8 +36,10 @@ from tiny_onn.prepare import (
     partition,
     with_router,
 )
+from tiny_onn.reporting import run_report
 from tiny_onn.run_folder import write_json
 from tiny_onn.run_log import RunResult
+from tiny_onn.run_view import keep_view, measure_view
 from tiny_onn.settings import load_config
 from tiny_onn.stages import step_tokens
 from tiny_onn.teacher import load_dense, teacher_for
@@ -81,7 +83,7 @@ class Shared:
 
 
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
-    """Run the preset `demo` and its controls, print the table, and write it to `out/demo.json`.
+    """Run the preset `demo` and its controls, print the table, and write `demo.json` and a report.
 
     Where the first steps show that the demo would not end by `DEADLINE_S`, the arms begin again
     with fewer steps, unless `overrides` name `train.tokens`.
@@ -137,9 +139,11 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     }
     write_json(out / "demo.json", summary)
     Console().print(comparison(results, config.router))
+    page = _report(out, results[STUDENT], config)
     Console().print(
         f"Each arm learned from {tokens:,} tokens, seed {config.train.seed}, in "
         f"{config.teacher.dtype}; all in {seconds:.0f} s. Run folder: {out}\n"
+        f"Report, for a browser: {page}\n"
         f'Next: tiny-onn generate {out / STUDENT} --prompt "A list is"',
         highlight=False,
         markup=False,
@@ -147,6 +151,21 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         soft_wrap=True,
     )
     return summary
+
+
+def _report(out: Path, student: RunResult, config: RunConfig) -> Path:
+    """Write the page about all arms; the student is at hand for its single tokens."""
+    prepared = student.prepared
+    with stage("Looking at single tokens"):
+        view = measure_view(
+            prepared.student,
+            prepared.teacher,
+            prepared.tokenizer,
+            prepared.held_out.rows,
+            config.loss,
+        )
+        keep_view(out / STUDENT, view)
+    return run_report([out])
 
 
 def share(config: RunConfig, device: torch.device) -> Shared:

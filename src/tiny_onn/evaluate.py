@@ -20,6 +20,7 @@ from tiny_onn.console import stage
 from tiny_onn.data import held_out_rows
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
+from tiny_onn.experts import recorded_routings
 from tiny_onn.held_out import HeldOut
 from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.losses import distill
@@ -199,7 +200,13 @@ def evaluate_layers(
     banks, rows = student.banks(), held_out.rows
     stats, oracle = RoutingStats.zeros(banks), OracleStats.zeros(banks)
     with inference_mode_of(student):
-        quality = compare(student, held_out, loss, lambda row: stats.add(banks, row))
+        with recorded_routings(banks) as routings:
+
+            def count(row: PackedRow) -> None:
+                stats.add(routings, row)
+                routings.clear()
+
+            quality = compare(student, held_out, loss, count)
         row = rows[0].to(student.device)
         with oracle.watch(banks, row.router_mask[0]):
             last_hidden_states(student, row.input_ids, **packed_kwargs(row))

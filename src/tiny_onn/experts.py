@@ -3,7 +3,9 @@
 Legend: B batch, T tokens, D hidden, E experts, I expert width, F = E * I neurons.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -17,10 +19,40 @@ from tiny_onn.ops import decode, dense_masked, grouped
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.teaching import SmkStep
-from tiny_onn.router import TIE_BREAK, Router, Routing, RoutingRule
+from tiny_onn.router import TIE_BREAK, Exploration, Router, Routing, RoutingRule
 
 # Where the logarithm of an expert's output norm begins.
 MIN_NORM = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """How a bank computes its output and gradients; the output is the same to rounding."""
+
+    path: Literal["dense", "grouped"] = "dense"
+    """`dense` computes every expert on every token and masks the inactive ones, `grouped` computes
+    each expert on its own tokens. In evaluation mode and without gradients, a few tokens on a GPU
+    with triton take `ops/decode.py` whatever the path."""
+    compiled: bool = False
+    """Whether the elementwise regions are compiled."""
+    chunk_tokens: int = 0
+    """How many tokens the dense path processes at once; 0: all."""
+    coupled: bool = False
+    """Whether the router's input and weights carry the main loss' gradient."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowState:
+    """What a bank knows of the training row in hand. The default holds where there is none."""
+
+    token_mask: Bool[Tensor, " tokens"] | None = None
+    """The row's tokens that count in SMK targets and statistics, (B * T,); None: all."""
+    smk: SmkStep | None = None
+    """How the router is taught in the backward pass; None: it is not."""
+    exploration: Exploration | None = None
+    """Which tokens try an expert that they did not choose; None: none does."""
+    fills_window: bool = False
+    """Whether recorded calls add to the window of a `top_any` router. It needs `token_mask`."""
 
 
 class ExpertBank(nn.Module):
@@ -31,18 +63,10 @@ class ExpertBank(nn.Module):
     scales are 1: `mean_outputs` (E, D), added for inactive experts, and `expert_scale` (E,), a
     factor of the experts' weights.
 
-    Attributes set for training by whoever owns the model, read at every call:
-        token_mask: (B * T,) tokens that count in SMK targets and statistics; None: all. It belongs
-            to the training rows; without gradients it is not read.
-        smk: how the router is taught in the backward pass; None: it is not.
-        coupled: whether the router's input and weights carry the main loss' gradient.
-        compiled: whether the elementwise regions are compiled.
-        path: every expert on every token, masked, or each expert on its own tokens. In evaluation
-            mode and without gradients, a few tokens on a GPU with triton take `ops/decode.py`.
-        chunk_tokens: tokens processed at once; 0: all.
-        recording: whether calls leave their routing behind. Off while a backward pass runs: what
-            it recomputes would keep a graph, and so the layer's activations, alive.
-        routing: the last recorded call's routing, with its graph only if coupled.
+    Beside parameters and buffers, a call depends on two attributes, which this file alone assigns:
+        execution: How to compute; `set_execution` gives it once.
+        row: The training row in hand; `row_context` gives it for a forward and backward pass.
+    `recorded_routings` collects the routing of calls.
     """
 
     mean_outputs: nn.Parameter | None
@@ -68,21 +92,21 @@ class ExpertBank(nn.Module):
         self.router = Router(hidden_dim, num_experts, rule)
         self.activation = self.experts.act_fn
         self.activation_name = activation
-        self.token_mask: Bool[Tensor, " tokens"] | None = None
-        self.smk: SmkStep | None = None
-        self.coupled = False
-        self.compiled = False
-        self.path: Literal["dense", "grouped"] = "dense"
-        self.chunk_tokens = 0
-        self.recording = True
-        self.routing: Routing | None = None
+        self.execution, self.row = Execution(), RowState()
+        self._recordings: tuple[list[Routing], ...] = ()
+
+    def set_execution(self, execution: Execution) -> None:
+        """Compute all later calls this way."""
+        self.execution = execution
 
     def route(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:
         """The routing of these inputs; the oracle's logits are the log norms of the outputs."""
+        exploration = self.row.exploration
         if self.router.rule.selection != "oracle":
-            return self.router(x_TD)
+            return self.router(x_TD, exploration=exploration)
         with torch.no_grad():
-            return self.router(x_TD, expert_norms(self, x_TD).clamp_min(MIN_NORM).log())
+            norms_TE = expert_norms(self, x_TD).clamp_min(MIN_NORM)
+            return self.router(x_TD, norms_TE.log(), exploration=exploration)
 
     @torch.no_grad()
     def reset_corrections(self) -> None:
@@ -105,23 +129,24 @@ class ExpertBank(nn.Module):
             x_TD, layer=partial(decode.can_decode, activation=self.activation_name)
         ):
             return in_autocast_format(self._decode(x_TD)).view_as(hidden_states)
-        routing = self.route(x_TD if self.coupled else x_TD.detach())
+        execution, row = self.execution, self.row
+        routing = self.route(x_TD if execution.coupled else x_TD.detach())
         self._record(x_TD, routing)
-        weights_TE = routing.weights if self.coupled else routing.weights.detach()
+        weights_TE = routing.weights if execution.coupled else routing.weights.detach()
         if self.expert_scale is not None:
             weights_TE = weights_TE * self.expert_scale
         layer = grouped.expert_layer
-        if self.path == "dense":
-            layer = partial(dense_masked.expert_layer, chunk_tokens=self.chunk_tokens)
+        if execution.path == "dense":
+            layer = partial(dense_masked.expert_layer, chunk_tokens=execution.chunk_tokens)
         layer = partial(
             layer,
             weights_TE=weights_TE,
             router_logits_TE=routing.router_logits,
             activation=self.activation,
             active_TE=routing.active,
-            token_mask_T=self.token_mask if torch.is_grad_enabled() else None,
-            smk=self.smk,
-            compiled=self.compiled,
+            token_mask_T=row.token_mask,
+            smk=row.smk,
+            compiled=execution.compiled,
         )
         y_TD = self.experts(x_TD, layer=layer)
         if self.mean_outputs is not None:
@@ -153,17 +178,54 @@ class ExpertBank(nn.Module):
         return y_TD
 
     def _record(self, x_TD: Float[Tensor, "tokens hidden"], routing: Routing) -> None:
-        if self.recording:
-            self.routing = routing if self.coupled else routing.detach()
-            if self.router.recording_window and self.token_mask is not None:
-                self.router.record(x_TD.detach(), routing, self.token_mask)
+        if not self._recordings:
+            return
+        routing = routing if self.execution.coupled else routing.detach()
+        for recording in self._recordings:
+            recording.append(routing)
+        if self.row.fills_window and self.row.token_mask is not None:
+            self.router.record(x_TD.detach(), routing, self.row.token_mask)
 
 
-def routings_of(banks: Sequence[ExpertBank]) -> list[Routing]:
-    """What each bank recorded in its last forward pass."""
-    routings = [bank.routing for bank in banks if bank.routing is not None]
-    assert len(routings) == len(banks)
-    return routings
+@contextmanager
+def row_context(banks: Sequence[ExpertBank], states: Sequence[RowState]) -> Iterator[None]:
+    """Within the context each bank processes a training row; afterwards what it did before.
+
+    It belongs around forward and backward pass: the backward pass reads the state, and layers that
+    are computed again read all of it again.
+
+    Args:
+        banks: The layers.
+        states: What each of them knows of the row.
+    """
+    # Attributes rather than context variables: autograd computes layers again in its own threads.
+    before = [bank.row for bank in banks]
+    try:
+        for bank, state in zip(banks, states, strict=True):
+            bank.row = state
+        yield
+    finally:
+        for bank, state in zip(banks, before, strict=True):
+            bank.row = state
+
+
+@contextmanager
+def recorded_routings(banks: Sequence[ExpertBank]) -> Iterator[list[Routing]]:
+    """Within the context the list receives the routing of every call of the banks, in call order.
+
+    A routing has its graph only if the bank is coupled. The context belongs around the forward pass
+    alone: a call that a backward pass repeats would be recorded, and counted, twice, and its graph
+    would keep the layer's activations alive. Several recordings of one bank all receive its calls.
+    """
+    routings: list[Routing] = []
+    before = [bank._recordings for bank in banks]
+    try:
+        for bank in banks:
+            bank._recordings = (*bank._recordings, routings)
+        yield routings
+    finally:
+        for bank, recordings in zip(banks, before, strict=True):
+            bank._recordings = recordings
 
 
 def selecting(rule: RoutingRule) -> decode.Selecting | None:

@@ -26,7 +26,7 @@ from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.expert_path import PathChoice, choose_path
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import Execution, ExpertBank
 from tiny_onn.held_out import HeldOut
 from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
 from tiny_onn.mlp_inputs import MlpInputs
@@ -246,12 +246,14 @@ def make_student(
 
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
     """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
-    path = choose_path(config, banks[0].experts.down_proj.device).path
+    execution = Execution(
+        path=choose_path(config, banks[0].experts.down_proj.device).path,
+        compiled=config.train.compile,
+        chunk_tokens=config.train.ffn_chunk_tokens,
+        coupled=config.router.objective == "task",
+    )
     for bank in banks:
-        bank.coupled = config.router.objective == "task"
-        bank.compiled = config.train.compile
-        bank.chunk_tokens = config.train.ffn_chunk_tokens
-        bank.path = path
+        bank.set_execution(execution)
         bank.requires_grad_(True)
         bank.router.requires_grad_(config.router.objective != "none")
 

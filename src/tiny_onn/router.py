@@ -9,6 +9,8 @@ Legend: T tokens, D hidden, E experts, S of them shared, R = E - S routed, L lay
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -93,10 +95,8 @@ class Router(nn.Module):
         unused_steps: steps since each expert was last used.
         window_loads, idle_input: of `top_any`, what a window of steps saw.
 
-    Attributes set for training by whoever owns the model:
-        exploration: which tokens try another expert; None: none does.
-        recording_window: whether `record` adds to the window.
-        annealing: whether thresholds move all the way, `thresholds.steer`.
+    Two attributes change only within `temporary_rules`: `rule`, and `annealing`, whether thresholds
+    move all the way (`thresholds.steer`).
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, rule: RoutingRule) -> None:
@@ -115,8 +115,7 @@ class Router(nn.Module):
             self.log_temperature = nn.Parameter(torch.empty(1))
             self.window_loads = nn.Buffer(torch.empty(num_experts))
             self.idle_input = nn.Buffer(torch.empty(hidden_dim))
-        self.exploration: Exploration | None = None
-        self.recording_window, self.annealing = False, False
+        self.annealing = False
         self.reset(None)
 
     @torch.no_grad()
@@ -149,15 +148,20 @@ class Router(nn.Module):
         self,
         x_TD: Float[Tensor, "tokens hidden"],
         given_TE: Float[Tensor, "tokens experts"] | None = None,
+        *,
+        exploration: Exploration | None = None,
     ) -> Routing:
-        """The routing of every token, by the gate's logits or by those that are given."""
+        """The routing of every token, by the gate's logits or by those that are given.
+
+        `exploration` says which tokens try another expert, in training mode; None: none does.
+        """
         if self.rule.selection == "top_any":
             return self._top_any(x_TD.float())
         logits_TE = given_TE
         if logits_TE is None:
             logits_TE = F.linear(x_TD.float(), self.weight.float(), self.bias.float())
         threshold = self.threshold if self.training else self.settled
-        exploration = self.exploration if self.training else None
+        exploration = exploration if self.training else None
         return route(logits_TE, self.rule, threshold, self.selection_bias, exploration)
 
     def _top_any(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:
@@ -210,6 +214,27 @@ class Router(nn.Module):
         below = math.floor(budget)
         low, high = (self.threshold_table[k - 1] for k in (below, math.ceil(budget)))
         self.settled.copy_(low + (budget - below) * (high - low))
+
+
+@contextmanager
+def temporary_rules(
+    routers: Sequence[Router], rules: Sequence[RoutingRule], *, annealing: bool = False
+) -> Iterator[None]:
+    """Within the context each router selects by its temporary rule; afterwards by its own again.
+
+    Args:
+        routers: The routers.
+        rules: One for each of them.
+        annealing: Whether steering moves thresholds all the way to the last batch's.
+    """
+    before = [(router.rule, router.annealing) for router in routers]
+    try:
+        for router, rule in zip(routers, rules, strict=True):
+            router.rule, router.annealing = rule, annealing
+        yield
+    finally:
+        for router, (rule, was_annealing) in zip(routers, before, strict=True):
+            router.rule, router.annealing = rule, was_annealing
 
 
 @without_autocast

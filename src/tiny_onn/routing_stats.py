@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn.experts import ExpertBank, expert_norms, routings_of
+from tiny_onn.experts import ExpertBank, expert_norms, recorded_routings
 from tiny_onn.packing import PackedRow
+from tiny_onn.router import Routing
 from tiny_onn.shared import routed
 from tiny_onn.thresholds import layer_groups
 
@@ -97,24 +98,29 @@ class RoutingStats:
             num_shared=banks[0].router.rule.num_shared,
         )
 
-    @torch.no_grad()
-    def add(self, banks: Sequence[ExpertBank], row: PackedRow) -> None:
-        """Count the banks' last routing, which was of this row."""
+    def add(self, routings: Sequence[Routing], row: PackedRow) -> None:
+        """Count a row and the routing of all layers on it."""
+        assert len(routings) == len(self.load_LE)
         self.add_tokens(row)
-        elements = row.labels.numel() * self.load_LE.shape[1]
-        for layers in layer_groups(len(banks), elements):
-            self.add_layers(layers, banks[layers], row)
+        self.add_layers(routings, row)
 
     @torch.no_grad()
     def add_tokens(self, row: PackedRow) -> None:
-        """Count a row's tokens; its layers follow one by one."""
+        """Count a row's tokens; `add_layers` counts its layers."""
         self.num_tokens += row.router_mask.sum()
         self.num_first += first_tokens(row).sum()
 
     @torch.no_grad()
-    def add_layers(self, layers: slice, banks: Sequence[ExpertBank], row: PackedRow) -> None:
-        """Count these layers' banks' last routing, which was of this row."""
-        routings, mask_T, first_T = routings_of(banks), row.router_mask[0], first_tokens(row)
+    def add_layers(self, routings: Sequence[Routing], row: PackedRow, first_layer: int = 0) -> None:
+        """Count the routing of some layers, from `first_layer` on, on a row."""
+        elements = row.labels.numel() * self.load_LE.shape[1]
+        for some in layer_groups(len(routings), elements):
+            group = routings[some]
+            start = first_layer + some.start
+            self._add_group(slice(start, start + len(group)), group, row)
+
+    def _add_group(self, layers: slice, routings: Sequence[Routing], row: PackedRow) -> None:
+        mask_T, first_T = row.router_mask[0], first_tokens(row)
         numbers_K = torch.arange(self.k_histogram_LK.shape[1], device=mask_T.device)
         active_LTE = torch.stack([routing.active for routing in routings])
         has_k_LTK = active_LTE.sum(-1)[..., None] == numbers_K
@@ -256,17 +262,23 @@ class OracleStats:
     ) -> AbstractContextManager[object]:
         """A context in which every forward pass of the banks, of one row, is counted."""
 
-        def hook(layer: int, bank: ExpertBank, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-            assert bank.routing is not None
+        def hook(
+            layer: int,
+            routings: list[Routing],
+            bank: ExpertBank,
+            inputs: tuple[Tensor, ...],
+            _: Tensor,
+        ) -> None:
             parts = inputs[0].flatten(0, -2).split(ORACLE_CHUNK_TOKENS)
             norms_TE = torch.cat([expert_norms(bank, x_TD) for x_TD in parts])
             S = bank.router.rule.num_shared
-            self.add(layer, norms_TE, bank.routing.active, token_mask_T, num_shared=S)
+            self.add(layer, norms_TE, routings.pop().active, token_mask_T, num_shared=S)
 
         stack = ExitStack()
         for layer, bank in enumerate(banks):
-            see: Callable[..., None] = partial(hook, layer)
-            stack.callback(bank.register_forward_hook(see).remove)
+            routings = stack.enter_context(recorded_routings([bank]))
+            count: Callable[..., None] = partial(hook, layer, routings)
+            stack.enter_context(bank.register_forward_hook(count))
         return stack
 
     def layers(self) -> dict[str, list[float]]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from tiny_onn.config import RunConfig
 from tiny_onn.experts import ExpertBank
+from tiny_onn.router import temporary_rules
 
 StageName = Literal["blockwise", "global"]
 # A threshold below every score.
@@ -79,21 +80,18 @@ def annealed(
     which evaluations use; training thresholds stay where the annealing is.
     """
     fraction, num_experts = stage.anneal_fraction, config.experts.num_experts
-    progress, rules = stage.progress(tokens), [bank.router.rule for bank in banks]
+    progress, routers = stage.progress(tokens), [bank.router for bank in banks]
     if progress >= fraction:
         yield
         return
-    budget = rules[0].has_budget
+    budget = routers[0].rule.has_budget
     if budget:
         progress = stage.progress(tokens + step_tokens(config))
     target = annealed_k(progress, fraction, num_experts, config.router.target_k)
-    try:
-        for bank, rule in zip(banks, rules, strict=True):
-            bank.router.rule = replace(rule, target_k=target if budget else float(round(target)))
-            bank.router.annealing = True
-            if budget and tokens == stage.begin:
-                bank.router.threshold.fill_(ALL_ACTIVE)
+    target_k = target if budget else float(round(target))
+    rules = [replace(router.rule, target_k=target_k) for router in routers]
+    with temporary_rules(routers, rules, annealing=True):
+        if budget and tokens == stage.begin:
+            for router in routers:
+                router.threshold.fill_(ALL_ACTIVE)
         yield
-    finally:
-        for bank, rule in zip(banks, rules, strict=True):
-            bank.router.rule, bank.router.annealing = rule, False

@@ -6,7 +6,6 @@ waiting for it. At evaluation nothing here runs by itself; `settle` runs where i
 Legend: T tokens, D hidden, E experts, L layers.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,12 @@ from torch import Tensor
 
 from tiny_onn import dynmoe
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import BudgetScope, RouterConfig, RunConfig
+from tiny_onn.config import BudgetScope, RouterConfig
 from tiny_onn.console import track
-from tiny_onn.experts import ExpertBank, routings_of
+from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
 from tiny_onn.packing import PackedRow
-from tiny_onn.router import Exploration, Router, Routing
-from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.router import Router, Routing
 from tiny_onn.shared import routed, with_shared
 from tiny_onn.thresholds import aims, exact_thresholds, steer
 
@@ -36,90 +34,72 @@ class Steering:
     """A step's sums over its rows, and the update of the routers that they give.
 
     Args:
-        banks: the layers.
-        config: the settings.
-        router_tokens: tokens of the step that count.
-        step: how many steps there were before.
-        stats: the step's, whose loads it reads at the end.
+        banks: The layers.
+        router: The settings.
+        router_tokens: Tokens of the step that count.
+        step: How many steps there were before.
     """
 
     def __init__(
-        self,
-        banks: Sequence[ExpertBank],
-        config: RunConfig,
-        router_tokens: int,
-        step: int,
-        stats: RoutingStats,
+        self, banks: Sequence[ExpertBank], router: RouterConfig, router_tokens: int, step: int
     ) -> None:
-        self.banks, self.router, self.step, self.stats = banks, config.router, step, stats
-        self._seed, self._fraction = config.train.seed, config.smk.explore_fraction
-        self._tokens, self._rows = router_tokens, 0
+        self.banks, self.router, self.step, self._tokens = banks, router, step, router_tokens
         first, L = banks[0].router, len(banks)
         device, E = first.weight.device, first.weight.shape[0]
         self._threshold_L = torch.zeros(L, device=device)
         self._lift_LE = torch.zeros(L, E, device=device)
+        self._scores: list[Tensor] = []
         # Rows add to a window in their forward pass, which a skipped step takes back.
         self._windows = [
             (bank.router.window_loads.clone(), bank.router.idle_input.clone())
             for bank in banks
-            if self.router.reseed_every_steps
+            if router.reseed_every_steps
         ]
 
-    def begin_row(self, token_mask_T: Bool[Tensor, " tokens"]) -> None:
-        """Tell every layer which tokens of the next row count, what to draw and to record."""
-        self._rows += 1
-        for layer, bank in enumerate(self.banks):
-            bank.token_mask = token_mask_T
-            bank.router.recording_window = self.router.reseed_every_steps > 0
-            if self._fraction:
-                text = f"{self._seed} {self.step} {self._rows} {layer}"
-                digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-                seed = int.from_bytes(digest)
-                bank.router.exploration = Exploration(fraction=self._fraction, seed=seed)
-
     @torch.no_grad()
-    def see(self, token_mask_T: Bool[Tensor, " tokens"]) -> None:
-        """Count a row's routing, after its forward pass."""
-        self.see_unused(slice(None), token_mask_T)
-        self.see_budget(slice(None), token_mask_T)
+    def observe(
+        self,
+        routings: Sequence[Routing],
+        token_mask_T: Bool[Tensor, " tokens"],
+        first_layer: int = 0,
+    ) -> None:
+        """Count the routing of some layers, from `first_layer` on, on a row.
 
-    @torch.no_grad()
-    def see_unused(self, layers: slice, token_mask_T: Bool[Tensor, " tokens"]) -> None:
-        """Note what some layers' unused experts lack to be chosen, if they are revived."""
+        Noted are what unused experts lack to be chosen, if they are revived, and the thresholds
+        that would have met the budget, if there is one.
+        """
+        layers = slice(first_layer, first_layer + len(routings))
         if self.router.revive_after_steps:
-            banks = self.banks[layers]
-            pairs = zip(banks, routings_of(banks), strict=True)
-            lifts = [revival_lift(bank.router, seen, token_mask_T) for bank, seen in pairs]
+            pairs = zip(self.banks[layers], routings, strict=True)
+            lifts = [revival_lift(bank.router, routing, token_mask_T) for bank, routing in pairs]
             self._lift_LE[layers] = torch.stack(lifts)
-
-    @torch.no_grad()
-    def see_budget(self, layers: slice, token_mask_T: Bool[Tensor, " tokens"]) -> None:
-        """Count some layers' thresholds on a row; all layers' at once if they share one."""
         if not self.banks[0].router.rule.has_budget:
             return
-        banks = self.banks[layers]
-        thresholds_L = exact_thresholds(
-            [routing.scores for routing in routings_of(banks)],
-            token_mask_T,
-            aims([bank.router for bank in banks]),
-            self.router.budget_scope,
-        )
+        scores = [routing.scores for routing in routings]
+        if self.router.budget_scope == "global":
+            # The layers share one threshold, which needs the scores of all of them.
+            self._scores += scores
+            if len(self._scores) < len(self.banks):
+                return
+            scores, self._scores, layers = self._scores, [], slice(None)
+        aims_L = aims([bank.router for bank in self.banks[layers]])
+        thresholds_L = exact_thresholds(scores, token_mask_T, aims_L, self.router.budget_scope)
         self._threshold_L[layers] += token_mask_T.sum() / self._tokens * thresholds_L
 
     @torch.no_grad()
-    def end(self, *, update: bool) -> None:
-        """Update the routers, after the optimizer; or leave them as they were before the step."""
+    def undo(self) -> None:
+        """Leave the routers as they were before the step."""
         for bank, (loads_E, idle_D) in zip(self.banks, self._windows, strict=False):
-            if not update:
-                bank.router.window_loads.copy_(loads_E)
-                bank.router.idle_input.copy_(idle_D)
-        for bank in self.banks:
-            bank.router.exploration, bank.router.recording_window = None, False
-        if update:
-            self._update()
+            bank.router.window_loads.copy_(loads_E)
+            bank.router.idle_input.copy_(idle_D)
 
-    def _update(self) -> None:
-        load_LE = self.stats.load_LE.float()
+    @torch.no_grad()
+    def update(self, load_LE: Float[Tensor, "layers experts"]) -> None:
+        """Update the routers, after the optimizer.
+
+        Args:
+            load_LE: Counted tokens of the step that activated each expert.
+        """
         mean_k_L = load_LE.sum(-1) / self._tokens
         if self.router.budget_scope == "global":
             mean_k_L = mean_k_L.mean().expand_as(mean_k_L)
@@ -234,8 +214,9 @@ def settle(
     student.train(False)
     scores: list[list[Tensor]] = [[] for _ in banks]
     for row in track(rows, "settling budgets, rows"):
-        last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-        for routing, kept in zip(routings_of(banks), scores, strict=True):
+        with recorded_routings(banks) as routings:
+            last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+        for routing, kept in zip(routings, scores, strict=True):
             kept.append(routing.scores)
     student.train(was_training)
     mask_T = torch.cat([row.router_mask[0] for row in rows])
@@ -246,7 +227,6 @@ def settle(
         banks, exact_thresholds(pooled, mask_T, targets_L, scope), strict=True
     ):
         bank.router.settled.copy_(threshold)
-        bank.routing = None
 
 
 def gate_losses(banks: Sequence[ExpertBank], config: RouterConfig) -> Float[Tensor, ""]:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,18 +15,15 @@ from transformers import PreTrainedModel
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config import RunConfig
-from tiny_onn.coupled_losses import load_balancing_loss, z_loss
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import recorded_routings
+from tiny_onn.gate_step import GateStep
 from tiny_onn.losses import DistillValues, distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
-from tiny_onn.ops.teaching import SmkStep, SurpriseTally
+from tiny_onn.ops.teaching import SurpriseTally
 from tiny_onn.optim import clip_gradients
 from tiny_onn.packing import PackedRow
 from tiny_onn.routing_stats import RoutingStats
-from tiny_onn.shared import routed
 from tiny_onn.states import layer_outputs, unexplained
-from tiny_onn.steering import Steering, gate_losses
-from tiny_onn.surprise import SmkRule
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,7 +43,7 @@ class StepResult:
     expert_grad_norm: Tensor | float
     gate_grad_norm: Tensor | float
     stats: RoutingStats
-    token_losses: list[Tensor]
+    token_losses: list[Tensor] = field(default_factory=list)
     """Per row, every token's loss; 0 where there is no label."""
     finite: bool = True
     """Whether loss and gradients were; otherwise nothing was updated."""
@@ -101,73 +98,55 @@ def distill_step(
     called before the update, from where on the step can no longer be given up.
     """
     banks = student.banks()
-    device = banks[0].experts.gate_up_proj.device
+    device = banks[0].router.weight.device
     loss_tokens = max(1, sum(int(row.loss_mask.sum()) for row in rows))
-    router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
-    tallies = teach_gates(banks, config, loss_tokens, router_tokens)
-    stats = RoutingStats.zeros(banks)
+    gates = GateStep(banks, config, rows, step, loss_tokens=loss_tokens)
     sums, token_losses, gaps = torch.zeros(4, device=device), [], []
-    steering = Steering(banks, config, router_tokens, step, stats)
     clock = clock or Clock(device)
     loss_options, matched = _loss_options(student, config), config.loss.states_coef > 0
     heads = (head_of(student), head_of(teacher))
     student.train()
-    with undone_if_broken(steering, optimizer):
+    with undone_if_broken(gates, optimizer):
         for row in (row.to(device) for row in rows):
             kwargs = packed_kwargs(row)
-            steering.begin_row(row.router_mask[0])
             watched = layer_outputs(teacher, matched)
             with clock.phase("teacher forward"), torch.no_grad(), watched as theirs:
                 teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
-            with clock.phase("student forward"), layer_outputs(student, matched) as own:
-                student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
-            stats.add(banks, row)
-            steering.see(row.router_mask[0])
-            mask_T = row.loss_mask[0]
-            with clock.phase("loss"):
-                hidden = (student_hidden_TD, teacher_hidden_TD)
-                values = distill(*hidden, *heads, row.labels[0], **loss_options)
-                loss_T = values.loss * mask_T
-                token_losses.append(loss_T.detach())
-                sums += _sums(values, mask_T)
-            with clock.phase("backward"):
-                gap = unexplained(own, theirs, row.router_mask[0]).mean() if matched else 0.0
-                gaps.append(torch.as_tensor(gap).detach())
-                others = router_losses(banks, row, config) + config.loss.states_coef * gap
-                backward(loss_T.sum() / loss_tokens + others / len(rows), banks)
+            with gates.row(row):
+                watched, recorded = layer_outputs(student, matched), recorded_routings(banks)
+                with clock.phase("student forward"), watched as own, recorded as routings:
+                    student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
+                gates.observe(routings, row)
+                with clock.phase("loss"):
+                    hidden = (student_hidden_TD, teacher_hidden_TD)
+                    values = distill(*hidden, *heads, row.labels[0], **loss_options)
+                    loss_T = values.loss * row.loss_mask[0]
+                    token_losses.append(loss_T.detach())
+                    sums += _sums(values, row.loss_mask[0])
+                with clock.phase("backward"):
+                    gap = unexplained(own, theirs, row.router_mask[0]).mean() if matched else 0.0
+                    gaps.append(torch.as_tensor(gap).detach())
+                    others = gates.loss(routings, row) + config.loss.states_coef * gap
+                    (loss_T.sum() / loss_tokens + others / len(rows)).backward()
+            # Every layer's (T, E) tables would be in memory beside the next row's teacher.
+            del routings
         commit()
     loss, forward_kl, agreement, student_entropy = sums / loss_tokens
     with clock.phase("optimizer"):
-        expert_norm, gate_norm, finite = update(student, optimizer, loss, steering, config)
-    return StepResult(
-        loss=loss,
+        result = update(student, optimizer, loss, gates, config)
+    return replace(
+        result,
         forward_kl=forward_kl,
         agreement=agreement,
         student_entropy=student_entropy,
         states_error=torch.stack(gaps).mean() if matched else None,
-        expert_grad_norm=expert_norm,
-        gate_grad_norm=gate_norm,
-        stats=stats,
         token_losses=token_losses,
-        finite=finite,
-        tallies=tallies,
         seconds=clock.seconds,
     )
 
 
-def backward(total: Tensor, banks: Sequence[ExpertBank]) -> None:
-    """Run a row's backward pass without recording what it recomputes, then drop the routings."""
-    for bank in banks:
-        bank.recording = False
-    try:
-        total.backward()
-    finally:
-        for bank in banks:
-            bank.recording, bank.routing = True, None
-
-
 @contextmanager
-def undone_if_broken(steering: Steering, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def undone_if_broken(gates: GateStep, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within the context run a step's passes; an exception discards gradients and statistics."""
     whole = False
     try:
@@ -175,7 +154,7 @@ def undone_if_broken(steering: Steering, optimizer: torch.optim.Optimizer) -> It
         whole = True
     finally:
         if not whole:
-            steering.end(update=False)
+            gates.finish(updated=False)
             optimizer.zero_grad(set_to_none=True)
 
 
@@ -197,17 +176,24 @@ def update(
     student: TinyOnnForCausalLM,
     optimizer: torch.optim.Optimizer,
     loss: Tensor,
-    steering: Steering,
+    gates: GateStep,
     config: RunConfig,
-) -> tuple[Tensor | float, Tensor | float, bool]:
-    """Clip, step and steer if loss and gradients are finite; the norms, and whether they were."""
+) -> StepResult:
+    """Clip, step and steer if loss and gradients are finite; the result that every stage has."""
     expert_norm, gate_norm = clip_gradients(student, config.optim.clip_norm)
     finite = _all_finite(loss, expert_norm, gate_norm)
     if finite:
         optimizer.step()
-    steering.end(update=finite)
+    gates.finish(updated=finite)
     optimizer.zero_grad(set_to_none=True)
-    return expert_norm, gate_norm, finite
+    return StepResult(
+        loss=loss,
+        expert_grad_norm=expert_norm,
+        gate_grad_norm=gate_norm,
+        stats=gates.stats,
+        finite=finite,
+        tallies=gates.tallies,
+    )
 
 
 def _loss_options(student: TinyOnnForCausalLM, config: RunConfig) -> dict[str, Any]:
@@ -220,51 +206,3 @@ def _loss_options(student: TinyOnnForCausalLM, config: RunConfig) -> dict[str, A
         # On a CPU the tiles by hand stay in its cache.
         "compiled": config.train.compile and student.device.type == "cuda",
     }
-
-
-def teach_gates(
-    banks: Sequence[ExpertBank], config: RunConfig, loss_tokens: int, router_tokens: int
-) -> list[SurpriseTally]:
-    """Hand every bank what its gate learns in this step's backward passes, if anything."""
-    objective, smk = config.router.objective, config.smk
-    if objective not in ("smk", "regression"):
-        return []
-    rule = SmkRule(
-        surprise=smk.surprise,
-        direction=smk.direction,
-        candidates=smk.candidates,
-        targets=smk.targets,
-        num_targets=round(config.router.target_k) - config.experts.num_shared,
-    )
-    if objective == "regression":
-        # D2DMoE, arXiv 2310.04361, section 3.3: the gate predicts the norms of all experts' outputs
-        # by squared error. In logs, so that loud layers do not decide.
-        rule = SmkRule(surprise="magnitude", direction="max", candidates="all", targets="log")
-    num_experts, device = banks[0].experts.num_experts, banks[0].experts.down_proj.device
-    tallies = SurpriseTally.of_layers(len(banks), num_experts, device)
-    for bank, tally in zip(banks, tallies, strict=True):
-        bank.smk = SmkStep(
-            rule=rule,
-            grad_scale=(smk.coef if objective == "smk" else 1.0) / router_tokens,
-            loss_scale=float(loss_tokens),
-            tally=tally,
-            num_shared=config.experts.num_shared,
-        )
-    return tallies
-
-
-def router_losses(banks: Sequence[ExpertBank], row: PackedRow, config: RunConfig) -> Tensor | float:
-    """These layers' gates' own losses that go with a coupled selection; 0 for the others."""
-    router = config.router
-    if router.objective == "task" and router.selection == "top_any":
-        return gate_losses(banks, router)
-    if router.objective != "task" or router.selection != "top_k":
-        return 0.0
-    num_shared = config.experts.num_shared
-    logits = [
-        routed(bank.routing.router_logits, num_shared) for bank in banks if bank.routing is not None
-    ]
-    top_k = round(router.target_k) - num_shared
-    balance = load_balancing_loss(logits, top_k, row.router_mask[0])
-    penalty = z_loss(logits, row.router_mask[0])
-    return router.load_balancing_coef * balance + router.z_loss_coef * penalty

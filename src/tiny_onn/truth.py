@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tiny_onn.config import Surprise
 from tiny_onn.errors import UserError
-from tiny_onn.experts import ExpertBank
+from tiny_onn.experts import ExpertBank, RowState, recorded_routings, row_context
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, head_of, last_hidden_states
 from tiny_onn.ops.teaching import SmkStep
 from tiny_onn.router import Routing, routing_weights
@@ -113,9 +113,14 @@ class Document:
         size = max(1, BATCH_TOKENS // num_tokens - 1)
         columns, active_TE = [], None
         for experts in torch.arange(num_experts).split(size):
-            flip = _Flip(experts.to(self.has_loss_T.device))
             hidden = self.calls[layer].hidden.expand(len(experts) + 1, -1, -1)
-            with torch.no_grad(), bank.register_forward_hook(flip):
+            with (
+                torch.no_grad(),
+                recorded_routings([bank]) as routings,
+                bank.register_forward_hook(
+                    flip := _Flip(experts.to(self.has_loss_T.device), routings)
+                ),
+            ):
                 base_TD, *others = self._run(layer, hidden)
                 base_T = self.own_losses(base_TD)
                 columns += [self.own_losses(other_TD) - base_T for other_TD in others]
@@ -138,17 +143,19 @@ class Document:
             own: of each token's own loss alone. Off: of the sum of all tokens' losses, as in
                 training, where an expert also answers for what later tokens read of this one.
         """
+        # In the order of their calls, as their routings are recorded.
+        layers = sorted(layers)
         banks = [self._bank(layer) for layer in layers]
         num_tokens = len(self.has_loss_T)
         # As in training, where every candidate's surprise is captured at unit weight.
         rule = SmkRule(candidates="all")
         steps = [SmkStep(rule=rule, grad_scale=1.0, capture=[]) for _ in banks]
-        first = min(layers)
+        first = layers[0]
         hidden = self.calls[first].hidden.expand(2 if own else 1, -1, -1)
         found: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
         with _taught(banks, steps), torch.enable_grad():
-            final_TD = self._run(first, hidden, detach_past=own)[-1]
-            routings = [_routing_of(bank) for bank in banks]
+            with recorded_routings(banks) as routings:
+                final_TD = self._run(first, hidden, detach_past=own)[-1]
             grad_TD = self._loss_gradient(final_TD)
             for kind in kinds:
                 for step in steps:
@@ -166,9 +173,9 @@ class Document:
         seen: list[Tensor] = []
         bank = self._bank(layer)
         hook = bank.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        with hook, torch.no_grad():
+        with hook, torch.no_grad(), recorded_routings([bank]) as routings:
             self._layer(layer, self.calls[layer].hidden)
-        return seen[0][0], _routing_of(bank).active
+        return seen[0][0], routings[0].active
 
     def _bank(self, layer: int) -> ExpertBank:
         return self.student.banks()[layer]
@@ -196,14 +203,19 @@ class Document:
 
 
 class _Flip:
-    """A bank's forward hook: in copy c + 1 every token flips expert `experts[c]`."""
+    """A bank's forward hook: in copy c + 1 every token flips expert `experts[c]`.
 
-    def __init__(self, experts: Tensor) -> None:
-        self.experts = experts
+    Args:
+        experts: Which experts, one for each copy but the first.
+        routings: A recording of the bank's calls.
+    """
+
+    def __init__(self, experts: Tensor, routings: list[Routing]) -> None:
+        self.experts, self.routings = experts, routings
         self.active_TE: Tensor | None = None
 
     def __call__(self, bank: ExpertBank, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        routing = _routing_of(bank)
+        routing = self.routings[-1]
         num_tokens = inputs[0].shape[1]
         weights_TE = would_be_weights(routing, bank)[:num_tokens]
         self.active_TE = routing.active[:num_tokens]
@@ -256,11 +268,6 @@ def _layer_calls(
     return calls, final[0]
 
 
-def _routing_of(bank: ExpertBank) -> Routing:
-    assert bank.routing is not None
-    return bank.routing
-
-
 def _unknown_family(student: TinyOnnForCausalLM, reason: str) -> UserError:
     return UserError(
         f"architecture {type(student.backbone).__name__}: {reason}, expected layers and a final "
@@ -271,14 +278,15 @@ def _unknown_family(student: TinyOnnForCausalLM, reason: str) -> UserError:
 @contextmanager
 def _taught(banks: Sequence[ExpertBank], steps: Sequence[SmkStep]) -> Iterator[None]:
     """Within the context the banks' backward passes capture surprise, by the dense path."""
-    kept = [(bank.smk, bank.path == "grouped", bank.router.weight.requires_grad) for bank in banks]
-    for bank, step in zip(banks, steps, strict=True):
-        bank.smk, bank.path = step, "dense"
+    kept = [(bank.execution, bank.router.weight.requires_grad) for bank in banks]
+    for bank in banks:
+        bank.set_execution(replace(bank.execution, path="dense"))
         bank.router.requires_grad_(True)
     try:
-        yield
+        with row_context(banks, [RowState(smk=step) for step in steps]):
+            yield
     finally:
-        for bank, (smk, grouped, needed) in zip(banks, kept, strict=True):
-            bank.smk, bank.path = smk, "grouped" if grouped else "dense"
+        for bank, (execution, needed) in zip(banks, kept, strict=True):
+            bank.set_execution(execution)
             bank.router.requires_grad_(needed)
             bank.router.zero_grad(set_to_none=True)

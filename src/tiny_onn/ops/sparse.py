@@ -421,9 +421,7 @@ class _Sparse(torch.autograd.Function):
         grad_x = grad_gate_up = grad_down = grad_weights = grad_logits = None
         run = _Launches(options, x_TD, down, Lists(*lists))
         with torch.cuda.device_of(x_TD):
-            grad_pre_SJ, sums_3TE = run.slope(
-                grad_y_TD, down.to(x_TD.dtype), weights_TE, pre_SJ
-            )
+            grad_pre_SJ, sums_3TE = run.slope(grad_y_TD, down.to(x_TD.dtype), weights_TE, pre_SJ)
             if need_x and run.all_slots:
                 grad_x = grad_pre_SJ.view(run.T, -1) @ _cast(gate_up, x_TD).flatten(0, 1)
             elif need_x:

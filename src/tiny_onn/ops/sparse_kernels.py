@@ -486,7 +486,7 @@ def reduce_kernel(
     t = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
-    for j in range(0, tl.load(num_slots + t)):
+    for j in range(tl.load(num_slots + t)):
         at = tl.load(slots + t * E + j).to(tl.int64)
         total += tl.load(rows + at * D + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(out + t.to(tl.int64) * D + d, total.to(out.dtype.element_ty), mask=d < D)

@@ -1,0 +1,152 @@
+"""The gates' side of one update: what they learn, what is counted, and what moves without gradient.
+
+The experts' side is the main loss (`step.distill_step`, `blockwise.blockwise_step`).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from tiny_onn.config import RunConfig
+from tiny_onn.coupled_losses import load_balancing_loss, z_loss
+from tiny_onn.experts import ExpertBank, RowState, row_context
+from tiny_onn.ops.teaching import SmkStep, SurpriseTally
+from tiny_onn.packing import PackedRow
+from tiny_onn.router import Exploration, Routing
+from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.shared import routed
+from tiny_onn.steering import Steering, gate_losses
+from tiny_onn.surprise import SmkRule
+
+
+class GateStep:
+    """The gates' side of one update, used by both stages in the same way.
+
+        with gates.row(row):
+            with recorded_routings(banks) as routings:
+                ...  # the forward pass
+            gates.observe(routings, row)
+            (main_loss + gates.loss(routings, row)).backward()
+        gates.finish(updated=True)  # after the optimizer
+
+    Attributes:
+        stats: Routing statistics of the rows so far.
+        tallies: Each layer's surprise, which backward passes add to; empty where no gate is taught.
+        router_tokens: Tokens of all the rows that count in targets and statistics, at least 1.
+
+    Args:
+        banks: The layers.
+        config: The settings.
+        rows: The rows of the update.
+        step: How many updates there were before.
+        loss_tokens: Tokens that the main loss is a mean over; None: `router_tokens`.
+    """
+
+    def __init__(
+        self,
+        banks: Sequence[ExpertBank],
+        config: RunConfig,
+        rows: Sequence[PackedRow],
+        step: int,
+        *,
+        loss_tokens: int | None = None,
+    ) -> None:
+        self.banks, self.stats = banks, RoutingStats.zeros(banks)
+        self.router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
+        self.tallies: list[SurpriseTally] = []
+        self._config, self._step, self._num_rows = config, step, 0
+        self._steering = Steering(banks, config.router, self.router_tokens, step)
+        self._smk: list[SmkStep | None] = [None] * len(banks)
+        if (rule := smk_rule(config)) is not None:
+            num_experts, device = banks[0].experts.num_experts, banks[0].router.weight.device
+            self.tallies = SurpriseTally.of_layers(len(banks), num_experts, device)
+            coef = config.smk.coef if config.router.objective == "smk" else 1.0
+            self._smk = [
+                SmkStep(
+                    rule=rule,
+                    grad_scale=coef / self.router_tokens,
+                    loss_scale=float(loss_tokens or self.router_tokens),
+                    tally=tally,
+                    num_shared=config.experts.num_shared,
+                )
+                for tally in self.tallies
+            ]
+
+    @contextmanager
+    def row(self, row: PackedRow) -> Iterator[None]:
+        """Count a row's tokens; within the context the banks' forward and backward passes are its.
+
+        Args:
+            row: On the banks' device.
+        """
+        self._num_rows += 1
+        self.stats.add_tokens(row)
+        states = [
+            RowState(
+                token_mask=row.router_mask[0],
+                smk=smk,
+                exploration=self._exploration(layer),
+                fills_window=self._config.router.reseed_every_steps > 0,
+            )
+            for layer, smk in enumerate(self._smk)
+        ]
+        with row_context(self.banks, states):
+            yield
+
+    def observe(self, routings: Sequence[Routing], row: PackedRow, first_layer: int = 0) -> None:
+        """Count the routing of some layers, from `first_layer` on, for statistics and steering."""
+        self.stats.add_layers(routings, row, first_layer)
+        self._steering.observe(routings, row.router_mask[0], first_layer)
+
+    def loss(
+        self, routings: Sequence[Routing], row: PackedRow, first_layer: int = 0
+    ) -> Tensor | float:
+        """The own loss of some gates, from `first_layer` on, on a row.
+
+        Only a selection that the main loss teaches has one; it is 0 for the others.
+        """
+        router = self._config.router
+        if router.objective == "task" and router.selection == "top_any":
+            return gate_losses(self.banks[first_layer : first_layer + len(routings)], router)
+        if router.objective != "task" or router.selection != "top_k":
+            return 0.0
+        num_shared = self._config.experts.num_shared
+        logits = [routed(routing.router_logits, num_shared) for routing in routings]
+        top_k = round(router.target_k) - num_shared
+        balance = load_balancing_loss(logits, top_k, row.router_mask[0])
+        penalty = z_loss(logits, row.router_mask[0])
+        return router.load_balancing_coef * balance + router.z_loss_coef * penalty
+
+    def finish(self, *, updated: bool) -> None:
+        """Steer the routers after the optimizer; without its update leave them as they were."""
+        if updated:
+            self._steering.update(self.stats.load_LE.float())
+        else:
+            self._steering.undo()
+
+    def _exploration(self, layer: int) -> Exploration | None:
+        if not (fraction := self._config.smk.explore_fraction):
+            return None
+        text = f"{self._config.train.seed} {self._step} {self._num_rows} {layer}"
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        return Exploration(fraction=fraction, seed=int.from_bytes(digest))
+
+
+def smk_rule(config: RunConfig) -> SmkRule | None:
+    """How surprise teaches the gates; None if another loss teaches them, or nothing."""
+    if config.router.objective == "regression":
+        # D2DMoE, arXiv 2310.04361, section 3.3: the gate predicts the norms of all experts' outputs
+        # by squared error. In logs, so that loud layers do not decide.
+        return SmkRule(surprise="magnitude", direction="max", candidates="all", targets="log")
+    if config.router.objective != "smk":
+        return None
+    smk = config.smk
+    return SmkRule(
+        surprise=smk.surprise,
+        direction=smk.direction,
+        candidates=smk.candidates,
+        targets=smk.targets,
+        num_targets=round(config.router.target_k) - config.experts.num_shared,
+    )

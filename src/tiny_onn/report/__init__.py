@@ -1,0 +1,1 @@
+"""Pages, figures and tables about runs, from plain dictionaries: nothing here loads torch."""

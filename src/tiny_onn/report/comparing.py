@@ -1,0 +1,251 @@
+"""Runs beside each other at equal compute, and what differs in their settings.
+
+A budget is met within a few percent only, and a few percent of the experts are worth some KL. So a
+run that was measured at several budgets (`frontier.json`) is read at exactly the k of the others:
+on the chord between the two measurements around it. Where KL falls ever more slowly with k, as is
+usual, chords lie above the curve, so that reading between measurements does not flatter a run.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tiny_onn.report.run_data import Run
+
+# Shares by which k, and the teacher's own loss, of two runs may differ and count as equal.
+EQUAL_K = 1e-3
+EQUAL_LOSS = 1e-3
+# Share by which a run's k may differ from that of the comparison and still take its place by KL.
+NEAR_K = 0.02
+OTHER_K, OTHER_TEXT = " *", " #"
+NUMBERS = ("forward_kl", "top1_agreement", "student_nll", "ffn_flops", "total_flops")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One run of a comparison."""
+
+    name: str
+    mean_k: float
+    """Active experts a token at which the numbers hold."""
+    measured_k: float
+    """The same as the run's own last evaluation measured it."""
+    equal: bool
+    """Whether `mean_k` is the k of the comparison."""
+    same_text: bool
+    """Whether the run was evaluated on the text of the first run."""
+    tokens: int
+    """Training tokens."""
+    forward_kl: float
+    top1_agreement: float
+    perplexity: float
+    ffn_flops: float
+    total_flops: float
+    verdict: str
+    settings: Mapping[str, Any]
+    """The settings that differ between the runs, by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Runs by their held-out KL at equal compute, the best first."""
+
+    mean_k: float
+    """Active experts a token at which the runs are compared."""
+    rows: Sequence[Row]
+
+    def as_json(self) -> str:
+        """The comparison as indented JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+        """Header and rows, as text: of the numbers, and of the settings if some differ."""
+        header = ("run", "k", "KL", "agree", "perplexity", "MFLOPs", "tokens", "health")
+        numbers = [
+            (
+                row.name,
+                f"{row.mean_k:.2f}{'' if row.equal else OTHER_K}",
+                f"{row.forward_kl:.4f}{'' if row.same_text else OTHER_TEXT}",
+                f"{row.top1_agreement:.1%}",
+                f"{row.perplexity:.2f}",
+                mflops(row.ffn_flops),
+                f"{row.tokens:,}",
+                row.verdict,
+            )
+            for row in self.rows
+        ]
+        names = list(self.rows[0].settings) if self.rows else []
+        settings = [(name, *(shown(row.settings[name]) for row in self.rows)) for name in names]
+        found = [(header, numbers)]
+        if settings:
+            found.append((("setting", *(row.name for row in self.rows)), settings))
+        return found
+
+    def markdown(self) -> str:
+        """The tables in Markdown under a line that says how to read them."""
+        escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
+        parts = [self.caption()]
+        for header, rows in self.tables():
+            lines = [[cell.translate(escape) for cell in row] for row in (header, *rows)]
+            lines.insert(1, ["---"] * len(header))
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return "\n\n".join(parts) + "\n"
+
+    def caption(self) -> str:
+        """What the numbers are, in sentences."""
+        text = (
+            f"Held-out KL to the teacher at {self.mean_k:.2f} active experts a token, the smallest"
+            " first; FFN MFLOPs a token."
+        )
+        if any(not row.equal for row in self.rows):
+            text += (
+                f" {OTHER_K.strip()} marks a run that was not measured around that k:"
+                " `tiny-onn eval RUN --frontier --out RUN` measures it."
+            )
+        if any(not row.same_text for row in self.rows):
+            text += (
+                f" {OTHER_TEXT.strip()} marks a run that was evaluated on other text than the first"
+                " one given."
+            )
+        return text
+
+
+def shown(value: object) -> str:
+    """A setting's value as TOML and JSON write it."""
+    return json.dumps(value)
+
+
+def points_of(run: Run) -> list[dict[str, Any]]:
+    """What is known of a run's quality by its mean k, with k rising: its frontier and last word.
+
+    The last evaluation is a point of the frontier if it was made on the same text.
+    """
+    measured: list[Mapping[str, Any]] = list(run.frontier["points"]) if run.frontier else []
+    if run.last is not None and (not measured or same_text(measured[0], run.last)):
+        measured.append(run.last)
+    names = ("mean_k", "num_tokens", "teacher_nll", "dense_ffn_flops", *NUMBERS)
+    points = {point["mean_k"]: {name: point[name] for name in names} for point in measured}
+    return [points[k] for k in sorted(points)]
+
+
+def same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two evaluations were made on one text, as their size and the teacher's loss tell."""
+    close = math.isclose(one["teacher_nll"], other["teacher_nll"], rel_tol=EQUAL_LOSS)
+    return one["num_tokens"] == other["num_tokens"] and close
+
+
+def at_k(points: Sequence[Mapping[str, Any]], mean_k: float) -> dict[str, Any] | None:
+    """The numbers at exactly `mean_k`, on the chord between its neighbours; None: out of reach.
+
+    Args:
+        points: as `points_of` gives them.
+        mean_k: active experts a token.
+    """
+    for point in points:
+        if math.isclose(point["mean_k"], mean_k, rel_tol=EQUAL_K):
+            return dict(point)
+    below = [point for point in points if point["mean_k"] < mean_k]
+    above = [point for point in points if point["mean_k"] > mean_k]
+    if not below or not above:
+        return None
+    low, high = below[-1], above[0]
+    share = (mean_k - low["mean_k"]) / (high["mean_k"] - low["mean_k"])
+    found = {name: low[name] + share * (high[name] - low[name]) for name in NUMBERS}
+    return {**low, **found, "mean_k": mean_k}
+
+
+def common_k(runs: Sequence[Run]) -> float:
+    """The k at which most of the runs can be read; of several such, the one nearest the first's.
+
+    Args:
+        runs: with an evaluation each.
+    """
+    curves = [points_of(run) for run in runs]
+    wanted = runs[0].last
+    assert wanted is not None
+    candidates = [run.last["mean_k"] for run in runs if run.last is not None]
+
+    def reach(k: float) -> tuple[int, float]:
+        return sum(at_k(points, k) is not None for points in curves), -abs(k - wanted["mean_k"])
+
+    return max(candidates, key=reach)
+
+
+def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
+    """The runs by held-out KL at equal compute; runs without an evaluation are left out.
+
+    Args:
+        runs: at least one.
+        mean_k: active experts a token to compare at; None: `common_k`.
+    """
+    measured = [run for run in runs if run.last is not None]
+    if not measured:
+        return Comparison(mean_k=math.nan, rows=[])
+    k = common_k(measured) if mean_k is None else mean_k
+    names = differing([run.config for run in measured])
+    first = points_of(measured[0])[0]
+    rows = []
+    for run in measured:
+        last, points = run.last, points_of(run)
+        assert last is not None
+        found = at_k(points, k)
+        numbers: Mapping[str, Any] = last if found is None else found
+        rows.append(
+            Row(
+                name=run.name,
+                mean_k=numbers["mean_k"],
+                measured_k=last["mean_k"],
+                equal=found is not None,
+                same_text=same_text(first, points[0]),
+                tokens=run.tokens,
+                forward_kl=numbers["forward_kl"],
+                top1_agreement=numbers["top1_agreement"],
+                perplexity=exp(numbers["student_nll"]),
+                ffn_flops=numbers["ffn_flops"],
+                total_flops=numbers["total_flops"],
+                verdict=run.health["verdict"],
+                settings={name: setting(run.config, name) for name in names},
+            )
+        )
+
+    def order(row: Row) -> tuple[bool, bool, float]:
+        # NaN has no place in an order: a run that diverged comes last.
+        kl = row.forward_kl if math.isfinite(row.forward_kl) else math.inf
+        far = not math.isclose(row.mean_k, k, rel_tol=NEAR_K)
+        return not row.same_text, far, kl
+
+    return Comparison(mean_k=k, rows=sorted(rows, key=order))
+
+
+def differing(configs: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Names `section.key` of the settings that are not the same in all."""
+    names = {
+        f"{section}.{key}": None
+        for config in configs
+        for section, keys in config.items()
+        for key in keys
+    }
+    return [
+        name
+        for name in names
+        if any(setting(config, name) != setting(configs[0], name) for config in configs[1:])
+    ]
+
+
+def setting(config: Mapping[str, Mapping[str, Any]], name: str) -> object:
+    """The value of `section.key`; None where the run has no such setting."""
+    section, _, key = name.partition(".")
+    return config.get(section, {}).get(key)
+
+
+def mflops(flops: float) -> str:
+    """FLOPs in millions, to four digits or to the unit."""
+    millions = flops / 1e6
+    return f"{millions:,.0f}" if millions >= 1000 else f"{millions:#.4g}"
+
+
+def exp(nll: float) -> float:
+    """A perplexity; infinite where it is too large for a number."""
+    return math.exp(nll) if nll < 700 else math.inf

@@ -1,0 +1,128 @@
+"""A run as the report reads it: what its folder holds, as plain dictionaries."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+Record = Mapping[str, Any]
+
+EVALUATIONS = ("start", "eval", "end")
+STEPS = ("step", "blockwise")
+CONTROLS = ("static", "random", "oracle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run folder's content.
+
+    Attributes:
+        name: what the page calls it; names of one page differ.
+        config: `config.json`, section by section.
+        environments: `environment.json` and those of resumptions, in order.
+        records: `metrics.jsonl`, in order.
+        health: the verdict and its findings, as `summary.json` has them.
+        conversion: `conversion.json`; None: missing.
+        summary: `summary.json`; None: the run has not finished.
+        frontier: `frontier.json`; None: missing.
+        view: what a model had to be loaded for, see `tiny_onn.run_view`; None: not measured.
+        view_missing: why it was not measured.
+    """
+
+    name: str
+    config: Mapping[str, Mapping[str, Any]]
+    environments: Sequence[Mapping[str, Any]]
+    records: Sequence[Record]
+    health: Mapping[str, Any]
+    conversion: Mapping[str, Any] | None = None
+    summary: Mapping[str, Any] | None = None
+    frontier: Mapping[str, Any] | None = None
+    view: Mapping[str, Any] | None = None
+    view_missing: str = ""
+
+    @cached_property
+    def steps(self) -> list[Record]:
+        """Records of steps, of both stages."""
+        return [record for record in self.records if record["kind"] in STEPS]
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """Records of one kind."""
+        return [record for record in self.records if record["kind"] == kind]
+
+    @cached_property
+    def evaluations(self) -> list[Record]:
+        """Records of held-out evaluations, the one before the first step among them."""
+        return [record for record in self.records if record["kind"] in EVALUATIONS]
+
+    @property
+    def untrained(self) -> Record | None:
+        """The evaluation before the first step."""
+        first = self.evaluations[:1]
+        return first[0] if first and first[0]["step"] == 0 else None
+
+    @property
+    def last(self) -> Record | None:
+        """The newest evaluation, which is the untrained one where no other was made."""
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens that were recorded."""
+        return max((record["tokens"] for record in self.records), default=0)
+
+    @property
+    def planned_tokens(self) -> int:
+        """Training tokens that the settings ask for."""
+        train = self.config["train"]
+        return train["tokens"] + train.get("blockwise_tokens", 0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.summary is not None and not self.summary.get("interrupted")
+
+    @property
+    def selection(self) -> str:
+        """How the run chooses experts."""
+        return self.config["router"]["selection"]
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the choice of experts is one that a trained gate has to beat."""
+        return self.selection in CONTROLS
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer."""
+        return self.config["experts"]["num_experts"]
+
+    @property
+    def target_k(self) -> float | None:
+        """The mean number of active experts that a budget holds; None without a budget."""
+        router = self.config["router"]
+        free = self.selection == "budget" or (
+            self.selection == "oracle" and router["oracle_budget"]
+        )
+        return router["target_k"] if free else None
+
+    def with_layers(self) -> Iterator[Record]:
+        """Records that say what routers did layer by layer, in order."""
+        return (
+            record
+            for record in self.records
+            if record["kind"] in (*STEPS, *EVALUATIONS) and record.get("layers")
+        )
+
+
+def distinct(runs: Sequence[Run]) -> list[Run]:
+    """The runs with names that differ: a number follows a name that came before."""
+    taken: set[str] = set()
+    found = []
+    for run in runs:
+        name, number = run.name, 1
+        while name in taken:
+            number += 1
+            name = f"{run.name} ({number})"
+        taken.add(name)
+        found.append(replace(run, name=name))
+    return found

@@ -1,0 +1,210 @@
+"""The verbs `report` and `compare`: read run folders, measure what is missing, write the page."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tiny_onn.console import say, stage
+from tiny_onn.errors import UserError, reason_line
+from tiny_onn.health import diagnose, verdict
+from tiny_onn.records import BlockwiseRecord, EvaluationRecord, StepRecord
+from tiny_onn.report.comparing import Comparison, compare
+from tiny_onn.report.page import report_page
+from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
+from tiny_onn.run_folder import METRICS_NAME, read_metrics, read_run_config
+from tiny_onn.run_view import view_of_run
+
+REPORT_NAME = "report.html"
+
+
+def run_report(
+    folders: Sequence[Path],
+    *,
+    out: Path | None = None,
+    device: str = "auto",
+    teacher: str | None = None,
+    models: bool = True,
+) -> Path:
+    """Write one page about runs and return its path.
+
+    Args:
+        folders: run folders, or folders of such as `demo` makes.
+        out: the file; None: `report.html` in the folder that holds them all, or in the only one.
+        device: where to measure what the records do not hold.
+        teacher: the dense model of all runs, where it has moved since.
+        models: whether to load students for that; where one cannot be loaded, the page says why.
+
+    Raises:
+        UserError: a folder holds no run, or the page cannot be written.
+    """
+    path = _default_path(folders) if out is None else out
+    runs = []
+    for folder in (run for given in folders for run in runs_in(given)):
+        run = read_run(folder)
+        runs.append(_with_view(run, folder, device, teacher) if models else run)
+    with stage("Writing the report"):
+        page = report_page(distinct(runs))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(page, encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise UserError(
+                f"--out: got {path}, expected a file to write to ({error.strerror}); choose another"
+            ) from error
+    return path
+
+
+def run_compare(folders: Sequence[Path], mean_k: float | None = None) -> Comparison:
+    """Runs by held-out KL at equal compute, and what differs in their settings.
+
+    Args:
+        folders: run folders, or folders of such as `demo` makes.
+        mean_k: active experts a token to compare at; None: what most runs can be read at.
+
+    Raises:
+        UserError: a folder holds no run, or none of the runs was evaluated.
+    """
+    runs = distinct([read_run(run) for given in folders for run in runs_in(given)])
+    found = compare(runs, mean_k)
+    left_out = [run.name for run in runs if run.last is None]
+    if not found.rows:
+        raise UserError(
+            f"RUN: got {', '.join(left_out)} without an evaluation, expected runs that were"
+            " evaluated; wait for the first one, or go on with --resume"
+        )
+    for name in left_out:
+        say(f"{name}: left out, because it has no evaluation yet")
+    return found
+
+
+def print_comparison(found: Comparison) -> None:
+    """Print a comparison's tables to standard output, for a terminal."""
+    console = Console()
+    for number, (header, rows) in enumerate(found.tables()):
+        title = "What differs in the settings" if number else None
+        table = Table(title=title, box=SIMPLE_HEAD)
+        for column, name in enumerate(header):
+            # Half a number misleads: on a narrow terminal it goes on in the next line.
+            table.add_column(Text(name), justify="right" if column else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    console.print(Text(found.caption()))
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder itself if it is a run's, or the runs in it: the student, the static one, others.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (folder / "config.json").is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/config.json") if _is_run(path.parent))
+    if not found:
+        raise UserError(
+            f"RUN: got {folder}, expected the folder of a run, with its config.json, or a folder of"
+            " such; make one with `tiny-onn distill` or `tiny-onn demo`"
+        )
+    first = ("student", "static")
+    return sorted(found, key=lambda path: [not path.name.startswith(name) for name in first])
+
+
+def read_run(folder: Path) -> Run:
+    """What a run folder holds, but for what a model has to be loaded for.
+
+    Raises:
+        UserError: it holds no run, or a file of it cannot be read.
+    """
+    config = read_run_config(folder)
+    records = read_metrics(folder / METRICS_NAME) if _is_run(folder) else []
+    _check_records(folder / METRICS_NAME, records)
+    environments = sorted(folder.glob("environment*.json"), key=lambda path: path.stat().st_mtime)
+    environments.sort(key=lambda path: (len(path.name), path.name))
+    return Run(
+        name=folder.resolve().name,
+        config=_object(folder / "config.json") or {},
+        environments=[found for path in environments if (found := _object(path))],
+        records=records,
+        health=verdict(diagnose(records, config)),
+        conversion=_object(folder / "conversion.json"),
+        summary=_object(folder / "summary.json"),
+        frontier=_frontier_of(folder, records),
+        view_missing="The report was asked not to load the models.",
+    )
+
+
+def _with_view(run: Run, folder: Path, device: str, teacher: str | None) -> Run:
+    """The run with what its models tell, or with the reason why they cannot."""
+    if run.is_control:
+        return replace(run, view_missing="A control is not looked at token by token.")
+    try:
+        return replace(run, view=view_of_run(folder, device, teacher), view_missing="")
+    except UserError as error:
+        reason = reason_line(error)
+        say(f"{folder}: the report goes without single tokens: {reason}")
+        return replace(run, view_missing=f"The models could not be loaded: {reason}.")
+
+
+def _frontier_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The run's `frontier.json`, unless the run has gone on since it was measured."""
+    found = _object(folder / "frontier.json")
+    steps = [record["step"] for record in records if record.get("kind") in EVALUATIONS]
+    if found is None or (steps and found.get("step") == steps[-1]):
+        return found
+    say(f"{folder / 'frontier.json'}: left out, because it was measured at another step")
+    return None
+
+
+def _check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Return if the records have the fields that their kinds have.
+
+    Raises:
+        UserError: one has not: the file is damaged, or of another version.
+    """
+    kinds = {"step": StepRecord, "blockwise": BlockwiseRecord}
+    kinds |= dict.fromkeys(EVALUATIONS, EvaluationRecord)
+    needed = {kind: {field.name for field in fields(cls)} for kind, cls in kinds.items()}
+    for number, record in enumerate(records, start=1):
+        always = {"kind", "step", "tokens"}
+        missing = sorted(needed.get(str(record.get("kind")), always) - record.keys())
+        if missing:
+            raise UserError(
+                f"{path}: record {number} has no {missing[0]}, expected what docs/metrics.md lists;"
+                " restore the file, or read it with the version that wrote it"
+            )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / METRICS_NAME).is_file()
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file of the run; None if there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: cannot read it ({reason_line(error)}), expected a JSON object that the run"
+            " wrote; restore the file or remove it"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: got {type(found).__name__}, expected a JSON object that the run wrote;"
+            " restore the file or remove it"
+        )
+    return found
+
+
+def _default_path(folders: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([folder.absolute() for folder in folders])) / REPORT_NAME

@@ -1,0 +1,201 @@
+"""What a report shows of a student that its run's records do not hold: measured, kept as JSON.
+
+A held-out passage token by token, with the experts of every layer; and how often two experts of a
+layer serve the same token. `view.json` in the run folder keeps it, so that a page that is made
+again has the same bytes.
+
+Legend: T tokens, E experts, L layers.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tiny_onn.activations import loss_chunk_tokens
+from tiny_onn.attention import packed_kwargs
+from tiny_onn.config import LossConfig
+from tiny_onn.console import stage
+from tiny_onn.evaluate import document_lengths, inference_mode_of, load_for_eval
+from tiny_onn.experts import routings_of
+from tiny_onn.losses import distill
+from tiny_onn.mid_run import choose
+from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
+from tiny_onn.packing import PackedRow, build_row
+from tiny_onn.run_folder import write_json
+
+VIEW_NAME = "view.json"
+# Of the layout of the file; another one is measured again.
+FORMAT = 1
+# Held-out tokens that are read, and of them those that are shown one by one.
+VIEW_TOKENS, PASSAGE_TOKENS = 512, 192
+# Numbers of the co-activation tables together.
+TABLE_CELLS = 40_000
+
+
+def kept_view(run: Path) -> dict[str, Any] | None:
+    """The view that the run folder keeps of its newest student; None: measure it."""
+    try:
+        view = json.loads((run / VIEW_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(view, dict) and view.get("format") == FORMAT
+    return view if same and view.get("step") == choose(run, "newest").step else None
+
+
+def view_of_run(run: Path, device: str, teacher: str | None = None) -> dict[str, Any]:
+    """The view of a run's newest student, from its folder or measured and kept there.
+
+    Args:
+        run: the run folder.
+        device: where to measure.
+        teacher: the dense model, where it has moved since.
+
+    Raises:
+        UserError: the student, its teacher or its text cannot be had.
+    """
+    kept = kept_view(run)
+    if kept is not None:
+        return kept
+    loaded, held_out, _ = load_for_eval(str(run), None, device, VIEW_TOKENS, teacher=teacher)
+    with stage("Looking at single tokens"):
+        view = measure_view(
+            loaded.student, held_out.teacher, loaded.tokenizer, held_out.rows, loaded.config.loss
+        )
+    return keep_view(run, view)
+
+
+def keep_view(run: Path, view: dict[str, Any]) -> dict[str, Any]:
+    """Write a view of a run's newest student to its folder and return what was written.
+
+    Args:
+        run: the folder.
+        view: as `measure_view` returns it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    written = {"format": FORMAT, "step": choose(run, "newest").step, **view}
+    write_json(run / VIEW_NAME, written)
+    return written
+
+
+@torch.no_grad()
+def measure_view(
+    student: TinyOnnForCausalLM,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[PackedRow],
+    loss: LossConfig,
+) -> dict[str, Any]:
+    """One forward pass of both models over the beginning of held-out text.
+
+    Args:
+        student: at the budget to look at.
+        teacher: the dense model.
+        tokenizer: of both.
+        rows: held-out text; whole documents of the first row, `VIEW_TOKENS` or so, are read.
+        loss: how many tokens' logits may exist at once.
+
+    Returns:
+        `num_experts`, `num_tokens`, `passage` (lists over tokens: `text`, `kl`, `student_nll`,
+        `teacher_nll` in nats, `k`, the mean over layers, and `active`, per layer the active experts
+        as a hexadecimal number whose bit e is expert e) and `coactivation` (by layer the
+        correlation of every two experts over tokens, in percent).
+    """
+    row = _beginning(rows[0]).to(student.device)
+    with inference_mode_of(student):
+        hidden_TD = last_hidden_states(student, row.input_ids, **packed_kwargs(row))[0]
+    values = distill(
+        hidden_TD,
+        last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))[0].to(hidden_TD.device),
+        head_of(student),
+        head_of(teacher),
+        row.labels[0],
+        divergence="forward_kl",
+        temperature=1.0,
+        jsd_beta=loss.jsd_beta,
+        chunk_tokens=loss_chunk_tokens(loss, head_of(student).weight),
+    )
+    active_LTE = torch.stack([routing.active for routing in routings_of(student.banks())]).cpu()
+    begin, end = _passage(row)
+    part = slice(begin, end)
+    ids = row.input_ids[0, part].tolist()
+    per_token = {
+        "kl": values.forward_kl,
+        "student_nll": values.student_nll,
+        "teacher_nll": values.teacher_nll,
+    }
+    passage: dict[str, Any] = {"text": [tokenizer.decode([token]) for token in ids]}
+    passage |= {name: _short(value_T[part]) for name, value_T in per_token.items()}
+    passage["k"] = _short(active_LTE[:, part].sum(-1).float().mean(0))
+    passage["active"] = [
+        [_bits(active_E.tolist()) for active_E in token_LE]
+        for token_LE in active_LTE[:, part].unbind(1)
+    ]
+    counted_LTE = active_LTE[:, row.router_mask[0].cpu()]
+    return {
+        "num_experts": active_LTE.shape[-1],
+        "num_tokens": counted_LTE.shape[1],
+        "passage": passage,
+        "coactivation": _coactivation(counted_LTE),
+    }
+
+
+def correlation(
+    active_TE: Bool[Tensor, "tokens experts"],
+) -> Float[Tensor, "experts experts"]:
+    """The correlation over tokens of every two experts' being active; 0 where one never changes."""
+    x_TE = active_TE.double()
+    centred_TE = x_TE - x_TE.mean(0)
+    norm_E = centred_TE.norm(dim=0)
+    scaled_TE = centred_TE / norm_E.where(norm_E > 0, 1.0)
+    return scaled_TE.T @ scaled_TE
+
+
+def _coactivation(active_LTE: Bool[Tensor, "layers tokens experts"]) -> list[dict[str, Any]]:
+    num_layers, _, num_experts = active_LTE.shape
+    most = max(1, min(num_layers, TABLE_CELLS // num_experts**2))
+    step = (num_layers - 1) / max(1, most - 1)
+    layers = [round(i * step) for i in range(most)] if most > 1 else [num_layers // 2]
+    return [
+        {
+            "layer": layer,
+            "phi_percent": (100 * correlation(active_LTE[layer])).round().int().tolist(),
+        }
+        for layer in layers
+    ]
+
+
+def _beginning(row: PackedRow) -> PackedRow:
+    """The row's first documents, `VIEW_TOKENS` or so; of a longer one its beginning."""
+    fragments, start, left = [], 0, VIEW_TOKENS
+    for length in document_lengths(row)[: row.num_documents]:
+        taken = min(length, left)
+        if taken < 2:
+            break
+        fragments.append(row.input_ids[0, start : start + taken].tolist())
+        start, left = start + length, left - taken
+    return build_row(fragments, row_tokens=sum(map(len, fragments)), pad_token_id=0)
+
+
+def _passage(row: PackedRow) -> tuple[int, int]:
+    """Bounds of the first document of 2/3 of `PASSAGE_TOKENS`, or else of the longest one."""
+    lengths = document_lengths(row)
+    long = [n for n, length in enumerate(lengths) if 3 * length >= 2 * PASSAGE_TOKENS]
+    number = long[0] if long else lengths.index(max(lengths))
+    begin = sum(lengths[:number])
+    return begin, begin + min(lengths[number], PASSAGE_TOKENS)
+
+
+def _short(values_T: Float[Tensor, " tokens"]) -> list[float]:
+    return [float(f"{value:.4g}") for value in values_T.tolist()]
+
+
+def _bits(active: Sequence[bool]) -> str:
+    return f"{sum(1 << expert for expert, on in enumerate(active) if on):x}"

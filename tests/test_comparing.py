@@ -1,0 +1,166 @@
+"""Runs at equal compute: what is read between measurements, what is said where nothing can be."""
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+
+import tiny_onn_cli as cli
+from run_records import write_records
+from tiny import CONFIG, change
+from tiny_onn.errors import UserError
+from tiny_onn.records import EvaluationRecord
+from tiny_onn.report.comparing import at_k, common_k, compare, points_of
+from tiny_onn.reporting import print_comparison, read_run, run_compare
+
+
+def evaluation(mean_k, kl, **changes):
+    """A last evaluation, as far as a comparison reads it."""
+    flops = 10.0 * mean_k
+    record = {field.name: 0.0 for field in fields(EvaluationRecord)} | {
+        "kind": "end",
+        "step": 4,
+        "tokens": 1000,
+        "num_tokens": 500,
+        "mean_k": mean_k,
+        "forward_kl": kl,
+        "top1_agreement": 1 - kl / 10,
+        "student_nll": 2 + kl,
+        "teacher_nll": 2.0,
+        "teacher_entropy": 2.0,
+        "uniform_nll": 9.0,
+        "unigram_nll": 5.0,
+        "dead_experts": 0.0,
+        "ffn_flops": flops,
+        "dense_ffn_flops": 80.0,
+        "total_flops": 100 + flops,
+        "layers": {
+            "mean_k": [mean_k],
+            "load": [[5] * 8],
+            "expert_norm": [1.0],
+            "load_entropy": [math.log(8)],
+            "max_load_share": [0.125],
+        },
+    }
+    return record | changes
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Write a run folder with an evaluation and perhaps a frontier, and read it back."""
+
+    def make(name, mean_k, kl, frontier=(), config=CONFIG, **changes):
+        folder = write_records(tmp_path / name, config, [evaluation(mean_k, kl, **changes)])
+        if frontier:
+            points = [evaluation(k, value) for k, value in frontier]
+            (folder / "frontier.json").write_text(json.dumps({"step": 4, "points": points}))
+        return read_run(folder)
+
+    return make
+
+
+CONTROL = change(CONFIG, router={"selection": "static", "objective": "none"})
+
+
+def test_a_run_is_read_at_exactly_the_k_of_its_control(make_run):
+    student = make_run("student", 4.2, 0.30, [(6.0, 0.1), (3.0, 0.6), (2.0, 0.9)])
+    control = make_run("static", 4.0, 0.5, config=CONTROL)
+    found = compare([student, control])
+    assert found.mean_k == 4.0
+    first, second = found.rows
+    assert (first.name, second.name) == ("student", "static")
+    # The chord from (3, 0.6) to (4.2, 0.3), the run's own evaluation.
+    assert first.forward_kl == pytest.approx(0.6 - 0.3 / 1.2)
+    assert first.ffn_flops == pytest.approx(40.0)
+    assert first.perplexity == pytest.approx(math.exp(2.35))
+    assert (first.mean_k, first.measured_k, first.equal) == (4.0, 4.2, True)
+    assert second.settings == {"router.selection": "static", "router.objective": "none"}
+
+
+def test_reading_between_measurements_never_flatters(make_run):
+    def convex(k):
+        return math.exp(-k / 2)
+
+    curve = [(k, convex(k)) for k in (2.0, 3.0, 6.0, 8.0)]
+    points = points_of(make_run("student", 8.0, convex(8.0), curve))
+    for k in (2.5, 4.0, 5.5, 7.0):
+        point = at_k(points, k)
+        assert point is not None
+        assert point["forward_kl"] >= convex(k)
+
+
+def test_nothing_is_read_beyond_the_measurements(make_run):
+    points = points_of(make_run("student", 4.0, 0.3, [(6.0, 0.1), (2.0, 0.9)]))
+    assert at_k(points, 1.9) is None
+    assert at_k(points, 6.5) is None
+    measured = at_k(points, 4.002)
+    assert measured is not None
+    assert (measured["mean_k"], measured["forward_kl"]) == (4.0, 0.3)
+
+
+def test_a_run_at_another_k_is_marked_and_far_ones_come_last(make_run):
+    near, far = make_run("near", 4.04, 0.4), make_run("far", 8.0, 0.01)
+    runs = [make_run("a", 4.0, 0.5), make_run("b", 4.0, 0.45), near, far]
+    found = compare(runs)
+    assert [row.name for row in found.rows] == ["near", "b", "a", "far"]
+    assert [row.equal for row in found.rows] == [False, True, True, False]
+    assert "4.04 *" in found.markdown()
+    assert "--frontier --out RUN" in found.caption()
+
+
+def test_other_text_is_marked_and_comes_last(make_run):
+    runs = [make_run("a", 4.0, 0.5), make_run("b", 4.0, 0.1, teacher_nll=2.5)]
+    rows = compare(runs).rows
+    assert [(row.name, row.same_text) for row in rows] == [("a", True), ("b", False)]
+    assert "other text" in compare(runs).caption()
+
+
+def test_a_frontier_on_other_text_leaves_the_last_evaluation_out(make_run):
+    run = make_run("student", 4.0, 0.3, [(6.0, 0.1), (2.0, 0.9)], num_tokens=100)
+    assert [point["mean_k"] for point in points_of(run)] == [2.0, 6.0]
+
+
+def test_the_common_k_is_one_that_most_runs_can_be_read_at(make_run):
+    wide = make_run("wide", 5.0, 0.2, [(8.0, 0.1), (2.0, 0.9)])
+    static, random = make_run("s", 4.0, 0.5, config=CONTROL), make_run("r", 4.0, 0.6)
+    assert common_k([wide, static, random]) == 4.0
+    assert compare([wide, static], mean_k=3.0).mean_k == 3.0
+
+
+def test_a_diverged_run_comes_last(make_run):
+    runs = [make_run("bad", 4.0, float("nan")), make_run("good", 4.0, 0.5)]
+    found = compare(runs)
+    assert [row.name for row in found.rows] == ["good", "bad"]
+
+
+def test_the_verb_prints_a_table_json_or_markdown(make_run, tmp_path, capsys):
+    make_run("a|b", 4.0, 0.5)
+    make_run("c", 4.0, 0.25, config=CONTROL)
+    folders = [str(tmp_path / "a|b"), str(tmp_path / "c")]
+    assert cli.main(["compare", *folders]) == 0
+    shown = capsys.readouterr().out
+    assert "What differs in the settings" in shown
+    assert shown.index("0.2500") < shown.index("0.5000")
+    assert cli.main(["compare", *folders, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["rows"]] == ["c", "a|b"]
+    assert cli.main(["compare", *folders, "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| run | k | KL |")
+    assert "a\\|b" in lines[5]
+
+
+def test_markup_in_a_name_is_printed_as_it_is(make_run, capsys):
+    print_comparison(compare([make_run("[red]a", 4.0, 0.5)]))
+    assert "[red]a" in capsys.readouterr().out
+
+
+def test_runs_without_an_evaluation_are_left_out_or_refused(make_run, tmp_path, capsys):
+    make_run("done", 4.0, 0.5)
+    young = write_records(tmp_path / "young", CONFIG, [])
+    found = run_compare([tmp_path / "done", young])
+    assert [row.name for row in found.rows] == ["done"]
+    assert "young: left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="RUN: got young without an evaluation"):
+        run_compare([young])
