@@ -21,7 +21,7 @@ Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up row
 neurons, S slots of pairs, C chunks of columns.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +30,12 @@ from torch import Tensor
 
 from tiny_onn.ops.decode import triton_runs_on
 from tiny_onn.ops.layout import joined_down
+from tiny_onn.ops.lesson import KINDS, lesson
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
-from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.teaching import SmkStep
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("parameters", "output", "gain", "relative")
 MAX_EXPERTS = 128
 # Share of active pairs from which one dense product sums faster than rows do, on an H100.
 DENSE_SHARE = 0.3
@@ -61,11 +61,11 @@ class Tile:
 class Tiles:
     """How the work is cut into programs; results differ by rounding only."""
 
-    up: Tile = Tile(rows=128, depth=32, stages=5)
+    up: Tile = Tile(rows=128, depth=64, stages=4)
     slope: Tile = Tile(rows=64, depth=64, columns=32, warps=4)
-    outer_gate_up: Tile = Tile(rows=128, depth=64, stages=2)
+    outer_gate_up: Tile = Tile(rows=128, depth=32, stages=4)
     outer_down: Tile = Tile(rows=128, depth=128, stages=2)
-    project: Tile = Tile(rows=128, depth=32, columns=128)
+    project: Tile = Tile(rows=128, depth=32, columns=128, warps=4)
 
 
 # Float32 products need twice the shared memory.
@@ -434,35 +434,12 @@ class _Sparse(torch.autograd.Function):
                 grad_down = run.outer(hidden_SI, grad_y_TD, empty, "EDN", tile)
         if need_weights:
             grad_weights = torch.where(active_TE, sums_3TE[2], 0).to(weights_TE.dtype)
-        if need_logits and (smk := options.smk) is not None:
-            kind = smk.rule.surprise
-            x_sq, grad_y_sq = squared_norms(kind, x_TD, grad_y_TD, compiled=options.compiled)
-            sums = Sums(
-                x_sq_T1=x_sq,
-                grad_y_sq_T1=grad_y_sq,
-                pre_sq_TE=sums_3TE[0],
-                hidden_sq_TE=sums_3TE[1],
-                dot_TE=sums_3TE[2],
+        if need_logits and options.smk is not None:
+            routing = (weights_TE, logits_TE, active_TE, token_mask_T)
+            grad_logits = lesson(
+                options.smk, x_TD, grad_y_TD, sums_3TE, *routing, lesson_T, options.compiled
             )
-            routing = (closed_form(kind, sums), weights_TE, logits_TE, active_TE)
-            grad_logits = _lesson(smk, routing, token_mask_T, lesson_T, compiled=options.compiled)
         return grad_x, grad_gate_up, grad_down, grad_weights, grad_logits, *(None,) * 5
-
-
-def _lesson(
-    smk: SmkStep,
-    routing: tuple[Tensor, ...],
-    token_mask_T: Tensor,
-    lesson_T: Tensor | None,
-    *,
-    compiled: bool,
-) -> Float[Tensor, "tokens experts"]:
-    """The gate's gradient; outside `lesson_T` the candidates are the active experts."""
-    if lesson_T is None:
-        return teach(smk, *routing, token_mask_T, compiled=compiled)
-    whole = teach(smk, *routing, token_mask_T & lesson_T, compiled=compiled)
-    others = replace(smk, rule=replace(smk.rule, candidates="active"), capture=None)
-    return whole + teach(others, *routing, token_mask_T & ~lesson_T, compiled=compiled)
 
 
 def _kernels() -> Any:  # noqa: ANN401 - a module of kernels

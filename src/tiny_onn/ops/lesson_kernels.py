@@ -1,0 +1,114 @@
+"""The gate's lesson as one Triton kernel; importing this module imports triton.
+
+`teaching.teach` in one launch, for the targets `single`: on a GPU its forty small operations cost
+more time on the host than the expert layer itself. Sums over tokens are left per block, in the
+order of blocks, for one more sum.
+
+Legend: T tokens, D hidden, E experts, B blocks of tokens.
+"""
+
+from typing import no_type_check
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+
+@triton.jit
+@no_type_check
+def lesson_kernel(
+    x,  # (T, D), read if NORMED
+    grad_y,  # (T, D), read if NORMED
+    sums,  # (3, E, T) float32: squared norms of two gradients, and dot; at unit weight
+    weights,  # (T, E) float32
+    logits,  # (T, E) float32
+    active,  # (T, E) bool
+    token_mask,  # (T,) bool
+    lesson,  # (T,) bool, read if ALL: whose candidates are all experts
+    grad,  # (T, E) float32, written: the gradient at the logits
+    counts,  # (B, 4) float32, written
+    tallies,  # (B, 4, E) float32, written
+    grad_scale,
+    loss_scale,
+    T,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMED: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """Surprise of a block of tokens, whom it points at, the gradient there, and what is counted."""
+    b = tl.program_id(0)
+    t = b * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    inside_t = t < T
+    inside = inside_t[:, None] & (e < E)[None, :]
+    at = t[:, None] * E + e[None, :]
+    at_sums = sums + e[None, :] * T + t[:, None]
+    dot = tl.load(at_sums + 2 * E * T, mask=inside, other=0.0)
+    if NORMED:
+        x_sq = tl.zeros((BLOCK_T,), tl.float32)
+        grad_sq = tl.zeros((BLOCK_T,), tl.float32)
+        for begin in range(0, D, BLOCK_D):
+            d = begin + tl.arange(0, BLOCK_D)
+            here = t.to(tl.int64)[:, None] * D + d[None, :]
+            mask = inside_t[:, None] & (d < D)[None, :]
+            row = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
+            x_sq += tl.sum(row * row, axis=1)
+            row = tl.load(grad_y + here, mask=mask, other=0.0).to(tl.float32)
+            grad_sq += tl.sum(row * row, axis=1)
+    if KIND == "gain":
+        surprise = -dot
+    elif KIND == "output":
+        surprise = tl.sqrt(grad_sq)[:, None] + tl.zeros_like(dot)
+    else:
+        pre_sq = tl.load(at_sums, mask=inside, other=0.0)
+        hidden_sq = tl.load(at_sums + E * T, mask=inside, other=0.0)
+        squared = x_sq[:, None] * pre_sq + hidden_sq * grad_sq[:, None]
+        if KIND == "relative":
+            positive = hidden_sq > 0
+            squared = tl.where(positive, squared / tl.where(positive, hidden_sq, 1.0), 0.0)
+        surprise = tl.sqrt(squared)
+    on = tl.load(active + at, mask=inside, other=0).to(tl.int1)
+    weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
+    counted_t = tl.load(token_mask + t, mask=inside_t, other=0).to(tl.int1)
+    candidate = on
+    surprise *= loss_scale
+    if ALL:
+        taught = tl.load(lesson + t, mask=inside_t, other=0).to(tl.int1)[:, None]
+        candidate = (on | taught) & inside
+        surprise = tl.where(taught, surprise, surprise * weight)
+    else:
+        surprise *= weight
+    signed = -surprise
+    if SMALLEST:
+        signed = surprise
+    best = tl.min(tl.where(candidate, signed, float("inf")), axis=1)
+    farthest = tl.max(tl.where(candidate, signed, float("-inf")), axis=1)
+    told = counted_t & (farthest > best)
+    target = candidate & (signed == best[:, None]) & told[:, None]
+    num_targets = tl.sum(target.to(tl.float32), axis=1)
+    share = tl.where(target, 1.0 / tl.where(told, num_targets, 1.0)[:, None], 0.0)
+    values = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+    values = tl.where(inside_t[:, None] | (e > 0)[None, :], values, 0.0)
+    powers = tl.exp(values - tl.max(values, axis=1)[:, None])
+    softmax = powers / tl.sum(powers, axis=1)[:, None]
+    gradient = tl.where(told[:, None], softmax, 0.0) - share
+    tl.store(grad + at, gradient * grad_scale, mask=inside)
+    pick = tl.argmax(tl.where(candidate, values, float("-inf")), axis=1)
+    picked = (e[None, :] == pick[:, None]) & told[:, None]
+    choices = tl.maximum(tl.sum(candidate.to(tl.float32), axis=1), 1.0)
+    tl.store(counts + b * 4, tl.sum(counted_t.to(tl.float32), axis=0))
+    tl.store(counts + b * 4 + 1, tl.sum(told.to(tl.float32), axis=0))
+    agree = tl.sum((picked & target).to(tl.float32), axis=1)
+    tl.store(counts + b * 4 + 2, tl.sum(agree, axis=0))
+    tl.store(counts + b * 4 + 3, tl.sum(num_targets / choices, axis=0))
+    surprise = tl.where(counted_t[:, None], surprise, 0.0)
+    to = tallies + b * 4 * E + e
+    tl.store(to, tl.sum(surprise, axis=0), mask=e < E)
+    tl.store(to + E, tl.sum(tl.where(on, surprise, 0.0), axis=0), mask=e < E)
+    tl.store(to + 2 * E, tl.sum(picked.to(tl.float32), axis=0), mask=e < E)
+    tl.store(to + 3 * E, tl.sum(target.to(tl.float32), axis=0), mask=e < E)
