@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 import vl_convert
-
 from common import RESULTS
+
 from tiny_onn.report.theme import THEMES, vega_config
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
