@@ -24,11 +24,11 @@ from transformers import AutoConfig
 from benchmarks.common import in_subprocess, peak_bytes
 from benchmarks.registry import Goal, Result, benchmark
 from benchmarks.steps import make_step, random_dense, random_rows
-from tiny_onn.config import RunConfig
+from tiny_onn.config.read import load_config
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.device import with_number_format
 from tiny_onn.plan import plan
 from tiny_onn.plan_sources import Device, measure_cpu
-from tiny_onn.settings import load_config
 
 GOAL = Goal(at_least=0.9, at_most=1.1)
 SHAPE = {

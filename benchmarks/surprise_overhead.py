@@ -34,7 +34,7 @@ from benchmarks.steps import (
     random_rows,
     settings,
 )
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.experts import ExpertBank
 from tiny_onn.ops.layout import joined_down
 from tiny_onn.surprise import SmkRule, smk_loss, smk_targets

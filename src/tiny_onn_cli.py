@@ -22,7 +22,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 if TYPE_CHECKING:
-    from tiny_onn.config import RunConfig
+    from tiny_onn.config.schema import RunConfig
 
 _Run = Annotated[Positional[Path | None], arg(metavar="RUN.toml", help_behavior_hint="(optional)")]
 _Preset = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(optional)")]
@@ -58,7 +58,7 @@ class Demo:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.settings import load_config
+        from tiny_onn.config.read import load_config
 
         # A mistake in the settings is told before torch is imported.
         load_config(None, "demo", self.overrides)
@@ -98,7 +98,7 @@ class Plan:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.settings import load_config
+        from tiny_onn.config.read import load_config
 
         tokens = () if self.tokens is None else (f"train.tokens={self.tokens}",)
         config = load_config(self.run, self.preset, (*self.overrides, *tokens))
@@ -152,8 +152,8 @@ class Distill:
 
     def __call__(self) -> None:
         """Run the verb."""
+        from tiny_onn.config.read import load_config
         from tiny_onn.errors import UserError
-        from tiny_onn.settings import load_config
 
         named = self.run is not None or self.preset is not None
         if self.resume and self.out is None:
@@ -197,9 +197,13 @@ class Distill:
             raise KeyboardInterrupt
 
     def _resumed(self, out: Path, *, named: bool) -> "RunConfig":
-        from tiny_onn.resuming import check_changes, with_absolute_paths, with_number_format_of
+        from tiny_onn.config.changes import (
+            check_changes,
+            with_absolute_paths,
+            with_number_format_of,
+        )
+        from tiny_onn.config.read import load_config, override
         from tiny_onn.run_folder import read_run_config
-        from tiny_onn.settings import load_config, override
 
         began = read_run_config(out)
         config = (
@@ -243,7 +247,7 @@ class Eval:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.checks import check_device
+        from tiny_onn.config.checks import check_device
 
         check_device(self.device, "--device")
         _require(
@@ -274,7 +278,7 @@ class Eval:
             _print_table(result)
 
     def _frontier(self) -> None:
-        from tiny_onn.checks import parse_budgets
+        from tiny_onn.config.checks import parse_budgets
         from tiny_onn.errors import UserError
 
         if self.frontier and self.budget is not None:
@@ -348,7 +352,7 @@ class Probe:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.checks import check_device, check_probe
+        from tiny_onn.config.checks import check_device, check_probe
 
         check_device(self.device, "--device")
         check_probe(self.loss, self.init)
@@ -416,7 +420,7 @@ class Report:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.checks import check_device
+        from tiny_onn.config.checks import check_device
 
         check_device(self.device, "--device")
         _require_runs(self.runs)
@@ -542,7 +546,8 @@ class Config:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.settings import config_template, load_config
+        from tiny_onn.config.read import load_config
+        from tiny_onn.config.template import config_template
 
         print(config_template(load_config(self.run, self.preset, self.overrides)), end="")
 

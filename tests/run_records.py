@@ -10,7 +10,7 @@ import torch
 
 from tiny import TIMES
 from tiny_onn import TinyOnnForCausalLM
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.run_folder import keep_settings, read_metrics
 
 

@@ -25,7 +25,7 @@ from tiny_onn.activations import (
     to_host,
 )
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import LossConfig
+from tiny_onn.config.schema import LossConfig
 from tiny_onn.errors import UserError
 from tiny_onn.losses import Head, distill
 from tiny_onn.modeling import last_hidden_states

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import tiny_onn_cli as cli
-from tiny_onn.config import RunConfig
+from tiny_onn.config.read import load_config
+from tiny_onn.config.schema import RunConfig
+from tiny_onn.config.template import config_template
 from tiny_onn.errors import UserError
 from tiny_onn.run_folder import create_run_folder
-from tiny_onn.settings import config_template, load_config
 
 FINISHED = types.SimpleNamespace(interrupted=False)
 VERBS = ("demo", "plan", "distill", "eval", "probe", "report", "compare", "generate", "config")

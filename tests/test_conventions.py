@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 
 import tiny_onn
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 
 ROOT = Path(str(tiny_onn.__file__)).parent
 FILES = sorted(ROOT.rglob("*.py"))

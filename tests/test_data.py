@@ -15,14 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tiny_onn.config import DataConfig
-from tiny_onn.data import (
-    Split,
-    TokenStream,
-    check_vocabulary,
-    held_out_rows,
-    is_held_out,
-)
+from tiny_onn.config.schema import DataConfig
+from tiny_onn.data import Split, TokenStream, check_vocabulary, held_out_rows, is_held_out
 from tiny_onn.embedded import Document
 from tiny_onn.errors import UserError
 from tiny_onn.packing import PackedRow

@@ -6,8 +6,8 @@ import pytest
 
 from tiny import change, write_run
 from tiny_onn import demo
+from tiny_onn.config.read import load_config
 from tiny_onn.demo import TooSlow, check_deadline, run_demo
-from tiny_onn.settings import load_config
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

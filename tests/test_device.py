@@ -11,7 +11,7 @@ import torch
 
 from tiny import change, write_run
 from tiny_onn import device as device_module
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.device import (
     bfloat16_slowdown,
     multiplies_bfloat16,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tiny import CONFIG, change, make_dense, make_rows
 from tiny_onn import dynmoe, prepare
-from tiny_onn.config import AtLeastOne, Weighting
+from tiny_onn.config.schema import AtLeastOne, Weighting
 from tiny_onn.experts import Execution, ExpertBank, recorded_routings
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.optim import build_optimizer

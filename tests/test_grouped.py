@@ -30,8 +30,8 @@ from expert_cases import (
     smk_step,
 )
 from tiny import make_dense, make_student
-from tiny_onn.checks import validate
-from tiny_onn.config import ExpertsConfig, RouterConfig, RunConfig, SmkConfig, TrainConfig
+from tiny_onn.config.checks import validate
+from tiny_onn.config.schema import ExpertsConfig, RouterConfig, RunConfig, SmkConfig, TrainConfig
 from tiny_onn.errors import UserError
 from tiny_onn.expert_path import (
     PathChoice,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from tiny import CONFIG, change, make_dense, make_tokenizer, save_teacher, write_corpus
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.health import HealthWatch, diagnose, verdict
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
 from tiny_onn.prepare import prepare, training_rows

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import change
-from tiny_onn.checks import validate
-from tiny_onn.config import RunConfig
+from tiny_onn.config.checks import validate
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.surprise import SmkRule, label_logits_grad, label_loss, smk_targets
 

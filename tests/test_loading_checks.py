@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from tiny import CONFIG, FAMILIES, OTHERS, SIZES, make_dense, save_teacher
 from tiny_onn import model_paths
-from tiny_onn.config import TeacherConfig
+from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.errors import UserError
 from tiny_onn.generate import run_generate
 from tiny_onn.loading import load_student

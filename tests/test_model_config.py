@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from tiny import FAMILIES, OTHERS, make_dense, make_ids, make_student, make_tokenizer
-from tiny_onn.config import ExpertsConfig, RouterConfig
+from tiny_onn.config.schema import ExpertsConfig, RouterConfig
 from tiny_onn.errors import UserError
 from tiny_onn.experts import recorded_routings
 from tiny_onn.loading import load_student

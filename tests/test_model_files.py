@@ -22,7 +22,7 @@ from tiny import (
     save_teacher,
     write_corpus,
 )
-from tiny_onn.config import TeacherConfig
+from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
 from tiny_onn.plan_sources import load_shape

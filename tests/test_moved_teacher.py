@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tiny import change, make_tokenizer, save_teacher, write_run
+from tiny_onn.config.read import resolved_json
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import run_eval
 from tiny_onn.frontier import run_frontier
@@ -15,7 +16,6 @@ from tiny_onn.generate import run_generate
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.probe import run_probe
 from tiny_onn.run_folder import read_run_config, write_json
-from tiny_onn.settings import resolved_json
 from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -11,7 +11,7 @@ from torch import nn
 
 from tiny import make_dense, make_student, save_checkpoint
 from tiny_onn.checkpoint import load_checkpoint
-from tiny_onn.config import OptimConfig
+from tiny_onn.config.schema import OptimConfig
 from tiny_onn.errors import UserError
 from tiny_onn.expert_weights import by_neuron
 from tiny_onn.optim import (

@@ -7,8 +7,8 @@ import torch
 
 from tiny import CONFIG, WIDTH, change, make_dense, make_ids, make_rows
 from tiny_onn.calibrate import sample_inputs
-from tiny_onn.checks import validate
-from tiny_onn.config import ExpertInit, RunConfig
+from tiny_onn.config.checks import validate
+from tiny_onn.config.schema import ExpertInit, RunConfig
 from tiny_onn.convert import identity_gap
 from tiny_onn.massive import MassiveActivation
 from tiny_onn.mlp_inputs import MlpInputs

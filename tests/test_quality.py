@@ -4,7 +4,7 @@ import json
 
 from experiments import quality
 from repository import run_module
-from tiny_onn.settings import load_config
+from tiny_onn.config.read import load_config
 
 
 def smoke(out, *options):

@@ -9,8 +9,8 @@ import torch
 import tiny_onn_cli as cli
 from repository import ROOT
 from tiny import make_student, save_teacher
-from tiny_onn.config import TeacherConfig
-from tiny_onn.settings import load_config, preset_names
+from tiny_onn.config.read import load_config, preset_names
+from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.teacher import load_dense
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from tiny import CONFIG, change
-from tiny_onn.checks import validate
+from tiny_onn.config.checks import validate
+from tiny_onn.config.routing_checks import RULES
 from tiny_onn.errors import UserError
-from tiny_onn.routing_checks import RULES
 
 REFUSED = [
     ({"num_shared": -1}, {}, "experts.num_shared: got -1, expected an integer >= 0"),

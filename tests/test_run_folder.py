@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import tiny_onn
-from tiny_onn.config import RunConfig
+from tiny_onn.config.read import load_config
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.run_folder import (
     MetricsWriter,
@@ -23,7 +24,6 @@ from tiny_onn.run_folder import (
     resume_run_folder,
     write_json,
 )
-from tiny_onn.settings import load_config
 
 
 def run_python(code, *arguments):

@@ -8,7 +8,7 @@ import torch
 
 from tiny import make_dense, make_rows, make_student, make_tokenizer, write_run
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import LossConfig
+from tiny_onn.config.schema import LossConfig
 from tiny_onn.experts import recorded_routings
 from tiny_onn.modeling import last_hidden_states
 from tiny_onn.run_view import VIEW_NAME, correlation, measure_view, view_of_run

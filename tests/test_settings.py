@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny_onn.checks import RANGES, validate
-from tiny_onn.config import RunConfig
-from tiny_onn.errors import UserError
-from tiny_onn.settings import (
+from tiny_onn.config.checks import RANGES, validate
+from tiny_onn.config.describe import field_docs
+from tiny_onn.config.read import (
     config_diff,
     config_from_json,
-    config_template,
-    field_docs,
     load_config,
     preset_names,
     resolved_json,
 )
+from tiny_onn.config.schema import RunConfig
+from tiny_onn.config.template import config_template
+from tiny_onn.errors import UserError
 
 CHECKS = {name: accepts for _, accepts, names in RANGES for name in names.split()}
 SETTINGS = tuple(

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from run_records import at_step
 from tiny import TIMES, change, write_run
 from tiny_onn import train as train_module
-from tiny_onn.checks import validate
-from tiny_onn.config import RunConfig
+from tiny_onn.config.checks import validate
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics

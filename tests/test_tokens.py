@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tiny import change, make_tokenizer, save_teacher, write_corpus, write_run
-from tiny_onn.config import DataConfig, TeacherConfig
+from tiny_onn.config.schema import DataConfig, TeacherConfig
 from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import run_eval, text_rows

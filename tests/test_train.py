@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny import CONFIG, SIZES, change, make_dense, make_documents, make_rows
 from tiny_onn import prepare
 from tiny_onn.activations import checkpoint_layers
-from tiny_onn.checks import validate
+from tiny_onn.config.checks import validate
 from tiny_onn.convert import backbone_hash
 from tiny_onn.evaluate import evaluate
 from tiny_onn.experts import ExpertBank

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tiny import make_dense, make_ids, make_student, normal
-from tiny_onn.config import Weighting
+from tiny_onn.config.schema import Weighting
 from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.ops import reference
 from tiny_onn.own_keys import own_keys

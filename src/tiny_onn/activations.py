@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tiny_onn.config import Checkpointing, LossConfig
+from tiny_onn.config.schema import Checkpointing, LossConfig
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.fusion import compile_backbones
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of
 from tiny_onn.optim import build_optimizer

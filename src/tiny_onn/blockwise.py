@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import track
 from tiny_onn.evaluate import inference_mode_of
 from tiny_onn.experts import recorded_routings

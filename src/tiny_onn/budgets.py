@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import BudgetScope
+from tiny_onn.config.schema import BudgetScope
 from tiny_onn.console import track
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank, recorded_routings

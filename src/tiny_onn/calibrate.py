@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from tiny_onn.config import BudgetScope
+from tiny_onn.config.schema import BudgetScope
 from tiny_onn.experts import ExpertBank, expert_norms
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import activation_name, gated_mlps

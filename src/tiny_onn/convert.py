@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny_onn.backbone_mode import in_mlp
-from tiny_onn.config import ExpertsConfig, RouterConfig
+from tiny_onn.config.schema import ExpertsConfig, RouterConfig
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
 from tiny_onn.modeling import (

@@ -23,12 +23,12 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tiny_onn.config import DataConfig
+from tiny_onn.config.schema import HUB_PREFIX, DataConfig
 from tiny_onn.console import say
 from tiny_onn.embedded import Document
 from tiny_onn.errors import UserError
 from tiny_onn.packing import Origin, PackedRow, Packer
-from tiny_onn.sources import HUB_PREFIX, hub_documents, read_documents
+from tiny_onn.sources import hub_documents, read_documents
 from tiny_onn.tokens import DocumentTokens, document_ends
 
 Split = Literal["train", "held_out"]

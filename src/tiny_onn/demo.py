@@ -19,7 +19,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_onn.config import RouterConfig, RunConfig
+from tiny_onn.config.read import load_config, with_router
+from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.console import say, stage
 from tiny_onn.device import prepare_device
 from tiny_onn.evaluate import Evaluation, budget_report, shown_k
@@ -33,13 +34,11 @@ from tiny_onn.prepare import (
     make_student,
     partition,
     read_inputs,
-    with_router,
 )
 from tiny_onn.reporting import run_report
 from tiny_onn.run_folder import write_json
 from tiny_onn.run_log import RunResult
 from tiny_onn.run_view import keep_view, measure_view
-from tiny_onn.settings import load_config
 from tiny_onn.stages import step_tokens
 from tiny_onn.teacher import teacher_for
 from tiny_onn.train import AfterStep, run_distill

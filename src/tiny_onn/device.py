@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tiny_onn.checks import check_device
-from tiny_onn.config import DType, RunConfig, TeacherDType
+from tiny_onn.config.checks import check_device
+from tiny_onn.config.schema import DType, RunConfig, TeacherDType
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
 

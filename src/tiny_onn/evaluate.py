@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import DataConfig, LossConfig, RouterConfig
+from tiny_onn.config.routing_checks import has_budget
+from tiny_onn.config.schema import DataConfig, LossConfig, RouterConfig
 from tiny_onn.console import stage
 from tiny_onn.data import held_out_rows
 from tiny_onn.device import pick_device
@@ -27,7 +28,6 @@ from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
 from tiny_onn.packing import PackedRow, pack
 from tiny_onn.plan_costs import sizes_of, token_flops
-from tiny_onn.routing_checks import has_budget
 from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.sources import read_documents
 from tiny_onn.teacher import teacher_for

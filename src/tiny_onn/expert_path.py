@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from tiny_onn.config import RunConfig
+from tiny_onn.config.routing_checks import dense_need
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.device import number_format
-from tiny_onn.routing_checks import dense_need
 
 FILE = files("tiny_onn") / "crossover.json"
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.coupled_losses import load_balancing_loss, z_loss
 from tiny_onn.experts import ExpertBank, RowState, row_context
 from tiny_onn.ops.teaching import SmkStep, SurpriseTally

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from tiny_onn.budgets import set_budget
-from tiny_onn.config import TeacherConfig
+from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student

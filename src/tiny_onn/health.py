@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from tiny_onn.config import RunConfig
+from tiny_onn.config.routing_checks import has_budget
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
-from tiny_onn.routing_checks import has_budget
 
 Record = dict[str, Any]
 Severity = Literal["suspicious", "dead"]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
-from tiny_onn.config import RunConfig, TeacherConfig
+from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.console import say
 from tiny_onn.convert import adopt_backbone
 from tiny_onn.device import without_emulation

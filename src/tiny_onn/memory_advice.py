@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from tiny_onn.checkpoint import valid_checkpoints
-from tiny_onn.checks import to_toml, validate
-from tiny_onn.config import RunConfig
+from tiny_onn.config.changes import CHANGEABLE
+from tiny_onn.config.checks import to_toml, validate
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.plan_costs import count_parameters, meta_models, sizes_of
 from tiny_onn.plan_memory import DeviceType, moments
-from tiny_onn.resuming import CHANGEABLE
 
 MAX_REMEDIES = 4
 # Remedies that save a smaller share of the peak are not worth a word.

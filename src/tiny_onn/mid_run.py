@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.checkpoint import restore_student, step_of, valid_checkpoints
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.convert import share_backbone, student_config
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM, generation_attention

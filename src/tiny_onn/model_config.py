@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from tiny_onn.config import Compensation
+from tiny_onn.config.schema import Compensation
 from tiny_onn.errors import UserError
 from tiny_onn.router import RoutingRule
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from tiny_onn.checks import shown
+from tiny_onn.config.checks import shown
 from tiny_onn.console import DownloadBar, say, track
 from tiny_onn.errors import LoadErrors, UserError, printable
 

@@ -24,7 +24,7 @@ from jaxtyping import BFloat16, Float32
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from tiny_onn.config import OptimConfig
+from tiny_onn.config.schema import OptimConfig
 from tiny_onn.expert_weights import KINDS, by_neuron
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.quantize import load_bitsandbytes

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from tiny_onn.assignment import balanced_assignment
 from tiny_onn.calibrate import Ridge, neuron_importance, sample_inputs
-from tiny_onn.config import ExpertsConfig
+from tiny_onn.config.schema import ExpertsConfig
 from tiny_onn.console import track
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import GatedMlp, activation_name, gated_mlps

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.plan_costs import (
     Parameters,

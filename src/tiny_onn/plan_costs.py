@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tiny_onn.backbone_mode import in_mlp
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.convert import student_config
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers

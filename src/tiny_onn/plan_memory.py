@@ -22,7 +22,7 @@ from typing import Literal
 
 from tiny_onn.activations import auto_chunk_tokens
 from tiny_onn.attention import VARLEN_OPTIONS
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.losses import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.optim import state_bytes
 from tiny_onn.plan_costs import Parameters, Sizes

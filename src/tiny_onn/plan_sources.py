@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from tiny_onn.config import DType, TeacherConfig, TeacherDType
+from tiny_onn.config.schema import DType, TeacherConfig, TeacherDType
 from tiny_onn.device import number_format
 from tiny_onn.errors import UserError, load_errors, printable, reason_line, reason_of
 from tiny_onn.model_files import check_config_table, check_model_config, read_object

@@ -1,7 +1,7 @@
 """From settings to a student, its teacher and its text, ready for the first step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,15 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.calibrate import fit_gates, importance_order, neuron_importance, settle_budgets
 from tiny_onn.compensate import fit_compensation
-from tiny_onn.config import RunConfig
+from tiny_onn.config.routing_checks import has_budget
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import stage
-from tiny_onn.convert import (
-    backbone_hash,
-    convert,
-    identity_gap,
-    student_config,
-    verify_head,
-)
+from tiny_onn.convert import backbone_hash, convert, identity_gap, student_config, verify_head
 from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
@@ -33,7 +28,6 @@ from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps
 from tiny_onn.packing import PackedRow
 from tiny_onn.partition import partition_neurons
-from tiny_onn.routing_checks import has_budget
 from tiny_onn.shared import kept_first
 from tiny_onn.teacher import load_dense, teacher_for
 
@@ -268,11 +262,6 @@ def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
         bank.set_execution(execution)
         bank.requires_grad_(True)
         bank.router.requires_grad_(config.router.objective != "none")
-
-
-def with_router(config: RunConfig, **changes: object) -> RunConfig:
-    """The same settings with another router: how controls are made from a recipe."""
-    return replace(config, router=replace(config.router, **changes))  # pyright: ignore[reportArgumentType]
 
 
 def save_student(folder: Path, prepared: Prepared) -> None:

@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
-from tiny_onn.checks import check_probe, validate
-from tiny_onn.config import RunConfig, Surprise
+from tiny_onn.config.checks import check_probe, validate
+from tiny_onn.config.read import with_router
+from tiny_onn.config.schema import RunConfig, Surprise
 from tiny_onn.console import say
 from tiny_onn.data import held_out_rows
 from tiny_onn.device import pick_device
@@ -39,7 +40,7 @@ from tiny_onn.model_paths import find_model
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.own_keys import own_keys
 from tiny_onn.packing import PackedRow
-from tiny_onn.prepare import calibration_rows, make_student, with_router
+from tiny_onn.prepare import calibration_rows, make_student
 from tiny_onn.probe_record import Seen, numbers
 from tiny_onn.probe_report import html_page
 from tiny_onn.recorded_teacher import refuse_for_dense

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from tiny_onn.assembly import assemble
 from tiny_onn.blockwise import blockwise_step, teacher_power
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.device import prepare_device
 from tiny_onn.prepare import Prepared, calibration_rows, prepare, training_rows
 from tiny_onn.run_folder import create_run_folder, write_json

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tiny_onn.config import RouterConfig
+from tiny_onn.config.schema import RouterConfig
 from tiny_onn.console import LINE_SECONDS, console, say
 from tiny_onn.evaluate import Evaluation, shown_k
 from tiny_onn.modeling import TinyOnnForCausalLM

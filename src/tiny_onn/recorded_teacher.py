@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_onn.config import RunConfig, TeacherConfig
+from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.console import say
 from tiny_onn.convert import backbone_hash, same_backbone, shape_difference
 from tiny_onn.errors import UserError

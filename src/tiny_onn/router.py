@@ -20,11 +20,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tiny_onn import dynmoe
-from tiny_onn.checks import shown
-from tiny_onn.config import AtLeastOne, ExpertsConfig, RouterConfig, Selection, Weighting
+from tiny_onn.config.checks import shown
+from tiny_onn.config.read import coerce
+from tiny_onn.config.schema import AtLeastOne, ExpertsConfig, RouterConfig, Selection, Weighting
 from tiny_onn.errors import UserError, printable
 from tiny_onn.ops.precision import without_autocast
-from tiny_onn.settings import coerce
 from tiny_onn.shared import routed, with_shared
 
 # Share by which a probability falls with its rank in the token, 16 units in float32's last place:

@@ -21,13 +21,13 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from tiny_onn.config import RunConfig
+from tiny_onn.config.changes import check_changes, with_absolute_paths
+from tiny_onn.config.read import config_from_json, resolved_json
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.lock import LOCK_NAME
 from tiny_onn.publish import publish
-from tiny_onn.resuming import check_changes, with_absolute_paths
-from tiny_onn.settings import config_from_json, resolved_json
 
 METRICS_NAME = "metrics.jsonl"
 # Kinds of records that a run writes before its first step.
@@ -310,7 +310,10 @@ def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
     # A mistake in the settings of a run is told from its folder, which is read without torch.
     import torch  # noqa: PLC0415
 
-    from tiny_onn.device import device_name, pick_device  # noqa: PLC0415
+    from tiny_onn.device import (
+        device_name,  # noqa: PLC0415
+        pick_device,  # noqa: PLC0415
+    )
 
     commit, dirty = _git_state()
     return {

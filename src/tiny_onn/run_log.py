@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
 from tiny_onn.evaluate import Evaluation
 from tiny_onn.guard import Guard, provenance

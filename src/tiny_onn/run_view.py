@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import LossConfig
+from tiny_onn.config.schema import LossConfig
 from tiny_onn.console import stage
 from tiny_onn.evaluate import document_lengths, inference_mode_of, load_for_eval
 from tiny_onn.experts import recorded_routings

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.experts import ExpertBank
 from tiny_onn.router import temporary_rules
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiny_onn import dynmoe
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import BudgetScope, RouterConfig
+from tiny_onn.config.schema import BudgetScope, RouterConfig
 from tiny_onn.console import track
 from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
-from tiny_onn.config import RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.experts import recorded_routings
 from tiny_onn.gate_step import GateStep
 from tiny_onn.losses import DistillValues, distill

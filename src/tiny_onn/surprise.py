@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn.config import SmkTargets, Surprise
+from tiny_onn.config.schema import SmkTargets, Surprise
 
 # Halvings of the interval that holds a token's offset: to float32's last place.
 _HALVINGS = 40

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tiny_onn.attention import DOCUMENT_ATTENTION
-from tiny_onn.config import TeacherConfig
+from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.console import track
 from tiny_onn.device import number_format
 from tiny_onn.embedded import embedded_teacher

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tiny_onn.config import BudgetScope
+from tiny_onn.config.schema import BudgetScope
 from tiny_onn.router import Router
 
 # The budget's integral control: its rate as a share of the threshold's (a quarter is critical

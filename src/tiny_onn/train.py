@@ -18,7 +18,8 @@ from tiny_onn.checkpoint import (
     take_snapshot,
     valid_checkpoints,
 )
-from tiny_onn.config import RunConfig
+from tiny_onn.config.changes import with_absolute_paths, with_number_format_of
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say, stage
 from tiny_onn.device import prepare_device
 from tiny_onn.errors import UserError
@@ -37,7 +38,6 @@ from tiny_onn.prepare import (
     training_rows,
 )
 from tiny_onn.progress import show_conversion
-from tiny_onn.resuming import with_absolute_paths, with_number_format_of
 from tiny_onn.run_folder import (
     create_run_folder,
     keep_settings,

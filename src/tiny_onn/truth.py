@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tiny_onn.config import Surprise
+from tiny_onn.config.schema import Surprise
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank, RowState, recorded_routings, row_context
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, head_of, last_hidden_states

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tiny_onn.config import Weighting
+from tiny_onn.config.schema import Weighting
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tiny_onn.config import Surprise
+from tiny_onn.config.schema import Surprise
 from tiny_onn.ops.layout import joined_down, parted_down
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.regions import (

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiny_onn.config import Surprise
+from tiny_onn.config.schema import Surprise
 
 
 def expert(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiny_onn.config import Surprise
+from tiny_onn.config.schema import Surprise
 from tiny_onn.ops.regions import region_of, squared_norm_region, wide
 from tiny_onn.shared import routed, with_shared
 from tiny_onn.surprise import (

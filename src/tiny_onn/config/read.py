@@ -5,36 +5,23 @@ said in `checks.py`.
 """
 
 import difflib
-import inspect
 import json
-import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import docstring_parser
-
-from tiny_onn.checks import RANGES, shown, to_toml, validate
-from tiny_onn.config import RunConfig
+from tiny_onn.config.checks import shown, to_toml, validate
+from tiny_onn.config.describe import _expected, _sections
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 
 # `tiny-onn config` prints 12 KB in lines of 100 characters.
 _MAX_TOML_BYTES = 2**16
 # tomllib takes memory that grows with the square of a dotted key's length: 16 MB for such a line.
 _MAX_LINE_DOTS = 2048
-
-
-class FieldDoc(NamedTuple):
-    """One setting: table, key, what it accepts in words, default as TOML, its docstring."""
-
-    section: str
-    field: str
-    type: str
-    default: str
-    doc: str
 
 
 def load_config(path: Path | None, preset: str | None, overrides: Sequence[str]) -> RunConfig:
@@ -126,57 +113,6 @@ def config_diff(before: RunConfig, after: RunConfig) -> list[str]:
         for key, value in keys.items()
         if value != new[section][key]
     ]
-
-
-def field_docs() -> Iterator[FieldDoc]:
-    """Yield every setting with the docstring under its field in `config.py`."""
-    ranges = {name: expected for expected, _, names in RANGES for name in names.split()}
-    defaults = asdict(RunConfig())
-    for section, cls in _sections().items():
-        docs = docstrings_of(cls)
-        for key, hint in get_type_hints(cls).items():
-            yield FieldDoc(
-                section=section,
-                field=key,
-                type=ranges.get(f"{section}.{key}", _expected(hint)),
-                default=to_toml(defaults[section][key]),
-                doc=docs[key],
-            )
-
-
-def docstrings_of(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass and of its bases, each in one line."""
-    return {
-        field.arg_name: " ".join((field.description or "").split())
-        for base in reversed(cls.__mro__)
-        if is_dataclass(base)
-        for field in docstring_parser.parse_from_object(base).params
-    }
-
-
-def config_template(config: RunConfig | None = None) -> str:
-    """Return documented TOML of every setting in `config`, or of the defaults without one."""
-    values = asdict(RunConfig() if config is None else config)
-    sections = _sections()
-    lines = [
-        "# Every setting. A file needs only those it changes, and may begin with a preset,",
-        f'# preset = "NAME": {", ".join(preset_names())}.',
-    ]
-    current = ""
-    for entry in field_docs():
-        if entry.section != current:
-            current = entry.section
-            lines += ["", f"# {inspect.getdoc(sections[current])}", f"[{current}]"]
-        lines += textwrap.wrap(entry.doc, 98, initial_indent="# ", subsequent_indent="# ")
-        lines.append(f"{entry.field} = {to_toml(values[current][entry.field])}  # {entry.type}")
-    return "\n".join(lines) + "\n"
-
-
-def _sections() -> dict[str, type]:
-    """Return section name -> dataclass."""
-    hints = get_type_hints(RunConfig)
-    assert all(is_dataclass(cls) for cls in hints.values())
-    return hints
 
 
 def _read_preset(name: object) -> dict[str, Any]:
@@ -323,11 +259,6 @@ def coerce(value: object, hint: object, where: str) -> object:
     return value
 
 
-def _expected(hint: object) -> str:
-    """Return a field's type in words."""
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(to_toml(choice) for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        return 'a non-empty list of strings, as ["a", "b"]'
-    words: dict[object, str] = {bool: "true or false", int: "a 64-bit integer", float: "a number"}
-    return words.get(hint, "a non-empty string in one line")
+def with_router(config: RunConfig, **changes: object) -> RunConfig:
+    """The same settings with another router: how controls are made from a recipe."""
+    return replace(config, router=replace(config.router, **changes))  # pyright: ignore[reportArgumentType]

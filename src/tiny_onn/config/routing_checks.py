@@ -5,7 +5,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from tiny_onn.config import RouterConfig, RunConfig
+from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.errors import UserError
 
 CONTROLS = ("static", "random", "oracle")

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, get_args
 
-from tiny_onn.config import ExpertInit, RunConfig
+from tiny_onn.config.routing_checks import check_path, check_routing
+from tiny_onn.config.schema import ExpertInit, RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.routing_checks import check_path, check_routing
 
 # The own losses of a token that `probe` knows.
 PROBE_LOSSES = ("auto", "forward-kl", "next-token")

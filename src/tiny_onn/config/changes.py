@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from tiny_onn.config import RunConfig
+from tiny_onn.config.read import config_diff
+from tiny_onn.config.schema import HUB_PREFIX, RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.settings import config_diff
-from tiny_onn.sources import HUB_PREFIX
 
 # Settings that a resumed run can take over from the next step on, by section.
 _CHANGEABLE_KEYS = MappingProxyType(

@@ -1,0 +1,28 @@
+"""Settings as a TOML file that explains each of them."""
+
+import inspect
+import textwrap
+from dataclasses import asdict
+
+from tiny_onn.config.checks import to_toml
+from tiny_onn.config.describe import _sections, field_docs
+from tiny_onn.config.read import preset_names
+from tiny_onn.config.schema import RunConfig
+
+
+def config_template(config: RunConfig | None = None) -> str:
+    """Return documented TOML of every setting in `config`, or of the defaults without one."""
+    values = asdict(RunConfig() if config is None else config)
+    sections = _sections()
+    lines = [
+        "# Every setting. A file needs only those it changes, and may begin with a preset,",
+        f'# preset = "NAME": {", ".join(preset_names())}.',
+    ]
+    current = ""
+    for entry in field_docs():
+        if entry.section != current:
+            current = entry.section
+            lines += ["", f"# {inspect.getdoc(sections[current])}", f"[{current}]"]
+        lines += textwrap.wrap(entry.doc, 98, initial_indent="# ", subsequent_indent="# ")
+        lines.append(f"{entry.field} = {to_toml(values[current][entry.field])}  # {entry.type}")
+    return "\n".join(lines) + "\n"
