@@ -15,7 +15,7 @@ from benchmarks.common import Deadline, Timing, measure
 from benchmarks.steps import Step, make_step, random_dense, random_rows, settings
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.schema import Checkpointing, Objective
-from tiny_onn.packing import PackedRow
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.plan_costs import (
     StepFlops,
     document_context,

@@ -13,9 +13,9 @@ from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Objective, RunConfig
 from tiny_onn.convert import convert
+from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.device import number_format
 from tiny_onn.modeling import TinyOnnForCausalLM
-from tiny_onn.packing import PackedRow, build_row
 from tiny_onn.plan_sources import load_shape
 from tiny_onn.prepare import set_objective
 from tiny_onn.step import Clock, StepResult, distill_step

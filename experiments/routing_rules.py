@@ -31,15 +31,15 @@ from docs.tools import pages
 from experiments.options import RESULTS, parser, results_folder
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Objective, RunConfig, Selection
-from tiny_onn.data import held_out_rows
+from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.rows import calibration_rows, held_out_rows, settling_rows, training_rows
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
 from tiny_onn.held_out import HeldOut
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
-from tiny_onn.packing import PackedRow
-from tiny_onn.prepare import calibration_rows, make_student, partition, settling_rows, training_rows
+from tiny_onn.prepare import make_student, partition
 from tiny_onn.steering import settle
 from tiny_onn.step import distill_step
 from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for

@@ -44,8 +44,8 @@ import torch
 
 from reliability.fuzz_targets import TARGETS, make_bases
 from reliability.harness import FUZZ, fuzz_part, in_child, surroundings, wait_for, write_results
+from tiny_onn.data.readers import WORKING_BYTES
 from tiny_onn.errors import UserError, reason_line
-from tiny_onn.readers import WORKING_BYTES
 from tiny_onn.teacher import quiet_transformers
 
 LIMIT_S = 30

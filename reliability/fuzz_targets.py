@@ -27,10 +27,10 @@ from tiny import CONFIG, make_dense, make_student, make_tokenizer, save_teacher
 from tiny_onn.config.read import config_from_json, load_config, resolved_json
 from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.config.template import config_template
-from tiny_onn.data import check_vocabulary
+from tiny_onn.data.sources import read_documents
+from tiny_onn.data.stream import check_vocabulary
 from tiny_onn.loading import is_student, load_student
 from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, plan
-from tiny_onn.sources import read_documents
 from tiny_onn.teacher import load_dense
 
 Reading = Callable[[], object]

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tiny_onn.config.schema import DataConfig
-from tiny_onn.data import Split, TokenStream, check_vocabulary, held_out_rows, is_held_out
-from tiny_onn.embedded import Document
+from tiny_onn.data.documents import Document
+from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.rows import held_out_rows
+from tiny_onn.data.sources import read_documents
+from tiny_onn.data.stream import Split, TokenStream, check_vocabulary, is_held_out
 from tiny_onn.errors import UserError
-from tiny_onn.packing import PackedRow
-from tiny_onn.sources import read_documents
 
 EOS = 256
 

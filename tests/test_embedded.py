@@ -14,15 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tiny_onn.embedded import (
-    Document,
-    cache_folder,
-    cached_folder,
-    embedded_documents,
-    embedded_teacher,
-    find_gguf,
-    split_text,
-)
+from tiny_onn.data.documents import Document, split_text
+from tiny_onn.data.embedded_text import embedded_documents
+from tiny_onn.embedded import cache_folder, cached_folder, embedded_teacher, find_gguf
 from tiny_onn.errors import UserError
 
 

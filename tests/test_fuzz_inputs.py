@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repository import run_module
-from tiny_onn import readers
 from tiny_onn.config.read import load_config
-from tiny_onn.embedded import split_text
+from tiny_onn.data import readers
+from tiny_onn.data.documents import split_text
+from tiny_onn.data.readers import LINE_BYTES
+from tiny_onn.data.sources import read_documents
 from tiny_onn.errors import LoadErrors, UserError, reason_line
-from tiny_onn.readers import LINE_BYTES
-from tiny_onn.sources import read_documents
 
 
 @pytest.mark.timeout(300)

@@ -16,6 +16,7 @@ from tiny_onn.activations import checkpoint_layers
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.backbone_mode import set_backbone_mode
 from tiny_onn.convert import backbone_hash
+from tiny_onn.data.packing import pack
 from tiny_onn.experts import recorded_routings
 from tiny_onn.modeling import (
     TinyOnnConfig,
@@ -26,7 +27,6 @@ from tiny_onn.modeling import (
     head_of,
     last_hidden_states,
 )
-from tiny_onn.packing import pack
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiny_onn.data.packing import PackedRow, Packer, pack
 from tiny_onn.errors import UserError
-from tiny_onn.packing import PackedRow, Packer, pack
 
 PAD = 999
 # Distinct token ids would hide nothing, repeated ones could: keep the alphabet small but never PAD.

@@ -14,6 +14,7 @@ from tiny_onn.attention import packed_kwargs
 from tiny_onn.calibrate import sample_inputs
 from tiny_onn.config.schema import ExpertInit, ExpertsConfig, RunConfig
 from tiny_onn.convert import identity_gap
+from tiny_onn.data.rows import needs_text
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import gated_mlps, last_hidden_states
 from tiny_onn.partition import (
@@ -24,7 +25,6 @@ from tiny_onn.partition import (
     neuron_energy,
     partition_neurons,
 )
-from tiny_onn.prepare import needs_text
 
 ROWS = make_rows((20, 13, 30, 64, 9, 40, 17, 22, 33, 64, 12, 50), 64)
 FROM_TEXT: tuple[ExpertInit, ...] = ("coactivation", "learned")

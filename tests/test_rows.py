@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tiny_onn.data.fields import Chat
+from tiny_onn.data.readers import read_texts
 from tiny_onn.errors import UserError
-from tiny_onn.readers import read_texts
-from tiny_onn.rows import Chat
 
 ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 HUMAN, GPT = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}

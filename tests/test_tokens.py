@@ -13,15 +13,16 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tiny import change, make_tokenizer, save_teacher, write_corpus, write_run
 from tiny_onn.config.schema import DataConfig, TeacherConfig
-from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
+from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.rows import held_out_rows, text_rows
+from tiny_onn.data.sources import read_documents
+from tiny_onn.data.stream import TokenStream, check_vocabulary
+from tiny_onn.data.tokens import DocumentTokens, document_ends
 from tiny_onn.errors import UserError
-from tiny_onn.evaluate import run_eval, text_rows
+from tiny_onn.evaluate import run_eval
 from tiny_onn.generate import run_generate
 from tiny_onn.loading import load_student
-from tiny_onn.packing import PackedRow
-from tiny_onn.sources import read_documents
 from tiny_onn.teacher import load_dense
-from tiny_onn.tokens import DocumentTokens, document_ends
 from tiny_onn.train import run_distill
 
 BOS, EOS = 1, 2

@@ -12,6 +12,7 @@ from tiny_onn import prepare
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.checks import validate
 from tiny_onn.convert import backbone_hash
+from tiny_onn.data.packing import build_row
 from tiny_onn.evaluate import evaluate
 from tiny_onn.experts import ExpertBank
 from tiny_onn.held_out import HeldOut
@@ -19,7 +20,6 @@ from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.ops import dense_masked, reference
 from tiny_onn.optim import build_optimizer
-from tiny_onn.packing import build_row
 from tiny_onn.steering import settle
 from tiny_onn.step import StepResult, distill_step
 from tiny_onn.surprise import SmkRule, smk_loss, smk_targets

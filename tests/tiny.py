@@ -19,8 +19,8 @@ from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.checkpoint import take_snapshot, write_checkpoint
 from tiny_onn.config.schema import ExpertsConfig, RouterConfig, RunConfig
 from tiny_onn.convert import convert
+from tiny_onn.data.packing import PackedRow, pack
 from tiny_onn.modeling import TinyOnnForCausalLM
-from tiny_onn.packing import PackedRow, pack
 
 # Fields of a metric record that a clock decides.
 TIMES = ("tokens_per_s", "seconds")

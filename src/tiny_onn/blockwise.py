@@ -31,11 +31,11 @@ from transformers import PreTrainedModel
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import track
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.evaluate import inference_mode_of
 from tiny_onn.experts import recorded_routings
 from tiny_onn.gate_step import GateStep
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, last_hidden_states
-from tiny_onn.packing import PackedRow
 from tiny_onn.step import Clock, StepResult, undone_if_broken, update
 
 

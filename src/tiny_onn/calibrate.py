@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from tiny_onn.config.schema import BudgetScope
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.experts import ExpertBank, expert_norms
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import activation_name, gated_mlps
-from tiny_onn.packing import PackedRow
 from tiny_onn.shared import routed
 from tiny_onn.surprise import log_norm
 from tiny_onn.thresholds import aims, exact_thresholds, steer

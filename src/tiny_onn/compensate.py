@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.experts import ExpertBank
 from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.packing import PackedRow
 
 
 @torch.no_grad()

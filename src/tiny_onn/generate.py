@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from tiny_onn.budgets import set_budget
 from tiny_onn.config.schema import TeacherConfig
+from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
@@ -14,7 +15,6 @@ from tiny_onn.model_paths import find_model
 from tiny_onn.modeling import generation_attention
 from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.teacher import load_dense
-from tiny_onn.tokens import DocumentTokens
 
 
 def run_generate(

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.errors import UserError
-from tiny_onn.packing import PackedRow
 from tiny_onn.run_folder import METRICS_NAME
 
 # A spike lies above the median of the last `WINDOW` finite losses by `SPIKE_MADS` of their median

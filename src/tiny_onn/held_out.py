@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.console import track
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.modeling import last_hidden_states
-from tiny_onn.packing import PackedRow
 
 # Hidden states of at most so many bytes stay in host memory between evaluations.
 KEPT_BYTES = 2**30

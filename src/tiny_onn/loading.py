@@ -13,6 +13,7 @@ from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.console import say
 from tiny_onn.convert import adopt_backbone
+from tiny_onn.data.tokens import fit_tokenizer
 from tiny_onn.device import without_emulation
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.mid_run import choose, load_from_checkpoint, newer_checkpoint
@@ -27,7 +28,6 @@ from tiny_onn.model_paths import no_folder
 from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.recorded_teacher import check_teacher, load_recorded, with_teacher
 from tiny_onn.run_folder import read_run_config
-from tiny_onn.tokens import fit_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

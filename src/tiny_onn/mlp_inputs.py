@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.console import track
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.modeling import decoder_layers, gated_mlps, last_hidden_states
-from tiny_onn.packing import PackedRow
 
 # Inputs of at most so many bytes stay in memory between visits.
 KEPT_BYTES = 2**30

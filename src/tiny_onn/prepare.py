@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +16,9 @@ from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import stage
 from tiny_onn.convert import backbone_hash, convert, identity_gap, student_config, verify_head
-from tiny_onn.data import TokenStream, check_vocabulary, held_out_rows
+from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.rows import calibration_rows, held_out_rows
+from tiny_onn.data.stream import check_vocabulary
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.expert_path import PathChoice, choose_path
@@ -26,7 +27,6 @@ from tiny_onn.held_out import HeldOut
 from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps
-from tiny_onn.packing import PackedRow
 from tiny_onn.partition import partition_neurons
 from tiny_onn.shared import kept_first
 from tiny_onn.teacher import load_dense, teacher_for
@@ -134,58 +134,6 @@ def check_conversion(
         teacher_commit=getattr(dense.config, "_commit_hash", None),
         expert_path=choose_path(config, dense.device),
         massive_activations=tuple(massive_activations(_searched(config, inputs))),
-    )
-
-
-def calibration_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> list[PackedRow]:
-    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any."""
-    rows = islice(training_rows(config, tokenizer), _num_calibration_rows(config))
-    return [row.to(device) for row in rows] if needs_text(config) else []
-
-
-def settling_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> list[PackedRow]:
-    """The training rows that follow `calibration_rows`, as many again, if a budget settles.
-
-    Not the calibration rows themselves: a gate is surer on text that it was fitted to.
-    """
-    if not has_budget(config.router):
-        return []
-    num_rows = _num_calibration_rows(config)
-    rows = islice(training_rows(config, tokenizer), num_rows, 2 * num_rows)
-    return [row.to(device) for row in rows]
-
-
-def _num_calibration_rows(config: RunConfig) -> int:
-    return -(-config.experts.calibration_tokens // config.data.row_tokens)
-
-
-def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """The endless stream of training rows."""
-    return TokenStream(
-        config.data,
-        tokenizer,
-        split="train",
-        seed=config.train.seed,
-        row_tokens=config.data.row_tokens,
-    )
-
-
-def needs_text(config: RunConfig) -> bool:
-    """Whether conversion or the blockwise stage reads calibration text."""
-    experts = config.experts
-    return (
-        experts.init in ("importance", "coactivation", "learned")
-        or (experts.init == "cluster" and experts.num_shared > 0)
-        or experts.keep_massive
-        or config.experts.gate_init == "ridge"
-        or config.router.selection == "static"
-        or has_budget(config.router)
-        or config.experts.compensation == "mean"
-        or config.train.blockwise_tokens > 0
     )
 
 

@@ -30,17 +30,16 @@ from tiny_onn.config.checks import check_probe, validate
 from tiny_onn.config.read import with_router
 from tiny_onn.config.schema import RunConfig, Surprise
 from tiny_onn.console import say
-from tiny_onn.data import held_out_rows
+from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.rows import calibration_rows, held_out_rows, text_rows
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
-from tiny_onn.evaluate import text_rows
 from tiny_onn.loading import is_student, load_student, load_teacher_of
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.model_paths import find_model
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.own_keys import own_keys
-from tiny_onn.packing import PackedRow
-from tiny_onn.prepare import calibration_rows, make_student
+from tiny_onn.prepare import make_student
 from tiny_onn.probe_record import Seen, numbers
 from tiny_onn.probe_report import html_page
 from tiny_onn.recorded_teacher import refuse_for_dense

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.experts import ExpertBank, expert_norms, recorded_routings
-from tiny_onn.packing import PackedRow
 from tiny_onn.router import Routing
 from tiny_onn.shared import routed
 from tiny_onn.thresholds import layer_groups

@@ -310,10 +310,7 @@ def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
     # A mistake in the settings of a run is told from its folder, which is read without torch.
     import torch  # noqa: PLC0415
 
-    from tiny_onn.device import (
-        device_name,  # noqa: PLC0415
-        pick_device,  # noqa: PLC0415
-    )
+    from tiny_onn.device import device_name, pick_device
 
     commit, dirty = _git_state()
     return {

@@ -18,9 +18,9 @@ from tiny_onn import dynmoe
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.schema import BudgetScope, RouterConfig
 from tiny_onn.console import track
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
-from tiny_onn.packing import PackedRow
 from tiny_onn.router import Router, Routing
 from tiny_onn.shared import routed, with_shared
 from tiny_onn.thresholds import aims, exact_thresholds, steer

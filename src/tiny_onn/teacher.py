@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.console import track
+from tiny_onn.data.tokens import fit_tokenizer
 from tiny_onn.device import number_format
 from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import LoadErrors, UserError
@@ -27,7 +28,6 @@ from tiny_onn.modeling import TinyOnnConfig
 from tiny_onn.multimodal import dense_skeleton
 from tiny_onn.packed_check import check_packing
 from tiny_onn.quantize import quantize_nf4
-from tiny_onn.tokens import fit_tokenizer
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

@@ -21,9 +21,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
 
-from tiny_onn.embedded import split_text
+from tiny_onn.data.documents import split_text
+from tiny_onn.data.fields import bad_source, fields_read, row_text
 from tiny_onn.errors import UserError, reason_of
-from tiny_onn.rows import bad_source, fields_read, row_text
 
 Part = TypeVar("Part", str, bytes)
 WORKING_BYTES = 512 * 2**20

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tiny_onn.config.schema import HUB_PREFIX, DataConfig
-from tiny_onn.embedded import Document, embedded_documents
+from tiny_onn.data.documents import Document
+from tiny_onn.data.embedded_text import embedded_documents
+from tiny_onn.data.fields import Chat, bad_source, row_text
+from tiny_onn.data.readers import ENDINGS, is_text_file, read_texts
 from tiny_onn.errors import UserError, reason_of
-from tiny_onn.readers import ENDINGS, is_text_file, read_texts
-from tiny_onn.rows import Chat, bad_source, row_text
 
 # Documents of a hub stream that are shuffled among each other.
 _SHUFFLE_BUFFER = 1_000

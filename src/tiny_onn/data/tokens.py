@@ -19,9 +19,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.console import say
-from tiny_onn.embedded import Document
+from tiny_onn.data.documents import Document
+from tiny_onn.data.fields import bad_source
 from tiny_onn.errors import LoadErrors, UserError, load_errors, reason_of
-from tiny_onn.rows import bad_source
 
 # A date that a chat template asks for: today's would give other rows tomorrow.
 _DATE = datetime.date(2024, 7, 26)

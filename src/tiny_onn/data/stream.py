@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.config.schema import HUB_PREFIX, DataConfig
 from tiny_onn.console import say
-from tiny_onn.embedded import Document
+from tiny_onn.data.documents import Document
+from tiny_onn.data.packing import Origin, PackedRow, Packer
+from tiny_onn.data.sources import hub_documents, read_documents
+from tiny_onn.data.tokens import DocumentTokens, document_ends
 from tiny_onn.errors import UserError
-from tiny_onn.packing import Origin, PackedRow, Packer
-from tiny_onn.sources import hub_documents, read_documents
-from tiny_onn.tokens import DocumentTokens, document_ends
 
 Split = Literal["train", "held_out"]
 
@@ -223,20 +223,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, chars = [], 0
     if batch:
         yield batch
-
-
-def held_out_rows(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, row_tokens: int, max_tokens: int
-) -> list[PackedRow]:
-    """The first held-out rows, always the same: `max_tokens // row_tokens` of them, at least one.
-
-    There are fewer, and the last is padded, if the held-out text is shorter.
-
-    Raises:
-        UserError: As `TokenStream`.
-    """
-    stream = TokenStream(config, tokenizer, split="held_out", seed=0, row_tokens=row_tokens)
-    return list(itertools.islice(stream, max(1, max_tokens // row_tokens)))
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

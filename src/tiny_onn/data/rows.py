@@ -1,0 +1,120 @@
+"""Which packed rows calibrate, settle thresholds, train and evaluate."""
+
+import itertools
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tiny_onn.config.routing_checks import has_budget
+from tiny_onn.config.schema import DataConfig, RunConfig
+from tiny_onn.data.packing import PackedRow, pack
+from tiny_onn.data.sources import read_documents
+from tiny_onn.data.stream import TokenStream
+from tiny_onn.data.tokens import DocumentTokens
+from tiny_onn.errors import UserError
+
+
+def held_out_rows(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, row_tokens: int, max_tokens: int
+) -> list[PackedRow]:
+    """The first held-out rows, always the same: `max_tokens // row_tokens` of them, at least one.
+
+    There are fewer, and the last is padded, if the held-out text is shorter.
+
+    Raises:
+        UserError: As `TokenStream`.
+    """
+    stream = TokenStream(config, tokenizer, split="held_out", seed=0, row_tokens=row_tokens)
+    return list(itertools.islice(stream, max(1, max_tokens // row_tokens)))
+
+
+def text_rows(
+    path: Path, tokenizer: PreTrainedTokenizerBase, data: DataConfig, max_tokens: int
+) -> list[PackedRow]:
+    """All of a file's or folder's text as packed rows, up to `max_tokens` of it.
+
+    Raises:
+        UserError: no such text, or none of two tokens or more.
+    """
+    tokens = DocumentTokens(tokenizer)
+    documents = (
+        tokens.ids([tokens.rendered(document)])[0]
+        for document in read_documents(str(path), data.text_field)
+    )
+    packed = pack(documents, row_tokens=data.row_tokens, pad_token_id=0)
+    try:
+        rows = list(islice(packed, max(1, max_tokens // data.row_tokens)))
+    except UserError as error:
+        raise UserError(_told_of_text(str(error))) from error
+    if not rows:
+        raise UserError(
+            f"--text: got {path} without a document of two tokens or more, expected some text; "
+            "nothing can be predicted in one token"
+        )
+    return rows
+
+
+def _told_of_text(problem: str) -> str:
+    """What the readers say, in words of --text instead of the settings that usually name text."""
+    if problem.startswith("data.text_field: "):
+        found = problem.removeprefix("data.text_field: ").rpartition("; ")[0]
+        return (
+            f"--text: {found}; eval reads the field that the run's settings name, so rename the"
+            " field, or give the text as .txt"
+        )
+    told = problem.removeprefix("data.sources: ")
+    return problem if told == problem else f"--text: {told}"
+
+
+def calibration_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> list[PackedRow]:
+    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any."""
+    rows = islice(training_rows(config, tokenizer), _num_calibration_rows(config))
+    return [row.to(device) for row in rows] if needs_text(config) else []
+
+
+def settling_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> list[PackedRow]:
+    """The training rows that follow `calibration_rows`, as many again, if a budget settles.
+
+    Not the calibration rows themselves: a gate is surer on text that it was fitted to.
+    """
+    if not has_budget(config.router):
+        return []
+    num_rows = _num_calibration_rows(config)
+    rows = islice(training_rows(config, tokenizer), num_rows, 2 * num_rows)
+    return [row.to(device) for row in rows]
+
+
+def _num_calibration_rows(config: RunConfig) -> int:
+    return -(-config.experts.calibration_tokens // config.data.row_tokens)
+
+
+def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+    """The endless stream of training rows."""
+    return TokenStream(
+        config.data,
+        tokenizer,
+        split="train",
+        seed=config.train.seed,
+        row_tokens=config.data.row_tokens,
+    )
+
+
+def needs_text(config: RunConfig) -> bool:
+    """Whether conversion or the blockwise stage reads calibration text."""
+    experts = config.experts
+    return (
+        experts.init in ("importance", "coactivation", "learned")
+        or (experts.init == "cluster" and experts.num_shared > 0)
+        or experts.keep_massive
+        or config.experts.gate_init == "ridge"
+        or config.router.selection == "static"
+        or has_budget(config.router)
+        or config.experts.compensation == "mean"
+        or config.train.blockwise_tokens > 0
+    )
