@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks.common import check, in_subprocess, measure, peak_bytes, relative_gap
 from benchmarks.registry import Goal, Option, Result, benchmark
-from tiny_onn.activations import CPU_LOSS_CHUNK_TOKENS, GPU_LOSS_CHUNK_TOKENS
-from tiny_onn.losses import Head, distill
+from tiny_onn.ops.distillation_loss import Head, distill
+from tiny_onn.ops.loss_chunks import CPU_LOSS_CHUNK_TOKENS, GPU_LOSS_CHUNK_TOKENS
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # What the trainer takes where memory is not short.
@@ -68,7 +68,7 @@ def make_inputs(tokens: int, vocab: int, hidden: int, dtype: str, device: str) -
 
 
 def ours(need_metrics: bool, s_TD: Tensor, q_TD: Tensor, s_VD: Tensor, q_VD: Tensor) -> Tensor:
-    """`tiny_onn.losses.distill`."""
+    """`tiny_onn.ops.distillation_loss.distill`."""
     labels_T = torch.zeros(len(s_TD), dtype=torch.long, device=s_TD.device)
     values = distill(
         s_TD,

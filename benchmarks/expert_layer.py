@@ -46,9 +46,9 @@ from benchmarks.registry import Option, Result, benchmark
 from tiny_onn.expert_path import FILE, crossover_share
 from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.ops import reference
-from tiny_onn.ops.teaching import SmkStep
+from tiny_onn.ops.router_gradient import SmkStep
+from tiny_onn.ops.surprise import SmkRule
 from tiny_onn.router import RoutingRule
-from tiny_onn.surprise import SmkRule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative norms of differences; bf16 keeps 8 bits, and gradients pass through several roundings.

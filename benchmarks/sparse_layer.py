@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_onn.ops import dense_masked, grouped, sparse
-from tiny_onn.ops.teaching import SmkStep
-from tiny_onn.surprise import SmkRule
+from tiny_onn.ops.router_gradient import SmkStep
+from tiny_onn.ops.surprise import SmkRule
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 NAMES = ("y", "x", "gate_up", "down", "weights", "logits")

@@ -37,7 +37,7 @@ from benchmarks.steps import (
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.experts import ExpertBank
 from tiny_onn.ops.layout import joined_down
-from tiny_onn.surprise import SmkRule, smk_loss, smk_targets
+from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
 
 CARD = ("smk.surprise=parameters", "smk.direction=min", "smk.candidates=active")
 

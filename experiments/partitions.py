@@ -37,9 +37,9 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows
 from tiny_onn.experts import ExpertBank, recorded_routings
-from tiny_onn.losses import distill
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps, head_of, last_hidden_states
+from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.prepare import make_student, partition
 from tiny_onn.router import Exploration, Router, Routing, RoutingRule, route, temporary_rules
 from tiny_onn.teacher import load_dense, quiet_transformers

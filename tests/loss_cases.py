@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiny_onn.losses import DistillValues, Divergence, Head, distill
+from tiny_onn.ops.distillation_loss import DistillValues, Divergence, Head, distill
 
 DIVERGENCES: list[Divergence] = ["forward_kl", "reverse_kl", "jsd"]
 

@@ -19,8 +19,8 @@ from benchmarks.registry import NAMES, Benchmark, Goal, Option, Result, find
 from repository import ROOT, run_module
 from tiny_onn.experts import ExpertBank
 from tiny_onn.ops import reference
+from tiny_onn.ops.surprise import SmkRule
 from tiny_onn.router import RoutingRule
-from tiny_onn.surprise import SmkRule
 
 STUDIES = ("routing_rules", "partitions", "blockwise")
 PROGRAMS = {

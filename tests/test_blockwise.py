@@ -19,8 +19,8 @@ from tiny_onn.data.packing import build_row
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import decoder_layers, gated_mlps, last_hidden_states
 from tiny_onn.ops import reference
+from tiny_onn.ops.surprise import SmkRule, label_loss, smk_loss, smk_targets
 from tiny_onn.optim import build_optimizer
-from tiny_onn.surprise import SmkRule, label_loss, smk_loss, smk_targets
 from tiny_onn.teacher import teacher_for
 from tiny_onn.thresholds import exact_threshold, steer
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loss_cases import BETA, DIVERGENCES, assert_same, make_case, run
-from tiny_onn.losses import Head, distill
+from tiny_onn.ops.distillation_loss import Head, distill
 from tiny_onn.ops.divergence import divergence_region
 
 HEADS = pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny_onn.ops import reference
 from tiny_onn.ops.dense_masked import expert_layer
-from tiny_onn.ops.teaching import SmkStep, SurpriseTally
-from tiny_onn.surprise import SmkRule, smk_loss, smk_targets
+from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally
+from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
 
 D, E, I = 7, 5, 3
 KINDS = ("parameters", "input", "output", "gain", "magnitude", "relative")

@@ -30,8 +30,8 @@ from expert_cases import (
 )
 from tiny_onn.ops import reference
 from tiny_onn.ops.dense_masked import expert_layer
-from tiny_onn.ops.teaching import SurpriseTally
-from tiny_onn.surprise import SmkRule
+from tiny_onn.ops.router_gradient import SurpriseTally
+from tiny_onn.ops.surprise import SmkRule
 
 
 def layer(leaves, activation, **options: Any) -> Tensor:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from tiny_onn.experts import ExpertBank, RowState, row_context
 from tiny_onn.ops import dense_masked, grouped, reference
-from tiny_onn.ops.teaching import SmkStep
+from tiny_onn.ops.router_gradient import SmkStep
+from tiny_onn.ops.surprise import SmkRule, regression_grad, regression_targets
 from tiny_onn.router import RoutingRule
-from tiny_onn.surprise import SmkRule, regression_grad, regression_targets
 
 TOKENS, HIDDEN, EXPERTS, WIDTH = 9, 7, 5, 3
 LOG = SmkRule(surprise="magnitude", direction="max", candidates="all", targets="log")

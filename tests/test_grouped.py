@@ -42,9 +42,9 @@ from tiny_onn.expert_path import (
 )
 from tiny_onn.ops import dense_masked, grouped, reference
 from tiny_onn.ops.grouped import expert_layer, gather_mm, group_rows, outer_mm, scatter_mm
-from tiny_onn.ops.teaching import SurpriseTally
+from tiny_onn.ops.router_gradient import SurpriseTally
+from tiny_onn.ops.surprise import SmkRule
 from tiny_onn.prepare import set_objective
-from tiny_onn.surprise import SmkRule
 
 ROUTINGS = (*PATTERNS, "nobody")
 

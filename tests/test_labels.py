@@ -10,7 +10,7 @@ from tiny import change
 from tiny_onn.config.checks import validate
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.surprise import SmkRule, label_logits_grad, label_loss, smk_targets
+from tiny_onn.ops.surprise import SmkRule, label_logits_grad, label_loss, smk_targets
 
 
 def drawn(seed, num_tokens=6, num_experts=8, scale=3.0):

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss_cases import BETA, DIVERGENCES, Case, V, assert_same, make_case, naive_logits, run
-from tiny_onn import losses
-from tiny_onn.losses import DistillValues, Head, distill
+from tiny_onn.ops import distillation_loss as losses
+from tiny_onn.ops.distillation_loss import DistillValues, Head, distill
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,10 +7,10 @@ import torch
 from torch.nn.functional import silu
 
 from tiny import normal
-from tiny_onn.losses import Divergence, Head, distill
 from tiny_onn.ops import dense_masked, grouped
-from tiny_onn.ops.teaching import SmkStep
-from tiny_onn.surprise import SmkRule
+from tiny_onn.ops.distillation_loss import Divergence, Head, distill
+from tiny_onn.ops.router_gradient import SmkStep
+from tiny_onn.ops.surprise import SmkRule
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,10 +20,10 @@ from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.held_out import HeldOut
 from tiny_onn.modeling import last_hidden_states
 from tiny_onn.ops import reference
-from tiny_onn.ops.teaching import SmkStep, SurpriseTally, teach
+from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally, teach
+from tiny_onn.ops.surprise import SmkRule, smk_targets
 from tiny_onn.router import Routing, RoutingRule
 from tiny_onn.routing_stats import OracleStats, RoutingStats, border_ties, first_tokens
-from tiny_onn.surprise import SmkRule, smk_targets
 
 # Documents of 5, 2 and 4 tokens, then one of padding.
 ROW = build_row([[5, 6, 7, 8, 9], [3, 4], [9, 8, 7, 6]], row_tokens=12, pad_token_id=0)

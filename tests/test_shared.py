@@ -3,7 +3,7 @@
 import torch
 
 from tiny import normal
-from tiny_onn.shared import kept_first, routed, split_neurons, with_shared
+from tiny_onn.ops.shared_experts import kept_first, routed, split_neurons, with_shared
 
 E, S = 8, 2
 

@@ -18,8 +18,8 @@ from torch.testing import assert_close
 
 from expert_cases import PATTERNS, Case, by_definition, make_case, smk_step
 from tiny_onn.ops import decode, dense_masked, reference, sparse
-from tiny_onn.ops.teaching import SurpriseTally
-from tiny_onn.surprise import SmkRule
+from tiny_onn.ops.router_gradient import SurpriseTally
+from tiny_onn.ops.surprise import SmkRule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

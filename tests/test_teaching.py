@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from tiny import normal
 from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
-from tiny_onn.ops.teaching import SmkStep, SurpriseTally, teach
+from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally, teach
+from tiny_onn.ops.shared_experts import with_shared
+from tiny_onn.ops.surprise import SmkRule
 from tiny_onn.router import RoutingRule
-from tiny_onn.shared import with_shared
-from tiny_onn.surprise import SmkRule
 
 E, S = 8, 2
 TARGETS = ("single", "set", "regress", "member", "helpful", "log")

@@ -19,10 +19,10 @@ from tiny_onn.held_out import HeldOut
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.ops import dense_masked, reference
+from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
 from tiny_onn.optim import build_optimizer
 from tiny_onn.steering import settle
 from tiny_onn.step import StepResult, distill_step
-from tiny_onn.surprise import SmkRule, smk_loss, smk_targets
 from tiny_onn.teacher import teacher_for
 
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)

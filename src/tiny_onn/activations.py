@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tiny_onn.config.schema import Checkpointing, LossConfig
+from tiny_onn.config.schema import Checkpointing
 from tiny_onn.errors import UserError
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
 
@@ -36,13 +36,6 @@ ATTENTION_OPS = (
     "aten._scaled_dot_product_fused_attention_overrideable",
     "torch_attn._varlen_attn",
 )
-CPU_LOSS_CHUNK_TOKENS = 512
-# Matrix products suffer below the smaller. Above the larger nothing is gained but memory spent:
-# 32,768 tokens took an H100 121 ms and 0.93 GiB in chunks of 1,024, 119 ms and 1.80 GiB in chunks
-# of 2,048 (`gpu.py --sections loss`, V 151,936).
-GPU_LOSS_CHUNK_TOKENS = (128, 1024)
-# The logits' share of the memory that is free before the first step.
-LOSS_MEMORY_SHARE = 1 / 16
 
 
 def checkpoint_layers(student: TinyOnnForCausalLM, mode: Checkpointing) -> None:
@@ -81,38 +74,6 @@ def attention_ops() -> list[torch._ops.OpOverload]:
     spaces = (name.split(".") for name in ATTENTION_OPS)
     packets = (getattr(getattr(torch.ops, space), name, None) for space, name in spaces)
     return [packet.default for packet in packets if packet is not None]
-
-
-def loss_chunk_tokens(loss: LossConfig, head_weight: Tensor) -> int:
-    """`loss.chunk_tokens`, or where that is 0 what the head's device has room for now.
-
-    It decides time and memory, and no more than last bits of the result: on a CPU (MKL) none as
-    long as every chunk, the last one included, has 4 tokens or more; a GPU may pick another matrix
-    product for another number of rows. Free memory differs from run to run, so a run asks once and
-    writes the number down.
-    """
-    if loss.chunk_tokens:
-        return loss.chunk_tokens
-    device, free_bytes = head_weight.device, None
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free_bytes = torch.cuda.mem_get_info(device)[0] + unused
-    return auto_chunk_tokens(head_weight.shape[0], head_weight.itemsize, free_bytes)
-
-
-def auto_chunk_tokens(vocab_size: int, itemsize: int, free_bytes: int | None) -> int:
-    """Tokens of a chunk of the loss: 512 on a CPU, on a GPU the power of two that fits.
-
-    Args:
-        vocab_size: V; a token has the logits of student and teacher.
-        itemsize: bytes of a logit.
-        free_bytes: the GPU's, before the first step; None: a CPU.
-    """
-    if free_bytes is None:
-        return CPU_LOSS_CHUNK_TOKENS
-    smallest, largest = GPU_LOSS_CHUNK_TOKENS
-    fitting = int(free_bytes * LOSS_MEMORY_SHARE) // (2 * vocab_size * itemsize)
-    return min(largest, max(smallest, 1 << fitting.bit_length() >> 1))
 
 
 def _checkpoint_offloaded(function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - a layer's own arguments and result

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from tiny_onn.activations import checkpoint_layers, loss_chunk_tokens
+from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.fusion import compile_backbones
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of
+from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.optim import build_optimizer
 
 

@@ -22,8 +22,8 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.experts import ExpertBank, expert_norms
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import activation_name, gated_mlps
-from tiny_onn.shared import routed
-from tiny_onn.surprise import log_norm
+from tiny_onn.ops.shared_experts import routed
+from tiny_onn.ops.surprise import log_norm
 from tiny_onn.thresholds import aims, exact_thresholds, steer
 
 RIDGE = 1e-3

@@ -12,7 +12,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import LossConfig, RouterConfig
@@ -23,8 +22,9 @@ from tiny_onn.device import pick_device
 from tiny_onn.experts import recorded_routings
 from tiny_onn.held_out import HeldOut
 from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
-from tiny_onn.losses import distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
+from tiny_onn.ops.distillation_loss import distill
+from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.plan_costs import sizes_of, token_flops
 from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.teacher import teacher_for

@@ -18,9 +18,9 @@ from tiny_onn.expert_weights import Experts
 from tiny_onn.ops import decode, dense_masked, grouped
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
-from tiny_onn.ops.teaching import SmkStep
+from tiny_onn.ops.router_gradient import SmkStep
+from tiny_onn.ops.surprise import log_norm
 from tiny_onn.router import TIE_BREAK, Exploration, Router, Routing, RoutingRule
-from tiny_onn.surprise import log_norm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

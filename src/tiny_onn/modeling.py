@@ -28,9 +28,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tiny_onn.backbone_mode import in_mlp, set_backbone_mode
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank
-from tiny_onn.losses import Head
 from tiny_onn.model_config import TinyOnnConfig
 from tiny_onn.old_layout import register_old_layout
+from tiny_onn.ops.distillation_loss import Head
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 

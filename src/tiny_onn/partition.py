@@ -23,7 +23,7 @@ from tiny_onn.config.schema import ExpertsConfig
 from tiny_onn.console import track
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import GatedMlp, activation_name, gated_mlps
-from tiny_onn.shared import kept_first, split_neurons
+from tiny_onn.ops.shared_experts import kept_first, split_neurons
 from tiny_onn.thresholds import exact_threshold
 
 SAMPLED_TOKENS = 8192

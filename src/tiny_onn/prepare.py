@@ -27,8 +27,8 @@ from tiny_onn.held_out import HeldOut
 from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
 from tiny_onn.mlp_inputs import MlpInputs
 from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps
+from tiny_onn.ops.shared_experts import kept_first
 from tiny_onn.partition import partition_neurons
-from tiny_onn.shared import kept_first
 from tiny_onn.teacher import load_dense, teacher_for
 
 # Tokens on which a conversion is checked.

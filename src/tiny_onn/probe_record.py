@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiny_onn.ops.surprise import log_norm
 from tiny_onn.probe_stats import Estimate, estimate, fit_ridge, levels, per_token, spearman
-from tiny_onn.surprise import log_norm
 
 # Fewer groups than this give no interval worth the name; tokens take their place.
 MIN_DOCUMENTS = 10

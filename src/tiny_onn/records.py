@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from tiny_onn.config.describe import docstrings_of
 from tiny_onn.evaluate import Evaluation
 from tiny_onn.integrity import predictive_integrity
-from tiny_onn.ops.teaching import SurpriseTally
+from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.routing_stats import RoutingSummary
 from tiny_onn.step import StepResult
 

@@ -25,7 +25,7 @@ from tiny_onn.config.read import coerce
 from tiny_onn.config.schema import AtLeastOne, ExpertsConfig, RouterConfig, Selection, Weighting
 from tiny_onn.errors import UserError, printable
 from tiny_onn.ops.precision import without_autocast
-from tiny_onn.shared import routed, with_shared
+from tiny_onn.ops.shared_experts import routed, with_shared
 
 # Share by which a probability falls with its rank in the token, 16 units in float32's last place:
 # without it all experts of a flat gate pass a threshold, or none.

@@ -21,8 +21,8 @@ from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
+from tiny_onn.ops.shared_experts import routed, with_shared
 from tiny_onn.router import Router, Routing
-from tiny_onn.shared import routed, with_shared
 from tiny_onn.thresholds import aims, exact_thresholds, steer
 
 # A revived expert would have been chosen by this share of the tokens, by this much in its logit.

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers import PreTrainedModel
 
-from tiny_onn.activations import loss_chunk_tokens
 from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.experts import recorded_routings
 from tiny_onn.gate_step import GateStep
-from tiny_onn.losses import DistillValues, distill
 from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
-from tiny_onn.ops.teaching import SurpriseTally
+from tiny_onn.ops.distillation_loss import DistillValues, distill
+from tiny_onn.ops.loss_chunks import loss_chunk_tokens
+from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.optim import clip_gradients
 from tiny_onn.routing_stats import RoutingStats
 from tiny_onn.states import layer_outputs, unexplained

@@ -27,10 +27,10 @@ from tiny_onn.config.schema import Surprise
 from tiny_onn.errors import UserError
 from tiny_onn.experts import ExpertBank, RowState, recorded_routings, row_context
 from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, head_of, last_hidden_states
-from tiny_onn.ops.teaching import SmkStep
+from tiny_onn.ops.router_gradient import SmkStep
+from tiny_onn.ops.shared_experts import routed, with_shared
+from tiny_onn.ops.surprise import SmkRule
 from tiny_onn.router import Routing, routing_weights
-from tiny_onn.shared import routed, with_shared
-from tiny_onn.surprise import SmkRule
 
 SURPRISES: tuple[Surprise, ...] = get_args(Surprise)
 # Tokens in all copies of one batch.

@@ -35,7 +35,7 @@ from tiny_onn.ops.regions import (
     region_of,
     wide,
 )
-from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import SmkStep, Sums, closed_form, squared_norms, teach
 
 
 def expert_layer(

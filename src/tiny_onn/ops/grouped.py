@@ -37,7 +37,7 @@ from tiny_onn.ops.regions import (
     region_of,
     wide,
 )
-from tiny_onn.ops.teaching import SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import SmkStep, Sums, closed_form, squared_norms, teach
 
 # Rows of an expert that a CPU's bfloat16 products are rounded up to, see `_bounds`.
 ROUND_ROWS = 64

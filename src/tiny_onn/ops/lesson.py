@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tiny_onn.ops.teaching import NORMED, SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import NORMED, SmkStep, Sums, closed_form, squared_norms, teach
 
 # The kinds of surprise that need no Gram matrix.
 KINDS = ("parameters", "output", "gain", "relative")

@@ -32,7 +32,7 @@ from tiny_onn.ops.decode import triton_runs_on
 from tiny_onn.ops.layout import joined_down
 from tiny_onn.ops.lesson import KINDS, lesson
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
-from tiny_onn.ops.teaching import SmkStep
+from tiny_onn.ops.router_gradient import SmkStep
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tiny_onn.config.schema import Surprise
 from tiny_onn.ops.regions import region_of, squared_norm_region, wide
-from tiny_onn.shared import routed, with_shared
-from tiny_onn.surprise import (
+from tiny_onn.ops.shared_experts import routed, with_shared
+from tiny_onn.ops.surprise import (
     SmkRule,
     label_logits_grad,
     regression_grad,
