@@ -287,7 +287,8 @@ class Eval:
         from rich.console import Console
 
         with _starting():
-            from tiny_onn.frontier import frontier_table, run_frontier
+            from tiny_onn.frontier import run_frontier
+            from tiny_onn.report.frontier import frontier_table
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_frontier(
@@ -388,7 +389,7 @@ class Probe:
             return
         from rich.console import Console
 
-        from tiny_onn.probe_report import console_tables
+        from tiny_onn.report.probe import console_tables
 
         for table in console_tables(result):
             Console().print(table)

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import ROOT
 from docs.tools import pages
-from tiny_onn.probe_report import markdown
+from tiny_onn.report.probe import markdown
 
 RESULTS = ROOT / "experiments" / "results" / "probe_smollm2.json"
 PAGE = ROOT / "docs" / "probe.md"

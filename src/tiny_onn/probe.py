@@ -41,8 +41,8 @@ from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.own_keys import own_keys
 from tiny_onn.prepare import make_student
 from tiny_onn.probe_record import Seen, numbers
-from tiny_onn.probe_report import html_page
 from tiny_onn.recorded_teacher import refuse_for_dense
+from tiny_onn.report.probe import html_page
 from tiny_onn.run_folder import write_json
 from tiny_onn.teacher import load_dense
 from tiny_onn.truth import Document

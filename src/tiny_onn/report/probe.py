@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tiny_onn.charts import Bar, dot_plot, page
+from tiny_onn.report.charts import Bar, dot_plot, page
 
 ENDS = ("min", "max")
 
