@@ -33,9 +33,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from benchmarks.common import Deadline, captured, check, measure, relative_gap
 from benchmarks.decode_model import whole_model
 from benchmarks.registry import Option, Result, benchmark
-from tiny_onn.experts import ExpertBank, recorded_routings, selecting
+from tiny_onn.model.experts import ExpertBank, recorded_routings, selecting
+from tiny_onn.model.router import Routing, RoutingRule
 from tiny_onn.ops import decode
-from tiny_onn.router import Routing, RoutingRule
 from tiny_onn.thresholds import exact_threshold
 
 # Of the output's norm; bfloat16 keeps 8 bits.

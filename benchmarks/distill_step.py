@@ -32,9 +32,9 @@ from benchmarks.steps import (
     random_rows,
     settings,
 )
-from tiny_onn.attention import packed_kwargs
-from tiny_onn.experts import ExpertBank
-from tiny_onn.modeling import decoder_layers
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import decoder_layers
+from tiny_onn.model.experts import ExpertBank
 
 WAYS = {
     "ours": ("layer",),

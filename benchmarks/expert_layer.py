@@ -43,12 +43,12 @@ from benchmarks.common import (
     relative_gap,
 )
 from benchmarks.registry import Option, Result, benchmark
-from tiny_onn.expert_path import FILE, crossover_share
-from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
+from tiny_onn.model.expert_path import FILE, crossover_share
+from tiny_onn.model.experts import Execution, ExpertBank, RowState, row_context
+from tiny_onn.model.router import RoutingRule
 from tiny_onn.ops import reference
 from tiny_onn.ops.router_gradient import SmkStep
 from tiny_onn.ops.surprise import SmkRule
-from tiny_onn.router import RoutingRule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative norms of differences; bf16 keeps 8 bits, and gradients pass through several roundings.

@@ -16,6 +16,7 @@ from benchmarks.steps import Step, make_step, random_dense, random_rows, setting
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.schema import Checkpointing, Objective
 from tiny_onn.data.packing import PackedRow
+from tiny_onn.model.expert_path import set_objective
 from tiny_onn.plan_costs import (
     StepFlops,
     document_context,
@@ -25,7 +26,6 @@ from tiny_onn.plan_costs import (
     token_flops,
 )
 from tiny_onn.plan_sources import find_device
-from tiny_onn.prepare import set_objective
 from tiny_onn.step import Clock
 
 GIB = 2**30

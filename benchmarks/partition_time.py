@@ -32,8 +32,8 @@ from tiny_onn.calibrate import RIDGE, sample_inputs
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.rows import calibration_rows
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import activation_name, gated_mlps
+from tiny_onn.model.backbone import activation_name, gated_mlps
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.partition import SAMPLED_TOKENS, by_importance, learn_partition, neuron_energy
 from tiny_onn.teacher import load_dense, quiet_transformers
 

@@ -9,15 +9,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from benchmarks.common import seeded
 from tiny_onn.assembly import assemble
-from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Objective, RunConfig
 from tiny_onn.convert import convert
 from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.device import number_format
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.attention import DOCUMENT_ATTENTION
+from tiny_onn.model.expert_path import set_objective
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.plan_sources import load_shape
-from tiny_onn.prepare import set_objective
 from tiny_onn.step import Clock, StepResult, distill_step
 from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
 

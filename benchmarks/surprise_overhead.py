@@ -35,7 +35,7 @@ from benchmarks.steps import (
     settings,
 )
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.experts import ExpertBank
+from tiny_onn.model.experts import ExpertBank
 from tiny_onn.ops.layout import joined_down
 from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
 

@@ -30,18 +30,19 @@ from transformers import PreTrainedModel
 from benchmarks.common import environment, report
 from benchmarks.steps import random_dense, random_rows
 from experiments.options import parser, results_folder
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.calibrate import Ridge, expert_norms, fit_gates, sample_inputs, settle_budgets
 from tiny_onn.config.read import load_config, with_router
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows
-from tiny_onn.experts import ExpertBank, recorded_routings
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps, head_of, last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import gated_mlps, head_of, last_hidden_states
+from tiny_onn.model.experts import ExpertBank, recorded_routings
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.router import Exploration, Router, Routing, RoutingRule, route, temporary_rules
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.prepare import make_student, partition
-from tiny_onn.router import Exploration, Router, Routing, RoutingRule, route, temporary_rules
 from tiny_onn.teacher import load_dense, quiet_transformers
 
 PARTITIONS = ("slices", "cluster", "coactivation", "importance", "learned")

@@ -37,7 +37,7 @@ from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
 from tiny_onn.held_out import HeldOut
-from tiny_onn.mlp_inputs import MlpInputs
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.prepare import make_student, partition
 from tiny_onn.steering import settle

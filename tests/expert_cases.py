@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
+from tiny_onn.model.experts import Execution, ExpertBank, RowState, row_context
+from tiny_onn.model.router import RoutingRule
 from tiny_onn.ops import reference
 from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally
 from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
-from tiny_onn.router import RoutingRule
 
 D, E, I = 7, 5, 3
 

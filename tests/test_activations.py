@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny import CONFIG, SIZES, change, make_dense, make_rows, make_student
 from tiny_onn.activations import ATTENTION_OPS, attention_ops, checkpoint_layers, to_device, to_host
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.schema import LossConfig
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import last_hidden_states
+from tiny_onn.model.expert_path import set_objective
 from tiny_onn.ops.distillation_loss import Head, distill
 from tiny_onn.ops.loss_chunks import (
     CPU_LOSS_CHUNK_TOKENS,
@@ -25,7 +26,6 @@ from tiny_onn.ops.loss_chunks import (
     auto_chunk_tokens,
     loss_chunk_tokens,
 )
-from tiny_onn.prepare import set_objective
 from tiny_onn.step import distill_step
 from tiny_onn.teacher import teacher_for
 

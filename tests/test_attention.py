@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tiny_onn.attention import (
+from tiny_onn.errors import UserError
+from tiny_onn.model.attention import (
     DOCUMENT_ATTENTION,
     QUERY_BLOCK_TOKENS,
     document_attention,
@@ -28,7 +29,6 @@ from tiny_onn.attention import (
     varlen_attention,
     varlen_supported,
 )
-from tiny_onn.errors import UserError
 
 LENGTHS = (7, 1, 12, 3)
 HIDDEN = 32

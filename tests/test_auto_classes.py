@@ -12,8 +12,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from tiny import make_dense, make_ids, make_student, make_tokenizer
 from tiny_onn.loading import load_student
-from tiny_onn.model_config import CODE_FILE
-from tiny_onn.modeling import TinyOnnForCausalLM, TinyOnnModel, last_hidden_states
+from tiny_onn.model.backbone import last_hidden_states
+from tiny_onn.model.configuration import CODE_FILE
+from tiny_onn.model.student import TinyOnnForCausalLM, TinyOnnModel
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -61,7 +62,7 @@ def test_a_program_without_the_import_opens_a_student_if_it_trusts_its_code(tmp_
     done = run(STRANGER, folder, tmp_path / "copy", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr[-3000:]
     kinds, total = done.stdout.splitlines()[-2:]
-    assert kinds == "tiny_onn.model_config tiny_onn.modeling TinyOnnModel"
+    assert kinds == "tiny_onn.model.configuration tiny_onn.model.student TinyOnnModel"
     student = TinyOnnForCausalLM.from_pretrained(folder)
     expected = student(student.dummy_inputs["input_ids"]).logits.detach().sum()
     assert float(total) == pytest.approx(float(expected), rel=1e-4)

@@ -17,10 +17,10 @@ from torch.nn.functional import silu
 from benchmarks import base, common, distill_loss, runner, scaling, steps, surprise_overhead
 from benchmarks.registry import NAMES, Benchmark, Goal, Option, Result, find
 from repository import ROOT, run_module
-from tiny_onn.experts import ExpertBank
+from tiny_onn.model.experts import ExpertBank
+from tiny_onn.model.router import RoutingRule
 from tiny_onn.ops import reference
 from tiny_onn.ops.surprise import SmkRule
-from tiny_onn.router import RoutingRule
 
 STUDIES = ("routing_rules", "partitions", "blockwise")
 PROGRAMS = {

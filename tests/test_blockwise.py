@@ -11,13 +11,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tiny import CONFIG, change, make_dense, make_documents, make_rows
 from tiny_onn import prepare
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.blockwise import block_errors, blockwise_step, teacher_power
 from tiny_onn.convert import all_experts_on, backbone_hash
 from tiny_onn.coupled_losses import load_balancing_loss, z_loss
 from tiny_onn.data.packing import build_row
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import decoder_layers, gated_mlps, last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import decoder_layers, gated_mlps, last_hidden_states
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops import reference
 from tiny_onn.ops.surprise import SmkRule, label_loss, smk_loss, smk_targets
 from tiny_onn.optim import build_optimizer

@@ -15,7 +15,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
 from tiny_onn.frontier import default_budgets
 from tiny_onn.held_out import HeldOut
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.student import TinyOnnForCausalLM
 
 S = 2
 LENGTHS = [40, 64, 30, 50, 33] * 12

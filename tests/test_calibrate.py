@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tiny import FAMILIES, make_dense, make_rows, make_student
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.calibrate import (
     RIDGE,
     Ridge,
@@ -14,8 +13,9 @@ from tiny_onn.calibrate import (
     neuron_importance,
     settle_budgets,
 )
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import gated_mlps, last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import gated_mlps, last_hidden_states
+from tiny_onn.model.hooks import MlpInputs
 
 # Split, whole and padded documents.
 LENGTHS = (20, 13, 30, 64, 9, 40, 17, 22, 33, 64, 12, 50)

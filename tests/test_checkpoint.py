@@ -29,7 +29,7 @@ from tiny_onn.checkpoint import (
 )
 from tiny_onn.convert import backbone_hash
 from tiny_onn.errors import UserError
-from tiny_onn.mlp_inputs import MlpInputs
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.optim import build_optimizer
 from tiny_onn.step import distill_step
 

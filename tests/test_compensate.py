@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from tiny import CONFIG, change, make_dense, make_ids, make_rows, make_student
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.compensate import fit_compensation
 from tiny_onn.convert import identity_gap
 from tiny_onn.data.rows import needs_text
 from tiny_onn.evaluate import forward_flops
-from tiny_onn.experts import Execution
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps, last_hidden_states
-from tiny_onn.optim import split_parameters
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import gated_mlps, last_hidden_states
+from tiny_onn.model.experts import Execution
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.prepare import make_student as prepared_student
 
 S = 2

@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from tiny import FAMILIES, OTHERS, SIZES, WIDTH, make_dense, make_ids, make_student
 from tiny_onn.convert import all_experts_on, backbone_hash, identity_gap, verify_head
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import activation_name, gated_mlps
-from tiny_onn.router import RoutingRule
+from tiny_onn.model.backbone import activation_name, gated_mlps
+from tiny_onn.model.router import RoutingRule
 
 ALL = (*FAMILIES, *OTHERS)
 UNSUPPORTED = {

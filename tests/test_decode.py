@@ -21,9 +21,9 @@ from transformers.activations import ACT2FN
 
 from repository import ROOT
 from tiny import make_dense, make_ids, make_student
-from tiny_onn.experts import ExpertBank, recorded_routings, selecting
+from tiny_onn.model.experts import ExpertBank, recorded_routings, selecting
+from tiny_onn.model.router import RoutingRule, route
 from tiny_onn.ops import decode, reference
-from tiny_onn.router import RoutingRule, route
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from tiny import make_dense, make_ids, make_student
 from tiny_onn.convert import backbone_hash
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.student import TinyOnnForCausalLM
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny_onn.experts import ExpertBank, RowState, row_context
+from tiny_onn.model.experts import ExpertBank, RowState, row_context
+from tiny_onn.model.router import RoutingRule
 from tiny_onn.ops import dense_masked, grouped, reference
 from tiny_onn.ops.router_gradient import SmkStep
 from tiny_onn.ops.surprise import SmkRule, regression_grad, regression_targets
-from tiny_onn.router import RoutingRule
 
 TOKENS, HIDDEN, EXPERTS, WIDTH = 9, 7, 5, 3
 LOG = SmkRule(surprise="magnitude", direction="max", candidates="all", targets="log")

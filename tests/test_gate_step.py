@@ -8,13 +8,13 @@ import torch
 from tiny import CONFIG, change, make_dense, make_rows, make_student
 from tiny_onn import prepare
 from tiny_onn.activations import checkpoint_layers
-from tiny_onn.attention import packed_kwargs
-from tiny_onn.experts import RowState, recorded_routings, row_context
 from tiny_onn.gate_step import GateStep
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import last_hidden_states
+from tiny_onn.model.experts import RowState, recorded_routings, row_context
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.router import RoutingRule, temporary_rules
 from tiny_onn.optim import build_optimizer
-from tiny_onn.router import RoutingRule, temporary_rules
 from tiny_onn.routing_stats import RoutingStats
 from tiny_onn.step import distill_step
 

@@ -33,18 +33,18 @@ from tiny import make_dense, make_student
 from tiny_onn.config.checks import validate
 from tiny_onn.config.schema import ExpertsConfig, RouterConfig, RunConfig, SmkConfig, TrainConfig
 from tiny_onn.errors import UserError
-from tiny_onn.expert_path import (
+from tiny_onn.model.expert_path import (
     PathChoice,
     choose_path,
     crossover_share,
     dense_need,
     read_crossover,
+    set_objective,
 )
 from tiny_onn.ops import dense_masked, grouped, reference
 from tiny_onn.ops.grouped import expert_layer, gather_mm, group_rows, outer_mm, scatter_mm
 from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.ops.surprise import SmkRule
-from tiny_onn.prepare import set_objective
 
 ROUTINGS = (*PATTERNS, "nobody")
 

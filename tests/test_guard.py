@@ -15,7 +15,7 @@ from tiny_onn.checkpoint import student_tensors
 from tiny_onn.data.packing import Origin, Packer
 from tiny_onn.errors import UserError
 from tiny_onn.guard import MIN_WINDOW, SPIKE_MADS, WINDOW, Guard, provenance
-from tiny_onn.mlp_inputs import MlpInputs
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.optim import build_optimizer
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.step import distill_step

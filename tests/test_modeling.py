@@ -13,20 +13,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tiny import FAMILIES, OTHERS, make_dense, make_documents, make_ids, make_student
 from tiny_onn.activations import checkpoint_layers
-from tiny_onn.attention import packed_kwargs
-from tiny_onn.backbone_mode import set_backbone_mode
 from tiny_onn.convert import backbone_hash
 from tiny_onn.data.packing import pack
-from tiny_onn.experts import recorded_routings
-from tiny_onn.modeling import (
-    TinyOnnConfig,
-    TinyOnnForCausalLM,
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import (
     activation_name,
     decoder_layers,
     generation_attention,
     head_of,
     last_hidden_states,
 )
+from tiny_onn.model.backbone_mode import set_backbone_mode
+from tiny_onn.model.experts import recorded_routings
+from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -13,7 +13,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluate import run_eval
 from tiny_onn.frontier import run_frontier
 from tiny_onn.generate import run_generate
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.probe import run_probe
 from tiny_onn.run_folder import read_run_config, write_json
 from tiny_onn.train import run_distill

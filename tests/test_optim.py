@@ -13,13 +13,13 @@ from tiny import make_dense, make_student, save_checkpoint
 from tiny_onn.checkpoint import load_checkpoint
 from tiny_onn.config.schema import OptimConfig
 from tiny_onn.errors import UserError
-from tiny_onn.expert_weights import by_neuron
+from tiny_onn.model.expert_weights import by_neuron
+from tiny_onn.model.student import split_parameters
 from tiny_onn.optim import (
     build_optimizer,
     clip_gradients,
     lr_factor,
     set_learning_rates,
-    split_parameters,
     state_bytes,
     stochastic_round,
 )

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from tiny import WIDTH, change, make_dense, make_ids, make_rows, make_student
 from tiny_onn.assignment import balanced_assignment
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.calibrate import sample_inputs
 from tiny_onn.config.schema import ExpertInit, ExpertsConfig, RunConfig
 from tiny_onn.convert import identity_gap
 from tiny_onn.data.rows import needs_text
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import gated_mlps, last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import gated_mlps, last_hidden_states
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.partition import (
     balanced_kmeans,
     by_importance,

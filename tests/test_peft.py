@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tiny import make_dense, make_ids, make_student
-from tiny_onn.experts import Execution
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.experts import Execution
+from tiny_onn.model.student import TinyOnnForCausalLM
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),

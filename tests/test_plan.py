@@ -20,11 +20,11 @@ from tiny_onn.assembly import assemble
 from tiny_onn.config.read import load_config
 from tiny_onn.convert import convert
 from tiny_onn.errors import UserError
+from tiny_onn.model.expert_path import set_objective
 from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, card_lines, plan, render
 from tiny_onn.plan_costs import count_parameters, meta_models
 from tiny_onn.plan_memory import nf4_bytes
 from tiny_onn.plan_sources import GIB, Device, find_device, load_shape
-from tiny_onn.prepare import set_objective
 from tiny_onn.quantize import quantize_nf4
 from tiny_onn.step import distill_step
 from tiny_onn.teacher import teacher_for

@@ -12,8 +12,8 @@ from tiny_onn.config.schema import ExpertInit, RunConfig
 from tiny_onn.convert import identity_gap
 from tiny_onn.data.rows import needs_text
 from tiny_onn.massive import MassiveActivation
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import gated_mlps
+from tiny_onn.model.backbone import gated_mlps
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.partition import by_importance, learn_partition, neuron_energy
 from tiny_onn.prepare import make_student as prepare_student
 from tiny_onn.prepare import partition

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tiny import make_dense, make_ids, make_student, model_bytes
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import gated_mlps
+from tiny_onn.model.backbone import gated_mlps
 from tiny_onn.quantize import BLOCK_SIZE, load_bitsandbytes, quantize_nf4
 
 # Rows of the linear layers' weights hold one block of 64 and two.

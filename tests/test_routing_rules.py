@@ -15,8 +15,8 @@ from tiny_onn.config.schema import Objective, Selection, Weighting
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
 from tiny_onn.held_out import HeldOut
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.optim import build_optimizer
 from tiny_onn.steering import settle
 from tiny_onn.step import distill_step

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student, normal
 from tiny_onn import thresholds
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.evaluate import evaluate, evaluate_layers, unigram_nll
-from tiny_onn.experts import ExpertBank, recorded_routings
 from tiny_onn.held_out import HeldOut
-from tiny_onn.modeling import last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import last_hidden_states
+from tiny_onn.model.experts import ExpertBank, recorded_routings
+from tiny_onn.model.router import Routing, RoutingRule
 from tiny_onn.ops import reference
 from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally, teach
 from tiny_onn.ops.surprise import SmkRule, smk_targets
-from tiny_onn.router import Routing, RoutingRule
 from tiny_onn.routing_stats import OracleStats, RoutingStats, border_ties, first_tokens
 
 # Documents of 5, 2 and 4 tokens, then one of padding.

@@ -7,11 +7,12 @@ import torch
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student
 from tiny_onn.activations import checkpoint_layers
-from tiny_onn.attention import packed_kwargs
-from tiny_onn.modeling import decoder_layers, last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import decoder_layers, last_hidden_states
+from tiny_onn.model.expert_path import set_objective
+from tiny_onn.model.hooks import layer_outputs
 from tiny_onn.optim import build_optimizer
-from tiny_onn.prepare import set_objective
-from tiny_onn.states import layer_outputs, unexplained
+from tiny_onn.states import unexplained
 from tiny_onn.step import distill_step
 
 

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from tiny import CONFIG, change, make_dense, make_rows, make_student
 from tiny_onn import prepare, thresholds
 from tiny_onn.activations import checkpoint_layers
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.schema import BudgetScope, Checkpointing
-from tiny_onn.experts import RowState, recorded_routings
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import last_hidden_states
+from tiny_onn.model.experts import RowState, recorded_routings
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.router import Exploration, Router, RoutingRule, explore, route
 from tiny_onn.optim import build_optimizer
-from tiny_onn.router import Exploration, Router, RoutingRule, explore, route
 from tiny_onn.routing_stats import RoutingStats
 from tiny_onn.steering import REVIVED_SHARE, balance, revival_lift, revive, settle
 from tiny_onn.step import distill_step

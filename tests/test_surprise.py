@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiny_onn.experts import ExpertBank, RowState, recorded_routings, row_context
+from tiny_onn.model.experts import ExpertBank, RowState, recorded_routings, row_context
+from tiny_onn.model.router import Router, Routing, RoutingRule, route
 from tiny_onn.ops import reference
 from tiny_onn.ops.dense_masked import expert_layer
 from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally
 from tiny_onn.ops.surprise import SmkRule, smk_logits_grad, smk_loss, smk_targets
-from tiny_onn.router import Router, Routing, RoutingRule, route
 
 KINDS = ("parameters", "input", "output", "gain", "magnitude", "relative")
 Direction = Literal["min", "max"]

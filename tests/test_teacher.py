@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from tiny import SIZES, make_dense, make_ids, make_student, save_teacher
-from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
+from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.teacher import load_dense, teacher_for
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from tiny import normal
-from tiny_onn.experts import Execution, ExpertBank, RowState, row_context
+from tiny_onn.model.experts import Execution, ExpertBank, RowState, row_context
+from tiny_onn.model.router import RoutingRule
 from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally, teach
 from tiny_onn.ops.shared_experts import with_shared
 from tiny_onn.ops.surprise import SmkRule
-from tiny_onn.router import RoutingRule
 
 E, S = 8, 2
 TARGETS = ("single", "set", "regress", "member", "helpful", "log")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import make_dense, make_student, normal
-from tiny_onn.router import Router, RoutingRule, route
+from tiny_onn.model.router import Router, RoutingRule, route
 from tiny_onn.thresholds import aims, exact_threshold, steer
 
 BudgetForm = Literal["cumulative", "threshold"]

@@ -14,10 +14,10 @@ from tiny_onn.config.checks import validate
 from tiny_onn.convert import backbone_hash
 from tiny_onn.data.packing import build_row
 from tiny_onn.evaluate import evaluate
-from tiny_onn.experts import ExpertBank
 from tiny_onn.held_out import HeldOut
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.experts import ExpertBank
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops import dense_masked, reference
 from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
 from tiny_onn.optim import build_optimizer

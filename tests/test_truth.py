@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from tiny import make_dense, make_ids, make_student, normal
 from tiny_onn.config.schema import Weighting
-from tiny_onn.experts import ExpertBank, recorded_routings
+from tiny_onn.model.experts import ExpertBank, recorded_routings
+from tiny_onn.model.router import RoutingRule, route
 from tiny_onn.ops import reference
 from tiny_onn.own_keys import own_keys
-from tiny_onn.router import RoutingRule, route
 from tiny_onn.truth import SURPRISES, Document, would_be_weights
 
 E, S = 8, 2

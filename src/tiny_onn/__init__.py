@@ -7,7 +7,7 @@ with transformers; importing the package alone loads neither torch nor transform
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM, TinyOnnModel
+    from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM, TinyOnnModel
 
 __all__ = ["TinyOnnConfig", "TinyOnnForCausalLM", "TinyOnnModel"]
 
@@ -15,6 +15,6 @@ __all__ = ["TinyOnnConfig", "TinyOnnForCausalLM", "TinyOnnModel"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'tiny_onn' has no attribute {name!r}")
-    from tiny_onn import modeling  # noqa: PLC0415 (5 s of imports)
+    from tiny_onn.model import student as modeling  # noqa: PLC0415 (5 s of imports)
 
     return getattr(modeling, name)

@@ -25,7 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tiny_onn.config.schema import Checkpointing
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
+from tiny_onn.model.backbone import decoder_layers
+from tiny_onn.model.student import TinyOnnForCausalLM
 
 # The fused attentions of the devices, by their names in torch.ops: a release may lack some.
 ATTENTION_OPS = (

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.fusion import compile_backbones
-from tiny_onn.modeling import TinyOnnForCausalLM, head_of
+from tiny_onn.model.backbone import head_of
+from tiny_onn.model.compile import compile_backbones
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.optim import build_optimizer
 

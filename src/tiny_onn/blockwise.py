@@ -18,24 +18,24 @@ remains: memory is one layer's, whatever the depth. (A budget that all layers sh
 Legend: T tokens, D hidden, L layers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.evaluate import inference_mode_of
-from tiny_onn.experts import recorded_routings
 from tiny_onn.gate_step import GateStep
-from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import decoder_layers, last_hidden_states
+from tiny_onn.model.experts import recorded_routings
+from tiny_onn.model.hooks import mlp_calls
+from tiny_onn.model.student import TinyOnnForCausalLM, inference_mode_of
 from tiny_onn.step import Clock, StepResult, undone_if_broken, update
 
 
@@ -49,20 +49,6 @@ class Blocks:
     """`block_errors` on held-out text before the stage."""
     error_after: list[float] | None = None
     """The same after it; None: it is not over."""
-
-
-@contextmanager
-def mlp_calls(dense: PreTrainedModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within the context, `see(layer, x_TD, y_TD)` gets each MLP's input and output in its pass."""
-
-    def hook(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        see(index, inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2))
-
-    with ExitStack() as hooks:
-        for index, layer in enumerate(decoder_layers(dense)):
-            mlp = layer.get_submodule("mlp")
-            hooks.enter_context(mlp.register_forward_hook(partial(hook, index)))
-        yield
 
 
 def squared_error(

@@ -17,13 +17,14 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.schema import BudgetScope
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.errors import UserError
-from tiny_onn.experts import ExpertBank, recorded_routings
-from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import last_hidden_states
+from tiny_onn.model.experts import ExpertBank, recorded_routings
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.thresholds import exact_threshold
 
 TABLE_TOKENS = 1024

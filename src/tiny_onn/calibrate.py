@@ -19,9 +19,9 @@ from transformers.activations import ACT2FN
 
 from tiny_onn.config.schema import BudgetScope
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.experts import ExpertBank, expert_norms
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import activation_name, gated_mlps
+from tiny_onn.model.backbone import activation_name, gated_mlps
+from tiny_onn.model.experts import ExpertBank, expert_norms
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops.shared_experts import routed
 from tiny_onn.ops.surprise import log_norm
 from tiny_onn.thresholds import aims, exact_thresholds, steer

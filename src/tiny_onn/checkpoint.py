@@ -23,12 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiny_onn.backbone_mode import in_mlp
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import TinyOnnForCausalLM
-from tiny_onn.old_layout import today_state, today_tensors
-from tiny_onn.optim import split_parameters
+from tiny_onn.model.backbone_mode import in_mlp
+from tiny_onn.model.old_layout import today_state, today_tensors
+from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.publish import publish
 from tiny_onn.run_folder import write_json
 

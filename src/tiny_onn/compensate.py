@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.experts import ExpertBank
-from tiny_onn.mlp_inputs import MlpInputs
+from tiny_onn.model.experts import ExpertBank
+from tiny_onn.model.hooks import MlpInputs
 
 
 @torch.no_grad()

@@ -18,20 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny_onn.backbone_mode import in_mlp
 from tiny_onn.config.schema import ExpertsConfig, RouterConfig
 from tiny_onn.errors import UserError
-from tiny_onn.experts import ExpertBank
-from tiny_onn.modeling import (
-    GatedMlp,
-    TinyOnnConfig,
-    TinyOnnForCausalLM,
-    backbone_of,
-    gated_mlps,
-    head_of,
-    last_hidden_states,
-)
-from tiny_onn.router import RoutingRule, temporary_rules
+from tiny_onn.model.backbone import GatedMlp, backbone_of, gated_mlps, head_of, last_hidden_states
+from tiny_onn.model.backbone_mode import in_mlp
+from tiny_onn.model.experts import ExpertBank
+from tiny_onn.model.router import RoutingRule, temporary_rules
+from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 
 GATE_STD = 0.02
 

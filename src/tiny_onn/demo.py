@@ -24,9 +24,9 @@ from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.console import say, stage
 from tiny_onn.device import prepare_device
 from tiny_onn.evaluate import Evaluation, budget_report, shown_k
-from tiny_onn.expert_path import choose_path
 from tiny_onn.held_out import HeldOut
-from tiny_onn.mlp_inputs import MlpInputs
+from tiny_onn.model.expert_path import choose_path
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.prepare import (
     Conversion,
     Prepared,

@@ -1,8 +1,7 @@
 """How good a student is and what it costs, against its teacher, on held-out text."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -12,17 +11,18 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import LossConfig, RouterConfig
 from tiny_onn.console import stage
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import held_out_rows, text_rows
 from tiny_onn.device import pick_device
-from tiny_onn.experts import recorded_routings
 from tiny_onn.held_out import HeldOut
 from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
-from tiny_onn.modeling import TinyOnnForCausalLM, head_of, last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import head_of, last_hidden_states
+from tiny_onn.model.experts import recorded_routings
+from tiny_onn.model.student import TinyOnnForCausalLM, inference_mode_of
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.plan_costs import sizes_of, token_flops
@@ -329,17 +329,6 @@ def load_for_eval(model: str, **options: Unpack[EvalOptions]) -> tuple[LoadedStu
     )
     source = "held-out text of " + ", ".join(data.sources) if text is None else str(text)
     return loaded, HeldOut(dense, rows), source
-
-
-@contextmanager
-def inference_mode_of(student: TinyOnnForCausalLM) -> Iterator[None]:
-    """Evaluation mode within the context, the previous mode after it."""
-    was_training = student.training
-    student.train(False)
-    try:
-        yield
-    finally:
-        student.train(was_training)
 
 
 def _exp(nll: float) -> float:

@@ -11,8 +11,8 @@ from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
+from tiny_onn.model.backbone import generation_attention
 from tiny_onn.model_paths import find_model
-from tiny_onn.modeling import generation_attention
 from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.teacher import load_dense
 

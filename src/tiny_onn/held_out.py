@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.modeling import last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import last_hidden_states
 
 # Hidden states of at most so many bytes stay in host memory between evaluations.
 KEPT_BYTES = 2**30

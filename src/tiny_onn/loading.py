@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.console import say
 from tiny_onn.convert import adopt_backbone
@@ -17,6 +16,8 @@ from tiny_onn.data.tokens import fit_tokenizer
 from tiny_onn.device import without_emulation
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.mid_run import choose, load_from_checkpoint, newer_checkpoint
+from tiny_onn.model.attention import DOCUMENT_ATTENTION
+from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.model_files import (
     check_loaded,
     check_model_config,
@@ -25,7 +26,6 @@ from tiny_onn.model_files import (
     read_object,
 )
 from tiny_onn.model_paths import no_folder
-from tiny_onn.modeling import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.recorded_teacher import check_teacher, load_recorded, with_teacher
 from tiny_onn.run_folder import read_run_config
 

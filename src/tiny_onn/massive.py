@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.errors import UserError
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import activation_name, gated_mlps
+from tiny_onn.model.backbone import activation_name, gated_mlps
+from tiny_onn.model.hooks import MlpInputs
 
 # Sun et al., arXiv 2402.17762, section 2: above 100, and about 1,000 times the median magnitude of
 # its hidden state or more. Here of what one MLP adds to it, so that the layer that writes shows.

@@ -15,7 +15,7 @@ from tiny_onn.config.changes import CHANGEABLE
 from tiny_onn.config.checks import to_toml, validate
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.plan_costs import count_parameters, meta_models, sizes_of
 from tiny_onn.plan_memory import DeviceType, moments
 

@@ -12,7 +12,8 @@ from tiny_onn.checkpoint import restore_student, step_of, valid_checkpoints
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.convert import share_backbone, student_config
 from tiny_onn.errors import UserError
-from tiny_onn.modeling import TinyOnnForCausalLM, generation_attention
+from tiny_onn.model.backbone import generation_attention
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.recorded_teacher import check_run_teacher, load_recorded
 
 

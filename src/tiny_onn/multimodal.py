@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from tiny_onn.errors import UserError, load_errors
-from tiny_onn.modeling import gated_mlps
+from tiny_onn.model.backbone import gated_mlps
 
 
 def dense_skeleton(config: PretrainedConfig, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - those of from_config

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from tiny_onn.config.schema import OptimConfig
-from tiny_onn.expert_weights import KINDS, by_neuron
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.expert_weights import KINDS, by_neuron
+from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.quantize import load_bitsandbytes
 
 # bitsandbytes' own numbers: smaller tensors keep 32-bit state; a scale per block; a map per moment.
@@ -40,16 +40,6 @@ class LrFactor(NamedTuple):
 
     experts: float
     gates: float
-
-
-def split_parameters(
-    student: TinyOnnForCausalLM,
-) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """The parameters that learn, by name: experts, gates."""
-    learning = {name: p for name, p in student.trainable().items() if p.requires_grad}
-    experts = {name: p for name, p in learning.items() if ".router." not in name}
-    gates = {name: p for name, p in learning.items() if ".router." in name}
-    return experts, gates
 
 
 def build_optimizer(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from tiny_onn.attention import no_mask
-from tiny_onn.modeling import TinyOnnForCausalLM
+from tiny_onn.model.attention import no_mask
+from tiny_onn.model.student import TinyOnnForCausalLM
 
 OWN_KEY_ATTENTION = "tiny_onn_own_keys"
 

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny_onn.attention import DOCUMENT_ATTENTION, packed_kwargs
 from tiny_onn.data.packing import build_row
 from tiny_onn.errors import LoadErrors, UserError
-from tiny_onn.modeling import last_hidden_states
+from tiny_onn.model.attention import DOCUMENT_ATTENTION, packed_kwargs
+from tiny_onn.model.backbone import last_hidden_states
 
 TRIED_TOKENS = 24
 # Shorter than the tried documents, so that what a sliding window hides can be seen.

@@ -21,8 +21,8 @@ from tiny_onn.assignment import balanced_assignment
 from tiny_onn.calibrate import Ridge, neuron_importance, sample_inputs
 from tiny_onn.config.schema import ExpertsConfig
 from tiny_onn.console import track
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import GatedMlp, activation_name, gated_mlps
+from tiny_onn.model.backbone import GatedMlp, activation_name, gated_mlps
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops.shared_experts import kept_first, split_neurons
 from tiny_onn.thresholds import exact_threshold
 

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tiny_onn.backbone_mode import in_mlp
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.convert import student_config
 from tiny_onn.errors import LoadErrors, UserError
-from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers
+from tiny_onn.model.backbone import decoder_layers
+from tiny_onn.model.backbone_mode import in_mlp
+from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.multimodal import dense_skeleton
-from tiny_onn.optim import split_parameters
 
 # Backward of flash attention: five matrix products, one of them the forward's scores again, where
 # the forward has two. Source: FlashAttention-2, arXiv 2307.08691, section 4.1.

@@ -21,12 +21,12 @@ from tiny_onn.data.rows import calibration_rows, held_out_rows
 from tiny_onn.data.stream import check_vocabulary
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
-from tiny_onn.expert_path import PathChoice, choose_path
-from tiny_onn.experts import Execution, ExpertBank
 from tiny_onn.held_out import HeldOut
 from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
-from tiny_onn.mlp_inputs import MlpInputs
-from tiny_onn.modeling import TinyOnnForCausalLM, gated_mlps
+from tiny_onn.model.backbone import gated_mlps
+from tiny_onn.model.expert_path import PathChoice, choose_path, set_objective
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.shared_experts import kept_first
 from tiny_onn.partition import partition_neurons
 from tiny_onn.teacher import load_dense, teacher_for
@@ -196,20 +196,6 @@ def make_student(
         fit_compensation(inputs, banks)
     set_objective(banks, config)
     return student
-
-
-def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
-    """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
-    execution = Execution(
-        path=choose_path(config, banks[0].experts.down_proj.device).path,
-        compiled=config.train.compile,
-        chunk_tokens=config.train.ffn_chunk_tokens,
-        coupled=config.router.objective == "task",
-    )
-    for bank in banks:
-        bank.set_execution(execution)
-        bank.requires_grad_(True)
-        bank.router.requires_grad_(config.router.objective != "none")
 
 
 def save_student(folder: Path, prepared: Prepared) -> None:

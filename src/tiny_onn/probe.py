@@ -25,7 +25,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_onn.attention import DOCUMENT_ATTENTION
 from tiny_onn.config.checks import check_probe, validate
 from tiny_onn.config.read import with_router
 from tiny_onn.config.schema import RunConfig, Surprise
@@ -35,9 +34,10 @@ from tiny_onn.data.rows import calibration_rows, held_out_rows, text_rows
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student, load_teacher_of
-from tiny_onn.mlp_inputs import MlpInputs
+from tiny_onn.model.attention import DOCUMENT_ATTENTION
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.model_paths import find_model
-from tiny_onn.modeling import TinyOnnForCausalLM
 from tiny_onn.own_keys import own_keys
 from tiny_onn.prepare import make_student
 from tiny_onn.probe_record import Seen, numbers

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tiny_onn.backbone_mode import in_mlp
 from tiny_onn.console import track
 from tiny_onn.errors import UserError
+from tiny_onn.model.backbone_mode import in_mlp
 
 BLOCK_SIZE = 64
 

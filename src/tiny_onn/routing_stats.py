@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.experts import ExpertBank, expert_norms, recorded_routings
+from tiny_onn.model.experts import ExpertBank, expert_norms, recorded_routings
+from tiny_onn.model.router import Routing
 from tiny_onn.ops.shared_experts import routed
-from tiny_onn.router import Routing
 from tiny_onn.thresholds import layer_groups
 
 

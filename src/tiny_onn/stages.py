@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.experts import ExpertBank
-from tiny_onn.router import temporary_rules
+from tiny_onn.model.experts import ExpertBank
+from tiny_onn.model.router import temporary_rules
 
 StageName = Literal["blockwise", "global"]
 # A threshold below every score.

@@ -10,33 +10,12 @@ by the plain power instead; a few features that are large and hardly vary would 
 Legend: T tokens, D hidden, L layers.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from tiny_onn.modeling import backbone_of, decoder_layers
-
-
-@contextmanager
-def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """Within the context the list gets each decoder layer's output (1, T, D) in a forward pass.
-
-    Close it before the backward pass: what a checkpointed layer recomputes would be added.
-    """
-    kept: list[Tensor] = []
-
-    def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        kept.append(output if isinstance(output, Tensor) else output[0])
-
-    with ExitStack() as hooks:
-        for layer in decoder_layers(backbone_of(model)) if wanted else ():
-            hooks.enter_context(layer.register_forward_hook(hook))
-        yield kept
+from torch import Tensor
 
 
 def unexplained(

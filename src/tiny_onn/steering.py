@@ -14,15 +14,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tiny_onn import dynmoe
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.config.schema import BudgetScope, RouterConfig
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.experts import ExpertBank, recorded_routings
-from tiny_onn.modeling import TinyOnnForCausalLM, last_hidden_states
+from tiny_onn.model import dynmoe
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import last_hidden_states
+from tiny_onn.model.experts import ExpertBank, recorded_routings
+from tiny_onn.model.router import Router, Routing
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.shared_experts import routed, with_shared
-from tiny_onn.router import Router, Routing
 from tiny_onn.thresholds import aims, exact_thresholds, steer
 
 # A revived expert would have been chosen by this share of the tokens, by this much in its logit.

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.schema import BudgetScope
-from tiny_onn.router import Router
+from tiny_onn.model.router import Router
 
 # The budget's integral control: its rate as a share of the threshold's (a quarter is critical
 # damping), the largest relative error that it sums up, and how far it may go.

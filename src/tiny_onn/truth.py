@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from tiny_onn.config.schema import Surprise
 from tiny_onn.errors import UserError
-from tiny_onn.experts import ExpertBank, RowState, recorded_routings, row_context
-from tiny_onn.modeling import TinyOnnForCausalLM, decoder_layers, head_of, last_hidden_states
+from tiny_onn.model.backbone import decoder_layers, head_of, last_hidden_states
+from tiny_onn.model.experts import ExpertBank, RowState, recorded_routings, row_context
+from tiny_onn.model.router import Routing, routing_weights
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.router_gradient import SmkStep
 from tiny_onn.ops.shared_experts import routed, with_shared
 from tiny_onn.ops.surprise import SmkRule
-from tiny_onn.router import Routing, routing_weights
 
 SURPRISES: tuple[Surprise, ...] = get_args(Surprise)
 # Tokens in all copies of one batch.

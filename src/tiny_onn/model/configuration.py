@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from tiny_onn.config.schema import Compensation
 from tiny_onn.errors import UserError
-from tiny_onn.router import RoutingRule
+from tiny_onn.model.router import RoutingRule
 
 # Attributes by which transformers asks how a checkpoint is stored: the dense model's says nothing
 # about the student's.

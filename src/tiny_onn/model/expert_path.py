@@ -6,6 +6,7 @@ meet at a share that depends on the device and the number format. `python -m ben
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from tiny_onn.config.routing_checks import dense_need
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.device import number_format
+from tiny_onn.model.experts import Execution, ExpertBank
 
 FILE = files("tiny_onn") / "crossover.json"
 
@@ -71,3 +73,17 @@ def crossover_share(dense_s: float, grouped_s: dict[int, float], num_experts: in
             return (last_k + (k - last_k) * (dense_s - last_s) / (seconds - last_s)) / num_experts
         last_k, last_s = k, seconds
     return last_k / num_experts
+
+
+def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
+    """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
+    execution = Execution(
+        path=choose_path(config, banks[0].experts.down_proj.device).path,
+        compiled=config.train.compile,
+        chunk_tokens=config.train.ffn_chunk_tokens,
+        coupled=config.router.objective == "task",
+    )
+    for bank in banks:
+        bank.set_execution(execution)
+        bank.requires_grad_(True)
+        bank.router.requires_grad_(config.router.objective != "none")

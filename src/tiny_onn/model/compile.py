@@ -10,8 +10,8 @@ compile anew. On a CPU the same costs little and compiling costs much: nothing i
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from tiny_onn.attention import DOCUMENT_ATTENTION, document_attention
-from tiny_onn.modeling import backbone_of, decoder_layers
+from tiny_onn.model.attention import DOCUMENT_ATTENTION, document_attention
+from tiny_onn.model.backbone import backbone_of, decoder_layers
 
 
 def compile_backbones(*models: PreTrainedModel) -> None:

@@ -3,18 +3,18 @@
 Legend: T tokens, D hidden, L layers.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tiny_onn.attention import packed_kwargs
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.modeling import decoder_layers, gated_mlps, last_hidden_states
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import backbone_of, decoder_layers, gated_mlps, last_hidden_states
 
 # Inputs of at most so many bytes stay in memory between visits.
 KEPT_BYTES = 2**30
@@ -85,3 +85,34 @@ class MlpInputs:
         hidden_dim = gated_mlps(self.dense)[0].gate_proj.in_features
         size = self.dense.dtype.itemsize
         return len(decoder_layers(self.dense)) * num_tokens * hidden_dim * size
+
+
+@contextmanager
+def mlp_calls(dense: PreTrainedModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within the context, `see(layer, x_TD, y_TD)` gets each MLP's input and output in its pass."""
+
+    def hook(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        see(index, inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2))
+
+    with ExitStack() as hooks:
+        for index, layer in enumerate(decoder_layers(dense)):
+            mlp = layer.get_submodule("mlp")
+            hooks.enter_context(mlp.register_forward_hook(partial(hook, index)))
+        yield
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Within the context the list gets each decoder layer's output (1, T, D) in a forward pass.
+
+    Close it before the backward pass: what a checkpointed layer recomputes would be added.
+    """
+    kept: list[Tensor] = []
+
+    def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept.append(output if isinstance(output, Tensor) else output[0])
+
+    with ExitStack() as hooks:
+        for layer in decoder_layers(backbone_of(model)) if wanted else ():
+            hooks.enter_context(layer.register_forward_hook(hook))
+        yield kept

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tiny_onn.expert_weights import Experts
+from tiny_onn.model.expert_weights import Experts
+from tiny_onn.model.router import TIE_BREAK, Exploration, Router, Routing, RoutingRule
 from tiny_onn.ops import decode, dense_masked, grouped
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.router_gradient import SmkStep
 from tiny_onn.ops.surprise import log_norm
-from tiny_onn.router import TIE_BREAK, Exploration, Router, Routing, RoutingRule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from tiny_onn.expert_weights import KINDS, stacked
+from tiny_onn.model.expert_weights import KINDS, stacked
 
 _OLD_NAME = re.compile(rf"(.*\.mlp)\.({'|'.join(KINDS)})")
 # What torch's AdamW keeps for each weight. Other optimizers' entries that have an order

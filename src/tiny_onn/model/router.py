@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tiny_onn import dynmoe
 from tiny_onn.config.checks import shown
 from tiny_onn.config.read import coerce
 from tiny_onn.config.schema import AtLeastOne, ExpertsConfig, RouterConfig, Selection, Weighting
 from tiny_onn.errors import UserError, printable
+from tiny_onn.model import dynmoe
 from tiny_onn.ops.precision import without_autocast
 from tiny_onn.ops.shared_experts import routed, with_shared
 
