@@ -36,7 +36,7 @@ from benchmarks.registry import Option, Result, benchmark
 from tiny_onn.model.experts import ExpertBank, recorded_routings, selecting
 from tiny_onn.model.router import Routing, RoutingRule
 from tiny_onn.ops import decode
-from tiny_onn.thresholds import exact_threshold
+from tiny_onn.routing.thresholds import exact_threshold
 
 # Of the output's norm; bfloat16 keeps 8 bits.
 LIMIT = 2e-2

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from benchmarks.common import environment, report
 from benchmarks.steps import random_dense, random_rows
 from experiments.options import parser, results_folder
-from tiny_onn.calibrate import Ridge, expert_norms, fit_gates, sample_inputs, settle_budgets
+from tiny_onn.calibrate import Ridge, expert_norms, fit_gates, sample_inputs
 from tiny_onn.config.read import load_config, with_router
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
@@ -43,6 +43,7 @@ from tiny_onn.model.router import Exploration, Router, Routing, RoutingRule, rou
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.prepare import make_student, partition
+from tiny_onn.routing.budgets import settle_budgets
 from tiny_onn.teacher import load_dense, quiet_transformers
 
 PARTITIONS = ("slices", "cluster", "coactivation", "importance", "learned")

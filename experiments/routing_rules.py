@@ -40,7 +40,7 @@ from tiny_onn.held_out import HeldOut
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.prepare import make_student, partition
-from tiny_onn.steering import settle
+from tiny_onn.routing.budgets import settle
 from tiny_onn.step import distill_step
 from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
 

@@ -13,7 +13,6 @@ from tiny import CONFIG, change, make_dense, make_documents, make_rows
 from tiny_onn import prepare
 from tiny_onn.blockwise import block_errors, blockwise_step, teacher_power
 from tiny_onn.convert import all_experts_on, backbone_hash
-from tiny_onn.coupled_losses import load_balancing_loss, z_loss
 from tiny_onn.data.packing import build_row
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import decoder_layers, gated_mlps, last_hidden_states
@@ -21,8 +20,9 @@ from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops import reference
 from tiny_onn.ops.surprise import SmkRule, label_loss, smk_loss, smk_targets
 from tiny_onn.optim import build_optimizer
+from tiny_onn.routing.losses import load_balancing_loss, z_loss
+from tiny_onn.routing.thresholds import exact_threshold, steer
 from tiny_onn.teacher import teacher_for
-from tiny_onn.thresholds import exact_threshold, steer
 
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)
 TASK = change(CONFIG, experts={"weighting": "softmax"}, router={"objective": "task"})

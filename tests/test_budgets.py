@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny import CONFIG, make_dense, make_rows, make_student
-from tiny_onn.budgets import set_budget, tabulate
 from tiny_onn.config.checks import parse_budgets
 from tiny_onn.config.schema import BudgetScope, LossConfig
 from tiny_onn.convert import all_experts_on
@@ -16,6 +15,7 @@ from tiny_onn.evaluate import evaluate
 from tiny_onn.frontier import default_budgets
 from tiny_onn.held_out import HeldOut
 from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.routing.budgets import set_budget, tabulate
 
 S = 2
 LENGTHS = [40, 64, 30, 50, 33] * 12

@@ -11,11 +11,11 @@ from tiny_onn.calibrate import (
     fit_gates,
     importance_order,
     neuron_importance,
-    settle_budgets,
 )
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import gated_mlps, last_hidden_states
 from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.routing.budgets import settle_budgets
 
 # Split, whole and padded documents.
 LENGTHS = (20, 13, 30, 64, 9, 40, 17, 22, 33, 64, 12, 50)

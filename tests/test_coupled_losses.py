@@ -6,7 +6,7 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from tiny import normal
-from tiny_onn.coupled_losses import load_balancing_loss, z_loss
+from tiny_onn.routing.losses import load_balancing_loss, z_loss
 
 NUM_EXPERTS = 8
 

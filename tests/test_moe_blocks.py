@@ -8,9 +8,9 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from tiny_onn.coupled_losses import load_balancing_loss
 from tiny_onn.model.experts import Execution, ExpertBank, recorded_routings
 from tiny_onn.model.router import RoutingRule
+from tiny_onn.routing.losses import load_balancing_loss
 
 HIDDEN, WIDTH, EXPERTS = 12, 5, 8
 COMMON: dict[str, Any] = {"hidden_size": HIDDEN, "hidden_act": "silu"}

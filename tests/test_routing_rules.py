@@ -18,7 +18,7 @@ from tiny_onn.held_out import HeldOut
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.optim import build_optimizer
-from tiny_onn.steering import settle
+from tiny_onn.routing.budgets import settle
 from tiny_onn.step import distill_step
 
 ROWS = make_rows((14, 9, 16, 12, 13, 16), 16)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tiny import make_dense, make_student, normal
 from tiny_onn.model.router import Router, RoutingRule, route
-from tiny_onn.thresholds import aims, exact_threshold, steer
+from tiny_onn.routing.thresholds import aims, exact_threshold, steer
 
 BudgetForm = Literal["cumulative", "threshold"]
 FORMS: tuple[BudgetForm, ...] = ("cumulative", "threshold")

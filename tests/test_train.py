@@ -21,7 +21,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops import dense_masked, reference
 from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
 from tiny_onn.optim import build_optimizer
-from tiny_onn.steering import settle
+from tiny_onn.routing.budgets import settle
 from tiny_onn.step import StepResult, distill_step
 from tiny_onn.teacher import teacher_for
 

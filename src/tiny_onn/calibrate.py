@@ -17,14 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from tiny_onn.config.schema import BudgetScope
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.backbone import activation_name, gated_mlps
 from tiny_onn.model.experts import ExpertBank, expert_norms
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops.shared_experts import routed
 from tiny_onn.ops.surprise import log_norm
-from tiny_onn.thresholds import aims, exact_thresholds, steer
 
 RIDGE = 1e-3
 
@@ -156,23 +154,3 @@ def fit_gates(
         sums = [routed(of_E, bank.router.rule.num_shared).sum() for of_E in (residual, variance)]
         explained.append(1 - (sums[0] / sums[1]).item())
     return explained
-
-
-@torch.no_grad()
-def settle_budgets(
-    inputs: MlpInputs, banks: Sequence[ExpertBank], scope: BudgetScope = "layer"
-) -> None:
-    """Set each budget's threshold to the mean of those that meet its target on each row."""
-    if not banks[0].router.rule.has_budget:
-        return
-    routers = [bank.router for bank in banks]
-    scores: list[Tensor] = []
-
-    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
-        scores.append(banks[index].route(x_TD).scores)
-        if len(scores) == len(banks):
-            thresholds_L = exact_thresholds(scores, row.router_mask[0], aims(routers), scope)
-            scores.clear()
-            steer(routers, thresholds_L, rate=0.0)
-
-    inputs.visit(see, "setting budgets, rows")

@@ -26,7 +26,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM, inference_mode_of
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.plan_costs import sizes_of, token_flops
-from tiny_onn.routing_stats import OracleStats, RoutingStats, RoutingSummary
+from tiny_onn.routing.statistics import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.teacher import teacher_for
 
 # Share by which a mean number of experts may miss its budget without being called off target.

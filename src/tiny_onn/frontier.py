@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from tiny_onn.budgets import set_budget
 from tiny_onn.console import say, stage
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import EvalOptions, evaluate, load_for_eval
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.report.frontier import html_page
+from tiny_onn.routing.budgets import set_budget
 from tiny_onn.run_folder import write_json
 
 # Shares of the experts.

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from tiny_onn.budgets import set_budget
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.device import pick_device
@@ -14,6 +13,7 @@ from tiny_onn.loading import is_student, load_student
 from tiny_onn.model.backbone import generation_attention
 from tiny_onn.model_paths import find_model
 from tiny_onn.recorded_teacher import refuse_for_dense
+from tiny_onn.routing.budgets import set_budget
 from tiny_onn.teacher import load_dense
 
 

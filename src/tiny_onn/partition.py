@@ -24,7 +24,7 @@ from tiny_onn.console import track
 from tiny_onn.model.backbone import GatedMlp, activation_name, gated_mlps
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops.shared_experts import kept_first, split_neurons
-from tiny_onn.thresholds import exact_threshold
+from tiny_onn.routing.thresholds import exact_threshold
 
 SAMPLED_TOKENS = 8192
 KMEANS_ROUNDS = 15

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_onn.calibrate import fit_gates, importance_order, neuron_importance, settle_budgets
+from tiny_onn.calibrate import fit_gates, importance_order, neuron_importance
 from tiny_onn.compensate import fit_compensation
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
@@ -29,6 +29,7 @@ from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.shared_experts import kept_first
 from tiny_onn.partition import partition_neurons
+from tiny_onn.routing.budgets import settle_budgets
 from tiny_onn.teacher import load_dense, teacher_for
 
 # Tokens on which a conversion is checked.

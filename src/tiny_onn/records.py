@@ -15,7 +15,7 @@ from tiny_onn.config.describe import docstrings_of
 from tiny_onn.evaluate import Evaluation
 from tiny_onn.integrity import predictive_integrity
 from tiny_onn.ops.router_gradient import SurpriseTally
-from tiny_onn.routing_stats import RoutingSummary
+from tiny_onn.routing.statistics import RoutingSummary
 from tiny_onn.step import StepResult
 
 INTRODUCTION = (

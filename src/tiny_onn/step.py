@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.gate_step import GateStep
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
@@ -24,7 +23,8 @@ from tiny_onn.ops.distillation_loss import DistillValues, distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.optim import clip_gradients
-from tiny_onn.routing_stats import RoutingStats
+from tiny_onn.routing.gate_step import GateStep
+from tiny_onn.routing.statistics import RoutingStats
 from tiny_onn.states import unexplained
 
 

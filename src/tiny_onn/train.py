@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from tiny_onn.assembly import assemble
 from tiny_onn.blockwise import Blocks, block_errors, blockwise_step, teacher_power
-from tiny_onn.budgets import tabulate
 from tiny_onn.checkpoint import (
     Checkpointer,
     checkpoint_name,
@@ -32,6 +31,8 @@ from tiny_onn.memory_advice import explain_out_of_memory
 from tiny_onn.optim import lr_factor, set_learning_rates
 from tiny_onn.prepare import Prepared, prepare, save_student
 from tiny_onn.progress import show_conversion
+from tiny_onn.routing.budgets import tabulate
+from tiny_onn.routing.steering import settled
 from tiny_onn.run_folder import (
     create_run_folder,
     keep_settings,
@@ -42,7 +43,6 @@ from tiny_onn.run_folder import (
 )
 from tiny_onn.run_log import RunLog, RunResult
 from tiny_onn.stages import annealed, run_tokens, stage_named, step_tokens
-from tiny_onn.steering import settled
 from tiny_onn.step import StepResult, distill_step
 from tiny_onn.stopping import Stopped, StopRequest, stop_on_signal
 

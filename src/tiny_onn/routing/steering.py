@@ -15,16 +15,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.schema import BudgetScope, RouterConfig
-from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.model import dynmoe
-from tiny_onn.model.attention import packed_kwargs
-from tiny_onn.model.backbone import last_hidden_states
-from tiny_onn.model.experts import ExpertBank, recorded_routings
+from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.router import Router, Routing
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.shared_experts import routed, with_shared
-from tiny_onn.thresholds import aims, exact_thresholds, steer
+from tiny_onn.routing.budgets import settle
+from tiny_onn.routing.thresholds import aims, exact_thresholds, steer
 
 # A revived expert would have been chosen by this share of the tokens, by this much in its logit.
 REVIVED_SHARE = 0.01
@@ -196,41 +194,3 @@ def settled(
         if not done:
             for router, threshold in zip(routers, before, strict=True):
                 router.settled.copy_(threshold)
-
-
-@torch.no_grad()
-def settle(
-    student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
-) -> None:
-    """Set the thresholds of evaluation to those that meet the target on these rows, pooled.
-
-    A threshold that was steered on the last batches lags behind the gate and carries their noise;
-    here the gate stands still. Training's own thresholds stay as they are. One pass over the rows:
-    each layer is measured on the inputs that the layers before it give with their old thresholds.
-    """
-    banks = student.banks()
-    if not rows or not banks[0].router.rule.has_budget:
-        return
-    was_training = student.training
-    student.train(False)
-    scores: list[list[Tensor]] = [[] for _ in banks]
-    for row in track(rows, "settling budgets, rows"):
-        with recorded_routings(banks) as routings:
-            last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-        for routing, kept in zip(routings, scores, strict=True):
-            kept.append(routing.scores)
-    student.train(was_training)
-    mask_T = torch.cat([row.router_mask[0] for row in rows])
-    target_k = banks[0].router.rule.target_k
-    targets_L = torch.full((len(banks),), target_k, device=mask_T.device)
-    pooled = [torch.cat(kept) for kept in scores]
-    for bank, threshold in zip(
-        banks, exact_thresholds(pooled, mask_T, targets_L, scope), strict=True
-    ):
-        bank.router.settled.copy_(threshold)
-
-
-def gate_losses(banks: Sequence[ExpertBank], config: RouterConfig) -> Float[Tensor, ""]:
-    """DynMoE's diversity and simplicity loss, weighted and summed over layers as its authors do."""
-    losses = [dynmoe.diversity_and_simplicity(bank.router.weight.float()) for bank in banks]
-    return config.diversity_coef * torch.stack(losses).sum()

@@ -24,7 +24,7 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.experts import ExpertBank, expert_norms, recorded_routings
 from tiny_onn.model.router import Routing
 from tiny_onn.ops.shared_experts import routed
-from tiny_onn.thresholds import layer_groups
+from tiny_onn.routing.thresholds import layer_groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

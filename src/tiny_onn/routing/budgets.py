@@ -24,8 +24,9 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import ExpertBank, recorded_routings
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.thresholds import exact_threshold
+from tiny_onn.routing.thresholds import aims, exact_threshold, exact_thresholds, steer
 
 TABLE_TOKENS = 1024
 # Shares of the experts at which the layers are settled together; other k use the nearest pass.
@@ -167,3 +168,55 @@ def _joined(rows: Sequence[PackedRow]) -> PackedRow:
         loss_mask=torch.cat([row.loss_mask for row in taken], dim=1),
         router_mask=torch.cat([row.router_mask for row in taken], dim=1),
     )
+
+
+@torch.no_grad()
+def settle_budgets(
+    inputs: MlpInputs, banks: Sequence[ExpertBank], scope: BudgetScope = "layer"
+) -> None:
+    """Set each budget's threshold to the mean of those that meet its target on each row."""
+    if not banks[0].router.rule.has_budget:
+        return
+    routers = [bank.router for bank in banks]
+    scores: list[Tensor] = []
+
+    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+        scores.append(banks[index].route(x_TD).scores)
+        if len(scores) == len(banks):
+            thresholds_L = exact_thresholds(scores, row.router_mask[0], aims(routers), scope)
+            scores.clear()
+            steer(routers, thresholds_L, rate=0.0)
+
+    inputs.visit(see, "setting budgets, rows")
+
+
+@torch.no_grad()
+def settle(
+    student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
+) -> None:
+    """Set the thresholds of evaluation to those that meet the target on these rows, pooled.
+
+    A threshold that was steered on the last batches lags behind the gate and carries their noise;
+    here the gate stands still. Training's own thresholds stay as they are. One pass over the rows:
+    each layer is measured on the inputs that the layers before it give with their old thresholds.
+    """
+    banks = student.banks()
+    if not rows or not banks[0].router.rule.has_budget:
+        return
+    was_training = student.training
+    student.train(False)
+    scores: list[list[Tensor]] = [[] for _ in banks]
+    for row in track(rows, "settling budgets, rows"):
+        with recorded_routings(banks) as routings:
+            last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+        for routing, kept in zip(routings, scores, strict=True):
+            kept.append(routing.scores)
+    student.train(was_training)
+    mask_T = torch.cat([row.router_mask[0] for row in rows])
+    target_k = banks[0].router.rule.target_k
+    targets_L = torch.full((len(banks),), target_k, device=mask_T.device)
+    pooled = [torch.cat(kept) for kept in scores]
+    for bank, threshold in zip(
+        banks, exact_thresholds(pooled, mask_T, targets_L, scope), strict=True
+    ):
+        bank.router.settled.copy_(threshold)

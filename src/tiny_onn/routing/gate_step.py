@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.coupled_losses import load_balancing_loss, z_loss
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.experts import ExpertBank, RowState, row_context
 from tiny_onn.model.router import Exploration, Routing
 from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally
 from tiny_onn.ops.shared_experts import routed
 from tiny_onn.ops.surprise import SmkRule
-from tiny_onn.routing_stats import RoutingStats
-from tiny_onn.steering import Steering, gate_losses
+from tiny_onn.routing.losses import gate_losses, load_balancing_loss, z_loss
+from tiny_onn.routing.statistics import RoutingStats
+from tiny_onn.routing.steering import Steering
 
 
 class GateStep:

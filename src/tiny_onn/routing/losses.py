@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tiny_onn.config.schema import RouterConfig
+from tiny_onn.model import dynmoe
+from tiny_onn.model.experts import ExpertBank
+
 
 def load_balancing_loss(
     router_logits: Sequence[Float[Tensor, "tokens experts"]],
@@ -37,3 +41,9 @@ def z_loss(
     """
     logits = torch.cat([logits_TE[token_mask_T] for logits_TE in router_logits])
     return logits.logsumexp(-1).square().mean()
+
+
+def gate_losses(banks: Sequence[ExpertBank], config: RouterConfig) -> Float[Tensor, ""]:
+    """DynMoE's diversity and simplicity loss, weighted and summed over layers as its authors do."""
+    losses = [dynmoe.diversity_and_simplicity(bank.router.weight.float()) for bank in banks]
+    return config.diversity_coef * torch.stack(losses).sum()

@@ -1,0 +1,1 @@
+"""What moves and measures routers during training: thresholds, steering, budgets, statistics."""
