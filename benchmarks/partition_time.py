@@ -35,7 +35,7 @@ from tiny_onn.data.rows import calibration_rows
 from tiny_onn.model.backbone import activation_name, gated_mlps
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.partition import SAMPLED_TOKENS, by_importance, learn_partition, neuron_energy
-from tiny_onn.teacher import load_dense, quiet_transformers
+from tiny_onn.teacher.load import load_dense, quiet_transformers
 
 ROUNDS = 12
 INCREMENTS = (0.3, 0.1, 0.03, 0.01)

@@ -19,7 +19,7 @@ from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.plan_sources import load_shape
 from tiny_onn.step import Clock, StepResult, distill_step
-from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
+from tiny_onn.teacher.load import load_dense, quiet_transformers, teacher_for
 
 # Divisible into 32 experts and into NF4's blocks of 64.
 TINY = {

@@ -44,7 +44,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.prepare import make_student, partition
 from tiny_onn.routing.budgets import settle_budgets
-from tiny_onn.teacher import load_dense, quiet_transformers
+from tiny_onn.teacher.load import load_dense, quiet_transformers
 
 PARTITIONS = ("slices", "cluster", "coactivation", "importance", "learned")
 DETAILED = "learned"

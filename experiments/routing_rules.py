@@ -42,7 +42,7 @@ from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.prepare import make_student, partition
 from tiny_onn.routing.budgets import settle
 from tiny_onn.step import distill_step
-from tiny_onn.teacher import load_dense, quiet_transformers, teacher_for
+from tiny_onn.teacher.load import load_dense, quiet_transformers, teacher_for
 
 NAME = "routing_rules"
 PAGE = ROOT / "docs" / "routing.md"

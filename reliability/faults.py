@@ -35,7 +35,7 @@ import torch
 from reliability import fault_trials as trials
 from reliability.fault_trials import ROW, SAVE_TOKENS, STAGES, STEPS, Lab, Outcome
 from reliability.harness import FAULTS, faults_part, surroundings, write_results
-from tiny_onn.teacher import quiet_transformers
+from tiny_onn.teacher.load import quiet_transformers
 
 # Random kills that one run takes before it may end.
 KILLS_PER_RUN = 4

@@ -46,7 +46,7 @@ from reliability.fuzz_targets import TARGETS, make_bases
 from reliability.harness import FUZZ, fuzz_part, in_child, surroundings, wait_for, write_results
 from tiny_onn.data.readers import WORKING_BYTES
 from tiny_onn.errors import UserError, reason_line
-from tiny_onn.teacher import quiet_transformers
+from tiny_onn.teacher.load import quiet_transformers
 
 LIMIT_S = 30
 LIMIT_MIB = WORKING_BYTES // 2**20

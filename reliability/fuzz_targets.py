@@ -31,7 +31,7 @@ from tiny_onn.data.sources import read_documents
 from tiny_onn.data.stream import check_vocabulary
 from tiny_onn.loading import is_student, load_student
 from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, plan
-from tiny_onn.teacher import load_dense
+from tiny_onn.teacher.load import load_dense
 
 Reading = Callable[[], object]
 CPU = torch.device("cpu")

@@ -606,7 +606,7 @@ def _starting() -> Iterator[None]:
 
     with stage("Starting") if console().is_terminal else contextlib.nullcontext():
         yield
-        from tiny_onn.teacher import quiet_transformers
+        from tiny_onn.teacher.load import quiet_transformers
 
         quiet_transformers()
 

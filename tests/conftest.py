@@ -29,7 +29,7 @@ def deterministic():
 def quiet():
     """Silence transformers for a module, as a run does, and leave it as loud as it was."""
     # The hook that checks shapes must come before the package, and this file before the hook.
-    from tiny_onn.teacher import quiet_transformers  # noqa: PLC0415
+    from tiny_onn.teacher.load import quiet_transformers  # noqa: PLC0415
 
     quiet_transformers()
     yield

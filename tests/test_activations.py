@@ -27,7 +27,7 @@ from tiny_onn.ops.loss_chunks import (
     loss_chunk_tokens,
 )
 from tiny_onn.step import distill_step
-from tiny_onn.teacher import teacher_for
+from tiny_onn.teacher.load import teacher_for
 
 MODES = ("none", "layer", "selective", "offload")
 ROWS = make_rows((20, 12, 32), 32)

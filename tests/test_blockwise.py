@@ -22,7 +22,7 @@ from tiny_onn.ops.surprise import SmkRule, label_loss, smk_loss, smk_targets
 from tiny_onn.optim import build_optimizer
 from tiny_onn.routing.losses import load_balancing_loss, z_loss
 from tiny_onn.routing.thresholds import exact_threshold, steer
-from tiny_onn.teacher import teacher_for
+from tiny_onn.teacher.load import teacher_for
 
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)
 TASK = change(CONFIG, experts={"weighting": "softmax"}, router={"objective": "task"})

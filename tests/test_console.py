@@ -16,8 +16,8 @@ from rich.console import Console
 from tiny import make_dense, save_teacher
 from tiny_onn import console
 from tiny_onn.config.schema import TeacherConfig
-from tiny_onn.quantize import quantize_nf4
-from tiny_onn.teacher import load_dense
+from tiny_onn.teacher.load import load_dense
+from tiny_onn.teacher.quantize import quantize_nf4
 
 COMMIT = "0123456789" * 4
 

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tiny_onn.data.documents import Document, split_text
 from tiny_onn.data.embedded_text import embedded_documents
-from tiny_onn.embedded import cache_folder, cached_folder, embedded_teacher, find_gguf
 from tiny_onn.errors import UserError
+from tiny_onn.teacher.embedded import cache_folder, cached_folder, embedded_teacher, find_gguf
 
 
 @given(st.text(st.sampled_from("ab \n"), max_size=200), st.integers(1, 20))

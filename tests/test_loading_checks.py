@@ -12,17 +12,17 @@ from torch import nn
 from transformers import AutoConfig
 
 from tiny import CONFIG, FAMILIES, OTHERS, SIZES, make_dense, save_teacher
-from tiny_onn import model_paths
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.errors import UserError
 from tiny_onn.generate import run_generate
 from tiny_onn.loading import load_student
-from tiny_onn.model_files import check_config_table
-from tiny_onn.model_paths import find_model
-from tiny_onn.packed_check import check_packing
 from tiny_onn.plan import plan
 from tiny_onn.probe import run_probe
-from tiny_onn.teacher import load_dense
+from tiny_onn.teacher import model_paths
+from tiny_onn.teacher.load import load_dense
+from tiny_onn.teacher.model_files import check_config_table
+from tiny_onn.teacher.model_paths import find_model
+from tiny_onn.teacher.packed_check import check_packing
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -25,9 +25,9 @@ from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, card_lines, plan, render
 from tiny_onn.plan_costs import count_parameters, meta_models
 from tiny_onn.plan_memory import nf4_bytes
 from tiny_onn.plan_sources import GIB, Device, find_device, load_shape
-from tiny_onn.quantize import quantize_nf4
 from tiny_onn.step import distill_step
-from tiny_onn.teacher import teacher_for
+from tiny_onn.teacher.load import teacher_for
+from tiny_onn.teacher.quantize import quantize_nf4
 
 SHAPES = ("Qwen3-0.6B", "Qwen3-1.7B", "SmolLM2-135M", "Llama-3.2-1B")
 DEVICES = ("RTX 3060", "RTX 4060 Ti", "RTX 4090", "RTX 5090", "A100", "H100")

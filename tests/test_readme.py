@@ -11,7 +11,7 @@ from repository import ROOT
 from tiny import make_student, save_teacher
 from tiny_onn.config.read import load_config, preset_names
 from tiny_onn.config.schema import TeacherConfig
-from tiny_onn.teacher import load_dense
+from tiny_onn.teacher.load import load_dense
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)

@@ -19,7 +19,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.lock import run_lock
 from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
-from tiny_onn.teacher import load_dense
+from tiny_onn.teacher.load import load_dense
 from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -16,7 +16,7 @@ from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
-from tiny_onn.teacher import load_dense, teacher_for
+from tiny_onn.teacher.load import load_dense, teacher_for
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

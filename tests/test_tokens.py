@@ -22,7 +22,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluate import run_eval
 from tiny_onn.generate import run_generate
 from tiny_onn.loading import load_student
-from tiny_onn.teacher import load_dense
+from tiny_onn.teacher.load import load_dense
 from tiny_onn.train import run_distill
 
 BOS, EOS = 1, 2

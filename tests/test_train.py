@@ -23,7 +23,7 @@ from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
 from tiny_onn.optim import build_optimizer
 from tiny_onn.routing.budgets import settle
 from tiny_onn.step import StepResult, distill_step
-from tiny_onn.teacher import teacher_for
+from tiny_onn.teacher.load import teacher_for
 
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)
 COUPLED = change(

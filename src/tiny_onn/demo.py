@@ -40,7 +40,7 @@ from tiny_onn.run_folder import write_json
 from tiny_onn.run_log import RunResult
 from tiny_onn.run_view import keep_view, measure_view
 from tiny_onn.stages import step_tokens
-from tiny_onn.teacher import teacher_for
+from tiny_onn.teacher.load import teacher_for
 from tiny_onn.train import AfterStep, run_distill
 
 NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")

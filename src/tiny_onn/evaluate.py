@@ -27,7 +27,7 @@ from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.plan_costs import sizes_of, token_flops
 from tiny_onn.routing.statistics import OracleStats, RoutingStats, RoutingSummary
-from tiny_onn.teacher import teacher_for
+from tiny_onn.teacher.load import teacher_for
 
 # Share by which a mean number of experts may miss its budget without being called off target.
 BUDGET_TOLERANCE = 0.02

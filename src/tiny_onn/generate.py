@@ -11,10 +11,10 @@ from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
 from tiny_onn.model.backbone import generation_attention
-from tiny_onn.model_paths import find_model
 from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.routing.budgets import set_budget
-from tiny_onn.teacher import load_dense
+from tiny_onn.teacher.load import load_dense
+from tiny_onn.teacher.model_paths import find_model
 
 
 def run_generate(

@@ -18,16 +18,16 @@ from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.mid_run import choose, load_from_checkpoint, newer_checkpoint
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
-from tiny_onn.model_files import (
+from tiny_onn.recorded_teacher import check_teacher, load_recorded, with_teacher
+from tiny_onn.run_folder import read_run_config
+from tiny_onn.teacher.model_files import (
     check_loaded,
     check_model_config,
     check_runs,
     check_weights,
     read_object,
 )
-from tiny_onn.model_paths import no_folder
-from tiny_onn.recorded_teacher import check_teacher, load_recorded, with_teacher
-from tiny_onn.run_folder import read_run_config
+from tiny_onn.teacher.model_paths import no_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

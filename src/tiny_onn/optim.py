@@ -27,7 +27,7 @@ from transformers.optimization import Adafactor
 from tiny_onn.config.schema import OptimConfig
 from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
-from tiny_onn.quantize import load_bitsandbytes
+from tiny_onn.teacher.quantize import load_bitsandbytes
 
 # bitsandbytes' own numbers: smaller tensors keep 32-bit state; a scale per block; a map per moment.
 _MIN_8BIT_SIZE = 4096

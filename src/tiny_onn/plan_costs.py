@@ -22,7 +22,7 @@ from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.backbone import decoder_layers
 from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
-from tiny_onn.multimodal import dense_skeleton
+from tiny_onn.teacher.multimodal import dense_skeleton
 
 # Backward of flash attention: five matrix products, one of them the forward's scores again, where
 # the forward has two. Source: FlashAttention-2, arXiv 2307.08691, section 4.1.

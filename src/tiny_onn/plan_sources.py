@@ -17,8 +17,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from tiny_onn.config.schema import DType, TeacherConfig, TeacherDType
 from tiny_onn.device import number_format
 from tiny_onn.errors import UserError, load_errors, printable, reason_line, reason_of
-from tiny_onn.model_files import check_config_table, check_model_config, read_object
-from tiny_onn.model_paths import find_model
+from tiny_onn.teacher.model_files import check_config_table, check_model_config, read_object
+from tiny_onn.teacher.model_paths import find_model
 
 GIB = 2**30
 # What `embedded` is, without unpacking it.

@@ -30,7 +30,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.shared_experts import kept_first
 from tiny_onn.partition import partition_neurons
 from tiny_onn.routing.budgets import settle_budgets
-from tiny_onn.teacher import load_dense, teacher_for
+from tiny_onn.teacher.load import load_dense, teacher_for
 
 # Tokens on which a conversion is checked.
 CHECKED_TOKENS = 128

@@ -17,7 +17,7 @@ from tiny_onn.convert import backbone_hash, same_backbone, shape_difference
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.run_folder import read_run_config
-from tiny_onn.teacher import load_dense
+from tiny_onn.teacher.load import load_dense
 
 OPTION = "--teacher PATH_OR_HUB_ID"
 

@@ -19,15 +19,15 @@ from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.console import track
 from tiny_onn.data.tokens import fit_tokenizer
 from tiny_onn.device import number_format
-from tiny_onn.embedded import embedded_teacher
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.student import TinyOnnConfig
-from tiny_onn.model_files import check_loaded, check_model_config, check_runs, check_weights
-from tiny_onn.model_paths import find_model, no_folder
-from tiny_onn.multimodal import dense_skeleton
-from tiny_onn.packed_check import check_packing
-from tiny_onn.quantize import quantize_nf4
+from tiny_onn.teacher.embedded import embedded_teacher
+from tiny_onn.teacher.model_files import check_loaded, check_model_config, check_runs, check_weights
+from tiny_onn.teacher.model_paths import find_model, no_folder
+from tiny_onn.teacher.multimodal import dense_skeleton
+from tiny_onn.teacher.packed_check import check_packing
+from tiny_onn.teacher.quantize import quantize_nf4
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

@@ -1,0 +1,1 @@
+"""A dense model: found, checked, loaded and quantised."""
