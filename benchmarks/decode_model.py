@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 from benchmarks.common import captured, check, measure
 from benchmarks.steps import random_dense, settings
-from tiny_onn.convert import convert
+from tiny_onn.conversion.convert import convert
 
 
 class Decoder:

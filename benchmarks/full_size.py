@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import in_subprocess, resident_bytes
 from benchmarks.registry import Goal, Option, Result, benchmark
 from benchmarks.steps import Step, make_step, random_dense, random_rows, settings
-from tiny_onn.convert import backbone_hash
+from tiny_onn.conversion.verify import backbone_hash
 
 LIMIT_BYTES = 20e9
 

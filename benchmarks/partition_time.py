@@ -27,14 +27,20 @@ from transformers.activations import ACT2FN
 
 from benchmarks.registry import Option, Result, benchmark
 from benchmarks.steps import random_dense, random_rows
-from tiny_onn.assignment import balanced_assignment
-from tiny_onn.calibrate import RIDGE, sample_inputs
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.conversion.assignment import balanced_assignment
+from tiny_onn.conversion.gates import RIDGE
+from tiny_onn.conversion.partition import (
+    SAMPLED_TOKENS,
+    by_importance,
+    learn_partition,
+    neuron_energy,
+    sample_inputs,
+)
 from tiny_onn.data.rows import calibration_rows
 from tiny_onn.model.backbone import activation_name, gated_mlps
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.partition import SAMPLED_TOKENS, by_importance, learn_partition, neuron_energy
 from tiny_onn.teacher.load import load_dense, quiet_transformers
 
 ROUNDS = 12

@@ -11,7 +11,7 @@ from benchmarks.common import seeded
 from tiny_onn.assembly import assemble
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Objective, RunConfig
-from tiny_onn.convert import convert
+from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.device import number_format
 from tiny_onn.model.attention import DOCUMENT_ATTENTION

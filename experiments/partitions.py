@@ -30,9 +30,11 @@ from transformers import PreTrainedModel
 from benchmarks.common import environment, report
 from benchmarks.steps import random_dense, random_rows
 from experiments.options import parser, results_folder
-from tiny_onn.calibrate import Ridge, expert_norms, fit_gates, sample_inputs
 from tiny_onn.config.read import load_config, with_router
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.conversion.gates import Ridge, expert_norms, fit_gates
+from tiny_onn.conversion.partition import sample_inputs
+from tiny_onn.conversion.pipeline import make_student, partition
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows
 from tiny_onn.model.attention import packed_kwargs
@@ -42,7 +44,6 @@ from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import Exploration, Router, Routing, RoutingRule, route, temporary_rules
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import distill
-from tiny_onn.prepare import make_student, partition
 from tiny_onn.routing.budgets import settle_budgets
 from tiny_onn.teacher.load import load_dense, quiet_transformers
 

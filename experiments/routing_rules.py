@@ -31,6 +31,7 @@ from docs.tools import pages
 from experiments.options import RESULTS, parser, results_folder
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Objective, RunConfig, Selection
+from tiny_onn.conversion.pipeline import make_student, partition
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows, settling_rows, training_rows
 from tiny_onn.device import pick_device
@@ -39,7 +40,6 @@ from tiny_onn.evaluate import evaluate
 from tiny_onn.held_out import HeldOut
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
-from tiny_onn.prepare import make_student, partition
 from tiny_onn.routing.budgets import settle
 from tiny_onn.step import distill_step
 from tiny_onn.teacher.load import load_dense, quiet_transformers, teacher_for

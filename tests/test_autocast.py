@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tiny import FAMILIES, make_dense, make_ids, make_rows, make_student
-from tiny_onn.convert import all_experts_on
+from tiny_onn.conversion.convert import all_experts_on
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import Execution, recorded_routings

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from tiny import CONFIG, change, make_dense, make_documents, make_rows
-from tiny_onn import prepare
 from tiny_onn.blockwise import block_errors, blockwise_step, teacher_power
-from tiny_onn.convert import all_experts_on, backbone_hash
+from tiny_onn.conversion import pipeline as prepare
+from tiny_onn.conversion.convert import all_experts_on
+from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.data.packing import build_row
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import decoder_layers, gated_mlps, last_hidden_states

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, make_dense, make_rows, make_student
 from tiny_onn.config.checks import parse_budgets
 from tiny_onn.config.schema import BudgetScope, LossConfig
-from tiny_onn.convert import all_experts_on
+from tiny_onn.conversion.convert import all_experts_on
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
 from tiny_onn.frontier import default_budgets

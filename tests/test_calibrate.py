@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from tiny import FAMILIES, make_dense, make_rows, make_student
-from tiny_onn.calibrate import (
-    RIDGE,
-    Ridge,
-    expert_norms,
-    fit_gates,
-    importance_order,
-    neuron_importance,
-)
+from tiny_onn.conversion.gates import RIDGE, Ridge, expert_norms, fit_gates
+from tiny_onn.conversion.partition import importance_order, neuron_importance
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import gated_mlps, last_hidden_states
 from tiny_onn.model.hooks import MlpInputs

@@ -19,7 +19,6 @@ from tiny import (
     write_corpus,
 )
 from tiny_onn import checkpoint as checkpoint_module
-from tiny_onn import prepare
 from tiny_onn.checkpoint import (
     Checkpointer,
     load_checkpoint,
@@ -27,7 +26,8 @@ from tiny_onn.checkpoint import (
     valid_checkpoints,
     write_checkpoint,
 )
-from tiny_onn.convert import backbone_hash
+from tiny_onn.conversion import pipeline as prepare
+from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.errors import UserError
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.optim import build_optimizer

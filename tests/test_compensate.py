@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tiny import CONFIG, change, make_dense, make_ids, make_rows, make_student
-from tiny_onn.compensate import fit_compensation
-from tiny_onn.convert import identity_gap
+from tiny_onn.conversion.mean_outputs import fit_compensation
+from tiny_onn.conversion.pipeline import make_student as prepared_student
+from tiny_onn.conversion.verify import identity_gap
 from tiny_onn.data.rows import needs_text
 from tiny_onn.evaluate import forward_flops
 from tiny_onn.model.attention import packed_kwargs
@@ -13,7 +14,6 @@ from tiny_onn.model.backbone import gated_mlps, last_hidden_states
 from tiny_onn.model.experts import Execution
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
-from tiny_onn.prepare import make_student as prepared_student
 
 S = 2
 ROWS = make_rows((20, 13, 30, 64, 9, 40, 17, 22, 33), 64)

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tiny import FAMILIES, OTHERS, SIZES, WIDTH, make_dense, make_ids, make_student
-from tiny_onn.convert import all_experts_on, backbone_hash, identity_gap, verify_head
+from tiny_onn.conversion.convert import all_experts_on
+from tiny_onn.conversion.verify import backbone_hash, identity_gap, verify_head
 from tiny_onn.errors import UserError
 from tiny_onn.model.backbone import activation_name, gated_mlps
 from tiny_onn.model.router import RoutingRule

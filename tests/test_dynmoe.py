@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tiny import CONFIG, change, make_dense, make_rows
-from tiny_onn import prepare
 from tiny_onn.config.schema import AtLeastOne, Weighting
+from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.model import dynmoe
 from tiny_onn.model.experts import Execution, ExpertBank, recorded_routings
 from tiny_onn.model.hooks import MlpInputs

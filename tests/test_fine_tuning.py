@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from tiny import make_dense, make_ids, make_student
-from tiny_onn.convert import backbone_hash
+from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.model.student import TinyOnnForCausalLM
 
 pytestmark = [

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student
-from tiny_onn import prepare
 from tiny_onn.activations import checkpoint_layers
+from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import RowState, recorded_routings, row_context

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from tiny import CONFIG, change, make_dense, make_rows, write_run
-from tiny_onn import prepare, step
+from tiny_onn import step
 from tiny_onn.checkpoint import student_tensors
+from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.data.packing import Origin, Packer
 from tiny_onn.errors import UserError
 from tiny_onn.guard import MIN_WINDOW, SPIKE_MADS, WINDOW, Guard, provenance

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from tiny import CONFIG, change, make_dense, make_tokenizer, save_teacher, write_corpus
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.conversion.pipeline import prepare
 from tiny_onn.data.rows import training_rows
 from tiny_onn.health import HealthWatch, diagnose, verdict
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.prepare import prepare
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.train import run_distill
 

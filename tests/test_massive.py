@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from tiny import CONFIG, change, make_dense, make_rows
+from tiny_onn.conversion.massive_activations import (
+    MassiveActivation,
+    massive_activations,
+    massive_neurons,
+)
+from tiny_onn.conversion.pipeline import partition
 from tiny_onn.errors import UserError
-from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
 from tiny_onn.model.backbone import gated_mlps
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.prepare import partition
 
 ROWS = make_rows((20, 13, 30, 9), 40)
 

@@ -23,10 +23,10 @@ from tiny import (
     write_corpus,
 )
 from tiny_onn.config.schema import TeacherConfig
+from tiny_onn.conversion.pipeline import prepare
 from tiny_onn.errors import UserError
 from tiny_onn.loading import is_student, load_student
 from tiny_onn.plan_sources import load_shape
-from tiny_onn.prepare import prepare
 from tiny_onn.teacher.load import load_dense
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tiny import FAMILIES, OTHERS, make_dense, make_documents, make_ids, make_student
 from tiny_onn.activations import checkpoint_layers
-from tiny_onn.convert import backbone_hash
+from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.data.packing import pack
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import (

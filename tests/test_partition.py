@@ -9,22 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import WIDTH, change, make_dense, make_ids, make_rows, make_student
-from tiny_onn.assignment import balanced_assignment
-from tiny_onn.calibrate import sample_inputs
 from tiny_onn.config.schema import ExpertInit, ExpertsConfig, RunConfig
-from tiny_onn.convert import identity_gap
-from tiny_onn.data.rows import needs_text
-from tiny_onn.model.attention import packed_kwargs
-from tiny_onn.model.backbone import gated_mlps, last_hidden_states
-from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.partition import (
+from tiny_onn.conversion.assignment import balanced_assignment
+from tiny_onn.conversion.partition import (
     balanced_kmeans,
     by_importance,
     coactivation,
     learn_partition,
     neuron_energy,
     partition_neurons,
+    sample_inputs,
 )
+from tiny_onn.conversion.verify import identity_gap
+from tiny_onn.data.rows import needs_text
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import gated_mlps, last_hidden_states
+from tiny_onn.model.hooks import MlpInputs
 
 ROWS = make_rows((20, 13, 30, 64, 9, 40, 17, 22, 33, 64, 12, 50), 64)
 FROM_TEXT: tuple[ExpertInit, ...] = ("coactivation", "learned")

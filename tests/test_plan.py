@@ -18,7 +18,7 @@ import tiny_onn_cli as cli
 from tiny import make_dense, make_rows, model_bytes
 from tiny_onn.assembly import assemble
 from tiny_onn.config.read import load_config
-from tiny_onn.convert import convert
+from tiny_onn.conversion.convert import convert
 from tiny_onn.errors import UserError
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, card_lines, plan, render

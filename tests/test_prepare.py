@@ -6,17 +6,21 @@ import pytest
 import torch
 
 from tiny import CONFIG, WIDTH, change, make_dense, make_ids, make_rows
-from tiny_onn.calibrate import sample_inputs
 from tiny_onn.config.checks import validate
 from tiny_onn.config.schema import ExpertInit, RunConfig
-from tiny_onn.convert import identity_gap
+from tiny_onn.conversion.massive_activations import MassiveActivation
+from tiny_onn.conversion.partition import (
+    by_importance,
+    learn_partition,
+    neuron_energy,
+    sample_inputs,
+)
+from tiny_onn.conversion.pipeline import make_student as prepare_student
+from tiny_onn.conversion.pipeline import partition
+from tiny_onn.conversion.verify import identity_gap
 from tiny_onn.data.rows import needs_text
-from tiny_onn.massive import MassiveActivation
 from tiny_onn.model.backbone import gated_mlps
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.partition import by_importance, learn_partition, neuron_energy
-from tiny_onn.prepare import make_student as prepare_student
-from tiny_onn.prepare import partition
 
 ROWS = make_rows((20, 13, 30, 64, 9, 40, 17, 22), 64)
 E, S = 8, 2
@@ -83,7 +87,7 @@ def test_massive_neurons_come_first_when_asked(init, monkeypatch):
             layer=1, feature=7, value=500.0, ratio=2e3, first_token=True, neurons=(quiet,)
         )
     ]
-    monkeypatch.setattr("tiny_onn.prepare.massive_activations", lambda *_: found)
+    monkeypatch.setattr("tiny_onn.conversion.pipeline.massive_activations", lambda *_: found)
     config = config_of(init, keep_massive=True)
     validate(config)
     assert needs_text(config)

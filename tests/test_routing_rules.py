@@ -9,9 +9,9 @@ import torch
 from experiments import routing_rules
 from repository import ROOT
 from tiny import CONFIG, change, make_dense, make_rows
-from tiny_onn import prepare
 from tiny_onn.config.checks import validate
 from tiny_onn.config.schema import Objective, Selection, Weighting
+from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.errors import UserError
 from tiny_onn.evaluate import evaluate
 from tiny_onn.held_out import HeldOut

@@ -3,7 +3,8 @@
 import torch
 
 from tiny import normal
-from tiny_onn.ops.shared_experts import kept_first, routed, split_neurons, with_shared
+from tiny_onn.conversion.partition import kept_first, split_neurons
+from tiny_onn.ops.shared_experts import routed, with_shared
 
 E, S = 8, 2
 

@@ -13,8 +13,8 @@ from tiny import TIMES, change, write_run
 from tiny_onn import train as train_module
 from tiny_onn.config.checks import validate
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.conversion.pipeline import prepare
 from tiny_onn.errors import UserError
-from tiny_onn.prepare import prepare
 from tiny_onn.routing.thresholds import steer
 from tiny_onn.run_folder import read_metrics
 from tiny_onn.stages import annealed, annealed_k, run_tokens, stage_named

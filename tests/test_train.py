@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from tiny import CONFIG, SIZES, change, make_dense, make_documents, make_rows
-from tiny_onn import prepare
 from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.checks import validate
-from tiny_onn.convert import backbone_hash
+from tiny_onn.conversion import pipeline as prepare
+from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.data.packing import build_row
 from tiny_onn.evaluate import evaluate
 from tiny_onn.held_out import HeldOut

@@ -17,7 +17,7 @@ from transformers import (
 
 from tiny_onn.checkpoint import take_snapshot, write_checkpoint
 from tiny_onn.config.schema import ExpertsConfig, RouterConfig, RunConfig
-from tiny_onn.convert import convert
+from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import PackedRow, pack
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.student import TinyOnnForCausalLM

@@ -22,19 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.config.read import load_config, with_router
 from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.console import say, stage
+from tiny_onn.conversion.pipeline import Prepared, make_student, partition, read_inputs
+from tiny_onn.conversion.verify import Conversion, check_conversion
 from tiny_onn.device import prepare_device
 from tiny_onn.evaluate import Evaluation, budget_report, shown_k
 from tiny_onn.held_out import HeldOut
 from tiny_onn.model.expert_path import choose_path
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.prepare import (
-    Conversion,
-    Prepared,
-    check_conversion,
-    make_student,
-    partition,
-    read_inputs,
-)
 from tiny_onn.reporting import run_report
 from tiny_onn.run_folder import write_json
 from tiny_onn.run_log import RunResult

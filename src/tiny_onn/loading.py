@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.console import say
-from tiny_onn.convert import adopt_backbone
+from tiny_onn.conversion.convert import adopt_backbone
 from tiny_onn.data.tokens import fit_tokenizer
 from tiny_onn.device import without_emulation
 from tiny_onn.errors import LoadErrors, UserError

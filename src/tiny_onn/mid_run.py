@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.checkpoint import restore_student, step_of, valid_checkpoints
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.convert import share_backbone, student_config
+from tiny_onn.conversion.convert import share_backbone, student_config
 from tiny_onn.errors import UserError
 from tiny_onn.model.backbone import generation_attention
 from tiny_onn.model.student import TinyOnnForCausalLM

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.convert import student_config
+from tiny_onn.conversion.convert import student_config
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.backbone import decoder_layers
 from tiny_onn.model.backbone_mode import in_mlp

@@ -29,6 +29,7 @@ from tiny_onn.config.checks import check_probe, validate
 from tiny_onn.config.read import with_router
 from tiny_onn.config.schema import RunConfig, Surprise
 from tiny_onn.console import say
+from tiny_onn.conversion.pipeline import make_student
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows, text_rows
 from tiny_onn.device import pick_device
@@ -38,7 +39,6 @@ from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.own_keys import own_keys
-from tiny_onn.prepare import make_student
 from tiny_onn.probe_record import Seen, numbers
 from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.report.probe import html_page

@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tiny_onn.assembly import assemble
 from tiny_onn.blockwise import blockwise_step, teacher_power
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.rows import calibration_rows, training_rows
 from tiny_onn.device import prepare_device
-from tiny_onn.prepare import Prepared, prepare
 from tiny_onn.run_folder import create_run_folder, write_json
 from tiny_onn.stages import step_tokens
 from tiny_onn.step import Clock, distill_step

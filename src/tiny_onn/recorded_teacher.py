@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.console import say
-from tiny_onn.convert import backbone_hash, same_backbone, shape_difference
+from tiny_onn.conversion.verify import backbone_hash, same_backbone, shape_difference
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.run_folder import read_run_config

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
+from tiny_onn.conversion.pipeline import Prepared
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.evaluate import Evaluation
 from tiny_onn.guard import Guard, provenance
 from tiny_onn.health import HealthWatch
-from tiny_onn.prepare import Prepared
 from tiny_onn.progress import RunProgress, show_blocks, show_evaluation
 from tiny_onn.records import blocks_record, evaluation_record, step_record
 from tiny_onn.run_folder import METRICS_NAME, MetricsWriter, read_metrics

@@ -20,6 +20,7 @@ from tiny_onn.checkpoint import (
 from tiny_onn.config.changes import with_absolute_paths, with_number_format_of
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say, stage
+from tiny_onn.conversion.pipeline import Prepared, prepare, save_student
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, settling_rows, training_rows
 from tiny_onn.device import prepare_device
@@ -29,7 +30,6 @@ from tiny_onn.guard import Guard
 from tiny_onn.lock import run_lock
 from tiny_onn.memory_advice import explain_out_of_memory
 from tiny_onn.optim import lr_factor, set_learning_rates
-from tiny_onn.prepare import Prepared, prepare, save_student
 from tiny_onn.progress import show_conversion
 from tiny_onn.routing.budgets import tabulate
 from tiny_onn.routing.steering import settled

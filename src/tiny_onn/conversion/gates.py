@@ -9,59 +9,19 @@ Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons.
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.model.backbone import activation_name, gated_mlps
 from tiny_onn.model.experts import ExpertBank, expert_norms
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops.shared_experts import routed
 from tiny_onn.ops.surprise import log_norm
 
 RIDGE = 1e-3
-
-
-@torch.no_grad()
-def neuron_importance(inputs: MlpInputs) -> list[Float[Tensor, " neurons"]]:
-    """Per layer, each neuron's squared contribution to the output, `sum_t h^2 * |down|^2`."""
-    mlps = gated_mlps(inputs.dense)
-    activation = ACT2FN[activation_name(inputs.dense.config.get_text_config())]
-    sums = [torch.zeros(1, device=inputs.dense.device) for _ in mlps]
-
-    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
-        hidden_TF = mlps[index].hidden(x_TD, activation)
-        sums[index] = sums[index] + hidden_TF[row.router_mask[0]].float().square().sum(0)
-
-    inputs.visit(see, "importance of neurons, rows")
-    return [
-        total * mlp.down_proj.weight.float().square().sum(0)
-        for total, mlp in zip(sums, mlps, strict=True)
-    ]
-
-
-@torch.no_grad()
-def sample_inputs(inputs: MlpInputs, max_tokens: int) -> list[Float[Tensor, "tokens hidden"]]:
-    """Per layer, the MLP's inputs at about `max_tokens` counted tokens, evenly spaced.
-
-    Memory: `L * max_tokens * D` numbers in the model's own format, whatever the text's length.
-    """
-    counts = [int(row.router_mask.sum()) for row in inputs.rows]
-    stride = max(1, -(-sum(counts) // max_tokens))
-    kept: list[list[Tensor]] = [[] for _ in gated_mlps(inputs.dense)]
-    # Of each row, the first token that is taken, so that the stride goes on across rows.
-    starts = [-before % stride for before in accumulate(counts, initial=0)]
-
-    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
-        kept[index].append(x_TD[row.router_mask[0]][starts[len(kept[index])] :: stride])
-
-    inputs.visit(see, "reading calibration text, rows")
-    return [torch.cat(layer) for layer in kept]
 
 
 class Ridge:
@@ -98,13 +58,6 @@ def _penalised(gram_DD: Tensor) -> Tensor:
     penalty = RIDGE * gram_DD.diagonal()[:D].mean() * torch.eye(D + 1, device=gram_DD.device)
     penalty[D, D] = 0
     return gram_DD + penalty
-
-
-def importance_order(
-    importance: Sequence[Float[Tensor, " neurons"]],
-) -> list[Int[Tensor, " neurons"]]:
-    """Per layer, neurons by falling importance, so that experts differ in it as they can."""
-    return [scores.argsort(descending=True, stable=True) for scores in importance]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ Legend: T sampled tokens, D hidden, F neurons, E experts, R random directions.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from tiny_onn.assignment import balanced_assignment
-from tiny_onn.calibrate import Ridge, neuron_importance, sample_inputs
 from tiny_onn.config.schema import ExpertsConfig
 from tiny_onn.console import track
+from tiny_onn.conversion.assignment import balanced_assignment
+from tiny_onn.conversion.gates import Ridge
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.backbone import GatedMlp, activation_name, gated_mlps
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.ops.shared_experts import kept_first, split_neurons
 from tiny_onn.routing.thresholds import exact_threshold
 
 SAMPLED_TOKENS = 8192
@@ -221,3 +222,67 @@ def _members(
 ) -> Float[Tensor, "experts neurons"]:
     """1 where a neuron belongs to an expert."""
     return F.one_hot(expert_F, num_experts).T.to(like)
+
+
+def split_neurons(
+    score_F: Float[Tensor, " neurons"], kept: Sequence[int], num_shared: int
+) -> tuple[Int[Tensor, " shared"], Int[Tensor, " rest"]]:
+    """The neurons of the shared experts, and all others by rising index; both on the CPU.
+
+    Args:
+        score_F: of each neuron; the largest are shared.
+        kept: neurons that are shared before those.
+        num_shared: how many neurons are shared, S * I.
+    """
+    ranked_F = kept_first(score_F.argsort(descending=True, stable=True).cpu(), kept)
+    return ranked_F[:num_shared], ranked_F[num_shared:].sort().values
+
+
+def kept_first(order_F: Int[Tensor, " neurons"], kept: Sequence[int]) -> Int[Tensor, " neurons"]:
+    """The same neurons with `kept` moved to the front."""
+    kept_K = torch.tensor(kept, dtype=order_F.dtype, device=order_F.device)
+    return torch.cat((kept_K, order_F[~torch.isin(order_F, kept_K)]))
+
+
+@torch.no_grad()
+def neuron_importance(inputs: MlpInputs) -> list[Float[Tensor, " neurons"]]:
+    """Per layer, each neuron's squared contribution to the output, `sum_t h^2 * |down|^2`."""
+    mlps = gated_mlps(inputs.dense)
+    activation = ACT2FN[activation_name(inputs.dense.config.get_text_config())]
+    sums = [torch.zeros(1, device=inputs.dense.device) for _ in mlps]
+
+    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+        hidden_TF = mlps[index].hidden(x_TD, activation)
+        sums[index] = sums[index] + hidden_TF[row.router_mask[0]].float().square().sum(0)
+
+    inputs.visit(see, "importance of neurons, rows")
+    return [
+        total * mlp.down_proj.weight.float().square().sum(0)
+        for total, mlp in zip(sums, mlps, strict=True)
+    ]
+
+
+@torch.no_grad()
+def sample_inputs(inputs: MlpInputs, max_tokens: int) -> list[Float[Tensor, "tokens hidden"]]:
+    """Per layer, the MLP's inputs at about `max_tokens` counted tokens, evenly spaced.
+
+    Memory: `L * max_tokens * D` numbers in the model's own format, whatever the text's length.
+    """
+    counts = [int(row.router_mask.sum()) for row in inputs.rows]
+    stride = max(1, -(-sum(counts) // max_tokens))
+    kept: list[list[Tensor]] = [[] for _ in gated_mlps(inputs.dense)]
+    # Of each row, the first token that is taken, so that the stride goes on across rows.
+    starts = [-before % stride for before in accumulate(counts, initial=0)]
+
+    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+        kept[index].append(x_TD[row.router_mask[0]][starts[len(kept[index])] :: stride])
+
+    inputs.visit(see, "reading calibration text, rows")
+    return [torch.cat(layer) for layer in kept]
+
+
+def importance_order(
+    importance: Sequence[Float[Tensor, " neurons"]],
+) -> list[Int[Tensor, " neurons"]]:
+    """Per layer, neurons by falling importance, so that experts differ in it as they can."""
+    return [scores.argsort(descending=True, stable=True) for scores in importance]

@@ -10,52 +10,39 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_onn.calibrate import fit_gates, importance_order, neuron_importance
-from tiny_onn.compensate import fit_compensation
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import stage
-from tiny_onn.convert import backbone_hash, convert, identity_gap, student_config, verify_head
+from tiny_onn.conversion.convert import convert, student_config
+from tiny_onn.conversion.gates import fit_gates
+from tiny_onn.conversion.massive_activations import (
+    massive_activations,
+    massive_neurons,
+)
+from tiny_onn.conversion.mean_outputs import fit_compensation
+from tiny_onn.conversion.partition import (
+    importance_order,
+    kept_first,
+    neuron_importance,
+    partition_neurons,
+)
+from tiny_onn.conversion.verify import (
+    Conversion,
+    _searched,
+    check_conversion,
+)
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows
 from tiny_onn.data.stream import check_vocabulary
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.held_out import HeldOut
-from tiny_onn.massive import MassiveActivation, massive_activations, massive_neurons
 from tiny_onn.model.backbone import gated_mlps
-from tiny_onn.model.expert_path import PathChoice, choose_path, set_objective
+from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.ops.shared_experts import kept_first
-from tiny_onn.partition import partition_neurons
 from tiny_onn.routing.budgets import settle_budgets
 from tiny_onn.teacher.load import load_dense, teacher_for
-
-# Tokens on which a conversion is checked.
-CHECKED_TOKENS = 128
-# Tokens that are searched for massive activations.
-SEARCHED_TOKENS = 4096
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Conversion:
-    """What a conversion was checked to be."""
-
-    logit_gap: float | None
-    """Largest difference to the teacher's logits with all experts on, in float32; None for experts
-    that do not come from the teacher."""
-    head_gap: float
-    """Largest difference between the teacher's logits and those our loss computes from its hidden
-    states, in its own number format."""
-    backbone_sha256: str
-    """Of every tensor outside the MLPs, equal in teacher and student."""
-    teacher_commit: str | None
-    """The commit that a hub id's revision was when it was read; None for a folder."""
-    expert_path: PathChoice
-    """How the expert layers compute, and why."""
-    massive_activations: tuple[MassiveActivation, ...]
-    """Of the teacher's MLPs, on the text that the conversion was checked on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,32 +99,6 @@ def read_inputs(
     return MlpInputs(dense, rows or [held_out[0].to(device)]), tokenizer, held_out
 
 
-def check_conversion(
-    config: RunConfig,
-    student: TinyOnnForCausalLM,
-    inputs: MlpInputs,
-) -> Conversion:
-    """Hold a fresh student against its teacher on a little text.
-
-    Raises:
-        UserError: the family's output head is not supported.
-    """
-    dense = inputs.dense
-    sample = inputs.rows[0].input_ids[:, :CHECKED_TOKENS]
-    head_gap = verify_head(dense, sample)
-    own, theirs = backbone_hash(student), backbone_hash(dense)
-    assert own == theirs
-    exact = config.experts.init != "random"
-    return Conversion(
-        logit_gap=identity_gap(student, dense, sample) if exact else None,
-        head_gap=head_gap,
-        backbone_sha256=own,
-        teacher_commit=getattr(dense.config, "_commit_hash", None),
-        expert_path=choose_path(config, dense.device),
-        massive_activations=tuple(massive_activations(_searched(config, inputs))),
-    )
-
-
 def partition(config: RunConfig, inputs: MlpInputs) -> list[Int[Tensor, " neurons"]] | None:
     """Per layer, the order in which neurons fill the experts; None: as they are.
 
@@ -157,11 +118,6 @@ def partition(config: RunConfig, inputs: MlpInputs) -> list[Int[Tensor, " neuron
         return [kept_first(*pair) for pair in zip(orders, kept, strict=True)] if kept else orders
     generator = torch.Generator().manual_seed(config.train.seed)
     return partition_neurons(inputs, experts, config.router.target_k, generator, kept=kept)
-
-
-def _searched(config: RunConfig, inputs: MlpInputs) -> MlpInputs:
-    """The inputs that are searched for massive activations."""
-    return inputs.head(max(1, SEARCHED_TOKENS // config.data.row_tokens))
 
 
 def make_student(
