@@ -17,7 +17,7 @@ from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.schema import Checkpointing, Objective
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.expert_path import set_objective
-from tiny_onn.plan_costs import (
+from tiny_onn.planning.costs import (
     StepFlops,
     document_context,
     meta_models,
@@ -25,7 +25,7 @@ from tiny_onn.plan_costs import (
     step_flops,
     token_flops,
 )
-from tiny_onn.plan_sources import find_device
+from tiny_onn.planning.sources import find_device
 from tiny_onn.step import Clock
 
 GIB = 2**30

@@ -27,8 +27,8 @@ from benchmarks.steps import make_step, random_dense, random_rows
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.device import with_number_format
-from tiny_onn.plan import plan
-from tiny_onn.plan_sources import Device, measure_cpu
+from tiny_onn.planning.plan import plan
+from tiny_onn.planning.sources import Device, measure_cpu
 
 GOAL = Goal(at_least=0.9, at_most=1.1)
 SHAPE = {

@@ -17,7 +17,7 @@ from tiny_onn.device import number_format
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.plan_sources import load_shape
+from tiny_onn.planning.sources import load_shape
 from tiny_onn.step import Clock, StepResult, distill_step
 from tiny_onn.teacher.load import load_dense, quiet_transformers, teacher_for
 

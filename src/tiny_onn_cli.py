@@ -105,7 +105,8 @@ class Plan:
         from rich.console import Console
 
         with _starting():
-            from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, plan, render
+            from tiny_onn.planning.plan import DOCUMENT_TOKENS, EFFICIENCY, plan
+            from tiny_onn.planning.render import render
 
         planned = plan(
             config,

@@ -8,12 +8,12 @@ from tiny_onn.conversion.mean_outputs import fit_compensation
 from tiny_onn.conversion.pipeline import make_student as prepared_student
 from tiny_onn.conversion.verify import identity_gap
 from tiny_onn.data.rows import needs_text
-from tiny_onn.evaluate import forward_flops
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import gated_mlps, last_hidden_states
 from tiny_onn.model.experts import Execution
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
+from tiny_onn.planning.costs import forward_flops
 
 S = 2
 ROWS = make_rows((20, 13, 30, 64, 9, 40, 17, 22, 33), 64)

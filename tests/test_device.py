@@ -21,7 +21,7 @@ from tiny_onn.device import (
 )
 from tiny_onn.loading import load_student
 from tiny_onn.ops.regions import separate_compiled_code
-from tiny_onn.plan import plan
+from tiny_onn.planning.plan import plan
 from tiny_onn.run_folder import read_run_config
 from tiny_onn.train import run_distill
 
@@ -129,7 +129,7 @@ def test_nothing_changes_for_a_student_in_float32(cpu_that):
 
 
 def test_a_plan_counts_with_the_format_of_its_device(monkeypatch):
-    monkeypatch.setattr("tiny_onn.plan_sources.number_format", lambda *_: "float32")
+    monkeypatch.setattr("tiny_onn.planning.sources.number_format", lambda *_: "float32")
     config = replace(RunConfig(), teacher=replace(RunConfig().teacher, dtype="auto"))
     here, gpu = (plan(config, "SmolLM2-135M", device) for device in ("cpu", "RTX 4090"))
     assert here.as_dict()["teacher_dtype"] == "float32"

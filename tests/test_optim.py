@@ -20,9 +20,9 @@ from tiny_onn.optim import (
     clip_gradients,
     lr_factor,
     set_learning_rates,
-    state_bytes,
     stochastic_round,
 )
+from tiny_onn.planning.memory import state_bytes
 
 NAMES = get_args(get_type_hints(OptimConfig)["name"])
 FORMATS = get_args(get_type_hints(OptimConfig)["master_dtype"])

@@ -21,10 +21,11 @@ from tiny_onn.config.read import load_config
 from tiny_onn.conversion.convert import convert
 from tiny_onn.errors import UserError
 from tiny_onn.model.expert_path import set_objective
-from tiny_onn.plan import DOCUMENT_TOKENS, EFFICIENCY, card_lines, plan, render
-from tiny_onn.plan_costs import count_parameters, meta_models
-from tiny_onn.plan_memory import nf4_bytes
-from tiny_onn.plan_sources import GIB, Device, find_device, load_shape
+from tiny_onn.planning.costs import count_parameters, meta_models
+from tiny_onn.planning.memory import nf4_bytes
+from tiny_onn.planning.plan import DOCUMENT_TOKENS, EFFICIENCY, card_lines, plan
+from tiny_onn.planning.render import render
+from tiny_onn.planning.sources import GIB, Device, find_device, load_shape
 from tiny_onn.step import distill_step
 from tiny_onn.teacher.load import teacher_for
 from tiny_onn.teacher.quantize import quantize_nf4

@@ -25,7 +25,7 @@ from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.student import TinyOnnForCausalLM, inference_mode_of
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
-from tiny_onn.plan_costs import sizes_of, token_flops
+from tiny_onn.planning.costs import forward_flops
 from tiny_onn.routing.statistics import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.teacher.load import teacher_for
 
@@ -243,26 +243,6 @@ def unigram_nll(labels: Int[Tensor, " labels"]) -> float:
 def document_lengths(row: PackedRow) -> list[int]:
     """Tokens of each document fragment of a row."""
     return row.cu_seqlens.diff().tolist()
-
-
-def forward_flops(
-    student: TinyOnnForCausalLM, mean_k: float, mean_context: float
-) -> dict[str, float]:
-    """Forward FLOPs per token at a mean number of active experts and attended positions."""
-    token = token_flops(
-        sizes_of(student),
-        target_k=mean_k,
-        row_context=mean_context,
-        document_context=mean_context,
-    )
-    rest = token.attention_projections + token.attention_scores_documents + token.head
-    ffn = token.ffn_at_k + token.router
-    return {
-        "ffn_flops": ffn,
-        "dense_ffn_flops": float(token.ffn_dense),
-        "total_flops": ffn + rest,
-        "dense_total_flops": token.ffn_dense + rest,
-    }
 
 
 class EvalOptions(TypedDict):

@@ -15,9 +15,8 @@ gradient and 4 bytes of random bits: one tensor at a time.
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import BFloat16, Float32
@@ -28,11 +27,6 @@ from tiny_onn.config.schema import OptimConfig
 from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.teacher.quantize import load_bitsandbytes
-
-# bitsandbytes' own numbers: smaller tensors keep 32-bit state; a scale per block; a map per moment.
-_MIN_8BIT_SIZE = 4096
-_BLOCK_SIZE = 256
-_QMAP_BYTES = 256 * 4
 
 
 class LrFactor(NamedTuple):
@@ -262,23 +256,6 @@ def stochastic_round(
     bits.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
     # A NaN's bits could carry over into a number's.
     return torch.where(values.isfinite(), bits.view(torch.float32), values).bfloat16()
-
-
-def state_bytes(
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"], shape: Sequence[int]
-) -> int:
-    """Bytes of optimizer state beside one expert tensor, counters left out.
-
-    Args:
-        name: the optimizer.
-        shape: the tensor's as the optimizer sees it: (2, E, I, D), (E, I, D).
-    """
-    size = prod(shape)
-    if name == "adafactor":
-        return 4 * (size // shape[-1] + size // shape[-2])
-    if name == "adamw" or size < _MIN_8BIT_SIZE:
-        return 8 * size
-    return 2 * (size + 4 * -(-size // _BLOCK_SIZE) + _QMAP_BYTES)
 
 
 def lr_factor(progress: float, config: OptimConfig) -> LrFactor:

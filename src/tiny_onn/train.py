@@ -28,8 +28,8 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluate import Evaluation, budget_report, evaluate_layers
 from tiny_onn.guard import Guard
 from tiny_onn.lock import run_lock
-from tiny_onn.memory_advice import explain_out_of_memory
 from tiny_onn.optim import lr_factor, set_learning_rates
+from tiny_onn.planning.advice import explain_out_of_memory
 from tiny_onn.progress import show_conversion
 from tiny_onn.routing.budgets import tabulate
 from tiny_onn.routing.steering import settled

@@ -15,10 +15,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import stage
 from tiny_onn.conversion.convert import convert, student_config
 from tiny_onn.conversion.gates import fit_gates
-from tiny_onn.conversion.massive_activations import (
-    massive_activations,
-    massive_neurons,
-)
+from tiny_onn.conversion.massive_activations import massive_activations, massive_neurons
 from tiny_onn.conversion.mean_outputs import fit_compensation
 from tiny_onn.conversion.partition import (
     importance_order,
@@ -26,11 +23,7 @@ from tiny_onn.conversion.partition import (
     neuron_importance,
     partition_neurons,
 )
-from tiny_onn.conversion.verify import (
-    Conversion,
-    _searched,
-    check_conversion,
-)
+from tiny_onn.conversion.verify import Conversion, _searched, check_conversion
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows
 from tiny_onn.data.stream import check_vocabulary

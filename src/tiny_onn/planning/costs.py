@@ -340,3 +340,23 @@ def _attention(student: TinyOnnForCausalLM) -> nn.Module:
     attention = decoder_layers(student.backbone)[0].self_attn
     assert isinstance(attention, nn.Module)
     return attention
+
+
+def forward_flops(
+    student: TinyOnnForCausalLM, mean_k: float, mean_context: float
+) -> dict[str, float]:
+    """Forward FLOPs per token at a mean number of active experts and attended positions."""
+    token = token_flops(
+        sizes_of(student),
+        target_k=mean_k,
+        row_context=mean_context,
+        document_context=mean_context,
+    )
+    rest = token.attention_projections + token.attention_scores_documents + token.head
+    ffn = token.ffn_at_k + token.router
+    return {
+        "ffn_flops": ffn,
+        "dense_ffn_flops": float(token.ffn_dense),
+        "total_flops": ffn + rest,
+        "dense_total_flops": token.ffn_dense + rest,
+    }

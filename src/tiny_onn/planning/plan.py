@@ -6,16 +6,12 @@ number. Time is FLOPs / (peak rate * efficiency).
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from rich import box
-from rich.console import Group
-from rich.table import Table
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.plan_costs import (
+from tiny_onn.planning.costs import (
     Parameters,
     Sizes,
     StepFlops,
@@ -27,8 +23,8 @@ from tiny_onn.plan_costs import (
     step_flops,
     token_flops,
 )
-from tiny_onn.plan_memory import RUNTIME_BYTES, Moment, moments
-from tiny_onn.plan_sources import GIB, Device, find_device, load_shape
+from tiny_onn.planning.memory import RUNTIME_BYTES, Moment, moments
+from tiny_onn.planning.sources import Device, find_device, load_shape
 
 # Share of the peak rate that a step reaches. Megatron-Turing NLG 530B reached 30.2 % of its GPUs'
 # (PaLM, arXiv 2204.02311, table 3); smaller matrices reach less, `--efficiency` takes your own.
@@ -240,128 +236,3 @@ def card_lines(plan: Plan) -> list[CardLine]:
 def millions(number: int | float) -> str:
     """A number in millions, two decimals, or three below one million."""
     return f"{number / 1e6:,.{2 if number >= 1e6 else 3}f} M"
-
-
-def render(plan: Plan) -> Group:
-    """The plan as tables for a terminal."""
-    title = f"{plan.model} on {plan.device.name}"
-    return Group(
-        f"[bold]{title}[/bold]: {plan.sizes.experts} experts of {plan.sizes.expert_dim} neurons in"
-        f" each of {plan.sizes.layers} layers",
-        _parameter_table(plan),
-        *([_card_table(plan)] if card_lines(plan) else []),
-        _flops_table(plan),
-        _memory_table(plan),
-        *_time_lines(plan),
-    )
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _parameter_table(plan: Plan) -> Table:
-    p = plan.parameters
-    table = _table("Parameters", "", "number")
-    rows = {
-        "embeddings": p.embeddings,
-        "output head" + ("" if p.output_head else " (the embeddings)"): p.output_head,
-        "attention": p.attention,
-        "norms": p.norms,
-        "backbone, frozen": p.backbone,
-        "experts": p.experts,
-        "gates, weights": p.gate_weights,
-        "gates, thresholds (biases)": p.gate_biases,
-        "student": p.student_total,
-        "trainable": p.trainable,
-        "one expert": p.one_expert,
-        "dense model": p.dense_total,
-    }
-    for name, number in rows.items():
-        table.add_row(name, f"{number:,}")
-    return table
-
-
-def _card_table(plan: Plan) -> Table:
-    table = _table("Beside the model card (2025-07-19)", "", "card", "section", "true")
-    table.add_column("why they differ")
-    for line in card_lines(plan):
-        table.add_row(line.quantity, line.card, line.section, line.true, line.why)
-    return table
-
-
-def _flops_table(plan: Plan) -> Table:
-    row_tokens, token = plan.config.data.row_tokens, plan.token
-    columns = [f"one document of {row_tokens:,}", f"documents of {plan.document_tokens:,}"]
-    # Documents as long as a row are one case.
-    columns = columns[: 1 if plan.document_tokens >= row_tokens else 2]
-    table = _table("FLOPs", "", *columns)
-    k = f"{plan.config.router.target_k:g}"
-    for name, number in (
-        ("attention projections", token.attention_projections),
-        ("attention scores", None),
-        ("MLPs or all experts, as trained", token.ffn_dense),
-        (f"{k} experts, as deployed", token.ffn_at_k),
-        ("gates", token.router),
-        ("head", token.head),
-    ):
-        scores = (token.attention_scores_row, token.attention_scores_documents)
-        cells = scores if number is None else (number, number)
-        shown = [f"{cell / 1e6:,.1f} M" for cell in cells[: len(columns)]]
-        table.add_row(f"token, forward: {name}", *shown)
-    for item in fields(StepFlops):
-        cells = [getattr(step, item.name) for step in (plan.whole_rows, plan.packed)]
-        name = item.name.replace("_", " ")
-        shown = [f"{cell / 1e12:,.2f} T" for cell in cells[: len(columns)]]
-        table.add_row(f"step: {name}", *shown)
-    totals = (plan.whole_rows.total, plan.packed.total)[: len(columns)]
-    table.add_row("[bold]step[/bold]", *(f"[bold]{total / 1e12:,.2f} T[/bold]" for total in totals))
-    return table
-
-
-def _memory_table(plan: Plan) -> Table:
-    table = _table(f"Memory at the peak of a step ({plan.peak.name})", "", "GiB")
-    for name, number in plan.peak.parts.items():
-        table.add_row(name, f"{number / GIB:,.3f}")
-    table.add_row(
-        "interpreter, libraries, context", f"{RUNTIME_BYTES[plan.device.type] / GIB:,.3f}"
-    )
-    has = plan.device.memory_bytes / GIB
-    verdict = "fits" if plan.fits else "does not fit"
-    total = f"[bold]{plan.peak_bytes / GIB:,.3f}[/bold]"
-    table.add_row(f"[bold]total: {verdict} in {has:,.1f} GiB[/bold]", total)
-    return table
-
-
-def _time_lines(plan: Plan) -> list[str]:
-    device, tokens = plan.device, plan.config.train.tokens
-    rate = f"{device.bf16_tflops:,.4g} TFLOP/s x {plan.efficiency:g}"
-    whole, packed = plan.seconds(plan.whole_rows), plan.seconds(plan.packed)
-    if whole is None or packed is None:
-        time = "unknown: the device's rate is for bfloat16, teacher.dtype is float32"
-    else:
-        time = _duration(whole)
-        if plan.document_tokens < plan.config.data.row_tokens:
-            time += f", or {_duration(packed)} in documents of {plan.document_tokens:,} tokens"
-    share = plan.config.router.target_k / plan.sizes.experts
-    dense, student = plan.decode_tokens_per_s(1.0), plan.decode_tokens_per_s(share)
-    return [
-        f"Time of {tokens:,} tokens ({plan.steps:,} steps) at {rate}: {time}",
-        f"Decoding at {device.bandwidth_gb_s:,.4g} GB/s, at most: {student:,.0f} tokens/s, "
-        f"dense {dense:,.0f}",
-        f"MLP FLOPs saved when deployed: {plan.token.ffn_saved:.2%}; of all matmul FLOPs: "
-        f"{plan.token.model_saved:.2%}",
-        f"Device: {device.source}; teacher.dtype = {plan.config.teacher.dtype}",
-    ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

@@ -16,8 +16,8 @@ from tiny_onn.config.checks import to_toml, validate
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.plan_costs import count_parameters, meta_models, sizes_of
-from tiny_onn.plan_memory import DeviceType, moments
+from tiny_onn.planning.costs import count_parameters, meta_models, sizes_of
+from tiny_onn.planning.memory import DeviceType, moments
 
 MAX_REMEDIES = 4
 # Remedies that save a smaller share of the peak are not worth a word.

@@ -14,7 +14,7 @@ wide bytes of an activation's float32 copy (0 where it is float32 already).
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -24,8 +24,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.model.attention import VARLEN_OPTIONS
 from tiny_onn.ops.distillation_loss import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.ops.loss_chunks import auto_chunk_tokens
-from tiny_onn.optim import state_bytes
-from tiny_onn.plan_costs import Parameters, Sizes
+from tiny_onn.planning.costs import Parameters, Sizes
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -315,3 +314,30 @@ def moments(
 def _moment(name: str, common: Counter[str], parts: dict[str, int]) -> Moment:
     total = common + Counter(parts)
     return Moment(name, dict(total))
+
+
+# bitsandbytes' own numbers: smaller tensors keep 32-bit state; a scale per block; a map per moment.
+_MIN_8BIT_SIZE = 4096
+
+
+_BLOCK_SIZE = 256
+
+
+_QMAP_BYTES = 256 * 4
+
+
+def state_bytes(
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"], shape: Sequence[int]
+) -> int:
+    """Bytes of optimizer state beside one expert tensor, counters left out.
+
+    Args:
+        name: the optimizer.
+        shape: the tensor's as the optimizer sees it: (2, E, I, D), (E, I, D).
+    """
+    size = prod(shape)
+    if name == "adafactor":
+        return 4 * (size // shape[-1] + size // shape[-2])
+    if name == "adamw" or size < _MIN_8BIT_SIZE:
+        return 8 * size
+    return 2 * (size + 4 * -(-size // _BLOCK_SIZE) + _QMAP_BYTES)
