@@ -28,10 +28,12 @@ from safetensors.torch import load_file
 import tiny_onn_cli
 from reliability.harness import in_child, wait_for
 from tiny import CONFIG, change, save_teacher, write_corpus
-from tiny_onn import checkpoint, run_folder, step, train
-from tiny_onn.checkpoint import valid_checkpoints
+from tiny_onn import step, train
 from tiny_onn.config.template import config_template
 from tiny_onn.data import sources
+from tiny_onn.runs import checkpoint
+from tiny_onn.runs import folder as run_folder
+from tiny_onn.runs.checkpoint import valid_checkpoints
 
 ROW, STEPS, SAVE_STEPS = 64, 24, 4
 SAVE_TOKENS = SAVE_STEPS * ROW

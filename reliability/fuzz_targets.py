@@ -29,8 +29,8 @@ from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.config.template import config_template
 from tiny_onn.data.sources import read_documents
 from tiny_onn.data.stream import check_vocabulary
-from tiny_onn.loading import is_student, load_student
 from tiny_onn.planning.plan import DOCUMENT_TOKENS, EFFICIENCY, plan
+from tiny_onn.runs.students import is_student, load_student
 from tiny_onn.teacher.load import load_dense
 
 Reading = Callable[[], object]

@@ -204,7 +204,7 @@ class Distill:
             with_number_format_of,
         )
         from tiny_onn.config.read import load_config, override
-        from tiny_onn.run_folder import read_run_config
+        from tiny_onn.runs.folder import read_run_config
 
         began = read_run_config(out)
         config = (

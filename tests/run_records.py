@@ -11,7 +11,8 @@ import torch
 from tiny import TIMES
 from tiny_onn import TinyOnnForCausalLM
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.run_folder import keep_settings, read_metrics
+from tiny_onn.runs.folder import keep_settings
+from tiny_onn.runs.metrics import read_metrics
 
 
 def at_step(number: int, action: Callable[[], object]) -> Callable[[int, float], None]:

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tiny import make_dense, make_ids, make_student, make_tokenizer
-from tiny_onn.loading import load_student
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.configuration import CODE_FILE
 from tiny_onn.model.student import TinyOnnForCausalLM, TinyOnnModel
+from tiny_onn.runs.students import load_student
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

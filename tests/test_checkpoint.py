@@ -18,19 +18,19 @@ from tiny import (
     save_checkpoint,
     write_corpus,
 )
-from tiny_onn import checkpoint as checkpoint_module
-from tiny_onn.checkpoint import (
+from tiny_onn.conversion import pipeline as prepare
+from tiny_onn.conversion.verify import backbone_hash
+from tiny_onn.errors import UserError
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.optim import build_optimizer
+from tiny_onn.runs import checkpoint as checkpoint_module
+from tiny_onn.runs.checkpoint import (
     Checkpointer,
     load_checkpoint,
     take_snapshot,
     valid_checkpoints,
     write_checkpoint,
 )
-from tiny_onn.conversion import pipeline as prepare
-from tiny_onn.conversion.verify import backbone_hash
-from tiny_onn.errors import UserError
-from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.optim import build_optimizer
 from tiny_onn.step import distill_step
 
 ROWS = make_rows((20, 13, 30, 40, 9), 32)

@@ -14,7 +14,7 @@ from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.config.template import config_template
 from tiny_onn.errors import UserError
-from tiny_onn.run_folder import create_run_folder
+from tiny_onn.runs.folder import create_run_folder
 
 FINISHED = types.SimpleNamespace(interrupted=False)
 VERBS = ("demo", "plan", "distill", "eval", "probe", "report", "compare", "generate", "config")

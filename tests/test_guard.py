@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from tiny import CONFIG, change, make_dense, make_rows, write_run
 from tiny_onn import step
-from tiny_onn.checkpoint import student_tensors
 from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.data.packing import Origin, Packer
 from tiny_onn.errors import UserError
 from tiny_onn.guard import MIN_WINDOW, SPIKE_MADS, WINDOW, Guard, provenance
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.optim import build_optimizer
-from tiny_onn.run_folder import read_metrics
+from tiny_onn.runs.checkpoint import student_tensors
+from tiny_onn.runs.metrics import read_metrics
 from tiny_onn.step import distill_step
 from tiny_onn.train import run_distill
 

@@ -17,7 +17,7 @@ from tiny_onn.health import HealthWatch, diagnose, verdict
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.run_folder import read_metrics
+from tiny_onn.runs.metrics import read_metrics
 from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tiny_onn.errors import UserError
-from tiny_onn.lock import LOCK_NAME, run_lock
+from tiny_onn.runs.lock import LOCK_NAME, run_lock
 
 HOLD = """
 import sys
@@ -86,7 +86,7 @@ def test_who_waited_on_a_removed_lock_does_not_hold_the_folder(tmp_path, monkeyp
             ends.pop().__exit__(None, None, None)
         return descriptor
 
-    monkeypatch.setattr("tiny_onn.lock.os.open", open_late)
+    monkeypatch.setattr("tiny_onn.runs.lock.os.open", open_late)
     with run_lock(tmp_path):
         assert (tmp_path / LOCK_NAME).exists()
         with pytest.raises(UserError, match="in use"), run_lock(tmp_path):

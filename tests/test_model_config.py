@@ -13,10 +13,10 @@ from transformers import AutoConfig, GenerationConfig
 from tiny import FAMILIES, OTHERS, make_dense, make_ids, make_student, make_tokenizer
 from tiny_onn.config.schema import ExpertsConfig, RouterConfig
 from tiny_onn.errors import UserError
-from tiny_onn.loading import load_student
 from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.router import RoutingRule
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
+from tiny_onn.runs.students import load_student
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -25,8 +25,8 @@ from tiny import (
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.conversion.pipeline import prepare
 from tiny_onn.errors import UserError
-from tiny_onn.loading import is_student, load_student
 from tiny_onn.planning.sources import load_shape
+from tiny_onn.runs.students import is_student, load_student
 from tiny_onn.teacher.load import load_dense
 
 pytestmark = pytest.mark.usefixtures("quiet")

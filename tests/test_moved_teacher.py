@@ -15,7 +15,8 @@ from tiny_onn.frontier import run_frontier
 from tiny_onn.generate import run_generate
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.probe import run_probe
-from tiny_onn.run_folder import read_run_config, write_json
+from tiny_onn.runs.files import write_json
+from tiny_onn.runs.folder import read_run_config
 from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")

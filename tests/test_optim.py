@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tiny import make_dense, make_student, save_checkpoint
-from tiny_onn.checkpoint import load_checkpoint
 from tiny_onn.config.schema import OptimConfig
 from tiny_onn.errors import UserError
 from tiny_onn.model.expert_weights import by_neuron
@@ -23,6 +22,7 @@ from tiny_onn.optim import (
     stochastic_round,
 )
 from tiny_onn.planning.memory import state_bytes
+from tiny_onn.runs.checkpoint import load_checkpoint
 
 NAMES = get_args(get_type_hints(OptimConfig)["name"])
 FORMATS = get_args(get_type_hints(OptimConfig)["master_dtype"])

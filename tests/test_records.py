@@ -10,7 +10,7 @@ from repository import ROOT
 from tiny import write_run
 from tiny_onn.integrity import predictive_integrity
 from tiny_onn.records import EvaluationRecord, LayersRecord, SmkRecord, StepRecord, metrics_docs
-from tiny_onn.run_folder import read_metrics
+from tiny_onn.runs.metrics import read_metrics
 from tiny_onn.train import run_distill
 
 PAGE = ROOT / "docs" / "metrics.md"

@@ -16,14 +16,9 @@ import tiny_onn
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.run_folder import (
-    MetricsWriter,
-    create_run_folder,
-    read_metrics,
-    read_run_config,
-    resume_run_folder,
-    write_json,
-)
+from tiny_onn.runs.files import write_json
+from tiny_onn.runs.folder import create_run_folder, read_run_config, resume_run_folder
+from tiny_onn.runs.metrics import MetricsWriter, read_metrics
 
 
 def run_python(code, *arguments):

@@ -16,7 +16,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import prepare
 from tiny_onn.errors import UserError
 from tiny_onn.routing.thresholds import steer
-from tiny_onn.run_folder import read_metrics
+from tiny_onn.runs.metrics import read_metrics
 from tiny_onn.stages import annealed, annealed_k, run_tokens, stage_named
 from tiny_onn.train import run_distill
 

@@ -15,12 +15,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tiny_onn.checkpoint import take_snapshot, write_checkpoint
 from tiny_onn.config.schema import ExpertsConfig, RouterConfig, RunConfig
 from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import PackedRow, pack
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.runs.checkpoint import take_snapshot, write_checkpoint
 
 # Fields of a metric record that a clock decides.
 TIMES = ("tokens_per_s", "seconds")

@@ -30,9 +30,9 @@ from tiny_onn.held_out import HeldOut
 from tiny_onn.model.expert_path import choose_path
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.reporting import run_report
-from tiny_onn.run_folder import write_json
 from tiny_onn.run_log import RunResult
 from tiny_onn.run_view import keep_view, measure_view
+from tiny_onn.runs.files import write_json
 from tiny_onn.stages import step_tokens
 from tiny_onn.teacher.load import teacher_for
 from tiny_onn.train import AfterStep, run_distill

@@ -18,7 +18,6 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import held_out_rows, text_rows
 from tiny_onn.device import pick_device
 from tiny_onn.held_out import HeldOut
-from tiny_onn.loading import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
@@ -27,6 +26,7 @@ from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.planning.costs import forward_flops
 from tiny_onn.routing.statistics import OracleStats, RoutingStats, RoutingSummary
+from tiny_onn.runs.students import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.teacher.load import teacher_for
 
 # Share by which a mean number of experts may miss its budget without being called off target.

@@ -10,7 +10,7 @@ from tiny_onn.evaluate import EvalOptions, evaluate, load_for_eval
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.report.frontier import html_page
 from tiny_onn.routing.budgets import set_budget
-from tiny_onn.run_folder import write_json
+from tiny_onn.runs.files import write_json
 
 # Shares of the experts.
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)

@@ -9,10 +9,10 @@ from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
-from tiny_onn.loading import is_student, load_student
 from tiny_onn.model.backbone import generation_attention
-from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.routing.budgets import set_budget
+from tiny_onn.runs.recorded_teacher import refuse_for_dense
+from tiny_onn.runs.students import is_student, load_student
 from tiny_onn.teacher.load import load_dense
 from tiny_onn.teacher.model_paths import find_model
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.errors import UserError
-from tiny_onn.run_folder import METRICS_NAME
+from tiny_onn.runs.metrics import METRICS_NAME
 
 # A spike lies above the median of the last `WINDOW` finite losses by `SPIKE_MADS` of their median
 # absolute deviations, which is taken to be 1 % of the median or more. 1.5 MAD are about one

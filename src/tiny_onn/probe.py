@@ -34,15 +34,15 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows, text_rows
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
-from tiny_onn.loading import is_student, load_student, load_teacher_of
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.own_keys import own_keys
 from tiny_onn.probe_record import Seen, numbers
-from tiny_onn.recorded_teacher import refuse_for_dense
 from tiny_onn.report.probe import html_page
-from tiny_onn.run_folder import write_json
+from tiny_onn.runs.files import write_json
+from tiny_onn.runs.recorded_teacher import refuse_for_dense
+from tiny_onn.runs.students import is_student, load_student, load_teacher_of
 from tiny_onn.teacher.load import load_dense
 from tiny_onn.teacher.model_paths import find_model
 from tiny_onn.truth import Document

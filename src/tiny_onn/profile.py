@@ -25,7 +25,8 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.rows import calibration_rows, training_rows
 from tiny_onn.device import prepare_device
-from tiny_onn.run_folder import create_run_folder, write_json
+from tiny_onn.runs.files import write_json
+from tiny_onn.runs.folder import create_run_folder
 from tiny_onn.stages import step_tokens
 from tiny_onn.step import Clock, distill_step
 

@@ -19,8 +19,9 @@ from tiny_onn.records import BlockwiseRecord, EvaluationRecord, StepRecord
 from tiny_onn.report.comparing import Comparison, compare
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
-from tiny_onn.run_folder import METRICS_NAME, read_metrics, read_run_config
 from tiny_onn.run_view import view_of_run
+from tiny_onn.runs.folder import read_run_config
+from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
 
 REPORT_NAME = "report.html"
 

@@ -15,7 +15,7 @@ from tiny_onn.guard import Guard, provenance
 from tiny_onn.health import HealthWatch
 from tiny_onn.progress import RunProgress, show_blocks, show_evaluation
 from tiny_onn.records import blocks_record, evaluation_record, step_record
-from tiny_onn.run_folder import METRICS_NAME, MetricsWriter, read_metrics
+from tiny_onn.runs.metrics import METRICS_NAME, MetricsWriter, read_metrics
 from tiny_onn.stages import step_tokens
 from tiny_onn.step import StepResult
 

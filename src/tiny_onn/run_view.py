@@ -21,14 +21,14 @@ from tiny_onn.config.schema import LossConfig
 from tiny_onn.console import stage
 from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.evaluate import document_lengths, load_for_eval
-from tiny_onn.mid_run import choose
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.student import TinyOnnForCausalLM, inference_mode_of
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
-from tiny_onn.run_folder import write_json
+from tiny_onn.runs.files import write_json
+from tiny_onn.runs.students import choose
 
 VIEW_NAME = "view.json"
 # Of the layout of the file; another one is measured again.

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +26,6 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows
 from tiny_onn.data.stream import check_vocabulary
 from tiny_onn.device import pick_device
-from tiny_onn.errors import UserError
 from tiny_onn.held_out import HeldOut
 from tiny_onn.model.backbone import gated_mlps
 from tiny_onn.model.expert_path import set_objective
@@ -146,20 +143,3 @@ def make_student(
         fit_compensation(inputs, banks)
     set_objective(banks, config)
     return student
-
-
-def save_student(folder: Path, prepared: Prepared) -> None:
-    """Write the student and its tokenizer in Hugging Face's layout.
-
-    Raises:
-        UserError: the disk refuses.
-    """
-    try:
-        prepared.student.save_pretrained(folder)
-        prepared.tokenizer.save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{folder}: cannot write the student ({reason}), expected free disk and permission; "
-            "the last checkpoint is whole, free some space and use --resume"
-        ) from error

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from tiny_onn.checkpoint import valid_checkpoints
 from tiny_onn.config.changes import CHANGEABLE
 from tiny_onn.config.checks import to_toml, validate
 from tiny_onn.config.schema import RunConfig
@@ -18,6 +17,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.planning.costs import count_parameters, meta_models, sizes_of
 from tiny_onn.planning.memory import DeviceType, moments
+from tiny_onn.runs.checkpoint import valid_checkpoints
 
 MAX_REMEDIES = 4
 # Remedies that save a smaller share of the peak are not worth a word.

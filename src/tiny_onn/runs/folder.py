@@ -9,14 +9,12 @@ Python does: a number that is not finite comes out as NaN or Infinity, so that a
 read.
 """
 
-import contextlib
-import errno
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,16 +22,14 @@ from pathlib import Path
 from tiny_onn.config.changes import check_changes, with_absolute_paths
 from tiny_onn.config.read import config_from_json, resolved_json
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.console import say
 from tiny_onn.errors import UserError
-from tiny_onn.lock import LOCK_NAME
-from tiny_onn.publish import publish
+from tiny_onn.runs.files import _explain_write, _write_atomically, write_json
+from tiny_onn.runs.lock import LOCK_NAME
+from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
 
-METRICS_NAME = "metrics.jsonl"
 # Kinds of records that a run writes before its first step.
 _UNTRAINED = ("start", "blocks")
 _ENVIRONMENT = re.compile(r"environment(-\d+)?\.json")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
@@ -142,15 +138,6 @@ def read_run_config(path: Path) -> RunConfig:
     return config_from_json(text, str(file))
 
 
-def write_json(path: Path, obj: object) -> None:
-    """Replace the file `path` by `obj` as indented JSON, wholly or not at all.
-
-    Raises:
-        UserError: The file system refuses (no space, no permission).
-    """
-    _write_atomically(path, json.dumps(obj, indent=2) + "\n")
-
-
 def record_conversion(path: Path, conversion: Mapping[str, object]) -> None:
     """Write what the conversion was checked to be; a resumed run's backbone must be the first's.
 
@@ -165,145 +152,6 @@ def record_conversion(path: Path, conversion: Mapping[str, object]) -> None:
                 f"SHA-256 {before}; restore them, or start a new run with another --out"
             )
     write_json(path, conversion)
-
-
-class MetricsWriter:
-    """Appends records to a JSON-lines file, each with the system before `write` returns.
-
-    A full disk does not stop a run: records then wait in memory, in order, for space. A context
-    manager; closing it also waits until the disk has what was written.
-
-    Args:
-        path: The file.
-        offset: Bytes of it to keep, 0 for a new run; what a resumed run had written after its
-            checkpoint is cut off.
-
-    Raises:
-        UserError: The file is shorter than `offset`, or cannot be written.
-    """
-
-    def __init__(self, path: Path, offset: int = 0) -> None:
-        self._path = path
-        with _explain_write(path):
-            self._file = path.open("ab", buffering=0)
-            size = self._file.seek(0, os.SEEK_END)
-            if size > offset:
-                self._file.truncate(offset)
-        if size < offset:
-            self._file.close()
-            raise UserError(
-                f"{path}: got {size} bytes, expected at least the {offset} of the checkpoint;"
-                " restore the file or start a new run"
-            )
-        self._offset = offset
-        self._waiting = b""
-
-    @property
-    def offset(self) -> int:
-        """Bytes written so far, waiting ones included: what a checkpoint stores to resume from."""
-        return self._offset
-
-    def write(self, record: Mapping[str, object]) -> None:
-        """Append one record; if the disk is full it waits, which is said once.
-
-        Raises:
-            UserError: The file system refuses for another reason.
-        """
-        line = json.dumps(record).encode() + b"\n"
-        self._offset += len(line)
-        were_waiting = bool(self._waiting)
-        self._waiting += line
-        with _explain_write(self._path):
-            try:
-                self._drain()
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                if not were_waiting:
-                    say(f"{self._path}: {error.strerror}; records wait in memory for space")
-
-    def sync(self) -> None:
-        """Return once the disk has everything written, so that a checkpoint may count on it.
-
-        Raises:
-            UserError: The file system refuses.
-        """
-        with _explain_write(self._path):
-            self._drain()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Sync the file to disk and close it."""
-        if self._file.closed:
-            return
-        with _explain_write(self._path), self._file:
-            self._drain()
-            os.fsync(self._file.fileno())
-
-    def _drain(self) -> None:
-        # What a full disk took of a line stays; the rest follows it.
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, object]]:
-    """Return the records of a metrics file in order.
-
-    A last line without its line break is a write that was cut off, and is left out.
-
-    Raises:
-        UserError: The file is missing, or a whole line of it is no record.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read it ({error.strerror}), expected the metrics of a run; check the"
-            " path"
-        ) from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{path}: line {number} is no JSON object, expected one metric record per line;"
-                " restore the file or delete the line"
-            )
-        records.append(record)
-    return records
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _explain_write(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            publish(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
-
-@contextlib.contextmanager
-def _explain_write(path: Path) -> Iterator[None]:
-    """Turn the file system's refusals into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write it ({error.strerror}), expected a folder with permission and"
-            " space; free some or choose another --out"
-        ) from error
 
 
 def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:

@@ -16,7 +16,7 @@ from tiny_onn.console import say
 from tiny_onn.conversion.verify import backbone_hash, same_backbone, shape_difference
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.run_folder import read_run_config
+from tiny_onn.runs.folder import read_run_config
 from tiny_onn.teacher.load import load_dense
 
 OPTION = "--teacher PATH_OR_HUB_ID"

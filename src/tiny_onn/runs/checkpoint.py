@@ -29,7 +29,7 @@ from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.old_layout import today_state, today_tensors
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.publish import publish
-from tiny_onn.run_folder import write_json
+from tiny_onn.runs.files import write_json
 
 FILES = ("student.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"

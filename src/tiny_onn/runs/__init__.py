@@ -1,0 +1,1 @@
+"""A run's folder: its files, metrics, checkpoints, lock, signals, and the students in it."""

@@ -1,0 +1,43 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tiny_onn.errors import UserError
+from tiny_onn.publish import publish
+
+
+def write_json(path: Path, obj: object) -> None:
+    """Replace the file `path` by `obj` as indented JSON, wholly or not at all.
+
+    Raises:
+        UserError: The file system refuses (no space, no permission).
+    """
+    _write_atomically(path, json.dumps(obj, indent=2) + "\n")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _explain_write(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            publish(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _explain_write(path: Path) -> Iterator[None]:
+    """Turn the file system's refusals into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write it ({error.strerror}), expected a folder with permission and"
+            " space; free some or choose another --out"
+        ) from error
