@@ -261,7 +261,7 @@ class Eval:
             self._frontier()
             return
         with _starting():
-            from tiny_onn.evaluate import run_eval
+            from tiny_onn.evaluation.evaluate import run_eval
 
         # Standard output belongs to the result.
         with contextlib.redirect_stdout(sys.stderr):
@@ -288,7 +288,7 @@ class Eval:
         from rich.console import Console
 
         with _starting():
-            from tiny_onn.frontier import run_frontier
+            from tiny_onn.evaluation.frontier import run_frontier
             from tiny_onn.report.frontier import frontier_table
 
         with contextlib.redirect_stdout(sys.stderr):

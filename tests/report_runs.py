@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tiny import change, write_run
-from tiny_onn.frontier import run_frontier
+from tiny_onn.evaluation.frontier import run_frontier
 from tiny_onn.train import run_distill
 
 ROW = 64

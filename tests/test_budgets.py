@@ -11,11 +11,11 @@ from tiny_onn.config.checks import parse_budgets
 from tiny_onn.config.schema import BudgetScope, LossConfig
 from tiny_onn.conversion.convert import all_experts_on
 from tiny_onn.errors import UserError
-from tiny_onn.evaluate import evaluate
-from tiny_onn.frontier import default_budgets
-from tiny_onn.held_out import HeldOut
+from tiny_onn.evaluation.compare import evaluate
+from tiny_onn.evaluation.frontier import default_budgets
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import set_budget, tabulate
+from tiny_onn.teacher.held_out import HeldOut
 
 S = 2
 LENGTHS = [40, 64, 30, 50, 33] * 12

@@ -345,7 +345,7 @@ def test_eval_prints_a_line_per_number(stand_in, capsys):
 def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys):
     point = {"budget": 8.0, "mean_k": 8.1}
     calls = stand_in("frontier", "run_frontier", {"points": [point]})
-    vars(sys.modules["tiny_onn.frontier"])["frontier_table"] = str
+    vars(sys.modules["tiny_onn.evaluation.frontier"])["frontier_table"] = str
     assert status_of(["eval", "m", "--budget", "8,4.5", "--out", "x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"points": [point]}
     ((arguments, keywords),) = calls

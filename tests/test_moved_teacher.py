@@ -10,8 +10,8 @@ import torch
 from tiny import change, make_tokenizer, save_teacher, write_run
 from tiny_onn.config.read import resolved_json
 from tiny_onn.errors import UserError
-from tiny_onn.evaluate import run_eval
-from tiny_onn.frontier import run_frontier
+from tiny_onn.evaluation.evaluate import run_eval
+from tiny_onn.evaluation.frontier import run_frontier
 from tiny_onn.generate import run_generate
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.probe import run_probe

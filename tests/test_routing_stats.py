@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student, normal
 from tiny_onn.data.packing import PackedRow, build_row
-from tiny_onn.evaluate import evaluate, evaluate_layers, unigram_nll
-from tiny_onn.held_out import HeldOut
+from tiny_onn.evaluation.compare import evaluate, evaluate_layers, unigram_nll
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import ExpertBank, recorded_routings
@@ -24,6 +23,7 @@ from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally, teach
 from tiny_onn.ops.surprise import SmkRule, smk_targets
 from tiny_onn.routing import thresholds
 from tiny_onn.routing.statistics import OracleStats, RoutingStats, border_ties, first_tokens
+from tiny_onn.teacher.held_out import HeldOut
 
 # Documents of 5, 2 and 4 tokens, then one of padding.
 ROW = build_row([[5, 6, 7, 8, 9], [3, 4], [9, 8, 7, 6]], row_tokens=12, pad_token_id=0)

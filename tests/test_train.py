@@ -13,8 +13,7 @@ from tiny_onn.config.checks import validate
 from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.data.packing import build_row
-from tiny_onn.evaluate import evaluate
-from tiny_onn.held_out import HeldOut
+from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
@@ -23,6 +22,7 @@ from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
 from tiny_onn.optim import build_optimizer
 from tiny_onn.routing.budgets import settle
 from tiny_onn.step import StepResult, distill_step
+from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import teacher_for
 
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)

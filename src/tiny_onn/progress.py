@@ -17,7 +17,8 @@ from rich.progress import (
 from tiny_onn.config.schema import RouterConfig
 from tiny_onn.console import LINE_SECONDS, console, say
 from tiny_onn.conversion.verify import Conversion
-from tiny_onn.evaluate import Evaluation, shown_k
+from tiny_onn.evaluation.compare import Evaluation
+from tiny_onn.evaluation.evaluate import shown_k
 from tiny_onn.model.student import TinyOnnForCausalLM
 
 

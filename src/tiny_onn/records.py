@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tiny_onn.config.describe import docstrings_of
-from tiny_onn.evaluate import Evaluation
+from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.integrity import predictive_integrity
 from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.routing.statistics import RoutingSummary

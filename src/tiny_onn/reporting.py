@@ -14,12 +14,12 @@ from rich.text import Text
 
 from tiny_onn.console import say, stage
 from tiny_onn.errors import UserError, reason_line
+from tiny_onn.evaluation.run_view import view_of_run
 from tiny_onn.health import diagnose, verdict
 from tiny_onn.records import BlockwiseRecord, EvaluationRecord, StepRecord
 from tiny_onn.report.comparing import Comparison, compare
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
-from tiny_onn.run_view import view_of_run
 from tiny_onn.runs.folder import read_run_config
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
 

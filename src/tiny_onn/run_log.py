@@ -10,7 +10,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
 from tiny_onn.conversion.pipeline import Prepared
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.evaluate import Evaluation
+from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.guard import Guard, provenance
 from tiny_onn.health import HealthWatch
 from tiny_onn.progress import RunProgress, show_blocks, show_evaluation

@@ -18,7 +18,8 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, settling_rows, training_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.errors import UserError
-from tiny_onn.evaluate import Evaluation, budget_report, evaluate_layers
+from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
+from tiny_onn.evaluation.evaluate import budget_report
 from tiny_onn.guard import Guard
 from tiny_onn.optim import lr_factor, set_learning_rates
 from tiny_onn.planning.advice import explain_out_of_memory

@@ -26,12 +26,12 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows
 from tiny_onn.data.stream import check_vocabulary
 from tiny_onn.device import pick_device
-from tiny_onn.held_out import HeldOut
 from tiny_onn.model.backbone import gated_mlps
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import settle_budgets
+from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import load_dense, teacher_for
 
 

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.config.schema import LossConfig
 from tiny_onn.console import stage
 from tiny_onn.data.packing import PackedRow, build_row
-from tiny_onn.evaluate import document_lengths, load_for_eval
+from tiny_onn.evaluation.compare import document_lengths
+from tiny_onn.evaluation.evaluate import load_for_eval
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import recorded_routings

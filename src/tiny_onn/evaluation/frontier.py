@@ -6,7 +6,8 @@ from typing import Any, Unpack
 
 from tiny_onn.console import say, stage
 from tiny_onn.errors import UserError
-from tiny_onn.evaluate import EvalOptions, evaluate, load_for_eval
+from tiny_onn.evaluation.compare import evaluate
+from tiny_onn.evaluation.evaluate import EvalOptions, load_for_eval
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.report.frontier import html_page
 from tiny_onn.routing.budgets import set_budget
