@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.common import Deadline, Timing, measure
 from benchmarks.steps import Step, make_step, random_dense, random_rows, settings
-from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.schema import Checkpointing, Objective
 from tiny_onn.data.packing import PackedRow
+from tiny_onn.distill.checkpointing import checkpoint_layers
+from tiny_onn.distill.step import Clock
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.planning.costs import (
     StepFlops,
@@ -26,7 +27,6 @@ from tiny_onn.planning.costs import (
     token_flops,
 )
 from tiny_onn.planning.sources import find_device
-from tiny_onn.step import Clock
 
 GIB = 2**30
 BUDGET_TOKENS = 0.5e9

@@ -22,7 +22,7 @@ from benchmarks.common import check, in_subprocess, peak_bytes
 from benchmarks.registry import Goal, Option, Result, benchmark
 from benchmarks.steps import make_step, perturb, random_dense, random_rows, settings
 from tiny_onn.data.packing import PackedRow, build_row
-from tiny_onn.step import distill_step
+from tiny_onn.distill.step import distill_step
 
 
 def parity() -> dict:

@@ -8,17 +8,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from benchmarks.common import seeded
-from tiny_onn.assembly import assemble
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Objective, RunConfig
 from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.device import number_format
+from tiny_onn.distill.assembly import assemble
+from tiny_onn.distill.step import Clock, StepResult, distill_step
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.planning.sources import load_shape
-from tiny_onn.step import Clock, StepResult, distill_step
 from tiny_onn.teacher.load import load_dense, quiet_transformers, teacher_for
 
 # Divisible into 32 experts and into NF4's blocks of 64.

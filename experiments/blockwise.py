@@ -26,10 +26,10 @@ from benchmarks.steps import TINY
 from experiments.options import parser, results_folder
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.distill.loop import run_distill
+from tiny_onn.distill.stages import step_tokens
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
-from tiny_onn.stages import step_tokens
 from tiny_onn.teacher.embedded import embedded_teacher
-from tiny_onn.train import run_distill
 
 SMOKE = (
     "teacher.dtype=float32",

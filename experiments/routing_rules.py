@@ -35,12 +35,12 @@ from tiny_onn.conversion.pipeline import make_student, partition
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows, settling_rows, training_rows
 from tiny_onn.device import pick_device
+from tiny_onn.distill.optim import build_optimizer, lr_factor, set_learning_rates
+from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.routing.budgets import settle
-from tiny_onn.step import distill_step
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import load_dense, quiet_transformers, teacher_for
 

@@ -28,9 +28,10 @@ from safetensors.torch import load_file
 import tiny_onn_cli
 from reliability.harness import in_child, wait_for
 from tiny import CONFIG, change, save_teacher, write_corpus
-from tiny_onn import step, train
 from tiny_onn.config.template import config_template
 from tiny_onn.data import sources
+from tiny_onn.distill import loop as train
+from tiny_onn.distill import step
 from tiny_onn.runs import checkpoint
 from tiny_onn.runs import folder as run_folder
 from tiny_onn.runs.checkpoint import valid_checkpoints

@@ -180,12 +180,12 @@ class Distill:
         out = _default_out(name) if self.out is None else self.out
         if self.profile:
             with _starting():
-                from tiny_onn.profile import run_profile
+                from tiny_onn.distill.profile import run_profile
 
             run_profile(config, out=out, argv=sys.argv)
             return
         with _starting():
-            from tiny_onn.train import run_distill
+            from tiny_onn.distill.loop import run_distill
 
         result = run_distill(
             config, out=out, resume=self.resume, allow_change=self.allow_change, argv=sys.argv

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from tiny import change, write_run
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.evaluation.frontier import run_frontier
-from tiny_onn.train import run_distill
 
 ROW = 64
 

@@ -12,8 +12,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny import CONFIG, SIZES, change, make_dense, make_rows, make_student
-from tiny_onn.activations import ATTENTION_OPS, attention_ops, checkpoint_layers, to_device, to_host
 from tiny_onn.config.schema import LossConfig
+from tiny_onn.distill.checkpointing import (
+    ATTENTION_OPS,
+    attention_ops,
+    checkpoint_layers,
+    to_device,
+    to_host,
+)
+from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
@@ -26,7 +33,6 @@ from tiny_onn.ops.loss_chunks import (
     auto_chunk_tokens,
     loss_chunk_tokens,
 )
-from tiny_onn.step import distill_step
 from tiny_onn.teacher.load import teacher_for
 
 MODES = ("none", "layer", "selective", "offload")

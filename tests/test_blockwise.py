@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from tiny import CONFIG, change, make_dense, make_documents, make_rows
-from tiny_onn.blockwise import block_errors, blockwise_step, teacher_power
 from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.conversion.convert import all_experts_on
 from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.data.packing import build_row
+from tiny_onn.distill.blockwise import block_errors, blockwise_step, teacher_power
+from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import decoder_layers, gated_mlps, last_hidden_states
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops import reference
 from tiny_onn.ops.surprise import SmkRule, label_loss, smk_loss, smk_targets
-from tiny_onn.optim import build_optimizer
 from tiny_onn.routing.losses import load_balancing_loss, z_loss
 from tiny_onn.routing.thresholds import exact_threshold, steer
 from tiny_onn.teacher.load import teacher_for

@@ -20,9 +20,10 @@ from tiny import (
 )
 from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.conversion.verify import backbone_hash
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.optim import build_optimizer
 from tiny_onn.runs import checkpoint as checkpoint_module
 from tiny_onn.runs.checkpoint import (
     Checkpointer,
@@ -31,7 +32,6 @@ from tiny_onn.runs.checkpoint import (
     valid_checkpoints,
     write_checkpoint,
 )
-from tiny_onn.step import distill_step
 
 ROWS = make_rows((20, 13, 30, 40, 9), 32)
 

@@ -9,8 +9,8 @@ import pytest
 import tiny_onn_cli as cli
 from run_records import write_records
 from tiny import CONFIG, change
+from tiny_onn.distill.records import EvaluationRecord
 from tiny_onn.errors import UserError
-from tiny_onn.records import EvaluationRecord
 from tiny_onn.report.comparing import at_k, common_k, compare, points_of
 from tiny_onn.reporting import print_comparison, read_run, run_compare
 

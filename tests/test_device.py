@@ -19,11 +19,11 @@ from tiny_onn.device import (
     with_number_format,
     without_emulation,
 )
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.ops.regions import separate_compiled_code
 from tiny_onn.planning.plan import plan
 from tiny_onn.runs.folder import read_run_config
 from tiny_onn.runs.students import load_student
-from tiny_onn.train import run_distill
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from tiny import CONFIG, change, make_dense, make_rows
 from tiny_onn.config.schema import AtLeastOne, Weighting
 from tiny_onn.conversion import pipeline as prepare
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.step import distill_step
 from tiny_onn.model import dynmoe
 from tiny_onn.model.experts import Execution, ExpertBank, recorded_routings
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import Router, RoutingRule
-from tiny_onn.optim import build_optimizer
-from tiny_onn.step import distill_step
 
 HIDDEN, EXPERTS, WIDTH, TOKENS = 12, 6, 5, 30
 GATE = ("weight", "bias", "log_temperature")

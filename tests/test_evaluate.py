@@ -8,12 +8,12 @@ import pytest
 
 from tiny import change, make_dense, make_tokenizer, write_run
 from tiny_onn.config.read import resolved_json
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.evaluate import run_eval
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import read_run_config
 from tiny_onn.runs.metrics import read_metrics
-from tiny_onn.train import run_distill
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student
-from tiny_onn.activations import checkpoint_layers
 from tiny_onn.conversion import pipeline as prepare
+from tiny_onn.distill.checkpointing import checkpoint_layers
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.step import distill_step
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import RowState, recorded_routings, row_context
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import RoutingRule, temporary_rules
-from tiny_onn.optim import build_optimizer
 from tiny_onn.routing.gate_step import GateStep
 from tiny_onn.routing.statistics import RoutingStats
-from tiny_onn.step import distill_step
 
 # Rows of several documents, the last one of them with padding.
 ROWS = make_rows((20, 11, 30, 28), 32)

@@ -13,12 +13,12 @@ import torch
 
 from repository import ROOT
 from tiny import CONFIG, change, make_dense, make_documents
-from tiny_onn.activations import checkpoint_layers
 from tiny_onn.conversion.pipeline import make_student
 from tiny_onn.data.packing import build_row
+from tiny_onn.distill.checkpointing import checkpoint_layers
+from tiny_onn.distill.optim import build_optimizer, lr_factor, set_learning_rates
+from tiny_onn.distill.step import distill_step
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.optim import build_optimizer, lr_factor, set_learning_rates
-from tiny_onn.step import distill_step
 
 CURVE = ROOT / "tests" / "golden" / "tiny_20_steps.json"
 STEPS, ROW = 20, 64

@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from tiny import CONFIG, change, make_dense, make_rows, write_run
-from tiny_onn import step
 from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.data.packing import Origin, Packer
+from tiny_onn.distill import step
+from tiny_onn.distill.anomalies import MIN_WINDOW, SPIKE_MADS, WINDOW, Guard, provenance
+from tiny_onn.distill.loop import run_distill
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
-from tiny_onn.guard import MIN_WINDOW, SPIKE_MADS, WINDOW, Guard, provenance
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.optim import build_optimizer
 from tiny_onn.runs.checkpoint import student_tensors
 from tiny_onn.runs.metrics import read_metrics
-from tiny_onn.step import distill_step
-from tiny_onn.train import run_distill
 
 ROWS = make_rows((20, 13, 30, 40, 9), 32)
 REAL_DISTILL, REAL_CLIP = step.distill, step.clip_gradients
@@ -180,7 +180,7 @@ def test_a_restored_guard_judges_as_the_first(config):
 def test_a_spike_is_recorded_with_the_losses_of_its_documents(
     config, tmp_path, monkeypatch, poison
 ):
-    monkeypatch.setattr("tiny_onn.guard.MIN_WINDOW", 4)
+    monkeypatch.setattr("tiny_onn.distill.anomalies.MIN_WINDOW", 4)
     poison([7], "loss", 1e4)
     run_distill(config, out=tmp_path / "run")
     rows: list[Any] = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -13,12 +13,12 @@ from tiny import CONFIG, change, make_dense, make_tokenizer, save_teacher, write
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import prepare
 from tiny_onn.data.rows import training_rows
-from tiny_onn.health import HealthWatch, diagnose, verdict
+from tiny_onn.distill.health import HealthWatch, diagnose, verdict
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.runs.metrics import read_metrics
-from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tiny import FAMILIES, OTHERS, make_dense, make_documents, make_ids, make_student
-from tiny_onn.activations import checkpoint_layers
 from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.data.packing import pack
+from tiny_onn.distill.checkpointing import checkpoint_layers
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import (
     activation_name,

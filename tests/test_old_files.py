@@ -15,9 +15,9 @@ import torch
 
 from tiny import make_ids
 from tiny_onn import TinyOnnForCausalLM
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.runs.folder import read_run_config
 from tiny_onn.runs.metrics import read_metrics
-from tiny_onn.train import run_distill
 
 OLD = Path(__file__).parent / "data" / "77d3503"
 RUNS = ("adamw", "adamw8bit", "adafactor")

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny import CONFIG, change, make_dense, make_ids, make_student
+from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.model.expert_weights import KINDS, by_neuron, stacked
 from tiny_onn.model.old_layout import today_state, today_tensors
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.optim import build_optimizer
 from tiny_onn.runs.checkpoint import optimizer_tensors, student_tensors
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -11,16 +11,16 @@ from torch import nn
 
 from tiny import make_dense, make_student, save_checkpoint
 from tiny_onn.config.schema import OptimConfig
-from tiny_onn.errors import UserError
-from tiny_onn.model.expert_weights import by_neuron
-from tiny_onn.model.student import split_parameters
-from tiny_onn.optim import (
+from tiny_onn.distill.optim import (
     build_optimizer,
     clip_gradients,
     lr_factor,
     set_learning_rates,
     stochastic_round,
 )
+from tiny_onn.errors import UserError
+from tiny_onn.model.expert_weights import by_neuron
+from tiny_onn.model.student import split_parameters
 from tiny_onn.planning.memory import state_bytes
 from tiny_onn.runs.checkpoint import load_checkpoint
 

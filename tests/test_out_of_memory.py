@@ -8,10 +8,10 @@ import torch
 from run_records import at_step
 from tiny import CONFIG, change, make_dense, save_teacher, write_corpus
 from tiny_onn.conversion.pipeline import prepare
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.planning.advice import is_out_of_memory, remedies
 from tiny_onn.planning.plan import plan
-from tiny_onn.train import run_distill
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 import tiny_onn_cli as cli
 from tiny import make_dense, make_rows, model_bytes
-from tiny_onn.assembly import assemble
 from tiny_onn.config.read import load_config
 from tiny_onn.conversion.convert import convert
+from tiny_onn.distill.assembly import assemble
+from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.planning.costs import count_parameters, meta_models
@@ -26,7 +27,6 @@ from tiny_onn.planning.memory import nf4_bytes
 from tiny_onn.planning.plan import DOCUMENT_TOKENS, EFFICIENCY, card_lines, plan
 from tiny_onn.planning.render import render
 from tiny_onn.planning.sources import GIB, Device, find_device, load_shape
-from tiny_onn.step import distill_step
 from tiny_onn.teacher.load import teacher_for
 from tiny_onn.teacher.quantize import quantize_nf4
 

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from tiny import make_rows, write_run
 from tiny_onn import probe as probe_module
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.probe import look, run_probe, sample_documents
 from tiny_onn.probe_record import quantities
 from tiny_onn.report.probe import console_tables, markdown
 from tiny_onn.runs.students import load_student
-from tiny_onn.train import run_distill
 
 RULES = {"parameters", "input", "output", "gain", "magnitude", "relative", "own gain"}
 

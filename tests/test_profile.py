@@ -9,7 +9,7 @@ import tiny_onn_cli as cli
 from tiny import CONFIG, change, save_teacher, write_corpus
 from tiny_onn.config.read import resolved_json
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.profile import OUTSIDE, PROFILED_STEPS, render, run_profile
+from tiny_onn.distill.profile import OUTSIDE, PROFILED_STEPS, render, run_profile
 
 PHASES = ("teacher forward", "student forward", "loss", "backward", "optimizer")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiny_onn import progress
+from tiny_onn.distill import progress
 
 RECORD = {"kind": "step", "loss": 0.5, "forward_kl": 0.5, "mean_k": 16.0, "tokens_per_s": 300.0}
 

@@ -8,10 +8,16 @@ import pytest
 
 from repository import ROOT
 from tiny import write_run
-from tiny_onn.integrity import predictive_integrity
-from tiny_onn.records import EvaluationRecord, LayersRecord, SmkRecord, StepRecord, metrics_docs
+from tiny_onn.distill.loop import run_distill
+from tiny_onn.distill.record_docs import metrics_docs
+from tiny_onn.distill.records import (
+    EvaluationRecord,
+    LayersRecord,
+    SmkRecord,
+    StepRecord,
+    predictive_integrity,
+)
 from tiny_onn.runs.metrics import read_metrics
-from tiny_onn.train import run_distill
 
 PAGE = ROOT / "docs" / "metrics.md"
 ONLY_STEPS = {"smk_agreement", "smk_shuffled", "surprise", "active_surprise"}

@@ -12,10 +12,10 @@ from run_records import at_step, send
 from tiny import CONFIG, TIMES, change, save_teacher, write_corpus
 from tiny_onn.config.changes import CHANGEABLE, REASONS, check_changes, with_absolute_paths
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.runs.folder import create_run_folder, read_run_config
 from tiny_onn.runs.metrics import read_metrics
-from tiny_onn.train import run_distill
 
 STEPS, STOP = 6, 3
 

@@ -12,13 +12,13 @@ from tiny import CONFIG, change, make_dense, make_rows
 from tiny_onn.config.checks import validate
 from tiny_onn.config.schema import Objective, Selection, Weighting
 from tiny_onn.conversion import pipeline as prepare
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.optim import build_optimizer
 from tiny_onn.routing.budgets import settle
-from tiny_onn.step import distill_step
 from tiny_onn.teacher.held_out import HeldOut
 
 ROWS = make_rows((14, 9, 16, 12, 13, 16), 16)

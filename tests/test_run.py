@@ -12,15 +12,15 @@ from transformers import AutoTokenizer
 
 from run_records import assert_same_run, at_step, records, send, student_of
 from tiny import change, write_run
-from tiny_onn import train as train_module
 from tiny_onn.conversion.pipeline import prepare
 from tiny_onn.conversion.verify import backbone_hash
+from tiny_onn.distill import loop as train_module
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.runs import checkpoint as checkpoint_module
 from tiny_onn.runs.lock import run_lock
 from tiny_onn.runs.metrics import read_metrics
 from tiny_onn.teacher.load import load_dense
-from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

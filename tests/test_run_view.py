@@ -8,11 +8,11 @@ import torch
 
 from tiny import make_dense, make_rows, make_student, make_tokenizer, write_run
 from tiny_onn.config.schema import LossConfig
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.evaluation.run_view import VIEW_NAME, correlation, measure_view, view_of_run
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import recorded_routings
-from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from run_records import at_step
 from tiny import TIMES, change, write_run
-from tiny_onn import train as train_module
 from tiny_onn.config.checks import validate
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import prepare
+from tiny_onn.distill import loop as train_module
+from tiny_onn.distill.loop import run_distill
+from tiny_onn.distill.stages import annealed, annealed_k, run_tokens, stage_named
 from tiny_onn.errors import UserError
 from tiny_onn.routing.thresholds import steer
 from tiny_onn.runs.metrics import read_metrics
-from tiny_onn.stages import annealed, annealed_k, run_tokens, stage_named
-from tiny_onn.train import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student
-from tiny_onn.activations import checkpoint_layers
+from tiny_onn.distill.checkpointing import checkpoint_layers
+from tiny_onn.distill.hidden_states import unexplained
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.step import distill_step
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import decoder_layers, last_hidden_states
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.hooks import layer_outputs
-from tiny_onn.optim import build_optimizer
-from tiny_onn.states import unexplained
-from tiny_onn.step import distill_step
 
 
 def draw(*shape, seed, dtype=torch.float64):

@@ -6,21 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student
-from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.schema import BudgetScope, Checkpointing
 from tiny_onn.conversion import pipeline as prepare
+from tiny_onn.distill.checkpointing import checkpoint_layers
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.step import distill_step
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import RowState, recorded_routings
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import Exploration, Router, RoutingRule, explore, route
-from tiny_onn.optim import build_optimizer
 from tiny_onn.routing import thresholds
 from tiny_onn.routing.budgets import settle
 from tiny_onn.routing.statistics import RoutingStats
 from tiny_onn.routing.steering import REVIVED_SHARE, balance, revival_lift, revive
 from tiny_onn.routing.thresholds import aims, exact_thresholds, steer
-from tiny_onn.step import distill_step
 
 HIDDEN, EXPERTS, TOKENS = 12, 32, 256
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)

@@ -8,10 +8,10 @@ import pytest
 
 from run_records import assert_same_run, records
 from tiny import change, write_run
-from tiny_onn import blockwise as blockwise_module
-from tiny_onn import step as step_module
-from tiny_onn import train as train_module
-from tiny_onn.train import run_distill
+from tiny_onn.distill import blockwise as blockwise_module
+from tiny_onn.distill import loop as train_module
+from tiny_onn.distill import step as step_module
+from tiny_onn.distill.loop import run_distill
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -8,20 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from tiny import CONFIG, SIZES, change, make_dense, make_documents, make_rows
-from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.checks import validate
 from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.data.packing import build_row
+from tiny_onn.distill.checkpointing import checkpoint_layers
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops import dense_masked, reference
 from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
-from tiny_onn.optim import build_optimizer
 from tiny_onn.routing.budgets import settle
-from tiny_onn.step import StepResult, distill_step
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import teacher_for
 

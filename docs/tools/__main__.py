@@ -15,7 +15,7 @@ from benchmarks.common import ROOT
 from docs.tools import performance, probe_docs
 from experiments import quality, routing_rules
 from reliability import harness
-from tiny_onn.records import metrics_docs
+from tiny_onn.distill.record_docs import metrics_docs
 
 
 def generators() -> Iterator[tuple[Path, Callable[[str], str]]]:

@@ -25,18 +25,18 @@ from tiny_onn.console import say, stage
 from tiny_onn.conversion.pipeline import Prepared, make_student, partition, read_inputs
 from tiny_onn.conversion.verify import Conversion, check_conversion
 from tiny_onn.device import prepare_device
+from tiny_onn.distill.loop import AfterStep, run_distill
+from tiny_onn.distill.run_log import RunResult
+from tiny_onn.distill.stages import step_tokens
 from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.evaluation.evaluate import budget_report, shown_k
 from tiny_onn.evaluation.run_view import keep_view, measure_view
 from tiny_onn.model.expert_path import choose_path
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.reporting import run_report
-from tiny_onn.run_log import RunResult
 from tiny_onn.runs.files import write_json
-from tiny_onn.stages import step_tokens
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import teacher_for
-from tiny_onn.train import AfterStep, run_distill
 
 NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
 STUDENT = "student"

@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tiny_onn.console import say, stage
+from tiny_onn.distill.health import diagnose, verdict
+from tiny_onn.distill.records import BlockwiseRecord, EvaluationRecord, StepRecord
 from tiny_onn.errors import UserError, reason_line
 from tiny_onn.evaluation.run_view import view_of_run
-from tiny_onn.health import diagnose, verdict
-from tiny_onn.records import BlockwiseRecord, EvaluationRecord, StepRecord
 from tiny_onn.report.comparing import Comparison, compare
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct

@@ -6,28 +6,15 @@ device; no step does so for statistics.
 """
 
 import inspect
-import textwrap
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from tiny_onn.config.describe import docstrings_of
+from tiny_onn.distill.step import StepResult
 from tiny_onn.evaluation.compare import Evaluation
-from tiny_onn.integrity import predictive_integrity
 from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.routing.statistics import RoutingSummary
-from tiny_onn.step import StepResult
-
-INTRODUCTION = (
-    "`metrics.jsonl` in a run's folder holds one JSON object per line: a `start` evaluation, steps,"
-    " `eval` evaluations between them and an `end` evaluation; with a blockwise stage, its steps"
-    " and the blocks before and after it; and, of kind `skipped` and `spike`, the documents of"
-    " steps whose update was not finite or whose loss jumped. A number that is not finite is"
-    " written as `NaN` or `Infinity`. *Counted* tokens are all but padding and the first of each"
-    " document; E is the number of experts. Floats under `layers` have six significant digits."
-)
-COMMAND = """This page is generated:
-`python -c "import tiny_onn.records as r; print(r.metrics_docs(), end='')" > docs/metrics.md`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -339,40 +326,30 @@ def _total(tallies: Sequence[SurpriseTally], name: str) -> float:
     return sum(float(getattr(tally, name).sum()) for tally in tallies)
 
 
-def metrics_docs() -> str:
-    """`docs/metrics.md`: every field of every record, from the docstrings of its dataclass."""
-    lines = ["# The metrics of a run", "", *textwrap.wrap(INTRODUCTION, 100), "", COMMAND]
-    for title, cls in (
-        ("Steps", StepRecord),
-        ("Steps of the blockwise stage", BlockwiseRecord),
-        ("Blocks", BlocksRecord),
-        ("Evaluations", EvaluationRecord),
-        ("`smk`", SmkRecord),
-        ("`layers`", LayersRecord),
-    ):
-        text = textwrap.fill(" ".join((inspect.getdoc(cls) or "").split()), 100)
-        lines += ["", f"## {title}", "", text, "", "| field | type | what |", "|---|---|---|"]
-        lines += [f"| `{name}` | {kind} | {what} |" for name, kind, what in _fields(cls)]
-    return "\n".join(lines) + "\n"
+# Constants of the project's lineage.
+ALPHA = 1.0
 
 
-def _fields(cls: type) -> Iterator[tuple[str, str, str]]:
-    """Name, type and docstring of a record's fields in the order of the record."""
-    docs, hints = docstrings_of(cls), get_type_hints(cls)
-    for name in _names(cls):
-        yield name, _kind(hints[name]), docs[name].replace("|", "\\|")
+GAMMA = 0.5
 
 
-def _kind(hint: Any) -> str:  # noqa: ANN401 - a type hint
-    """A type hint in JSON's words."""
-    arguments, origin = get_args(hint), get_origin(hint)
-    if origin is list:
-        return "list of lists of numbers" if get_origin(arguments[0]) is list else "list of numbers"
-    if origin is dict:
-        return "object of numbers"
-    if origin is Literal:
-        return " or ".join(f"`{word}`" for word in arguments)
-    if arguments:
-        return " or ".join(_kind(argument) for argument in arguments)
-    words = {int: "integer", float: "number", type(None): "null"}
-    return words.get(hint, "object")
+def predictive_integrity(loss: float, tau: float, surprise: float) -> float:
+    """`exp(-alpha * ((1 - gamma) * loss / tau + gamma * surprise))`: 1 without loss and surprise.
+
+    Reported, never optimised: it can mislead. A student that knows nothing has a large tau, which
+    excuses its loss; a dead one has no surprise at all. A PI without its loss, tau and surprise
+    beside it says little, and PIs of two kinds of surprise, or of two losses, do not compare:
+    `gain` has a sign and may lift PI above 1.
+
+    Args:
+        loss: the step's loss, nats per token.
+        tau: entropy of the student's next-token distribution, nats, mean over the same tokens.
+        surprise: mean over the active pairs of token and expert, in units of the per-token loss.
+
+    Returns:
+        0 for a positive loss at a tau of 0.
+    """
+    ratio = loss / tau if tau > 0 else (math.inf if loss > 0 else 0.0)
+    exponent = -ALPHA * ((1 - GAMMA) * ratio + GAMMA * surprise)
+    # exp of more does not fit a float; only a negative surprise gets there.
+    return math.exp(min(exponent, 700.0))

@@ -19,16 +19,16 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from tiny_onn.assembly import assemble
-from tiny_onn.blockwise import blockwise_step, teacher_power
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.rows import calibration_rows, training_rows
 from tiny_onn.device import prepare_device
+from tiny_onn.distill.assembly import assemble
+from tiny_onn.distill.blockwise import blockwise_step, teacher_power
+from tiny_onn.distill.stages import step_tokens
+from tiny_onn.distill.step import Clock, distill_step
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import create_run_folder
-from tiny_onn.stages import step_tokens
-from tiny_onn.step import Clock, distill_step
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 3

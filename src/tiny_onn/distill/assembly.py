@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from tiny_onn.activations import checkpoint_layers
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.distill.checkpointing import checkpoint_layers
+from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.model.backbone import head_of
 from tiny_onn.model.compile import compile_backbones
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
-from tiny_onn.optim import build_optimizer
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,8 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tiny_onn.assembly import assemble
-from tiny_onn.blockwise import Blocks, block_errors, blockwise_step, teacher_power
 from tiny_onn.config.changes import with_absolute_paths, with_number_format_of
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say, stage
@@ -17,16 +15,20 @@ from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, settling_rows, training_rows
 from tiny_onn.device import prepare_device
+from tiny_onn.distill.anomalies import Guard
+from tiny_onn.distill.assembly import assemble
+from tiny_onn.distill.blockwise import Blocks, block_errors, blockwise_step, teacher_power
+from tiny_onn.distill.optim import lr_factor, set_learning_rates
+from tiny_onn.distill.progress import show_conversion
+from tiny_onn.distill.run_log import RunLog, RunResult
+from tiny_onn.distill.stages import annealed, run_tokens, stage_named, step_tokens
+from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
 from tiny_onn.evaluation.evaluate import budget_report
-from tiny_onn.guard import Guard
-from tiny_onn.optim import lr_factor, set_learning_rates
 from tiny_onn.planning.advice import explain_out_of_memory
-from tiny_onn.progress import show_conversion
 from tiny_onn.routing.budgets import tabulate
 from tiny_onn.routing.steering import settled
-from tiny_onn.run_log import RunLog, RunResult
 from tiny_onn.runs.checkpoint import (
     Checkpointer,
     checkpoint_name,
@@ -45,8 +47,6 @@ from tiny_onn.runs.folder import (
 from tiny_onn.runs.lock import run_lock
 from tiny_onn.runs.signals import Stopped, StopRequest, stop_on_signal
 from tiny_onn.runs.students import save_student
-from tiny_onn.stages import annealed, run_tokens, stage_named, step_tokens
-from tiny_onn.step import StepResult, distill_step
 
 AfterStep = Callable[[int, float], None]
 # A stopped run still evaluates its last step if the evaluation before took no longer.

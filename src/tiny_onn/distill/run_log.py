@@ -10,14 +10,14 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
 from tiny_onn.conversion.pipeline import Prepared
 from tiny_onn.data.packing import PackedRow
+from tiny_onn.distill.anomalies import Guard, provenance
+from tiny_onn.distill.health import HealthWatch
+from tiny_onn.distill.progress import RunProgress, show_blocks, show_evaluation
+from tiny_onn.distill.records import blocks_record, evaluation_record, step_record
+from tiny_onn.distill.stages import step_tokens
+from tiny_onn.distill.step import StepResult
 from tiny_onn.evaluation.compare import Evaluation
-from tiny_onn.guard import Guard, provenance
-from tiny_onn.health import HealthWatch
-from tiny_onn.progress import RunProgress, show_blocks, show_evaluation
-from tiny_onn.records import blocks_record, evaluation_record, step_record
 from tiny_onn.runs.metrics import METRICS_NAME, MetricsWriter, read_metrics
-from tiny_onn.stages import step_tokens
-from tiny_onn.step import StepResult
 
 
 @dataclass(kw_only=True, slots=True)

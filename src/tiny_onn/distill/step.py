@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
+from tiny_onn.distill.hidden_states import unexplained
+from tiny_onn.distill.optim import clip_gradients
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
@@ -22,10 +24,8 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import DistillValues, distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.ops.router_gradient import SurpriseTally
-from tiny_onn.optim import clip_gradients
 from tiny_onn.routing.gate_step import GateStep
 from tiny_onn.routing.statistics import RoutingStats
-from tiny_onn.states import unexplained
 
 
 @dataclass(kw_only=True, slots=True)

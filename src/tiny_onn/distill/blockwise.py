@@ -30,13 +30,13 @@ from transformers import PreTrainedModel
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
+from tiny_onn.distill.step import Clock, StepResult, undone_if_broken, update
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import decoder_layers, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.hooks import mlp_calls
 from tiny_onn.model.student import TinyOnnForCausalLM, inference_mode_of
 from tiny_onn.routing.gate_step import GateStep
-from tiny_onn.step import Clock, StepResult, undone_if_broken, update
 
 
 @dataclass(kw_only=True, slots=True)
