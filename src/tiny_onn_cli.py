@@ -367,7 +367,7 @@ class Probe:
             _require(value >= least, name, value, f"an integer >= {least}")
         layers = _parse_layers(self.layers)
         with _starting():
-            from tiny_onn.probe import run_probe
+            from tiny_onn.probe.probe import run_probe
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_probe(

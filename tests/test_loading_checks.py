@@ -16,7 +16,7 @@ from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.errors import UserError
 from tiny_onn.generate import run_generate
 from tiny_onn.planning.plan import plan
-from tiny_onn.probe import run_probe
+from tiny_onn.probe.probe import run_probe
 from tiny_onn.runs.students import load_student
 from tiny_onn.teacher import model_paths
 from tiny_onn.teacher.load import load_dense

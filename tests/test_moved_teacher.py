@@ -15,7 +15,7 @@ from tiny_onn.evaluation.evaluate import run_eval
 from tiny_onn.evaluation.frontier import run_frontier
 from tiny_onn.generate import run_generate
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.probe import run_probe
+from tiny_onn.probe.probe import run_probe
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import read_run_config
 

@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 
 from tiny import make_rows, write_run
-from tiny_onn import probe as probe_module
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
-from tiny_onn.probe import look, run_probe, sample_documents
-from tiny_onn.probe_record import quantities
+from tiny_onn.probe import probe as probe_module
+from tiny_onn.probe.measure import look, sample_documents
+from tiny_onn.probe.probe import run_probe
+from tiny_onn.probe.summary import quantities
 from tiny_onn.report.probe import console_tables, markdown
 from tiny_onn.runs.students import load_student
 

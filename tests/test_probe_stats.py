@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny_onn.probe_stats import estimate, fit_ridge, levels, per_token, ranks, spearman
+from tiny_onn.probe.statistics import estimate, fit_ridge, levels, per_token, ranks, spearman
 
 # Few values, so that ties are common.
 VALUES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=2, max_size=7)

@@ -13,8 +13,8 @@ from tiny_onn.config.schema import Weighting
 from tiny_onn.model.experts import ExpertBank, recorded_routings
 from tiny_onn.model.router import RoutingRule, route
 from tiny_onn.ops import reference
-from tiny_onn.own_keys import own_keys
-from tiny_onn.truth import SURPRISES, Document, would_be_weights
+from tiny_onn.probe.counterfactual_attention import own_keys
+from tiny_onn.probe.leave_one_out import SURPRISES, Document, would_be_weights
 
 E, S = 8, 2
 TOKENS = 7

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiny_onn.ops.surprise import log_norm
-from tiny_onn.probe_stats import Estimate, estimate, fit_ridge, levels, per_token, spearman
+from tiny_onn.probe.statistics import Estimate, estimate, fit_ridge, levels, per_token, spearman
 
 # Fewer groups than this give no interval worth the name; tokens take their place.
 MIN_DOCUMENTS = 10

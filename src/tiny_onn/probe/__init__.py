@@ -1,0 +1,1 @@
+"""Every surprise held against the truth: the loss without that expert."""
