@@ -518,7 +518,7 @@ class Generate:
         _require(accepted, "--temperature", temperature, f"0, or a number >= {MIN_TEMPERATURE}")
         _require(0 <= seed < 2**63, "--seed", seed, "an integer from 0 to 2**63 - 1")
         with _starting():
-            from tiny_onn.generate import run_generate
+            from tiny_onn.deploy.generate import run_generate
 
         run_generate(
             self.model,

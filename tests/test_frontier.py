@@ -5,11 +5,11 @@ import json
 import pytest
 
 from tiny import write_run
+from tiny_onn.deploy.generate import run_generate
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.evaluate import run_eval
 from tiny_onn.evaluation.frontier import run_frontier
-from tiny_onn.generate import run_generate
 from tiny_onn.report.frontier import frontier_table
 
 

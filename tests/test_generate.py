@@ -3,8 +3,8 @@
 import pytest
 
 from tiny import save_teacher
+from tiny_onn.deploy.generate import run_generate
 from tiny_onn.errors import UserError
-from tiny_onn.generate import run_generate
 
 
 @pytest.fixture(scope="module")

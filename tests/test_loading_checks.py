@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from tiny import CONFIG, FAMILIES, OTHERS, SIZES, make_dense, save_teacher
 from tiny_onn.config.schema import TeacherConfig
+from tiny_onn.deploy.generate import run_generate
 from tiny_onn.errors import UserError
-from tiny_onn.generate import run_generate
 from tiny_onn.planning.plan import plan
 from tiny_onn.probe.probe import run_probe
 from tiny_onn.runs.students import load_student

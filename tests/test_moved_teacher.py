@@ -9,11 +9,11 @@ import torch
 
 from tiny import change, make_tokenizer, save_teacher, write_run
 from tiny_onn.config.read import resolved_json
+from tiny_onn.deploy.generate import run_generate
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.evaluate import run_eval
 from tiny_onn.evaluation.frontier import run_frontier
-from tiny_onn.generate import run_generate
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.probe.probe import run_probe
 from tiny_onn.runs.files import write_json

@@ -18,10 +18,10 @@ from tiny_onn.data.rows import held_out_rows, text_rows
 from tiny_onn.data.sources import read_documents
 from tiny_onn.data.stream import TokenStream, check_vocabulary
 from tiny_onn.data.tokens import DocumentTokens, document_ends
+from tiny_onn.deploy.generate import run_generate
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.evaluate import run_eval
-from tiny_onn.generate import run_generate
 from tiny_onn.runs.students import load_student
 from tiny_onn.teacher.load import load_dense
 
