@@ -63,7 +63,7 @@ class Demo:
         # A mistake in the settings is told before torch is imported.
         load_config(None, "demo", self.overrides)
         with _starting():
-            from tiny_onn.demo import run_demo
+            from tiny_onn.studies.demo import run_demo
 
         run_demo(_default_out("demo") if self.out is None else self.out, self.overrides)
 
@@ -427,7 +427,7 @@ class Report:
         check_device(self.device, "--device")
         _require_runs(self.runs)
         with _starting():
-            from tiny_onn.reporting import run_report
+            from tiny_onn.studies.report import run_report
 
         # Standard output belongs to the result.
         with contextlib.redirect_stdout(sys.stderr):
@@ -472,7 +472,7 @@ class Compare:
         accepted = self.k is None or 0 < self.k < math.inf
         _require(accepted, "--k", self.k or 0, "a number of experts above 0")
         with _starting():
-            from tiny_onn.reporting import run_compare
+            from tiny_onn.studies.report import run_compare
 
         found = run_compare(self.runs, self.k)
         if self.json:
@@ -480,7 +480,7 @@ class Compare:
         elif self.markdown:
             print(found.markdown(), end="")
         else:
-            from tiny_onn.reporting import print_comparison
+            from tiny_onn.studies.report import print_comparison
 
             print_comparison(found)
 

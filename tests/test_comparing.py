@@ -12,7 +12,7 @@ from tiny import CONFIG, change
 from tiny_onn.distill.records import EvaluationRecord
 from tiny_onn.errors import UserError
 from tiny_onn.report.comparing import at_k, common_k, compare, points_of
-from tiny_onn.reporting import print_comparison, read_run, run_compare
+from tiny_onn.studies.report import print_comparison, read_run, run_compare
 
 
 def evaluation(mean_k, kl, **changes):

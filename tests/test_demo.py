@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tiny import change, write_run
-from tiny_onn import demo
 from tiny_onn.config.read import load_config
-from tiny_onn.demo import TooSlow, check_deadline, run_demo
+from tiny_onn.studies import demo
+from tiny_onn.studies.demo import TooSlow, check_deadline, run_demo
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from report_runs import write_runs
-from tiny_onn.reporting import run_report
+from tiny_onn.studies.report import run_report
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("quiet")]
 

@@ -33,8 +33,8 @@ from tiny_onn.evaluation.evaluate import budget_report, shown_k
 from tiny_onn.evaluation.run_view import keep_view, measure_view
 from tiny_onn.model.expert_path import choose_path
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.reporting import run_report
 from tiny_onn.runs.files import write_json
+from tiny_onn.studies.report import run_report
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import teacher_for
 
