@@ -5,8 +5,8 @@ import math
 from dataclasses import fields
 
 import pytest
-
 import tiny_onn_cli as cli
+
 from run_records import write_records
 from tiny import CONFIG, change
 from tiny_onn.distill.records import EvaluationRecord

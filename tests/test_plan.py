@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny_onn_cli as cli
 import torch
 from rich.console import Console
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import tiny_onn_cli as cli
 from tiny import make_dense, make_rows, model_bytes
 from tiny_onn.config.read import load_config
 from tiny_onn.conversion.convert import convert

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+import tiny_onn_cli as cli
 from rich.console import Console
 
-import tiny_onn_cli as cli
 from tiny import CONFIG, change, save_teacher, write_corpus
 from tiny_onn.config.read import resolved_json
 from tiny_onn.config.schema import RunConfig

@@ -4,9 +4,9 @@ import re
 import shlex
 
 import pytest
+import tiny_onn_cli as cli
 import torch
 
-import tiny_onn_cli as cli
 from repository import ROOT
 from tiny import make_student, save_teacher
 from tiny_onn.config.read import load_config, preset_names

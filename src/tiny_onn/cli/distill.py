@@ -1,0 +1,106 @@
+"""The verb `distill`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import UseAppendAction, arg
+
+from tiny_onn.cli.arguments import _default_out, _Out, _Overrides, _Preset, _Run, _starting
+from tiny_onn.config.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Convert a dense model and train its experts and gates to match it.
+
+    Example: tiny-onn distill RUN.toml --set optim.expert_lr=1e-4 --out runs/mine
+
+    The settings are not repeated here: `tiny-onn config` prints each with its meaning and default,
+    as a RUN.toml to start from.
+    """
+
+    run: _Run = None
+    """Settings of the run."""
+    preset: _Preset = None
+    """Settings to start from; with RUN.toml, the file's win."""
+    overrides: _Overrides = ()
+    """One setting, over preset and file."""
+    out: _Out = None
+    """Run folder."""
+    resume: bool = False
+    """Go on with the run in --out. Without RUN.toml or --preset its own settings hold, changed by
+    --set."""
+    allow_change: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(name="allow-change", metavar="SECTION.KEY")
+    ] = ()
+    """A setting that may differ from the run's when it goes on."""
+    profile: bool = False
+    """Run six steps, show where the time of the last three goes, and end without a checkpoint."""
+
+    def __call__(self) -> None:
+        """Run the verb."""
+        from tiny_onn.config.read import load_config
+        from tiny_onn.errors import UserError
+
+        named = self.run is not None or self.preset is not None
+        if self.resume and self.out is None:
+            raise UserError("--resume: got no --out, expected the folder of the run; add --out")
+        if self.resume and self.profile:
+            raise UserError(
+                "--profile: got --resume, expected a new run folder; leave out --resume"
+            )
+        if self.allow_change and not self.resume:
+            raise UserError(
+                "--allow-change: got no --resume, expected a run that goes on; add --resume"
+            )
+        if not named and not self.resume:
+            raise UserError(
+                "distill: got neither RUN.toml nor --preset, expected one; try --preset demo, or"
+                " write a file with `tiny-onn config > RUN.toml`"
+            )
+        if self.resume and self.out is not None:
+            config = self._resumed(self.out, named=named)
+        else:
+            config = load_config(self.run, self.preset, self.overrides)
+        name = self.run.stem if self.run is not None else str(self.preset)
+        out = _default_out(name) if self.out is None else self.out
+        if self.profile:
+            with _starting():
+                from tiny_onn.distill.profile import run_profile
+
+            run_profile(config, out=out, argv=sys.argv)
+            return
+        with _starting():
+            from tiny_onn.distill.loop import run_distill
+
+        result = run_distill(
+            config, out=out, resume=self.resume, allow_change=self.allow_change, argv=sys.argv
+        )
+        if result.interrupted:
+            print(
+                f"tiny-onn: saved; go on with `tiny-onn distill --resume --out {out}`",
+                file=sys.stderr,
+            )
+            raise KeyboardInterrupt
+
+    def _resumed(self, out: Path, *, named: bool) -> "RunConfig":
+        from tiny_onn.config.changes import (
+            check_changes,
+            with_absolute_paths,
+            with_number_format_of,
+        )
+        from tiny_onn.config.read import load_config, override
+        from tiny_onn.runs.folder import read_run_config
+
+        began = read_run_config(out)
+        config = (
+            load_config(self.run, self.preset, self.overrides)
+            if named
+            else override(began, self.overrides)
+        )
+        # The run checks it too; here it is told before torch is imported.
+        after = with_absolute_paths(with_number_format_of(began, config))
+        check_changes(with_absolute_paths(began), after, self.allow_change)
+        return config

@@ -1,0 +1,77 @@
+"""The command line: parse, call, print.
+
+Every verb is a dataclass whose fields are its arguments. A verb imports what it calls only after
+its arguments and settings are checked: torch and transformers take seconds to load, and help,
+`config` and mistakes answer without them.
+"""
+
+# ruff: noqa: PLC0415
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import tyro
+
+from tiny_onn.cli.compare import Compare
+from tiny_onn.cli.config import Config
+from tiny_onn.cli.demo import Demo
+from tiny_onn.cli.distill import Distill
+from tiny_onn.cli.evaluate import Eval
+from tiny_onn.cli.generate import Generate
+from tiny_onn.cli.plan import Plan
+from tiny_onn.cli.probe import Probe
+from tiny_onn.cli.report import Report
+
+if TYPE_CHECKING:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
+
+    Args:
+        argv: The arguments, without the program's name; by default the process's own.
+
+    Raises:
+        SystemExit: From the parser, after help (0) or a malformed command line (2).
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"tiny-onn {version('tiny-onn')}")
+        return 0
+    verb = tyro.cli(
+        Demo | Plan | Distill | Eval | Probe | Report | Compare | Generate | Config,
+        prog="tiny-onn",
+        description="Turn a dense language model into many ultra-light experts, by"
+        " distillation.\n\nExample: tiny-onn demo",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        return _run(verb)
+    except KeyboardInterrupt:
+        print("tiny-onn: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has left (`tiny-onn config | head`); keep the interpreter's own flush quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(verb: Callable[[], None]) -> int:
+    from tiny_onn.errors import UserError, reason_line
+
+    try:
+        verb()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"tiny-onn: error: {reason_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

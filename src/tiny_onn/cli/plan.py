@@ -1,0 +1,64 @@
+"""The verb `plan`."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import arg
+
+from tiny_onn.cli.arguments import _Overrides, _Preset, _Run, _starting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Count parameters, FLOPs, memory and time of a run before it starts.
+
+    Example: tiny-onn plan --preset model-card --device "RTX 3060"
+
+    The teacher is the setting teacher.path; of a hub id only config.json is read, and Qwen3-0.6B,
+    Qwen3-1.7B, SmolLM2-135M and Llama-3.2-1B come with the package.
+    """
+
+    run: _Run = None
+    """Settings of the run."""
+    preset: _Preset = None
+    """Settings to start from; with RUN.toml, the file's win."""
+    overrides: _Overrides = ()
+    """One setting, over preset and file."""
+    device: str = "auto"
+    """auto, cpu, RTX 3060, RTX 4060 Ti, RTX 4090, RTX 5090, A100, H100, or a GPU's
+    MEMORY_GIB,TFLOPS,GB_PER_S."""
+    tokens: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(train.tokens)")] = None
+    """Training tokens to tell the time for."""
+    efficiency: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(0.3)")] = None
+    """Share of the device's peak rate that a step reaches."""
+    document_tokens: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(2048)")] = None
+    """Tokens of a document, the mean over tokens."""
+    json: bool = False
+    """Print JSON and nothing else."""
+
+    def __call__(self) -> None:
+        """Run the verb."""
+        from tiny_onn.config.read import load_config
+
+        tokens = () if self.tokens is None else (f"train.tokens={self.tokens}",)
+        config = load_config(self.run, self.preset, (*self.overrides, *tokens))
+        from rich.console import Console
+
+        with _starting():
+            from tiny_onn.planning.plan import DOCUMENT_TOKENS, EFFICIENCY, plan
+            from tiny_onn.planning.render import render
+
+        planned = plan(
+            config,
+            config.teacher.path,
+            self.device,
+            efficiency=EFFICIENCY if self.efficiency is None else self.efficiency,
+            document_tokens=(
+                DOCUMENT_TOKENS if self.document_tokens is None else self.document_tokens
+            ),
+        )
+        if self.json:
+            print(json.dumps(planned.as_dict(), indent=2))
+        else:
+            Console().print(render(planned))
