@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-import tiny_onn_cli
 from reliability.harness import in_child, wait_for
 from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny_onn.cli import main as cli
 from tiny_onn.config.template import config_template
 from tiny_onn.data import sources
 from tiny_onn.distill import loop as train
@@ -110,7 +110,7 @@ class Lab:
             sys.argv = ["tiny-onn", *arguments]
             if arm is not None:
                 arm()
-            return tiny_onn_cli.main(arguments)
+            return cli.main(arguments)
 
         return in_child(work, self.log(out))
 
@@ -682,7 +682,7 @@ def second_run(lab: Lab) -> Outcome:
     other = lab.new()
     log = lab.log(other)
     arguments = ["distill", "--resume", "--out", str(out)]
-    second = in_child(lambda: tiny_onn_cli.main(arguments), log)
+    second = in_child(lambda: cli.main(arguments), log)
     told(lab.end(other, second), outcome)
     os.kill(child, signal.SIGCONT)
     ended = lab.end(out, child)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import tiny_onn_cli as cli
+from tiny_onn.cli import main as cli
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.config.template import config_template
@@ -22,7 +22,7 @@ VERBS = ("demo", "plan", "distill", "eval", "probe", "report", "compare", "gener
 
 def run_cli(*arguments, cwd=None):
     """Run the real program."""
-    command = [sys.executable, "-m", "tiny_onn_cli", *arguments]
+    command = [sys.executable, "-m", "tiny_onn.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
@@ -57,7 +57,7 @@ def stand_in(monkeypatch):
 
 
 def test_help_names_every_verb():
-    command = [sys.executable, "-m", "tiny_onn_cli", "--help"]
+    command = [sys.executable, "-m", "tiny_onn.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for verb in VERBS:
@@ -187,7 +187,7 @@ ANSWERED_WITHOUT_TORCH = [
 ]
 ANSWER_ALL = """
 import contextlib, io, json, sys
-import tiny_onn_cli as cli
+from tiny_onn.cli import main as cli
 
 for arguments in json.loads(sys.argv[1]):
     quiet = io.StringIO()
@@ -233,7 +233,7 @@ def test_mistake_in_the_real_program_shows_no_traceback(tmp_path):
 
 
 def test_argument_that_is_no_utf8_is_told(tmp_path):
-    command = [sys.executable, "-m", "tiny_onn_cli", "config", "--set", b"teacher.path=\xff"]
+    command = [sys.executable, "-m", "tiny_onn.cli", "config", "--set", b"teacher.path=\xff"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "teacher.path: got " in done.stderr
@@ -250,7 +250,7 @@ def test_config_prints_the_template_and_the_effective_settings(capsys, tmp_path)
 
 
 def test_reader_that_leaves_early_is_no_error():
-    command = [sys.executable, "-m", "tiny_onn_cli", "config"]
+    command = [sys.executable, "-m", "tiny_onn.cli", "config"]
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as pipe:

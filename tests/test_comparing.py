@@ -5,10 +5,10 @@ import math
 from dataclasses import fields
 
 import pytest
-import tiny_onn_cli as cli
 
 from run_records import write_records
 from tiny import CONFIG, change
+from tiny_onn.cli import main as cli
 from tiny_onn.distill.records import EvaluationRecord
 from tiny_onn.errors import UserError
 from tiny_onn.report.comparing import at_k, common_k, compare, points_of

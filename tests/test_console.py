@@ -148,7 +148,7 @@ GENERATE = """
 import sys
 import huggingface_hub.constants
 import tiny_onn.console
-import tiny_onn_cli as cli
+from tiny_onn.cli import main as cli
 
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096
 tiny_onn.console.LINE_SECONDS = 0.0

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny_onn_cli as cli
 import torch
 from rich.console import Console
 from torch import nn
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tiny import make_dense, make_rows, model_bytes
+from tiny_onn.cli import main as cli
 from tiny_onn.config.read import load_config
 from tiny_onn.conversion.convert import convert
 from tiny_onn.distill.assembly import assemble

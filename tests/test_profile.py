@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tiny_onn_cli as cli
 from rich.console import Console
 
 from tiny import CONFIG, change, save_teacher, write_corpus
+from tiny_onn.cli import main as cli
 from tiny_onn.config.read import resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.distill.profile import OUTSIDE, PROFILED_STEPS, render, run_profile

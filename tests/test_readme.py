@@ -4,11 +4,11 @@ import re
 import shlex
 
 import pytest
-import tiny_onn_cli as cli
 import torch
 
 from repository import ROOT
 from tiny import make_student, save_teacher
+from tiny_onn.cli import main as cli
 from tiny_onn.config.read import load_config, preset_names
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.teacher.load import load_dense

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import _require, _require_runs, _Runs, _starting
+from tiny_onn.cli.arguments import Runs, require, require_runs, starting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Compare:
     mean number of active experts of the others.
     """
 
-    runs: _Runs
+    runs: Runs
     """Run folders, or folders of such as the demo makes."""
     k: Annotated[
         float | None, arg(metavar="K", help_behavior_hint="(what most runs can be read at)")
@@ -34,12 +34,12 @@ class Compare:
         """Run the verb."""
         from tiny_onn.errors import UserError
 
-        _require_runs(self.runs)
+        require_runs(self.runs)
         if self.json and self.markdown:
             raise UserError("--markdown: got --json too, expected one of them; leave one out")
         accepted = self.k is None or 0 < self.k < math.inf
-        _require(accepted, "--k", self.k or 0, "a number of experts above 0")
-        with _starting():
+        require(accepted, "--k", self.k or 0, "a number of experts above 0")
+        with starting():
             from tiny_onn.studies.report import run_compare
 
         found = run_compare(self.runs, self.k)

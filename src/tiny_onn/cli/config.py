@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tiny_onn.cli.arguments import _Overrides, _Preset, _Run
+from tiny_onn.cli.arguments import Overrides, Preset, RunToml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,11 +12,11 @@ class Config:
     Example: tiny-onn config --preset model-card > RUN.toml
     """
 
-    run: _Run = None
+    run: RunToml = None
     """Settings to complete and check."""
-    preset: _Preset = None
+    preset: Preset = None
     """Settings to start from; with RUN.toml, the file's win."""
-    overrides: _Overrides = ()
+    overrides: Overrides = ()
     """One setting, over preset and file."""
 
     def __call__(self) -> None:

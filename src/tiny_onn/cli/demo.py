@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tiny_onn.cli.arguments import _default_out, _Out, _Overrides, _starting
+from tiny_onn.cli.arguments import Out, Overrides, default_out, starting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,9 +12,9 @@ class Demo:
     Example: tiny-onn demo
     """
 
-    out: _Out = None
+    out: Out = None
     """Run folder."""
-    overrides: _Overrides = ()
+    overrides: Overrides = ()
     """One setting, over the preset demo."""
 
     def __call__(self) -> None:
@@ -23,7 +23,7 @@ class Demo:
 
         # A mistake in the settings is told before torch is imported.
         load_config(None, "demo", self.overrides)
-        with _starting():
+        with starting():
             from tiny_onn.studies.demo import run_demo
 
-        run_demo(_default_out("demo") if self.out is None else self.out, self.overrides)
+        run_demo(default_out("demo") if self.out is None else self.out, self.overrides)

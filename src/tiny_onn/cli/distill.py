@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
 
-from tiny_onn.cli.arguments import _default_out, _Out, _Overrides, _Preset, _Run, _starting
+from tiny_onn.cli.arguments import Out, Overrides, Preset, RunToml, default_out, starting
 from tiny_onn.config.schema import RunConfig
 
 
@@ -21,13 +21,13 @@ class Distill:
     as a RUN.toml to start from.
     """
 
-    run: _Run = None
+    run: RunToml = None
     """Settings of the run."""
-    preset: _Preset = None
+    preset: Preset = None
     """Settings to start from; with RUN.toml, the file's win."""
-    overrides: _Overrides = ()
+    overrides: Overrides = ()
     """One setting, over preset and file."""
-    out: _Out = None
+    out: Out = None
     """Run folder."""
     resume: bool = False
     """Go on with the run in --out. Without RUN.toml or --preset its own settings hold, changed by
@@ -65,14 +65,14 @@ class Distill:
         else:
             config = load_config(self.run, self.preset, self.overrides)
         name = self.run.stem if self.run is not None else str(self.preset)
-        out = _default_out(name) if self.out is None else self.out
+        out = default_out(name) if self.out is None else self.out
         if self.profile:
-            with _starting():
+            with starting():
                 from tiny_onn.distill.profile import run_profile
 
             run_profile(config, out=out, argv=sys.argv)
             return
-        with _starting():
+        with starting():
             from tiny_onn.distill.loop import run_distill
 
         result = run_distill(

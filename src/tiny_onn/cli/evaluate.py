@@ -10,15 +10,15 @@ from typing import Annotated
 from tyro.conf import arg
 
 from tiny_onn.cli.arguments import (
-    _Budget,
-    _Checkpoint,
-    _default_out,
-    _Model,
-    _print_table,
-    _require,
-    _Results,
-    _starting,
-    _Teacher,
+    Budget,
+    Checkpoint,
+    Model,
+    Results,
+    Teacher,
+    default_out,
+    print_table,
+    require,
+    starting,
 )
 
 
@@ -29,11 +29,11 @@ class Eval:
     Example: tiny-onn eval runs/mine --json > eval.json
     """
 
-    model: _Model
+    model: Model
     """A run folder, or the folder of a converted model."""
-    checkpoint: _Checkpoint = "newest"
+    checkpoint: Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
-    teacher: _Teacher = None
+    teacher: Teacher = None
     """The model that the student was converted from, if it has moved since."""
     text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
     """Text to measure on, a file or a folder."""
@@ -41,11 +41,11 @@ class Eval:
     """auto, cpu, cuda or cuda:N."""
     max_tokens: int = 8192
     """Tokens to read at most."""
-    budget: _Budget = None
+    budget: Budget = None
     """Mean active experts a token to run the student at; several, as 24,16,8, give a table."""
     frontier: bool = False
     """Measure at several budgets, from all experts to an eighth of them."""
-    out: _Results = None
+    out: Results = None
     """Folder for a frontier's JSON and picture."""
     json: bool = False
     """Print JSON and nothing else."""
@@ -55,7 +55,7 @@ class Eval:
         from tiny_onn.config.checks import check_device
 
         check_device(self.device, "--device")
-        _require(
+        require(
             1 <= self.max_tokens < 2**31,
             "--max-tokens",
             self.max_tokens,
@@ -64,7 +64,7 @@ class Eval:
         if self.frontier or self.budget is not None:
             self._frontier()
             return
-        with _starting():
+        with starting():
             from tiny_onn.evaluation.evaluate import run_eval
 
         # Standard output belongs to the result.
@@ -80,7 +80,7 @@ class Eval:
         if self.json:
             print(json.dumps(result, indent=2))
         else:
-            _print_table(result)
+            print_table(result)
 
     def _frontier(self) -> None:
         from tiny_onn.config.checks import parse_budgets
@@ -91,7 +91,7 @@ class Eval:
         budgets = () if self.budget is None else parse_budgets(self.budget)
         from rich.console import Console
 
-        with _starting():
+        with starting():
             from tiny_onn.evaluation.frontier import run_frontier
             from tiny_onn.report.frontier import frontier_table
 
@@ -102,7 +102,7 @@ class Eval:
                 text=self.text,
                 device=self.device,
                 max_tokens=self.max_tokens,
-                out=_default_out("frontier") if self.out is None else self.out,
+                out=default_out("frontier") if self.out is None else self.out,
                 checkpoint=self.checkpoint,
                 teacher=self.teacher,
             )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import _Checkpoint, _Model, _require, _starting, _Teacher
+from tiny_onn.cli.arguments import Checkpoint, Model, Teacher, require, starting
 
 # Below it the logits overflow.
 MIN_TEMPERATURE = 0.01
@@ -19,11 +19,11 @@ class Generate:
     Example: tiny-onn generate runs/mine --prompt "The sea is"
     """
 
-    model: _Model
+    model: Model
     """A run folder, a model folder, `embedded`, or a hub id."""
-    checkpoint: _Checkpoint = "newest"
+    checkpoint: Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
-    teacher: _Teacher = None
+    teacher: Teacher = None
     """The model that a student was converted from, if it has moved since; read only where a run
     has no finished student, or --checkpoint names an earlier one."""
     prompt: str
@@ -40,11 +40,11 @@ class Generate:
     def __call__(self) -> None:
         """Run the verb."""
         tokens, temperature, seed = self.max_new_tokens, self.temperature, self.seed
-        _require(1 <= tokens < 2**31, "--max-new-tokens", tokens, "an integer from 1 to 2**31 - 1")
+        require(1 <= tokens < 2**31, "--max-new-tokens", tokens, "an integer from 1 to 2**31 - 1")
         accepted = temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf
-        _require(accepted, "--temperature", temperature, f"0, or a number >= {MIN_TEMPERATURE}")
-        _require(0 <= seed < 2**63, "--seed", seed, "an integer from 0 to 2**63 - 1")
-        with _starting():
+        require(accepted, "--temperature", temperature, f"0, or a number >= {MIN_TEMPERATURE}")
+        require(0 <= seed < 2**63, "--seed", seed, "an integer from 0 to 2**63 - 1")
+        with starting():
             from tiny_onn.deploy.generate import run_generate
 
         run_generate(

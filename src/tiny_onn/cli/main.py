@@ -5,11 +5,9 @@ its arguments and settings are checked: torch and transformers take seconds to l
 `config` and mistakes answer without them.
 """
 
-# ruff: noqa: PLC0415
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import tyro
 
@@ -22,9 +20,7 @@ from tiny_onn.cli.generate import Generate
 from tiny_onn.cli.plan import Plan
 from tiny_onn.cli.probe import Probe
 from tiny_onn.cli.report import Report
-
-if TYPE_CHECKING:
-    pass
+from tiny_onn.errors import UserError, reason_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,8 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: Callable[[], None]) -> int:
-    from tiny_onn.errors import UserError, reason_line
-
     try:
         verb()
         sys.stdout.flush()
@@ -71,7 +65,3 @@ def _run(verb: Callable[[], None]) -> int:
         print(f"tiny-onn: error: {reason_line(error)}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

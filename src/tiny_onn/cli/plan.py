@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import _Overrides, _Preset, _Run, _starting
+from tiny_onn.cli.arguments import Overrides, Preset, RunToml, starting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +19,11 @@ class Plan:
     Qwen3-1.7B, SmolLM2-135M and Llama-3.2-1B come with the package.
     """
 
-    run: _Run = None
+    run: RunToml = None
     """Settings of the run."""
-    preset: _Preset = None
+    preset: Preset = None
     """Settings to start from; with RUN.toml, the file's win."""
-    overrides: _Overrides = ()
+    overrides: Overrides = ()
     """One setting, over preset and file."""
     device: str = "auto"
     """auto, cpu, RTX 3060, RTX 4060 Ti, RTX 4090, RTX 5090, A100, H100, or a GPU's
@@ -45,7 +45,7 @@ class Plan:
         config = load_config(self.run, self.preset, (*self.overrides, *tokens))
         from rich.console import Console
 
-        with _starting():
+        with starting():
             from tiny_onn.planning.plan import DOCUMENT_TOKENS, EFFICIENCY, plan
             from tiny_onn.planning.render import render
 

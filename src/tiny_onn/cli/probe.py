@@ -10,14 +10,14 @@ from typing import Annotated
 from tyro.conf import arg
 
 from tiny_onn.cli.arguments import (
-    _Checkpoint,
-    _default_out,
-    _Model,
-    _parse_layers,
-    _require,
-    _Results,
-    _starting,
-    _Teacher,
+    Checkpoint,
+    Model,
+    Results,
+    Teacher,
+    default_out,
+    parse_layers,
+    require,
+    starting,
 )
 
 
@@ -32,12 +32,12 @@ class Probe:
     that an interrupted probe keeps it (with "complete": false).
     """
 
-    model: _Model
+    model: Model
     """A run folder (in the middle of training too), a student's folder, `embedded`, the folder of a
     dense model or a hub id; a dense model is converted with all experts on."""
-    checkpoint: _Checkpoint = "newest"
+    checkpoint: Checkpoint = "newest"
     """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
-    teacher: _Teacher = None
+    teacher: Teacher = None
     """The model that a student was converted from, if it has moved since."""
     layers: Annotated[
         str | None, arg(metavar="INT,INT", help_behavior_hint="(an early, a middle, a late one)")
@@ -60,7 +60,7 @@ class Probe:
     """Tokens of other documents, on which the regressions from the token are fitted at most."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    out: _Results = None
+    out: Results = None
     """Folder for probe.json and probe.html."""
     json: bool = False
     """Print JSON and nothing else."""
@@ -77,15 +77,15 @@ class Probe:
             ("--fit-tokens", self.fit_tokens, 0),
             ("--num-experts", self.num_experts, 1),
         ):
-            _require(value >= least, name, value, f"an integer >= {least}")
-        layers = _parse_layers(self.layers)
-        with _starting():
+            require(value >= least, name, value, f"an integer >= {least}")
+        layers = parse_layers(self.layers)
+        with starting():
             from tiny_onn.probe.probe import run_probe
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_probe(
                 self.model,
-                out=_default_out("probe") if self.out is None else self.out,
+                out=default_out("probe") if self.out is None else self.out,
                 layers=layers,
                 loss=self.loss,
                 text=self.text,

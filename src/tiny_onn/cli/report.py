@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import _require_runs, _Runs, _starting, _Teacher
+from tiny_onn.cli.arguments import Runs, Teacher, require_runs, starting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class Report:
     page says so. Controls (router.selection = "static" or "random") are given beside their run.
     """
 
-    runs: _Runs
+    runs: Runs
     """Run folders, in the middle of training too, or folders of such as the demo makes."""
-    teacher: _Teacher = None
+    teacher: Teacher = None
     """The model that the students were converted from, if it has moved since."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -40,8 +40,8 @@ class Report:
         from tiny_onn.config.checks import check_device
 
         check_device(self.device, "--device")
-        _require_runs(self.runs)
-        with _starting():
+        require_runs(self.runs)
+        with starting():
             from tiny_onn.studies.report import run_report
 
         # Standard output belongs to the result.

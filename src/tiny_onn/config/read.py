@@ -68,7 +68,7 @@ def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def preset_names() -> tuple[str, ...]:
     """Return the names of the presets that come with the package, sorted."""
-    folder = files("tiny_onn") / "presets"
+    folder = files("tiny_onn.config") / "presets"
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir()))
 
 
@@ -119,7 +119,7 @@ def _read_preset(name: object) -> dict[str, Any]:
     if name not in preset_names():
         expected = ", ".join(preset_names())
         raise UserError(f"preset: got {shown(name)}, expected one of {expected}")
-    file = files("tiny_onn") / "presets" / f"{name}.toml"
+    file = files("tiny_onn.config") / "presets" / f"{name}.toml"
     return _parse_toml(file.read_bytes(), f"preset {name}")
 
 

@@ -18,7 +18,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.device import number_format
 from tiny_onn.model.experts import Execution, ExpertBank
 
-FILE = files("tiny_onn") / "crossover.json"
+FILE = files("tiny_onn.model") / "crossover.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,7 +58,9 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
         return text, _read_shape(path, text)
     if text and os.path.isdir(path):  # noqa: PTH112
         return text, _from_pretrained(text, {})
-    for entry in sorted((files("tiny_onn") / "shapes").iterdir(), key=lambda entry: entry.name):
+    for entry in sorted(
+        (files("tiny_onn.planning") / "shapes").iterdir(), key=lambda entry: entry.name
+    ):
         raw = entry.read_text("utf-8")
         stem = entry.name.removesuffix(".json")
         known = {stem.lower(), str(json.loads(raw)["_name_or_path"]).lower()}
@@ -128,7 +130,7 @@ def _best_seconds(work: Callable[[], object]) -> float:
 
 
 def _device_table() -> dict[str, Device]:
-    rows = tomllib.loads((files("tiny_onn") / "devices.toml").read_text("utf-8"))
+    rows = tomllib.loads((files("tiny_onn.planning") / "devices.toml").read_text("utf-8"))
     return {
         name: Device(
             name=name,
@@ -207,7 +209,8 @@ def _from_pretrained(name: str, options: dict[str, Any]) -> PreTrainedConfig:
 def _no_shape(name: str, reason: str) -> UserError:
     first = printable((reason.strip().splitlines() or ["no reason given"])[0])[:240]
     stems = sorted(
-        entry.name.removesuffix(".json") for entry in (files("tiny_onn") / "shapes").iterdir()
+        entry.name.removesuffix(".json")
+        for entry in (files("tiny_onn.planning") / "shapes").iterdir()
     )
     return UserError(
         f"teacher.path: got {name}, expected {', '.join(stems)}, embedded, a folder with a "
