@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tiny_onn.ops import dense_masked, grouped, sparse
 from tiny_onn.ops.router_gradient import SmkStep
+from tiny_onn.ops.sparse_launches import Launches, Options, Tile, Tiles, list_tokens
 from tiny_onn.ops.surprise import SmkRule
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -51,7 +52,9 @@ CANDIDATES = {
 class Layer:
     """One layer's tensors in the layout of transformers' fused experts, and its step."""
 
-    def __init__(self, shape: tuple[int, int, int, int], k: int, **kwargs: Any) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int, int], k: int, *, varying: bool = False, **kwargs: Any
+    ) -> None:
         T, E, I, D = shape
         self.k, self.shape = k, shape
         torch.manual_seed(0)
@@ -67,13 +70,14 @@ class Layer:
         self.logits = [torch.randn(T, E, **wide).requires_grad_() for _ in range(NUM_INPUTS)]
         self.actives, self.weights = [], []
         for number, logits in enumerate(self.logits):
-            # k varies by token, around its mean, in one input of four, and one expert is unused.
+            # There, k varies by token, around its mean, and one expert is unused.
+            vary = varying and number == 1
             counts = torch.full((T, 1), k, device=logits.device)
-            if number == 1:
+            if vary:
                 counts = counts + torch.randint(-1, 2, (T, 1), device=logits.device)
             rank = logits.detach().argsort(-1, descending=True).argsort(-1)
             active = rank < counts
-            if number == 1:
+            if vary:
                 active[:, 3] = False
             weights = (logits.detach().masked_fill(~active, -1e30)).softmax(-1)
             self.actives.append(active)
@@ -122,22 +126,11 @@ class Layer:
         return torch.autograd.grad(y, [self.inputs[n], *weights], self.grads[n])
 
 
-def in_parts(path: Any) -> Callable[..., Tensor]:
-    """A path that takes (2, E, I, D) and (E, I, D)."""
-
-    def run(x: Tensor, gate_up: Tensor, down: Tensor, *rest: Tensor, **options: Any) -> Tensor:
-        E, J, D = gate_up.shape
-        parts = gate_up.view(E, 2, J // 2, D).transpose(0, 1).contiguous()
-        return path(x, parts, down.mT.contiguous(), *rest, activation=F.silu, **options)
-
-    return run
-
-
 def expected(layer: Layer, number: int) -> list[Tensor]:
     """The textbook formula in float64, and the lesson by the dense path's definition."""
     leaves = [leaf.detach().double().requires_grad_() for leaf in layer.leaves(number)]
     active = layer.actives[number]
-    y = in_parts(dense_masked.expert_layer)(*leaves, active_TE=active, smk=layer.smk())
+    y = dense_masked.expert_layer(*leaves, activation=F.silu, active_TE=active, smk=layer.smk())
     grads = list(torch.autograd.grad(y, leaves, layer.grads[number].double()))
     grads[3] = grads[3] * active
     return [y.detach(), *grads]
@@ -147,7 +140,7 @@ def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> I
     """Gaps of outputs and gradients, relative to the largest norm's tensor."""
     dtypes = [torch.float32] if arguments.smoke else [torch.float32, torch.bfloat16]
     for dtype, k, dense in itertools.product(dtypes, arguments.k, (True, False)):
-        layer = Layer(shape, k, dtype=dtype, device=arguments.device)
+        layer = Layer(shape, k, varying=True, dtype=dtype, device=arguments.device)
         path = partial(sparse.expert_layer, activation="silu", dense_sums=dense)
         for number in (0, 1):
             got, again = (layer.step(path, number, "both") for _ in range(2))
@@ -175,19 +168,20 @@ def contenders(layer: Layer, part: str, compiled: bool) -> dict[str, Callable[[]
     steps: dict[str, Callable[[], object]] = {
         "MLP": partial(layer.mlp_step, mlp, mlp.weights, part)
     }
-    pairs = layer.shape[0] * layer.k
     dense, rows = (
         partial(sparse.expert_layer, activation="silu", compiled=compiled, **options)
-        for options in ({"dense_sums": True}, {"dense_sums": False, "num_pairs": None})
+        for options in (
+            {"dense_sums": True},
+            {"dense_sums": False, "num_pairs": layer.shape[0] * layer.k},
+        )
     )
-    del pairs
     steps["sparse, dense sums"] = partial(layer.step, dense, None, part)
     steps["sparse, rows"] = partial(layer.step, rows, None, part)
     if compiled:
         fused: Any = torch.compile(layer.mlp())
         steps["MLP compiled"] = partial(layer.mlp_step, fused, mlp.weights, part)
         for name, path in (("dense masked", dense_masked), ("grouped", grouped)):
-            old = in_parts(partial(path.expert_layer, compiled=True))
+            old = partial(path.expert_layer, activation=F.silu, compiled=True)
             steps[name] = partial(layer.step, old, None, part)
     return steps
 
@@ -236,13 +230,13 @@ def times(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterato
                 for name, step in steps.items()
             }
             if arguments.captured and part == "both":
-                for name in ("MLP", "MLP compiled", "sparse, dense sums"):
+                for name in ("MLP", "MLP compiled", "sparse, dense sums", "sparse, rows"):
                     replay = graph_of(steps[name])
                     ms[f"{name}, captured"] = median_ms(replay, "cuda", arguments.repeats)
                     del replay
-            yield {"tokens": tokens, "k": k, "part": part,
-                   "ms": {name: round(value, 4) for name, value in ms.items()},
-                   "of MLP": {name: round(v / (ms["MLP"] or 1), 3) for name, v in ms.items()}}  # fmt: skip
+            shares = {name: round(v / (ms["MLP"] or 1), 3) for name, v in ms.items()}
+            ms = {name: round(value, 4) for name, value in ms.items()}
+            yield {"tokens": tokens, "k": k, "part": part, "ms": ms, "of MLP": shares}
 
 
 def profile(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterator[dict]:
@@ -272,27 +266,22 @@ def profile(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Itera
 
 def sweep(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterator[dict]:
     """One kernel's times by its tile."""
-    E, I, D = shape
+    E, I, _ = shape
     for tokens, k in itertools.product(arguments.tokens, arguments.k):
         layer = Layer((tokens, *shape), k, dtype=arguments.dtype, device=arguments.device)
         x, gate_up, down, weights, _ = (leaf.detach() for leaf in layer.leaves(0))
         grad_y, active = layer.grads[0], layer.actives[0]
-        for name, values in itertools.product(arguments.sweep, ("", *range(99))):
-            if values == "":
-                continue
-            if int(values) >= len(CANDIDATES[name]):
-                continue
-            chosen = CANDIDATES[name][int(values)]
-            tile = sparse.Tile(**dict(zip(("rows", "depth", "columns", "warps", "stages"), chosen,
+        for name, chosen in ((n, c) for n in arguments.sweep for c in CANDIDATES[n]):
+            tile = Tile(**dict(zip(("rows", "depth", "columns", "warps", "stages"), chosen,
                                           strict=True)))  # fmt: skip
             dense = k / E >= sparse.DENSE_SHARE and name != "project"
-            options = sparse._Options(
+            options = Options(
                 activation="silu", smk=None, compiled=False,
                 num_pairs=None if dense else tokens * k,
-                tiles=dataclasses.replace(sparse.Tiles(), **{name: tile}),
+                tiles=dataclasses.replace(Tiles(), **{name: tile}),
             )  # fmt: skip
-            lists = sparse.list_tokens(active, all_slots=dense)
-            run = sparse._Launches(options, x, down, lists)
+            lists = list_tokens(active, all_slots=dense)
+            run = Launches(options, x, down, lists)
             pre = run.new(run.num_slots, 2 * I).normal_()
             hidden = run.new(run.num_slots, I).normal_()
             calls: dict[str, Callable[[], object]] = {
@@ -323,7 +312,7 @@ def main() -> None:
     options.add_argument("--smoke", action="store_true")
     arguments = options.parse_args()
     arguments.dtype = torch.float32 if arguments.smoke else torch.bfloat16
-    shape = (32, 96, 1024)
+    shape: tuple[int, int, int] = (32, 96, 1024)
     if arguments.smoke:
         arguments.tokens, arguments.k, shape = [40], [4], (8, 24, 48)
     torch._dynamo.config.recompile_limit = 64

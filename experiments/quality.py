@@ -164,7 +164,7 @@ def command(
     settings = [*BASE, *arm.settings, f"train.seed={seed}", *arguments.set]
     settings += SMOKE if arguments.smoke else []
     sources = ["embedded", *([str(arguments.text)] if arguments.text else [])]
-    line = [sys.executable, str(ROOT / "src" / "tiny_onn_cli.py"), "distill", "--preset", "demo"]
+    line = [sys.executable, "-m", "tiny_onn.cli", "distill", "--preset", "demo"]
     line += ["--out", str(folder), "--set", f"data.sources={json.dumps(sources)}"]
     line += ["--set", f"train.device={arguments.device}"]
     return [*line, *(part for text in settings for part in ("--set", text))], settings

@@ -33,8 +33,8 @@ from tiny_onn.data import sources
 from tiny_onn.distill import loop as train
 from tiny_onn.distill import step
 from tiny_onn.runs import checkpoint
-from tiny_onn.runs import folder as run_folder
 from tiny_onn.runs.checkpoint import valid_checkpoints
+from tiny_onn.runs.metrics import MetricsWriter
 
 ROW, STEPS, SAVE_STEPS = 64, 24, 4
 SAVE_TOKENS = SAVE_STEPS * ROW
@@ -353,7 +353,7 @@ STAGES: dict[str, Callable[[int], None]] = {
     "after the folder's rename": lambda n: wrapped(os, "replace", n, after, is_partial),
     "while an old one is removed": lambda n: wrapped(shutil, "rmtree", n, half_gone, is_old),
     "in the middle of a metrics record": lambda n: wrapped(
-        run_folder.MetricsWriter, "write", 4 * n, half_line
+        MetricsWriter, "write", 4 * n, half_line
     ),
     "in the middle of the finished student": lambda _: wrapped(
         train, "save_student", 1, half_student

@@ -20,6 +20,7 @@ from tiny import (
 )
 from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.conversion.verify import backbone_hash
+from tiny_onn.data.rows import training_rows
 from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
@@ -50,7 +51,7 @@ class Session:
         self.dense = make_dense("llama", vocab_size=320)
         self.student = prepare.make_student(config, MlpInputs(self.dense, ROWS))
         self.optimizer = build_optimizer(self.student, config.optim)
-        self.stream = prepare.training_rows(config, make_tokenizer())
+        self.stream = training_rows(config, make_tokenizer())
         self.losses = []
 
     def train(self, num_steps):

@@ -7,7 +7,6 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from report_runs import write_runs
 from tiny_onn.studies.report import run_report
@@ -22,6 +21,9 @@ def chromium():
     path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if path is None:
         pytest.fail(f"no browser: install one of {', '.join(NAMES)}")
+    # `make browser` installs it; the other tests are collected without it.
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415 # pyright: ignore
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path)
         yield browser

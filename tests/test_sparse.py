@@ -182,6 +182,38 @@ def test_tokens_outside_the_lesson_are_taught_among_their_active_experts(dense_s
 
 
 @kernels
+@pytest.mark.parametrize("direction", ["min", "max"])
+@pytest.mark.parametrize("kind", sparse.KINDS)
+def test_the_lesson_with_ties_and_masked_tokens_is_that_of_the_dense_path(kind, direction):
+    # Experts 0 and 2 are equal and have equal weights: where one is the target, both are.
+    case = fast_case((50, 5, 24, 32))
+    for tensor in (case.gate_up, case.down):
+        tensor[2] = tensor[0]
+    case.weights[:, 2] = case.weights[:, 0]
+    # One token has no expert and one has one: there is nothing to choose.
+    case.weights[3] = 0
+    case.weights[4, 1:] = 0
+    mask, rule = torch.arange(50) % 3 != 0, SmkRule(surprise=kind, direction=direction)
+    tallies = [SurpriseTally.of_layers(1, 5, torch.device(d))[0] for d in (DEVICE, "cpu")]
+    steps = [smk_step(50, rule, loss_scale=3.0, tally=tally) for tally in tallies]
+    got = results(leaves_of(case), case.grad_y, smk=steps[0], token_mask_T=mask.to(DEVICE))
+    expected = by_dense_path(case, smk=steps[1], token_mask_T=mask)
+    close(got, expected)
+    assert not got[-1][~mask].any() and not got[-1][3:5].any()
+    for values, exact in zip(tallies[0], tallies[1], strict=True):
+        close([values.double().cpu()], [exact.double()])
+
+
+@kernels
+@pytest.mark.parametrize("targets", ["set", "regress"])
+def test_other_targets_are_taught_as_in_the_dense_path(targets):
+    case = fast_case((50, 5, 24, 32))
+    rule = SmkRule(surprise="gain", direction="max", targets=targets)
+    got = results(leaves_of(case), case.grad_y, smk=smk_step(50, rule))
+    close(got, by_dense_path(case, smk=smk_step(50, rule)))
+
+
+@kernels
 @sums
 def test_an_active_expert_of_weight_zero_is_still_taught(dense_sums):
     case = rounded(make_case(9))

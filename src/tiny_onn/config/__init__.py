@@ -1,1 +1,1 @@
-"""The settings of a run: what they are, how they are read and checked, what may change on resume."""
+"""The settings of a run: what they are, how they are read and checked."""

@@ -21,16 +21,16 @@ class FieldDoc(NamedTuple):
 
 
 def field_docs() -> Iterator[FieldDoc]:
-    """Yield every setting with the docstring under its field in `config.py`."""
+    """Yield every setting with the docstring under its field in `schema.py`."""
     ranges = {name: expected for expected, _, names in RANGES for name in names.split()}
     defaults = asdict(RunConfig())
-    for section, cls in _sections().items():
+    for section, cls in sections_of().items():
         docs = docstrings_of(cls)
         for key, hint in get_type_hints(cls).items():
             yield FieldDoc(
                 section=section,
                 field=key,
-                type=ranges.get(f"{section}.{key}", _expected(hint)),
+                type=ranges.get(f"{section}.{key}", expected_value(hint)),
                 default=to_toml(defaults[section][key]),
                 doc=docs[key],
             )
@@ -46,14 +46,14 @@ def docstrings_of(cls: type) -> dict[str, str]:
     }
 
 
-def _sections() -> dict[str, type]:
+def sections_of() -> dict[str, type]:
     """Return section name -> dataclass."""
     hints = get_type_hints(RunConfig)
     assert all(is_dataclass(cls) for cls in hints.values())
     return hints
 
 
-def _expected(hint: object) -> str:
+def expected_value(hint: object) -> str:
     """Return a field's type in words."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(to_toml(choice) for choice in get_args(hint))

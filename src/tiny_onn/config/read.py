@@ -1,6 +1,6 @@
 """Settings in and out: TOML, presets and `--set` to a checked `RunConfig`, and back to text.
 
-Everything is driven by the fields, type hints and docstrings of `config.py`; what makes sense is
+Everything is driven by the fields, type hints and docstrings of `schema.py`; what makes sense is
 said in `checks.py`.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tiny_onn.config.checks import shown, to_toml, validate
-from tiny_onn.config.describe import _expected, _sections
+from tiny_onn.config.describe import expected_value, sections_of
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 
@@ -187,7 +187,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 def _apply(config: RunConfig, table: Mapping[str, Any], source: str) -> RunConfig:
     """Return `config` with the values of `table` (section -> key -> raw value) in place."""
-    sections = _sections()
+    sections = sections_of()
     changed: dict[str, Any] = {}
     for section, values in table.items():
         if section not in sections:
@@ -210,7 +210,7 @@ def _apply(config: RunConfig, table: Mapping[str, Any], source: str) -> RunConfi
 
 def _unknown(section: str, key: str | None) -> str:
     """Return the message for a name that is no setting, with the nearest one that is."""
-    sections = _sections()
+    sections = sections_of()
     names = [f"{name}.{item.name}" for name, cls in sections.items() for item in fields(cls)]
     name = section if key is None else f"{section}.{key}"
     known = list(sections) if key is None else names
@@ -255,7 +255,7 @@ def coerce(value: object, hint: object, where: str) -> object:
         accepted = isinstance(value, bool)
     if not accepted:
         remedy = "put it in TOML's quotes" if hint is str else "`tiny-onn config` shows its form"
-        raise UserError(f"{where}: got {shown(value)}, expected {_expected(hint)}; {remedy}")
+        raise UserError(f"{where}: got {shown(value)}, expected {expected_value(hint)}; {remedy}")
     return value
 
 

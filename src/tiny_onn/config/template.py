@@ -5,7 +5,7 @@ import textwrap
 from dataclasses import asdict
 
 from tiny_onn.config.checks import to_toml
-from tiny_onn.config.describe import _sections, field_docs
+from tiny_onn.config.describe import field_docs, sections_of
 from tiny_onn.config.read import preset_names
 from tiny_onn.config.schema import RunConfig
 
@@ -13,7 +13,7 @@ from tiny_onn.config.schema import RunConfig
 def config_template(config: RunConfig | None = None) -> str:
     """Return documented TOML of every setting in `config`, or of the defaults without one."""
     values = asdict(RunConfig() if config is None else config)
-    sections = _sections()
+    sections = sections_of()
     lines = [
         "# Every setting. A file needs only those it changes, and may begin with a preset,",
         f'# preset = "NAME": {", ".join(preset_names())}.',

@@ -1,1 +1,1 @@
-"""From the dense model to the student: neurons dealt out to experts, gates fitted, the result verified."""
+"""From the dense model to the student: partition, gates and verification."""

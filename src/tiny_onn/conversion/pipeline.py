@@ -21,7 +21,7 @@ from tiny_onn.conversion.partition import (
     neuron_importance,
     partition_neurons,
 )
-from tiny_onn.conversion.verify import Conversion, _searched, check_conversion
+from tiny_onn.conversion.verify import Conversion, check_conversion, searched_tokens
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows
 from tiny_onn.data.stream import check_vocabulary
@@ -99,7 +99,7 @@ def partition(config: RunConfig, inputs: MlpInputs) -> list[Int[Tensor, " neuron
     shape = student_config(inputs.dense, experts, config.router)
     kept: Sequence[Sequence[int]] = ()
     if experts.keep_massive:
-        found = massive_activations(_searched(config, inputs))
+        found = massive_activations(searched_tokens(config, inputs))
         kept = massive_neurons(
             found, len(gated_mlps(inputs.dense)), experts.num_shared * shape.moe_intermediate_size
         )

@@ -166,10 +166,10 @@ def check_conversion(
         backbone_sha256=own,
         teacher_commit=getattr(dense.config, "_commit_hash", None),
         expert_path=choose_path(config, dense.device),
-        massive_activations=tuple(massive_activations(_searched(config, inputs))),
+        massive_activations=tuple(massive_activations(searched_tokens(config, inputs))),
     )
 
 
-def _searched(config: RunConfig, inputs: MlpInputs) -> MlpInputs:
+def searched_tokens(config: RunConfig, inputs: MlpInputs) -> MlpInputs:
     """The inputs that are searched for massive activations."""
     return inputs.head(max(1, SEARCHED_TOKENS // config.data.row_tokens))

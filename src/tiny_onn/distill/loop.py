@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from tiny_onn.runs.checkpoint import (
     load_checkpoint,
     take_snapshot,
     valid_checkpoints,
+    way_on,
 )
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import (
@@ -142,7 +144,7 @@ class _Run:
         config, teacher = self.config, self.teacher.config
         span = (self.tokens, run_tokens(self.stage, config))
         with (
-            explain_out_of_memory(config, self.student, teacher, self.checkpoints),
+            explain_out_of_memory(config, self.student, teacher, partial(way_on, self.checkpoints)),
             RunLog(self.out, config, self.title, span, self.metrics_offset) as self.log,
             Checkpointer(self.checkpoints, config.train.keep_checkpoints) as self.writer,
         ):

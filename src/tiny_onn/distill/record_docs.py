@@ -27,7 +27,7 @@ INTRODUCTION = (
 
 
 COMMAND = """This page is generated:
-`python -c "import tiny_onn.distill.records as r; print(r.metrics_docs(), end='')" > docs/metrics.md`."""
+`python -m docs.tools`."""
 
 
 def metrics_docs() -> str:

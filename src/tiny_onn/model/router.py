@@ -3,7 +3,8 @@
 Something scores the experts: a linear gate, cosines with prototypes (`top_any`, dynmoe.py), or the
 true norms of their outputs (`oracle`, given from outside). A selection then activates those whose
 score exceeds a threshold (a budget) or ranks among the k largest. What moves a budget's threshold
-is in thresholds.py, what else a router changes without a gradient in steering.py.
+is in `routing/thresholds.py`, what else a router changes without a gradient in
+`routing/steering.py`.
 
 Legend: T tokens, D hidden, E experts, S of them shared, R = E - S routed, L layers.
 """

@@ -2,7 +2,8 @@
 
 `divergence_region` compiled on a GPU is two passes over both chunks of logits, one for the softmax
 statistics and one for the sums and the gradient, with nothing of the chunk's size in float32. The
-other functions do the same in tiles that fit a CPU's cache, in place; `losses.py` puts both to use.
+other functions do the same in tiles that fit a CPU's cache, in place; `distillation_loss.py` puts
+both to use.
 
 Legend: C tokens of a chunk, R rows of a tile, V vocabulary. Tensors `s_` are the student's, `q_`
 the teacher's.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tiny_onn.ops.router_gradient import NORMED, SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import SmkStep, Sums, closed_form, squared_norms, teach
 
 # The kinds of surprise that need no Gram matrix.
 KINDS = ("parameters", "output", "gain", "relative")
@@ -84,7 +84,7 @@ def _in_one_launch(  # noqa: PLR0917
         for size in ((num_blocks, 4), (num_blocks, 4, E))
     )
     with torch.cuda.device_of(x_TD):
-        lesson_kernel[num_blocks,](
+        lesson_kernel[num_blocks,](  # pyright: ignore[reportIndexIssue]
             x_TD,
             grad_y_TD,
             sums_3TE.mT.contiguous(),
@@ -105,7 +105,6 @@ def _in_one_launch(  # noqa: PLR0917
             BLOCK_D=_BLOCK_D,
             BLOCK_E=1 << max(0, E - 1).bit_length(),
             KIND=smk.rule.surprise,
-            NORMED=smk.rule.surprise in NORMED,
             SMALLEST=smk.rule.direction == "min",
             ALL=lesson_T is not None,
         )

@@ -15,9 +15,65 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 @triton.jit
 @no_type_check
+def squared_norms(
+    x,  # (T, D)
+    t,  # (BLOCK_T,)
+    inside,  # (BLOCK_T,)
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Each row's squared L2 norm, in float32."""
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (d < D)[None, :]
+        row = tl.load(x + t.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        row = row.to(tl.float32)
+        total += tl.sum(row * row, axis=1)
+    return total
+
+
+@triton.jit
+@no_type_check
+def unit_surprise(
+    x,
+    grad_y,
+    at_sums,  # (BLOCK_T, BLOCK_E) pointers to the first sum
+    t,
+    inside_t,
+    inside,
+    T,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Surprise at unit routing weight: `teaching.closed_form`."""
+    dot = tl.load(at_sums + 2 * E * T, mask=inside, other=0.0)
+    if KIND == "gain":
+        surprise = -dot
+    else:
+        grad_sq = squared_norms(grad_y, t, inside_t, D, BLOCK_T, BLOCK_D)[:, None]
+        if KIND == "output":
+            surprise = tl.sqrt(grad_sq) + tl.zeros_like(dot)
+        else:
+            x_sq = squared_norms(x, t, inside_t, D, BLOCK_T, BLOCK_D)[:, None]
+            hidden_sq = tl.load(at_sums + E * T, mask=inside, other=0.0)
+            squared = x_sq * tl.load(at_sums, mask=inside, other=0.0) + hidden_sq * grad_sq
+            if KIND == "relative":
+                positive = hidden_sq > 0
+                squared = tl.where(positive, squared / tl.where(positive, hidden_sq, 1.0), 0.0)
+            surprise = tl.sqrt(squared)
+    return surprise
+
+
+@triton.jit
+@no_type_check
 def lesson_kernel(
-    x,  # (T, D), read if NORMED
-    grad_y,  # (T, D), read if NORMED
+    x,  # (T, D), read for the kinds that need its norm
+    grad_y,  # (T, D), read for the kinds that need its norm
     sums,  # (3, E, T) float32: squared norms of two gradients, and dot; at unit weight
     weights,  # (T, E) float32
     logits,  # (T, E) float32
@@ -36,7 +92,6 @@ def lesson_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     KIND: tl.constexpr,
-    NORMED: tl.constexpr,
     SMALLEST: tl.constexpr,
     ALL: tl.constexpr,
 ):
@@ -48,30 +103,9 @@ def lesson_kernel(
     inside = inside_t[:, None] & (e < E)[None, :]
     at = t[:, None] * E + e[None, :]
     at_sums = sums + e[None, :] * T + t[:, None]
-    dot = tl.load(at_sums + 2 * E * T, mask=inside, other=0.0)
-    if NORMED:
-        x_sq = tl.zeros((BLOCK_T,), tl.float32)
-        grad_sq = tl.zeros((BLOCK_T,), tl.float32)
-        for begin in range(0, D, BLOCK_D):
-            d = begin + tl.arange(0, BLOCK_D)
-            here = t.to(tl.int64)[:, None] * D + d[None, :]
-            mask = inside_t[:, None] & (d < D)[None, :]
-            row = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
-            x_sq += tl.sum(row * row, axis=1)
-            row = tl.load(grad_y + here, mask=mask, other=0.0).to(tl.float32)
-            grad_sq += tl.sum(row * row, axis=1)
-    if KIND == "gain":
-        surprise = -dot
-    elif KIND == "output":
-        surprise = tl.sqrt(grad_sq)[:, None] + tl.zeros_like(dot)
-    else:
-        pre_sq = tl.load(at_sums, mask=inside, other=0.0)
-        hidden_sq = tl.load(at_sums + E * T, mask=inside, other=0.0)
-        squared = x_sq[:, None] * pre_sq + hidden_sq * grad_sq[:, None]
-        if KIND == "relative":
-            positive = hidden_sq > 0
-            squared = tl.where(positive, squared / tl.where(positive, hidden_sq, 1.0), 0.0)
-        surprise = tl.sqrt(squared)
+    surprise = unit_surprise(
+        x, grad_y, at_sums, t, inside_t, inside, T, D, E, BLOCK_T, BLOCK_D, KIND
+    )
     on = tl.load(active + at, mask=inside, other=0).to(tl.int1)
     weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
     counted_t = tl.load(token_mask + t, mask=inside_t, other=0).to(tl.int1)

@@ -21,8 +21,7 @@ Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up row
 neurons, S slots of pairs, C chunks of columns.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,49 +32,21 @@ from tiny_onn.ops.layout import joined_down
 from tiny_onn.ops.lesson import KINDS, lesson
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.router_gradient import SmkStep
+from tiny_onn.ops.sparse_launches import (
+    WIDE_TILES,
+    Launches,
+    Lists,
+    Options,
+    Tiles,
+    list_tokens,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16)
 MAX_EXPERTS = 128
-# Share of active pairs from which one dense product sums faster than rows do, on an H100.
-DENSE_SHARE = 0.3
-# Widths of an expert's chunk of columns, as two powers of two.
-_CHUNKS = ((128, 0), (64, 32), (64, 0), (32, 16), (32, 0), (16, 0))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
-    """One kernel's launch: its block sizes, warps and pipeline stages."""
-
-    rows: int
-    """Tokens, or features for weights' gradients."""
-    depth: int
-    """Of a step along the summed axis."""
-    columns: int = 0
-    """Features of an output tile of `project`; rows of `slope` that are in registers at once."""
-    warps: int = 8
-    stages: int = 3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tiles:
-    """How the work is cut into programs; results differ by rounding only."""
-
-    up: Tile = Tile(rows=128, depth=64, stages=4)
-    slope: Tile = Tile(rows=64, depth=64, columns=32, warps=4)
-    outer_gate_up: Tile = Tile(rows=128, depth=32, stages=4)
-    outer_down: Tile = Tile(rows=128, depth=128, stages=2)
-    project: Tile = Tile(rows=128, depth=32, columns=128, warps=4)
-
-
-# Float32 products need twice the shared memory.
-WIDE_TILES = Tiles(
-    up=Tile(rows=64, depth=32),
-    slope=Tile(rows=64, depth=32, columns=32),
-    outer_gate_up=Tile(rows=64, depth=32),
-    outer_down=Tile(rows=64, depth=32),
-    project=Tile(rows=64, depth=32, columns=64),
-)
+# Share of active pairs from which one dense product sums faster than rows do, on an H100: between
+# the shares 4 / 32 and 16 / 32, by their kernels' times.
+DENSE_SHARE = 0.17
 
 
 def can_compute(
@@ -152,7 +123,7 @@ def expert_layer(
         dense_sums = num_pairs >= DENSE_SHARE * listed_TE.numel()
     if not dense_sums and num_pairs is None:
         num_pairs = int(listed_TE.sum())
-    options = _Options(
+    options = Options(
         activation=activation,
         smk=smk,
         compiled=compiled,
@@ -173,197 +144,6 @@ def expert_layer(
     )  # pyright: ignore[reportReturnType]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Options:
-    activation: str
-    smk: SmkStep | None
-    compiled: bool
-    num_pairs: int | None
-    """None: sums are dense, every pair of token and expert has a slot."""
-    tiles: Tiles
-
-
-class Lists(NamedTuple):
-    """Each expert's tokens; see `index_kernel`."""
-
-    order_ET: Tensor
-    num_E: Tensor
-    starts_E: Tensor
-    slots_TE: Tensor
-    num_slots_T: Tensor
-
-
-def list_tokens(listed_TE: Bool[Tensor, "tokens experts"], *, all_slots: bool) -> Lists:
-    """The tokens of every expert, those that chose it first, without waiting for the device."""
-    T, E = listed_TE.shape
-    block = 256
-    num_blocks = -(-T // block)
-    listed = listed_TE.contiguous().view(torch.uint8)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=listed.device)
-
-    counts_BE = empty(num_blocks, E)
-    few = all_slots
-    lists = Lists(empty(E, T), empty(E), empty(E), empty(*(0, 0) if few else (T, E)),
-                  empty(0 if few else T))  # fmt: skip
-    sizes: dict[str, Any] = {"E": E, "BLOCK_T": block, "BLOCK_E": _power_of_two(E)}
-    kernels = _kernels()
-    with torch.cuda.device_of(listed):
-        kernels.count_kernel[num_blocks,](listed, counts_BE, T, **sizes)
-        kernels.index_kernel[num_blocks,](
-            listed, counts_BE, *lists, T, num_blocks, BLOCK_B=64, ALL=all_slots, **sizes
-        )
-    return lists
-
-
-class _Launches:
-    """The kernels on one layer's tensors."""
-
-    def __init__(self, options: _Options, x_TD: Tensor, down_EDI: Tensor, lists: Lists) -> None:
-        self.options, self.tiles, self.lists = options, options.tiles, lists
-        self.T, self.D = x_TD.shape
-        self.E, _, self.I = down_EDI.shape
-        self.all_slots = options.num_pairs is None
-        self.num_slots = self.T * self.E if options.num_pairs is None else options.num_pairs
-        self.x_TD = x_TD
-        self.lists = lists
-        chunk = min(_CHUNKS, key=lambda chunk: -(-self.I // sum(chunk)) * sum(chunk))
-        self.chunk = {"W0": chunk[0], "W1": chunk[1]}
-        self.num_chunks = -(-self.I // sum(chunk))
-        self.common: dict[str, Any] = {
-            "ALL": self.all_slots,
-            "PRECISION": "ieee" if x_TD.dtype == torch.float32 else "tf32",
-        }
-
-    def new(self, *shape: int) -> Tensor:
-        return self.x_TD.new_empty(shape)
-
-    def grid(self, tile: Tile) -> int:
-        return self.E * -(-self.T // tile.rows)
-
-    def up(self, gate_up_EJD: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor]:
-        pre_SJ = self.new(self.num_slots, 2 * self.I)
-        hidden_SI = self.new(self.num_slots, self.I)
-        tile = self.tiles.up
-        _kernels().up_kernel[self.grid(tile), self.num_chunks](
-            self.x_TD,
-            gate_up_EJD,
-            weights_TE,
-            *self.lists[:3],
-            pre_SJ,
-            hidden_SI,
-            self.T,
-            D=self.D,
-            E=self.E,
-            I=self.I,
-            BLOCK_M=tile.rows,
-            BLOCK_K=_depth(tile, self.D),
-            ACTIVATION=self.options.activation,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **self.chunk,
-            **self.common,
-        )
-        return pre_SJ, hidden_SI
-
-    def slope(
-        self, grad_y_TD: Tensor, down_EDI: Tensor, weights_TE: Tensor, pre_SJ: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient at the pre-activations, and the sums (3, T, E) of `Sums`."""
-        grad_pre_SJ, tile = torch.empty_like(pre_SJ), self.tiles.slope
-        shape = (self.num_chunks, 3, self.E, self.T)
-        new = weights_TE.new_empty if self.all_slots else weights_TE.new_zeros
-        sums_C3ET = new(shape, dtype=torch.float32)
-        _kernels().slope_kernel[self.grid(tile), self.num_chunks](
-            grad_y_TD,
-            down_EDI,
-            weights_TE,
-            *self.lists[:3],
-            pre_SJ,
-            grad_pre_SJ,
-            sums_C3ET,
-            self.T,
-            D=self.D,
-            E=self.E,
-            I=self.I,
-            **_strides(down_EDI, "EDI"),
-            BLOCK_M=tile.rows,
-            BLOCK_K=_depth(tile, self.D),
-            BLOCK_R=min(tile.columns, tile.rows),
-            W=_power_of_two(sum(self.chunk.values())),
-            ACTIVATION=self.options.activation,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **self.chunk,
-            **self.common,
-        )
-        sums_3ET = sums_C3ET[0] if self.num_chunks == 1 else sums_C3ET.sum(0)
-        return grad_pre_SJ, sums_3ET.mT
-
-    def outer(self, rows_SN: Tensor, x_TD: Tensor, grad: Tensor, axes: str, tile: Tile) -> Tensor:
-        """Fill the weight's gradient, whose axes are named: E, N (columns of the rows) and D."""
-        N = rows_SN.shape[1]
-        chunk = self.chunk
-        if N == 2 * self.I:
-            chunk = {name: 2 * width for name, width in chunk.items()}
-        num_chunks = -(-N // sum(chunk.values()))
-        _kernels().outer_kernel[self.E * -(-self.D // tile.rows), num_chunks](
-            rows_SN,
-            x_TD,
-            *self.lists[:3],
-            grad,
-            self.T,
-            D=self.D,
-            E=self.E,
-            N=N,
-            **_strides(grad, axes),
-            BLOCK_D=tile.rows,
-            BLOCK_K=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **chunk,
-            **self.common,
-        )
-        return grad
-
-    def sum_rows(self, rows_SN: Tensor, weight: Tensor, axes: str) -> Tensor:
-        """Each token's sum of its rows times their experts' weights."""
-        N, tile = rows_SN.shape[1], self.tiles.project
-        out_SD = self.new(self.num_slots, self.D)
-        blocks = -(-self.D // tile.columns)
-        _kernels().project_kernel[self.grid(tile) * blocks,](
-            rows_SN,
-            weight,
-            self.lists.num_E,
-            self.lists.starts_E,
-            out_SD,
-            self.T,
-            D=self.D,
-            E=self.E,
-            N=N,
-            **_strides(weight, axes),
-            BLOCK_M=tile.rows,
-            BLOCK_D=tile.columns,
-            BLOCK_K=_depth(tile, N),
-            PRECISION=self.common["PRECISION"],
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        out_TD = self.new(self.T, self.D)
-        block = min(1024, _power_of_two(self.D))
-        _kernels().reduce_kernel[self.T, -(-self.D // block)](
-            out_SD,
-            self.lists.slots_TE,
-            self.lists.num_slots_T,
-            out_TD,
-            D=self.D,
-            E=self.E,
-            BLOCK_D=block,
-        )
-        return out_TD
-
-
 class _Sparse(torch.autograd.Function):
     @staticmethod
     @without_autocast
@@ -378,11 +158,11 @@ class _Sparse(torch.autograd.Function):
         token_mask_T: Tensor,
         lesson_T: Tensor | None,
         listed_TE: Tensor,
-        options: _Options,
+        options: Options,
     ) -> Tensor:
         x_TD, weights_TE = x_TD.contiguous(), weights_TE.contiguous()
         lists = list_tokens(listed_TE, all_slots=options.num_pairs is None)
-        run = _Launches(options, x_TD, down_EDI, lists)
+        run = Launches(options, x_TD, down_EDI, lists)
         with torch.cuda.device_of(x_TD):
             pre_SJ, hidden_SI = run.up(_cast(gate_up_EJD, x_TD), weights_TE)
             if run.all_slots:
@@ -414,12 +194,12 @@ class _Sparse(torch.autograd.Function):
         x_TD, gate_up, down, weights_TE, logits_TE, active_TE, token_mask_T, lesson_T, *saved = (
             ctx.saved_tensors
         )
-        options: _Options = ctx.options
+        options: Options = ctx.options
         pre_SJ, hidden_SI, *lists = saved
         grad_y_TD = grad_y_TD.contiguous()
         need_x, need_gate_up, need_down, need_weights, need_logits = ctx.needs_input_grad[:5]
         grad_x = grad_gate_up = grad_down = grad_weights = grad_logits = None
-        run = _Launches(options, x_TD, down, Lists(*lists))
+        run = Launches(options, x_TD, down, Lists(*lists))
         with torch.cuda.device_of(x_TD):
             grad_pre_SJ, sums_3TE = run.slope(grad_y_TD, down.to(x_TD.dtype), weights_TE, pre_SJ)
             if need_x and run.all_slots:
@@ -442,25 +222,5 @@ class _Sparse(torch.autograd.Function):
         return grad_x, grad_gate_up, grad_down, grad_weights, grad_logits, *(None,) * 5
 
 
-def _kernels() -> Any:  # noqa: ANN401 - a module of kernels
-    """Their module: triton is imported by whoever launches one."""
-    from tiny_onn.ops import sparse_kernels  # noqa: PLC0415
-
-    return sparse_kernels
-
-
 def _cast(weight: Tensor, like: Tensor) -> Tensor:
     return weight.to(like.dtype).contiguous()
-
-
-def _strides(tensor: Tensor, axes: str) -> dict[str, int]:
-    return {f"STRIDE_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
-
-
-def _depth(tile: Tile, size: int) -> int:
-    """The tile's depth, or less for a shorter sum; Triton's products need 16."""
-    return max(16, min(tile.depth, _power_of_two(size)))
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()

@@ -1,1 +1,1 @@
-"""Parameters, FLOPs, memory and time of a run before it starts, and what to lower when memory runs out."""
+"""Parameters, FLOPs, memory and time of a run before it starts."""

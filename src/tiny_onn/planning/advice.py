@@ -1,10 +1,9 @@
 """What to lower when memory runs out, and by how much, from the plan's numbers."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.planning.costs import count_parameters, meta_models, sizes_of
 from tiny_onn.planning.memory import DeviceType, moments
-from tiny_onn.runs.checkpoint import valid_checkpoints
 
 MAX_REMEDIES = 4
 # Remedies that save a smaller share of the peak are not worth a word.
@@ -26,7 +24,10 @@ MIN_SAVED_SHARE = 0.01
 
 @contextmanager
 def explain_out_of_memory(
-    config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrainedConfig, checkpoints: Path
+    config: RunConfig,
+    student: TinyOnnForCausalLM,
+    teacher: PreTrainedConfig,
+    what_is_left: Callable[[], str],
 ) -> Iterator[None]:
     """Turn running out of memory into one line that says what to lower.
 
@@ -34,7 +35,8 @@ def explain_out_of_memory(
         config: the run's settings.
         student: the model in training.
         teacher: the dense model's own settings.
-        checkpoints: the folder of the run's checkpoints.
+        what_is_left: Says how the run can go on, such as from its newest checkpoint; called when
+            memory has run out.
 
     Raises:
         UserError: memory ran out inside.
@@ -44,7 +46,7 @@ def explain_out_of_memory(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(_message(config, teacher, student.device, checkpoints)) from error
+        raise UserError(_message(config, teacher, student.device, what_is_left())) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -117,7 +119,7 @@ def _candidates(config: RunConfig, device: DeviceType) -> Iterator[tuple[str, ob
 
 
 def _message(
-    config: RunConfig, teacher: PreTrainedConfig, device: torch.device, checkpoints: Path
+    config: RunConfig, teacher: PreTrainedConfig, device: torch.device, what_is_left: str
 ) -> str:
     kind: DeviceType = "cuda" if device.type == "cuda" else "cpu"
     memory = (
@@ -131,18 +133,11 @@ def _message(
         + ("" if name in CHANGEABLE else " (new run)")
         for name, value, saved in found
     ]
-    whole = valid_checkpoints(checkpoints)
-    kept = (
-        f"the checkpoint {whole[0].name} is whole: --resume, with --set and --allow-change for what"
-        " you lower"
-        if whole
-        else "there is no checkpoint yet: start again with --resume or another --out"
-    )
     lower = "; ".join(told) or "nothing here saves much: take a larger device or a smaller teacher"
     return (
         f"train.device: out of memory on {device}, which has {_shown(memory)}, expected room for"
         f" the {_shown(peak)} that `plan` counts at the peak of a step, and the libraries;"
-        f" lower one of: {lower}; {kept}"
+        f" lower one of: {lower}; {what_is_left}"
     )
 
 

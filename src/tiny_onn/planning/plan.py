@@ -1,7 +1,7 @@
 """What a run needs, before it starts, for a teacher, a recipe and a device.
 
 Nothing is downloaded beyond a hub id's config.json, and no weight is read. Parameters and FLOPs:
-`plan_costs.py`. Peak memory: `plan_memory.py`. Devices: `devices.toml`, with the source of every
+`costs.py`. Peak memory: `memory.py`. Devices: `devices.toml`, with the source of every
 number. Time is FLOPs / (peak rate * efficiency).
 """
 

@@ -4,8 +4,9 @@ Leave-one-out asks for one change at one token at a time: T * E forward passes d
 is E passes of the probed layer and those above it, and still exact. Copy 0 of a batch is the model
 as it is; in every other copy each token flips one expert of one layer, and each token attends to
 the keys and values that copy 0 has for earlier tokens, with its own as the changed stream makes
-them (`own_keys.py`). So no token sees another one's change. An active expert is left out (the
-others keep their weights); an inactive one is added at the weight that it would have had.
+them (`counterfactual_attention.py`). So no token sees another one's change. An active expert is
+left out (the others keep their weights); an inactive one is added at the weight that it would have
+had.
 
 Cost per document and probed layer: (E + 1) forward passes of its tokens through the layers from the
 probed one up, and the head.

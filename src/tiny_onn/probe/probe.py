@@ -1,8 +1,9 @@
 """The verb `probe`: what surprise says about experts, against leave-one-out truth.
 
-The truth of an expert for a token is the rise of the token's own loss without it (`truth.py`). The
-text is held-out: the first `document_tokens` of each of the first fragments are probed, later
-fragments fit the regressions that ask whether a quantity can be predicted from the token.
+The truth of an expert for a token is the rise of the token's own loss without it
+(`leave_one_out.py`). The text is held-out: the first `document_tokens` of each of the first
+fragments are probed, later fragments fit the regressions that ask whether a quantity can be
+predicted from the token.
 
 Cost: `num_experts + 1` forward passes of the probed tokens through the layers from each probed one
 up, and about five passes of the fitting tokens.

@@ -78,7 +78,7 @@ class Comparison:
         ]
         names = list(self.rows[0].settings) if self.rows else []
         settings = [(name, *(shown(row.settings[name]) for row in self.rows)) for name in names]
-        found = [(header, numbers)]
+        found: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [(header, [*numbers])]
         if settings:
             found.append((("setting", *(row.name for row in self.rows)), settings))
         return found

@@ -25,7 +25,7 @@ class Run:
         conversion: `conversion.json`; None: missing.
         summary: `summary.json`; None: the run has not finished.
         frontier: `frontier.json`; None: missing.
-        view: what a model had to be loaded for, see `tiny_onn.evaluation.run_view`; None: not measured.
+        view: what a model had to be loaded for, see `evaluation/run_view.py`; None: not measured.
         view_missing: why it was not measured.
     """
 

@@ -195,6 +195,17 @@ def _what_is_left(folder: Path) -> str:
     return f"the previous checkpoint, {whole[0].name}, is whole: free some space and use --resume"
 
 
+def way_on(folder: Path) -> str:
+    """Return how a run that has to lower a setting goes on from these checkpoints."""
+    whole = valid_checkpoints(folder)
+    if not whole:
+        return "there is no checkpoint yet: start again with --resume or another --out"
+    return (
+        f"the checkpoint {whole[0].name} is whole: --resume, with --set and --allow-change for what"
+        " you lower"
+    )
+
+
 def _remove_old(folder: Path, newest: int, keep: int, best: int | None) -> None:
     """Remove all up to `newest` but the last whole ones; a damaged later one will be redone."""
     whole = [path for path in valid_checkpoints(folder) if step_of(path) <= newest]

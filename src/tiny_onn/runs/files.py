@@ -16,12 +16,17 @@ def write_json(path: Path, obj: object) -> None:
     Raises:
         UserError: The file system refuses (no space, no permission).
     """
-    _write_atomically(path, json.dumps(obj, indent=2) + "\n")
+    write_atomically(path, json.dumps(obj, indent=2) + "\n")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file by the text, wholly or not at all.
+
+    Raises:
+        UserError: The file system refuses (no space, no permission).
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _explain_write(path):
+    with explain_write(path):
         try:
             temporary.write_text(text, encoding="utf-8")
             publish(temporary, path)
@@ -32,7 +37,7 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _explain_write(path: Path) -> Iterator[None]:
+def explain_write(path: Path) -> Iterator[None]:
     """Turn the file system's refusals into a `UserError`."""
     try:
         yield

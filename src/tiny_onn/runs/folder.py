@@ -23,7 +23,7 @@ from tiny_onn.config.changes import check_changes, with_absolute_paths
 from tiny_onn.config.read import config_from_json, resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.runs.files import _explain_write, _write_atomically, write_json
+from tiny_onn.runs.files import explain_write, write_atomically, write_json
 from tiny_onn.runs.lock import LOCK_NAME
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
 
@@ -46,7 +46,7 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
     Raises:
         UserError: Something is in it already, or it cannot be written.
     """
-    with _explain_write(path):
+    with explain_write(path):
         path.mkdir(parents=True, exist_ok=True)
         early = list(path.iterdir())
         if not all(_may_go(entry) for entry in early):
@@ -113,7 +113,7 @@ def keep_settings(path: Path, config: RunConfig) -> None:
     Raises:
         UserError: They cannot be written.
     """
-    _write_atomically(path / "config.json", resolved_json(config))
+    write_atomically(path / "config.json", resolved_json(config))
 
 
 def read_run_config(path: Path) -> RunConfig:
@@ -158,7 +158,7 @@ def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
     # A mistake in the settings of a run is told from its folder, which is read without torch.
     import torch  # noqa: PLC0415
 
-    from tiny_onn.device import device_name, pick_device
+    from tiny_onn.device import device_name, pick_device  # noqa: PLC0415
 
     commit, dirty = _git_state()
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
-from tiny_onn.runs.files import _explain_write
+from tiny_onn.runs.files import explain_write
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -33,7 +33,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self._path = path
-        with _explain_write(path):
+        with explain_write(path):
             self._file = path.open("ab", buffering=0)
             size = self._file.seek(0, os.SEEK_END)
             if size > offset:
@@ -62,7 +62,7 @@ class MetricsWriter:
         self._offset += len(line)
         were_waiting = bool(self._waiting)
         self._waiting += line
-        with _explain_write(self._path):
+        with explain_write(self._path):
             try:
                 self._drain()
             except OSError as error:
@@ -77,7 +77,7 @@ class MetricsWriter:
         Raises:
             UserError: The file system refuses.
         """
-        with _explain_write(self._path):
+        with explain_write(self._path):
             self._drain()
             os.fsync(self._file.fileno())
 
@@ -85,7 +85,7 @@ class MetricsWriter:
         """Sync the file to disk and close it."""
         if self._file.closed:
             return
-        with _explain_write(self._path), self._file:
+        with explain_write(self._path), self._file:
             self._drain()
             os.fsync(self._file.fileno())
 
