@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,8 @@ def expected(layer: Layer, number: int) -> list[Tensor]:
 def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> Iterator[dict]:
     """Gaps of outputs and gradients, relative to the largest norm's tensor."""
     dtypes = [torch.float32] if arguments.smoke else [torch.float32, torch.bfloat16]
-    for dtype, k, dense in itertools.product(dtypes, arguments.k, (True, False)):
+    for case in itertools.product(dtypes, arguments.k, (True, False)):
+        dtype, k, dense = cast(tuple[torch.dtype, int, bool], case)
         layer = Layer(shape, k, varying=True, dtype=dtype, device=arguments.device)
         path = partial(sparse.expert_layer, activation="silu", dense_sums=dense)
         for number in (0, 1):
@@ -266,6 +267,10 @@ def profile(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Itera
 
 def sweep(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterator[dict]:
     """One kernel's times by its tile."""
+    from triton.runtime.errors import (  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+        TritonError,
+    )
+
     E, I, _ = shape
     for tokens, k in itertools.product(arguments.tokens, arguments.k):
         layer = Layer((tokens, *shape), k, dtype=arguments.dtype, device=arguments.device)
@@ -293,7 +298,8 @@ def sweep(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterato
             }
             try:
                 ms = round(median_ms(calls[name], arguments.device, arguments.repeats), 4)
-            except Exception as error:  # noqa: BLE001 - a tile that does not fit is a result
+            except TritonError as error:
+                # A tile that does not fit is a result too.
                 ms = type(error).__name__
             yield {"sweep": name, "tokens": tokens, "k": k, "tile": chosen, "ms": ms}
 
@@ -316,8 +322,9 @@ def main() -> None:
     if arguments.smoke:
         arguments.tokens, arguments.k, shape = [40], [4], (8, 24, 48)
     torch._dynamo.config.recompile_limit = 64
+    E, I, D = shape
     parts: dict[str, Iterator[dict]] = {
-        "parity": parity(arguments, (40 if arguments.smoke else 1000, *shape)),
+        "parity": parity(arguments, (40 if arguments.smoke else 1000, E, I, D)),
         "times": times(arguments, shape),
         "profile": profile(arguments, shape) if arguments.profile else iter(()),
         "sweep": sweep(arguments, shape),
