@@ -36,7 +36,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def stage(text: str) -> Iterator[None]:
+def status(text: str) -> Iterator[None]:
     """Show what is being done and for how long: a spinner on a terminal, a line elsewhere."""
     if not console().is_terminal:
         say(f"{text} ...")

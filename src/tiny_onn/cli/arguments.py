@@ -31,9 +31,9 @@ Teacher = Annotated[
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
     """Show that something happens while torch is imported, which takes seconds, and set it up."""
-    from tiny_onn.console import console, stage
+    from tiny_onn.console import console, status
 
-    with stage("Starting") if console().is_terminal else contextlib.nullcontext():
+    with status("Starting") if console().is_terminal else contextlib.nullcontext():
         yield
         from tiny_onn.teacher.load import quiet_transformers
 

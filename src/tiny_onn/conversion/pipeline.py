@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.console import stage
+from tiny_onn.console import status
 from tiny_onn.conversion.convert import convert, student_config
 from tiny_onn.conversion.gates import fit_gates
 from tiny_onn.conversion.massive_activations import massive_activations, massive_neurons
@@ -54,9 +54,9 @@ def prepare(config: RunConfig) -> Prepared:
         UserError: whatever is wrong with the teacher, the text or the sizes.
     """
     inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
-    with stage("Converting"):
+    with status("Converting"):
         student = make_student(config, inputs)
-    with stage("Checking the conversion"):
+    with status("Checking the conversion"):
         conversion = check_conversion(config, student, inputs)
     teacher = teacher_for(inputs.dense, config.teacher)
     return Prepared(
@@ -78,10 +78,10 @@ def read_inputs(
     Raises:
         UserError: whatever is wrong with the teacher or the text.
     """
-    with stage(f"Loading the teacher, {config.teacher.path}"):
+    with status(f"Loading the teacher, {config.teacher.path}"):
         dense, tokenizer = load_dense(config.teacher, device)
         check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
-    with stage("Reading calibration text"):
+    with status("Reading calibration text"):
         rows = calibration_rows(config, tokenizer, device)
         # Read here, so that a lack of held-out text shows before the work.
         data = config.data

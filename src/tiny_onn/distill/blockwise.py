@@ -35,7 +35,7 @@ from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import decoder_layers, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.hooks import mlp_calls
-from tiny_onn.model.student import TinyOnnForCausalLM, inference_mode_of
+from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.routing.gate_step import GateStep
 
 
@@ -89,7 +89,7 @@ def block_errors(
         error_T, power_T = squared_error(banks[layer](x_TD), y_TD), y_TD.float().square().sum(-1)
         sums_2L[:, layer] += (torch.stack((error_T, power_T)) * mask_T).double().sum(-1)
 
-    with inference_mode_of(student), mlp_calls(teacher, see):
+    with eval_mode(student), mlp_calls(teacher, see):
         for row in (row.to(teacher.device) for row in track(rows, "block errors, rows")):
             mask_T = row.router_mask[0]
             last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))

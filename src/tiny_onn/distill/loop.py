@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tiny_onn.config.changes import with_absolute_paths, with_number_format_of
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.console import say, stage
+from tiny_onn.console import say, status
 from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, settling_rows, training_rows
@@ -158,7 +158,7 @@ class _Run:
             # Saving begins before the last evaluation, whose record a resumed run writes again.
             self._save()
             after = self._last_evaluation()
-            with stage(f"{self.title}: saving step {self.step}"):
+            with status(f"{self.title}: saving step {self.step}"):
                 if (error := self.writer.wait()) is not None:
                     raise UserError(error)
                 self.writer.tidy()
@@ -176,7 +176,7 @@ class _Run:
     def _finish(self, after: Evaluation) -> None:
         """Write the student and the summary."""
         self.student.train(False)
-        with stage(f"{self.title}: saving the student"):
+        with status(f"{self.title}: saving the student"):
             tabulate(self.student, self.settling_rows, self.config.router.budget_scope)
             save_student(self.out / "student", self.prepared)
             write_json(self.out / "summary.json", self._summary(after))

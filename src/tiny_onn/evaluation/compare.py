@@ -15,7 +15,7 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
-from tiny_onn.model.student import TinyOnnForCausalLM, inference_mode_of
+from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.planning.costs import forward_flops
@@ -162,7 +162,7 @@ def evaluate_layers(
     """
     banks, rows = student.banks(), held_out.rows
     stats, oracle = RoutingStats.zeros(banks), OracleStats.zeros(banks)
-    with inference_mode_of(student):
+    with eval_mode(student):
         with recorded_routings(banks) as routings:
 
             def count(row: PackedRow) -> None:

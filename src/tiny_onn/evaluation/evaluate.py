@@ -6,7 +6,7 @@ from typing import NotRequired, TypedDict, Unpack
 
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RouterConfig
-from tiny_onn.console import stage
+from tiny_onn.console import status
 from tiny_onn.data.rows import held_out_rows, text_rows
 from tiny_onn.device import pick_device
 from tiny_onn.evaluation.compare import compare, evaluate
@@ -70,7 +70,7 @@ def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, object]:
         UserError: no such model or text, or the teacher cannot be had or is another model.
     """
     loaded, held_out, source = load_for_eval(model, **options)
-    with stage(f"Evaluating on {source}"):
+    with status(f"Evaluating on {source}"):
         result = evaluate(loaded.student, held_out, loaded.config.loss)
     found: dict[str, object] = dict(asdict(result))
     if loaded.config.teacher.quantization != "none":
@@ -95,7 +95,7 @@ def load_for_eval(model: str, **options: Unpack[EvalOptions]) -> tuple[LoadedStu
     where, text = pick_device(options["device"]), options["text"]
     checkpoint = options.get("checkpoint", "newest")
     loaded = load_student(model, where, checkpoint, options.get("teacher"))
-    with stage(f"Loading the teacher, {loaded.config.teacher.path}"):
+    with status(f"Loading the teacher, {loaded.config.teacher.path}"):
         dense = load_teacher_of(loaded, where)
     data = loaded.config.data
     rows = (

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from tiny_onn.console import say, stage
+from tiny_onn.console import say, status
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.evaluation.evaluate import EvalOptions, load_for_eval
@@ -39,7 +39,7 @@ def run_frontier(
         set_budget(student, budget)
     points = []
     for budget in budgets:
-        with stage(f"Evaluating with {budget:g} experts a token"):
+        with status(f"Evaluating with {budget:g} experts a token"):
             set_budget(student, budget)
             result = evaluate(student, held_out, loaded.config.loss)
         points.append({"budget": float(budget), **result.as_dict()})

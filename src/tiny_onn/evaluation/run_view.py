@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.config.schema import LossConfig
-from tiny_onn.console import stage
+from tiny_onn.console import status
 from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.evaluation.compare import document_lengths
 from tiny_onn.evaluation.evaluate import load_for_eval
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
-from tiny_onn.model.student import TinyOnnForCausalLM, inference_mode_of
+from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.runs.files import write_json
@@ -67,7 +67,7 @@ def view_of_run(run: Path, device: str, teacher: str | None = None) -> dict[str,
     loaded, held_out, _ = load_for_eval(
         str(run), text=None, device=device, max_tokens=VIEW_TOKENS, teacher=teacher
     )
-    with stage("Looking at single tokens"):
+    with status("Looking at single tokens"):
         view = measure_view(
             loaded.student, held_out.teacher, loaded.tokenizer, held_out.rows, loaded.config.loss
         )
@@ -113,7 +113,7 @@ def measure_view(
         correlation of every two experts over tokens, in percent).
     """
     row = _beginning(rows[0]).to(student.device)
-    with inference_mode_of(student), recorded_routings(student.banks()) as routings:
+    with eval_mode(student), recorded_routings(student.banks()) as routings:
         hidden_TD = last_hidden_states(student, row.input_ids, **packed_kwargs(row))[0]
     values = distill(
         hidden_TD,

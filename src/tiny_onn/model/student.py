@@ -200,7 +200,7 @@ def split_parameters(
 
 
 @contextmanager
-def inference_mode_of(student: TinyOnnForCausalLM) -> Iterator[None]:
+def eval_mode(student: TinyOnnForCausalLM) -> Iterator[None]:
     """Evaluation mode within the context, the previous mode after it."""
     was_training = student.training
     student.train(False)

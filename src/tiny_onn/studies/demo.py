@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.config.read import load_config, with_router
 from tiny_onn.config.schema import RouterConfig, RunConfig
-from tiny_onn.console import say, stage
+from tiny_onn.console import say, status
 from tiny_onn.conversion.pipeline import Prepared, make_student, partition, read_inputs
 from tiny_onn.conversion.verify import Conversion, check_conversion
 from tiny_onn.device import prepare_device
@@ -149,7 +149,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
 def _report(out: Path, student: RunResult, config: RunConfig) -> Path:
     """Write the page about all arms; the student is at hand for its single tokens."""
     prepared = student.prepared
-    with stage("Looking at single tokens"):
+    with status("Looking at single tokens"):
         view = measure_view(
             prepared.student,
             prepared.teacher,
@@ -168,7 +168,7 @@ def share(config: RunConfig, device: torch.device) -> Shared:
     # Every arm is cut from the dense weights, so what quantises them gets a copy.
     separate = replace(config.teacher, placement="separate")
     teacher = inputs.dense if plain else teacher_for(inputs.dense, separate)
-    with stage("Cutting the MLPs into experts"):
+    with status("Cutting the MLPs into experts"):
         order = partition(config, inputs)
     return Shared(
         teacher=teacher,
@@ -206,10 +206,10 @@ def run_arms(
     checked: Conversion | None = None
     for number, (name, arm) in enumerate(arms.items(), start=1):
         title = f"[{number}/{len(arms)}] {name}"
-        with stage(f"{title}: converting"):
+        with status(f"{title}: converting"):
             student = make_student(arm, shared.inputs, shared.order)
         if checked is None:
-            with stage("Checking the conversion"):
+            with status("Checking the conversion"):
                 # All arms start from the same experts: one check holds for all.
                 checked = check_conversion(config, student, shared.inputs)
         prepared = Prepared(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tiny_onn.console import say, stage
+from tiny_onn.console import say, status
 from tiny_onn.distill.health import diagnose, verdict
 from tiny_onn.distill.records import BlockwiseRecord, EvaluationRecord, StepRecord
 from tiny_onn.errors import UserError, reason_line
@@ -51,7 +51,7 @@ def run_report(
     for folder in (run for given in folders for run in runs_in(given)):
         run = read_run(folder)
         runs.append(_with_view(run, folder, device, teacher) if models else run)
-    with stage("Writing the report"):
+    with status("Writing the report"):
         page = report_page(distinct(runs))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
