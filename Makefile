@@ -16,7 +16,7 @@ test: lint types  ## everything CI runs
 
 browser: setup  ## the report in a Chromium, which the machine must have
 	$(UV) pip install --quiet --python $(BIN)/python --group browser
-	$(BIN)/python -m pytest -m browser tests/test_report_browser.py
+	$(BIN)/python -m pytest -m browser tests/report/test_report_browser.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Run folders and students that an earlier version wrote load, go on and end as they did there.
 
-`tests/data/77d3503` was written by the commit of that name: a teacher, its text, and runs that were
+`tests/old_files` was written by the commit of that name: a teacher, its text, and runs that were
 stopped after three of six steps. Beside each run stand the student and the losses of the same run
 without the stop. `/PROJECT` stands for the folder's own path.
 """
@@ -19,7 +19,7 @@ from tiny_onn.distill.loop import run_distill
 from tiny_onn.runs.folder import read_run_config
 from tiny_onn.runs.metrics import read_metrics
 
-OLD = Path(__file__).parent / "data" / "77d3503"
+OLD = Path(__file__).parent / "old_files"
 RUNS = ("adamw", "adamw8bit", "adafactor")
 
 

@@ -2,7 +2,7 @@
 
 After a change that is meant to move the curve, write it again and say why in the commit:
 
-    PYTHONPATH=tests python tests/test_golden.py
+    PYTHONPATH=tests python tests/distill/test_golden.py
 """
 
 import json
@@ -126,6 +126,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     CURVE.parent.mkdir(exist_ok=True)
-    note = "losses of tests/test_golden.py, written by `python tests/test_golden.py`"
+    note = (
+        "losses of tests/distill/test_golden.py, written by `python tests/distill/test_golden.py`"
+    )
     text = json.dumps({"what": note, "torch": torch.__version__, "losses": curve()}, indent=1)
     CURVE.write_text(text + "\n")
