@@ -8,18 +8,18 @@ without the stop. `/PROJECT` stands for the folder's own path.
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
+from repository import ROOT
 from tiny import make_ids
 from tiny_onn import TinyOnnForCausalLM
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.runs.folder import read_run_config
 from tiny_onn.runs.metrics import read_metrics
 
-OLD = Path(__file__).parent / "old_files"
+OLD = ROOT / "tests" / "old_files"
 RUNS = ("adamw", "adamw8bit", "adafactor")
 
 

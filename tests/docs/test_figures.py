@@ -3,13 +3,11 @@
 import importlib
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
+from repository import ROOT
 from tiny_onn.report.theme import THEMES, colours, vega_config
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ triton reads TRITON_INTERPRET when it is imported. The interpreter's bfloat16 is
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from expert_cases import PATTERNS, Case, by_definition, make_case, smk_step
+from repository import ROOT
 from tiny_onn.ops import decode, dense_masked, reference, sparse
 from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.ops.surprise import SmkRule
@@ -47,7 +47,7 @@ def test_the_kernels_pass_in_the_interpreter():
         text=True,
         env=variables,
         check=False,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert "passed" in done.stdout
