@@ -217,7 +217,6 @@ README_ROWS = (
     "card's step, memory with the context",
     "SMK's cost, packed rows",
     "expert layer, 32,768 tokens, k = 16",
-    "decode, one layer, k = 4",
     "decode, one layer, k = 16",
     "decode, one layer, k = 16, share of the bandwidth",
     "decode, Qwen3-0.6B, k = 16, tokens/s",
