@@ -1,5 +1,6 @@
 """What the pages name is there: files, headings, commands and programs."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -77,3 +78,15 @@ def test_programs_that_are_named_exist(name):
         assert importlib.util.find_spec(program.rstrip(".")) is not None, program
     named = set(re.findall(r"python -m benchmarks ([a-z_]+)", text))
     assert named <= set(NAMES)
+
+
+def test_contributing_shows_the_layers_that_are_checked():
+    tree = ast.parse((ROOT / "tests" / "test_conventions.py").read_text("utf-8"))
+    (layers,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
+    ]
+    (block,) = re.findall(r"```text\n(.*?)```", TEXTS["CONTRIBUTING.md"], re.DOTALL)
+    shown = [row.strip().split(", ") for row in block.split("<")]
+    assert shown == [list(row) for row in layers if row != ("__init__",)]
