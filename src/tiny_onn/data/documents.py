@@ -11,7 +11,7 @@ _DOCUMENT_CHARS = 64_000
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text as its source holds it, or a chat that was rendered to text."""
+    """A text as its source holds it, or a chat that was rendered to text."""
 
     text: str
     source: str

@@ -48,7 +48,7 @@ NO_ORIGIN = Origin("", 0, 0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
-    """One row of fragments, with the boundaries and masks that keep the fragments apart."""
+    """A row of fragments, with the boundaries and masks that keep the fragments apart."""
 
     input_ids: Int[Tensor, "1 tokens"]
     """Token ids, int64."""
