@@ -1,1 +1,1 @@
-"""The expert layer: definition (`reference`), dense path, grouped path, and which when."""
+"""Functions on tensors: the expert layer and its paths, surprise, and the distillation loss."""

@@ -34,7 +34,7 @@ MAX_EXPERTS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Blocks:
+class KernelBlocks:
     """How the work is cut into programs; results differ by rounding only."""
 
     width: int = 8
@@ -122,7 +122,7 @@ def expert_layer(
     activation: str,
     expert_scale_E: Float[Tensor, " experts"] | None = None,
     mean_outputs_ED: Float[Tensor, "experts hidden"] | None = None,
-    blocks: Blocks | None = None,
+    blocks: KernelBlocks | None = None,
 ) -> Float[Tensor, "tokens hidden"]:
     """The layer's output, `y[t] = sum_e weights[t, e] * scale[e] * expert_e(x[t])`, in x's format.
 
@@ -162,7 +162,7 @@ def routed_expert_layer(
     activation: str,
     expert_scale_E: Float[Tensor, " experts"] | None = None,
     mean_outputs_ED: Float[Tensor, "experts hidden"] | None = None,
-    blocks: Blocks | None = None,
+    blocks: KernelBlocks | None = None,
 ) -> Decoded:
     """`expert_layer` of the routing that a linear gate and a rule give, and that routing.
 
@@ -212,9 +212,9 @@ def _run(  # noqa: PLR0917
     rule: Selecting | None,
     activation: str,
     corrections: tuple[Tensor | None, Tensor | None],
-    blocks: Blocks | None,
+    blocks: KernelBlocks | None,
 ) -> Tensor:
-    blocks = blocks or Blocks()
+    blocks = blocks or KernelBlocks()
     expert_scale_E, mean_outputs_ED = corrections
     x_TD = x_TD.contiguous()
     E, D, I = down_EDI.shape

@@ -25,17 +25,26 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.schema import Surprise
-from tiny_onn.ops.layout import joined_down, parted_down
+from tiny_onn.ops.layout import ExpertWeights, joined_down, parted_down
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.regions import (
     Activation,
-    activation_and_slope,
+    NeuronState,
     gradient_region,
+    gram_coefficients,
     hidden_region,
     region_of,
-    wide,
+    to_math_dtype,
 )
-from tiny_onn.ops.router_gradient import SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import (
+    GRAM_KINDS,
+    RoutingTables,
+    SmkStep,
+    SurpriseTerms,
+    closed_form_surprise,
+    router_gradient,
+    squared_norms,
+)
 
 
 def expert_layer(
@@ -176,22 +185,24 @@ class _DenseMasked(torch.autograd.Function):
             del hidden, grad_pre
             dots.append(dot)
             if smk is not None:
-                kind, act = smk.rule.surprise, options.activation
+                kind = smk.rule.surprise
                 x_sq, grad_y_sq = squared_norms(kind, x, grad_y, compiled=options.compiled)
-                sums = Sums(
+                terms = SurpriseTerms(
                     x_sq_T1=x_sq,
                     grad_y_sq_T1=grad_y_sq,
                     pre_sq_TE=pre_sq,
                     hidden_sq_TE=hidden_sq,
                     dot_TE=dot,
                 )
-                surprises.append(_surprise(kind, sums, pre, grad_hidden, gate_up, down, act))
+                neurons = NeuronState(pre, grad_hidden, options.activation)
+                surprises.append(_surprise(kind, terms, neurons, ExpertWeights(gate_up, down)))
         del gate_up_FD, down_DF
         grad_weights = _joined(dots).to(weights_TE.dtype) if need_weights else None
         grad_logits = None
         if smk is not None:
-            routing = (weights_TE, logits_TE, active_TE, token_mask_T)
-            grad_logits = teach(smk, _joined(surprises), *routing, compiled=options.compiled)
+            routing = RoutingTables(weights_TE, logits_TE, active_TE, token_mask_T)
+            surprise_TE = _joined(surprises)
+            grad_logits = router_gradient(smk, surprise_TE, routing, compiled=options.compiled)
         return (
             grad_x,
             grad_gate_up.take().view_as(gate_up).to(gate_up.dtype) if need_gate_up else None,
@@ -214,7 +225,7 @@ class _Product:
     def add(self, left_TF: Tensor, right_TD: Tensor) -> None:
         if self.total is None:
             product_FD = left_TF.T @ right_TD
-            self.total = wide(product_FD) if self.num_chunks > 1 else product_FD
+            self.total = to_math_dtype(product_FD) if self.num_chunks > 1 else product_FD
         elif self.total.dtype == right_TD.dtype:
             self.total.addmm_(left_TF.T, right_TD)
         else:
@@ -230,25 +241,14 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _surprise(  # noqa: PLR0917
-    kind: Surprise,
-    sums: Sums,
-    pre_TE2I: Tensor,
-    grad_hidden_TEI: Tensor,
-    gate_up_EJD: Tensor,
-    down_EDI: Tensor,
-    activation: Activation,
+def _surprise(
+    kind: Surprise, terms: SurpriseTerms, neurons: NeuronState, weights: ExpertWeights
 ) -> Float[Tensor, "tokens experts"]:
-    """`reference.surprise` for all tokens at once."""
-    if kind not in ("magnitude", "input"):
-        return closed_form(kind, sums)
-    gate, up = wide(pre_TE2I[:, :, 0]), wide(pre_TE2I[:, :, 1])
-    if kind == "magnitude":
-        return gram_norm(activation(gate) * up, down_EDI.mT)
-    value, slope = activation_and_slope(activation, gate)
-    grad_hidden = wide(grad_hidden_TEI)
-    grads_TEJ = torch.cat((grad_hidden * up * slope, grad_hidden * value), dim=-1)
-    return gram_norm(grads_TEJ, gate_up_EJD)
+    """Return `reference.surprise` of all tokens at once."""
+    if kind not in GRAM_KINDS:
+        return closed_form_surprise(kind, terms)
+    matrix = weights.down_EDI.mT if kind == "magnitude" else weights.gate_up_EJD
+    return gram_norm(gram_coefficients(kind, neurons), matrix)
 
 
 def gram_norm(

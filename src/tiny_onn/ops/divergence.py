@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiny_onn.ops.regions import wide
+from tiny_onn.ops.regions import to_math_dtype
 
 IGNORED_LABEL = -100
 
@@ -55,7 +55,7 @@ def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
     `s_CV` is overwritten by the loss' gradient at it, over temperature and scale, so that nothing
     of its size outlives the call.
     """
-    s, q = _finish(wide(s_CV), student), _finish(wide(q_CV), teacher)
+    s, q = _finish(to_math_dtype(s_CV), student), _finish(to_math_dtype(q_CV), teacher)
     lse_s, lse_q = s.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
     log_s, log_q = s - lse_s, q - lse_q
     probs_s, probs_q = log_s.exp(), log_q.exp()
@@ -67,8 +67,8 @@ def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
         -(p * log_p).sum(-1) for p, log_p in ((probs_s, log_s), (probs_q, log_q))
     )
     # Gathered from the products: no chunk of log-probabilities is then ever written.
-    student_nll = (lse_s - _finish(wide(s_CV.gather(-1, index_C1)), student))[:, 0]
-    teacher_nll = (lse_q - _finish(wide(q_CV.gather(-1, index_C1)), teacher))[:, 0]
+    student_nll = (lse_s - _finish(to_math_dtype(s_CV.gather(-1, index_C1)), student))[:, 0]
+    teacher_nll = (lse_q - _finish(to_math_dtype(q_CV.gather(-1, index_C1)), teacher))[:, 0]
     if temperature != 1:
         s_t, q_t = s / temperature, q / temperature
         log_s = s_t - s_t.logsumexp(-1, keepdim=True)

@@ -28,16 +28,26 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.schema import Surprise
+from tiny_onn.ops.layout import ExpertWeights
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.regions import (
     Activation,
-    activation_and_slope,
+    NeuronState,
     gradient_region,
+    gram_coefficients,
     hidden_region,
     region_of,
-    wide,
+    to_math_dtype,
 )
-from tiny_onn.ops.router_gradient import SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import (
+    GRAM_KINDS,
+    RoutingTables,
+    SmkStep,
+    SurpriseTerms,
+    closed_form_surprise,
+    router_gradient,
+    squared_norms,
+)
 
 # Rows of an expert that a CPU's bfloat16 products are rounded up to, see `_bounds`.
 ROUND_ROWS = 64
@@ -110,13 +120,12 @@ def scatter_mm(
     if groups.order_R is not None:
         out_RD = F.grouped_mm(rows_RJ, weight_EJD.to(rows_RJ.dtype), offs=groups.ends_E)
         return F.embedding_bag(groups.order_R, out_RD, groups.starts_T, mode="sum")
-    wide = torch.float64 if rows_RJ.dtype == torch.float64 else torch.float32
-    y_TD = rows_RJ.new_zeros(num_tokens, weight_EJD.shape[2], dtype=wide)
+    y_TD = to_math_dtype(rows_RJ.new_zeros(num_tokens, weight_EJD.shape[2]))
     for e, begin, end, stop in _bounds(groups, rows_RJ):
         weight_JD = weight_EJD[e].to(rows_RJ.dtype)
         rows_ND = (rows_RJ[begin:stop] @ weight_JD)[: end - begin]
         # A token occurs once per expert: no two additions of a call meet.
-        y_TD.index_add_(0, groups.token_R[begin:end], rows_ND.to(wide))
+        y_TD.index_add_(0, groups.token_R[begin:end], to_math_dtype(rows_ND))
     return y_TD.to(rows_RJ.dtype)
 
 
@@ -294,49 +303,34 @@ class _Grouped(torch.autograd.Function):
         if need_logits and (smk := options.smk) is not None:
             kind = smk.rule.surprise
             x_sq, grad_y_sq = squared_norms(kind, x_TD, grad_y_TD, compiled=options.compiled)
-            sums = Sums(
+            terms = SurpriseTerms(
                 x_sq_T1=x_sq[groups.token_R],
                 grad_y_sq_T1=grad_y_sq[groups.token_R],
                 pre_sq_TE=pre_sq_R[:, None],
                 hidden_sq_TE=hidden_sq_R[:, None],
                 dot_TE=dot_R[:, None],
             )
-            surprise_R = _row_surprise(
-                kind,
-                sums,
-                pre_R2I,
-                grad_hidden_RI,
-                gate_up,
-                down,
-                groups,
-                options.activation,
-            )
+            neurons = NeuronState(pre_R2I, grad_hidden_RI, options.activation)
+            weights = ExpertWeights(gate_up, down)
+            surprise_R = _row_surprise(kind, terms, neurons, weights, groups)
             surprise_TE = _spread(surprise_R, groups, active_TE)
-            routing = (weights_TE, logits_TE, active_TE, token_mask_T)
-            grad_logits = teach(smk, surprise_TE, *routing, compiled=options.compiled)
+            routing = RoutingTables(weights_TE, logits_TE, active_TE, token_mask_T)
+            grad_logits = router_gradient(smk, surprise_TE, routing, compiled=options.compiled)
         return grad_x, grad_gate_up, grad_down, grad_weights, grad_logits, None, None, None
 
 
-def _row_surprise(  # noqa: PLR0917
+def _row_surprise(
     kind: Surprise,
-    sums: Sums,
-    pre_R2I: Tensor,
-    grad_hidden_RI: Tensor,
-    gate_up_EJD: Tensor,
-    down_EDI: Tensor,
+    terms: SurpriseTerms,
+    neurons: NeuronState,
+    weights: ExpertWeights,
     groups: Groups,
-    activation: Activation,
 ) -> Float[Tensor, " rows"]:
-    """Surprise of every row at unit weight: `reference.surprise` of the active pairs."""
-    if kind not in ("magnitude", "input"):
-        return closed_form(kind, sums)[:, 0]
-    gate, up = wide(pre_R2I[:, 0]), wide(pre_R2I[:, 1])
-    if kind == "magnitude":
-        return _gram_norm(activation(gate) * up, down_EDI.mT, groups)
-    value, slope = activation_and_slope(activation, gate)
-    grad_hidden = wide(grad_hidden_RI)
-    grads_RJ = torch.cat((grad_hidden * up * slope, grad_hidden * value), dim=-1)
-    return _gram_norm(grads_RJ, gate_up_EJD, groups)
+    """Return the surprise of every row at unit weight: `reference.surprise` of active pairs."""
+    if kind not in GRAM_KINDS:
+        return closed_form_surprise(kind, terms)[:, 0]
+    matrix = weights.down_EDI.mT if kind == "magnitude" else weights.gate_up_EJD
+    return _gram_norm(gram_coefficients(kind, neurons), matrix, groups)
 
 
 def _gram_norm(rows_RJ: Tensor, weight_EJD: Tensor, groups: Groups) -> Float[Tensor, " rows"]:

@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tiny_onn.ops.router_gradient import SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import (
+    RoutingTables,
+    SmkStep,
+    SurpriseTerms,
+    closed_form_surprise,
+    router_gradient,
+    squared_norms,
+)
 
 # The kinds of surprise that need no Gram matrix.
 KINDS = ("parameters", "output", "gain", "relative")
@@ -50,19 +57,22 @@ def lesson(  # noqa: PLR0917
         tensors = (sums_3TE, weights_TE, logits_TE, active_TE, token_mask_T)
         return _in_one_launch(smk, x_TD, grad_y_TD, *tensors, lesson_T)
     x_sq, grad_y_sq = squared_norms(smk.rule.surprise, x_TD, grad_y_TD, compiled=compiled)
-    sums = Sums(
+    sums = SurpriseTerms(
         x_sq_T1=x_sq,
         grad_y_sq_T1=grad_y_sq,
         pre_sq_TE=sums_3TE[0],
         hidden_sq_TE=sums_3TE[1],
         dot_TE=sums_3TE[2],
     )
-    routing = (closed_form(smk.rule.surprise, sums), weights_TE, logits_TE, active_TE)
+    surprise_TE = closed_form_surprise(smk.rule.surprise, sums)
+    routing = RoutingTables(weights_TE, logits_TE, active_TE, token_mask_T)
     if lesson_T is None:
-        return teach(smk, *routing, token_mask_T, compiled=compiled)
-    whole_TE = teach(smk, *routing, token_mask_T & lesson_T, compiled=compiled)
+        return router_gradient(smk, surprise_TE, routing, compiled=compiled)
+    whole = routing._replace(token_mask_T=token_mask_T & lesson_T)
+    whole_TE = router_gradient(smk, surprise_TE, whole, compiled=compiled)
     others = replace(smk, rule=replace(smk.rule, candidates="active"), capture=None)
-    return whole_TE + teach(others, *routing, token_mask_T & ~lesson_T, compiled=compiled)
+    rest = routing._replace(token_mask_T=token_mask_T & ~lesson_T)
+    return whole_TE + router_gradient(others, surprise_TE, rest, compiled=compiled)
 
 
 def _in_one_launch(  # noqa: PLR0917
