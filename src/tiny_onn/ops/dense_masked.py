@@ -1,15 +1,16 @@
-"""The expert layer, dense and masked: every expert computed, the routing weight applied in between.
+"""The expert layer, dense and masked: it computes every expert on every token.
 
-At half density with narrow experts, gathering tokens costs more than it saves, so training runs two
-large matrix products and one elementwise region each way. The backward pass has everything at hand
-that surprise is made of, so the same `autograd.Function` returns, as the gradient of the router
-logits, the gradient of the SMK loss: both systems learn in one backward pass, and it is an ordinary
-gradient for checkpointing, accumulation and data parallelism.
+The routing weight is applied between the two matrix products of the forward pass. At half density
+with narrow experts, gathering tokens costs more than it saves, so training runs two large matrix
+products and one elementwise region each way. The backward pass has everything at hand that surprise
+is made of, so the same `autograd.Function` returns the gradient of the SMK loss as the gradient of
+the router's logits: both systems learn in one backward pass, and checkpointing, accumulation and
+data parallelism meet an ordinary gradient.
 
-Cost: 6 * T * F * D multiply-adds forward and backward together with 3 matrix products each counted
-once (9 in all), as a dense MLP. Memory kept for backward: x and the (T, 2F) pre-activations. In
-chunks of C tokens only x is kept: the working set is that of C tokens, and the pre-activations are
-computed again in the backward pass (11 in all).
+Cost: forward and backward pass together take 9 * T * F * D multiply-adds, as in a dense MLP: 3 in
+the forward pass (gate, up and down), 6 in the backward pass. Memory kept for backward: x and the
+(T, 2F) pre-activations. With chunks of C tokens only x is kept: the working set is that of C
+tokens, and the backward pass computes the pre-activations again (11 * T * F * D in all).
 
 Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows,
 F = E * I neurons.
@@ -61,11 +62,11 @@ def expert_layer(
     compiled: bool = False,
     chunk_tokens: int = 0,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])`.
+    """Return the layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])`.
 
-    Defined by `reference.expert_layer`. The gradient of x, of the experts and of the routing
-    weights (inactive ones too) is the loss'. The gradient of `router_logits_TE` is that of the SMK
-    loss when `smk` is given and None otherwise.
+    `reference.expert_layer` defines it. The gradients of x, of the experts and of the routing
+    weights (inactive ones too) are those of the loss. The gradient of `router_logits_TE` is that of
+    the SMK loss when `smk` is given, and None otherwise.
 
     Args:
         x_TD: the layer's input, in the compute format; under autocast it is cast to autocast's.
@@ -73,13 +74,13 @@ def expert_layer(
         down_EDI: down projections, any format; cast to x's.
         weights_TE: routing weights, 0 where inactive.
         router_logits_TE: the gate's float32 logits.
-        activation: elementwise.
+        activation: the experts' activation, an elementwise function.
         active_TE: active experts, the candidates of SMK; None: where the weights are not 0.
         token_mask_T: tokens that count in SMK targets and statistics; None: all.
-        smk: how the gate is taught; None: it is not.
-        compiled: fuse the elementwise regions with torch.compile.
-        chunk_tokens: tokens that both passes process at once, 0: all; the experts' gradients are
-            then summed over chunks in float32.
+        smk: the instructions for the router's gradient; None: it gets none.
+        compiled: whether torch.compile fuses the elementwise regions.
+        chunk_tokens: number of tokens that both passes process at once; 0: all. With several chunks
+            the experts' gradients are summed in float32.
     """
     if active_TE is None:
         active_TE = weights_TE != 0
@@ -216,7 +217,7 @@ class _DenseMasked(torch.autograd.Function):
 
 
 class _Product:
-    """The sum over chunks of `left.T @ right`, in float32 if there is more than one."""
+    """The sum over chunks of `left.T @ right`, in float32 if there is more than one chunk."""
 
     def __init__(self, num_chunks: int) -> None:
         self.num_chunks = num_chunks
@@ -255,7 +256,10 @@ def gram_norm(
     coefficients_TEJ: Float[Tensor, "tokens experts rows"],
     rows_EJD: Float[Tensor, "experts rows hidden"],
 ) -> Float[Tensor, "tokens experts"]:
-    """`|sum_j c[t, e, j] rows[e, j]|` through the rows' Gram matrix: nothing of size T * E * D."""
+    """Return `|sum_j c[t, e, j] rows[e, j]|` without a tensor of size T * E * D.
+
+    The squared norm is a quadratic form of the coefficients in the rows' Gram matrix.
+    """
     rows_EJD = rows_EJD.to(coefficients_TEJ.dtype)
     gram_EJJ = rows_EJD @ rows_EJD.mT
     coefficients_ETJ = coefficients_TEJ.transpose(0, 1)

@@ -83,20 +83,21 @@ class SurpriseTally(NamedTuple):
 
     @property
     def pick_E(self) -> Tensor:  # noqa: N802
-        """Tokens with a target whose largest candidate logit is the expert's."""
+        """Number of tokens with a target whose largest candidate logit is the expert's."""
         return self.sums_4E[2]
 
     @property
     def target_E(self) -> Tensor:  # noqa: N802
-        """Tokens whose target includes the expert."""
+        """Number of tokens whose target includes the expert."""
         return self.sums_4E[3]
 
     def shuffled_agreements(self) -> float:
-        """How many tokens' largest candidate logit is at the target of another token, on average.
+        """Return the agreements to expect if tokens exchanged their targets at random.
 
-        Over all other tokens with a target, each as likely: what targets agree with by their
-        frequencies alone. Of N tokens, pairs of pick and target meet `pick . target` times, of
-        which `num_agree` are tokens with themselves, in N - 1 pairs each.
+        The agreement that remains comes from the experts' frequencies alone. A token's pick (its
+        largest candidate logit) is compared with the target of every other token that has one.
+        Among all pairs of N tokens, pick and target meet `pick . target` times; `num_agree` of
+        these pair a token with itself; the rest is divided by the N - 1 partners of a token.
         """
         pairs = float(self.pick_E.double() @ self.target_E.double())
         return (pairs - float(self.num_agree)) / max(1.0, float(self.num_targets) - 1)
@@ -104,27 +105,27 @@ class SurpriseTally(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class SmkStep:
-    """What the backward pass needs to teach the gate."""
+    """A step's instructions for the router's gradient, which the backward pass computes."""
 
     rule: SmkRule
-    """Which surprise points where."""
+    """The rule by which surprise points at targets."""
     grad_scale: float
-    """The gate's gradient is `(softmax - target) * grad_scale`: coefficient / the step's tokens."""
+    """Factor of the router's gradient: the loss' coefficient over the tokens of the step."""
     loss_scale: float = 1.0
-    """Surprise is multiplied by it: the divisor of the loss, so that surprise is free of it."""
+    """Factor of surprise: the divisor of the loss, so that surprise does not depend on it."""
     tally: SurpriseTally | None = None
-    """Where statistics go."""
+    """Statistics to add to; None: none are kept."""
     capture: list[Tensor] | None = field(default=None, repr=False)
-    """Where whole (tokens, experts) surprise tensors go, for probing; None: nowhere."""
+    """List that receives whole (tokens, experts) surprise tensors, for probing; None: none."""
     num_shared: int = 0
-    """Experts, the first ones, that the gate does not choose: no candidates, no gradient."""
+    """Number of shared experts: the first ones, which are no candidates and get no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SurpriseTerms:
-    """What every surprise but the Gram ones is made of, at unit routing weight, in float32.
+    """The terms of every surprise that needs no Gram matrix, at unit routing weight, in float32.
 
-    Whole (T, E) tables, or one column of active pairs.
+    The tables are whole (T, E), or they have one row per active pair and a single column.
     """
 
     x_sq_T1: Tensor
@@ -132,11 +133,11 @@ class SurpriseTerms:
     grad_y_sq_T1: Tensor
     """Squared norm of the gradient at the layer's output."""
     pre_sq_TE: Tensor
-    """Squared gradients of gate and up pre-activations."""
+    """Sum over neurons of the squared gradients at the gate and up pre-activations."""
     hidden_sq_TE: Tensor
-    """Squared hidden activations."""
+    """Sum over neurons of the squared hidden activations."""
     dot_TE: Tensor
-    """Hidden activations times their gradient, `<grad_y, expert(x)>`."""
+    """Sum of hidden activations times their gradients, `<grad_y, expert(x)>`."""
 
 
 def squared_norms(
@@ -146,9 +147,9 @@ def squared_norms(
     *,
     compiled: bool,
 ) -> tuple[Float[Tensor, "tokens 1"], Float[Tensor, "tokens 1"]]:
-    """Both tensors' squared norms by token, or zeros for a kind that reads neither.
+    """Return both tensors' squared norms by token, or zeros for a kind that reads neither.
 
-    They are two passes over (T, D), which cost a GPU a tenth of the layer.
+    The two passes over (T, D) cost a GPU a tenth of the layer's time.
     """
     if kind not in NORMED:
         zeros_T1 = to_math_dtype(x_TD.new_zeros(len(x_TD), 1))
@@ -157,25 +158,25 @@ def squared_norms(
     return norm(x_TD.detach()), norm(grad_y_TD.detach())
 
 
-def closed_form_surprise(kind: Surprise, sums: SurpriseTerms) -> Float[Tensor, "tokens experts"]:
-    """`reference.surprise` of a kind that needs no Gram matrix (not `input`, not `magnitude`).
+def closed_form_surprise(kind: Surprise, terms: SurpriseTerms) -> Float[Tensor, "tokens experts"]:
+    """Return `reference.surprise` of a kind that needs no Gram matrix (see `GRAM_KINDS`).
 
     A token's gradient of a linear map is an outer product, whose norm is the product of two vector
     norms. Source: Goodfellow, "Efficient Per-Example Gradient Computations", arXiv 1510.01799.
     """
     if kind == "gain":
-        return -sums.dot_TE
+        return -terms.dot_TE
     if kind == "output":
-        return sums.grad_y_sq_T1.sqrt().expand_as(sums.dot_TE)
-    squared_TE = sums.x_sq_T1 * sums.pre_sq_TE + sums.hidden_sq_TE * sums.grad_y_sq_T1
+        return terms.grad_y_sq_T1.sqrt().expand_as(terms.dot_TE)
+    squared_TE = terms.x_sq_T1 * terms.pre_sq_TE + terms.hidden_sq_TE * terms.grad_y_sq_T1
     if kind == "relative":
-        ratio_TE = squared_TE / sums.hidden_sq_TE
-        return torch.where(sums.hidden_sq_TE > 0, ratio_TE, 0).sqrt()
+        ratio_TE = squared_TE / terms.hidden_sq_TE
+        return torch.where(terms.hidden_sq_TE > 0, ratio_TE, 0).sqrt()
     return squared_TE.sqrt()
 
 
 class SmkUpdate(NamedTuple):
-    """What one layer's surprise says: the gate's gradient, and what a `SurpriseTally` adds up."""
+    """The router's gradient in one layer, and the addends of its `SurpriseTally`."""
 
     grad_TE: Tensor
     counts_4: Tensor
@@ -235,7 +236,7 @@ def router_gradient(
 def smk_update_region(
     rule: SmkRule, surprise_TE: Tensor, logits_TE: Tensor, active_TE: Tensor, token_mask_T: Tensor
 ) -> SmkUpdate:
-    """Targets from surprise, their gradient at the logits, and the counts: to compile."""
+    """Compute targets from surprise, their gradient at the logits and the counts; to compile."""
     targets_TE = smk_targets(surprise_TE, active_TE, token_mask_T, rule)
     candidates_TE = active_TE if rule.candidates == "active" else torch.ones_like(active_TE)
     pick_T1 = logits_TE.masked_fill(~candidates_TE, float("-inf")).argmax(-1, keepdim=True)
