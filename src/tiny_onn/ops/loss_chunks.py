@@ -6,8 +6,8 @@ from torch import Tensor
 from tiny_onn.config.schema import LossConfig
 
 CPU_LOSS_CHUNK_TOKENS = 512
-# Matrix products are slow below the smaller number. Above the larger one time is not gained and
-# memory is spent: 32,768 tokens took an H100 121 ms and 0.93 GiB in chunks of 1,024, 119 ms and
+# Matrix products are slow below the smaller number. Above the larger one more memory buys no time:
+# 32,768 tokens took an H100 121 ms and 0.93 GiB in chunks of 1,024, 119 ms and
 # 1.80 GiB in chunks of 2,048 (`gpu.py --sections loss`, V 151,936).
 GPU_LOSS_CHUNK_TOKENS = (128, 1024)
 # The logits may take this share of the memory that is free before the first step.
