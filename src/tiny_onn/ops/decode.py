@@ -53,7 +53,7 @@ class KernelBlocks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selecting:
-    """The rule by which the kernels select: that of `router.route`."""
+    """The rule by which the kernels select, as `router.route` does."""
 
     num_active: int
     """Number of routed experts, those of the largest logits; 0: a budget's threshold decides."""

@@ -34,7 +34,7 @@ def activation_and_slope(
     activation: Activation, gate: Float[Tensor, "..."]
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """Return `act(gate)` and `act'(gate)` of any elementwise activation, by differentiating it."""
-    # Not torch.func.jvp: torch.compile cannot trace it with a symbolic number of tokens (2.13).
+    # torch.compile cannot trace torch.func.jvp with a symbolic number of tokens (2.13).
     value, pull_back = torch.func.vjp(activation, gate)  # pyright: ignore[reportAssignmentType]
     return value, pull_back(torch.ones_like(value))[0]
 

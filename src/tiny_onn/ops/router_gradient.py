@@ -22,9 +22,9 @@ from tiny_onn.ops.surprise import (
     smk_targets,
 )
 
-# The kinds that read the norms of the layer's input and of the gradient at its output.
+# These kinds read the norms of the layer's input and of the gradient at its output.
 NORMED = ("parameters", "output", "relative")
-# The kinds that need a Gram matrix of each expert's weights.
+# These kinds need a Gram matrix of each expert's weights.
 GRAM_KINDS = ("input", "magnitude")
 
 
@@ -184,7 +184,7 @@ class SmkUpdate(NamedTuple):
 
 
 class RoutingTables(NamedTuple):
-    """One layer's routing of some tokens, as far as the router's gradient depends on it."""
+    """The routing of a layer's tokens, as far as the router's gradient depends on it."""
 
     weights_TE: Float[Tensor, "tokens experts"]
     """Routing weights, 0 where inactive."""
