@@ -42,7 +42,7 @@ def assert_learns_nothing_about_shared_experts(bank: ExpertBank, tally: Surprise
         assert gate.grad is not None
         assert torch.equal(gate.grad[:S], torch.zeros_like(gate.grad[:S]))
         assert (gate.grad[S:] != 0).any()
-    # The shared ones learn as all experts do.
+    # Shared experts learn as all experts do.
     assert bank.experts.down_proj.grad is not None
     assert (bank.experts.down_proj.grad[:S] != 0).any()
     assert not tally.target_E[:S].any() and not tally.pick_E[:S].any()
