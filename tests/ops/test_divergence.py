@@ -5,7 +5,7 @@ import torch
 
 from loss_cases import BETA, DIVERGENCES, assert_same, make_case, run
 from tiny_onn.ops.distillation_loss import Head, distill
-from tiny_onn.ops.divergence import divergence_region
+from tiny_onn.ops.divergence import DivergenceChoice, divergence_region
 
 HEADS = pytest.mark.parametrize(
     "head",
@@ -31,11 +31,8 @@ def test_region_is_the_definition(divergence, temperature, head):
         s_CV,
         product(case.teacher_hidden, case.teacher_head),
         case.labels,
-        case.student_head.map(),
-        case.teacher_head.map(),
-        divergence,
-        temperature,
-        BETA,
+        (case.student_head.map(), case.teacher_head.map()),
+        DivergenceChoice(divergence, temperature, BETA),
     )
     assert_same(values, expected)
     grad = s_CV @ case.student_head.weight * temperature * case.student_head.scale

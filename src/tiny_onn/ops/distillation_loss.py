@@ -29,6 +29,7 @@ belong to the student, those named `q_` to the teacher.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, assert_never
 
 import torch
@@ -40,6 +41,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.ops.divergence import (
     IGNORED_LABEL,
     ChunkValues,
+    DivergenceChoice,
     HeadMap,
     divergence_region,
     finish_,
@@ -161,9 +163,8 @@ def distill(
     student, teacher = _Side(student_hidden, student_head), _Side(teacher_hidden, teacher_head)
     _check_tensors(student, teacher, labels)
     need_grad = student_hidden.requires_grad and torch.is_grad_enabled()
-    settings = _Settings(
-        divergence, temperature, jsd_beta, chunk_tokens, need_metrics, need_grad, compiled
-    )
+    choice = DivergenceChoice(divergence, temperature, jsd_beta)
+    settings = _Settings(choice, chunk_tokens, need_metrics, need_grad, compiled)
     with torch.no_grad():
         values, grad_TD = _distill_chunks(student, teacher, labels, settings)
     if not settings.need_grad:
@@ -183,9 +184,7 @@ class _Side(NamedTuple):
 class _Settings(NamedTuple):
     """The options of `distill`, and whether it needs a gradient."""
 
-    divergence: Divergence
-    temperature: float
-    jsd_beta: float
+    choice: DivergenceChoice
     chunk_tokens: int
     need_metrics: bool
     need_grad: bool
@@ -223,61 +222,63 @@ def _distill_chunks(
     # All chunks share one allocation: on a CPU, faulting in fresh pages costs more than the maths.
     C = min(settings.chunk_tokens, T)
     s_buffer_CV, q_buffer_CV = s_TD.new_empty(C, V), q_TD.new_empty(C, V)
-    fill = _fill_compiled if settings.compiled else _tiled_fill(s_buffer_CV, s_head, settings)
+    maps = (s_head.map(), q_head.map())
+    if settings.compiled:
+        fill = partial(_fill_compiled, maps, settings.choice)
+    else:
+        fill = _tiled_fill(s_buffer_CV, maps, settings)
     for start in range(0, T, settings.chunk_tokens):
         rows = slice(start, min(start + settings.chunk_tokens, T))
         s_CV, q_CV = (buffer[: rows.stop - start] for buffer in (s_buffer_CV, q_buffer_CV))
         _project(s_TD[rows], s_head, s_CV)
         _project(q_TD[rows], q_head, q_CV)
-        fill(values, rows, labels, (s_CV, q_CV), (s_head.map(), q_head.map()), settings)
+        fill(values, rows, labels[rows], (s_CV, q_CV))
         if settings.need_grad:
             torch.mm(s_CV, s_head.weight, out=grad_TD[rows])
     return values, grad_TD
 
 
 def _fill_compiled(  # noqa: PLR0917
+    maps: tuple[HeadMap, HeadMap],
+    choice: DivergenceChoice,
     values: DistillValues,
     rows: slice,
-    labels: Tensor,
+    labels_C: Tensor,
     chunks: tuple[Tensor, Tensor],
-    maps: tuple[HeadMap, HeadMap],
-    settings: _Settings,
 ) -> None:
     """Fill `rows` of `values` from both heads' products; the student's become the gradient."""
-    how = (settings.divergence, settings.temperature, settings.jsd_beta)
-    chunk: ChunkValues = compiled_region(divergence_region)(*chunks, labels[rows], *maps, *how)
+    chunk: ChunkValues = compiled_region(divergence_region)(*chunks, labels_C, maps, choice)
     for name in ChunkValues._fields:
         getattr(values, name)[rows] = getattr(chunk, name)
 
 
-def _tiled_fill(buffer_CV: Tensor, s_head: Head, settings: _Settings) -> Callable[..., None]:
+def _tiled_fill(
+    buffer_CV: Tensor, maps: tuple[HeadMap, HeadMap], settings: _Settings
+) -> Callable[..., None]:
     """Return a function that does the work of `_fill_compiled` in tiles, shared by all chunks."""
     (C, V), dtype = buffer_CV.shape, _math_dtype(buffer_CV.dtype)
     tile_bytes = CPU_TILE_BYTES if buffer_CV.device.type == "cpu" else GPU_TILE_BYTES
     R = min(C, max(1, tile_bytes // (V * dtype.itemsize)))
     tiles = [buffer_CV.new_empty((R, V), dtype=dtype) for _ in range(4)]
-    need_slope = settings.need_grad and s_head.softcap is not None
+    s_map, q_map = maps
+    need_slope = settings.need_grad and s_map.softcap is not None
     slope = torch.empty_like(tiles[0]) if need_slope else None
 
-    def fill(  # noqa: PLR0917
-        values: DistillValues,
-        rows: slice,
-        labels: Tensor,
-        chunks: tuple[Tensor, Tensor],
-        maps: tuple[HeadMap, HeadMap],
-        settings: _Settings,
+    def fill(
+        values: DistillValues, rows: slice, labels_C: Tensor, chunks: tuple[Tensor, Tensor]
     ) -> None:
-        (s_CV, q_CV), (s_map, q_map) = chunks, maps
-        for low in range(rows.start, rows.stop, R):
-            high = min(low + R, rows.stop)
-            part = slice(low - rows.start, high - rows.start)
-            s_RV, q_RV, w1_RV, w2_RV = (tile[: high - low] for tile in tiles)
-            slope_RV = None if slope is None else slope[: high - low]
+        s_CV, q_CV = chunks
+        for low in range(0, len(labels_C), R):
+            part = slice(low, min(low + R, len(labels_C)))
+            num = part.stop - low
+            s_RV, q_RV, w1_RV, w2_RV = (tile[:num] for tile in tiles)
+            slope_RV = None if slope is None else slope[:num]
             raw_RV = s_CV[part]
             finish_(s_RV.copy_(raw_RV), s_map, slope_RV)
             finish_(q_RV.copy_(q_CV[part]), q_map)
             work = (s_RV, q_RV, w1_RV, w2_RV)
-            grad_RV = _fill_rows(values, slice(low, high), labels, work, settings)
+            into = slice(rows.start + low, rows.start + part.stop)
+            grad_RV = _fill_rows(values, into, labels_C[part], work, settings)
             if grad_RV is not None:
                 raw_RV.copy_(grad_RV if slope_RV is None else grad_RV.mul_(slope_RV))
 
@@ -287,7 +288,7 @@ def _tiled_fill(buffer_CV: Tensor, s_head: Head, settings: _Settings) -> Callabl
 def _fill_rows(
     values: DistillValues,
     rows: slice,
-    labels: Tensor,
+    labels_R: Tensor,
     tiles: tuple[Tensor, Tensor, Tensor, Tensor],
     settings: _Settings,
 ) -> Tensor | None:
@@ -303,28 +304,27 @@ def _fill_rows(
     log_q_RV = torch.log_softmax(q_RV, -1, out=s_RV)
     probs_q_RV = torch.exp(log_q_RV, out=q_RV)
     if settings.need_metrics:
-        values.student_nll[rows] = nll(log_s_RV, labels[rows])
-        values.teacher_nll[rows] = nll(log_q_RV, labels[rows])
+        values.student_nll[rows] = nll(log_s_RV, labels_R)
+        values.teacher_nll[rows] = nll(log_q_RV, labels_R)
         values.teacher_entropy[rows] = -torch.mul(probs_q_RV, log_q_RV, out=w2_RV).sum(-1)
         values.student_entropy[rows] = -torch.exp(log_s_RV, out=w2_RV).mul_(log_s_RV).sum(-1)
     forward_kl_R = tile_forward_kl(log_s_RV, log_q_RV, probs_q_RV, w2_RV)
     values.forward_kl[rows] = forward_kl_R
     work = (log_s_RV, log_q_RV, probs_q_RV, w2_RV)
 
-    t = settings.temperature
+    divergence, t, beta = settings.choice
     if t != 1:
         # Log-probabilities are logits less a constant, and a softmax ignores constants.
         log_s_RV = torch.log_softmax(w1_RV.div_(t), -1, out=w2_RV)
         log_q_RV = torch.log_softmax(s_RV.div_(t), -1, out=q_RV)
         work = (log_s_RV, log_q_RV, torch.exp(log_q_RV, out=w1_RV), s_RV)
-    match settings.divergence:
+    match divergence:
         case "forward_kl":
             loss_R = forward_kl_R if t == 1 else tile_forward_kl(*work)
             grad_RV = work[0].exp_().sub_(work[2]) if settings.need_grad else None
         case "reverse_kl":
             loss_R, grad_RV = tile_reverse_kl_(*work[:2], work[3], need_grad=settings.need_grad)
         case "jsd":
-            beta = settings.jsd_beta
             loss_R, grad_RV = tile_jsd_(*work, beta=beta, need_grad=settings.need_grad)
         case _ as unknown:
             assert_never(unknown)

@@ -28,6 +28,14 @@ class HeadMap(NamedTuple):
     softcap: float | None
 
 
+class DivergenceChoice(NamedTuple):
+    """The divergence of a loss, the temperature, and the teacher's weight in the mixture of jsd."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    temperature: float
+    jsd_beta: float
+
+
 class ChunkValues(NamedTuple):
     """Values of each token, in nats; float32, or float64 for float64 logits."""
 
@@ -40,21 +48,20 @@ class ChunkValues(NamedTuple):
     agrees: Tensor
 
 
-def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
+def divergence_region(
     s_CV: Float[Tensor, "tokens vocab"],
     q_CV: Float[Tensor, "tokens vocab"],
     labels_C: Int[Tensor, " tokens"],
-    student: HeadMap,
-    teacher: HeadMap,
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"],
-    temperature: float,
-    jsd_beta: float,
+    maps: tuple[HeadMap, HeadMap],
+    choice: DivergenceChoice,
 ) -> ChunkValues:
     """Compute `distillation_loss.distill` of one chunk from the heads' matrix products.
 
     The gradient of the loss with respect to `s_CV`, divided by temperature and scale, overwrites
-    `s_CV`, so that nothing of its size outlives the call.
+    `s_CV`, so that nothing of its size outlives the call. `maps` belong to the student's head and
+    the teacher's.
     """
+    (student, teacher), (divergence, temperature, jsd_beta) = maps, choice
     s, q = _finish(to_math_dtype(s_CV), student), _finish(to_math_dtype(q_CV), teacher)
     lse_s, lse_q = s.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
     log_s, log_q = s - lse_s, q - lse_q
