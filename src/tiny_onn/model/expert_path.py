@@ -23,14 +23,14 @@ FILE = files("tiny_onn.model") / "crossover.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathChoice:
-    """The path of a run's expert layers, and why."""
+    """The path of a run's expert layers, and the reason for it."""
 
     path: Literal["dense", "grouped"]
     reason: str
 
 
 def choose_path(config: RunConfig, device: torch.device) -> PathChoice:
-    """The path that `train.expert_path` asks for; for `auto` the faster one as measured."""
+    """Return the path that `train.expert_path` asks for; for `auto` the faster one as measured."""
     path = config.train.expert_path
     if path != "auto":
         return PathChoice(path=path, reason=f'train.expert_path = "{path}"')
@@ -50,20 +50,21 @@ def choose_path(config: RunConfig, device: torch.device) -> PathChoice:
 
 
 def read_crossover() -> dict[str, dict[str, Any]]:
-    """The measured share k / E of equal speed, by `device dtype`, and where it was measured."""
+    """Read the measured share k / E of equal speed and the machine's name, by `device dtype`."""
     return json.loads(FILE.read_text("utf-8"))
 
 
 def crossover_share(dense_s: float, grouped_s: dict[int, float], num_experts: int) -> float:
-    """The share k / E at which the grouped path becomes as slow as the dense one.
+    """Return the share k / E at which the grouped path becomes as slow as the dense one.
 
-    Between the first measured k at which it is slower and the one before, by a straight line; at
-    the largest measured k, and at 0, if there is no such pair.
+    It lies on a straight line between the first measured k at which the grouped path is slower and
+    the k before it. It is 0 if the grouped path is slower at every measured k, and the largest
+    measured k / E if it is slower at none.
 
     Args:
-        dense_s: the dense path's time, whatever k is.
-        grouped_s: the grouped path's time by k.
-        num_experts: E.
+        dense_s: the dense path's time in seconds, whatever k is.
+        grouped_s: the grouped path's time in seconds by k.
+        num_experts: the number of experts E.
     """
     last_k, last_s = 0, 0.0
     for k, seconds in sorted(grouped_s.items()):
@@ -76,7 +77,7 @@ def crossover_share(dense_s: float, grouped_s: dict[int, float], num_experts: in
 
 
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
-    """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
+    """Set how each bank computes, and what its router learns from: main loss, SMK or nothing."""
     execution = Execution(
         path=choose_path(config, banks[0].experts.down_proj.device).path,
         compiled=config.train.compile,
