@@ -31,13 +31,13 @@ from expert_cases import (
 )
 from tiny import make_dense, make_student
 from tiny_onn.config.checks import validate
+from tiny_onn.config.routing_checks import path_refusal
 from tiny_onn.config.schema import ExpertsConfig, RouterConfig, RunConfig, SmkConfig, TrainConfig
 from tiny_onn.errors import UserError
 from tiny_onn.model.expert_path import (
     PathChoice,
     choose_path,
     crossover_share,
-    dense_need,
     read_crossover,
     set_objective,
 )
@@ -278,7 +278,7 @@ NEEDS_DENSE = {
 @pytest.mark.parametrize("name", NEEDS_DENSE)
 def test_settings_that_need_inactive_experts_keep_the_dense_path(name):
     config = settings(**NEEDS_DENSE[name])
-    choice = choose_path(config, torch.device("cpu"))
+    choice = choose_path(config, torch.device("cpu"), "silu")
     assert choice.path == "dense"
     assert name in choice.reason
     validate(config)
@@ -292,7 +292,7 @@ def test_the_same_settings_with_other_weights_or_objective_may_be_grouped():
         {"router": {"objective": "task"}, "experts": {"weighting": "softmax"}},
         {"router": {"objective": "none"}, "smk": {"candidates": "all"}},
     ):
-        assert dense_need(settings(**tables)) is None
+        assert path_refusal(settings(**tables), "grouped") is None
 
 
 def test_auto_compares_the_share_with_the_measured_one():
@@ -303,8 +303,9 @@ def test_auto_compares_the_share_with_the_measured_one():
             for k in (1.0, 8.0, 32.0):
                 config = settings(router={"target_k": k}, teacher={"dtype": dtype})
                 wanted = "grouped" if k / 32 < share else "dense"
-                assert choose_path(config, torch.device(device)).path == wanted
-    unknown = choose_path(settings(teacher={"dtype": "float32"}), torch.device("meta"))
+                assert choose_path(config, torch.device(device), "silu").path == wanted
+    config = settings(teacher={"dtype": "float32"})
+    unknown = choose_path(config, torch.device("meta"), "silu")
     assert unknown.path == "dense"
     assert "no crossover is measured for meta float32" in unknown.reason
 
@@ -313,7 +314,8 @@ def test_an_explicit_path_is_taken():
     for path in ("dense", "grouped"):
         config = settings(train={"expert_path": path, "compile": False})
         reason = f'train.expert_path = "{path}"'
-        assert choose_path(config, torch.device("cpu")) == PathChoice(path=path, reason=reason)
+        chosen = choose_path(config, torch.device("cpu"), "silu")
+        assert chosen == PathChoice(path=path, reason=reason)
         student = make_student(make_dense())
         set_objective(student.banks(), config)
         assert {bank.execution.path for bank in student.banks()} == {path}

@@ -3,7 +3,6 @@
 Legend: T tokens, D hidden, E experts, B blocks of tokens.
 """
 
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -42,8 +41,8 @@ def lesson(  # noqa: PLR0917
         logits_TE: the gate's logits.
         active_TE: active experts.
         token_mask_T: tokens that count.
-        lesson_T: tokens whose candidates are all experts, where the rule says `all`; the other
-            tokens' are their active ones. None: the rule says `active`.
+        lesson_T: the tokens whose candidates are all experts, all of them or `smk.lesson_mask`;
+            the other tokens' are their active ones. None: the rule's candidates are `active`.
         compiled: fuse the small operations of the cases that the kernel does not know.
     """
     if smk.rule.targets == "single" and smk.capture is None and not smk.num_shared:
@@ -58,11 +57,7 @@ def lesson(  # noqa: PLR0917
         dot_TE=sums_3TE[2],
     )
     routing = (closed_form(smk.rule.surprise, sums), weights_TE, logits_TE, active_TE)
-    if lesson_T is None:
-        return teach(smk, *routing, token_mask_T, compiled=compiled)
-    whole_TE = teach(smk, *routing, token_mask_T & lesson_T, compiled=compiled)
-    others = replace(smk, rule=replace(smk.rule, candidates="active"), capture=None)
-    return whole_TE + teach(others, *routing, token_mask_T & ~lesson_T, compiled=compiled)
+    return teach(smk, *routing, token_mask_T, compiled=compiled)
 
 
 def _in_one_launch(  # noqa: PLR0917

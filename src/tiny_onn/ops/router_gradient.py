@@ -4,11 +4,11 @@ Legend: T tokens, E experts, S of them shared.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.schema import Surprise
@@ -17,6 +17,8 @@ from tiny_onn.ops.shared_experts import routed, with_shared
 from tiny_onn.ops.surprise import (
     SmkRule,
     label_logits_grad,
+    lesson_tokens,
+    num_lesson_tokens,
     regression_grad,
     smk_logits_grad,
     smk_targets,
@@ -71,7 +73,10 @@ class SurpriseTally(NamedTuple):
 
     @property
     def surprise_E(self) -> Tensor:  # noqa: N802
-        """Sum over counted tokens of each expert's surprise, in units of the per-token loss."""
+        """Sum over counted tokens of each expert's surprise, in units of the per-token loss.
+
+        Tokens outside the lesson (`SmkRule.lesson_share`) add that of their active experts.
+        """
         return self.sums_4E[0]
 
     @property
@@ -116,6 +121,22 @@ class SmkStep:
     """Where whole (tokens, experts) surprise tensors go, for probing; None: nowhere."""
     num_shared: int = 0
     """Experts, the first ones, that the gate does not choose: no candidates, no gradient."""
+    lesson_shift: int = 0
+    """The `shift` of `lesson_tokens` for a rule that samples them."""
+
+    def lesson_mask(
+        self, num_tokens: int, device: torch.device
+    ) -> Bool[Tensor, " tokens"] | None:
+        """Return the tokens whose candidates are all experts; None: all tokens are alike."""
+        if not self.rule.samples_lesson:
+            return None
+        return lesson_tokens(num_tokens, self.rule.lesson_share, self.lesson_shift, device)
+
+    def num_lesson_tokens(self, num_tokens: int) -> int:
+        """Return how many tokens have all experts as candidates, where the rule's are `all`."""
+        if not self.rule.samples_lesson:
+            return num_tokens
+        return num_lesson_tokens(num_tokens, self.rule.lesson_share, self.lesson_shift)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,7 +215,30 @@ def teach(  # noqa: PLR0917
 
     Surprise is multiplied by the loss' divisor and, where only active experts are candidates, by
     the routing weight. `compiled` fuses some forty small operations, on a GPU alone.
+
+    Where the rule samples its lesson, the gradient is that of its tokens with all experts as
+    candidates plus that of the other tokens with their active ones, each as if the tokens of the
+    other kind were masked.
     """
+    routing = (surprise_TE, weights_TE, logits_TE, active_TE)
+    lesson_T = smk.lesson_mask(len(surprise_TE), surprise_TE.device)
+    if lesson_T is None:
+        return _teach(smk, *routing, token_mask_T, compiled=compiled)
+    sampled_TE = _teach(smk, *routing, token_mask_T & lesson_T, compiled=compiled)
+    others = replace(smk, rule=replace(smk.rule, candidates="active"), capture=None)
+    return sampled_TE + _teach(others, *routing, token_mask_T & ~lesson_T, compiled=compiled)
+
+
+def _teach(  # noqa: PLR0917
+    smk: SmkStep,
+    surprise_TE: Tensor,
+    weights_TE: Tensor,
+    logits_TE: Tensor,
+    active_TE: Tensor,
+    token_mask_T: Tensor,
+    *,
+    compiled: bool,
+) -> Float[Tensor, "tokens experts"]:
     if smk.rule.surprise != "magnitude":
         surprise_TE = surprise_TE * smk.loss_scale
     if smk.rule.candidates == "active":
