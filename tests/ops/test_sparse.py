@@ -393,7 +393,7 @@ def test_a_traced_bank_takes_the_dense_path(monkeypatch):
 def test_the_sparse_path_is_taken_where_it_is_asked_for_and_computes():
     config = change(RunConfig(), train={"expert_path": "sparse"}, teacher={"dtype": "float32"})
     assert choose_path(config, torch.device(DEVICE), "silu").path == "sparse"
-    with pytest.raises(UserError, match="know the activations .* not relu; set train.expert_path"):
+    with pytest.raises(UserError, match=r"know the activations .* not relu; set train.expert_path"):
         choose_path(config, torch.device(DEVICE), "relu")
     many = change(config, experts={"num_experts": 256})
     with pytest.raises(UserError, match="at most 128 experts, and there are 256"):

@@ -131,9 +131,7 @@ def crossover_share(dense_s: float, grouped_s: dict[int, float], num_experts: in
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
     """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
     execution = Execution(
-        path=choose_path(
-            config, banks[0].experts.down_proj.device, banks[0].activation_name
-        ).path,
+        path=choose_path(config, banks[0].experts.down_proj.device, banks[0].activation_name).path,
         compiled=config.train.compile,
         chunk_tokens=config.train.ffn_chunk_tokens,
         coupled=config.router.objective == "task",

@@ -29,9 +29,9 @@ class Execution:
 
     path: Literal["dense", "grouped", "sparse"] = "dense"
     """`dense` computes every expert on every token and masks the inactive ones, `grouped` computes
-    each expert on its own tokens, `sparse` does so by Triton kernels, which a GPU needs. While
-    torch.compile traces a bank, `dense` stands in for `sparse`. In evaluation mode and without gradients, a few tokens on a GPU
-    with triton take `ops/decode.py` whatever the path."""
+    each expert on its own tokens, `sparse` does so by Triton kernels, which need a GPU. While
+    torch.compile traces a bank, `dense` stands in for `sparse`. In evaluation mode and without
+    gradients, a few tokens on a GPU with triton take `ops/decode.py` whatever the path."""
     compiled: bool = False
     """Whether the elementwise regions are compiled."""
     chunk_tokens: int = 0

@@ -124,9 +124,7 @@ class SmkStep:
     lesson_shift: int = 0
     """The `shift` of `lesson_tokens` for a rule that samples them."""
 
-    def lesson_mask(
-        self, num_tokens: int, device: torch.device
-    ) -> Bool[Tensor, " tokens"] | None:
+    def lesson_mask(self, num_tokens: int, device: torch.device) -> Bool[Tensor, " tokens"] | None:
         """Return the tokens whose candidates are all experts; None: all tokens are alike."""
         if not self.rule.samples_lesson:
             return None

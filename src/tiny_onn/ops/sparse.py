@@ -49,9 +49,7 @@ MAX_EXPERTS = 128
 DENSE_SHARE = 0.17
 
 
-def obstacle(
-    device_type: str, dtype: torch.dtype, num_experts: int, activation: str
-) -> str | None:
+def obstacle(device_type: str, dtype: torch.dtype, num_experts: int, activation: str) -> str | None:
     """Return why these kernels cannot compute a layer here; None if they can.
 
     Args:
@@ -130,8 +128,10 @@ def expert_layer(
         listed_TE = active_TE | lesson_T[:, None]
     num_pairs = None
     if not dense_sums:
-        num_pairs = int(listed_TE.sum()) if num_active is None else T * num_active
-        num_pairs += num_taught * (E - num_active) if num_active is not None else 0
+        if num_active is None:
+            num_pairs = int(listed_TE.sum())
+        else:
+            num_pairs = T * num_active + num_taught * (E - num_active)
         dense_sums = dense_sums is None and num_pairs >= DENSE_SHARE * T * E
     options = Options(
         activation=activation,
@@ -140,18 +140,9 @@ def expert_layer(
         num_pairs=None if dense_sums else num_pairs,
         tiles=tiles or (WIDE_TILES if x_TD.dtype == torch.float32 else Tiles()),
     )
-    return _Sparse.apply(
-        x_TD,
-        gate_up_EJD,
-        down_EDI,
-        weights_TE,
-        router_logits_TE,
-        active_TE,
-        token_mask_T,
-        lesson_T,
-        listed_TE,
-        options,
-    )  # pyright: ignore[reportReturnType]
+    weights = (gate_up_EJD, down_EDI, weights_TE, router_logits_TE)
+    masks = (active_TE, token_mask_T, lesson_T, listed_TE)
+    return _Sparse.apply(x_TD, *weights, *masks, options)  # pyright: ignore[reportReturnType]
 
 
 class _Sparse(torch.autograd.Function):
