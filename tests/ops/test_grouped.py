@@ -40,6 +40,7 @@ from tiny_onn.model.expert_path import (
     choose_path,
     computed_share,
     crossover_share,
+    fastest_share,
     read_crossover,
     set_objective,
 )
@@ -389,6 +390,13 @@ def test_the_crossover_is_where_the_lines_cross():
     assert crossover_share(100.0, {4: 20.0, 16: 60.0, 32: 120.0}, 32) == pytest.approx(0.8333333)
     assert crossover_share(100.0, {4: 20.0, 16: 60.0}, 32) == 0.5
     assert crossover_share(100.0, {4: 200.0, 16: 60.0}, 32) == 0.0
+
+
+def test_the_sparse_path_is_fastest_up_to_the_dense_one_unless_the_grouped_one_is_faster():
+    sparse = {4: 20.0, 16: 60.0, 32: 120.0}
+    assert fastest_share(100.0, {4: 30.0, 16: 70.0, 32: 90.0}, sparse, 32) == pytest.approx(0.83333)
+    assert fastest_share(100.0, {4: 19.0, 16: 70.0, 32: 90.0}, sparse, 32) == 0.0
+    assert fastest_share(200.0, {4: 30.0, 16: 70.0, 32: 130.0}, sparse, 32) == 1.0
 
 
 @pytest.mark.parametrize("size", [4, 64])

@@ -128,6 +128,25 @@ def crossover_share(dense_s: float, grouped_s: dict[int, float], num_experts: in
     return last_k / num_experts
 
 
+def fastest_share(
+    dense_s: float, grouped_s: dict[int, float], sparse_s: dict[int, float], num_experts: int
+) -> float:
+    """Return the share k / E up to which the sparse path is faster than both other paths.
+
+    It is `crossover_share` against the dense path, and 0 where the grouped path is faster at a
+    measured k below that.
+
+    Args:
+        dense_s: the dense path's time, whatever k is.
+        grouped_s: the grouped path's time by k.
+        sparse_s: the sparse path's time by k.
+        num_experts: E.
+    """
+    share = crossover_share(dense_s, sparse_s, num_experts)
+    slower = any(grouped_s[k] < sparse_s[k] for k in sparse_s if k <= share * num_experts)
+    return 0.0 if slower else share
+
+
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
     """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
     execution = Execution(
