@@ -4,15 +4,16 @@
         [--k 2 4 8 16 32] [--write-crossover] [--smoke]
 
 Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96. Ours are whole `ExpertBank`s, router
-included, on both paths, taught by the model card's SMK rule. Peers, timed in turns with them, on
-inputs that change: transformers' `Qwen3MLP` of the same width, as it is and compiled, and its
+included, on every path that runs here, taught by the model card's SMK rule. Peers, timed in turns
+with them, on inputs that change: transformers' `Qwen3MLP` of the same width, as it is and compiled, and its
 `Qwen3MoeSparseMoeBlock` with each experts implementation that runs here; those make no surprise.
 Weights are in the compute format on all sides.
 
-Parity comes first, at the timed size: with coupled routers both paths give the block's output and
-gradients; both give the same surprise, and that of `ops/reference.py` on some tokens; all experts
-on are the MLP. `--write-crossover` stores the share k / E up to which the grouped path is faster,
-which `train.expert_path = "auto"` reads. Peak memory: with the time on a GPU; on a CPU in a process
+Parity comes first, at the timed size: with coupled routers every path gives the block's output and
+gradients; all give the same surprise, and that of `ops/reference.py` on some tokens; all experts
+on are the MLP. `--write-crossover` stores the share k / E up to which the grouped path is faster
+than the dense one, and that up to which the sparse path is the fastest of all, which
+`train.expert_path = "auto"` reads. Peak memory: with the time on a GPU; on a CPU in a process
 of its own for each k of `MEMORY_KS`, in float32. Ends in one JSON line.
 """
 
@@ -43,10 +44,10 @@ from benchmarks.common import (
     relative_gap,
 )
 from benchmarks.registry import Option, Result, benchmark
-from tiny_onn.model.expert_path import FILE, crossover_share
+from tiny_onn.model.expert_path import FILE, crossover_share, fastest_share
 from tiny_onn.model.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.model.router import RoutingRule
-from tiny_onn.ops import reference
+from tiny_onn.ops import reference, sparse
 from tiny_onn.ops.router_gradient import SmkStep
 from tiny_onn.ops.surprise import SmkRule
 
@@ -154,9 +155,16 @@ class Layers:
         return y_TD
 
 
+def paths_of(case: Case) -> tuple[str, ...]:
+    """The paths that can run the case."""
+    device = torch.device(case.device).type
+    lack = sparse.obstacle(device, DTYPES[case.dtype], case.num_experts, "silu")
+    return PATHS if lack is not None else (*PATHS, "sparse")
+
+
 def contenders(layers: Layers) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The modules to time, by name, and why an implementation of transformers is not among them."""
-    modules = {path: layers.bank(path) for path in PATHS}
+    modules: dict[str, nn.Module] = {path: layers.bank(path) for path in paths_of(layers.case)}
     modules |= {"Qwen3MLP": layers.mlp()}
     if layers.case.compiled:
         compiled = layers.mlp()
@@ -189,7 +197,7 @@ def why_not(implementation: str, case: Case) -> str | None:
 
 
 def parity(layers: Layers) -> dict[str, Any]:
-    """Both paths against the block, each other, the definition and the MLP.
+    """Every path against the block, each other, the definition and the MLP.
 
     Raises:
         SystemExit: one is off: nothing is timed.
@@ -200,7 +208,7 @@ def parity(layers: Layers) -> dict[str, Any]:
     theirs += [block.experts.gate_up_proj.grad, block.experts.down_proj.grad]
     gaps: dict[str, Any] = {}
     surprises: list[Tensor] = []
-    for path in PATHS:
+    for path in paths_of(case):
         bank = layers.bank(path, coupled=True)
         ours = [layers.step(bank, taught=False), layers.x_TD.grad, bank.router.weight.grad]
         ours += [bank.experts.gate_up_proj.grad, bank.experts.down_proj.grad]
@@ -212,8 +220,9 @@ def parity(layers: Layers) -> dict[str, Any]:
             loose = 10 * limit if case.dtype == "bfloat16" else limit
             gaps[f"{path}: {name}"] = check(f"{path}, {name}", relative_gap(got, expected), loose)
         layers.step(layers.bank(path), capture=surprises)
-    gap = relative_gap(surprises[1], surprises[0])
-    gaps["surprise: grouped, dense"] = check("surprise", gap, limit)
+    for path, surprise in zip(paths_of(case)[1:], surprises[1:], strict=True):
+        gap = relative_gap(surprise, surprises[0])
+        gaps[f"surprise: {path}, dense"] = check(f"surprise, {path}", gap, limit)
     gap = relative_gap(surprises[0][:CHECKED_TOKENS], defined_surprise(layers))
     gaps["surprise: dense, definition"] = check("surprise of the definition", gap, limit)
     whole = layers.bank("dense", k=case.num_experts, weighting="unit")
@@ -298,7 +307,7 @@ def cpu_memory(results: list[dict[str, Any]], cases: list[Case]) -> None:
 def row_of(result: dict[str, Any]) -> dict[str, Any]:
     """One line of the table: medians in milliseconds, and the ratios of the goals."""
     medians = {name: timing.p50_ms for name, timing in result["timings"].items()}
-    ours = min(medians[path] for path in PATHS)
+    ours = min(medians[path] for path in (*PATHS, "sparse") if path in medians)
     best = min(value for name, value in medians.items() if name.startswith("MoE "))
     return {
         "dtype": result["dtype"],
@@ -317,16 +326,23 @@ def write_crossover(results: list[dict[str, Any]], case: Case, where: dict[str, 
         timings: dict[int, dict[str, Timing]] = {
             result["k"]: result["timings"] for result in results if result["dtype"] == dtype
         }
-        dense = [timing["dense"].p50_ms for timing in timings.values()]
-        grouped = {k: timing["grouped"].p50_ms for k, timing in timings.items()}
+        times = {
+            path: {k: timing[path].p50_ms for k, timing in timings.items() if path in timing}
+            for path in (*PATHS, "sparse")
+        }
         # The dense path's time does not depend on k: the middle of all.
-        share = crossover_share(sorted(dense)[len(dense) // 2], grouped, case.num_experts)
-        table[f"{torch.device(case.device).type} {dtype}"] = {
-            "share": round(share, 3),
+        dense = sorted(times["dense"].values())[len(timings) // 2]
+        entry: dict[str, Any] = {
+            "share": round(crossover_share(dense, times["grouped"], case.num_experts), 3),
             "machine": f"{where.get('gpu', where['machine'])}, {where['threads']} threads",
             "torch": where["versions"]["torch"],
             "tokens": case.tokens,
         }
+        if times["sparse"] and "capability" in where:
+            share = fastest_share(dense, times["grouped"], times["sparse"], case.num_experts)
+            same = {key: entry[key] for key in ("machine", "torch", "tokens")}
+            entry["sparse"] = {"share": round(share, 3), "capability": where["capability"], **same}
+        table[f"{torch.device(case.device).type} {dtype}"] = entry
     text = json.dumps(dict(sorted(table.items())), indent=2)
     Path(str(FILE)).write_text(f"{text}\n", encoding="utf-8")
 

@@ -1,14 +1,14 @@
 """Everything a GPU has to say about this package, in sections, each printed as soon as it is known.
 
-    python -m benchmarks gpu [--sections card experts decode loss determinism plan]
+    python -m benchmarks gpu [--sections card experts sparse decode loss determinism plan]
 
 card: the model card's step (Qwen3-0.6B's shape, 1 x 32,768 tokens, NF4 shared and separate, 8-bit
 AdamW, checkpointing): time with SMK and with the gate frozen, for packed rows and whole ones, time
 and share of the roofline by phase, memory with the process capped at 24 and 12 GiB. experts:
-`expert_layer` at growing numbers of tokens, the crossover written down at the largest. decode:
-`decode`, one token at a time. loss: `distill_loss` at growing numbers of tokens.
-determinism: two runs of some steps, compared bit for bit. plan: `plan_memory`, predicted against
-measured.
+`expert_layer` at growing numbers of tokens, the crossover written down at the largest. sparse:
+`sparse_layer`. decode: `decode`, one token at a time. loss: `distill_loss` at growing numbers of
+tokens. determinism: two runs of some steps, compared bit for bit. plan: `plan_memory`, predicted
+against measured.
 
 Whether the operators are right on this GPU is for the tests: `python -m pytest -m gpu`. Each
 section has a time budget, checked between its measurements. Every record is a JSON line, appended
@@ -41,6 +41,7 @@ from tiny_onn.device import ask_for_same_bits
 BUDGETS = {
     "card": 200,
     "experts": 120,
+    "sparse": 240,
     "decode": 180,
     "loss": 60,
     "determinism": 45,
@@ -79,6 +80,13 @@ def experts(gpu: Gpu, deadline: Deadline) -> Iterator[dict]:
             options += ["--tokens", str(tokens), "--dtype", "bfloat16", "--k", *map(str, k)]
             options += ["--write-crossover"] if tokens == max(ks) else []
         yield {"tokens": tokens, **_last_line("expert_layer", options, seconds=240)}
+
+
+def sparse(gpu: Gpu, deadline: Deadline) -> Iterator[dict]:
+    """`sparse_layer` in a process of its own; its last line."""
+    del deadline
+    options = ["--device", gpu.device, *(["--smoke"] if gpu.smoke else [])]
+    yield _last_line("sparse_layer", options, seconds=BUDGETS["sparse"])
 
 
 def decode(gpu: Gpu, deadline: Deadline) -> Iterator[dict]:
@@ -177,6 +185,7 @@ def _train(gpu: Gpu) -> dict[str, Tensor]:
 SECTIONS: dict[str, Callable[[Gpu, Deadline], Iterator[dict]]] = {
     "card": card,
     "experts": experts,
+    "sparse": sparse,
     "decode": decode,
     "loss": loss,
     "determinism": determinism,

@@ -14,6 +14,7 @@ from typing import Any
 
 NAMES = (
     "expert_layer",
+    "sparse_layer",
     "surprise_overhead",
     "distill_step",
     "distill_loss",

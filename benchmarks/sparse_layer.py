@@ -1,30 +1,32 @@
-"""One expert layer on a GPU, forward and backward with surprise, kernel by kernel.
+"""One sparse expert layer on a GPU, forward and backward with surprise, against the dense MLP.
 
-    python benchmarks/sparse_layer.py [--tokens 32768 8192 2048] [--k 16 4] [--only parity|times]
-        [--captured] [--profile] [--sweep up slope outer_gate_up outer_down project] [--smoke]
+    python -m benchmarks sparse_layer [--device cuda] [--tokens 32768 8192 2048] [--k 16 4]
+        [--rule card default sampled] [--profile] [--sweep KERNEL] [--smoke]
 
 Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96, bfloat16. Contenders: the dense MLP as it
 is and compiled, the dense-masked path with compiled regions, the grouped path, and the sparse path
-with dense sums and with rows. Parity comes first, in float32 and bfloat16, against the textbook
-formula in float64; no time is reported where it fails. `--profile` gives the kernels of a step,
-`--sweep` the times of one kernel by its tile. With TRITON_INTERPRET=1 and `--smoke` it runs on a
-CPU. Every result is a JSON line. Imports neither text nor transformers.
+with dense sums and with rows; what waits for nothing also runs captured in a CUDA graph. `card` is
+the model card's rule, `default` the default recipe's, which surprises all experts, and `sampled`
+does so on an eighth of the tokens. Parity comes first, in float32 and bfloat16, against the
+textbook formula in float64. `--profile` prints the kernels of a step, `--sweep` the times of one
+kernel by its tile. Where the kernels cannot run (a CPU without Triton's interpreter) the record
+says so, and the others are timed. Imports neither text nor transformers.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
-import statistics
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common import captured, check, measure, relative_gap
+from benchmarks.registry import Goal, Option, Result, benchmark
 from tiny_onn.ops import dense_masked, grouped, sparse
 from tiny_onn.ops.router_gradient import SmkStep
 from tiny_onn.ops.sparse_launches import Launches, Options, Tile, Tiles, list_tokens
@@ -33,6 +35,13 @@ from tiny_onn.ops.surprise import SmkRule
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 NAMES = ("y", "x", "gate_up", "down", "weights", "logits")
 NUM_INPUTS = 4
+RULES = {
+    "card": SmkRule(surprise="parameters", direction="min", candidates="active"),
+    "default": SmkRule(surprise="gain", direction="max", candidates="all"),
+    "sampled": SmkRule(surprise="gain", direction="max", candidates="all", lesson_share=1 / 8),
+}
+QWEN3, SMALL = (32, 96, 1024), (8, 24, 48)
+CHECKED_TOKENS = 1000
 # Tiles worth trying: rows, depth, columns, warps, stages.
 CANDIDATES = {
     "up": [(128, 64, 0, 8, 2), (128, 64, 0, 8, 3), (128, 64, 0, 8, 4), (128, 32, 0, 8, 4),
@@ -89,20 +98,13 @@ class Layer:
         return [self.inputs[number], self.gate_up, self.down, self.weights[number],
                 self.logits[number]]  # fmt: skip
 
-    def smk(self, kind: Any = "parameters") -> SmkStep:
-        """The model card's rule."""
-        rule = SmkRule(surprise=kind, direction="min", candidates="active")
-        T = self.shape[0]
-        return SmkStep(rule=rule, grad_scale=1 / T, loss_scale=float(T))
-
-    def step(self, layer: Callable[..., Tensor], number: int | None, part: str) -> list[Tensor]:
-        """Forward, or forward and backward."""
+    def step(self, layer: Callable[..., Tensor], rule: str, number: int | None) -> list[Tensor]:
+        """Output and gradients of one input, the next one if none is named."""
         n = next(self.turn) % NUM_INPUTS if number is None else number
-        leaves = self.leaves(n)
-        y = layer(*leaves, active_TE=self.actives[n], smk=self.smk())
-        if part == "forward":
-            return [y]
-        return [y, *torch.autograd.grad(y, leaves, self.grads[n])]
+        leaves, T = self.leaves(n), self.shape[0]
+        smk = SmkStep(rule=RULES[rule], grad_scale=1 / T, loss_scale=float(T))
+        y = layer(*leaves, active_TE=self.actives[n], smk=smk)
+        return [y.detach(), *torch.autograd.grad(y, leaves, self.grads[n])]
 
     def mlp(self) -> Callable[..., Tensor]:
         """The dense MLP of the same neurons, as transformers writes it."""
@@ -117,127 +119,105 @@ class Layer:
         run.weights = weights  # pyright: ignore[reportFunctionMemberAccess]
         return run
 
-    def mlp_step(self, run: Callable[..., Tensor], weights: list[Tensor], part: str) -> object:
+    def mlp_step(self, run: Callable[..., Tensor], weights: list[Tensor]) -> object:
         """The dense MLP's step."""
         n = next(self.turn) % NUM_INPUTS
         y = run(self.inputs[n], *weights)
-        if part == "forward":
-            return y
         return torch.autograd.grad(y, [self.inputs[n], *weights], self.grads[n])
 
 
-def expected(layer: Layer, number: int) -> list[Tensor]:
-    """The textbook formula in float64, and the lesson by the dense path's definition."""
+def expected(layer: Layer, rule: str, number: int) -> list[Tensor]:
+    """The textbook formula in float64, by the dense path, which is tested against it."""
     leaves = [leaf.detach().double().requires_grad_() for leaf in layer.leaves(number)]
-    active = layer.actives[number]
-    y = dense_masked.expert_layer(*leaves, activation=F.silu, active_TE=active, smk=layer.smk())
+    active, T = layer.actives[number], layer.shape[0]
+    smk = SmkStep(rule=RULES[rule], grad_scale=1 / T, loss_scale=float(T))
+    y = dense_masked.expert_layer(*leaves, activation=F.silu, active_TE=active, smk=smk)
     grads = list(torch.autograd.grad(y, leaves, layer.grads[number].double()))
     grads[3] = grads[3] * active
     return [y.detach(), *grads]
 
 
-def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> Iterator[dict]:
-    """Gaps of outputs and gradients, relative to the largest norm's tensor."""
+def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> dict[str, float]:
+    """The largest gap of outputs and gradients, by number format and rule.
+
+    Raises:
+        SystemExit: one is above its limit, or two runs differ: nothing is timed.
+    """
     dtypes = [torch.float32] if arguments.smoke else [torch.float32, torch.bfloat16]
-    for case in itertools.product(dtypes, arguments.k, (True, False)):
-        dtype, k, dense = cast(tuple[torch.dtype, int, bool], case)
+    worst: dict[str, float] = {}
+    for dtype, k in itertools.product(dtypes, arguments.k):
         layer = Layer(shape, k, varying=True, dtype=dtype, device=arguments.device)
-        path = partial(sparse.expert_layer, activation="silu", dense_sums=dense)
-        for number in (0, 1):
-            got, again = (layer.step(path, number, "both") for _ in range(2))
-            gaps = {
-                name: ((g.double() - e).norm() / e.norm()).item()
-                for name, g, e in zip(NAMES, got, expected(layer, number), strict=True)
-            }
-            limits = dict.fromkeys(NAMES, LIMITS[dtype])
-            # Where surprises tie within their rounding, another expert becomes the target.
-            limits["logits"] = 0.1 if dtype == torch.bfloat16 else 1e-2
-            yield {
-                "parity": str(dtype),
-                "k": k,
-                "dense_sums": dense,
-                "varying": number == 1,
-                "gaps": gaps,
-                "repeats": all(torch.equal(a, b) for a, b in zip(got, again, strict=True)),
-                "ok": all(gaps[name] <= limits[name] for name in NAMES),
-            }
+        for rule, dense, number in itertools.product(arguments.rule, (True, False), (0, 1)):
+            path = partial(sparse.expert_layer, activation="silu", dense_sums=dense)
+            got, again = (layer.step(path, rule, number) for _ in range(2))
+            label = f"{str(dtype).removeprefix('torch.')}, {rule}"
+            for name, g, e in zip(NAMES, got, expected(layer, rule, number), strict=True):
+                limit = LIMITS[dtype]
+                if name == "logits":
+                    # Where surprises tie within their rounding, another expert is the target.
+                    limit = 0.1 if dtype == torch.bfloat16 else 1e-2
+                gap = relative_gap(g, e)
+                check(f"sparse, {label}, k = {k}, {name}", gap, limit)
+                key = f"{label}, {'logits' if name == 'logits' else 'others'}"
+                worst[key] = max(gap, worst.get(key, 0.0))
+            if not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
+                raise SystemExit(f"sparse, {label}, k = {k}: two runs differ; no time is reported")
+    return worst
 
 
-def contenders(layer: Layer, part: str, compiled: bool) -> dict[str, Callable[[], object]]:
+def contenders(
+    layer: Layer, rule: str, *, compiled: bool, with_sparse: bool
+) -> dict[str, Callable[[], object]]:
     """Everything that is timed, by name."""
     mlp: Any = layer.mlp()
-    steps: dict[str, Callable[[], object]] = {
-        "MLP": partial(layer.mlp_step, mlp, mlp.weights, part)
-    }
-    dense, rows = (
-        partial(sparse.expert_layer, activation="silu", compiled=compiled, **options)
-        for options in (
-            {"dense_sums": True},
-            {"dense_sums": False, "num_pairs": layer.shape[0] * layer.k},
-        )
-    )
-    steps["sparse, dense sums"] = partial(layer.step, dense, None, part)
-    steps["sparse, rows"] = partial(layer.step, rows, None, part)
+    steps: dict[str, Callable[[], object]] = {"MLP": partial(layer.mlp_step, mlp, mlp.weights)}
     if compiled:
         fused: Any = torch.compile(layer.mlp())
-        steps["MLP compiled"] = partial(layer.mlp_step, fused, mlp.weights, part)
-        for name, path in (("dense masked", dense_masked), ("grouped", grouped)):
-            old = partial(path.expert_layer, activation=F.silu, compiled=True)
-            steps[name] = partial(layer.step, old, None, part)
+        steps["MLP compiled"] = partial(layer.mlp_step, fused, mlp.weights)
+    old = {"dense": dense_masked} | ({"grouped": grouped} if rule != "default" else {})
+    for name, path in old.items():
+        run = partial(path.expert_layer, activation=F.silu, compiled=compiled)
+        steps[name] = partial(layer.step, run, rule, None)
+    if with_sparse:
+        for name, options in (
+            ("sparse", {"dense_sums": True}),
+            ("sparse, rows", {"dense_sums": False, "num_active": layer.k}),
+        ):
+            run = partial(sparse.expert_layer, activation="silu", compiled=compiled, **options)
+            steps[name] = partial(layer.step, run, rule, None)
     return steps
 
 
-def median_ms(function: Callable[[], object], device: str, repeats: int) -> float:
-    """By the device's own clock."""
-    if device == "cpu":
-        function()
-        return 0.0
-    for _ in range(NUM_INPUTS):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-def graph_of(function: Callable[[], object]) -> Callable[[], object]:
-    """The function captured, to replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
-def times(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterator[dict]:
-    """Medians, each also of a captured step where nothing waits for the device."""
+def times(
+    arguments: argparse.Namespace, shape: tuple[int, int, int], *, with_sparse: bool
+) -> Iterator[dict[str, Any]]:
+    """Medians of every contender, and of a replayed graph of those that wait for nothing."""
     for tokens, k in itertools.product(arguments.tokens, arguments.k):
         layer = Layer((tokens, *shape), k, dtype=arguments.dtype, device=arguments.device)
-        for part in ("forward", "both"):
-            steps = contenders(layer, part, compiled=not arguments.smoke)
-            ms = {
-                name: median_ms(step, arguments.device, arguments.repeats)
-                for name, step in steps.items()
-            }
-            if arguments.captured and part == "both":
-                for name in ("MLP", "MLP compiled", "sparse, dense sums", "sparse, rows"):
-                    replay = graph_of(steps[name])
-                    ms[f"{name}, captured"] = median_ms(replay, "cuda", arguments.repeats)
-                    del replay
-            shares = {name: round(v / (ms["MLP"] or 1), 3) for name, v in ms.items()}
-            ms = {name: round(value, 4) for name, value in ms.items()}
-            yield {"tokens": tokens, "k": k, "part": part, "ms": ms, "of MLP": shares}
+        for rule in arguments.rule:
+            steps = contenders(layer, rule, compiled=not arguments.smoke, with_sparse=with_sparse)
+            names = [name for name in steps if name.startswith(("MLP", "sparse"))]
+            for name in names if arguments.device != "cpu" else ():
+                steps[f"{name}, captured"] = captured(steps[name], arguments.device)
+            timings = measure(
+                steps, repeats=arguments.repeats, warmup=NUM_INPUTS, device=arguments.device
+            )
+            ms = {name: timing.p50_ms for name, timing in timings.items()}
+            yield {"tokens": tokens, "k": k, "rule": rule, **ms}
+            del steps
+
+
+def ratios_of(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Ours, the faster way of summing, to the dense MLP, launched alike."""
+    ratios: dict[str, float | None] = {}
+    for row in rows:
+        where = f"{row['rule']}, {row['tokens']} tokens, k={row['k']}"
+        for how in ("", ", captured"):
+            ours = [row[n + how] for n in ("sparse", "sparse, rows") if n + how in row]
+            for peer in ("MLP", "MLP compiled"):
+                if ours and peer + how in row:
+                    ratios[f"sparse / {peer}{how}, {where}"] = min(ours) / row[peer + how]
+    return ratios
 
 
 def profile(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterator[dict]:
@@ -246,8 +226,8 @@ def profile(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Itera
 
     for tokens, k in itertools.product(arguments.tokens, arguments.k):
         layer = Layer((tokens, *shape), k, dtype=arguments.dtype, device=arguments.device)
-        steps = contenders(layer, "both", compiled=True)
-        for name in ("MLP", "sparse, dense sums", "sparse, rows"):
+        steps = contenders(layer, arguments.rule[0], compiled=True, with_sparse=True)
+        for name in ("MLP", "sparse", "sparse, rows"):
             for _ in range(NUM_INPUTS):
                 steps[name]()
             torch.cuda.synchronize()
@@ -276,7 +256,7 @@ def sweep(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterato
         layer = Layer((tokens, *shape), k, dtype=arguments.dtype, device=arguments.device)
         x, gate_up, down, weights, _ = (leaf.detach() for leaf in layer.leaves(0))
         grad_y, active = layer.grads[0], layer.actives[0]
-        for name, chosen in ((n, c) for n in arguments.sweep for c in CANDIDATES[n]):
+        for name, chosen in ((arguments.sweep, c) for c in CANDIDATES[arguments.sweep]):
             tile = Tile(**dict(zip(("rows", "depth", "columns", "warps", "stages"), chosen,
                                           strict=True)))  # fmt: skip
             dense = k / E >= sparse.DENSE_SHARE and name != "project"
@@ -297,45 +277,54 @@ def sweep(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterato
                 "project": partial(run.sum_rows, pre, gate_up, "END"),
             }
             try:
-                ms = round(median_ms(calls[name], arguments.device, arguments.repeats), 4)
+                timings = measure(
+                    {name: calls[name]}, repeats=arguments.repeats, warmup=NUM_INPUTS,
+                    device=arguments.device,
+                )  # fmt: skip
+                ms = timings[name].p50_ms
             except TritonError as error:
                 # A tile that does not fit is a result too.
                 ms = type(error).__name__
             yield {"sweep": name, "tokens": tokens, "k": k, "tile": chosen, "ms": ms}
 
 
-def main() -> None:
-    """Parity, then what was asked for."""
-    options = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--tokens", nargs="+", type=int, default=[32_768, 8192, 2048])
-    options.add_argument("--k", nargs="+", type=int, default=[16, 4])
-    options.add_argument("--repeats", type=int, default=20)
-    options.add_argument("--only", choices=("parity", "times", "sweep", "profile"))
-    options.add_argument("--captured", action="store_true")
-    options.add_argument("--profile", action="store_true")
-    options.add_argument("--sweep", nargs="+", choices=tuple(CANDIDATES), default=[])
-    options.add_argument("--smoke", action="store_true")
-    arguments = options.parse_args()
-    arguments.dtype = torch.float32 if arguments.smoke else torch.bfloat16
-    shape: tuple[int, int, int] = (32, 96, 1024)
-    if arguments.smoke:
-        arguments.tokens, arguments.k, shape = [40], [4], (8, 24, 48)
+@benchmark(
+    "Time of the sparse expert layer on a GPU, surprise included, against the dense MLP.",
+    tokens=Option([32_768, 8192, 2048], smoke=[40]),
+    k=Option([16, 4], smoke=[4]),
+    rule=Option(list(RULES), choices=tuple(RULES)),
+    repeats=Option(20, smoke=1),
+    profile=Option(False, "print the kernels of a step by their time"),
+    sweep=Option(None, "print the times of a kernel by its tile", choices=tuple(CANDIDATES)),
+)
+def run(arguments: argparse.Namespace) -> Result:
+    """Parity, then times, then what else was asked for."""
     torch._dynamo.config.recompile_limit = 64
-    E, I, D = shape
-    parts: dict[str, Iterator[dict]] = {
-        "parity": parity(arguments, (40 if arguments.smoke else 1000, E, I, D)),
-        "times": times(arguments, shape),
-        "profile": profile(arguments, shape) if arguments.profile else iter(()),
-        "sweep": sweep(arguments, shape),
-    }
-    for name, part in parts.items():
-        if arguments.only in (None, name):
-            for record in part:
-                print(json.dumps(record), flush=True)
-                if not record.get("ok", True):
-                    sys.exit("parity failed: no time is reported")
-
-
-if __name__ == "__main__":
-    main()
+    arguments.dtype = torch.float32 if arguments.smoke else torch.bfloat16
+    E, I, D = shape = SMALL if arguments.smoke else QWEN3
+    device = torch.device(arguments.device).type
+    reason = sparse.obstacle(device, arguments.dtype, E, "silu")
+    checked = arguments.tokens[0] if arguments.smoke else CHECKED_TOKENS
+    gaps = parity(arguments, (checked, E, I, D)) if reason is None else {}
+    rows = list(times(arguments, shape, with_sparse=reason is None))
+    if reason is None and arguments.profile:
+        for record in profile(arguments, shape):
+            print(json.dumps(record), flush=True)
+    if reason is None and arguments.sweep is not None:
+        for record in sweep(arguments, shape):
+            print(json.dumps(record), flush=True)
+    aims = {(32_768, 16): 0.85, (32_768, 4): 0.4, (8192, 16): 1.0, (2048, 16): 1.0}
+    ratios = ratios_of(rows)
+    return Result(
+        rows=rows,
+        ratios=ratios,
+        goals={
+            name: Goal(at_most=aim)
+            for (tokens, k), aim in aims.items()
+            for rule in RULES
+            if (name := f"sparse / MLP, {rule}, {tokens} tokens, k={k}") in ratios
+        },
+        parity=gaps,
+        settings={"experts": E, "width": I, "hidden": D, "repeats": arguments.repeats},
+        more={"skipped": {} if reason is None else {"sparse": reason}},
+    )

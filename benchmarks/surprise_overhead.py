@@ -127,6 +127,7 @@ def rule_of(config: RunConfig) -> SmkRule:
         surprise=smk.surprise,
         direction=smk.direction,
         candidates=smk.candidates,
+        lesson_share=smk.lesson_share,
         targets=smk.targets,
         num_targets=round(config.router.target_k),
     )

@@ -63,6 +63,8 @@ REFUSED_BY_EACH_RULE: list[dict[str, dict[str, Any]]] = [
     {"router": {"objective": "task"}, "smk": EXPLORE},
     {"smk": {"candidates": "all", **EXPLORE}},
     {"router": {"target_k": 8.0}, "smk": EXPLORE},
+    {"router": {"objective": "none"}, "smk": {"candidates": "all", "lesson_share": 0.5}},
+    {"smk": {"candidates": "active", "lesson_share": 0.5}},
     {"router": {"blockwise_anneal_fraction": 0.5}},
     {"router": {**TOP_ANY, "anneal_fraction": 0.5}},
     {"router": {**TOP_ANY, "blockwise_anneal_fraction": 0.5}, "train": {"blockwise_tokens": 9}},

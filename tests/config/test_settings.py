@@ -71,6 +71,8 @@ def mend_routing(router, experts, smk):
         router["budget_scope"] = "layer"
     if router["objective"] != "smk" or smk["candidates"] == "all" or experts["num_experts"] == 1:
         smk["explore_fraction"] = 0.0
+    if router["objective"] != "smk" or smk["candidates"] == "active":
+        smk["lesson_share"] = 1.0
 
 
 def config_of(tables):
@@ -226,6 +228,7 @@ OUTSIDE = {
     "a number > 0": 0.0,
     "a number >= 0": -0.1,
     "a number > 0 and < 1": 1.0,
+    "a number > 0 and <= 1": 1.5,
     "a number >= 0 and < 1": 1.0,
     "a number from 0 to 1": 1.01,
 }

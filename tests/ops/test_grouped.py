@@ -31,17 +31,20 @@ from expert_cases import (
 )
 from tiny import make_dense, make_student
 from tiny_onn.config.checks import validate
+from tiny_onn.config.routing_checks import path_refusal
 from tiny_onn.config.schema import ExpertsConfig, RouterConfig, RunConfig, SmkConfig, TrainConfig
 from tiny_onn.errors import UserError
+from tiny_onn.model import expert_path
 from tiny_onn.model.expert_path import (
     PathChoice,
     choose_path,
+    computed_share,
     crossover_share,
-    dense_need,
+    fastest_share,
     read_crossover,
     set_objective,
 )
-from tiny_onn.ops import dense_masked, grouped, reference
+from tiny_onn.ops import decode, dense_masked, grouped, reference
 from tiny_onn.ops.grouped import expert_layer, gather_mm, group_rows, outer_mm, scatter_mm
 from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.ops.surprise import SmkRule
@@ -270,6 +273,7 @@ def settings(**tables: Any) -> RunConfig:
 
 NEEDS_DENSE = {
     "smk.candidates": {"smk": {"candidates": "all"}},
+    "smk.lesson_share": {"smk": {"candidates": "all", "lesson_share": 1.0}},
     "router.objective": {"router": {"objective": "task"}},
     "train.ffn_chunk_tokens": {"train": {"ffn_chunk_tokens": 64}},
 }
@@ -278,7 +282,7 @@ NEEDS_DENSE = {
 @pytest.mark.parametrize("name", NEEDS_DENSE)
 def test_settings_that_need_inactive_experts_keep_the_dense_path(name):
     config = settings(**NEEDS_DENSE[name])
-    choice = choose_path(config, torch.device("cpu"))
+    choice = choose_path(config, torch.device("cpu"), "silu")
     assert choice.path == "dense"
     assert name in choice.reason
     validate(config)
@@ -291,8 +295,67 @@ def test_the_same_settings_with_other_weights_or_objective_may_be_grouped():
     for tables in (
         {"router": {"objective": "task"}, "experts": {"weighting": "softmax"}},
         {"router": {"objective": "none"}, "smk": {"candidates": "all"}},
+        {"smk": {"candidates": "all", "lesson_share": 0.5}},
     ):
-        assert dense_need(settings(**tables)) is None
+        assert path_refusal(settings(**tables), "grouped") is None
+
+
+@pytest.mark.parametrize(
+    ("tables", "name"),
+    [
+        ({"smk": {"candidates": "all", "surprise": "input"}}, "smk.surprise"),
+        ({"smk": {"surprise": "magnitude"}}, "smk.surprise"),
+        ({"router": {"objective": "regression"}}, "router.objective"),
+        ({"router": {"objective": "task"}}, "experts.weighting"),
+        ({"train": {"ffn_chunk_tokens": 64}}, "train.ffn_chunk_tokens"),
+    ],
+)
+def test_what_the_sparse_path_cannot_run_is_refused(tables, name):
+    config = settings(**tables)
+    validate(config)
+    asked = replace(config, train=replace(config.train, expert_path="sparse"))
+    with pytest.raises(UserError, match=f'expert_path: got "sparse".*{name}'):
+        validate(asked)
+
+
+def test_the_sparse_path_sees_inactive_experts_but_not_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = settings(smk={"candidates": "all"}, train={"expert_path": "sparse"})
+    validate(config)
+    with pytest.raises(UserError, match=r'got "sparse".*the device is cpu; set train') as caught:
+        choose_path(config, torch.device("cpu"), "silu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "k", "activation", "wanted"),
+    [
+        ("9.0", 16.0, "silu", "sparse"),
+        ("9.0", 17.0, "silu", "dense"),
+        ("8.6", 16.0, "silu", "dense"),
+        ("9.0", 16.0, "relu", "dense"),
+    ],
+)
+def test_auto_is_sparse_up_to_the_measured_share_on_the_measured_kind_of_gpu(
+    monkeypatch, capability, k, activation, wanted
+):
+    entry = {"share": 0.5, "capability": "9.0", "machine": "a GPU"}
+    table = {"cuda float32": {"share": 0.0, "machine": "a GPU", "sparse": entry}}
+    monkeypatch.setattr(expert_path, "read_crossover", lambda: table)
+    monkeypatch.setattr(expert_path, "_capability", lambda device: capability)
+    monkeypatch.setattr(decode, "find_spec", lambda name: name)
+    config = settings(router={"target_k": k}, teacher={"dtype": "float32"})
+    choice = choose_path(config, torch.device("cuda"), activation)
+    assert choice.path == wanted
+    if wanted == "sparse":
+        assert "k/E = 0.5 is at most 0.5" in choice.reason
+
+
+def test_the_computed_share_counts_inactive_experts_that_are_surprised():
+    assert computed_share(settings()) == (4 / 32, "k/E")
+    for lesson_share, share in ((1.0, 1.0), (0.5, 0.5625)):
+        config = settings(smk={"candidates": "all", "lesson_share": lesson_share})
+        assert computed_share(config)[0] == share
 
 
 def test_auto_compares_the_share_with_the_measured_one():
@@ -303,8 +366,9 @@ def test_auto_compares_the_share_with_the_measured_one():
             for k in (1.0, 8.0, 32.0):
                 config = settings(router={"target_k": k}, teacher={"dtype": dtype})
                 wanted = "grouped" if k / 32 < share else "dense"
-                assert choose_path(config, torch.device(device)).path == wanted
-    unknown = choose_path(settings(teacher={"dtype": "float32"}), torch.device("meta"))
+                assert choose_path(config, torch.device(device), "silu").path == wanted
+    config = settings(teacher={"dtype": "float32"})
+    unknown = choose_path(config, torch.device("meta"), "silu")
     assert unknown.path == "dense"
     assert "no crossover is measured for meta float32" in unknown.reason
 
@@ -313,7 +377,8 @@ def test_an_explicit_path_is_taken():
     for path in ("dense", "grouped"):
         config = settings(train={"expert_path": path, "compile": False})
         reason = f'train.expert_path = "{path}"'
-        assert choose_path(config, torch.device("cpu")) == PathChoice(path=path, reason=reason)
+        chosen = choose_path(config, torch.device("cpu"), "silu")
+        assert chosen == PathChoice(path=path, reason=reason)
         student = make_student(make_dense())
         set_objective(student.banks(), config)
         assert {bank.execution.path for bank in student.banks()} == {path}
@@ -325,6 +390,13 @@ def test_the_crossover_is_where_the_lines_cross():
     assert crossover_share(100.0, {4: 20.0, 16: 60.0, 32: 120.0}, 32) == pytest.approx(0.8333333)
     assert crossover_share(100.0, {4: 20.0, 16: 60.0}, 32) == 0.5
     assert crossover_share(100.0, {4: 200.0, 16: 60.0}, 32) == 0.0
+
+
+def test_the_sparse_path_is_fastest_up_to_the_dense_one_unless_the_grouped_one_is_faster():
+    sparse = {4: 20.0, 16: 60.0, 32: 120.0}
+    assert fastest_share(100.0, {4: 30.0, 16: 70.0, 32: 90.0}, sparse, 32) == pytest.approx(0.83333)
+    assert fastest_share(100.0, {4: 19.0, 16: 70.0, 32: 90.0}, sparse, 32) == 0.0
+    assert fastest_share(200.0, {4: 30.0, 16: 70.0, 32: 130.0}, sparse, 32) == 1.0
 
 
 @pytest.mark.parametrize("size", [4, 64])

@@ -7,19 +7,32 @@ triton reads TRITON_INTERPRET when it is imported. The interpreter's bfloat16 is
 import os
 import subprocess
 import sys
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from expert_cases import PATTERNS, Case, by_definition, make_case, smk_step
 from repository import ROOT
+from tiny import CONFIG, change, make_dense, make_rows
+from tiny_onn.config.schema import Checkpointing, RunConfig
+from tiny_onn.conversion.pipeline import make_student
+from tiny_onn.distill.checkpointing import checkpoint_layers
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.step import distill_step
+from tiny_onn.errors import UserError
+from tiny_onn.model.expert_path import choose_path
+from tiny_onn.model.experts import Execution, ExpertBank, RowState, row_context
+from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.router import RoutingRule
 from tiny_onn.ops import decode, dense_masked, reference, sparse
 from tiny_onn.ops.router_gradient import SurpriseTally
-from tiny_onn.ops.surprise import SmkRule
+from tiny_onn.ops.surprise import SmkRule, lesson_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,7 +68,7 @@ def test_the_kernels_pass_in_the_interpreter():
 
 @pytest.mark.skipif(RUNS, reason="a CPU's torch takes the other paths")
 def test_a_cpu_takes_the_other_paths():
-    assert not sparse.can_compute(torch.zeros(4, 8), 5, "silu", None)
+    assert "need a GPU" in str(sparse.obstacle("cpu", torch.float32, 5, "silu"))
 
 
 def leaves_of(case: Case, dtype=torch.float32) -> list[Tensor]:
@@ -166,12 +179,12 @@ def test_all_candidates_are_taught_as_in_the_dense_path(dense_sums):
 @sums
 def test_tokens_outside_the_lesson_are_taught_among_their_active_experts(dense_sums):
     case = fast_case((50, 5, 24, 32))
-    lesson = torch.arange(50) % 8 == 0
     rules = [SmkRule(surprise="gain", direction="max", candidates=c) for c in ("all", "active")]
     tallies = [SurpriseTally.of_layers(1, 5, torch.device(d))[0] for d in (DEVICE, "cpu", "cpu")]
-    options = {"dense_sums": dense_sums, "lesson_T": lesson.to(DEVICE)}
-    step = smk_step(50, rules[0], tally=tallies[0])
-    *got, of_logits = results(leaves_of(case), case.grad_y, smk=step, **options)
+    sampled = replace(rules[0], lesson_share=1 / 8)
+    step = smk_step(50, sampled, tally=tallies[0], lesson_shift=3)
+    *got, of_logits = results(leaves_of(case), case.grad_y, smk=step, dense_sums=dense_sums)
+    lesson = lesson_tokens(50, 1 / 8, 3)
     parts = [
         by_dense_path(case, smk=smk_step(50, rule, tally=tally), token_mask_T=tokens)
         for rule, tally, tokens in zip(rules, tallies[1:], (lesson, ~lesson), strict=True)
@@ -179,6 +192,20 @@ def test_tokens_outside_the_lesson_are_taught_among_their_active_experts(dense_s
     close([*got, of_logits], [*parts[0][:-1], parts[0][-1] + parts[1][-1]])
     assert of_logits[lesson].any() and of_logits[~lesson].any()
     assert_close(tallies[0].counts_4.cpu(), tallies[1].counts_4 + tallies[2].counts_4)
+
+
+@kernels
+@pytest.mark.parametrize("num_active", [1, 3])
+def test_the_number_of_pairs_follows_from_that_of_active_experts(num_active):
+    case = fast_case((50, 5, 24, 32))
+    weights = torch.zeros_like(case.weights).index_fill_(1, torch.arange(num_active), 1.5)
+    case = case._replace(weights=weights)
+    rule = SmkRule(surprise="gain", direction="max", candidates="all", lesson_share=1 / 8)
+    for smk in (smk_step(50), smk_step(50, rule, lesson_shift=3)):
+        got = results(
+            leaves_of(case), case.grad_y, smk=smk, num_active=num_active, dense_sums=False
+        )
+        close(got, by_dense_path(case, smk=smk))
 
 
 @kernels
@@ -249,20 +276,132 @@ def test_the_sums_are_chosen_by_the_share_of_active_pairs():
         close(results(leaves_of(sparser), case.grad_y), by_dense_path(sparser))
 
 
+@kernels
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("dtype", "options", "message"),
     [
-        ({"activation": "relu"}, "activation: got 'relu'"),
+        (torch.float32, {"activation": "relu"}, "not relu; use another path"),
+        (torch.float64, {"activation": "silu"}, "input is torch.float64"),
         (
+            torch.float32,
             {"activation": "silu", "smk": smk_step(4, SmkRule(surprise="input"))},
             "surprise: got 'input'",
         ),
     ],
 )
-def test_what_the_kernels_do_not_know_is_refused(options, message):
-    case = make_case(4)
+def test_what_the_kernels_do_not_know_is_refused(dtype, options, message):
     with pytest.raises(ValueError, match=message):
-        sparse.expert_layer(*case[:5], **options)
+        sparse.expert_layer(*leaves_of(make_case(4), dtype), **options)
+
+
+BANKS = {
+    "default": {},
+    "low k": {"target_k": 2.0},
+    "weighted": {"weighting": "softmax"},
+    "shared": {"target_k": 3.0, "num_shared": 1},
+    "budget": {"selection": "budget"},
+}
+
+
+def bank_of(name: str) -> ExpertBank:
+    """A bank with mean outputs and scales, stored neuron after neuron."""
+    rule = RoutingRule(**{"selection": "top_k", "target_k": 3.0} | BANKS[name])
+    bank = ExpertBank(16, 12, 4, "silu", rule, compensated=True, scaled=True)
+    generator = torch.Generator().manual_seed(0)
+    bank.experts.reset(generator, std=0.3)
+    bank.router.reset(generator, std=0.3)
+    bank.router.threshold.fill_(0.08)
+    assert bank.mean_outputs is not None and bank.expert_scale is not None
+    bank.mean_outputs.data.normal_(generator=generator)
+    bank.expert_scale.data.uniform_(0.5, 1.5, generator=generator)
+    bank.experts.store_by_neuron()
+    return bank.to(DEVICE)
+
+
+def learnt(bank: ExpertBank, rule: SmkRule, *, again=False) -> dict[str, Tensor]:
+    """Output and gradients of a bank, and the tally, with masked tokens."""
+    x = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    x.requires_grad_()
+    tally = SurpriseTally.of_layers(1, 12, x.device)[0]
+    num_shared = bank.router.rule.num_shared
+    smk = smk_step(40, rule, tally=tally, num_shared=num_shared, lesson_shift=3)
+    mask = torch.arange(40, device=DEVICE) % 5 != 0
+    bank.zero_grad()
+    with row_context([bank], [RowState(token_mask=mask, smk=smk)]):
+        y: Any = checkpoint(bank, x, use_reentrant=False) if again else bank(x)
+        (y.square().sum() / 40).backward()
+    grads: dict[str, Any] = {name: p.grad for name, p in bank.named_parameters()}
+    grads |= {"x": x.grad, "y": y.detach()}
+    assert all(bool(grad.any()) for grad in grads.values())
+    return grads | tally._asdict()
+
+
+@kernels
+@pytest.mark.parametrize("lesson_share", [None, 1.0, 0.25])
+@pytest.mark.parametrize("name", BANKS)
+def test_a_bank_learns_as_on_the_dense_path(name, lesson_share):
+    rule = SmkRule(surprise="gain", direction="max")
+    if lesson_share is not None:
+        rule = replace(rule, candidates="all", lesson_share=lesson_share)
+    bank = bank_of(name)
+    dense = learnt(bank, rule)
+    bank.set_execution(Execution(path="sparse"))
+    got = learnt(bank, rule)
+    for key, values in dense.items():
+        close([got[key].double().cpu()], [values.double().cpu()])
+    assert_close(learnt(bank, rule, again=True), got, rtol=0, atol=0)
+    bank.eval()
+    with torch.no_grad():
+        x = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+        y = bank(x)
+        bank.set_execution(Execution())
+        close([y.double().cpu()], [bank(x).double().cpu()])
+
+
+@kernels
+def test_steps_repeat_in_every_checkpointing_mode_and_follow_the_dense_path():
+    rows = make_rows((20, 11, 30, 28), 32)
+    states = {}
+    for mode, path in (*((m, "sparse") for m in MODES), ("layer", "dense")):
+        train: Any = {"expert_path": path, "compile": False, "device": DEVICE}
+        config = change(CONFIG, train=train, smk={"candidates": "all", "lesson_share": 0.5})
+        dense: Any = make_dense()
+        dense.to(DEVICE)
+        student = make_student(config, MlpInputs(dense, [row.to(DEVICE) for row in rows]))
+        assert {bank.execution.path for bank in student.banks()} == {path}
+        checkpoint_layers(student, mode)
+        optimizer = build_optimizer(student, config.optim)
+        for step in range(2):
+            distill_step(student, dense, optimizer, rows[:2], config, step=step)
+        states[mode, path] = student.state_dict()
+    first, compared = states["none", "sparse"], states.pop(("layer", "dense"))
+    for key, state in states.items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, first[name]), (key, name)
+    for name, tensor in compared.items():
+        assert_close(first[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@kernels
+def test_a_traced_bank_takes_the_dense_path(monkeypatch):
+    bank = bank_of("default")
+    bank.set_execution(Execution(path="sparse"))
+    layer: Any = bank._layer()
+    assert layer.func is sparse.expert_layer
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    layer = bank._layer()
+    assert layer.func is dense_masked.expert_layer
+
+
+@kernels
+def test_the_sparse_path_is_taken_where_it_is_asked_for_and_computes():
+    config = change(RunConfig(), train={"expert_path": "sparse"}, teacher={"dtype": "float32"})
+    assert choose_path(config, torch.device(DEVICE), "silu").path == "sparse"
+    with pytest.raises(UserError, match=r"know the activations .* not relu; set train.expert_path"):
+        choose_path(config, torch.device(DEVICE), "relu")
+    many = change(config, experts={"num_experts": 256})
+    with pytest.raises(UserError, match="at most 128 experts, and there are 256"):
+        choose_path(many, torch.device(DEVICE), "silu")
 
 
 @gpu

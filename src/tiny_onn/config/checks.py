@@ -50,6 +50,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         " smk.coef loss.states_coef optim.expert_lr optim.gate_lr"
         " optim.weight_decay optim.gate_weight_decay",
     ),
+    ("a number > 0 and <= 1", lambda value: 0 < value <= 1, "smk.lesson_share"),
     ("a number > 0 and < 1", lambda value: 0 < value < 1, "loss.jsd_beta data.held_out_fraction"),
     ("a number >= 0 and < 1", lambda value: 0 <= value < 1, "optim.beta1 optim.beta2"),
     (

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.errors import UserError
@@ -160,6 +160,20 @@ RULES = (
         "leave it at 0, or lower router.target_k",
     ),
     Rule(
+        "smk.lesson_share",
+        lambda c, value: value != 1 and c.router.objective != "smk",
+        "1",
+        'router.objective = "{c.router.objective}" has no candidates to sample',
+        'leave it at 1, or set router.objective = "smk"',
+    ),
+    Rule(
+        "smk.lesson_share",
+        lambda c, value: value != 1 and c.smk.candidates == "active",
+        "1",
+        'smk.candidates = "active" sees no inactive expert at any token',
+        'leave it at 1, or set smk.candidates = "all"',
+    ),
+    Rule(
         "router.blockwise_anneal_fraction",
         lambda c, value: value and not c.train.blockwise_tokens,
         "0",
@@ -249,20 +263,32 @@ def check_path(config: RunConfig) -> None:
     """Return if the path that the settings ask for can run them.
 
     Raises:
-        UserError: `train.expert_path = "grouped"` with settings that only the dense path runs.
+        UserError: `train.expert_path` is `grouped` or `sparse`, and other settings refuse it.
     """
-    need = dense_need(config)
-    if config.train.expert_path == "grouped" and need is not None:
+    path = config.train.expert_path
+    if path not in ("grouped", "sparse"):
+        return
+    if (reason := path_refusal(config, path)) is not None:
         raise UserError(
-            f'train.expert_path: got "grouped", expected "auto" or "dense": {need}; set'
+            f'train.expert_path: got "{path}", expected "auto" or "dense": {reason}; set'
             ' train.expert_path = "auto"'
         )
 
 
-def dense_need(config: RunConfig) -> str | None:
-    """Why a run can only take the dense path; None if it can take either."""
-    if config.router.objective == "smk" and config.smk.candidates == "all":
-        return 'smk.candidates = "all" needs the surprise of inactive experts'
+def path_refusal(config: RunConfig, path: Literal["grouped", "sparse"]) -> str | None:
+    """Return why the settings refuse a path that skips inactive experts; None if it can run them.
+
+    What the device and the teacher refuse, `model/expert_path.py` knows.
+    """
+    smk = config.smk
+    if config.router.objective == "smk":
+        if path == "grouped" and smk.candidates == "all" and smk.lesson_share == 1:
+            return (
+                'smk.candidates = "all" with smk.lesson_share = 1 needs the surprise of inactive'
+                " experts at every token"
+            )
+        if path == "sparse" and smk.surprise in ("input", "magnitude"):
+            return f'smk.surprise = "{smk.surprise}" needs a Gram matrix, which its kernels lack'
     if config.router.objective == "regression":
         return 'router.objective = "regression" needs the norms of inactive experts\' outputs'
     weighting = config.experts.weighting

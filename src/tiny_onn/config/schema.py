@@ -19,7 +19,7 @@ Compensation = Literal["none", "mean"]
 SmkTargets = Literal["single", "set", "regress", "member", "helpful"]
 DType = Literal["float32", "bfloat16"]
 TeacherDType = Literal["auto", "float32", "bfloat16"]
-ExpertPath = Literal["auto", "dense", "grouped"]
+ExpertPath = Literal["auto", "dense", "grouped", "sparse"]
 Checkpointing = Literal["none", "layer", "selective", "offload"]
 
 
@@ -146,6 +146,10 @@ class SmkConfig:
     """Whether the target is where the quantity is smallest (the model card) or largest."""
     candidates: Literal["active", "all"] = "all"
     """Experts that may become the target: those the token activated, or all of them."""
+    lesson_share: float = 1.0
+    """Share of the tokens, evenly spaced and shifted by one at each step, whose inactive experts
+    are surprised too where `candidates` is `all`; the other tokens' candidates are their active
+    experts. A lower share spares the `grouped` and `sparse` paths most inactive experts."""
     targets: SmkTargets = "single"
     """`single`: cross-entropy to one expert; `set`: to the k best; `regress`: squared error to the
     quantity itself, without its mean over the token's candidates and in units of its spread;
@@ -259,8 +263,9 @@ class TrainConfig:
     """On a GPU, take only kernels whose results repeat bit for bit. A CPU's always do."""
     expert_path: ExpertPath = "auto"
     """How an expert layer computes. `dense`: every expert on every token, masked; `grouped`: each
-    expert on its own tokens, faster at low k, but blind to inactive experts; `auto`: the faster one
-    as measured on this kind of device, `dense` where inactive experts are needed."""
+    expert on its own tokens, faster at low k, but blind to inactive experts; `sparse`: as
+    `grouped`, by Triton kernels on a GPU, which also see inactive experts that teach the gate;
+    `auto`: the fastest one as measured on this kind of device that the other settings allow."""
     checkpointing: Checkpointing = "layer"
     """What the backward pass computes again instead of keeping it. `none`: nothing; `layer`: each
     layer, from its kept input; `selective`: as `layer`, but attention's outputs are kept;

@@ -164,7 +164,7 @@ def check_conversion(
         head_gap=head_gap,
         backbone_sha256=own,
         teacher_commit=getattr(dense.config, "_commit_hash", None),
-        expert_path=choose_path(config, dense.device),
+        expert_path=choose_path(config, dense.device, student.banks()[0].activation_name),
         massive_activations=tuple(massive_activations(searched_tokens(config, inputs))),
     )
 

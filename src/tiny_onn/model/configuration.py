@@ -133,9 +133,7 @@ class TinyOnnConfig(PretrainedConfig):
     @property
     def num_experts_per_tok(self) -> int:
         """Largest number of experts that a token can activate, shared ones included."""
-        rule = self.routing_rule()
-        varies = rule.has_budget or rule.selection == "top_any"
-        return self.num_experts if varies else round(rule.target_k)
+        return self.routing_rule().num_active or self.num_experts
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # noqa: ANN401 # pyright: ignore[reportIncompatibleMethodOverride]
         """Write config.json, and the file that names the package to programs without it."""

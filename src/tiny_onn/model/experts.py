@@ -3,7 +3,7 @@
 Legend: B batch, T tokens, D hidden, E experts, I expert width, F = E * I neurons.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tiny_onn.model.expert_weights import Experts
 from tiny_onn.model.router import TIE_BREAK, Exploration, Router, Routing, RoutingRule
-from tiny_onn.ops import decode, dense_masked, grouped
+from tiny_onn.ops import decode, dense_masked, grouped, sparse
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.router_gradient import SmkStep
@@ -27,10 +27,11 @@ from tiny_onn.ops.surprise import log_norm
 class Execution:
     """The way a bank computes its output and gradients, which the result shows by rounding only."""
 
-    path: Literal["dense", "grouped"] = "dense"
+    path: Literal["dense", "grouped", "sparse"] = "dense"
     """`dense` computes every expert on every token and masks the inactive ones, `grouped` computes
-    each expert on its own tokens. In evaluation mode and without gradients, a few tokens on a GPU
-    with triton take `ops/decode.py` whatever the path."""
+    each expert on its own tokens, `sparse` does so by Triton kernels, which need a GPU. While
+    torch.compile traces a bank, `dense` stands in for `sparse`. In evaluation mode and without
+    gradients, a few tokens on a GPU with triton take `ops/decode.py` whatever the path."""
     compiled: bool = False
     """True if the elementwise regions are compiled."""
     chunk_tokens: int = 0
@@ -133,14 +134,10 @@ class ExpertBank(nn.Module):
         weights_TE = routing.weights if execution.coupled else routing.weights.detach()
         if self.expert_scale is not None:
             weights_TE = weights_TE * self.expert_scale
-        layer = grouped.expert_layer
-        if execution.path == "dense":
-            layer = partial(dense_masked.expert_layer, chunk_tokens=execution.chunk_tokens)
         layer = partial(
-            layer,
+            self._layer(),
             weights_TE=weights_TE,
             router_logits_TE=routing.router_logits,
-            activation=self.activation,
             active_TE=routing.active,
             token_mask_T=row.token_mask,
             smk=row.smk,
@@ -151,6 +148,21 @@ class ExpertBank(nn.Module):
             missing_TE = (~routing.active).to(y_TD.dtype)
             y_TD = y_TD + missing_TE @ self.mean_outputs.to(y_TD.dtype)
         return y_TD.view_as(hidden_states)
+
+    def _layer(self) -> Callable[..., Tensor]:
+        path = self.execution.path
+        if path == "grouped":
+            return partial(grouped.expert_layer, activation=self.activation)
+        # The compiler cannot trace the kernels' launches.
+        if path == "sparse" and not torch.compiler.is_compiling():
+            num_active = self.router.rule.num_active
+            # Where the number of pairs varies, dense sums spare waiting for the device.
+            dense_sums = True if num_active is None else None
+            options = {"num_active": num_active, "dense_sums": dense_sums}
+            return partial(sparse.expert_layer, activation=self.activation_name, **options)
+        chunk_tokens = self.execution.chunk_tokens
+        layer = dense_masked.expert_layer
+        return partial(layer, activation=self.activation, chunk_tokens=chunk_tokens)
 
     def _decode(self, x_TD: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         options: dict[str, Any] = {

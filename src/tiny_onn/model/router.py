@@ -56,6 +56,12 @@ class RoutingRule:
         """True if a threshold decides how many experts a token activates, k on average."""
         return self.selection == "budget" or (self.selection == "oracle" and self.oracle_budget)
 
+    @property
+    def num_active(self) -> int | None:
+        """How many experts every token has, shared ones included; None if it varies by token."""
+        varies = self.has_budget or self.selection == "top_any"
+        return None if varies else round(self.target_k)
+
     @classmethod
     def of_settings(cls, experts: ExpertsConfig, router: RouterConfig) -> "RoutingRule":
         """Return the rule that the settings of a run describe."""

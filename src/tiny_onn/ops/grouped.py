@@ -12,7 +12,8 @@ whose grouped product is itself a loop) gathers one expert's tokens at a time; t
 Sums over a token's rows run in a fixed order, so that results repeat bit for bit: the loop adds
 expert after expert, in float32; the kernel's rows are summed by `embedding_bag`, one thread per
 token and feature over the token's rows, in float32. This path says nothing about inactive experts:
-it computes no surprise for them, and returns 0 as the gradient of their weights.
+it returns 0 as the gradient of their weights, and computes their surprise only where the rule
+samples its lesson, for the sampled tokens, which have a row for every expert.
 
 Legend: T tokens, R rows (active pairs), D hidden, E experts, I expert width, J rows of an expert's
 matrix (gate and up: 2 * I, down: I, a row per neuron).
@@ -215,15 +216,19 @@ def expert_layer(
     inactive expert's weight is 0.
 
     Raises:
-        ValueError: `smk` takes all experts as candidates, inactive ones too.
+        ValueError: `smk` takes all experts as candidates, inactive ones too, at every token.
     """
-    if smk is not None and smk.rule.candidates == "all":
-        raise ValueError(
-            "smk.rule.candidates: got 'all', expected 'active': the grouped path computes no "
-            "inactive expert; use dense_masked.expert_layer"
-        )
     if active_TE is None:
         active_TE = weights_TE != 0
+    listed_TE = active_TE
+    if smk is not None and smk.rule.candidates == "all":
+        lesson_T = smk.lesson_mask(len(x_TD), x_TD.device)
+        if lesson_T is None:
+            raise ValueError(
+                "smk.rule.candidates: got 'all', expected 'active' or a lesson_share below 1: the "
+                "grouped path computes no inactive expert; use dense_masked.expert_layer"
+            )
+        listed_TE = active_TE | lesson_T[:, None]
     if token_mask_T is None:
         token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
     options = _Options(activation, smk, compiled)
@@ -234,6 +239,7 @@ def expert_layer(
         weights_TE,
         router_logits_TE,
         active_TE,
+        listed_TE,
         token_mask_T,
         options,
     )  # pyright: ignore[reportReturnType]
@@ -250,11 +256,12 @@ class _Grouped(torch.autograd.Function):
         weights_TE: Tensor,
         router_logits_TE: Tensor,
         active_TE: Tensor,
+        listed_TE: Tensor,
         token_mask_T: Tensor,
         options: _Options,
     ) -> Tensor:
         _, D, I = down_EDI.shape
-        groups = group_rows(active_TE, kernel=has_kernel(x_TD.device, x_TD.dtype, I, D))
+        groups = group_rows(listed_TE, kernel=has_kernel(x_TD.device, x_TD.dtype, I, D))
         pre_R2I = gather_mm(x_TD, gate_up_EJD, groups).view(-1, 2, I)
         weights_R = weights_TE[groups.token_R, groups.expert_R]
         region = region_of(row_hidden, compiled=options.compiled)
@@ -301,7 +308,8 @@ class _Grouped(torch.autograd.Function):
         if need_down:
             grad_down = outer_mm(hidden_RI, grad_y_TD, groups, down.mT).mT
         if need_weights:
-            grad_weights = _spread(dot_R, groups, active_TE).to(weights_TE.dtype)
+            dot_TE = _spread(dot_R, groups, active_TE)
+            grad_weights = torch.where(active_TE, dot_TE, 0).to(weights_TE.dtype)
         if need_logits and (smk := options.smk) is not None:
             kind = smk.rule.surprise
             x_sq, grad_y_sq = squared_norms(kind, x_TD, grad_y_TD, compiled=options.compiled)
@@ -318,7 +326,7 @@ class _Grouped(torch.autograd.Function):
             surprise_TE = _spread(surprise_R, groups, active_TE)
             routing = RoutingTables(weights_TE, logits_TE, active_TE, token_mask_T)
             grad_logits = router_gradient(smk, surprise_TE, routing, compiled=options.compiled)
-        return grad_x, grad_gate_up, grad_down, grad_weights, grad_logits, None, None, None
+        return grad_x, grad_gate_up, grad_down, grad_weights, grad_logits, *(None,) * 4
 
 
 def _row_surprise(
@@ -346,7 +354,7 @@ def _gram_norm(rows_RJ: Tensor, weight_EJD: Tensor, groups: Groups) -> Float[Ten
 
 
 def _spread(values_R: Tensor, groups: Groups, active_TE: Tensor) -> Tensor:
-    """Return the rows' values as a (T, E) table, 0 where inactive."""
+    """Return the rows' values as a (T, E) table, 0 where there is no row."""
     table_TE = values_R.new_zeros(active_TE.shape)
     table_TE[groups.token_R, groups.expert_R] = values_R
     return table_TE

@@ -3,7 +3,6 @@
 Legend: T tokens, D hidden, E experts, B blocks of tokens.
 """
 
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -49,8 +48,8 @@ def lesson(  # noqa: PLR0917
         logits_TE: the router's logits.
         active_TE: active experts.
         token_mask_T: tokens that count in targets and statistics.
-        lesson_T: tokens whose candidates are all experts, if the rule says `all`; the candidates of
-            other tokens are their active experts. None: the rule says `active`.
+        lesson_T: tokens whose candidates are all experts: all of them, or `smk.lesson_mask`; the
+            candidates of other tokens are their active experts. None: the rule says `active`.
         compiled: whether small operations are fused in the cases that the kernel does not know.
     """
     if smk.rule.targets == "single" and smk.capture is None and not smk.num_shared:
@@ -66,13 +65,7 @@ def lesson(  # noqa: PLR0917
     )
     surprise_TE = closed_form_surprise(smk.rule.surprise, sums)
     routing = RoutingTables(weights_TE, logits_TE, active_TE, token_mask_T)
-    if lesson_T is None:
-        return router_gradient(smk, surprise_TE, routing, compiled=compiled)
-    whole = routing._replace(token_mask_T=token_mask_T & lesson_T)
-    whole_TE = router_gradient(smk, surprise_TE, whole, compiled=compiled)
-    others = replace(smk, rule=replace(smk.rule, candidates="active"), capture=None)
-    rest = routing._replace(token_mask_T=token_mask_T & ~lesson_T)
-    return whole_TE + router_gradient(others, surprise_TE, rest, compiled=compiled)
+    return router_gradient(smk, surprise_TE, routing, compiled=compiled)
 
 
 def _in_one_launch(  # noqa: PLR0917

@@ -4,7 +4,7 @@ Legend: T tokens, E experts, S of them shared.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from tiny_onn.ops.shared_experts import routed, with_shared
 from tiny_onn.ops.surprise import (
     SmkRule,
     label_logits_grad,
+    lesson_tokens,
+    num_lesson_tokens,
     regression_grad,
     smk_logits_grad,
     smk_targets,
@@ -73,7 +75,10 @@ class SurpriseTally(NamedTuple):
 
     @property
     def surprise_E(self) -> Tensor:  # noqa: N802
-        """Sum over counted tokens of each expert's surprise, in units of the per-token loss."""
+        """Sum over counted tokens of each expert's surprise, in units of the per-token loss.
+
+        Tokens outside the lesson (`SmkRule.lesson_share`) add that of their active experts.
+        """
         return self.sums_4E[0]
 
     @property
@@ -119,6 +124,20 @@ class SmkStep:
     """List that receives whole (tokens, experts) surprise tensors, for probing; None: none."""
     num_shared: int = 0
     """Number of shared experts: the first ones, which are no candidates and get no gradient."""
+    lesson_shift: int = 0
+    """The `shift` of `lesson_tokens` for a rule that samples them."""
+
+    def lesson_mask(self, num_tokens: int, device: torch.device) -> Bool[Tensor, " tokens"] | None:
+        """Return the tokens whose candidates are all experts; None: all tokens are alike."""
+        if not self.rule.samples_lesson:
+            return None
+        return lesson_tokens(num_tokens, self.rule.lesson_share, self.lesson_shift, device)
+
+    def num_lesson_tokens(self, num_tokens: int) -> int:
+        """Return how many tokens have all experts as candidates, where the rule's are `all`."""
+        if not self.rule.samples_lesson:
+            return num_tokens
+        return num_lesson_tokens(num_tokens, self.rule.lesson_share, self.lesson_shift)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,6 +223,10 @@ def router_gradient(
 ) -> Float[Tensor, "tokens experts"]:
     """Return the gradient of the SMK loss at the router's logits, and add to the tally.
 
+    Where the rule samples its lesson, the gradient is that of the sampled tokens with all experts
+    as candidates plus that of the other tokens with their active ones, each as if the tokens of the
+    other kind were masked.
+
     Args:
         smk: how the router is taught in this step.
         surprise_TE: surprise at unit routing weight. It is multiplied by the loss' divisor and,
@@ -211,6 +234,24 @@ def router_gradient(
         routing: the layer's routing.
         compiled: whether some forty small operations are fused, which happens on a GPU alone.
     """
+    lesson_T = smk.lesson_mask(len(surprise_TE), surprise_TE.device)
+    if lesson_T is None:
+        return _masked_gradient(smk, surprise_TE, routing, compiled=compiled)
+    mask_T = routing.token_mask_T
+    sampled = routing._replace(token_mask_T=mask_T & lesson_T)
+    sampled_TE = _masked_gradient(smk, surprise_TE, sampled, compiled=compiled)
+    others = replace(smk, rule=replace(smk.rule, candidates="active"), capture=None)
+    rest = routing._replace(token_mask_T=mask_T & ~lesson_T)
+    return sampled_TE + _masked_gradient(others, surprise_TE, rest, compiled=compiled)
+
+
+def _masked_gradient(
+    smk: SmkStep,
+    surprise_TE: Tensor,
+    routing: RoutingTables,
+    *,
+    compiled: bool,
+) -> Float[Tensor, "tokens experts"]:
     weights_TE, logits_TE, active_TE, token_mask_T = routing
     if smk.rule.surprise != "magnitude":
         surprise_TE = surprise_TE * smk.loss_scale

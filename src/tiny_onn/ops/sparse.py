@@ -49,17 +49,24 @@ MAX_EXPERTS = 128
 DENSE_SHARE = 0.17
 
 
-def can_compute(
-    x_TD: Float[Tensor, "tokens hidden"], num_experts: int, activation: str, smk: SmkStep | None
-) -> bool:
-    """Return whether this path knows such a layer and runs here, on a GPU with triton."""
-    return (
-        x_TD.dtype in DTYPES
-        and num_experts <= MAX_EXPERTS
-        and activation in ACTIVATIONS
-        and (smk is None or smk.rule.surprise in KINDS)
-        and triton_runs_on(x_TD.device.type)
-    )
+def obstacle(device_type: str, dtype: torch.dtype, num_experts: int, activation: str) -> str | None:
+    """Return why these kernels cannot compute a layer here; None if they can.
+
+    Args:
+        device_type: `cuda`, or `cpu`, where only Triton's interpreter runs.
+        dtype: number format of the layer's input.
+        num_experts: E.
+        activation: its name, as in transformers' configurations.
+    """
+    if not triton_runs_on(device_type):
+        return f"its kernels need a GPU and the package triton, and the device is {device_type}"
+    if dtype not in DTYPES:
+        return f"its kernels compute in float32 and bfloat16, and the layer's input is {dtype}"
+    if num_experts > MAX_EXPERTS:
+        return f"its kernels know at most {MAX_EXPERTS} experts, and there are {num_experts}"
+    if activation not in ACTIVATIONS:
+        return f"its kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}"
+    return None
 
 
 def expert_layer(
@@ -72,10 +79,9 @@ def expert_layer(
     activation: str,
     active_TE: Bool[Tensor, "tokens experts"] | None = None,
     token_mask_T: Bool[Tensor, " tokens"] | None = None,
-    lesson_T: Bool[Tensor, " tokens"] | None = None,
     smk: SmkStep | None = None,
     compiled: bool = False,
-    num_pairs: int | None = None,
+    num_active: int | None = None,
     dense_sums: bool | None = None,
     tiles: Tiles | None = None,
 ) -> Float[Tensor, "tokens hidden"]:
@@ -92,37 +98,41 @@ def expert_layer(
         activation: one of `ACTIVATIONS`.
         active_TE: active experts; None: where the weights are not 0.
         token_mask_T: tokens that count in SMK targets and statistics; None: all.
-        lesson_T: where all experts are candidates, the tokens for which they are computed; the
-            candidates of other tokens are their active experts. None: all tokens.
         smk: the instructions for the router's gradient; None: it gets none.
         compiled: whether torch.compile fuses the small operations of the router's gradient.
-        num_pairs: the number of computed pairs, if the caller knows it; without it, the device is
-            asked unless `dense_sums` is True.
+        num_active: the number of experts of each token, if all have as many; without it, the
+            device is asked for the number of pairs unless `dense_sums` is True.
         dense_sums: whether one dense product sums over experts; None: `DENSE_SHARE` decides.
         tiles: the kernels' block sizes; None: the fastest ones as measured.
 
     Raises:
-        ValueError: an activation or a kind of surprise that these kernels do not know.
+        ValueError: the device, the number format, the number of experts, the activation or the
+            kind of surprise is none that these kernels know.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, expected one of {ACTIVATIONS}")
+    x_TD = in_autocast_format(x_TD)
+    E = len(down_EDI)
+    if (reason := obstacle(x_TD.device.type, x_TD.dtype, E, activation)) is not None:
+        raise ValueError(f"the sparse path: {reason}; use another path")
     if smk is not None and smk.rule.surprise not in KINDS:
         raise ValueError(f"smk.rule.surprise: got {smk.rule.surprise!r}, expected one of {KINDS}")
     if active_TE is None:
         active_TE = weights_TE != 0
+    T = len(x_TD)
     if token_mask_T is None:
-        token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
-    listed_TE = active_TE
+        token_mask_T = torch.ones(T, dtype=torch.bool, device=x_TD.device)
+    listed_TE, lesson_T, num_taught = active_TE, None, 0
     if smk is not None and smk.rule.candidates == "all":
+        lesson_T, num_taught = smk.lesson_mask(T, x_TD.device), smk.num_lesson_tokens(T)
         if lesson_T is None:
             lesson_T = torch.ones_like(token_mask_T)
         listed_TE = active_TE | lesson_T[:, None]
-    x_TD = in_autocast_format(x_TD)
-    if dense_sums is None:
-        num_pairs = int(listed_TE.sum()) if num_pairs is None else num_pairs
-        dense_sums = num_pairs >= DENSE_SHARE * listed_TE.numel()
-    if not dense_sums and num_pairs is None:
-        num_pairs = int(listed_TE.sum())
+    num_pairs = None
+    if not dense_sums:
+        if num_active is None:
+            num_pairs = int(listed_TE.sum())
+        else:
+            num_pairs = T * num_active + num_taught * (E - num_active)
+        dense_sums = dense_sums is None and num_pairs >= DENSE_SHARE * T * E
     options = Options(
         activation=activation,
         smk=smk,
@@ -130,18 +140,9 @@ def expert_layer(
         num_pairs=None if dense_sums else num_pairs,
         tiles=tiles or (WIDE_TILES if x_TD.dtype == torch.float32 else Tiles()),
     )
-    return _Sparse.apply(
-        x_TD,
-        gate_up_EJD,
-        down_EDI,
-        weights_TE,
-        router_logits_TE,
-        active_TE,
-        token_mask_T,
-        lesson_T,
-        listed_TE,
-        options,
-    )  # pyright: ignore[reportReturnType]
+    weights = (gate_up_EJD, down_EDI, weights_TE, router_logits_TE)
+    masks = (active_TE, token_mask_T, lesson_T, listed_TE)
+    return _Sparse.apply(x_TD, *weights, *masks, options)  # pyright: ignore[reportReturnType]
 
 
 class _Sparse(torch.autograd.Function):

@@ -8,6 +8,7 @@ Legend: T tokens, E experts.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -23,6 +24,8 @@ _HALVINGS = 40
 _FAR = 30.0
 # Smaller norms are raised to this one before their logarithm is taken.
 MIN_NORM = 1e-6
+# The largest denominator of the fraction that stands for a share of tokens.
+_PARTS = 2**20
 
 
 def log_norm(norm: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -40,6 +43,44 @@ class SmkRule:
     targets: SmkTargets | Literal["log"] = "single"
     """The form of the targets: `regress` and `log` are no distributions, see `regression_grad`."""
     num_targets: int = 16
+    lesson_share: float = 1.0
+    """Share of the tokens whose candidates are all experts, where `candidates` says so; see
+    `lesson_tokens`. The candidates of the other tokens are their active experts."""
+
+    @property
+    def samples_lesson(self) -> bool:
+        """True if some tokens' candidates are all experts and the other tokens' are not."""
+        return self.candidates == "all" and self.lesson_share < 1
+
+
+def lesson_tokens(
+    num_tokens: int, share: float, shift: int, device: torch.device | str = "cpu"
+) -> Bool[Tensor, " tokens"]:
+    """Return the tokens that belong to a lesson on a share of them, evenly spaced.
+
+    With the share as a fraction n / d, token t belongs to it where `(t + shift) * n % d < n`: of d
+    tokens in a row, n do. The arithmetic is of integers, so every device chooses the same tokens.
+
+    Args:
+        num_tokens: length of the row, masked tokens included.
+        share: above 0, at most 1.
+        shift: moves the choice by one token each time it grows by one, such as a step's number.
+        device: where the mask lies.
+    """
+    part = _fraction(share)
+    n, d = part.numerator, part.denominator
+    return (torch.arange(num_tokens, device=device) + shift % d) * n % d < n
+
+
+def num_lesson_tokens(num_tokens: int, share: float, shift: int) -> int:
+    """Return how many tokens `lesson_tokens` chooses, without a device."""
+    part = _fraction(share)
+    first = shift % part.denominator
+    return int((first + num_tokens - 1) * part // 1) - int((first - 1) * part // 1)
+
+
+def _fraction(share: float) -> Fraction:
+    return Fraction(share).limit_denominator(_PARTS) or Fraction(1, _PARTS)
 
 
 def smk_targets(

@@ -70,6 +70,7 @@ class GateStep:
                     loss_scale=float(loss_tokens or self.router_tokens),
                     tally=tally,
                     num_shared=config.experts.num_shared,
+                    lesson_shift=step,
                 )
                 for tally in self.tallies
             ]
@@ -147,6 +148,7 @@ def smk_rule(config: RunConfig) -> SmkRule | None:
         surprise=smk.surprise,
         direction=smk.direction,
         candidates=smk.candidates,
+        lesson_share=smk.lesson_share,
         targets=smk.targets,
         num_targets=round(config.router.target_k) - config.experts.num_shared,
     )

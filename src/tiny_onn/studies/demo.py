@@ -216,7 +216,10 @@ def run_arms(
             teacher=shared.teacher,
             student=student,
             tokenizer=shared.tokenizer,
-            conversion=replace(checked, expert_path=choose_path(arm, shared.device)),
+            conversion=replace(
+                checked,
+                expert_path=choose_path(arm, shared.device, student.banks()[0].activation_name),
+            ),
             held_out=shared.held_out,
         )
         is_student = name == STUDENT
