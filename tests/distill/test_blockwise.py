@@ -22,7 +22,7 @@ from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops import reference
 from tiny_onn.ops.surprise import SmkRule, label_loss, smk_loss, smk_targets
 from tiny_onn.routing.losses import load_balancing_loss, z_loss
-from tiny_onn.routing.thresholds import exact_threshold, steer
+from tiny_onn.routing.thresholds import exact_threshold, update_thresholds
 from tiny_onn.teacher.load import teacher_for
 
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)
@@ -144,7 +144,7 @@ def test_every_layer_learns_as_if_it_were_alone(config):
         )
         mean_k = result.stats.load_LE[index].sum() / result.stats.num_tokens
         exact_L = torch.as_tensor(exact)[None]
-        steer([bank.router], exact_L, config.router.budget_rate, mean_k[None])
+        update_thresholds([bank.router], exact_L, config.router.budget_rate, mean_k[None])
         torch.testing.assert_close(after.router.threshold, bank.router.threshold)
 
 

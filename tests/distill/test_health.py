@@ -199,7 +199,7 @@ def test_agreement_on_a_dead_model_does_not_count(config, tmp_path):
 def test_a_budget_that_is_off_its_target_is_suspicious(config, tmp_path):
     changed = change(config, router={"budget_rate": 0.0})
     records, health = run(changed, tmp_path / "run", loosen_budget)
-    # Evaluations settle their own budget: only the steps show it.
+    # Evaluations fit their own thresholds, so that only the steps show it.
     assert records[-2]["mean_k"] == 8
     assert codes(health, "suspicious") >= {"k_off_target"}
 

@@ -1,4 +1,4 @@
-"""Which packed rows calibrate, settle thresholds, train and evaluate."""
+"""The packed rows that calibrate, fit thresholds, train and evaluate."""
 
 import itertools
 from itertools import islice
@@ -76,12 +76,14 @@ def calibration_rows(
     return [row.to(device) for row in rows] if needs_text(config) else []
 
 
-def settling_rows(
+def threshold_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[PackedRow]:
-    """The training rows that follow `calibration_rows`, as many again, if a budget settles.
+    """Return the rows on which a budget's evaluation thresholds are measured; none without one.
 
-    Not the calibration rows themselves: a gate is surer on text that it was fitted to.
+    They follow the calibration rows in the training text, and are as many. The gate was fitted to
+    the calibration rows and is more confident there, so that a threshold measured on them would not
+    hold on other text.
     """
     if not has_budget(config.router):
         return []

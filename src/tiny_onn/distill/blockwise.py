@@ -40,7 +40,7 @@ from tiny_onn.routing.gate_step import GateStep
 
 
 @dataclass(kw_only=True, slots=True)
-class Blocks:
+class BlockErrors:
     """What the stage carries from step to step, and what it brought: a number per layer each."""
 
     power: list[float]

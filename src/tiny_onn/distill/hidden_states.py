@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def unexplained(
+def unexplained_variance(
     student_states: Sequence[Float[Tensor, "1 tokens hidden"]],
     teacher_states: Sequence[Float[Tensor, "1 tokens hidden"]],
     token_mask_T: Bool[Tensor, " tokens"],
@@ -31,11 +31,11 @@ def unexplained(
     """
     counts_T1 = token_mask_T[:, None].float()
     pairs = zip(student_states, teacher_states, strict=True)
-    shares = [_Unexplained.apply(own[0], theirs[0], counts_T1) for own, theirs in pairs]
+    shares = [_UnexplainedVariance.apply(own[0], theirs[0], counts_T1) for own, theirs in pairs]
     return torch.stack(shares)  # pyright: ignore[reportArgumentType]
 
 
-class _Unexplained(torch.autograd.Function):
+class _UnexplainedVariance(torch.autograd.Function):
     """One layer's share; float32 copies of the states live within a call."""
 
     @staticmethod

@@ -14,11 +14,11 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say, status
 from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.data.rows import calibration_rows, settling_rows, training_rows
+from tiny_onn.data.rows import calibration_rows, threshold_rows, training_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.anomalies import Guard
 from tiny_onn.distill.assembly import assemble
-from tiny_onn.distill.blockwise import Blocks, block_errors, blockwise_step, teacher_power
+from tiny_onn.distill.blockwise import BlockErrors, block_errors, blockwise_step, teacher_power
 from tiny_onn.distill.optim import lr_factor, set_learning_rates
 from tiny_onn.distill.progress import show_conversion
 from tiny_onn.distill.run_log import RunLog, RunResult
@@ -28,8 +28,8 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
 from tiny_onn.evaluation.evaluate import budget_report
 from tiny_onn.planning.advice import explain_out_of_memory
-from tiny_onn.routing.budgets import tabulate
-from tiny_onn.routing.steering import settled
+from tiny_onn.routing.budgets import fill_threshold_tables
+from tiny_onn.routing.steering import fitted_eval_thresholds
 from tiny_onn.runs.checkpoint import (
     Checkpointer,
     checkpoint_name,
@@ -123,12 +123,12 @@ class _Run:
         training = assemble(config, self.student, self.teacher)
         self.config, self.optimizer = training.config, training.optimizer
         self.stream = training_rows(config, prepared.tokenizer)
-        self.settling_rows = settling_rows(config, prepared.tokenizer, self.student.device)
+        self.threshold_rows = threshold_rows(config, prepared.tokenizer, self.student.device)
         self.step, self.tokens, self.metrics_offset, self.seconds = 0, 0, 0, 0.0
         first = "blockwise" if config.train.blockwise_tokens else "global"
         self.stage = stage_named(first, 0, config)
         self.before: Evaluation | None = None
-        self.blocks: Blocks | None = None
+        self.blocks: BlockErrors | None = None
         self.best: dict[str, Any] | None = None
         # What is due after the last step and not done yet, in order.
         self.due: list[Literal["switch", "eval"]] = []
@@ -177,7 +177,9 @@ class _Run:
         """Write the student and the summary."""
         self.student.train(False)
         with status(f"{self.title}: saving the student"):
-            tabulate(self.student, self.settling_rows, self.config.router.budget_scope)
+            fill_threshold_tables(
+                self.student, self.threshold_rows, self.config.router.budget_scope
+            )
             save_student(self.out / "student", self.prepared)
             write_json(self.out / "summary.json", self._summary(after))
 
@@ -258,11 +260,11 @@ class _Run:
         self.position = None
         return rows, result
 
-    def _first_blocks(self) -> Blocks:
+    def _first_blocks(self) -> BlockErrors:
         """What the blockwise stage starts from."""
         rows = calibration_rows(self.config, self.prepared.tokenizer, self.student.device)
         power = teacher_power(self.teacher, rows)
-        return Blocks(power=power, error_before=self._block_errors())
+        return BlockErrors(power=power, error_before=self._block_errors())
 
     def _block_errors(self) -> list[float]:
         """Held-out error of every layer, recorded and shown."""
@@ -296,8 +298,8 @@ class _Run:
         start = time.perf_counter()
         # A stopped run comes here only for a last evaluation that it can wait for.
         breakable = nullcontext() if self.stop else self.stop.breakable()
-        budget = (self.settling_rows, self.config.router.budget_scope)
-        with breakable, settled(self.student, *budget):
+        budget = (self.threshold_rows, self.config.router.budget_scope)
+        with breakable, fitted_eval_thresholds(self.student, *budget):
             result, layers = evaluate_layers(self.student, self.held_out, self.config.loss)
             self.stop.commit()
         self.eval_seconds = time.perf_counter() - start
@@ -384,5 +386,5 @@ class _Run:
         self.due = state.get("due", [])
         self.stage = stage_named(**state["stage"], config=self.config)
         self.before = Evaluation(**state["before"]) if state["before"] else None
-        self.blocks = Blocks(**state["blocks"]) if state["blocks"] else None
+        self.blocks = BlockErrors(**state["blocks"]) if state["blocks"] else None
         say(f"{self.title}: going on after step {self.step:,}, {self.tokens:,} tokens")

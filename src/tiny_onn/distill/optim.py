@@ -206,13 +206,13 @@ def _step(
         # restores as an integer tensor.
         restored = isinstance(step, Tensor) and not step.is_floating_point()
         if hasattr(stepper, "init_state") and (restored or not state):
-            _settle_8bit(stepper, number)
+            _init_8bit_state(stepper, number)
         elif restored:
             state["step"] = int(step)
     stepper.step()
 
 
-def _settle_8bit(stepper: torch.optim.Optimizer, number: int) -> None:
+def _init_8bit_state(stepper: torch.optim.Optimizer, number: int) -> None:
     """Initialise a bitsandbytes state, then fill in what a checkpoint restored of it.
 
     Only bitsandbytes can allocate paged state; it wants the step as an int; and it lets all

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.distill.hidden_states import unexplained
+from tiny_onn.distill.hidden_states import unexplained_variance
 from tiny_onn.distill.optim import clip_gradients
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
@@ -126,7 +126,11 @@ def distill_step(
                     token_losses.append(loss_T.detach())
                     sums += _sums(values, row.loss_mask[0])
                 with clock.phase("backward"):
-                    gap = unexplained(own, theirs, row.router_mask[0]).mean() if matched else 0.0
+                    gap = (
+                        unexplained_variance(own, theirs, row.router_mask[0]).mean()
+                        if matched
+                        else 0.0
+                    )
                     gaps.append(torch.as_tensor(gap).detach())
                     others = gates.loss(routings, row) + config.loss.states_coef * gap
                     (loss_T.sum() / loss_tokens + others / len(rows)).backward()
