@@ -20,7 +20,7 @@ from tiny_onn.distill.optim import build_optimizer, lr_factor, set_learning_rate
 from tiny_onn.distill.step import distill_step
 from tiny_onn.model.hooks import MlpInputs
 
-CURVE = ROOT / "tests" / "golden" / "tiny_20_steps.json"
+CURVE = ROOT / "tests" / "distill" / "golden" / "tiny_20_steps.json"
 STEPS, ROW = 20, 64
 LENGTHS = ((20, 12, 32), (40, 24), (9, 30, 25), (16, 16, 16, 16), (50, 14))
 GOLDEN = change(
