@@ -273,7 +273,7 @@ def test_a_resumed_watch_repeats_nothing(config, tmp_path, capsys):
     records, _ = run(config, tmp_path / "run", zero_experts)
     capsys.readouterr()
     watch = HealthWatch(config, "again", list(records[:-1]))
-    watch.see(records[-1])
+    watch.observe(records[-1])
     known = {finding.code for finding in diagnose(records[:-1], config)}
     new = {finding.code for finding in diagnose(records, config)} - known
     assert capsys.readouterr().err.count("again: ") == len(new) > 0
@@ -286,9 +286,9 @@ def test_a_long_run_is_judged_by_its_last_steps(well, config):
     dead = step | {"smk": step["smk"] | {"targets": 0.0}}
     watch = HealthWatch(config, "long", [])
     for record in [start, *[dead] * 40, *[step] * 40]:
-        watch.see(record)
+        watch.observe(record)
     assert watch.verdict()["verdict"] == "healthy"
     for record in [dead] * 40:
-        watch.see(record)
+        watch.observe(record)
     assert codes(watch.verdict()) == {"no_targets"}
     assert len(watch.records) < 50

@@ -292,7 +292,7 @@ class _Run:
         elif self.guard.skipped_in_row >= self.config.train.max_skipped_steps:
             self._warn(self.writer.wait())
             whole = valid_checkpoints(self.checkpoints)
-            raise self.guard.refusal(self.step, numbers, whole[0].name if whole else None)
+            raise self.guard.error(self.step, numbers, whole[0].name if whole else None)
 
     def _evaluate(self, kind: Literal["start", "eval", "end"]) -> Evaluation:
         start = time.perf_counter()
