@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from run_records import assert_same_run, records
 from tiny import change, write_run
@@ -65,12 +66,13 @@ def signal_in(monkeypatch):
 
 # Where a signal comes, at which call, and how many steps are then finished. `squared_error` is
 # called for each layer of each row: four times before the first step, four times in each step.
+# `backward` is called eight times in the two blockwise steps, and twice in each step after them.
 INSIDE = {
     "a block's forward pass": (blockwise_module, "squared_error", 11, 1),
     "the teacher's forward pass": (step_module, "last_hidden_states", 5, 3),
     "the student's forward pass": (step_module, "last_hidden_states", 8, 3),
     "the loss": (step_module, "distill", 4, 3),
-    "the backward pass": (step_module, "backward", 4, 3),
+    "the backward pass": (torch.Tensor, "backward", 12, 3),
     "the block errors at the change of stage": (train_module, "block_errors", 2, 2),
     "the evaluation at the change of stage": (train_module, "evaluate_layers", 2, 2),
     "an evaluation": (train_module, "evaluate_layers", 3, 4),

@@ -173,7 +173,8 @@ def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "dead" if 2 * len(dominated) >= len(layers["load"]) else "suspicious",
             "one_expert",
-            f"in the layers {_enumerated(dominated)} one expert has nine tenths of the load or more",
+            f"in the layers {_enumerated(dominated)} one expert has nine tenths of the load or"
+            " more",
             "the others cannot learn: lower optim.gate_lr, or balance the load",
         )
     dead = last["dead_experts"] / (num_routed * len(layers["load"]))
