@@ -56,7 +56,7 @@ def gradients(config, rows):
     student, teacher, power = start(config)
     recorder = Recorder(student)
     config = change(config, optim=UNCLIPPED)
-    result = blockwise_step(student, teacher, recorder, rows, config, power)
+    result = blockwise_step(student, teacher, recorder, rows, config, power=power)
     return recorder.gradients, result, student
 
 
@@ -71,7 +71,7 @@ def train(config, num_steps, family="llama"):
             optimizer,
             [ROWS[(step * size + i) % len(ROWS)] for i in range(size)],
             config,
-            power,
+            power=power,
         )
         for step in range(num_steps)
     ]
@@ -270,7 +270,7 @@ def test_nothing_of_a_layer_outlives_its_turn(config):
             mlp.module.register_forward_pre_hook(lambda *_: between.append(len(alive)))
         gc.disable()
         try:
-            blockwise_step(student, teacher, Recorder(student), ROWS[:2], config, power)
+            blockwise_step(student, teacher, Recorder(student), ROWS[:2], config, power=power)
         finally:
             gc.enable()
         assert len(between) == 2 * num_layers
@@ -356,10 +356,10 @@ def test_a_step_that_is_not_finite_changes_nothing():
     optimizer = build_optimizer(student, CONFIG.optim)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     broken = [power[0], float("nan")]
-    result = blockwise_step(student, teacher, optimizer, ROWS[:1], CONFIG, broken)
+    result = blockwise_step(student, teacher, optimizer, ROWS[:1], CONFIG, power=broken)
     assert not result.finite
     assert all(torch.equal(tensor, before[n]) for n, tensor in student.state_dict().items())
-    assert blockwise_step(student, teacher, optimizer, ROWS[:1], CONFIG, power).finite
+    assert blockwise_step(student, teacher, optimizer, ROWS[:1], CONFIG, power=power).finite
     assert not torch.equal(
         student.banks()[0].experts.down_proj,
         before["backbone.model.layers.0.mlp.experts.down_proj"],

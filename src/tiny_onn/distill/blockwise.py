@@ -97,14 +97,14 @@ def block_errors(
     return (sums_2L[0] / sums_2L[1]).tolist()
 
 
-def blockwise_step(  # noqa: PLR0917 - as distill_step, and the power
+def blockwise_step(
     student: TinyOnnForCausalLM,
     teacher: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     rows: Sequence[PackedRow],
     config: RunConfig,
-    power: Sequence[float],
     *,
+    power: Sequence[float],
     step: int = 0,
     clock: Clock | None = None,
     commit: Callable[[], None] = lambda: None,

@@ -34,7 +34,7 @@ class Finding(NamedTuple):
     what: str
     """The fault in numbers."""
     advice: str
-    """Its likely cause, and a remedy."""
+    """The likely cause, and a remedy."""
 
 
 def diagnose(records: Sequence[Record], config: RunConfig) -> list[Finding]:

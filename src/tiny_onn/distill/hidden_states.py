@@ -46,7 +46,7 @@ def unexplained_variance(
 
 
 class _UnexplainedVariance(torch.autograd.Function):
-    """One layer's share, whose float32 copies of the states are in memory during a call only."""
+    """The share of one layer, whose float32 copies of the states are in memory in a call only."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

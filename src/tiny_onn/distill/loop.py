@@ -293,7 +293,7 @@ class _Run:
             inputs = (training.student, training.teacher, training.optimizer, rows, config)
             if state.stage.name == "blockwise":
                 assert state.blockwise is not None
-                result = blockwise_step(*inputs, state.blockwise.power, **options)
+                result = blockwise_step(*inputs, power=state.blockwise.power, **options)
             else:
                 result = distill_step(*inputs, **options)
         state.step += 1

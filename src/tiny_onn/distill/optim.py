@@ -105,7 +105,7 @@ def _adamw(config: OptimConfig, group: dict[str, Any]) -> torch.optim.Optimizer:
 
 
 class SplitOptimizer(torch.optim.Optimizer):
-    """One optimizer over groups of parameters that are stepped by different libraries' optimizers.
+    """An optimizer over groups of parameters, each stepped by a library's optimizer of its own.
 
     This object owns groups and state. The libraries' optimizers are handed both at every step and
     keep neither.

@@ -1,4 +1,4 @@
-"""One update of online distillation, top to bottom: teacher, student, loss, one backward pass."""
+"""The update of online distillation, top to bottom: teacher, student, loss, backward pass."""
 
 import math
 import time

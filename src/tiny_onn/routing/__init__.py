@@ -1,1 +1,1 @@
-"""What moves and measures routers during training: thresholds, steering, budgets, statistics."""
+"""Router changes and measurements in training: thresholds, steering, budgets, statistics."""

@@ -16,7 +16,8 @@ from tiny_onn.config.schema import BudgetScope
 from tiny_onn.model.router import Router
 
 # The integral controller has this share of the threshold's rate (a quarter is critical damping),
-# sums relative errors of k up to MAX_STEP_ERROR, and changes a target by MAX_CORRECTION at most.
+# sums relative errors of k up to MAX_STEP_ERROR, and changes a target by at most this share of it:
+# MAX_CORRECTION.
 INTEGRAL_SHARE = 0.25
 MAX_STEP_ERROR = 0.1
 MAX_CORRECTION = 0.2
