@@ -358,6 +358,9 @@ def test_a_bank_learns_as_on_the_dense_path(name, lesson_share):
         close([y.double().cpu()], [bank(x).double().cpu()])
 
 
+MODES: tuple[Any, ...] = get_args(Checkpointing)
+
+
 @kernels
 def test_steps_repeat_in_every_checkpointing_mode_and_follow_the_dense_path():
     rows = make_rows((20, 11, 30, 28), 32)
