@@ -131,7 +131,7 @@ def test_later_layers_win(tmp_path):
 def test_preset_is_valid_and_says_what_it_is(name):
     config = load_config(None, name, [])
     assert config != RunConfig()
-    text = (files("tiny_onn") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    text = (files("tiny_onn.config") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
     assert text.startswith("# ")
 
 
@@ -235,7 +235,7 @@ OUTSIDE = {
     ("name", "expected"), [(name, rule) for rule, _, names in RANGES for name in names.split()]
 )
 def test_value_out_of_range_names_the_setting(name, expected):
-    with pytest.raises(UserError, match=f"^{name}: got .*, expected {expected}; its default is"):
+    with pytest.raises(UserError, match=f"^{name}: got .*, expected {expected}; the default is"):
         load_config(None, None, [f"{name}={OUTSIDE[expected]}"])
 
 

@@ -1,1 +1,1 @@
-"""The settings of a run: what they are, how they are read and checked."""
+"""The settings of a run: their definition, how they are read, and how they are checked."""
