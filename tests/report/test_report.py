@@ -16,8 +16,8 @@ from tiny_onn.evaluation.run_view import VIEW_NAME
 from tiny_onn.report.page import code, library, report_page, script_json
 from tiny_onn.report.run_data import distinct
 from tiny_onn.report.sentences import against_controls, health_of, routing_of, state_of
-from tiny_onn.runs.folder import read_run_config
-from tiny_onn.studies.report import read_run, run_report, runs_in
+from tiny_onn.runs.folder import read_run_config, runs_in
+from tiny_onn.studies.report import read_run, run_report
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -134,6 +134,23 @@ def check_probe(loss: str, init: str) -> None:
             )
 
 
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that is empty or is no text.
+
+    Raises:
+        UserError: the prompt is empty, or holds a byte that is not UTF-8.
+    """
+    if not prompt:
+        raise UserError("--prompt: got an empty text, expected at least one character; write one")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--prompt: got a byte that is not UTF-8 at character {error.start}, expected text; "
+            "check the terminal's encoding"
+        ) from error
+
+
 def shown(value: object) -> str:
     """Return a value for an error message, in one line of at most 80 characters."""
     if not isinstance(value, str | bool | int | float):

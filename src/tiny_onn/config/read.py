@@ -18,7 +18,7 @@ from tiny_onn.config.describe import expected_value, sections_of
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 
-# `tiny-onn config` prints less than 20 KB, so that a longer file holds something else than settings.
+# `tiny-onn config` prints less than 20 KB; a file beyond this bound holds no settings.
 _MAX_TOML_BYTES = 2**16
 # tomllib takes memory that grows with the square of a dotted key's length: 16 MB for 2048 dots.
 _MAX_LINE_DOTS = 2048

@@ -1,1 +1,1 @@
-"""A student at work."""
+"""A trained student in use: generated text."""

@@ -21,7 +21,7 @@ from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.backbone import generation_attention
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.runs.checkpoint import restore_student, step_of, valid_checkpoints
-from tiny_onn.runs.folder import read_run_config
+from tiny_onn.runs.folder import no_student, read_run_config
 from tiny_onn.runs.recorded_teacher import (
     check_run_teacher,
     check_teacher,
@@ -35,7 +35,6 @@ from tiny_onn.teacher.model_files import (
     check_weights,
     read_object,
 )
-from tiny_onn.teacher.model_paths import no_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,11 +106,7 @@ def load_student(
             )
         config, student_folder = RunConfig(), folder
     else:
-        raise UserError(
-            f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student"
-            f"{'' if there else f' ({no_folder(name)})'}; "
-            "make one with `tiny-onn demo` or `tiny-onn distill`"
-        )
+        raise no_student(name)
     try:
         with LoadErrors(
             lambda reason: (

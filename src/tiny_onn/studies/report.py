@@ -20,7 +20,7 @@ from tiny_onn.evaluation.run_view import view_of_run
 from tiny_onn.report.comparing import Comparison, compare
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
-from tiny_onn.runs.folder import read_run_config
+from tiny_onn.runs.folder import has_metrics, read_run_config, runs_in
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
 
 REPORT_NAME = "report.html"
@@ -101,24 +101,6 @@ def print_comparison(found: Comparison) -> None:
     console.print(Text(found.caption()))
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is a run's, or the runs in it: the student, the static one, others.
-
-    Raises:
-        UserError: there is none.
-    """
-    if (folder / "config.json").is_file():
-        return [folder]
-    found = sorted(path.parent for path in folder.glob("*/config.json") if _is_run(path.parent))
-    if not found:
-        raise UserError(
-            f"RUN: got {folder}, expected the folder of a run, with its config.json, or a folder of"
-            " such; make one with `tiny-onn distill` or `tiny-onn demo`"
-        )
-    first = ("student", "static")
-    return sorted(found, key=lambda path: [not path.name.startswith(name) for name in first])
-
-
 def read_run(folder: Path) -> Run:
     """What a run folder holds, but for what a model has to be loaded for.
 
@@ -126,7 +108,7 @@ def read_run(folder: Path) -> Run:
         UserError: it holds no run, or a file of it cannot be read.
     """
     config = read_run_config(folder)
-    records = read_metrics(folder / METRICS_NAME) if _is_run(folder) else []
+    records = read_metrics(folder / METRICS_NAME) if has_metrics(folder) else []
     _check_records(folder / METRICS_NAME, records)
     environments = sorted(folder.glob("environment*.json"), key=lambda path: path.stat().st_mtime)
     environments.sort(key=lambda path: (len(path.name), path.name))
@@ -182,10 +164,6 @@ def _check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
                 f"{path}: record {number} has no {missing[0]}, expected what docs/metrics.md lists;"
                 " restore the file, or read it with the version that wrote it"
             )
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / METRICS_NAME).is_file()
 
 
 def _object(path: Path) -> dict[str, Any] | None:
