@@ -133,7 +133,7 @@ def test_another_architecture_is_refused_for_a_student_alone(moved, other):
 
 
 def test_a_student_that_may_have_been_fine_tuned_is_measured_with_a_warning(moved, capsys):
-    said = "its weights outside the MLPs are not the student's"
+    said = "its weights outside the MLPs differ from the student's"
     other = str(moved / "other_weights")
     assert evaluated(moved, "run/student", teacher=other)["teacher"] == other
     assert f"{other}: {said}" in capsys.readouterr().err

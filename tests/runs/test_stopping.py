@@ -92,7 +92,7 @@ def test_work_in_hand_is_given_up_and_the_run_goes_on_to_the_same_bits(
     out = tmp_path / "run"
     result = run_distill(config, out=out)
     assert result.interrupted
-    assert "Stopping: the work in hand is given up" in capsys.readouterr().err
+    assert "Stopping: the current work is abandoned" in capsys.readouterr().err
     assert not (out / "student").exists()
     assert result.after is None
     newest = max(path.name for path in (out / "checkpoints").iterdir())
