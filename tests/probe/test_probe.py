@@ -13,7 +13,7 @@ from tiny import make_rows, write_run
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.probe import probe as probe_module
-from tiny_onn.probe.measure import look, sample_documents
+from tiny_onn.probe.measure import measure_documents, sample_documents
 from tiny_onn.probe.probe import run_probe
 from tiny_onn.probe.summary import quantities
 from tiny_onn.report.probe import console_tables, markdown
@@ -141,7 +141,7 @@ def test_a_run_in_the_middle_gives_its_newest_checkpoint(run, tmp_path):
 
 def test_an_interrupted_probe_keeps_what_it_measured(of_student, run, tmp_path, monkeypatch):
     def interrupted(*arguments):
-        losses = look(*arguments)
+        losses = measure_documents(*arguments)
         yield from (next(losses) for _ in range(3))
         raise KeyboardInterrupt
 

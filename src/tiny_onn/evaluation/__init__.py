@@ -1,1 +1,1 @@
-"""A student measured against its teacher on text that it was not trained on."""
+"""The comparison of a student with its teacher on text that it was not trained on."""

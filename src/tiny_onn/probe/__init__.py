@@ -1,1 +1,1 @@
-"""Every surprise held against the truth: the loss without that expert."""
+"""The test of every surprise against the truth: how the loss changes without the expert."""

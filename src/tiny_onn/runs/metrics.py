@@ -68,9 +68,7 @@ class MetricsWriter:
                 if error.errno not in _FULL:
                     raise
                 if not were_waiting:
-                    say(
-                        f"{self._path}: {error.strerror}; records wait in memory until there is space"
-                    )
+                    say(f"{self._path}: {error.strerror}; records wait in memory for space")
 
     def sync(self) -> None:
         """Wait until the disk has everything written, so that a checkpoint may rely on it.
