@@ -164,7 +164,7 @@ def test_a_run_whose_models_are_gone_gets_a_page_that_says_so(runs, tmp_path, ca
         (folder / name).write_bytes((runs / "student" / name).read_bytes())
     text = " ".join(read_page(run_report([folder]).read_text("utf-8")).text)
     assert "The models could not be loaded: MODEL: got" in text
-    assert "goes without single tokens" in capsys.readouterr().err
+    assert "is made without single tokens" in capsys.readouterr().err
     without = run_report([folder], models=False).read_text("utf-8")
     assert "was asked not to load the models" in without
 
@@ -191,7 +191,7 @@ def test_an_interrupted_run_says_how_far_it_came(runs):
 
 def test_a_control_is_called_one_and_not_judged_as_a_student(runs):
     run = read_run(runs / "static")
-    assert health_of(run).startswith("A control, which is there to be beaten")
+    assert health_of(run).startswith("This run is a control to compare with")
     assert '<article class="card control">' in report_page([run])
 
 
@@ -217,11 +217,11 @@ def test_the_verdict_names_the_number_of_findings(runs):
 def test_a_student_is_held_against_its_control_at_the_controls_k(runs):
     student, control = read_run(runs / "student"), read_run(runs / "static")
     (sentence,) = against_controls([student, control])
-    assert "at the same 4.00 active experts a token" in sentence
+    assert "at the same 4.00 active experts per token" in sentence
     (alone,) = against_controls([replace(student, frontier=None), control])
     assert ("the same" in alone) == (abs(student.evaluations[-1]["mean_k"] / 4 - 1) <= 1e-3)
     (none,) = against_controls([student])
-    assert none.startswith("No control stands beside it")
+    assert none.startswith("There is no control to compare with")
 
 
 def test_unused_experts_are_counted_from_the_load(runs):

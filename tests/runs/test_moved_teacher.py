@@ -183,7 +183,7 @@ def test_a_student_that_records_no_teacher_asks_for_one(moved, tmp_path):
     settings = json.loads(file.read_text())
     del settings["teacher"]
     file.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=f"^MODEL: got a student that does not say .*{GONE[8:]}"):
+    with pytest.raises(UserError, match=f"^MODEL: got a student that does not record .*{GONE[8:]}"):
         evaluated(moved, tmp_path / "student")
     assert evaluated(moved, tmp_path / "student", teacher=str(moved / "teacher"))
 

@@ -23,6 +23,8 @@ def config_template(config: RunConfig | None = None) -> str:
         if entry.section != current:
             current = entry.section
             lines += ["", f"# {inspect.getdoc(sections[current])}", f"[{current}]"]
-        lines += textwrap.wrap(entry.doc, 98, initial_indent="# ", subsequent_indent="# ")
+        lines += textwrap.wrap(
+            entry.doc, 98, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+        )
         lines.append(f"{entry.field} = {to_toml(values[current][entry.field])}  # {entry.type}")
     return "\n".join(lines) + "\n"

@@ -1,1 +1,1 @@
-"""Several runs compared."""
+"""Studies of several runs: their comparison, the report, and the demonstration."""
