@@ -33,8 +33,8 @@ class TeacherConfig:
     revision: str = "main"
     """The branch, tag or commit to load when `path` is a hub id."""
     placement: Literal["shared", "separate"] = "shared"
-    """How the teacher is held in memory. `shared`: teacher and student use one frozen backbone, and
-    only the teacher's MLPs are held besides; `separate`: the teacher is a whole model of its
+    """The way the teacher is held in memory. `shared`: teacher and student use one frozen backbone,
+    and only the teacher's MLPs are held besides; `separate`: the teacher is a whole model of its
     own."""
     dtype: TeacherDType = "auto"
     """The number format of the teacher and of the frozen backbone. `auto`: bfloat16 where the
@@ -98,23 +98,23 @@ class RouterConfig:
     """The experts that a token activates, and what their gate learns from."""
 
     selection: Selection = "budget"
-    """How a token's experts are selected. `top_k`: the k experts with the largest logits;
+    """The rule that selects a token's experts. `top_k`: the k experts with the largest logits;
     `top_any`: every expert whose cosine with the token passes the expert's own learned threshold
     (DynMoE); `budget`: as many as the token needs, k on average. Three values are controls, to
     compare with. `static`: always the same experts; `random`: by a frozen random gate; `oracle`:
     those whose true output norms are largest, for which all experts are computed."""
     objective: Objective = "smk"
-    """What the gate learns from. `smk` (Surprise Min_K): cross-entropy toward the expert that
-    surprise points at, with no gradient from the main loss; `task`: the main loss; `regression`:
-    the log norms of all experts' outputs, with no gradient from the main loss; `none`: nothing, the
-    gate is frozen."""
+    """The quantity that the gate learns from. `smk` (Surprise Min_K): cross-entropy toward the
+    expert that surprise points at, with no gradient from the main loss; `task`: the main loss;
+    `regression`: the log norms of all experts' outputs, with no gradient from the main loss;
+    `none`: nothing, the gate is frozen."""
     target_k: float = 16.0
     """The number of active experts per token, k: exact for `top_k` and the controls, a mean for
     `budget`. `top_any` finds its own number."""
     budget_form: Literal["cumulative", "threshold"] = "threshold"
-    """How a budget turns probabilities into active experts. `cumulative`: the most probable experts
-    until their probabilities sum to p; `threshold`: all experts with a probability above p. p is
-    what is moved until the mean number is k."""
+    """The form of a budget, which turns probabilities into active experts. `cumulative`: the most
+    probable experts until their probabilities sum to p; `threshold`: all experts with a probability
+    above p. p is moved until the mean number is k."""
     budget_scope: BudgetScope = "layer"
     """`layer`: every layer has its own p and uses k experts on average; `global`: one p for all
     layers, so that k is the mean over the layers, and some layers use more experts than others."""
@@ -169,10 +169,10 @@ class SmkConfig:
     candidates: Literal["active", "all"] = "all"
     """The experts that may become the target: those that the token activated, or all of them."""
     targets: SmkTargets = "single"
-    """What the gate is taught about a token. `single`: cross-entropy to the best expert; `set`:
-    cross-entropy to the k best; `regress`: squared error to the surprise itself, standardised over
-    the token's candidates; `member`: for every expert, whether it is one of the k best; `helpful`:
-    for every expert, whether its `gain` is above 0."""
+    """The loss that teaches the gate about a token. `single`: cross-entropy to the best expert;
+    `set`: cross-entropy to the k best; `regress`: squared error to the surprise itself,
+    standardised over the token's candidates; `member`: for every expert, whether it is one of the k
+    best; `helpful`: for every expert, whether its `gain` is above 0."""
     explore_fraction: float = 0.0
     """The share of tokens that use a random inactive expert in place of their weakest active one,
     so that experts other than the usual ones become `active` candidates."""
@@ -292,7 +292,7 @@ class TrainConfig:
     deterministic: bool = True
     """Use only GPU kernels whose results repeat bit for bit. On a CPU results always do."""
     expert_path: ExpertPath = "auto"
-    """How an expert layer is computed. `dense`: every expert on every token, with a mask;
+    """The computation of an expert layer. `dense`: every expert on every token, with a mask;
     `grouped`: each expert on its own tokens, which is faster at low k but knows nothing about
     inactive experts; `auto`: the path that measured faster on this kind of device, and `dense`
     wherever inactive experts are needed."""
@@ -325,7 +325,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """All settings of a run, one section per part."""
+    """The settings of a run, in sections."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)

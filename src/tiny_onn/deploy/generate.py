@@ -87,6 +87,6 @@ def _load(
     if model != "embedded":
         find_model(model, "MODEL")
     dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
-    # The attention for packed rows keeps no cache; generation needs one.
+    # Generation keeps a cache, which the attention for packed rows of training does not handle.
     dense.set_attn_implementation(generation_attention(dense))
     return dense, tokenizer

@@ -161,7 +161,7 @@ def _predictable(
     """
     truth_TE = torch.cat(observations.value)[counted_T]
     x_TD = torch.cat(observations.x)[counted_T]
-    # A first token's outputs are so large that they would decide the fit; a last token has no loss.
+    # First tokens would dominate the fit, and last tokens have no loss.
     fit_x_TD = torch.cat([x[1:-1] for x in fit.x])
     targets = quantities(
         *(torch.cat([s[1:-1] for s in fit.scores[kind]]) for kind in ("gain", "magnitude"))
