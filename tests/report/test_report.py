@@ -267,7 +267,7 @@ def test_a_record_without_a_field_is_named(runs, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "spike", "step": 1, "tokens": 2}\n')
     assert read_run(tmp_path).tokens == 2
     (tmp_path / "metrics.jsonl").write_text('{"kind": "end", "step": 1, "tokens": 2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl: record 1 has no dead_experts"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: got no dead_experts in record 1"):
         read_run(tmp_path)
 
 
