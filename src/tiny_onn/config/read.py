@@ -159,7 +159,7 @@ def _loads(text: str) -> dict[str, Any]:
         RecursionError: the text is nested too deeply.
     """
     if (dots := max((line.count(".") for line in text.splitlines()), default=0)) > _MAX_LINE_DOTS:
-        raise ValueError(f"a line with {dots} dots; at most {_MAX_LINE_DOTS} are read; break it")
+        raise ValueError(f"a line with {dots} dots, at most {_MAX_LINE_DOTS} are read; break it")
     return tomllib.loads(text)
 
 
