@@ -372,7 +372,8 @@ def test_steps_repeat_in_every_checkpointing_mode_and_follow_the_dense_path():
         dense.to(DEVICE)
         student = make_student(config, MlpInputs(dense, [row.to(DEVICE) for row in rows]))
         assert {bank.execution.path for bank in student.banks()} == {path}
-        checkpoint_layers(student, mode)
+        checkpointing: Any = mode
+        checkpoint_layers(student, checkpointing)
         optimizer = build_optimizer(student, config.optim)
         for step in range(2):
             distill_step(student, dense, optimizer, rows[:2], config, step=step)
