@@ -22,6 +22,7 @@ from typing import Literal
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.model.attention import VARLEN_OPTIONS
+from tiny_onn.model.expert_path import sparse_entry
 from tiny_onn.ops.distillation_loss import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.ops.loss_chunks import auto_chunk_tokens
 from tiny_onn.planning.costs import Parameters, Sizes
@@ -98,6 +99,9 @@ class _Step:
         self.C = min(config.train.ffn_chunk_tokens or self.T, self.T)
         self.CF = self.C * self.F
         self.chunked = config.train.ffn_chunk_tokens > 0
+        path = config.train.expert_path
+        faster = device == "cuda" and sparse_entry(config, f"{device} {config.teacher.dtype}")
+        self.sparse = path == "sparse" or (path == "auto" and bool(faster))
         self.gates_learn = config.router.objective != "none"
         self.layer_gradients = self.m * 3 * self.F * self.D
 
@@ -138,7 +142,10 @@ class _Step:
         """What one layer's experts and gate keep for their backward pass."""
         router = (self.wide * self.TD + 4 * self.TE) if self.gates_learn else 0
         pre = 0 if self.chunked else 2 * self.b * self.TF
-        return self.b * self.TD + pre + router
+        # The sparse path keeps the hidden activations too. Where a layer is computed again, the
+        # dense path's backward pass, which is planned, needs more than that.
+        sparse = self.sparse and self.config.train.checkpointing == "none"
+        return self.b * self.TD + pre + router + (self.b * self.TF if sparse else 0)
 
     def routing(self) -> int:
         """Each bank's last routing: logits, scores, weights, active."""
