@@ -6,8 +6,8 @@
 Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96. Ours are whole `ExpertBank`s, router
 included, on every path that runs here, taught by the model card's SMK rule. Peers, timed in turns
 with them, on inputs that change: transformers' `Qwen3MLP` of the same width, as it is and compiled,
-and its `Qwen3MoeSparseMoeBlock` with each experts implementation that runs here; those make no surprise.
-Weights are in the compute format on all sides.
+and its `Qwen3MoeSparseMoeBlock` with each experts implementation that runs here; those make no
+surprise. Weights are in the compute format on all sides.
 
 Parity comes first, at the timed size: with coupled routers every path gives the block's output and
 gradients; all give the same surprise, and that of `ops/reference.py` on some tokens; all experts

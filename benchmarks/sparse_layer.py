@@ -145,9 +145,10 @@ def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> d
     """
     dtypes = [torch.float32] if arguments.smoke else [torch.float32, torch.bfloat16]
     worst: dict[str, float] = {}
-    for dtype, k in itertools.product(dtypes, arguments.k):
-        format_of: Any = {"dtype": dtype, "device": arguments.device}
-        layer = Layer(shape, int(k), varying=True, **format_of)
+    ks: list[int] = arguments.k
+    cases = ((dtype, k) for dtype in dtypes for k in ks)
+    for dtype, k in cases:
+        layer = Layer(shape, k, varying=True, dtype=dtype, device=arguments.device)
         for rule, dense, number in itertools.product(arguments.rule, (True, False), (0, 1)):
             path = partial(sparse.expert_layer, activation="silu", dense_sums=dense)
             got, again = (layer.step(path, rule, number) for _ in range(2))

@@ -33,10 +33,26 @@ def load(name: str) -> dict[str, Any]:
 def layer_rows(row: dict[str, Any], where: str, goal: str) -> Iterator[Row]:
     """Yield the expert layer at one k beside the dense MLP and transformers' best MoE block."""
     label = f"expert layer, {where}, k = {row['k']}"
-    ours, dense = min(row["dense"], row["grouped"]), row["Qwen3MLP"]
+    ours = min(row[path] for path in ("dense", "grouped", "sparse") if path in row)
+    dense = row["Qwen3MLP"]
     moe = min(value for key, value in row.items() if key.startswith("MoE") and value)
     yield Row(label, ms(ours), f"{ms(dense)} dense MLP", f"{ours / dense:.2f}", goal)
     yield Row("", ms(ours), f"{ms(moe)} best MoE of transformers", f"{ours / moe:.2f}", "< 1")
+
+
+def sparse_rows(rows: list[dict[str, Any]]) -> Iterator[Row]:
+    """The sparse layer, by the faster of its sums, against dense MLPs that are launched alike."""
+    goals = {(32_768, 16): "<= 0.85", (32_768, 4): "<= 0.4", (8192, 16): "<= 1", (2048, 16): "<= 1"}
+    for row in sorted(rows, key=lambda row: (row["rule"], -row["tokens"], -row["k"])):
+        label = f"sparse layer, {row['rule']} rule, {row['tokens']:,} tokens, k = {row['k']}"
+        goal = goals.get((row["tokens"], row["k"]), "")
+        for how in ("", ", captured"):
+            ours = min(row[f"sparse{how}"], row[f"sparse, rows{how}"])
+            for peer in ("MLP", "MLP compiled"):
+                theirs = row[peer + how]
+                name = f"{ms(theirs)} dense {peer}{how}"
+                yield Row(label, ms(ours), name, f"{ours / theirs:.2f}", goal)
+                label, goal = "", ""
 
 
 def cpu_rows() -> Iterator[Row]:
@@ -114,6 +130,8 @@ def gpu_rows(name: str) -> Iterator[Row]:
         for row in record["rows"]:
             if row["k"] in (4, 16):
                 yield from layer_rows(row, f"{tokens:,} tokens", "<= 1.15")
+    sparse = [r for r in records if r["section"] == "sparse" and "ratios" in r]
+    yield from sparse_rows(sparse[-1]["rows"])
     yield from decode_rows([r for r in records if r["section"] == "decode"])
     # Until November 2026 the lines of this record were called cases.
     plans = [r.get("rows", r.get("cases")) for r in records if r["section"] == "plan"]

@@ -59,6 +59,21 @@ def settings(*overrides):
     return load_config(None, None, ["teacher.dtype=bfloat16", *rows, *experts, *overrides])
 
 
+def test_the_sparse_path_keeps_hidden_activations_where_nothing_is_computed_again():
+    kept = {}
+    # By `auto`, k / E is 4 / 8, which is below the measured share, and then all of them.
+    for path, k in (("dense", 4), ("sparse", 4), ("auto", 4), ("auto", 8)):
+        for mode in ("none", "layer"):
+            overrides = (f"train.expert_path={path}", f"train.checkpointing={mode}")
+            rule = ("smk.candidates=active", f"router.target_k={k}")
+            config = settings(*overrides, *rule, "train.device=cuda")
+            planned = plan(config, "SmolLM2-135M", "H100")
+            kept[path, k, mode] = planned.peak.parts["saved activations"]
+    assert kept["sparse", 4, "none"] == kept["auto", 4, "none"] > kept["dense", 4, "none"]
+    assert kept["auto", 8, "none"] == kept["dense", 4, "none"]
+    assert len({kept[path, k, "layer"] for path, k, _ in kept}) == 1
+
+
 def small_step(family, config):
     """Everything that `distill_step` takes: a random model of the family and packed rows."""
     dense = make_dense(family, dtype=config.teacher.dtype, tie_word_embeddings=True, **SIZES)

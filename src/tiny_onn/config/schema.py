@@ -168,6 +168,7 @@ class SmkConfig:
     the model card) or with the largest (`max`)."""
     candidates: Literal["active", "all"] = "all"
     """The experts that may become the target: those that the token activated, or all of them."""
+    lesson_share: float = 1.0
     """Share of the tokens at which `candidates = "all"` holds. These tokens are evenly spaced and
     shift by one at each step; the candidates of the other tokens are their active experts. A lower
     share spares the `grouped` and `sparse` paths most of the inactive experts."""

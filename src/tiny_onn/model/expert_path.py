@@ -58,9 +58,8 @@ def choose_path(config: RunConfig, device: torch.device, activation: str) -> Pat
     where = f"{device.type} {dtype}"
     measured = read_crossover().get(where, {})
     share, name = computed_share(config)
-    ours = measured.get("sparse")
-    allowed = lack is None and path_refusal(config, "sparse") is None
-    if ours and allowed and ours["capability"] == _capability(device) and share <= ours["share"]:
+    ours = sparse_entry(config, where)
+    if ours is not None and lack is None and ours["capability"] == _capability(device):
         return PathChoice(
             path="sparse",
             reason=f"{name} = {share:.3g} is at most {ours['share']:.3g}, up to which this path was"
@@ -89,6 +88,19 @@ def computed_share(config: RunConfig) -> tuple[float, str]:
     if config.router.objective != "smk" or smk.candidates != "all":
         return active, "k/E"
     return active + smk.lesson_share * (1 - active), "the share of active and surprised experts"
+
+
+def sparse_entry(config: RunConfig, where: str) -> dict[str, Any] | None:
+    """Return the measurement by which the sparse path is the fastest for these settings, if any.
+
+    Args:
+        config: the settings.
+        where: `device dtype`.
+    """
+    entry = read_crossover().get(where, {}).get("sparse")
+    if entry is None or path_refusal(config, "sparse") is not None:
+        return None
+    return entry if computed_share(config)[0] <= entry["share"] else None
 
 
 def _capability(device: torch.device) -> str | None:

@@ -24,6 +24,7 @@ from typing import Literal
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.model.attention import VARLEN_OPTIONS
+from tiny_onn.model.expert_path import sparse_entry
 from tiny_onn.ops.distillation_loss import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.ops.loss_chunks import auto_chunk_tokens
 from tiny_onn.planning.costs import Parameters, Sizes
@@ -118,6 +119,9 @@ class _Step:
         self.neuron_bytes = self.activation_bytes * self.row_tokens * self.neurons
         self.chunk_neuron_bytes = self.activation_bytes * self.chunk_neuron_elements
         self.chunked = config.train.ffn_chunk_tokens > 0
+        path = config.train.expert_path
+        faster = device == "cuda" and sparse_entry(config, f"{device} {config.teacher.dtype}")
+        self.sparse = path == "sparse" or (path == "auto" and bool(faster))
         self.gates_learn = config.router.objective != "none"
         self.layer_gradients = self.master_bytes * 3 * self.projection_elements
 
@@ -161,7 +165,10 @@ class _Step:
         if self.gates_learn:
             router = self.widened_bytes * self.hidden_elements + 4 * self.expert_elements
         pre = 0 if self.chunked else 2 * self.neuron_bytes
-        return self.hidden_bytes + pre + router
+        # The sparse path keeps the hidden activations too. Where a layer is computed again, the
+        # dense path's backward pass, which is planned, needs more than that.
+        keeps_hidden = self.sparse and self.config.train.checkpointing == "none"
+        return self.hidden_bytes + pre + router + (self.neuron_bytes if keeps_hidden else 0)
 
     def routing(self) -> int:
         """Return each bank's last routing, which is logits, scores, weights and active."""
