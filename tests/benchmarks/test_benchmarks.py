@@ -35,7 +35,7 @@ def test_smoke_run_ends_in_one_json_line(name, tmp_path):
     record = json.loads(printed.splitlines()[-1])
     assert record["benchmark"] == name
     assert record["rows"]
-    assert record["ratios"]
+    assert record["ratios"] or record["skipped"]
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert record["settings"]["smoke"] is True
     assert not [part for part in record.get("records", ()) if "error" in part]

@@ -65,13 +65,14 @@ def signal_in(monkeypatch):
 
 
 # Where a signal comes, at which call, and how many steps are then finished. `squared_error` is
-# called for each layer of each row: four times before the first step, four times in each step.
+# called for each layer of each row: four times before the first step, four times in each step. The
+# two steps of the blockwise stage call `backward` as often, and the steps after it once for each of
+# their two rows.
 INSIDE = {
     "a block's forward pass": (blockwise_module, "squared_error", 11, 1),
     "the teacher's forward pass": (step_module, "last_hidden_states", 5, 3),
     "the student's forward pass": (step_module, "last_hidden_states", 8, 3),
     "the loss": (step_module, "distill", 4, 3),
-    # The blockwise stage before it has eight backward passes: two steps, two rows, two layers.
     "the backward pass": (torch.Tensor, "backward", 12, 3),
     "the block errors at the change of stage": (train_module, "block_errors", 2, 2),
     "the evaluation at the change of stage": (train_module, "evaluate_layers", 2, 2),
@@ -94,7 +95,7 @@ def test_work_in_hand_is_given_up_and_the_run_goes_on_to_the_same_bits(
     out = tmp_path / "run"
     result = run_distill(config, out=out)
     assert result.interrupted
-    assert "Stopping: the work in hand is given up" in capsys.readouterr().err
+    assert "Stopping: the current work is abandoned" in capsys.readouterr().err
     assert not (out / "student").exists()
     assert result.after is None
     newest = max(path.name for path in (out / "checkpoints").iterdir())
@@ -151,7 +152,7 @@ def test_a_signal_in_the_first_evaluation_says_that_there_is_nothing_to_save(
     signal_in(train_module, "evaluate_layers", 1)
     with pytest.raises(KeyboardInterrupt):
         run_distill(config, out=tmp_path / "run")
-    assert "before the first step of this run" in capsys.readouterr().err
+    assert "before this run's first step" in capsys.readouterr().err
 
 
 def test_a_second_signal_inside_a_step_ends_without_saving(config, tmp_path, signal_in):

@@ -58,7 +58,7 @@ def test_a_slow_machine_begins_again_with_fewer_steps_and_says_so(
     assert isinstance(arms, dict)
     assert {arm["tokens"] for arm in arms.values()} == {ROW}
     said = "".join(capsys.readouterr().err.split())
-    assert f"with{ROW}trainingtokensanarminsteadof{5 * ROW}" in said
+    assert f"with{ROW}trainingtokensperarminsteadof{5 * ROW}" in said
 
 
 def short(config):

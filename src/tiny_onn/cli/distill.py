@@ -29,7 +29,7 @@ class Distill:
         bool,
         arg(
             help="Resume the run in --out from its newest checkpoint. Without RUN.toml and --preset"
-            " the run keeps its own settings, which --set can change.",
+            " the run keeps its own settings; --set changes one that --allow-change names too.",
             help_behavior_hint="(default: off)",
         ),
     ] = False

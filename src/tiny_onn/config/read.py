@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tiny_onn.config.checks import shown, to_toml, validate
@@ -19,6 +20,8 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 
 # `tiny-onn config` prints less than 20 KB; a file beyond this bound holds no settings.
+# Settings that runs of earlier versions do not hold, with the value that changes nothing for them.
+ADDED = MappingProxyType({"smk.lesson_share": 1.0})
 _MAX_TOML_BYTES = 2**16
 # tomllib takes memory that grows with the square of a dotted key's length: 16 MB for 2048 dots.
 _MAX_LINE_DOTS = 2048
@@ -84,7 +87,8 @@ def config_from_json(text: str, source: str = "config.json") -> RunConfig:
 
     Raises:
         UserError: the text is no such JSON, or a setting is missing. A default does not take its
-            place, since defaults may have changed between versions.
+            place, since defaults may have changed between versions; what a later version added has
+            the value of `ADDED`, by which a run goes on as it began.
     """
     try:
         table = json.loads(text)
@@ -95,6 +99,10 @@ def config_from_json(text: str, source: str = "config.json") -> RunConfig:
         ) from error
     if not isinstance(table, dict):
         raise UserError(f"{source}: got {shown(table)}, expected an object; restore the file")
+    for name, value in ADDED.items():
+        section, key = name.split(".")
+        if isinstance(table.get(section), dict):
+            table[section].setdefault(key, value)
     config = _apply(RunConfig(), table, source)
     for section, keys in asdict(config).items():
         for key in keys:

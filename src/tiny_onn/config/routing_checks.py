@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.errors import UserError
 
+# Kinds of surprise that the kernels of the sparse path know.
+SPARSE_SURPRISES = ("parameters", "output", "gain", "relative")
 CONTROLS = ("static", "random", "oracle")
 
 
@@ -287,7 +289,7 @@ def path_refusal(config: RunConfig, path: Literal["grouped", "sparse"]) -> str |
                 'smk.candidates = "all" with smk.lesson_share = 1 needs the surprise of inactive'
                 " experts at every token"
             )
-        if path == "sparse" and smk.surprise in ("input", "magnitude"):
+        if path == "sparse" and smk.surprise not in SPARSE_SURPRISES:
             return f'smk.surprise = "{smk.surprise}" needs a Gram matrix, which its kernels lack'
     if config.router.objective == "regression":
         return 'router.objective = "regression" needs the norms of inactive experts\' outputs'

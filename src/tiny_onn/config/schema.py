@@ -88,8 +88,8 @@ class ExpertsConfig:
     """Multiply each expert's weight by a learned scale that starts at 1."""
     calibration_tokens: int = 8192
     """The number of training tokens read as calibration text: for every `init` but `random`,
-    `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge` gates
-    and for the `mean` compensation. A budget reads as many other training tokens before each
+    `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge` gates,
+    the `static` control, `keep_massive`, the `mean` compensation and the blockwise stage. A budget reads as many other training tokens before each
     evaluation, to measure its threshold."""
 
 
@@ -104,8 +104,8 @@ class RouterConfig:
     compare with. `static`: always the same experts; `random`: by a frozen random gate; `oracle`:
     those whose true output norms are largest, for which all experts are computed."""
     objective: Objective = "smk"
-    """The quantity that the gate learns from. `smk` (Surprise Min_K): cross-entropy toward the
-    expert that surprise points at, with no gradient from the main loss; `task`: the main loss;
+    """The quantity that the gate learns from. `smk` (Surprise Min_K): surprise, by
+    the loss that `smk.targets` names, with no gradient from the main loss; `task`: the main loss;
     `regression`: the log norms of all experts' outputs, with no gradient from the main loss;
     `none`: nothing, the gate is frozen."""
     target_k: float = 16.0
@@ -114,7 +114,7 @@ class RouterConfig:
     budget_form: Literal["cumulative", "threshold"] = "threshold"
     """The form of a budget, which turns probabilities into active experts. `cumulative`: the most
     probable experts until their probabilities sum to p; `threshold`: all experts with a probability
-    above p. p is moved until the mean number is k."""
+    above p, and always the most probable one. p is moved until the mean number is k."""
     budget_scope: BudgetScope = "layer"
     """`layer`: every layer has its own p and uses k experts on average; `global`: one p for all
     layers, so that k is the mean over the layers, and some layers use more experts than others."""
@@ -131,9 +131,9 @@ class RouterConfig:
     """Let the control `oracle` spend its experts as a budget does: more on some tokens than on
     others, k on average."""
     at_least_one: AtLeastOne = "evaluation"
-    """When a token that passes no threshold of `top_any` gets its nearest expert all the same.
-    `evaluation`: only in evaluation (as in DynMoE), so that in training the layer adds nothing to
-    such a token; `always`: in training too."""
+    """The times at which a token that passes no threshold of `top_any` still gets its nearest
+    expert. `evaluation`: only in evaluation (as in DynMoE), so that in training the layer adds
+    nothing to such a token; `always`: in training too."""
     diversity_coef: float = 0.01
     """The weight of the diversity and simplicity loss (only `top_any` with the objective `task`
     uses it)."""
@@ -203,7 +203,7 @@ class LossConfig:
     chunk_tokens: int = 0
     """The number of tokens whose logits are held in memory at once. 0: the run chooses when it
     starts, 512 on a CPU and by the free memory on a GPU. Every step's record holds the number that
-    was chosen; setting it repeats the run."""
+    was chosen; set that number to repeat the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,10 +297,11 @@ class TrainConfig:
     """Use only GPU kernels whose results repeat bit for bit. On a CPU results always do."""
     expert_path: ExpertPath = "auto"
     """The computation of an expert layer. `dense`: every expert on every token, with a mask;
-    `grouped`: each expert on its own tokens, which is faster at low k but knows nothing about
-    inactive experts; `sparse`: as `grouped`, by Triton kernels on a GPU, which also compute the
-    inactive experts that teach the gate; `auto`: the path that measured fastest on this kind of
-    device, among those that the other settings allow."""
+    `grouped`: each expert on its own tokens, which is faster at low k and computes inactive experts
+    only for the tokens of a sampled lesson (`smk.lesson_share` below 1); `sparse`: as `grouped`, by
+    Triton kernels on a GPU, which also compute the inactive experts that teach the gate; `auto`:
+    the path that measured fastest on this kind of device, among those that the other settings
+    allow."""
     checkpointing: Checkpointing = "layer"
     """The activations that the backward pass recomputes instead of keeping them in memory. `none`:
     none of them; `layer`: all those of a layer, from its input, which is kept; `selective`: as

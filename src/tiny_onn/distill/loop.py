@@ -1,6 +1,6 @@
 """The loop of a run: prepare, step until the token budget is spent, evaluate and save.
 
-`step.py` and `blockwise.py` hold one step of each stage.
+`step.py` holds a step of the global stage, `blockwise.py` one of the blockwise stage.
 """
 
 import math
@@ -121,7 +121,7 @@ def _train(
     after_step: AfterStep,
     stop: StopRequest,
 ) -> RunResult:
-    """Run the loop of a prepared run, and write the student unless the run is stopped before."""
+    """Run the loop of a prepared run; write the student if there is a last evaluation."""
     training = assemble(config, prepared.student, prepared.teacher)
     stream = training_rows(config, prepared.tokenizer)
     rows = threshold_rows(config, prepared.tokenizer, training.student.device)
@@ -309,7 +309,7 @@ class _Run:
         return BlockErrors(power=power, error_before=self._block_errors())
 
     def _block_errors(self) -> list[float]:
-        """Measure, record and show the held-out error of every layer."""
+        """Measure the held-out error of every layer, record it and show it."""
         training = self.training
         with self.stop.breakable():
             errors = block_errors(training.student, training.teacher, self.prepared.held_out.rows)

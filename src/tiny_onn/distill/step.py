@@ -86,7 +86,7 @@ def distill_step(
     clock: Clock | None = None,
     commit: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Update the student once from some rows: the loss is a mean over all their tokens.
+    """Update the student once, by the mean loss over all tokens with a label in some rows.
 
     If loss or gradient is not finite, nothing is updated; to find out, the step waits for a GPU
     once. An exception before the update leaves everything as it was before the step.

@@ -25,7 +25,7 @@ from tiny_onn.ops.surprise import log_norm
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """The way a bank computes its output and gradients, which the result shows by rounding only."""
+    """The way a bank computes; all but `coupled` change results by rounding only."""
 
     path: Literal["dense", "grouped", "sparse"] = "dense"
     """`dense` computes every expert on every token and masks the inactive ones, `grouped` computes
@@ -57,12 +57,13 @@ class RowState:
 class ExpertBank(nn.Module):
     """E experts of width I and their router.
 
-    The output is `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`, with the weights that
-    `experts` holds. Two parameters are optional, and change nothing while all experts are active
-    and scales are 1: `mean_outputs` (E, D), added for inactive experts, and `expert_scale` (E,), a
-    factor of the experts' routing weights.
+    The output is `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`, where `weight[e]` is the
+    routing weight and `experts` holds gate, up and down. Two parameters are optional, and change
+    nothing while all experts are active and scales are 1: `mean_outputs` (E, D), added for inactive
+    experts, and `expert_scale` (E,), a factor of the experts' routing weights.
 
-    Beside parameters and buffers, a call depends on two attributes, which this file alone assigns:
+    Beside parameters, buffers, the router's rule and the training mode, a call depends on two
+    attributes, which this file alone assigns:
         execution: The way to compute; `set_execution` sets it once.
         row: The current training row; `row_context` sets it for a forward and backward pass.
     `recorded_routings` collects the routing of calls.

@@ -58,7 +58,7 @@ class RoutingRule:
 
     @property
     def num_active(self) -> int | None:
-        """How many experts every token has, shared ones included; None if it varies by token."""
+        """Number of experts of every token, shared ones included; None if it varies by token."""
         varies = self.has_budget or self.selection == "top_any"
         return None if varies else round(self.target_k)
 
@@ -144,7 +144,7 @@ class Router(nn.Module):
             sum of the inputs that activated no expert.
 
     Two attributes change only within `temporary_rules`: `rule`, and `annealing`, which says whether
-    thresholds move all the way (`thresholds.steer`).
+    thresholds move all the way (`thresholds.update_thresholds`).
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, rule: RoutingRule) -> None:

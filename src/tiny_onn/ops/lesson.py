@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tiny_onn.config.routing_checks import SPARSE_SURPRISES
 from tiny_onn.ops.router_gradient import (
     RoutingTables,
     SmkStep,
@@ -20,7 +21,7 @@ from tiny_onn.ops.router_gradient import (
 )
 
 # These kinds of surprise need no Gram matrix.
-KINDS = ("parameters", "output", "gain", "relative")
+KINDS = SPARSE_SURPRISES
 # A program of the kernel holds so many tokens and features at once.
 _BLOCK_T, _BLOCK_D = 16, 256
 

@@ -117,7 +117,7 @@ class SmkStep:
     grad_scale: float
     """Factor of the router's gradient: the loss' coefficient over the tokens of the step."""
     loss_scale: float = 1.0
-    """Factor of surprise: the divisor of the loss, so that surprise does not depend on it."""
+    """Factor of surprise: the number of tokens by which the loss was divided, taken back here."""
     tally: SurpriseTally | None = None
     """Statistics to add to; None: none are kept."""
     capture: list[Tensor] | None = field(default=None, repr=False)
@@ -168,7 +168,7 @@ def squared_norms(
 ) -> tuple[Float[Tensor, "tokens 1"], Float[Tensor, "tokens 1"]]:
     """Return both tensors' squared norms by token, or zeros for a kind that reads neither.
 
-    The two passes over (T, D) cost a GPU a tenth of the layer's time.
+    Passes over (T, D) that nothing needs are skipped: two cost a GPU a tenth of the layer's time.
     """
     if kind not in NORMED:
         zeros_T1 = to_math_dtype(x_TD.new_zeros(len(x_TD), 1))

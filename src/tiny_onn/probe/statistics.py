@@ -64,7 +64,7 @@ def per_token(
     magnitude_TE: Float[Tensor, "tokens experts"],
     candidates_TE: Bool[Tensor, "tokens experts"],
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """Return, for each token, how a score agrees with the truth, and the experts at its extremes.
+    """Return for each token how a score agrees with the truth, and the experts at its extremes.
 
     Experts that share the extreme score are averaged. The keys are `spearman`; `constant` (1 if the
     candidates' scores do not differ, else 0) and `zero` (1 if they are all 0, else 0); and for each

@@ -108,7 +108,7 @@ class GateStep:
     ) -> Tensor | float:
         """Return the gates' auxiliary loss on a row, for the layers from `first_layer` on.
 
-        Gates that learn from the main loss have one (`task`); for other objectives it is 0.
+        The objective `task` has one where it selects by `top_k` or `top_any`; otherwise it is 0.
         """
         router = self._config.router
         if router.objective == "task" and router.selection == "top_any":
@@ -123,7 +123,7 @@ class GateStep:
         return router.load_balancing_coef * balance + router.z_loss_coef * penalty
 
     def finish(self, *, updated: bool) -> None:
-        """Update the routers' buffers after the optimizer; undo the step if it did not update."""
+        """Update what routers change without a gradient; undo the step if it did not update."""
         if updated:
             self._steering.update(self.stats.load_LE.float())
         else:

@@ -1,7 +1,7 @@
 """Router changes without a gradient: budget thresholds, balance, revival and re-seeding.
 
-All state is in the router's buffers, so that checkpoints hold it, and changes on the device without
-waiting for it. Training alone changes it, except for the thresholds that
+All state is in the router's buffers and parameters, so that checkpoints hold it, and changes on the
+device without waiting for it. Training alone changes it, except for the thresholds that
 `fitted_eval_thresholds` measures for an evaluation.
 
 Legend: T tokens, D hidden, E experts, L layers.
