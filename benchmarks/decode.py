@@ -47,9 +47,9 @@ TOKENS = (2, 4, 8, 16)
 MOE = ("grouped_mm", "batched_mm")
 REPLAYS = 5
 SWEEP = [
-    *(decode.Blocks(width=width, warps=warps) for width in (4, 8, 16) for warps in (2, 4, 8)),
-    *(decode.Blocks(sum_hidden=hidden) for hidden in (8, 32, 64)),
-    *(decode.Blocks(sum_rows=rows) for rows in (64, 128, 512)),
+    *(decode.KernelBlocks(width=width, warps=warps) for width in (4, 8, 16) for warps in (2, 4, 8)),
+    *(decode.KernelBlocks(sum_hidden=hidden) for hidden in (8, 32, 64)),
+    *(decode.KernelBlocks(sum_rows=rows) for rows in (64, 128, 512)),
 ]
 
 
@@ -394,7 +394,7 @@ def sweep(stack: Stack, ks: tuple[int, ...]) -> Iterator[dict]:
         stack.budget(banks, stack.inputs, k)
         for blocks in SWEEP:
 
-            def call(blocks: decode.Blocks = blocks) -> None:
+            def call(blocks: decode.KernelBlocks = blocks) -> None:
                 for bank, x_TD in zip(banks, stack.inputs, strict=True):
                     router = bank.router
                     rule = selecting(router.rule)

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 from graphlib import TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
 
@@ -36,6 +37,23 @@ LAYERS = (
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 MUTABLE = ("list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict")
 
+# A docstring that begins with one of these words is a fragment, which needs another sentence.
+FRAGMENTS = frozenset(
+    "What Of As Its Whether Where How By For In On With Without Until Before After All One "
+    "Only".split()
+)
+# A function's docstring begins with none of these either: they begin the name of a thing.
+NOT_VERBS = frozenset(
+    "Active Agreement An And Another Any At Attention Because Both Causal Cosine During Each "
+    "Either Embedded Empty Every Everything Final First Forward Found From Frozen Generalised "
+    "Given Gradient Held-out Here If Into It Largest Last Least Less Mean More Most Neither "
+    "Neuron New Newest Next No None Not Nothing Or Our Out Over Peak Per Per-token Plain Quality "
+    "Random Routed Same Several Shared Shortest So Some Spherical Such Surprise Tensor That The "
+    "Their Then There These They This Those To Token Training Transient True Two Weighted When "
+    "While Who Whose Why".split()
+)
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+
 per_file = pytest.mark.parametrize("name", TREES)
 
 
@@ -64,8 +82,41 @@ def imports_of(name):
 
 def functions_of(tree):
     """Return every function of a file, nested ones and methods included."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
+
+
+def is_property(node):
+    """Return True if a node is a method that is read as an attribute."""
+    names = [ast.unparse(decorator).split(".")[-1] for decorator in node.decorator_list]
+    return not {"property", "cached_property"}.isdisjoint(names)
+
+
+def docstrings(tree):
+    """Yield of each docstring its line, its text, and True if it is that of a function."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | FUNCTIONS):
+            continue
+        if text := ast.get_docstring(node):
+            acts = isinstance(node, FUNCTIONS) and not is_property(node)
+            yield getattr(node, "lineno", 1), text, acts
+        # A string under a field or a constant is its docstring.
+        for field, below in pairwise(node.body):
+            match field, below:
+                case (
+                    ast.Assign() | ast.AnnAssign(),
+                    ast.Expr(ast.Constant(value=str(text))),
+                ) if not isinstance(node, FUNCTIONS):
+                    yield below.lineno, text, False
+
+
+def is_imperative(text):
+    """Return True if a docstring can begin with a verb in the imperative."""
+    first, second = [*text.rstrip(".").split()[:2], ""][:2]
+    # Third persons and plurals end in one s; symbols, code and abbreviations are no verbs.
+    third_person = first.endswith("s") and not first.endswith("ss")
+    plain = re.fullmatch(r"[A-Z][a-z]+(-[a-z]+)?", first)
+    known_noun = second == "of" or first in FRAGMENTS | NOT_VERBS
+    return bool(plain) and not third_person and not known_noun
 
 
 @per_file
@@ -123,6 +174,47 @@ def test_public_names_are_documented(name):
         and "noqa: D102" not in lines[node.lineno - 1]
     ]
     assert bare == []
+
+
+@per_file
+def test_docstrings_of_functions_begin_with_an_imperative(name):
+    bad = [
+        f"{name}:{line} {text.splitlines()[0]}"
+        for line, text, acts in docstrings(TREES[name])
+        if acts and not is_imperative(text)
+    ]
+    assert bad == []
+
+
+@per_file
+def test_docstrings_of_things_are_no_fragments(name):
+    bad = [
+        f"{name}:{line} {text.splitlines()[0]}"
+        for line, text, acts in docstrings(TREES[name])
+        if not acts and (text.split()[0] in FRAGMENTS or text.startswith("The same "))
+    ]
+    assert bad == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Return the rows.", True),
+        ("Compress a file.", True),
+        ("Time a step.", True),
+        ("Close.", True),
+        ("Re-read a file.", True),
+        ("Time of a step.", False),
+        ("Returns the rows.", False),
+        ("What a row holds.", False),
+        ("The rows.", False),
+        ("FLOPs per token.", False),
+        ("`x + y`.", False),
+        ("Gain, and loss.", False),
+    ],
+)
+def test_an_imperative_is_told_from_a_noun_phrase(text, expected):
+    assert is_imperative(text) is expected
 
 
 @per_file

@@ -1,1 +1,1 @@
-"""What writes the generated parts of the pages: `python -m docs.tools`."""
+"""The generators of tables, pages and pictures; `python -m docs.tools` runs all of them."""

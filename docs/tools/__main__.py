@@ -1,4 +1,4 @@
-"""Write the generated parts of all pages, or say which of them are stale.
+"""Write the generated parts of all pages and the pictures, or say which of them are stale.
 
     python -m docs.tools            # write them
     python -m docs.tools --check    # write nothing; exit status 1 if one is stale
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.common import ROOT
-from docs.tools import performance, probe_docs
+from docs.tools import figures, performance, probe_docs
 from experiments import quality, routing_rules
 from reliability import harness
 from tiny_onn.distill.record_docs import metrics_docs
 
 
 def generators() -> Iterator[tuple[Path, Callable[[str], str]]]:
-    """Each page with the function that gives its text as it should be, from its text as it is."""
+    """Yield each page or picture with the function that makes its text from its present one."""
     for page in performance.PAGES:
         yield page, performance.filled
     yield quality.PAGE, quality.filled
@@ -27,15 +27,18 @@ def generators() -> Iterator[tuple[Path, Callable[[str], str]]]:
     yield probe_docs.PAGE, probe_docs.filled
     yield harness.PAGE, harness.filled
     yield ROOT / "docs" / "metrics.md", lambda _: metrics_docs()
+    yield from figures.pictures()
 
 
 def main() -> int:
-    """Write the pages, or check them; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m docs.tools", description="Generated pages.")
+    """Write or check the pages and pictures, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m docs.tools", description="Generated pages and pictures."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if stale")
     check, stale = parser.parse_args().check, []
     for page, generate in generators():
-        before = page.read_text("utf-8")
+        before = page.read_text("utf-8") if page.exists() else ""
         if (after := generate(before)) == before:
             continue
         stale.append(str(page.relative_to(ROOT)))

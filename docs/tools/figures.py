@@ -1,38 +1,46 @@
-"""The pictures of README and docs, from the committed records.
+"""Draw the pictures of README and docs from the committed records.
 
-    python benchmarks/figures.py
-
-writes every picture as SVG, for light and for dark pages, to `docs/figures/`.
+`python -m docs.tools` writes every picture as SVG to `docs/figures/`, for light and dark pages.
 """
 
-import argparse
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import vl_convert
-from common import RESULTS
 
-from tiny_onn.report.theme import THEMES, vega_config
+from benchmarks.common import RESULTS, ROOT
+from experiments import quality
+from tiny_onn.report.theme import THEMES, colours, vega_config
 
-FOLDER = Path(__file__).parents[1] / "docs" / "figures"
+FOLDER = ROOT / "docs" / "figures"
 GPU = RESULTS / "gpu_nvidia_h100_80gb_hbm3.jsonl"
 FONT = "Arial, 'Liberation Sans', Helvetica, sans-serif"
+TITLE = {"anchor": "start", "frame": "bounds", "fontSize": 14, "fontWeight": 600, "offset": 12}
+ARMS = {
+    "recommended": "recommended: the gate learns",
+    "frozen ridge gate": "frozen ridge gate: it does not",
+    "half-width dense": "half-width dense: pruned, no experts",
+    "static choice": "static choice: same experts for all tokens",
+    "random routing": "random routing: experts by chance",
+}
 ROWS = {"packed": "packed documents", "whole": "one document"}
 
 Spec = dict[str, Any]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file."""
+    """Return the records of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def figures() -> Iterator[tuple[str, Spec]]:
-    """Every picture by name."""
-    runs = [r for r in read_lines(RESULTS / "quality.jsonl") if r["group"] == "long"]
+    """Yield every picture by name."""
+    runs = [r for r in read_lines(quality.RECORDS) if r["group"] == "long"]
     arms = sorted({r["arm"] for r in runs}, key=lambda arm: mean_of(runs, arm, "after"))
     yield "controls", controls(runs, arms)
     yield "training", training(runs, arms)
@@ -40,30 +48,34 @@ def figures() -> Iterator[tuple[str, Spec]]:
 
 
 def mean_of(runs: Sequence[dict[str, Any]], arm: str, when: str) -> float:
-    """The mean over seeds of an arm's held-out KL."""
+    """Return the mean over seeds of an arm's held-out KL."""
     return fmean(run[when]["forward_kl"] for run in runs if run["arm"] == arm)
 
 
 def controls(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> Spec:
-    """KL at half of the FFN's compute by arm: a dot for each seed, a bar at their mean."""
-    seeds = [{"arm": run["arm"], "kl": digits(run["after"]["forward_kl"])} for run in runs]
-    means = [{"arm": arm, "kl": digits(mean_of(runs, arm, "after"))} for arm in arms]
+    """Draw KL at half of the FFN's compute by arm: a dot for each seed, a bar at their mean."""
+    seeds = [{"arm": ARMS[run["arm"]], "kl": digits(run["after"]["forward_kl"])} for run in runs]
+    means = [{"arm": ARMS[arm], "kl": digits(mean_of(runs, arm, "after"))} for arm in arms]
     y = {
         "field": "arm",
         "type": "nominal",
-        "sort": list(arms),
+        "sort": [ARMS[arm] for arm in arms],
         "title": None,
-        "axis": {"labelFontSize": 13, "labelLimit": 200, "grid": True},
+        "axis": {"labelFontSize": 13, "labelLimit": 320, "grid": True},
     }
     x = {
         "field": "kl",
         "type": "quantitative",
-        "title": "KL to the teacher on held-out text, nats a token (left is better)",
+        "title": "KL to the original model on held-out text, nats a token (left is better)",
         "scale": {"type": "log", "domain": [0.1, 1]},
         "axis": {"values": [0.1, 0.2, 0.3, 0.5, 1]},
     }
     return {
-        "width": 440,
+        "title": {
+            "text": "How far from the original model, at half of its MLP compute",
+            "subtitle": "after 2M training tokens; a dot for each seed, a bar at their mean",
+        },
+        "width": 420,
         "height": {"step": 30},
         "layer": [
             {
@@ -86,7 +98,7 @@ def controls(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> Spec:
 
 
 def training(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> Spec:
-    """KL by arm before training and after it: the records hold the ends alone."""
+    """Draw KL by arm before and after training; the records hold nothing between the two."""
     rows = [
         {"arm": arm, "tokens": tokens, "kl": digits(mean_of(runs, arm, when))}
         for arm in arms
@@ -125,7 +137,7 @@ def training(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> Spec:
 
 
 def step_time(records: Sequence[dict[str, Any]]) -> Spec:
-    """Where the time of the card's step goes: stacked bars."""
+    """Draw the time of the card's step, part by part, as stacked bars."""
     phases = {r["rows"]: r["seconds"] for r in records if r.get("kind") == "phases"}
     names = list(next(iter(phases.values())))
     rows = [
@@ -164,27 +176,38 @@ def step_time(records: Sequence[dict[str, Any]]) -> Spec:
 
 
 def digits(value: float) -> float:
-    """Four significant digits."""
+    """Round to four significant digits."""
     return float(f"{value:.4g}")
 
 
 def drawn(spec: Spec, theme: str) -> str:
-    """The picture as SVG in a theme's colours.
+    """Return the picture as SVG in a theme's colours.
 
-    Whoever reads it may have another font than was measured, so that there is room around it.
+    A reader's machine may have another font than the one that was measured here, so there is some
+    room around the picture.
     """
-    config = vega_config(theme) | {"font": FONT, "padding": 16}
+    named = colours(theme)
+    title = {"color": named["ink"], "subtitleColor": named["soft"], "subtitlePadding": 6}
+    config = vega_config(theme) | {"font": FONT, "padding": 16, "title": TITLE | title}
     return vl_convert.vegalite_to_svg(spec, config=config) + "\n"
 
 
-def main() -> None:
-    """Write the pictures."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    FOLDER.mkdir(exist_ok=True)
+def marks(svg: str) -> list[str]:
+    """Return each mark's description, for readers who cannot see it, and the colours, in order."""
+    return re.findall(r'(?:aria-label|fill|stroke)="([^"]*)"', svg)
+
+
+def pictures() -> Iterator[tuple[Path, Callable[[str], str]]]:
+    """Yield each picture's file with the function that gives its text from the one it has.
+
+    A file whose marks are right stays as it is: another machine measures text by other fonts, and
+    would place the same marks a little differently.
+    """
+
+    def renewed(spec: Spec, theme: str, before: str) -> str:
+        after = drawn(spec, theme)
+        return before if marks(before) == marks(after) else after
+
     for name, spec in figures():
         for theme in THEMES:
-            (FOLDER / f"{name}-{theme}.svg").write_text(drawn(spec, theme), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+            yield FOLDER / f"{name}-{theme}.svg", partial(renewed, spec, theme)

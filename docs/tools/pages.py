@@ -1,16 +1,16 @@
-"""Generated text in pages that people write: the part between two markers is replaced."""
+"""Put generated text between the markers of pages that people write."""
 
 from collections.abc import Mapping
 
 
 def filled(text: str, contents: Mapping[str, str], begin: str, end: str) -> str:
-    """The page with each content between its markers; a content without markers is left out.
+    """Return the page with each content between its markers; one without markers is left out.
 
     Args:
-        text: the page.
-        contents: by name, whole lines.
-        begin: the line before a content, `{name}` in it.
-        end: what follows, likewise.
+        text: The page.
+        contents: The contents by name, each in whole lines.
+        begin: The line before a content, with `{name}` in it.
+        end: The text after a content, which may have `{name}` in it too.
     """
     for name, content in contents.items():
         head, found, rest = text.partition(begin.format(name=name) + "\n")

@@ -1,4 +1,4 @@
-"""The performance tables of README and docs, from the records in `benchmarks/results`.
+"""Make the performance tables of README and docs from the records in `benchmarks/results`.
 
 Every row is what one benchmark wrote on one machine; nothing is measured here.
 """
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 class Row(NamedTuple):
-    """One line: what was measured, ours, the peer's, their ratio, what was aimed at."""
+    """One line of a table: what was measured, our value, the peer's, their ratio, and the goal."""
 
     what: str
     ours: str
@@ -26,12 +26,12 @@ class Row(NamedTuple):
 
 
 def load(name: str) -> dict[str, Any]:
-    """A benchmark's record."""
+    """Return a benchmark's record."""
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
 def layer_rows(row: dict[str, Any], where: str, goal: str) -> Iterator[Row]:
-    """The expert layer at one k against the dense MLP, and against transformers' best MoE."""
+    """Yield the expert layer at one k beside the dense MLP and transformers' best MoE block."""
     label = f"expert layer, {where}, k = {row['k']}"
     ours = min(row[path] for path in ("dense", "grouped", "sparse") if path in row)
     dense = row["Qwen3MLP"]
@@ -56,7 +56,7 @@ def sparse_rows(rows: list[dict[str, Any]]) -> Iterator[Row]:
 
 
 def cpu_rows() -> Iterator[Row]:
-    """What the benchmarks measured on two CPU cores."""
+    """Yield what the benchmarks measured on two CPU cores."""
     for row in load("expert_layer")["rows"]:
         if row["k"] in (4, 16, 32):
             yield from layer_rows(row, row["dtype"], "<= 0.5" if row["k"] == 4 else "<= 1.0")
@@ -91,7 +91,7 @@ def cpu_rows() -> Iterator[Row]:
 
 
 def gpu_rows(name: str) -> Iterator[Row]:
-    """What `gpu` measured; the last record of a kind wins."""
+    """Yield what the benchmark `gpu` measured; of several records of a kind the last one counts."""
     lines = (RESULTS / f"gpu_{name}.jsonl").read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     card = {
@@ -162,7 +162,7 @@ def gpu_rows(name: str) -> Iterator[Row]:
 
 
 def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
-    """What `decode` measured on a GPU: one token at a time."""
+    """Yield what the benchmark `decode` measured on a GPU, one token at a time."""
     timed = [r for r in records if "us_per_layer" in r]
     stacks = {r["k"]: r for r in timed if r["kind"] == "stack"}
     peers = {r["k"]: r["us_per_layer"] for r in timed if r["kind"] == "moe"}
@@ -195,22 +195,22 @@ def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
 
 
 def us(value: float) -> str:
-    """Microseconds in three figures."""
+    """Format microseconds with three figures."""
     return f"{value:.3g} us"
 
 
 def ms(value: float) -> str:
-    """Milliseconds in three figures."""
+    """Format milliseconds with three figures."""
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def gib(value: float) -> str:
-    """Bytes as GiB."""
+    """Format bytes as GiB."""
     return f"{value / GIB:.2f} GiB"
 
 
 def where(*environments: dict[str, Any]) -> str:
-    """The machine, the versions and the days of some records of one machine."""
+    """Return the machine, the versions and the days of some records of one machine."""
     environment, versions = environments[0], environments[0]["versions"]
     days = sorted({record["time"][:10] for record in environments})
     machine = (
@@ -223,19 +223,18 @@ def where(*environments: dict[str, Any]) -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Markdown."""
+    """Return the rows as a table in Markdown."""
     lines = ["| | ours | peer | ratio | goal |", "|---|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
-# What the README shows of the whole.
+# The README shows these rows only.
 README_ROWS = (
     "card's step, packed rows, tokens/s",
     "card's step, packed rows, share of the measured matmul peak",
     "card's step, memory with the context",
     "SMK's cost, packed rows",
     "expert layer, 32,768 tokens, k = 16",
-    "decode, one layer, k = 4",
     "decode, one layer, k = 16",
     "decode, one layer, k = 16, share of the bandwidth",
     "decode, Qwen3-0.6B, k = 16, tokens/s",
@@ -247,7 +246,7 @@ README_ROWS = (
 
 
 def sections() -> dict[str, str]:
-    """The generated text by the name of its place."""
+    """Return the generated texts by the name of their place in the pages."""
     gpu = "nvidia_h100_80gb_hbm3"
     records = map(json.loads, (RESULTS / f"gpu_{gpu}.jsonl").read_text("utf-8").splitlines())
     on_gpu = where(*(record for record in records if record["section"] == "environment"))
@@ -264,5 +263,5 @@ def sections() -> dict[str, str]:
 
 
 def filled(text: str) -> str:
-    """A page with the generated text in its places."""
+    """Return a page with the generated texts in their places."""
     return pages.filled(text, sections(), BEGIN, END)

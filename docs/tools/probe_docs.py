@@ -1,4 +1,4 @@
-"""Gather what `tiny-onn probe` wrote; its tables for docs/probe.md.
+"""Gather what `tiny-onn probe` wrote, and make the tables of docs/probe.md from it.
 
     python -m docs.tools.probe_docs --dense runs/probe --student runs/probe-demo
 
@@ -22,7 +22,7 @@ BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 
 
 def with_tables(text: str, records: dict[str, Any]) -> str:
-    """The document with each subject's tables between its markers."""
+    """Return the document with each subject's tables between its markers."""
     for name in records:
         assert BEGIN.format(name=name) in text, f"{PAGE}: lacks {BEGIN.format(name=name)}"
     contents = {name: markdown(record) for name, record in records.items()}
@@ -30,12 +30,12 @@ def with_tables(text: str, records: dict[str, Any]) -> str:
 
 
 def filled(text: str) -> str:
-    """The page with the tables of the committed records."""
+    """Return the page with the tables of the committed records."""
     return with_tables(text, json.loads(RESULTS.read_text(encoding="utf-8")))
 
 
 def main() -> None:
-    """Read, gather, write the records."""
+    """Read the given records and write them beside those that are kept."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name in SUBJECTS:
         options.add_argument(f"--{name}", type=Path, help="folder that holds its probe.json")

@@ -1,4 +1,4 @@
-"""Tiny-ONN: dense language models into banks of ultra-light experts, by online distillation.
+"""Tiny-ONN turns dense language models into banks of ultra-light experts by online distillation.
 
 The model's classes are imported when they are first asked for, which registers the architecture
 with transformers; importing the package alone loads neither torch nor transformers.

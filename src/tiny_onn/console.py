@@ -1,4 +1,4 @@
-"""Lines and bars for people, on standard error: standard output belongs to results."""
+"""Lines and bars for people, which go to standard error because standard output is for results."""
 
 import time
 from collections.abc import Collection, Iterator
@@ -20,24 +20,24 @@ from rich.progress import (
 
 Item = TypeVar("Item")
 
-# Seconds between the lines by which work that no terminal shows tells how far it is.
 LINE_SECONDS = 30.0
+"""Seconds between two lines of progress where no terminal shows a bar."""
 
 
 @cache
 def console() -> Console:
-    """The one console of standard error, which bars and lines share so that neither breaks."""
+    """Return the one console of standard error, whose sharing keeps lines from breaking bars."""
     return Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """Print one line, as it is."""
+    """Print one line unchanged."""
     console().print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """Show what is being done and for how long: a spinner on a terminal, a line elsewhere."""
+    """Show the text beside a spinner and the time on a terminal, or as one line elsewhere."""
     if not console().is_terminal:
         say(f"{text} ...")
         yield
@@ -49,19 +49,19 @@ def status(text: str) -> Iterator[None]:
 
 
 class Bar:
-    """How much of some work is done and the time left, from its making until it is closed.
+    """A bar that shows how much of some work is done and the time left until it is closed.
 
-    A terminal shows a bar; where there is none, a line every `LINE_SECONDS` says the same. A
-    context manager.
+    Where there is no terminal, a line every `LINE_SECONDS` says the same. A bar is a context
+    manager.
 
     Args:
-        text: what is being done.
-        total: units of the work; None: nobody knows.
+        text: the name of the work.
+        total: units of the work; None if unknown.
         done: units that were done before, which do not count for the time left.
-        in_bytes: whether the units are bytes.
+        in_bytes: True if the units are bytes.
 
     Attributes:
-        total: as given; it may be changed on the way.
+        total: units of the work, which may change on the way.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Bar:
     ) -> None:
         self.total = total
         self._text, self._done, self._done_before = text, done, done
-        self._shown = filesize.decimal if in_bytes else str
+        self._format = filesize.decimal if in_bytes else str
         self._start = self._last = time.monotonic()
-        self._progress = _drawn(in_bytes) if console().is_terminal else None
+        self._progress = _new_progress(in_bytes) if console().is_terminal else None
         if self._progress is not None:
             self._progress.start()
             self._task = self._progress.add_task(text, total=total, completed=done)
@@ -85,16 +85,16 @@ class Bar:
         now = time.monotonic()
         if now - self._last < LINE_SECONDS:
             return
-        self._last, done = now, self._shown(self._done)
+        self._last, done = now, self._format(self._done)
         if self.total is None:
             say(f"{self._text}: {done}")
         elif self._done < self.total:
             speed = (self._done - self._done_before) / (now - self._start)
             left = (self.total - self._done) / max(speed, 1e-9)
-            say(f"{self._text}: {done} of {self._shown(self.total)}, {left:.0f} s left")
+            say(f"{self._text}: {done} of {self._format(self.total)}, {left:.0f} s left")
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._progress is not None:
             self._progress.stop()
 
@@ -106,40 +106,40 @@ class Bar:
 
 
 class DownloadBar(Bar):
-    """A bar with what huggingface_hub asks of its `tqdm_class` for one file.
+    """A bar with the methods that huggingface_hub calls on its `tqdm_class` for one file.
 
     Args:
-        desc: the end of the file's address; what is done to it may follow after a colon.
+        desc: the end of the file's address, which a colon and the work on it may follow.
         total: bytes of the file.
-        initial: bytes of it that were there before.
-        about: how tqdm would draw it.
+        initial: bytes of the file that were there before.
+        options: tqdm's other options, which are ignored.
     """
 
     def __init__(
-        self, *, desc: str, total: int | None = None, initial: int = 0, **about: object
+        self, *, desc: str, total: int | None = None, initial: int = 0, **options: object
     ) -> None:
         name = desc.partition(": ")[0].rpartition("/")[2]
         super().__init__(f"Downloading {name}", total, done=initial, in_bytes=True)
 
     def update_transfer(self, size: int) -> None:
-        """Pass over the bytes that came by network; a method of this name saves a second bar."""
+        """Ignore the bytes that came by network; without this method there is a second bar."""
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """Pass over the speed, which the bar counts itself."""
+        """Ignore the speed, because the bar measures its own."""
 
     def set_transfer_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """Pass over the network's speed."""
+        """Ignore the network's speed."""
 
 
 def track(items: Collection[Item], text: str) -> Iterator[Item]:
-    """The items in order, while a `Bar` shows how many of them are done and the time left."""
+    """Yield the items in order while a `Bar` shows how many are done and the time left."""
     with Bar(text, len(items)) as bar:
         for item in items:
             yield item
             bar.update()
 
 
-def _drawn(in_bytes: bool) -> Progress:
+def _new_progress(in_bytes: bool) -> Progress:
     amount = DownloadColumn() if in_bytes else TextColumn("{task.completed}/{task.total}")
     return Progress(
         SpinnerColumn(),

@@ -1,4 +1,4 @@
-"""Which device a run is on, in which number format it computes there, and that its bits repeat."""
+"""The choice of a run's device and number format, and of kernels whose bits repeat."""
 
 import os
 import platform
@@ -13,17 +13,17 @@ from tiny_onn.config.schema import DType, RunConfig, TeacherDType
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
 
-# Instruction sets by which oneDNN's environment variable leaves a CPU its bfloat16 products.
+# ONEDNN_MAX_CPU_ISA leaves a CPU its bfloat16 products if it names one of these instruction sets.
 _BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
-# Side of the square matrices by whose product number formats are compared: some milliseconds.
+# Number formats are compared by the product of square matrices of this size, in milliseconds.
 _COMPARED_DIM = 512
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a setting names; `auto` is the first CUDA device if there is one, else the CPU.
+    """Return the device that a setting names; `auto` is the first CUDA device, else the CPU.
 
     Raises:
-        UserError: The name is no device, or the machine has no such device.
+        UserError: the name is no device, or the machine has no such device.
     """
     check_device(name, "train.device")
     if name == "auto":
@@ -38,7 +38,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of this machine's processor."""
+    """Return the name of the GPU, or of this machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = _cpuinfo().splitlines()
@@ -47,17 +47,17 @@ def device_name(device: torch.device) -> str:
 
 
 def _cpuinfo() -> str:
-    """What Linux tells about the processor; empty on other systems."""
+    """Return Linux's description of the processor; empty on other systems."""
     file = Path("/proc/cpuinfo")
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products, rather than emulating them.
+    """Return True if the device has instructions for bfloat16 products and does not emulate them.
 
-    GPUs have them from compute capability 8.0 on. Of CPUs those have them with AVX-512 BF16, AMX or
-    Arm's BF16 extension, as far as the environment lets torch use these: the variables
-    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA can take them away.
+    GPUs have such instructions from compute capability 8.0 on. CPUs have them with AVX-512 BF16,
+    AMX or Arm's BF16 extension, unless the environment variables ATEN_CPU_CAPABILITY or
+    ONEDNN_MAX_CPU_ISA keep torch from using them.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -65,7 +65,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if not any(name in allowed for name in _BFLOAT16_ISAS):
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):
-        # On macOS it is empty, and torch's products there are emulated whatever the chip has.
+        # On macOS there is no cpuinfo, and torch emulates the products there on every chip.
         return " bf16" in _cpuinfo()
     return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AVX10")) and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -73,17 +73,17 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def number_format(dtype: TeacherDType, device: torch.device) -> DType:
-    """The number format that a setting means on this device; `auto` is the faster one."""
+    """Return the number format that a setting means on this device; `auto` is the faster one."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
 def with_number_format(config: RunConfig, device: torch.device) -> RunConfig:
-    """The settings with `teacher.dtype` as this device computes fastest, if it is `auto`.
+    """Return the settings with a `teacher.dtype` of `auto` replaced by this device's faster format.
 
-    A line says what was chosen. An explicit bfloat16 stays on a CPU that emulates it, with a
-    warning that holds the measured factor.
+    A printed line names the choice. An explicit bfloat16 stays even on a CPU that emulates it; a
+    warning then gives the measured factor.
     """
     dtype = number_format(config.teacher.dtype, device)
     if config.teacher.dtype == "auto":
@@ -100,9 +100,10 @@ def with_number_format(config: RunConfig, device: torch.device) -> RunConfig:
 
 
 def without_emulation(config: RunConfig, device: torch.device) -> RunConfig:
-    """The settings of a finished student in float32 where the device would emulate bfloat16.
+    """Return a finished student's settings in float32 if the device would emulate bfloat16.
 
-    Every bfloat16 number is a float32 number, so that nothing is lost; a line says it.
+    Nothing is lost, because every bfloat16 number is a float32 number. A printed line tells of the
+    change.
     """
     if config.teacher.dtype == "float32" or multiplies_bfloat16(device):
         return config
@@ -111,7 +112,7 @@ def without_emulation(config: RunConfig, device: torch.device) -> RunConfig:
 
 
 def bfloat16_slowdown(device: torch.device) -> float:
-    """Time of a matrix product in bfloat16 over its time in float32, measured now."""
+    """Measure the time of a matrix product in bfloat16 over its time in float32."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(_COMPARED_DIM, _COMPARED_DIM, dtype=dtype, device=device)
@@ -126,10 +127,10 @@ def bfloat16_slowdown(device: torch.device) -> float:
 
 
 def prepare_device(config: RunConfig) -> tuple[RunConfig, torch.device]:
-    """What every run does first: its device, asked for the same bits, and its number format.
+    """Choose a run's device and number format, and have the device repeat its bits if asked to.
 
     Raises:
-        UserError: The machine has no such device.
+        UserError: the machine has no such device.
     """
     device = pick_device(config.train.device)
     if config.train.deterministic:
@@ -138,16 +139,16 @@ def prepare_device(config: RunConfig) -> tuple[RunConfig, torch.device]:
 
 
 def ask_for_same_bits(device: torch.device) -> None:
-    """Have torch and cuBLAS choose kernels whose results repeat, in this process from here on.
+    """Make torch and cuBLAS choose kernels whose results repeat, in this process from here on.
 
-    Flash attention's backward pass, above all, adds up in no fixed order unless it is asked to. A
-    CPU's results repeat without being asked. Call it before the GPU is first used: cuBLAS reads its
-    environment then.
+    Without this call, the backward pass of flash attention above all adds up in no fixed order. The
+    results of a CPU repeat in any case. Call this function before the GPU is first used, because
+    cuBLAS reads its environment then.
     """
     if device.type != "cuda":
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Strict: flash attention ignores the mode that only warns.
+    # Flash attention ignores the mode that only warns.
     torch.use_deterministic_algorithms(True)
-    # Torch would fill what it allocates with NaN, a debugging aid that costs a pass over it.
+    # In this mode torch fills new memory with NaN, a debugging aid that takes a pass over it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,14 +1,14 @@
-"""The one exception for mistakes a user can mend, and what libraries raise on damaged files."""
+"""The one exception for mistakes that a user can mend, and the errors of libraries."""
 
 from collections.abc import Callable
 
 
 def load_errors() -> tuple[type[Exception], ...]:
-    """What transformers, tokenizers and safetensors raise on a model folder that is damaged.
+    """Return the errors of transformers, tokenizers and safetensors on a damaged model folder.
 
-    Call it in the `except` clause itself, which is evaluated when something has been raised.
+    Call this function in the `except` clause itself, which Python evaluates only after an error.
     """
-    # Every command imports this module, and the hub's errors bring an HTTP client along: 70 ms.
+    # Every command imports this module, and the hub's errors import an HTTP client, in 70 ms.
     from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
     from safetensors import SafetensorError  # noqa: PLC0415
 
@@ -29,7 +29,7 @@ def load_errors() -> tuple[type[Exception], ...]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library's exception says, in part of one line."""
+    """Return the type and text of a library's exception as a part of one line."""
     text = reason_line(error)
     if len(text) > 240:
         text = text[:240].rstrip() + " ..."
@@ -37,26 +37,26 @@ def reason_of(error: BaseException) -> str:
 
 
 def reason_line(error: BaseException) -> str:
-    """An exception's text in one line that a terminal shows as it is."""
+    """Return an exception's text in one line that a terminal shows unchanged."""
     return printable(" ".join(str(error).split()))
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey or cannot show (control characters) escaped."""
+    """Return the text with control characters escaped, which a terminal would obey or not show."""
     if text.isprintable():
         return text
-    shown = (
+    escaped = (
         char if char.isprintable() else char.encode("unicode_escape", "replace").decode()
         for char in text
     )
-    return "".join(shown)
+    return "".join(escaped)
 
 
 class LoadErrors:
-    """A context in which what libraries raise on damaged files becomes one line.
+    """A context in which a library's error on damaged files becomes a `UserError` of one line.
 
     Args:
-        explain: makes the line from the library's reason.
+        explain: the function that makes the line from the library's reason.
     """
 
     def __init__(self, explain: Callable[[str], str]) -> None:
@@ -68,11 +68,14 @@ class LoadErrors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, UserError):
             return
-        # tokenizers raises Exception itself on files it cannot parse, and panics on some.
+        # tokenizers raises a plain Exception on files that it cannot parse, and panics on some.
         damaged = isinstance(error, load_errors()) or type(error) is Exception
         if damaged or type(error).__name__ == "PanicException":
             raise UserError(self._explain(reason_of(error))) from error
 
 
 class UserError(ValueError):
-    """Bad input in one line: what, got, expected, remedy. The CLI prints it and exits with 2."""
+    """Bad input, told in one line that names the field, what was got and expected, and a remedy.
+
+    The CLI prints the line and exits with 2.
+    """

@@ -1,4 +1,4 @@
-"""Files and folders that appear in their place whole or not at all, whatever stops the machine."""
+"""Publishing of files and folders, which appear whole or not at all whatever stops the machine."""
 
 import os
 import shutil
@@ -6,12 +6,13 @@ from pathlib import Path
 
 
 def publish(finished: Path, target: Path, *, over_folder: bool = False) -> None:
-    """Rename a finished file or folder into its place, once the disk has all of it.
+    """Rename a finished file or folder into its place once all of it is on the disk.
 
     Args:
-        finished: on the file system of `target`, under a name that nobody reads.
-        target: its place. A file that is there is replaced.
-        over_folder: whether a folder that is there is removed first; else it must be empty.
+        finished: the file or folder, on the file system of `target`, under a name that nobody
+            reads.
+        target: the place. A file that exists there is replaced.
+        over_folder: True removes a folder that exists there; otherwise it must be empty.
 
     Raises:
         OSError: the file system refuses.
@@ -22,7 +23,7 @@ def publish(finished: Path, target: Path, *, over_folder: bool = False) -> None:
     if over_folder:
         shutil.rmtree(target, ignore_errors=True)
     finished.replace(target)
-    # The new name itself is kept in the folder.
+    # The new name is stored in the parent folder, which must be on the disk too.
     _sync(target.parent)
 
 

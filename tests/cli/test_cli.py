@@ -216,8 +216,9 @@ def test_help_settings_and_mistakes_answer_without_torch(tmp_path):
 
 
 def test_modules_of_the_settings_are_imported_without_torch():
-    modules = ("config", "settings", "checks", "routing_checks", "errors", "console", "resuming")
-    program = "".join(f"import tiny_onn.{name}\n" for name in (*modules, "run_folder"))
+    settings = ("schema", "read", "checks", "routing_checks", "changes", "describe", "template")
+    modules = ("errors", "console", *(f"config.{name}" for name in settings))
+    program = "".join(f"import tiny_onn.{name}\n" for name in (*modules, "runs.folder"))
     program += "import sys\nprint({'torch', 'transformers', 'datasets'} & sys.modules.keys())"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -58,7 +58,7 @@ def make_config(family: str) -> PreTrainedConfig:
         "num_key_value_heads": 2,
         "head_dim": 8,
         "max_position_embeddings": 512,
-        # Wide enough for scores that differ, so that a wrong mask shows.
+        # The scores must differ enough for a wrong mask to show.
         "initializer_range": 0.2,
         "pad_token_id": 0,
         "bos_token_id": 1,
@@ -117,7 +117,7 @@ def test_checkpointing_changes_no_bit(family: str) -> None:
     kwargs = packed_kwargs(make_row(LENGTHS))
     model = make_model(family).train()
     plain = logits_and_gradient(model, embeds, weights, **kwargs)
-    # The second name is transformers < 5.23's.
+    # Versions of transformers before 5.23 have the second name.
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
     calls: list[nn.Module] = []
@@ -173,7 +173,7 @@ def dense_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """The definition, with the whole T x T mask."""
+    """Return the definition's output, with the whole T x T mask."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
@@ -324,7 +324,7 @@ def test_device_bounds_without_host_bounds_are_refused_by_the_loop() -> None:
 def test_varlen_is_as_exact_as_the_loop_in_bfloat16(
     window: int | None, heads: int, kv_heads: int, head_dim: int
 ) -> None:
-    # Criterion: |exact - kernel| <= 2 |exact - loop in bfloat16| + 1e-2, by largest element.
+    # The criterion is |exact - kernel| <= 2 |exact - loop in bfloat16| + 1e-2, by largest element.
     row = make_row((123, 1, 63, 300), "cuda")
     bounds = tuple(row.cu_seqlens.tolist())
     tokens = bounds[-1]
@@ -384,7 +384,7 @@ def test_varlen_without_bounds_takes_each_batch_row_as_one_document() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_equals_each_document_alone_on_cuda(family: str, dtype: torch.dtype) -> None:
-    # Allowed: three times what eager itself loses against float32, by largest element of the row.
+    # The error may be three times that of eager against float32, by largest element of the row.
     row = make_row(LENGTHS, "cuda")
     embeds = random_tensor(1, sum(LENGTHS), HIDDEN).to("cuda", dtype)
     weights = random_tensor(1, sum(LENGTHS), 48, seed=1).to("cuda", dtype)

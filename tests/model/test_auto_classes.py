@@ -31,7 +31,7 @@ model.save_pretrained(copy)
 print(type(config).__module__, type(model).__module__, type(base).__name__)
 print(float(model(model.dummy_inputs["input_ids"]).logits.sum()))
 """
-# As an environment in which nobody installed the package.
+# The program runs as in an environment without the package.
 WITHOUT = """
 import importlib.abc
 import sys
@@ -66,7 +66,7 @@ def test_a_program_without_the_import_opens_a_student_if_it_trusts_its_code(tmp_
     student = TinyOnnForCausalLM.from_pretrained(folder)
     expected = student(student.dummy_inputs["input_ids"]).logits.detach().sum()
     assert float(total) == pytest.approx(float(expected), rel=1e-4)
-    # What that program saves is a student as ours, with none of the package's source.
+    # That program saves a student like ours, with none of the package's source.
     files = {path.name for path in (tmp_path / "copy").iterdir()}
     assert files == {CODE_FILE, "config.json", "generation_config.json", "model.safetensors"}
     assert (tmp_path / "copy" / CODE_FILE).read_text() == (folder / CODE_FILE).read_text()

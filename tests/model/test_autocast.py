@@ -20,7 +20,7 @@ from tiny_onn.ops.surprise import SmkRule
 pytestmark = pytest.mark.usefixtures("quiet")
 
 FORMATS = (torch.bfloat16, torch.float16)
-# Relative to the largest number: a few roundings to 8 and to 11 bits, layer after layer.
+# Relative to the largest number, layers add up a few roundings to 8 and to 11 bits.
 BOUND = {torch.bfloat16: 0.06, torch.float16: 0.008}
 PATHS = {
     "dense": Execution(),
@@ -30,7 +30,7 @@ PATHS = {
 
 
 def make_awake(path="dense", *, dense=None, **changes) -> Any:
-    """A student that trains as another's training loop would have it, mean outputs and all."""
+    """Return a student as another training loop would train it, with mean outputs."""
     options = {"compensation": "mean", "learn_scale": True, **changes}
     student: Any = make_student(make_dense() if dense is None else dense, **options)
     for bank in student.banks():
@@ -69,7 +69,7 @@ def assert_near(got, expected, bound, name=""):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_loss_and_gradients_are_those_without_autocast_to_rounding(stored, path, dtype):
-    # All experts active: no token's choice hangs on a rounding.
+    # All experts are active, so that no token's choice hangs on a rounding.
     student = make_awake(path, dense=make_dense(dtype=stored), selection="top_k", target_k=8.0)
     loss, gradients = loss_and_gradients(student, None)
     bound = max(BOUND[dtype], BOUND[torch.bfloat16] * (stored == "bfloat16"))
@@ -84,7 +84,7 @@ def test_loss_and_gradients_are_those_without_autocast_to_rounding(stored, path,
             if gradients[name].any():
                 assert_near(gradient, gradients[name], 4 * bound, name)
             else:
-                # The mean outputs, where every expert is active.
+                # Mean outputs get no gradient where every expert is active.
                 assert not gradient.any(), name
 
 
@@ -191,7 +191,7 @@ def test_packed_rows_and_the_distillation_loss_run_under_autocast(family):
     expected, got = run(None), run(torch.bfloat16)
     mask_T = row.loss_mask[0]
     assert_near(got.student_nll[mask_T], expected.student_nll[mask_T], BOUND[torch.bfloat16])
-    # The student is its teacher, in whatever format both compute.
+    # The student equals its teacher, in whatever format both compute.
     assert got.loss.abs().max() < 1e-2
     assert all(p.grad.isfinite().all() for p in student.trainable().values() if p.grad is not None)
 

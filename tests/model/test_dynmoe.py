@@ -55,7 +55,7 @@ class Straight(torch.autograd.Function):
 
 
 def paper(bank, x_TD, *, training, at_least_one=False, mean=True):
-    """Outputs and active experts, from the equations: loops, no code of ours."""
+    """Return outputs and active experts, by loops that follow the equations."""
     w, g = bank.router.weight, bank.router.bias
     tau = bank.router.log_temperature.exp()[0]
     rows, chosen = [], []
@@ -68,7 +68,7 @@ def paper(bank, x_TD, *, training, at_least_one=False, mean=True):
             gates = {max(range(EXPERTS), key=lambda e: similar[e].item()): torch.tensor(1.0)}
         elif not active and at_least_one:
             nearest = max(range(EXPERTS), key=lambda e: similar[e].item())
-            # Ours: the gradient passes straight through for the one that is forced, too.
+            # The paper has no such expert: our gradient passes straight through it too.
             gates = {nearest: 1 + gaps[nearest] - gaps[nearest].detach()}
         y = torch.zeros(HIDDEN)
         for e, gate in gates.items():
@@ -92,7 +92,7 @@ def gradients(y, bank, x):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("path", ["dense", "grouped"])
 def test_outputs_and_all_gradients_equal_the_papers(weighting, at_least_one, training, path):
-    # Thresholds so high that some tokens pass none.
+    # The thresholds are so high that some tokens pass none.
     bank = make_bank(weighting, at_least_one, raised=0.3, path=path)
     bank.train(training)
     x = normal(TOKENS, HIDDEN, seed=1).requires_grad_()
@@ -176,7 +176,7 @@ def test_a_dead_expert_is_used_again_after_the_window():
     banks = student.banks()
     with torch.no_grad():
         for bank in banks:
-            # One that nobody can use, and the others so strict that some tokens use none.
+            # No token can use one expert, and the others are so strict that some tokens use none.
             bank.router.bias.fill_(0.25)
             bank.router.bias[3] = 2.0
     loads = []

@@ -12,7 +12,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),
-    # Its name since transformers 5.23 is not known to 5.17.
+    # The argument's name since transformers 5.23 is not known to 5.17.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated"),
 ]
 
@@ -25,7 +25,7 @@ def load(folder, **changes) -> Any:
 
 
 def train(student, folder, **options):
-    """Four steps; return the losses and which tensors moved."""
+    """Train for four steps; return the losses and the names of tensors that moved."""
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     rows = [{"input_ids": row, "labels": row} for row in make_ids(16)]
     arguments = TrainingArguments(

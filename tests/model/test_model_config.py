@@ -20,7 +20,7 @@ from tiny_onn.runs.students import load_student
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
-# What the configurations say of themselves, each its own.
+# These values describe a configuration itself, and each configuration has its own.
 OWN = ("model_type", "architectures", "transformers_version")
 
 
@@ -166,7 +166,7 @@ def test_a_configuration_of_an_earlier_version_keeps_its_width():
     assert TinyOnnConfig(backbone, num_experts=8, expert_dim=0).moe_intermediate_size == 6
 
 
-# No option has its default.
+# Every option differs from its default.
 UNUSUAL = {
     "selection": "oracle",
     "weighting": "sigmoid",
@@ -179,7 +179,7 @@ UNUSUAL = {
 
 
 def saved_table(folder):
-    """A saved student's config.json whose routing options all differ from their defaults."""
+    """Return a student's config.json whose routing options all differ from their defaults."""
     student = make_student(make_dense(), **UNUSUAL)
     student.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -31,12 +31,12 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 ALL = (*FAMILIES, *OTHERS)
 TIED = {"llama", "gemma2", "cohere"}
-# "layers.0.mlp.router.threshold" and the like are buffers: what training and calibration move.
+# Training and calibration move these buffers, "layers.0.mlp.router.threshold" and the like.
 ROUTER_BUFFERS = ("threshold", "num_updates")
 
 
 def make_settled(family, dtype="float32") -> Any:
-    """A student whose every routing tensor differs from its initial value."""
+    """Return a student whose every routing tensor differs from its initial value."""
     student = make_student(make_dense(family, dtype=dtype))
     for index, bank in enumerate(student.banks()):
         generator = torch.Generator().manual_seed(index)
@@ -82,7 +82,7 @@ def test_saving_and_loading_changes_no_bit(family, dtype, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_student_attends_as_its_teacher_generates(family, tmp_path, monkeypatch):
     dense = make_dense(family)
-    # As transformers before 5.23 has it of every family, whose sdpa then drops Gemma 2's softcap.
+    # transformers before 5.23 says this of every family, and its sdpa drops Gemma 2's softcap.
     told_by = next(cls for cls in type(dense).__mro__ if "_supports_sdpa" in vars(cls))
     monkeypatch.setattr(told_by, "_supports_sdpa", True)
     loaded = reload(make_student(dense), tmp_path)
@@ -118,7 +118,7 @@ def test_tied_heads_stay_tied_and_untied_ones_apart(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_and_without_cache_agrees(family, tmp_path):
     student = reload(make_settled(family), tmp_path)
-    # Longer than gemma2's window, so that its cache slides.
+    # The text is longer than gemma2's window, so that its cache slides.
     ids = make_ids(1, 12)
     options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
     cached = student.generate(ids, use_cache=True, **options)
@@ -184,7 +184,7 @@ def test_head_of_reproduces_the_logits(family, dtype):
         with torch.no_grad():
             expected = model(input_ids=ids).logits[0].float()
             got = head_of(model).logits(last_hidden_states(model, ids)[0])
-        # The families scale and cap in bfloat16, ours in float32.
+        # The families' heads scale and cap in bfloat16, ours in float32.
         bound = 1e-6 if dtype == "float32" else 2.0**-7
         assert (got - expected).abs().max() <= bound * expected.abs().max()
 
@@ -300,7 +300,7 @@ def test_a_layer_is_checkpointed_without_its_own_dropout(checkpointed):
     backbone = nn.ModuleDict({"layers": nn.ModuleList([layer])})
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     for _ in range(2):
-        # The second time finds what the first one set up.
+        # The second call finds what the first one set up.
         set_backbone_mode(backbone.train(), [layer], True)
         layer(x).sum().backward()
     assert torch.equal(layer(x), layer.mlp(x))

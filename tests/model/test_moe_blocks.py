@@ -17,7 +17,7 @@ COMMON: dict[str, Any] = {"hidden_size": HIDDEN, "hidden_act": "silu"}
 
 
 def block_of(family, top_k):
-    """A transformers MoE block of our size, its weights drawn, and its load-balancing loss."""
+    """Return a transformers MoE block of our size with random weights, and its balancing loss."""
     torch.manual_seed(0)
     if family == "mixtral":
         module = modeling_mixtral
@@ -38,7 +38,7 @@ def block_of(family, top_k):
             norm_topk_prob=True,
         )
         block = module.Qwen3MoeSparseMoeBlock(config)
-    # Its own choice of kernel for the experts is not what is compared.
+    # The block's own choice of kernel for the experts is not under test.
     config._experts_implementation = "eager"
     with torch.no_grad():
         for parameter in block.parameters():
@@ -73,7 +73,7 @@ def test_outputs_losses_and_gradients_are_those_of_the_block(family, top_k, path
     our_loss = load_balancing_loss([routings[0].router_logits], top_k, everyone)
     their_logits, _, _ = block.gate(theirs_x.view(-1, HIDDEN))
     raw_logits = torch.nn.functional.linear(theirs_x.view(-1, HIDDEN), block.gate.weight)
-    # Some releases hand out probabilities there; the loss takes logits.
+    # Some releases return probabilities, but the loss takes logits.
     assert their_logits.shape == raw_logits.shape
     their_loss = balancing((raw_logits,), EXPERTS, top_k, None)
     torch.testing.assert_close(our_loss, their_loss)
@@ -93,7 +93,7 @@ def test_the_experts_are_called_and_computed_as_those_of_the_block(family):
     bank = bank_of(block, 3, "dense")
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(15, HIDDEN, generator=generator)
-    # An engine that splits experts over machines names those of others EXPERTS.
+    # An engine that splits experts over machines gives other machines' experts the index EXPERTS.
     index = torch.stack([torch.randperm(EXPERTS + 1, generator=generator)[:3] for _ in range(15)])
     weights = torch.rand(15, 3, generator=generator)
     grads = []
@@ -104,7 +104,7 @@ def test_the_experts_are_called_and_computed_as_those_of_the_block(family):
     torch.testing.assert_close(*grads)
     names = ("num_experts", "hidden_dim", "intermediate_dim")
     assert all(getattr(bank.experts, name) == getattr(block.experts, name) for name in names)
-    # With our routing they compute our layer.
+    # With our routing the block's experts compute our layer.
     routing = bank.router(x)
     chosen = routing.weights.topk(3)
     torch.testing.assert_close(bank.experts(x, chosen.indices, chosen.values), bank(x))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def aged(tensors):
-    """A student's tensors as an earlier version named and shaped them."""
+    """Return a student's tensors as an earlier version named and shaped them."""
     old = {}
     for name, tensor in tensors.items():
         kind = name.rpartition(".")[2]
@@ -81,7 +81,7 @@ def test_tensors_of_today_are_left_alone():
 
 
 def trained(name: Any, master_dtype: Any, **sizes: Any):
-    """A student and its optimizer after two updates."""
+    """Return a student and its optimizer after two updates."""
     student = make_student(make_dense(**sizes))
     optim = change(CONFIG, optim={"name": name, "master_dtype": master_dtype}).optim
     optimizer = build_optimizer(student, optim, seed=3)
@@ -138,7 +138,7 @@ def test_such_an_optimizer_steps_as_if_weights_were_stored_by_neuron(name, maste
         key: parts.get(key, parameter) for key, parameter in type(plain).trainable(plain).items()
     }
     optim = change(CONFIG, optim={"name": name, "master_dtype": master_dtype}).optim
-    # Of another name, so that they are stepped as they are.
+    # These weights have another name, so that they are stepped as they are.
     optimizer = build_optimizer(holder, optim, seed=3)
     optimizer._kinds = {}  # pyright: ignore[reportAttributeAccessIssue]
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 
 pytestmark = [
     pytest.mark.usefixtures("quiet"),
-    # 2026-11: PEFT 0.21 asks transformers 5.23 by a name that is to be removed.
+    # PEFT 0.21 (2026-11) uses a name of transformers 5.23 that is to be removed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 

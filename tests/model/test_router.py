@@ -29,7 +29,7 @@ def everyone(num_tokens) -> Tensor:
 
 
 def router_of(family, top_k):
-    """A transformers MoE router of our size."""
+    """Return a transformers MoE router of our size."""
     if family == "mixtral":
         config: Any = MixtralConfig(
             hidden_size=HIDDEN, num_local_experts=NUM_EXPERTS, num_experts_per_tok=top_k
@@ -56,7 +56,7 @@ def test_top_k_routes_as_transformers(family, top_k):
     expected = torch.zeros(50, NUM_EXPERTS).scatter(1, chosen, their_weights)
     assert torch.equal(routing.active, expected > 0)
     torch.testing.assert_close(routing.weights, expected)
-    # The same gate learns the same thing from the same gradient at the weights.
+    # Equal gates get equal gradients from equal gradients at the weights.
     pull = normal(50, NUM_EXPERTS, seed=2)
     (our_grad,) = torch.autograd.grad((routing.weights * pull).sum(), ours.weight)
     (their_grad,) = torch.autograd.grad((expected * pull).sum(), theirs.weight)
@@ -64,7 +64,7 @@ def test_top_k_routes_as_transformers(family, top_k):
 
 
 def budget_by_loop(logits: list[float], form: BudgetForm, threshold: float) -> set[int]:
-    """One token's active experts, in float64; the probability mass stops at 1 - threshold."""
+    """Return a token's active experts in float64; their mass stops at 1 - threshold."""
     probs = torch.tensor(logits, dtype=torch.float64).softmax(-1).tolist()
     ranked = sorted(range(len(probs)), key=lambda e: (-probs[e], e))
     active, mass = {ranked[0]}, 0.0
@@ -156,7 +156,7 @@ LINEAR: tuple[Selection, ...] = ("budget", "top_k", "static", "random", "oracle"
 
 
 def routed_by_hand(logits, rule: RoutingRule, threshold, bias):
-    """One token's active experts and their weights, by the definition."""
+    """Return a token's active experts and their weights, by the definition."""
     others = range(rule.num_shared, len(logits))
     biased = {e: logits[e] + bias[e] for e in others}
     order = sorted(others, key=lambda e: (-biased[e], e))
@@ -166,7 +166,7 @@ def routed_by_hand(logits, rule: RoutingRule, threshold, bias):
         scores = [p * (1 - rank * 2.0**-20) for rank, p in enumerate(probs)]
         if rule.budget_form == "cumulative":
             scores = [sum(probs[rank:]) for rank in range(len(order))]
-        # Rounding decides nothing here.
+        # No score is so near the threshold that rounding decides.
         assume(all(abs(score - threshold) > 1e-9 for score in scores))
         chosen = [
             e
@@ -236,7 +236,7 @@ def test_exploration_swaps_no_shared_expert(seed, num_shared, fraction):
     tried = route(logits, rule, zero, exploration=Exploration(fraction=fraction, seed=seed))
     assert tried.active[:, :num_shared].all()
     assert torch.equal(tried.active.sum(-1), plain.active.sum(-1))
-    # One out, one in, among the others.
+    # One routed expert is swapped for another.
     changed = (tried.active != plain.active).sum(-1)
     assert set(changed.tolist()) <= {0, 2}
     assert fraction < 1 or (changed == 2).all()

@@ -31,10 +31,10 @@ RUNS = decode.triton_runs_on(DEVICE)
 kernels = pytest.mark.skipif(not RUNS, reason="needs triton and a GPU, or its interpreter")
 gpu = pytest.mark.skipif(not (RUNS and DEVICE == "cuda"), reason="needs a GPU and triton")
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=gpu)]
-# (T, E, I, D): no powers of two, one expert, one neuron, several blocks of each.
+# The shapes (T, E, I, D) cover odd sizes, one expert, one neuron, and several blocks of each.
 SHAPES = [(1, 5, 12, 40), (3, 4, 9, 33), (2, 1, 1, 8), (16, 3, 2, 16)]
 LARGE = [(1, 5, 48, 576), (2, 32, 96, 1024), (16, 3, 20, 1500)]
-# The other path's own products, on a GPU.
+# On a GPU the other path's products round too.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 MODES = {
     "budget": RoutingRule(selection="budget"),
@@ -78,7 +78,7 @@ def test_a_cpu_takes_the_other_paths():
 
 
 def make_layer(shape, dtype=torch.float32, seed=0) -> list[Tensor]:
-    """Input, experts and weights of a layer; about half of the experts are active."""
+    """Return input, experts and weights of a layer; about half of the experts are active."""
     T, E, I, D = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -92,14 +92,14 @@ def make_layer(shape, dtype=torch.float32, seed=0) -> list[Tensor]:
 
 
 def defined(x, gate_up, down, weights, activation=F.silu) -> Tensor:
-    """The definition in float64, without loops over tokens and experts for the large shapes."""
+    """Return the definition's output in float64, without loops over tokens for large shapes."""
     x, gate_up, down, weights = (t.detach().double().cpu() for t in (x, gate_up, down, weights))
     gate, up = torch.einsum("td,ejd->tej", x, gate_up).chunk(2, dim=-1)
     return torch.einsum("tei,edi->td", activation(gate) * up * weights[..., None], down)
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
-    """To float32's sums, and the rounding of what is returned."""
+    """Check equality up to float32's sums and the rounding of the output."""
     unit = 2.0**-8 if got.dtype == torch.bfloat16 else 2.0**-20
     assert not got.isnan().any()
     error, size = (got.double().cpu() - expected).abs(), expected.abs()
@@ -116,8 +116,8 @@ def test_output_is_that_of_the_definition(shape, dtype):
     assert y.dtype == dtype
     assert_close(y, defined(x, gate_up, down, weights))
     if shape in SHAPES:
-        wide = [t.double().cpu() for t in (x, gate_up, down, weights)]
-        assert_close(y, reference.expert_layer(*wide, activation=F.silu))
+        exact = [t.double().cpu() for t in (x, gate_up, down, weights)]
+        assert_close(y, reference.expert_layer(*exact, activation=F.silu))
 
 
 @kernels
@@ -137,7 +137,7 @@ def test_only_active_experts_are_read(num_active):
     active[:, torch.randperm(5)[:num_active]] = True
     weights += 1
     expected = defined(x, gate_up, down, weights * active)
-    # What is not read may be anything.
+    # Weights that are not read may hold anything.
     gate_up[~active[0]], down[~active[0]] = float("nan"), float("nan")
     y = decode.expert_layer(x, gate_up, down, weights, active, activation="silu")
     assert_close(y, expected)
@@ -165,7 +165,7 @@ def test_routing_is_that_of_the_router(data):
         num_shared=data.draw(st.integers(0, k - 1)),
     )
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    # Small whole numbers: logits are exact in any order of summation, and many are equal.
+    # With small whole numbers logits are exact in any order of summation, and many are equal.
     high = data.draw(st.integers(1, 3))
     x = torch.randint(-1, 2, (T, 6), generator=generator).float()
     gate, bias = (torch.randint(-high, high + 1, (E, n), generator=generator) for n in (6, 1))
@@ -173,7 +173,7 @@ def test_routing_is_that_of_the_router(data):
     selection_bias = torch.randint(-2, 3, (E,), generator=generator) / 2
     logits = x @ gate.float().T + bias
     free = route(logits, rule, torch.tensor(0.0), selection_bias)
-    # Between two scores that occur, or beyond their ends.
+    # The threshold lies between two scores that occur, or beyond their ends.
     ordered = torch.cat((free.scores.clamp(max=1).flatten(), torch.tensor([-0.5]))).sort().values
     number = data.draw(st.integers(0, len(ordered) - 2))
     threshold = ordered[number : number + 2].mean()
@@ -196,7 +196,7 @@ def test_routing_is_that_of_the_router(data):
     in_order = got.active_TE[:, S:].cpu().gather(-1, order).int()
     assert (in_order.diff(dim=-1) <= 0).all(), "equal logits are ordered by expert"
     assert in_order[:, 0].all()
-    # A GPU's exponential is off by some units in the last place, as a score at the threshold is.
+    # A GPU's exponential is off by some units in the last place, and so are its scores.
     unit = 2.0**-19 if DEVICE == "cuda" else 2.0**-22
     if not rule.has_budget or (want.scores - threshold).abs().min() > unit * threshold.abs():
         assert torch.equal(got.active_TE.cpu(), want.active)
@@ -219,7 +219,7 @@ def test_a_flat_gate_activates_as_many_as_its_threshold_says(E):
 def make_bank(
     rule, *, E=5, I=12, D=33, seed=0, gate_std: float | None = 0.3, **options: Any
 ) -> ExpertBank:
-    """A bank with every correction at work, ready for evaluation."""
+    """Return a bank with every correction at work, ready for evaluation."""
     bank = ExpertBank(D, E, I, options.pop("activation", "silu"), rule, **options)
     generator = torch.Generator().manual_seed(seed)
     bank.experts.reset(generator, std=0.3)

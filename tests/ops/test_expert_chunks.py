@@ -20,7 +20,7 @@ TALLY = ("num_tokens", "num_targets", "num_agree", "chance", "surprise_E")
 
 
 def make_leaves(num_tokens, dtype=torch.float64, sizes=(D, E, I)) -> list[Tensor]:
-    """x, gate_up, down, weights (half of them 0), logits; they want a gradient."""
+    """Return x, gate_up, down, weights (half of them 0) and logits, which want gradients."""
     generator = torch.Generator().manual_seed(num_tokens)
     hidden, experts, width = sizes
     shapes = (
@@ -40,7 +40,7 @@ def make_leaves(num_tokens, dtype=torch.float64, sizes=(D, E, I)) -> list[Tensor
 
 
 def chunked(leaves, chunk_tokens, rule=None, **options: Any):
-    """Output, five gradients, surprise of every token, and the tally."""
+    """Return output, five gradients, surprise of every token, and the tally."""
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     x, gate_up, down, weights, logits = leaves
     seen: list[Tensor] = []
@@ -89,7 +89,7 @@ def test_chunks_equal_the_whole_row(kind, dtype):
     rule = SmkRule(surprise=kind, candidates="all")
     whole, parts = chunked(leaves, 0, rule), chunked(leaves, 16, rule)
     for name, tensor in whole.items():
-        # The experts' gradients are sums of rounded sums: of four, in float32.
+        # The experts' gradients are float32 sums of the four chunks' rounded sums.
         loose = dtype == torch.bfloat16 and name in ("gate_up", "down")
         rtol = 2.0**-7 if loose else 1e-5
         atol = (2.0**-7 if loose else 1e-6) * tensor.abs().max().item()
@@ -97,7 +97,7 @@ def test_chunks_equal_the_whole_row(kind, dtype):
 
 
 def test_bf16_chunks_sum_the_experts_gradients_more_exactly_than_bf16_does():
-    # Weights in float32 keep what their gradient is: nothing but each chunk's product is rounded.
+    # Gradients of float32 weights are not rounded again: each chunk's product alone is.
     leaves = make_leaves(4096, torch.bfloat16, sizes=(4, 2, 2))
     exact = chunked([leaf.double() for leaf in leaves], 0)
     masters = [leaf if i not in (1, 2) else leaf.float() for i, leaf in enumerate(leaves)]

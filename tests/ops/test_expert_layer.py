@@ -35,7 +35,7 @@ from tiny_onn.ops.surprise import SmkRule
 
 
 def layer(leaves, activation, **options: Any) -> Tensor:
-    """The layer's output for the five leaves."""
+    """Return the layer's output for the five leaves."""
     x, gate_up, down, weights, logits = leaves
     return expert_layer(x, gate_up, down, weights, logits, activation=activation, **options)
 
@@ -54,12 +54,12 @@ def test_equals_the_definition_in_output_and_every_gradient(num_tokens, pattern)
 
 
 def test_equal_experts_share_the_target():
-    # Small integers and relu: no rounding, so that copies of an expert tie exactly.
+    # Small integers and relu round nothing, so that copies of an expert tie exactly.
     case = Case(*((3 * t).round() for t in make_case(63, "unit")))
     case.gate_up[3], case.down[3] = case.gate_up[1], case.down[1]
     case = case._replace(weights=torch.ones_like(case.weights))
     assert_parity(case, F.relu)
-    # The gradient at the logits is softmax minus target: what is left is the target.
+    # The gradient at the logits is softmax minus target, so softmax minus gradient is the target.
     leaves = case.leaves()
     y = layer(leaves, F.relu, smk=smk_step(63))
     (of_logits,) = torch.autograd.grad(y, leaves[4:], case.grad_y)
@@ -83,7 +83,7 @@ def test_compiled_regions_equal_the_definition_for_any_number_of_tokens():
 
 
 def plain_layer(leaves, activation) -> Tensor:
-    """The dense formula in the leaves' own number formats."""
+    """Return the dense formula's output in the leaves' own number formats."""
     x, gate_up, down, weights, _ = leaves
     gate, up = torch.einsum("td,ejd->tej", x, gate_up).chunk(2, dim=-1)
     routed = activation(gate) * up * weights[..., None].to(x.dtype)
@@ -125,7 +125,7 @@ def test_bf16_surprise_is_close_to_that_of_exact_arithmetic():
 
 
 def capture_surprise(case: Case, rule: SmkRule) -> Tensor:
-    """The surprise that the backward pass saw."""
+    """Return the surprise that the backward pass computed."""
     seen: list[Tensor] = []
     layer(case.leaves(), F.silu, smk=smk_step(len(case.x), rule, capture=seen)).backward(
         case.grad_y
@@ -146,7 +146,7 @@ def test_only_what_is_asked_for_gets_a_gradient():
 
 
 def by_definition_fast(case: Case) -> tuple[Tensor, ...]:
-    """All five gradients of the layer itself, together."""
+    """Check all five gradients of the layer together."""
     leaves = case.leaves()
     return torch.autograd.grad(layer(leaves, F.silu, smk=smk_step(9)), leaves, case.grad_y)
 
@@ -219,7 +219,7 @@ def test_decoupled_systems_get_no_gradient_from_each_other(rule):
     bank.zero_grad()
     x = x.clone().requires_grad_()
     (bank(x).square().sum() / 20).backward()
-    # Without SMK the gate gets nothing from the main loss; experts and input lose nothing.
+    # Without SMK the gate gets no gradient; those of experts and input stay as they are.
     assert bank.router.weight.grad is None or not bank.router.weight.grad.any()
     for name, alone in (
         ("x", x.grad),

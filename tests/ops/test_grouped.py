@@ -53,7 +53,7 @@ ROUTINGS = (*PATTERNS, "nobody")
 
 
 def case_of(num_tokens, routing="mixed", seed=0) -> Case:
-    """`make_case`, and one more routing: no token has any expert."""
+    """Return `make_case`'s tensors, or a routing in which no token has an expert."""
     if routing != "nobody":
         return make_case(num_tokens, routing, seed)
     case = make_case(num_tokens, "mixed", seed)
@@ -61,7 +61,7 @@ def case_of(num_tokens, routing="mixed", seed=0) -> Case:
 
 
 def results(leaves, grad_y, layer=expert_layer, activation=F.silu, **options: Any) -> list[Tensor]:
-    """Output and all five gradients."""
+    """Return output and all five gradients."""
     x, gate_up, down, weights, logits = leaves
     options.setdefault("smk", smk_step(len(x)))
     y = layer(x, gate_up, down, weights, logits, activation=activation, **options)
@@ -69,7 +69,7 @@ def results(leaves, grad_y, layer=expert_layer, activation=F.silu, **options: An
 
 
 def defined(case: Case, activation=F.silu) -> list[Tensor]:
-    """The definition's results, inactive experts' weights without gradient."""
+    """Return the definition's results, with gradients of 0 for inactive experts' weights."""
     *others, of_weights, of_logits = by_definition(case, activation, SmkRule())
     return [*others, of_weights * (case.weights != 0), of_logits]
 
@@ -145,7 +145,7 @@ def test_an_active_expert_of_weight_zero_is_still_taught():
 
 
 def plain_grouped(leaves, activation) -> Tensor:
-    """Expert by expert on its own tokens, all in the leaves' own number formats."""
+    """Compute expert by expert on its own tokens, in the leaves' own number formats."""
     x, gate_up, down, weights, _ = leaves
     y = torch.zeros_like(x)
     for e in range(down.shape[0]):
@@ -240,7 +240,7 @@ def test_nothing_of_rows_x_hidden_is_made():
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     with Watch() as watch:
         expert_layer(*leaves, activation=F.silu, smk=smk_step(tokens)).sum().backward()
-    # All experts are active: 640 rows.
+    # All experts are active, which makes 640 rows.
     assert watch.largest <= 2 * experts * width * hidden
 
 
@@ -387,7 +387,7 @@ def test_an_explicit_path_is_taken():
 
 
 def test_the_crossover_is_where_the_lines_cross():
-    # From 60 at 16 to 120 at 32: 100 at 16 + 16 * 40 / 60.
+    # The line from 60 at k = 16 to 120 at k = 32 is at 100 where k = 16 + 16 * 40 / 60.
     assert crossover_share(100.0, {4: 20.0, 16: 60.0, 32: 120.0}, 32) == pytest.approx(0.8333333)
     assert crossover_share(100.0, {4: 20.0, 16: 60.0}, 32) == 0.5
     assert crossover_share(100.0, {4: 200.0, 16: 60.0}, 32) == 0.0

@@ -14,7 +14,7 @@ from tiny_onn.ops.surprise import SmkRule, label_logits_grad, label_loss, smk_ta
 
 
 def drawn(seed, num_tokens=6, num_experts=8, scale=3.0):
-    """Logits, gains and active experts, in float64."""
+    """Return logits, gains and active experts, in float64."""
     generator = torch.Generator().manual_seed(seed)
     logits, gains = torch.randn(2, num_tokens, num_experts, generator=generator).double() * scale
     active = torch.rand(num_tokens, num_experts, generator=generator) < 0.7
@@ -22,7 +22,7 @@ def drawn(seed, num_tokens=6, num_experts=8, scale=3.0):
 
 
 def brute_force(logits_E, labels_E):
-    """The loss of one token's candidates by the best of many offsets."""
+    """Return the loss of one token's candidates by the best of many offsets."""
     offsets = torch.linspace(float(logits_E.min()) - 9, float(logits_E.max()) + 9, 20001)
     values = F.binary_cross_entropy_with_logits(
         logits_E - offsets[:, None].double(), labels_E.expand(20001, -1), reduction="none"
@@ -50,7 +50,7 @@ def test_loss_and_gradient_are_those_of_the_best_offset(seed, targets, candidate
     losses_T = losses_T.detach()
     got_TE = label_logits_grad(logits_TE.detach(), targets_TE, candidates_TE)
     torch.testing.assert_close(got_TE, expected_TE, rtol=1e-6, atol=1e-9)
-    # The level of a token's logits means nothing.
+    # A constant added to a token's logits changes nothing.
     torch.testing.assert_close(got_TE.sum(-1), torch.zeros(6).double(), atol=1e-7, rtol=0)
     for t in range(6):
         own_E = candidates_TE[t]
@@ -94,7 +94,7 @@ def test_a_gate_that_sees_nothing_learns_the_log_odds_of_being_a_target():
     shares_E = (targets_TE > 0).double().mean(0)
     assert bias_E.argsort().tolist() == shares_E.argsort().tolist()
     odds_E = shares_E.logit()
-    # Not quite a line: each token's own level is taken out.
+    # It is not quite a line, since each token's own level is taken out.
     correlation = torch.corrcoef(torch.stack((bias_E, odds_E)))[0, 1]
     assert correlation > 0.99
 

@@ -17,7 +17,7 @@ from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops import dense_masked, grouped, reference
-from tiny_onn.ops.router_gradient import SurpriseTally, teach
+from tiny_onn.ops.router_gradient import RoutingTables, SurpriseTally, router_gradient
 from tiny_onn.ops.surprise import (
     SmkRule,
     lesson_tokens,
@@ -100,7 +100,8 @@ def test_the_gradient_and_the_tally_are_the_sums_of_both_kinds_of_tokens(targets
         step = smk_step(40, own, tally=tallies[-1], lesson_shift=1)
         surprise = torch.sin(torch.arange(200.0)).view(40, 5)
         active = case.weights != 0
-        grads.append(teach(step, surprise, case.weights.float(), case.logits, active, tokens))
+        routing = RoutingTables(case.weights.float(), case.logits, active, tokens)
+        grads.append(router_gradient(step, surprise, routing, compiled=False))
     assert_close(grads[0], grads[1] + grads[2])
     assert grads[1].any() and grads[2].any()
     for whole, first, second in zip(*tallies, strict=True):

@@ -26,7 +26,7 @@ from tiny_onn.ops.distillation_loss import DistillValues, Head, distill
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Tensors this small only lose by being shared between threads."""
+    """Use a single thread: tensors this small only lose by being shared between threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -93,7 +93,7 @@ def head_to_float64(head: Head) -> Head:
 
 
 def errors_against_float64(case: Case, **options) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """By name: error of distill, error of the plain definition, and the largest true value."""
+    """Return errors of distill and of the plain definition, and the largest true value, by name."""
     hidden = case.student_hidden.double(), case.teacher_hidden.double()
     heads = head_to_float64(case.student_head), head_to_float64(case.teacher_head)
     exact_case = Case(*hidden, *heads, case.labels)

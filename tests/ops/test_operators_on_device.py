@@ -14,36 +14,36 @@ from tiny_onn.ops.surprise import SmkRule
 
 pytestmark = [
     pytest.mark.gpu,
-    # Some products on a GPU cannot be repeated bit for bit, and say so.
+    # Some products on a GPU cannot be repeated bit for bit, and raise if they must.
     pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),
 ]
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 EXACT = ("cpu", torch.float64)
-# Of the norm: float32's products are summed in another order, bfloat16 keeps 8 bits.
+# Tolerances as shares of the norm: float32 sums in another order, bfloat16 keeps 8 bits.
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 each_dtype = pytest.mark.parametrize("dtype", LIMITS, ids=str)
 
 
 def draw(*shape, seed, scale=1.0):
-    """Numbers that bfloat16 holds, so that every format starts from the same ones."""
+    """Return numbers that bfloat16 holds, so that every format starts from the same ones."""
     return (normal(*shape, seed=seed) * scale).bfloat16().double()
 
 
 def leaf(values, device, dtype):
-    """A copy that wants a gradient."""
+    """Return a copy that wants a gradient."""
     return values.detach().to(device, dtype, copy=True).requires_grad_()
 
 
 def assert_close(got, expected, limit):
-    """Every value is near the exact one, as a share of the norm."""
+    """Check that every value is near the exact one, as a share of the norm."""
     for name, exact in expected.items():
         gap = (got[name].detach().double().cpu() - exact).norm() / exact.norm()
         assert gap <= limit, name
 
 
 def layer_values(layer, device, dtype):
-    """Output, surprise of the active experts and gradients of an expert layer."""
+    """Return output, surprise of the active experts and gradients of an expert layer."""
     T, D, E, I = (512, 512, 32, 48) if GPU else (48, 32, 8, 16)
     inputs = {
         "x": draw(T, D, seed=0),
@@ -51,15 +51,15 @@ def layer_values(layer, device, dtype):
         "down": draw(E, D, I, seed=2, scale=(E * I) ** -0.5),
     }
     leaves = {name: leaf(value, device, dtype) for name, value in inputs.items()}
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    math_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     logits = draw(T, E, seed=3)
     active = (logits > logits.median()).to(device)
-    # The grouped path knows active experts only.
+    # The grouped path knows active experts alone.
     rule = SmkRule(surprise="parameters", direction="max", candidates="active")
     smk = SmkStep(rule=rule, grad_scale=1.0, capture=[])
-    gate = leaf(logits, device, wide)
+    gate = leaf(logits, device, math_dtype)
     options = {"activation": silu, "active_TE": active, "smk": smk}
-    y = layer(*leaves.values(), active.to(wide), gate, **options)
+    y = layer(*leaves.values(), active.to(math_dtype), gate, **options)
     y.backward(draw(T, D, seed=4).to(device, dtype))
     assert smk.capture
     grads = {f"grad {name}": value.grad for name, value in leaves.items()}
@@ -81,10 +81,10 @@ def test_expert_layer_is_that_of_exact_arithmetic(name, dtype):
 
 
 def loss_values(divergence, device, dtype):
-    """The loss of every token and its gradient at the student's hidden states."""
+    """Return the loss of every token and its gradient at the student's hidden states."""
     T, D, V = (300, 512, 8_000) if GPU else (24, 32, 500)
     hidden = leaf(draw(T, D, seed=0), device, dtype)
-    # Logits of a standard deviation of 2.
+    # The logits have a standard deviation of 2.
     teacher, student_head, teacher_head = (
         draw(rows, D, seed=seed, scale=scale).to(device, dtype)
         for rows, seed, scale in ((T, 1, 1.0), (V, 2, 2 * D**-0.5), (V, 3, 2 * D**-0.5))

@@ -3,7 +3,7 @@
 import torch
 
 from tiny import normal
-from tiny_onn.conversion.partition import kept_first, split_neurons
+from tiny_onn.conversion.partition import put_first, split_neurons
 from tiny_onn.ops.shared_experts import routed, with_shared
 
 E, S = 8, 2
@@ -15,7 +15,7 @@ def test_kept_neurons_come_before_louder_ones():
     assert (shared.tolist(), rest.tolist()) == ([5, 4, 1], [0, 2, 3])
     shared, rest = split_neurons(score, (), 0)
     assert (shared.tolist(), rest.tolist()) == ([], [0, 1, 2, 3, 4, 5])
-    assert kept_first(torch.tensor([2, 0, 1]), (1,)).tolist() == [1, 2, 0]
+    assert put_first(torch.tensor([2, 0, 1]), (1,)).tolist() == [1, 2, 0]
 
 
 def test_the_parts_of_a_table_fit_together():

@@ -44,7 +44,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-# (T, E, I, D): no powers of two, several tiles and chunks of each, one neuron.
+# The shapes (T, E, I, D) cover odd sizes, several tiles and chunks of each, and one neuron.
 SHAPES = [(70, 5, 96, 40), (300, 3, 20, 33), (20, 2, 200, 24), (1, 3, 1, 17), (65, 33, 48, 16)]
 sums = pytest.mark.parametrize("dense_sums", [True, False], ids=["dense sums", "rows"])
 
@@ -72,13 +72,13 @@ def test_a_cpu_takes_the_other_paths():
 
 
 def leaves_of(case: Case, dtype=torch.float32) -> list[Tensor]:
-    """The call's tensors on the device, which want gradients."""
+    """Return the call's tensors on the device, which want gradients."""
     formats = (dtype, dtype, dtype, torch.float32, torch.float32)
     return [t.detach().to(DEVICE, f).requires_grad_() for t, f in zip(case, formats, strict=False)]
 
 
 def results(leaves, grad_y, **options: Any) -> list[Tensor]:
-    """Output and all five gradients."""
+    """Return output and all five gradients."""
     options = {"activation": "silu", "smk": smk_step(len(grad_y)), **options}
     y = sparse.expert_layer(*leaves, **options)
     grads = torch.autograd.grad(y, leaves, grad_y.to(DEVICE, y.dtype))
@@ -86,18 +86,18 @@ def results(leaves, grad_y, **options: Any) -> list[Tensor]:
 
 
 def defined(case: Case, activation=F.silu, rule=None) -> list[Tensor]:
-    """The definition's results, inactive experts' weights without gradient."""
+    """Return the definition's results, with gradients of 0 for inactive experts' weights."""
     *others, of_weights, of_logits = by_definition(case, activation, rule or SmkRule())
     return [*others, of_weights * (case.weights != 0), of_logits]
 
 
 def rounded(case: Case, dtype=torch.float32) -> Case:
-    """The same with values that the number format holds."""
+    """Return the tensors with values that the number format holds."""
     return Case(*(t.to(dtype).double() for t in case))
 
 
 def fast_case(shape, seed=0) -> Case:
-    """Random tensors of a shape; about half of the experts are active, and one is never."""
+    """Return random tensors of a shape; about half of the experts are active, and one is never."""
     T, E, I, D = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -113,7 +113,7 @@ def fast_case(shape, seed=0) -> Case:
 
 
 def by_dense_path(case: Case, activation=F.silu, **options: Any) -> list[Tensor]:
-    """The dense path's results in float64, which is tested against the definition itself."""
+    """Return the dense path's float64 results, which are tested against the definition."""
     leaves = [t.clone().requires_grad_() for t in case[:5]]
     options = {"smk": smk_step(len(case.x)), **options}
     y = dense_masked.expert_layer(*leaves, activation=activation, **options)
@@ -123,7 +123,7 @@ def by_dense_path(case: Case, activation=F.silu, **options: Any) -> list[Tensor]
 
 
 def close(got: list[Tensor], expected: list[Tensor]) -> None:
-    """To float32's sums, relative to each tensor's largest value."""
+    """Check equality up to float32's sums, relative to each tensor's largest value."""
     for values, exact in zip(got, expected, strict=True):
         limit = 2e-5 * float(exact.abs().max()) + 1e-30
         assert_close(values, exact.cpu().double(), rtol=0, atol=limit)
@@ -212,12 +212,12 @@ def test_the_number_of_pairs_follows_from_that_of_active_experts(num_active):
 @pytest.mark.parametrize("direction", ["min", "max"])
 @pytest.mark.parametrize("kind", sparse.KINDS)
 def test_the_lesson_with_ties_and_masked_tokens_is_that_of_the_dense_path(kind, direction):
-    # Experts 0 and 2 are equal and have equal weights: where one is the target, both are.
+    # Experts 0 and 2 are equal and have equal weights, so that both are targets if one is.
     case = fast_case((50, 5, 24, 32))
     for tensor in (case.gate_up, case.down):
         tensor[2] = tensor[0]
     case.weights[:, 2] = case.weights[:, 0]
-    # One token has no expert and one has one: there is nothing to choose.
+    # A token without experts and a token with one expert have nothing to choose.
     case.weights[3] = 0
     case.weights[4, 1:] = 0
     mask, rule = torch.arange(50) % 3 != 0, SmkRule(surprise=kind, direction=direction)

@@ -33,7 +33,7 @@ def normal(*shape, seed=0, dtype=torch.float64) -> Tensor:
 
 
 def backward_pass(*tensors: Tensor, activation=F.silu, **options: Any):
-    """The surprise and the tally of one backward pass, and the gradient at the logits."""
+    """Return the surprise and the tally of one backward pass, and the gradient at the logits."""
     x, gate_up, down, weights, logits, grad_y = tensors
     seen: list[Tensor] = []
     tally = SurpriseTally.of_layers(1, len(down), x.device)[0]
@@ -47,7 +47,7 @@ def backward_pass(*tensors: Tensor, activation=F.silu, **options: Any):
 
 
 def make_layer(num_tokens=11, num_experts=5, seed=0):
-    """Input, experts, routing weights (about half of them 0), logits, gradient of the output."""
+    """Return input, experts, weights (about half of them 0), logits, and the output's gradient."""
     weights = normal(num_tokens, num_experts, seed=seed).clamp_min(0)
     shapes = (
         (num_tokens, 6),
@@ -112,7 +112,7 @@ def test_surprise_by_hand():
             "relative": math.sqrt(192.25) / 12,
         }
     )
-    # Norms, not inner products: a gradient orthogonal to the output still moves the parameters.
+    # Surprise is a norm, no inner product: a gradient orthogonal to the output moves weights too.
     assert values(torch.tensor([[0.0, 1.0]])) == pytest.approx(
         {
             "parameters": 12.0,
@@ -126,7 +126,7 @@ def test_surprise_by_hand():
 
 
 def brute_force_targets(surprise, active, mask, rule: SmkRule) -> list[list[float]]:
-    """The targets by a loop over tokens and sorted lists."""
+    """Return the targets by a loop over tokens and sorted lists."""
     rows = []
     for values, is_active, counts in zip(surprise, active, mask, strict=True):
         sign = 1 if rule.direction == "min" else -1
@@ -149,7 +149,7 @@ def brute_force_targets(surprise, active, mask, rule: SmkRule) -> list[list[floa
 
 @st.composite
 def batches(draw):
-    """Surprise of few values, so that ties and all-zero rows are common; active experts; mask."""
+    """Draw surprise of few values (so that ties are common), active experts and a mask."""
     num_tokens, num_experts = draw(st.integers(1, 4)), draw(st.integers(1, 6))
 
     def rows(elements):
@@ -184,7 +184,7 @@ def test_rows_that_say_nothing_give_no_target(direction, targets):
     active = torch.tensor([[True] * 3, [False, True, False], [False] * 3, [True] * 3])
     mask = torch.tensor([True, True, True, False])
     assert not smk_targets(surprise, active, mask, rule).any()
-    # The same rows do speak once something differs, competes and counts.
+    # These rows have targets once candidates differ, compete and count.
     assert smk_targets(surprise[1:2], active[3:], mask[:1], rule).sum() == 1
 
 
@@ -218,7 +218,7 @@ def test_layer_returns_the_gradient_of_the_explicit_smk_loss(kind, direction, ca
     mask = torch.arange(6) != 4
     truth = reference.surprise(kind, x, gate_up, down, grad_y, F.silu)
     if kind == "output":
-        # Equal by definition for all experts; the definition's own roundings must not differ.
+        # `output` is equal for all experts by definition, so its roundings must not differ either.
         truth = grad_y.norm(dim=-1, keepdim=True).expand_as(weights)
     routed = truth * weights if candidates == "active" else truth
     wanted = smk_targets(routed, weights != 0, mask, rule)
@@ -233,13 +233,13 @@ def test_layer_returns_the_gradient_of_the_explicit_smk_loss(kind, direction, ca
     torch.testing.assert_close(got, leaf.grad, rtol=0, atol=1e-12)
 
 
-# What an earlier public attempt at this idea got wrong, one test each.
+# Each of these tests guards against a fault of an earlier public attempt at this idea.
 
 
 def make_bank(
     rule: RoutingRule, *, seed=0, direction: Direction = "min", **options: Any
 ) -> tuple[ExpertBank, SmkStep]:
-    """Eight experts with a random gate whose budget lets about three of them pass."""
+    """Return eight experts with a random gate whose budget lets about three of them pass."""
     bank = ExpertBank(12, 8, 4, "silu", rule)
     generator = torch.Generator().manual_seed(seed)
     bank.experts.reset(generator, std=0.3)
@@ -252,7 +252,7 @@ def make_bank(
 def taught(
     bank: ExpertBank, smk: SmkStep, x: Tensor, backward: Callable[[Tensor], None]
 ) -> Routing:
-    """The routing of x, after a backward pass that teaches the gate."""
+    """Return the routing of x, after a backward pass that teaches the gate."""
     with row_context([bank], [RowState(smk=smk)]):
         with recorded_routings([bank]) as routings:
             y = bank(x)
@@ -261,7 +261,7 @@ def taught(
 
 
 def selection_rate(router: Router, x: Tensor) -> Tensor:
-    """How often each expert is selected for x when its logits are shaken by Gumbel noise."""
+    """Count how often each expert is selected for x when Gumbel noise shakes its logits."""
     logits = router(x).router_logits.detach()
     uniform = torch.rand(4096, 8, generator=torch.Generator().manual_seed(0))
     noise = -torch.log(-torch.log(uniform.clamp(1e-6, 1 - 1e-6)))
@@ -344,7 +344,7 @@ def test_tokens_without_a_gradient_teach_nothing(kind):
 
 @pytest.mark.parametrize("num_active", [1, 8])
 def test_a_dead_model_counts_no_agreement(num_active):
-    # All gradients zero, or one expert that always wins: nothing to agree with, 0 of 0.
+    # With gradients of 0, or an expert that always wins, there is no target: 0 of 0 agree.
     x, gate_up, down, _, logits, grad_y = make_layer(num_tokens=50, num_experts=8)
     weights = torch.zeros(50, 8, dtype=torch.float64)
     weights[:, :num_active] = 1

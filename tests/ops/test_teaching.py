@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import normal
 from tiny_onn.model.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.model.router import RoutingRule
-from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally, teach
+from tiny_onn.ops.router_gradient import RoutingTables, SmkStep, SurpriseTally, router_gradient
 from tiny_onn.ops.shared_experts import with_shared
 from tiny_onn.ops.surprise import SmkRule
 
@@ -42,7 +42,7 @@ def assert_learns_nothing_about_shared_experts(bank: ExpertBank, tally: Surprise
         assert gate.grad is not None
         assert torch.equal(gate.grad[:S], torch.zeros_like(gate.grad[:S]))
         assert (gate.grad[S:] != 0).any()
-    # The shared ones learn as all experts do.
+    # Shared experts learn as all experts do.
     assert bank.experts.down_proj.grad is not None
     assert (bank.experts.down_proj.grad[:S] != 0).any()
     assert not tally.target_E[:S].any() and not tally.pick_E[:S].any()
@@ -70,8 +70,8 @@ def test_a_compiled_gate_learns_nothing_about_them_either(path, candidates):
     torch.testing.assert_close(bank.router.weight.grad, eager.router.weight.grad)
 
 
-class Lesson(NamedTuple):
-    """What a gate is taught about some tokens: one table of tokens and experts each."""
+class Tables(NamedTuple):
+    """The surprise and the routing of some tokens, each a table of tokens and experts."""
 
     surprise_TE: torch.Tensor
     weights_TE: torch.Tensor
@@ -79,17 +79,17 @@ class Lesson(NamedTuple):
     active_TE: torch.Tensor
 
     def without(self, num_shared):
-        """The same lesson for a gate that has the other experts alone."""
-        return Lesson(*(table[:, num_shared:].contiguous() for table in self))
+        """Return the tables of a gate that has the other experts alone."""
+        return Tables(*(table[:, num_shared:].contiguous() for table in self))
 
 
 COUNTED_T = torch.arange(40) % 5 != 0
 
 
-def make_lesson():
-    """Random surprise, logits and choices; shared experts are active at every token."""
+def make_tables():
+    """Return random surprise, logits and choices; shared experts are active at every token."""
     active_TE = with_shared(normal(40, E - S, seed=2) > 0, S, value=True)
-    return Lesson(normal(40, E), active_TE.float(), normal(40, E, seed=1), active_TE)
+    return Tables(normal(40, E), active_TE.float(), normal(40, E, seed=1), active_TE)
 
 
 def rule_of(targets, candidates):
@@ -98,21 +98,21 @@ def rule_of(targets, candidates):
     )
 
 
-def taught(rule, lesson, num_shared):
-    """The gradient at the logits, and the tally."""
-    num_experts = lesson.logits_TE.shape[1]
+def taught(rule, tables, num_shared):
+    """Return the gradient at the logits, and the tally."""
+    num_experts = tables.logits_TE.shape[1]
     tally = SurpriseTally.of_layers(1, num_experts, torch.device("cpu"))[0]
     step = SmkStep(rule=rule, grad_scale=0.5, tally=tally, num_shared=num_shared)
-    surprise_TE, weights_TE, logits_TE, active_TE = lesson
-    return teach(step, surprise_TE, weights_TE, logits_TE, active_TE, COUNTED_T), tally
+    surprise_TE, *routing = tables
+    return router_gradient(step, surprise_TE, RoutingTables(*routing, COUNTED_T)), tally
 
 
 @pytest.mark.parametrize("candidates", ["active", "all"])
 @pytest.mark.parametrize("targets", ["single", "set", "member", "helpful", "regress"])
 def test_other_experts_are_taught_as_by_a_gate_without_shared_ones(targets, candidates):
-    rule, lesson = rule_of(targets, candidates), make_lesson()
-    got_TE, tally = taught(rule, lesson, S)
-    expected_TE, alone = taught(rule, lesson.without(S), 0)
+    rule, tables = rule_of(targets, candidates), make_tables()
+    got_TE, tally = taught(rule, tables, S)
+    expected_TE, alone = taught(rule, tables.without(S), 0)
     assert not got_TE[:, :S].any()
     assert torch.equal(got_TE[:, S:], expected_TE)
     for name in ("num_tokens", "num_targets", "num_agree", "chance"):
@@ -122,11 +122,11 @@ def test_other_experts_are_taught_as_by_a_gate_without_shared_ones(targets, cand
 
 
 def test_the_single_target_is_the_largest_gain_among_experts_that_can_be_chosen():
-    lesson = make_lesson()
-    got_TE, _ = taught(rule_of("single", "all"), lesson, S)
+    tables = make_tables()
+    got_TE, _ = taught(rule_of("single", "all"), tables, S)
     for token in COUNTED_T.nonzero().flatten().tolist():
-        best = max(range(S, E), key=lambda e, t=token: lesson.surprise_TE[t, e].item())
+        best = max(range(S, E), key=lambda e, t=token: tables.surprise_TE[t, e].item())
         target_E = F.one_hot(torch.tensor(best - S), E - S)
-        # Of a cross-entropy, times the step's scale of one half.
-        expected_E = 0.5 * (lesson.logits_TE[token, S:].softmax(-1) - target_E)
+        # The gradient of a cross-entropy is scaled by the step's factor of one half.
+        expected_E = 0.5 * (tables.logits_TE[token, S:].softmax(-1) - target_E)
         torch.testing.assert_close(got_TE[token, S:], expected_E)

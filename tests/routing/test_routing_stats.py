@@ -19,7 +19,7 @@ from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import ExpertBank, recorded_routings
 from tiny_onn.model.router import Routing, RoutingRule
 from tiny_onn.ops import reference
-from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally, teach
+from tiny_onn.ops.router_gradient import RoutingTables, SmkStep, SurpriseTally, router_gradient
 from tiny_onn.ops.surprise import SmkRule, smk_targets
 from tiny_onn.routing import thresholds
 from tiny_onn.routing.statistics import OracleStats, RoutingStats, border_ties, first_tokens
@@ -146,7 +146,7 @@ def test_a_step_reads_nothing_from_the_device():
     tally = SurpriseTally.of_layers(1, E, torch.device("meta"))[0]
     smk = SmkStep(rule=SmkRule(), grad_scale=1.0, tally=tally)
     table = torch.empty(12, E, device="meta")
-    teach(smk, table, table, table, table > 0, row.router_mask[0])
+    router_gradient(smk, table, RoutingTables(table, table, table > 0, row.router_mask[0]))
 
 
 def _meta(value: Any) -> Any:
@@ -168,7 +168,8 @@ def test_the_tally_is_a_count_over_tokens_and_pairs(candidates, targets):
     weights = active.float()
     # In two parts, as two rows of a step.
     for part in (slice(0, 15), slice(15, 40)):
-        teach(smk, *(x[part] for x in (surprise, weights, logits, active, mask)))
+        tables = RoutingTables(*(x[part] for x in (weights, logits, active, mask)))
+        router_gradient(smk, surprise[part], tables)
     seen = surprise * weights if candidates == "active" else surprise
     target = smk_targets(seen, active, mask, rule) > 0
     taught = [t for t in range(40) if target[t].any()]
@@ -206,7 +207,8 @@ def test_a_constant_gate_agrees_no_more_than_shuffled_targets_do():
     tally = SurpriseTally.of_layers(1, E, torch.device("cpu"))[0]
     smk = SmkStep(rule=SmkRule(candidates="all"), grad_scale=1.0, tally=tally)
     everything = torch.ones(100, E, dtype=torch.bool)
-    teach(smk, surprise, torch.ones(100, E), logits, everything, everything[:, 0])
+    tables = RoutingTables(torch.ones(100, E), logits, everything, everything[:, 0])
+    router_gradient(smk, surprise, tables)
     assert float(tally.num_agree) == 96
     assert tally.shuffled_agreements() == pytest.approx(96)
 

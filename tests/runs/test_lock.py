@@ -14,7 +14,7 @@ from tiny_onn.runs.lock import LOCK_NAME, run_lock
 HOLD = """
 import sys
 from pathlib import Path
-from tiny_onn.lock import run_lock
+from tiny_onn.runs.lock import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

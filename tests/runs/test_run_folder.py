@@ -173,7 +173,7 @@ def test_full_disk_keeps_the_old_file(tmp_path):
         import resource, sys
         from pathlib import Path
         from tiny_onn.errors import UserError
-        from tiny_onn.run_folder import write_json
+        from tiny_onn.runs.files import write_json
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
             write_json(Path(sys.argv[1]), {"x": "y" * 100_000})
@@ -223,7 +223,7 @@ def test_metrics_survive_a_killed_process(tmp_path):
         """
         import os, signal, sys
         from pathlib import Path
-        from tiny_onn.run_folder import MetricsWriter
+        from tiny_onn.runs.metrics import MetricsWriter
         writer = MetricsWriter(Path(sys.argv[1]))
         writer.write({"step": 0})
         writer.write({"step": 1})
@@ -284,7 +284,7 @@ def test_records_that_waited_follow_once_there_is_space(tmp_path):
         """
         import resource, signal, sys
         from pathlib import Path
-        from tiny_onn.run_folder import MetricsWriter
+        from tiny_onn.runs.metrics import MetricsWriter
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))

@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from run_records import assert_same_run, records
 from tiny import change, write_run
@@ -70,7 +71,8 @@ INSIDE = {
     "the teacher's forward pass": (step_module, "last_hidden_states", 5, 3),
     "the student's forward pass": (step_module, "last_hidden_states", 8, 3),
     "the loss": (step_module, "distill", 4, 3),
-    "the backward pass": (step_module, "backward", 4, 3),
+    # The blockwise stage before it has eight backward passes: two steps, two rows, two layers.
+    "the backward pass": (torch.Tensor, "backward", 12, 3),
     "the block errors at the change of stage": (train_module, "block_errors", 2, 2),
     "the evaluation at the change of stage": (train_module, "evaluate_layers", 2, 2),
     "an evaluation": (train_module, "evaluate_layers", 3, 4),

@@ -1,1 +1,1 @@
-"""The command line: one verb, one file."""
+"""The command line, in which every verb has a file of its own."""

@@ -1,1 +1,1 @@
-"""The settings of a run: what they are, how they are read and checked."""
+"""The settings of a run, their defaults and texts, and the code that reads and checks them."""

@@ -1,1 +1,1 @@
-"""From the dense model to the student: partition, gates and verification."""
+"""The conversion of a dense model to a student, which consists of partition, gates and checks."""

@@ -1,9 +1,9 @@
-"""From a dense model to a student: transplant the backbone, cut the MLPs into experts, verify.
+"""The construction of a student from a dense model, whose MLPs are cut into experts.
 
-The student's embeddings, attention and norms are the dense model's own tensors, shared by
-reference: copied bit for bit at no memory, frozen, and free to serve the teacher at the same time.
-With all experts on at unit weight a student cut from dense weights is the dense model; `convert`
-checks that layer by layer and `identity_gap` measures it at the logits.
+The student's embeddings, attention and norms are the dense model's own frozen tensors, shared by
+reference: they take no memory of their own and serve the teacher at the same time. With all experts
+on at unit weight, a student cut from dense weights computes the dense model; `convert` checks that
+layer by layer and `identity_gap` measures it at the logits.
 
 Legend: D hidden, E experts, I expert width, F = E * I neurons, L layers.
 """
@@ -31,7 +31,7 @@ GATE_STD = 0.02
 def student_config(
     dense: PreTrainedModel, experts: ExpertsConfig, router: RouterConfig
 ) -> TinyOnnConfig:
-    """The student's configuration for a dense model.
+    """Return the student's configuration for a dense model.
 
     Raises:
         UserError: the architecture, the sizes or k do not fit.
@@ -61,15 +61,15 @@ def convert(
     generator: torch.Generator,
     neuron_order: Sequence[Int[Tensor, " neurons"]] | None = None,
 ) -> TinyOnnForCausalLM:
-    """A student of a dense model; its backbone shares the dense model's tensors.
+    """Convert a dense model to a student whose backbone shares the dense model's tensors.
 
     Args:
         dense: the teacher, frozen by this call.
-        experts: how experts start.
-        router: how they are chosen.
+        experts: the settings of the experts.
+        router: the settings of the routers.
         generator: CPU generator of random experts and gates.
         neuron_order: per layer, dense neuron indices in the order in which they fill the experts;
-            None: as they are.
+            None keeps the dense order.
 
     Raises:
         UserError: the architecture, the sizes or k do not fit.
@@ -91,7 +91,7 @@ def convert(
 
 
 def share_backbone(dense: PreTrainedModel, config: TinyOnnConfig) -> TinyOnnForCausalLM:
-    """A student with uninitialised experts whose other tensors are the dense model's own."""
+    """Build a student with uninitialised experts whose other tensors are the dense model's own."""
     with torch.device("meta"):
         student = TinyOnnForCausalLM(config)
     student.config._attn_implementation = dense.config._attn_implementation
@@ -129,25 +129,25 @@ def fill_from_dense(
 
 @torch.no_grad()
 def _verify_layer(bank: ExpertBank, mlp: GatedMlp, index: int, dense: PreTrainedModel) -> None:
-    """Refuse an MLP that computes something else than act(gate x) * (up x)."""
+    """Refuse an MLP that computes something else than down(act(gate x) * (up x))."""
     generator = torch.Generator().manual_seed(index)
     x_TD = torch.randn(4, bank.experts.hidden_dim, generator=generator).to(dense.device)
     expected = copy.deepcopy(mlp.module).float()(x_TD)
     with all_experts_on([bank]):
-        gap = (bank(x_TD) - expected).abs().max().item()
+        error = (bank(x_TD) - expected).abs().max().item()
     size = expected.abs().max().item()
-    if not gap <= 1e-4 * size + 1e-6:
+    if not error <= 1e-4 * size + 1e-6:
         raise UserError(
             f"architecture {type(dense).__name__}: layer {index}'s MLP differs from "
-            f"down(act(gate(x)) * up(x)) by {gap:.3g} (outputs up to {size:.3g}), expected "
+            f"down(act(gate(x)) * up(x)) by {error:.3g} (outputs up to {size:.3g}), expected "
             "equality to rounding; this family cannot be converted"
         )
 
 
 def all_experts_on(banks: Sequence[ExpertBank]) -> AbstractContextManager[None]:
-    """A context within which every expert is active at weight 1."""
-    everyone = float(banks[0].router.weight.shape[0])
-    rule = RoutingRule(selection="top_k", weighting="unit", target_k=everyone)
+    """Return a context within which every expert is active at weight 1."""
+    num_experts = float(banks[0].router.weight.shape[0])
+    rule = RoutingRule(selection="top_k", weighting="unit", target_k=num_experts)
     return temporary_rules([bank.router for bank in banks], [rule] * len(banks))
 
 

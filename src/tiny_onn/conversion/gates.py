@@ -1,8 +1,8 @@
-"""What a few thousand tokens of text say about a dense MLP: neuron importance and a first gate.
+"""Gates fitted by ridge regression to the outputs of experts on a few thousand tokens of text.
 
-What is worked out here keeps only sums: its own memory does not grow with the text. The first token
-of each document is left out (the attention sink: activations thousands of times larger would decide
-everything).
+The regressions keep only sums, so their memory does not grow with the text. The first token of each
+document is left out: it is an attention sink, whose activations are thousands of times larger and
+would decide the fit alone.
 
 Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons.
 """
@@ -25,11 +25,10 @@ RIDGE = 1e-3
 
 
 class Ridge:
-    """Ridge regressions on the same inputs; the bias is free.
+    """Ridge regressions of several targets on the same inputs, with an unpenalised bias.
 
-    The inputs' second moments are factored once, whatever is regressed on them, and how often.
-    Products over tokens are float32, whose rounding is far below the penalty, and the equations
-    are solved in float64.
+    The inputs' second moments are factored once for all targets. Products over tokens are float32,
+    whose rounding is far below the penalty, and the equations are solved in float64.
     """
 
     def __init__(self, x_TD: Float[Tensor, "tokens hidden"]) -> None:
@@ -40,8 +39,9 @@ class Ridge:
     def fit(
         self, target_TE: Float[Tensor, "tokens experts"]
     ) -> tuple[Float[Tensor, "hidden experts"], Float[Tensor, " experts"]]:
-        """Weight and bias of the regression of these targets, float64."""
-        # A free bias takes up the mean exactly, and without it the rounding of products is less.
+        """Return weight and bias of the regression of these targets, float64."""
+        # An unpenalised bias takes up the mean exactly, and products of targets without their mean
+        # round less.
         mean_E = target_TE.double().mean(0)
         moment_DE = self._features_TD.T @ (target_TE - mean_E).float()
         solution_DE = torch.linalg.lu_solve(*self._factors, moment_DE.double())
@@ -49,7 +49,7 @@ class Ridge:
 
 
 def solve_ridge(gram_DD: Tensor, moment_DE: Tensor) -> Tensor:
-    """The ridge solution; the last feature is the constant 1, which goes unpenalised."""
+    """Return the ridge solution; the last feature is the constant 1, which is not penalised."""
     return torch.linalg.solve(_penalised(gram_DD), moment_DE)
 
 
@@ -72,8 +72,8 @@ def fit_gates(
     Args:
         inputs: the dense model's MLP inputs on calibration text, which are regressed on.
         banks: its layers' experts and routers.
-        static: fit the bias alone, the mean of the target: the best choice that sees no token. It
-            is not the bias of the whole fit, which is the prediction at x = 0.
+        static: True fits the bias alone, to the mean of the target, which is the best choice that
+            sees no token. The bias of the whole fit is another one, the prediction at x = 0.
 
     Returns:
         Per layer, the share of the targets' variance (within routed experts) that the gate
@@ -85,7 +85,7 @@ def fit_gates(
     moments = [zeros(D + 1, E) for _ in banks]
     squares = [zeros(E) for _ in banks]
 
-    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+    def observe(index: int, x_TD: Tensor, row: PackedRow) -> None:
         x_TD = x_TD[row.router_mask[0]]
         targets_TE = log_norm(expert_norms(banks[index], x_TD))
         features_TD = F.pad(x_TD.float(), (0, 1), value=1.0)
@@ -93,7 +93,7 @@ def fit_gates(
         moments[index] += features_TD.T @ targets_TE
         squares[index] += targets_TE.double().square().sum(0)
 
-    inputs.visit(see, "fitting gates, rows")
+    inputs.visit(observe, "fitting gates, rows")
     explained = []
     for bank, gram, moment, square in zip(banks, grams, moments, squares, strict=True):
         if static:

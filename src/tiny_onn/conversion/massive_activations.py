@@ -1,4 +1,4 @@
-"""Massive activations: where a few MLP neurons write values that dwarf everything else.
+"""Massive activations, the few huge values that single MLP neurons write into hidden states.
 
 Legend: T tokens, D hidden, F neurons.
 """
@@ -15,12 +15,13 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.backbone import activation_name, gated_mlps
 from tiny_onn.model.hooks import MlpInputs
 
-# Sun et al., arXiv 2402.17762, section 2: above 100, and about 1,000 times the median magnitude of
-# its hidden state or more. Here of what one MLP adds to it, so that the layer that writes shows.
+# Sun et al., arXiv 2402.17762, section 2, call a value massive if it is above 100 and about 1,000
+# times the median magnitude of its hidden state or more. The ratio here is to the median of one
+# MLP's output, which shows the layer that writes the value.
 MIN_VALUE = 100.0
 MIN_RATIO = 1000.0
-# Share of the value that a neuron must bring to be named.
 MIN_SHARE = 0.1
+"""Share of a massive value that a neuron must contribute to be named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,24 +33,24 @@ class MassiveActivation:
     """Index in the hidden state."""
     value: float
     ratio: float
-    """To the median magnitude of the MLP's output at that token."""
+    """The value over the median magnitude of the MLP's output at that token."""
     first_token: bool
-    """Whether that token begins a document."""
+    """True if that token begins a document."""
     neurons: tuple[int, ...]
-    """Those that bring a tenth of the value or more, largest first."""
+    """Neurons that contribute a tenth of the value or more, largest first."""
 
 
 @torch.no_grad()
 def massive_activations(inputs: MlpInputs) -> list[MassiveActivation]:
-    """The massive activations in the MLPs' outputs on this text, at most one a layer.
+    """Return the massive activations in the MLPs' outputs on this text, at most one a layer.
 
-    First tokens count here: it is there that most models write them.
+    First tokens of documents are searched too, because most models write massive activations there.
     """
     mlps = gated_mlps(inputs.dense)
     activation = ACT2FN[activation_name(inputs.dense.config.get_text_config())]
     found: dict[int, MassiveActivation] = {}
 
-    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+    def observe(index: int, x_TD: Tensor, row: PackedRow) -> None:
         first_T = row.position_ids[0] == 0
         # Padding has no router and no label; a fragment's last token has a router alone.
         text_T = row.router_mask[0] | (first_T & row.loss_mask[0])
@@ -80,17 +81,24 @@ def massive_activations(inputs: MlpInputs) -> list[MassiveActivation]:
             neurons=tuple(large),
         )
 
-    inputs.visit(see, "looking for massive activations, rows")
+    inputs.visit(observe, "looking for massive activations, rows")
     return [found[layer] for layer in sorted(found)]
 
 
 def massive_neurons(
     found: Sequence[MassiveActivation], num_layers: int, max_neurons: int
 ) -> list[tuple[int, ...]]:
-    """Per layer, the neurons that write its massive activation, largest first; mostly none.
+    """Return per layer the neurons that write its massive activation, largest first.
+
+    Most layers have no massive activation and get no neurons.
+
+    Args:
+        found: the massive activations, at most one a layer.
+        num_layers: layers of the model.
+        max_neurons: neurons that a layer's shared experts hold.
 
     Raises:
-        UserError: a layer has more of them than `max_neurons`, what its shared experts hold.
+        UserError: a layer has more such neurons than `max_neurons`.
     """
     neurons = {each.layer: each.neurons for each in found}
     for layer, named in neurons.items():

@@ -1,9 +1,9 @@
-"""Which neurons share an expert: partitions of a dense MLP from its weights or from text.
+"""Partitions of a dense MLP's neurons into experts, made from its weights or from text.
 
-Every function here gives one expert per neuron, equally many neurons each. What text says about a
-layer is read from a bounded sample of its inputs, layer after layer, so that memory grows neither
-with the text nor with the MLP's width. A neuron's energy at a token is `(h |down|)^2`, what it adds
-to the squared output if neurons do not interfere.
+Every partition gives each neuron one expert and each expert equally many neurons. Partitions from
+text use a bounded sample of each layer's inputs, so that the samples do not grow with the text. A
+neuron's energy at a token is `(h |down|)^2`, which is its part of the squared output if neurons do
+not interfere.
 
 Legend: T sampled tokens, D hidden, F neurons, E experts, R random directions.
 """
@@ -31,9 +31,10 @@ SAMPLED_TOKENS = 8192
 KMEANS_ROUNDS = 15
 LEARNING_ROUNDS = 16
 DIRECTIONS = 512
-# Layers are learned side by side as far as their tables, (T, F) in float32, fit into these bytes.
 LAYER_BYTES = 2**31
+"""Bytes for the tables, (T, F) in float32, of the layers that are learned at the same time."""
 TABLES = 4
+"""Tables (T, F) that one layer holds while it is learned."""
 
 
 @torch.no_grad()
@@ -43,12 +44,12 @@ def partition_neurons(
     target_k: float,
     generator: torch.Generator,
     *,
-    kept: Sequence[Sequence[int]] = (),
+    first_neurons: Sequence[Sequence[int]] = (),
 ) -> list[Int[Tensor, " neurons"]] | None:
-    """Per layer, the order in which neurons fill the experts; None: as they are.
+    """Return per layer the order in which neurons fill the experts; None keeps their own order.
 
-    Shared experts come first. They get the neurons of largest energy, and the partition is that of
-    the others; `slices` cuts all neurons as they come.
+    Shared experts come first and get the neurons of largest energy; the other neurons are
+    partitioned. `slices` cuts all neurons in their own order.
 
     Args:
         inputs: the MLP inputs of the model to cut on calibration text; `slices`, and `cluster`
@@ -56,20 +57,22 @@ def partition_neurons(
         experts: `init` names the partition.
         target_k: active experts per token that `learned` partitions for.
         generator: CPU generator of k-means' first centres and of random directions.
-        kept: per layer, neurons that come first; none: no layer has any.
+        first_neurons: per layer, neurons that are put before all others; empty if no layer has any.
     """
     mlps = gated_mlps(inputs.dense)
     width, S = mlps[0].gate_proj.out_features, experts.num_shared
-    kept = kept or [()] * len(mlps)
     if experts.init in ("random", "slices"):
-        return [kept_first(torch.arange(width), first) for first in kept] if any(kept) else None
-    num_routed, num_shared = experts.num_experts - S, S * (width // experts.num_experts)
+        if not any(first_neurons):
+            return None
+        return [put_first(torch.arange(width), first) for first in first_neurons]
+    first_neurons = first_neurons or [()] * len(mlps)
+    num_routed, num_neurons = experts.num_experts - S, S * (width // experts.num_experts)
     orders = []
     if experts.init == "cluster":
         unknown = torch.zeros(width)
         scores = neuron_importance(inputs) if S else [unknown] * len(mlps)
-        for mlp, score_F, first in zip(mlps, scores, kept, strict=True):
-            shared_F, rest_F = split_neurons(score_F, first, num_shared)
+        for mlp, score_F, first in zip(mlps, scores, first_neurons, strict=True):
+            shared_F, rest_F = split_neurons(score_F, first, num_neurons)
             rows_FD = F.normalize(mlp.gate_proj.weight.float(), dim=1)[rest_F]
             expert_F = balanced_kmeans(rows_FD, num_routed, generator)
             orders.append(torch.cat((shared_F, rest_F[expert_F.argsort(stable=True)])))
@@ -80,7 +83,7 @@ def partition_neurons(
     @torch.no_grad()
     def order(mlp: GatedMlp, x_TD: Tensor, first: Sequence[int]) -> Tensor:
         energy_TF = neuron_energy(mlp, x_TD, activation)
-        shared_F, rest_F = split_neurons(energy_TF.sum(0), first, num_shared)
+        shared_F, rest_F = split_neurons(energy_TF.sum(0), first, num_neurons)
         if S:
             energy_TF = energy_TF[:, rest_F]
         if experts.init == "coactivation":
@@ -90,23 +93,26 @@ def partition_neurons(
             expert_F = learn_partition(energy_TF, x_TD, expert_F, num_routed, target_k - S)
         return torch.cat((shared_F, rest_F[expert_F.argsort(stable=True)]))
 
-    layers = list(zip(mlps, samples, kept, strict=True))
-    # Layers take their random directions in turn.
-    several = experts.init == "learned" and inputs.dense.device.type == "cpu"
-    room = LAYER_BYTES // (TABLES * 4 * max(1, len(samples[0])) * width) if several else 1
-    return _each(order, layers, room, f"{experts.init} partition, layers")
+    layers = list(zip(mlps, samples, first_neurons, strict=True))
+    # Co-activation draws random directions, and layers must draw them in a fixed order.
+    parallel = experts.init == "learned" and inputs.dense.device.type == "cpu"
+    max_layers = LAYER_BYTES // (TABLES * 4 * max(1, len(samples[0])) * width) if parallel else 1
+    return _map_layers(order, layers, max_layers, f"{experts.init} partition, layers")
 
 
-def _each(
-    function: Callable[..., Tensor], layers: Sequence[tuple[object, ...]], room: int, text: str
+def _map_layers(
+    function: Callable[..., Tensor],
+    layers: Sequence[tuple[object, ...]],
+    max_layers: int,
+    text: str,
 ) -> list[Tensor]:
-    """The function of every layer, of up to `room` at once, which share torch's threads.
+    """Apply the function to every layer, to up to `max_layers` at once on torch's threads.
 
-    Many operations of a layer are too small to be shared by threads, and where other processes
-    hold the cores, those that wait for a second thread took several times as long.
+    Many operations of one layer are too small to be shared by threads, and where other processes
+    held the cores, operations that waited for a second thread took several times as long.
     """
     num_threads = torch.get_num_threads()
-    workers = max(1, min(room, num_threads, len(layers)))
+    workers = max(1, min(max_layers, num_threads, len(layers)))
     if workers == 1:
         return [function(*layer) for layer in track(layers, text)]
     torch.set_num_threads(num_threads // workers)
@@ -115,7 +121,7 @@ def _each(
         results = pool.map(function, *zip(*layers, strict=True))
         return [next(results) for _ in track(layers, text)]
     finally:
-        # After Ctrl-C the layers that have not begun are left out.
+        # Ctrl-C shall not wait for layers that have not begun.
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(num_threads)
 
@@ -123,9 +129,9 @@ def _each(
 def neuron_energy(
     mlp: GatedMlp, x_TD: Float[Tensor, "tokens hidden"], activation: torch.nn.Module
 ) -> Float[Tensor, "tokens neurons"]:
-    """`h^2 * |down|^2` of every neuron, float32.
+    """Return `h^2 * |down|^2` of every neuron, float32.
 
-    A CPU computes all of it in float32, because many emulate products in bfloat16.
+    On a CPU the whole computation is in float32, because many CPUs emulate products in bfloat16.
     """
     dtype = torch.float32 if x_TD.device.type == "cpu" else x_TD.dtype
     hidden_TF = mlp.hidden(x_TD.to(dtype), activation).float()
@@ -135,7 +141,7 @@ def neuron_energy(
 def by_importance(
     energy_TF: Float[Tensor, "tokens neurons"], num_experts: int
 ) -> Int[Tensor, " neurons"]:
-    """Neurons by falling total energy, cut into experts."""
+    """Return each neuron's expert where neurons are sorted by falling total energy and cut."""
     num_neurons = energy_TF.shape[1]
     ranked_F = energy_TF.sum(0).argsort(descending=True, stable=True).cpu()
     expert_F = torch.empty(num_neurons, dtype=torch.long)
@@ -146,9 +152,10 @@ def by_importance(
 def coactivation(
     energy_TF: Float[Tensor, "tokens neurons"], num_experts: int, generator: torch.Generator
 ) -> Int[Tensor, " neurons"]:
-    """Neurons that are large at the same tokens: clusters of `|h| |down|` over tokens.
+    """Return each neuron's expert where neurons that are large at the same tokens are together.
 
-    Tokens are mixed into few random directions, which keeps angles (Johnson-Lindenstrauss).
+    The experts are clusters of `|h| |down|` over tokens. Tokens are mixed into few random
+    directions, which preserves angles (Johnson-Lindenstrauss).
     """
     size_FT = F.normalize(energy_TF.sqrt().T, dim=1)
     if len(energy_TF) > DIRECTIONS:
@@ -160,7 +167,10 @@ def coactivation(
 def balanced_kmeans(
     points_FN: Float[Tensor, "neurons features"], num_experts: int, generator: torch.Generator
 ) -> Int[Tensor, " neurons"]:
-    """Spherical k-means with clusters of equal size; points have length 1."""
+    """Return each point's cluster by spherical k-means with clusters of equal size.
+
+    Points have length 1.
+    """
     first = torch.randperm(len(points_FN), generator=generator)[:num_experts]
     centres_EN = points_FN[first.to(points_FN.device)]
     expert_F = torch.empty(0, dtype=torch.long)
@@ -180,18 +190,25 @@ def learn_partition(
     num_experts: int,
     target_k: float,
 ) -> Int[Tensor, " neurons"]:
-    """The experts of which `target_k` a token, chosen by a linear gate, hold most of the energy.
+    """Return each neuron's expert so that the experts which a linear gate picks hold most energy.
 
-    Two steps alternate until the share of the energy that active experts hold stops rising:
+    The gate picks `target_k` experts a token on average. Two steps alternate until the share of the
+    energy that active experts hold stops rising:
 
-    1. A linear gate is fitted to the log energies of the experts (ridge regression; each half of
-       the tokens is routed by the gate of the other half, so that what a gate cannot predict does
-       not count) and activates the experts of largest softmax probability, `target_k` on average.
-    2. Neurons move: `sum_t active[t, e] * energy[t, f]` is what neuron f brings in expert e, and
-       the balanced assignment takes the largest total. It starts from the prices of the round
-       before.
+    1. A linear gate is fitted to the log energies of the experts by ridge regression and activates
+       the experts of largest softmax probability. Each half of the tokens is routed by the gate of
+       the other half, so that energy which a gate cannot predict does not count.
+    2. Neurons move: neuron f contributes `sum_t active[t, e] * energy[t, f]` in expert e, and the
+       balanced assignment maximises the total. It starts from the prices of the previous round.
 
-    Energies are shares of their token's, so that every token counts the same.
+    Energies are divided by their token's total, so that every token counts the same.
+
+    Args:
+        energy_TF: energies of the neurons.
+        x_TD: the MLP's inputs, from which the gate predicts.
+        expert_F: the partition to start from.
+        num_experts: experts of the partition.
+        target_k: active experts per token, the mean.
     """
     share_TF = energy_TF / energy_TF.sum(1, keepdim=True).clamp_min(1e-30)
     counted_T = torch.ones(len(share_TF), dtype=torch.bool, device=share_TF.device)
@@ -220,42 +237,42 @@ def learn_partition(
 def _members(
     expert_F: Int[Tensor, " neurons"], num_experts: int, like: Tensor
 ) -> Float[Tensor, "experts neurons"]:
-    """1 where a neuron belongs to an expert."""
+    """Return a table that is 1 where a neuron belongs to an expert and 0 elsewhere."""
     return F.one_hot(expert_F, num_experts).T.to(like)
 
 
 def split_neurons(
-    score_F: Float[Tensor, " neurons"], kept: Sequence[int], num_shared: int
+    score_F: Float[Tensor, " neurons"], first: Sequence[int], num_neurons: int
 ) -> tuple[Int[Tensor, " shared"], Int[Tensor, " rest"]]:
-    """The neurons of the shared experts, and all others by rising index; both on the CPU.
+    """Return the neurons of the shared experts, and all others by rising index, on the CPU.
 
     Args:
-        score_F: of each neuron; the largest are shared.
-        kept: neurons that are shared before those.
-        num_shared: how many neurons are shared, S * I.
+        score_F: score of each neuron; neurons of largest score are shared.
+        first: neurons that are shared whatever their score.
+        num_neurons: neurons that are shared, S * I.
     """
-    ranked_F = kept_first(score_F.argsort(descending=True, stable=True).cpu(), kept)
-    return ranked_F[:num_shared], ranked_F[num_shared:].sort().values
+    ranked_F = put_first(score_F.argsort(descending=True, stable=True).cpu(), first)
+    return ranked_F[:num_neurons], ranked_F[num_neurons:].sort().values
 
 
-def kept_first(order_F: Int[Tensor, " neurons"], kept: Sequence[int]) -> Int[Tensor, " neurons"]:
-    """The same neurons with `kept` moved to the front."""
-    kept_K = torch.tensor(kept, dtype=order_F.dtype, device=order_F.device)
-    return torch.cat((kept_K, order_F[~torch.isin(order_F, kept_K)]))
+def put_first(order_F: Int[Tensor, " neurons"], first: Sequence[int]) -> Int[Tensor, " neurons"]:
+    """Return the same neurons with those of `first` moved to the front."""
+    first_K = torch.tensor(first, dtype=order_F.dtype, device=order_F.device)
+    return torch.cat((first_K, order_F[~torch.isin(order_F, first_K)]))
 
 
 @torch.no_grad()
 def neuron_importance(inputs: MlpInputs) -> list[Float[Tensor, " neurons"]]:
-    """Per layer, each neuron's squared contribution to the output, `sum_t h^2 * |down|^2`."""
+    """Return per layer each neuron's squared part of the output, `sum_t h^2 * |down|^2`."""
     mlps = gated_mlps(inputs.dense)
     activation = ACT2FN[activation_name(inputs.dense.config.get_text_config())]
     sums = [torch.zeros(1, device=inputs.dense.device) for _ in mlps]
 
-    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
+    def observe(index: int, x_TD: Tensor, row: PackedRow) -> None:
         hidden_TF = mlps[index].hidden(x_TD, activation)
         sums[index] = sums[index] + hidden_TF[row.router_mask[0]].float().square().sum(0)
 
-    inputs.visit(see, "importance of neurons, rows")
+    inputs.visit(observe, "importance of neurons, rows")
     return [
         total * mlp.down_proj.weight.float().square().sum(0)
         for total, mlp in zip(sums, mlps, strict=True)
@@ -264,25 +281,26 @@ def neuron_importance(inputs: MlpInputs) -> list[Float[Tensor, " neurons"]]:
 
 @torch.no_grad()
 def sample_inputs(inputs: MlpInputs, max_tokens: int) -> list[Float[Tensor, "tokens hidden"]]:
-    """Per layer, the MLP's inputs at about `max_tokens` counted tokens, evenly spaced.
+    """Return per layer the MLP's inputs at about `max_tokens` evenly spaced tokens of the text.
 
-    Memory: `L * max_tokens * D` numbers in the model's own format, whatever the text's length.
+    Padding and first tokens of documents are left out. The samples are `L * max_tokens * D` numbers
+    in the model's own format, whatever the text's length.
     """
     counts = [int(row.router_mask.sum()) for row in inputs.rows]
     stride = max(1, -(-sum(counts) // max_tokens))
-    kept: list[list[Tensor]] = [[] for _ in gated_mlps(inputs.dense)]
-    # Of each row, the first token that is taken, so that the stride goes on across rows.
+    parts: list[list[Tensor]] = [[] for _ in gated_mlps(inputs.dense)]
+    # Each row starts at the token at which the stride goes on from the row before.
     starts = [-before % stride for before in accumulate(counts, initial=0)]
 
-    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
-        kept[index].append(x_TD[row.router_mask[0]][starts[len(kept[index])] :: stride])
+    def observe(index: int, x_TD: Tensor, row: PackedRow) -> None:
+        parts[index].append(x_TD[row.router_mask[0]][starts[len(parts[index])] :: stride])
 
-    inputs.visit(see, "reading calibration text, rows")
-    return [torch.cat(layer) for layer in kept]
+    inputs.visit(observe, "reading calibration text, rows")
+    return [torch.cat(layer) for layer in parts]
 
 
 def importance_order(
     importance: Sequence[Float[Tensor, " neurons"]],
 ) -> list[Int[Tensor, " neurons"]]:
-    """Per layer, neurons by falling importance, so that experts differ in it as they can."""
+    """Return per layer the neurons by falling importance, so that experts differ most in it."""
     return [scores.argsort(descending=True, stable=True) for scores in importance]

@@ -1,4 +1,4 @@
-"""From settings to a student, its teacher and its text, ready for the first step."""
+"""The pipeline that makes a student, its teacher and its text from the settings of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from tiny_onn.conversion.massive_activations import massive_activations, massive
 from tiny_onn.conversion.mean_outputs import fit_compensation
 from tiny_onn.conversion.partition import (
     importance_order,
-    kept_first,
     neuron_importance,
     partition_neurons,
+    put_first,
 )
 from tiny_onn.conversion.verify import Conversion, check_conversion, searched_tokens
 from tiny_onn.data.packing import PackedRow
@@ -37,21 +37,21 @@ from tiny_onn.teacher.load import load_dense, teacher_for
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """What a run starts from."""
+    """The models, the text and the conversion that a run starts from."""
 
     teacher: PreTrainedModel
     student: TinyOnnForCausalLM
     tokenizer: PreTrainedTokenizerBase
     conversion: Conversion
     held_out: HeldOut
-    """What the student is evaluated on."""
+    """The rows that the student is evaluated on, with the teacher."""
 
 
 def prepare(config: RunConfig) -> Prepared:
     """Load the teacher, convert it, and calibrate the student on the first training rows.
 
     Raises:
-        UserError: whatever is wrong with the teacher, the text or the sizes.
+        UserError: something is wrong with the teacher, the text or the sizes.
     """
     inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
     with status("Converting"):
@@ -71,43 +71,46 @@ def prepare(config: RunConfig) -> Prepared:
 def read_inputs(
     config: RunConfig, device: torch.device
 ) -> tuple[MlpInputs, PreTrainedTokenizerBase, list[PackedRow]]:
-    """The dense model's MLP inputs on calibration text, its tokenizer, and the held-out rows.
+    """Return the dense MLPs' inputs on calibration text, the tokenizer, and the held-out rows.
 
-    A conversion that reads no text gets the first held-out row to be checked on.
+    If the conversion reads no text, the inputs are those on the first held-out row, for its checks.
 
     Raises:
-        UserError: whatever is wrong with the teacher or the text.
+        UserError: something is wrong with the teacher or the text.
     """
     with status(f"Loading the teacher, {config.teacher.path}"):
         dense, tokenizer = load_dense(config.teacher, device)
         check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
     with status("Reading calibration text"):
         rows = calibration_rows(config, tokenizer, device)
-        # Read here, so that a lack of held-out text shows before the work.
+        # A lack of held-out text shall show before the conversion's work.
         data = config.data
         held_out = held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
     return MlpInputs(dense, rows or [held_out[0].to(device)]), tokenizer, held_out
 
 
 def partition(config: RunConfig, inputs: MlpInputs) -> list[Int[Tensor, " neurons"]] | None:
-    """Per layer, the order in which neurons fill the experts; None: as they are.
+    """Return per layer the order in which neurons fill the experts; None keeps their own order.
 
     Raises:
         UserError: the architecture or the sizes do not fit.
     """
     experts = config.experts
     shape = student_config(inputs.dense, experts, config.router)
-    kept: Sequence[Sequence[int]] = ()
+    first_neurons: Sequence[Sequence[int]] = ()
     if experts.keep_massive:
-        found = massive_activations(searched_tokens(config, inputs))
-        kept = massive_neurons(
-            found, len(gated_mlps(inputs.dense)), experts.num_shared * shape.moe_intermediate_size
-        )
+        massive = massive_activations(searched_tokens(config, inputs))
+        num_neurons = experts.num_shared * shape.moe_intermediate_size
+        first_neurons = massive_neurons(massive, len(gated_mlps(inputs.dense)), num_neurons)
     if experts.init == "importance":
         orders = importance_order(neuron_importance(inputs))
-        return [kept_first(*pair) for pair in zip(orders, kept, strict=True)] if kept else orders
+        if not first_neurons:
+            return orders
+        return [put_first(*pair) for pair in zip(orders, first_neurons, strict=True)]
     generator = torch.Generator().manual_seed(config.train.seed)
-    return partition_neurons(inputs, experts, config.router.target_k, generator, kept=kept)
+    return partition_neurons(
+        inputs, experts, config.router.target_k, generator, first_neurons=first_neurons
+    )
 
 
 def make_student(
@@ -120,7 +123,7 @@ def make_student(
     Args:
         config: the settings.
         inputs: the MLP inputs of the model to cut on calibration text.
-        order: what `partition` gave for the same settings and rows, if known; None: worked out.
+        order: the order that `partition` returns for the same settings and rows; None computes it.
     """
     order = partition(config, inputs) if order is None else order
     student = convert(

@@ -1,4 +1,4 @@
-"""A conversion is verified: with all experts on, the student computes what its teacher does."""
+"""Checks of a conversion: with all experts on, the student computes what its teacher computes."""
 
 import copy
 import hashlib
@@ -24,18 +24,18 @@ from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 def identity_gap(
     student: TinyOnnForCausalLM, dense: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]
 ) -> float:
-    """Largest absolute difference of the dense logits and the student's with all experts on.
+    """Return the largest absolute difference of dense logits and the student's, all experts on.
 
     Both are computed in float32, whatever they are stored in: in bfloat16 the two ways of adding up
-    the same MLP differ by rounding alone, which says nothing about the conversion. Memory: the
-    dense model once more, in float32, for the time of the call.
+    the same MLP differ by rounding alone, which says nothing about the conversion. The call holds
+    the dense model once more in float32.
     """
-    wide = copy.deepcopy(dense).float()
+    dense_float32 = copy.deepcopy(dense).float()
     assert isinstance(student.config, TinyOnnConfig)
-    twin = share_backbone(wide, student.config)
+    twin = share_backbone(dense_float32, student.config)
     for bank, own in zip(twin.banks(), student.banks(), strict=True):
         bank.load_state_dict(own.state_dict(), assign=True)
-    expected = wide(input_ids=input_ids, use_cache=False).logits
+    expected = dense_float32(input_ids=input_ids, use_cache=False).logits
     with all_experts_on(twin.banks()):
         got = twin(input_ids=input_ids, use_cache=False).logits
     return (got - expected).abs().max().item()
@@ -43,29 +43,29 @@ def identity_gap(
 
 @torch.no_grad()
 def verify_head(dense: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) -> float:
-    """Largest difference between the model's logits and those of `head_of` on its hidden states.
+    """Return the largest difference of the model's logits and `head_of` on its hidden states.
 
     Raises:
-        UserError: they differ by more than rounding: the family's head does something more.
+        UserError: the logits differ by more than rounding, so the family's head computes more.
     """
     expected = dense(input_ids=input_ids, use_cache=False).logits.float()
     got: Float[Tensor, "..."] = head_of(dense).logits(last_hidden_states(dense, input_ids)[0])
-    gap, size = (got - expected[0]).abs().max().item(), expected.abs().max().item()
-    if not gap <= (0.02 if dense.dtype == torch.bfloat16 else 1e-4) * size:
+    error, size = (got - expected[0]).abs().max().item(), expected.abs().max().item()
+    if not error <= (0.02 if dense.dtype == torch.bfloat16 else 1e-4) * size:
         raise UserError(
             f"architecture {type(dense).__name__}: its logits differ from softcap(scale * W h) by "
-            f"{gap:.3g} (logits up to {size:.3g}), expected equality to rounding; this family's "
+            f"{error:.3g} (logits up to {size:.3g}), expected equality to rounding; this family's "
             "output head is not supported"
         )
-    return gap
+    return error
 
 
 def backbone_hash(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 of every tensor outside the MLPs, by name, number format, shape and bytes.
+    """Return the SHA-256 of all tensors outside the MLPs: names, formats, shapes and bytes.
 
     Args:
         model: a dense model or a student.
-        dtype: the number format the model is taken to be in; None: its own.
+        dtype: the number format that tensors are cast to first; None keeps the model's own.
     """
     digest = hashlib.sha256()
     cast = dtype is not None and dtype != model.dtype
@@ -77,13 +77,13 @@ def backbone_hash(model: PreTrainedModel, dtype: torch.dtype | None = None) -> s
 
 
 def backbone_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters outside the MLPs of a dense model or a student, without graphs, in order."""
+    """Return the parameters outside the MLPs of a model, detached and sorted by name."""
     named = sorted(backbone_of(model).named_parameters(remove_duplicate=False))
     return {name: parameter.detach() for name, parameter in named if not in_mlp(name)}
 
 
 def shape_difference(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> str | None:
-    """What first tells that a student has other sizes than a dense model, in words; None: nothing.
+    """Describe the first tensor by which a student's sizes differ from a dense model's, or None.
 
     Raises:
         UserError: the dense model is not of a kind that can be converted.
@@ -103,10 +103,11 @@ def shape_difference(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> str
 
 
 def same_backbone(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> bool:
-    """Whether a student's tensors outside the MLPs are a dense model's of the same shapes.
+    """Return True if a student's tensors outside the MLPs hold a dense model's values.
 
-    Also where they are its values rounded to the student's number format or to bfloat16: a student
-    of a bfloat16 run may have been widened since, and its teacher read in float32.
+    Values that were rounded to the student's number format or to bfloat16 count as equal, because a
+    student of a bfloat16 run may have been widened since, and its teacher may be read in float32.
+    The shapes must be the same.
     """
     theirs = backbone_tensors(dense)
     return all(
@@ -116,17 +117,14 @@ def same_backbone(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> bool:
     )
 
 
-# Tokens on which a conversion is checked.
 CHECKED_TOKENS = 128
-
-
-# Tokens that are searched for massive activations.
 SEARCHED_TOKENS = 4096
+"""Tokens that are searched for massive activations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
-    """What a conversion was checked to be."""
+    """The results of the checks of one conversion."""
 
     logit_gap: float | None
     """Largest difference to the teacher's logits with all experts on, in float32; None for experts
@@ -135,13 +133,14 @@ class Conversion:
     """Largest difference between the teacher's logits and those our loss computes from its hidden
     states, in its own number format."""
     backbone_sha256: str
-    """Of every tensor outside the MLPs, equal in teacher and student."""
+    """SHA-256 of every tensor outside the MLPs, equal in teacher and student."""
     teacher_commit: str | None
     """The commit that a hub id's revision was when it was read; None for a folder."""
     expert_path: PathChoice
-    """How the expert layers compute, and why."""
+    """The code path of the expert layers, and the reason for it."""
     massive_activations: tuple[MassiveActivation, ...]
-    """Of the teacher's MLPs, on the text that the conversion was checked on."""
+    """Massive activations of the teacher's MLPs on the first `SEARCHED_TOKENS` calibration tokens,
+    or on held-out ones if the conversion reads no text."""
 
 
 def check_conversion(
@@ -149,7 +148,7 @@ def check_conversion(
     student: TinyOnnForCausalLM,
     inputs: MlpInputs,
 ) -> Conversion:
-    """Hold a fresh student against its teacher on a little text.
+    """Compare a fresh student with its teacher on `CHECKED_TOKENS` tokens.
 
     Raises:
         UserError: the family's output head is not supported.
@@ -171,5 +170,5 @@ def check_conversion(
 
 
 def searched_tokens(config: RunConfig, inputs: MlpInputs) -> MlpInputs:
-    """The inputs that are searched for massive activations."""
+    """Return the inputs that are searched for massive activations, in whole rows."""
     return inputs.head(max(1, SEARCHED_TOKENS // config.data.row_tokens))

@@ -1,1 +1,1 @@
-"""From documents to packed rows of tokens, and which rows are for which purpose."""
+"""Documents read from their sources, packed into rows of tokens, and dealt out to their uses."""

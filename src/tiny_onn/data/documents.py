@@ -1,4 +1,4 @@
-"""Long texts are cut into documents of bounded length."""
+"""Documents, which are the unit of the data split, and the cutting of long texts into them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,25 +11,25 @@ _DOCUMENT_CHARS = 64_000
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, as its source gave it."""
+    """A text as its source holds it, or a chat that was rendered to text."""
 
     text: str
     source: str
     """The file, hub dataset or part of the embedded text it comes from."""
     index: int
-    """Its number in the source, from 0."""
+    """The document's number in the source, from 0."""
     is_chat: bool = False
-    """Whether the text is a chat: its messages in JSON, or what a chat template made of them."""
+    """True if the text is a chat's messages in JSON, or was rendered from them."""
 
     def digest(self) -> bytes:
-        """SHA-256 of the text, as `utf8` gives it."""
+        """Return the SHA-256 of the text in UTF-8."""
         return hashlib.sha256(self.utf8()).digest()
 
     def utf8(self) -> bytes:
-        """The text's bytes.
+        """Return the text in UTF-8.
 
         Raises:
-            UserError: If the text is not valid Unicode (a lone surrogate, as JSON can spell one).
+            UserError: the text holds a lone surrogate, which JSON can spell and Unicode forbids.
         """
         try:
             return self.text.encode("utf-8")
@@ -41,9 +41,9 @@ class Document:
 
 
 def split_text(text: str, max_chars: int = _DOCUMENT_CHARS) -> Iterator[str]:
-    """Pieces of `text`, each of at most `max_chars`, cut after a blank line, a line or a space.
+    """Yield pieces of `text` of at most `max_chars`, cut after a blank line, a line or a space.
 
-    The pieces joined are the text. A cut inside a word is made only where there is no space at all.
+    The joined pieces are the text. A word is cut only where a piece holds no space at all.
     """
     start = 0
     while len(text) - start > max_chars:

@@ -1,8 +1,8 @@
-"""Rows of data sets to text: the field that holds it, or a chat in one of its common forms.
+"""The text of a data set's row, which is one field or a chat in one of its common forms.
 
-A row without the field of text may hold a chat: a list of messages (`messages`, `conversations`)
-or a pair of question and answer (`PAIRS`). A chat leaves here as its messages in JSON, whatever
-form it had; the tokenizer's chat template makes text of it (`tokens.py`).
+A row without the field of text may hold a chat, as a list of messages (`messages`, `conversations`)
+or as a pair of question and answer (`PAIRS`). Every chat becomes a list of messages in JSON, which
+the tokenizer's chat template renders to text (`tokens.py`).
 """
 
 import itertools
@@ -22,7 +22,7 @@ PAIRS = (
     ("instruction", "response"),
     ("question", "answer"),
 )
-"""Fields that hold what a user asks and what the assistant answers."""
+"""Pairs of fields that hold a user's question and the assistant's answer."""
 _ASKED_WITH = ("input", "context")
 _SYSTEM = "system"
 _ROLES = MappingProxyType(
@@ -38,12 +38,12 @@ class Chat(str):
 
 
 def bad_source(where: object, problem: str) -> UserError:
-    """The error for a source of text."""
+    """Return the error for a source of text."""
     return UserError(f"data.sources: {where}: {problem}")
 
 
 def fields_read(names: Iterable[str], text_field: str, where: object) -> list[str]:
-    """The fields that make a row's text: the field of text alone, or those of a chat.
+    """Return the fields that make a row's text, which are the field of text or those of a chat.
 
     Args:
         names: the row's fields.
@@ -51,7 +51,7 @@ def fields_read(names: Iterable[str], text_field: str, where: object) -> list[st
         where: the row or file, for the error.
 
     Raises:
-        UserError: neither the field nor a chat is among them.
+        UserError: the row has neither the field nor a chat.
     """
     names = list(names)
     if text_field in names and text_field not in CHATS:
@@ -69,10 +69,10 @@ def fields_read(names: Iterable[str], text_field: str, where: object) -> list[st
 
 
 def row_text(row: Mapping[str, Any], text_field: str, where: object) -> str:
-    """The row's text, or its chat as a `Chat`; null and a chat without a word count as blank.
+    """Return the row's text, or its chat as a `Chat`; null and a chat without a word are blank.
 
     Raises:
-        UserError: the field is missing or holds something else, or the chat is ill-formed.
+        UserError: the field is missing or holds no text, or the chat is ill-formed.
     """
     name, *others = fields_read(row, text_field, where)
     value = row[name]
@@ -96,7 +96,7 @@ def row_text(row: Mapping[str, Any], text_field: str, where: object) -> str:
 
 
 def _messages(value: Any, where: object, name: str) -> list[dict[str, str]]:  # noqa: ANN401
-    """The messages of a list in either form; null has none."""
+    """Return the messages of a list in either form; null has none."""
     if not isinstance(value, list | None):
         raise bad_source(
             where,
@@ -110,27 +110,28 @@ def _messages(value: Any, where: object, name: str) -> list[dict[str, str]]:  # 
 
 
 def _message(item: Any, where: str) -> dict[str, str]:  # noqa: ANN401
-    """One message as role and content; keys that hold null are left out."""
+    """Return one message as role and content; keys that hold null are left out."""
     form = "expected an object with role and content, or from and value, and no more; mend it"
     if not isinstance(item, dict):
         raise bad_source(where, f"got {type(item).__name__}, {form}")
     given = {key: value for key, value in item.items() if value is not None}
-    who, what = ("from", "value") if given.keys() & {"from", "value"} else ("role", "content")
-    if missing := sorted({who, what} - given.keys()):
+    own_names = given.keys() & {"from", "value"}
+    role_key, content_key = ("from", "value") if own_names else ("role", "content")
+    if missing := sorted({role_key, content_key} - given.keys()):
         raise bad_source(where, f"got no {' and no '.join(missing)}, {form}")
-    if unknown := sorted(str(key)[:40] for key in given.keys() - {who, what}):
+    if unknown := sorted(str(key)[:40] for key in given.keys() - {role_key, content_key}):
         raise bad_source(where, f"got {', '.join(unknown[:20])} too, {form}")
-    role = given[who]
+    role = given[role_key]
     if not isinstance(role, str) or role not in _ROLES:
         expected = ", ".join(_ROLES)
         raise bad_source(
-            where, f"got {who} {str(role)[:40]!r}, expected one of {expected}; mend it"
+            where, f"got {role_key} {str(role)[:40]!r}, expected one of {expected}; mend it"
         )
-    return {"role": _ROLES[role], "content": _content(given[what], where)}
+    return {"role": _ROLES[role], "content": _content(given[content_key], where)}
 
 
 def _content(value: Any, where: str) -> str:  # noqa: ANN401
-    """A message's text, which may be a list of parts of text."""
+    """Return a message's text, which may be given as a list of parts."""
     texts = []
     for part in value if isinstance(value, list) else [value]:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
@@ -144,7 +145,7 @@ def _content(value: Any, where: str) -> str:  # noqa: ANN401
 
 
 def _pair(row: Mapping[str, Any], asked: str, answered: str, where: object) -> list[dict[str, str]]:
-    """A question and its answer as messages; both may be lists of messages themselves."""
+    """Return a question and its answer as messages; both may be lists of messages themselves."""
     both = (row[asked], row[answered])
     if all(isinstance(value, list) for value in both):
         return _messages(both[0], where, asked) + _messages(both[1], where, answered)

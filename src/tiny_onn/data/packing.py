@@ -1,18 +1,18 @@
-"""Token documents packed into rows of a fixed length, boundaries kept.
+"""The packing of tokenised documents into rows of a fixed length that keep document boundaries.
 
-A row is filled greedily, documents in the order they come:
+A row is filled greedily with documents in the order they come:
 
-1. A document of one token is skipped and counted: there is nothing to predict in it.
-2. A document that fits is appended whole. One that does not is split, and its rest begins the next
-   row as a fragment of its own, positions restarting at 0.
-3. No fragment of one token is ever made. Where a split would leave one behind, the row gives up its
+1. A document of one token is skipped and counted, because there is nothing to predict in it.
+2. A document that fits is appended whole. A document that does not fit is split, and its rest
+   begins the next row as a fragment of its own whose positions restart at 0.
+3. A fragment of one token is never made. Where a split would leave one behind, the row gives up its
    last slot (the rest is then two tokens long); where only one slot is left, it is padded.
 4. Padding is a fragment of its own at the end of the row, so that no text attends to it.
 
-Utilisation: at most two slots of a row are padding, and only where rule 3 needs them; the last row,
-closed by `finish`, holds what is left. A split costs one prediction, the first token of the rest.
-The order of the tokens is kept: read without padding, the rows are the documents one after another.
-Memory is the current row and the documents not placed yet; nothing here knows text or a tokenizer.
+At most two slots of a row are padding, and only where rule 3 needs them; the last row, closed by
+`finish`, may have more. A split costs one prediction, the first token of the rest. Without padding,
+the rows are the documents one after another. Memory holds the current row and the documents that
+are not placed yet.
 
 Shapes: "tokens" is T, a row's length; a row is a batch of one.
 """
@@ -33,10 +33,10 @@ _MIN_FRAGMENT_TOKENS = 2
 
 
 class Origin(NamedTuple):
-    """Where a fragment's tokens come from."""
+    """The place that a fragment's tokens come from."""
 
     source: str
-    """The file, hub dataset or part of the embedded text; empty where nobody said."""
+    """The file, hub dataset or part of the embedded text; empty if it is unknown."""
     document: int
     """The document's number in the source, from 0."""
     token: int
@@ -48,32 +48,32 @@ NO_ORIGIN = Origin("", 0, 0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
-    """One row of fragments, with what attention, loss and router need to keep them apart."""
+    """A row of fragments, with the boundaries and masks that keep the fragments apart."""
 
     input_ids: Int[Tensor, "1 tokens"]
     """Token ids, int64."""
     position_ids: Int[Tensor, "1 tokens"]
     """Position of each token in its fragment, from 0."""
     cu_seqlens: Int[Tensor, " documents_plus_one"]
-    """Fragment boundaries, int32: 0, the end of each fragment in order, padding last."""
+    """Fragment boundaries, int32, which are 0 and the end of each fragment; padding is the last."""
     max_seqlen: int
-    """Length of the longest fragment, padding counted."""
+    """Length of the longest fragment, padding included."""
     labels: Int[Tensor, "1 tokens"]
-    """The next token of the same fragment, -100 where there is none and on padding."""
+    """The next token of the same fragment, -100 at its last token and on padding."""
     loss_mask: Bool[Tensor, "1 tokens"]
     """True where there is a label."""
     router_mask: Bool[Tensor, "1 tokens"]
     """False on the first token of each fragment (the attention sink) and on padding."""
     origins: tuple[Origin, ...] = ()
-    """Of each fragment in order, padding left out."""
+    """The origin of each fragment in order, padding left out."""
 
     @property
     def num_documents(self) -> int:
-        """Fragments of text in the row, padding not counted."""
+        """The number of fragments in the row, padding left out."""
         return int(self.loss_mask[0, self.cu_seqlens[:-1].long()].sum())
 
     def to(self, device: torch.device | str) -> "PackedRow":
-        """The same row with every tensor on `device`."""
+        """Return the same row with every tensor on `device`."""
         return PackedRow(
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
@@ -93,7 +93,7 @@ def build_row(
     pad_token_id: int,
     origins: Sequence[Origin] = (),
 ) -> PackedRow:
-    """The row holding `fragments` (each of 2 tokens or more) in order, padded to `row_tokens`."""
+    """Return the row of `fragments` (each of 2 tokens or more) in order, padded to `row_tokens`."""
     lengths = [len(fragment) for fragment in fragments]
     num_padding = row_tokens - sum(lengths)
     assert min(lengths) >= _MIN_FRAGMENT_TOKENS
@@ -122,16 +122,17 @@ def build_row(
 
 
 class Packer:
-    """Rows from documents that come one at a time, resumable between any two rows.
+    """A packer of documents that come one at a time, resumable between any two rows.
 
-    `add` a document, `pop` rows until there is none, and so on; `finish` closes the last row.
+    The caller adds a document by `add`, takes rows by `pop` until it returns None, and goes on with
+    the next document; `finish` closes the last row.
 
     Args:
-        row_tokens: Length of every row, at least 3 (a split must leave two tokens on both sides).
-        pad_token_id: Token written into unused slots.
+        row_tokens: the length of every row, at least 3 (a split leaves two tokens on both sides).
+        pad_token_id: the token id that is written into unused slots.
 
     Raises:
-        UserError: If `row_tokens` is less than 3.
+        UserError: `row_tokens` is less than 3.
     """
 
     def __init__(self, row_tokens: int, pad_token_id: int) -> None:
@@ -145,13 +146,13 @@ class Packer:
         self.num_padding = 0
         self._row: list[tuple[list[int], Origin]] = []
         self._pending: deque[tuple[list[int], Origin]] = deque()
-        # Tokens of the first pending document that are already placed.
+        # This counts the tokens of the first pending document that are already placed.
         self._offset = 0
 
     def add(self, document: Sequence[int], origin: Origin = NO_ORIGIN) -> None:
-        """Queue one document's token ids; one of fewer than 2 tokens is skipped and counted.
+        """Queue the token ids of one document; skip and count a document of fewer than 2 tokens.
 
-        Its `origin` is told by the rows that hold its fragments.
+        The rows that hold the document's fragments name its `origin`.
         """
         if len(document) < _MIN_FRAGMENT_TOKENS:
             self.num_skipped += 1
@@ -161,7 +162,7 @@ class Packer:
         self._pending.append((list(document), origin))
 
     def pop(self) -> PackedRow | None:
-        """The next full row, or None if the documents added so far do not fill one."""
+        """Return the next full row, or None if the documents added so far do not fill one."""
         while self._pending:
             document, origin = self._pending[0]
             room = self._room()
@@ -182,12 +183,12 @@ class Packer:
         return None
 
     def finish(self) -> PackedRow | None:
-        """The last, padded row, or None if nothing is left; `pop` must have returned None."""
+        """Return the last, padded row, or None if nothing is left; call it when `pop` gave None."""
         assert not self._pending
         return self._close() if self._row else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next rows, as JSON values."""
+        """Return everything on which the next rows depend, as JSON values."""
         pending = [(list(document), origin) for document, origin in self._pending]
         if pending:
             document, origin = pending[0]
@@ -203,7 +204,7 @@ class Packer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
+        """Continue exactly where `state_dict` was called."""
         self._row = [(list(ids), Origin(*origin)) for ids, origin in state["row"]]
         self._pending = deque((list(ids), Origin(*origin)) for ids, origin in state["pending"])
         self._offset = 0
@@ -230,10 +231,10 @@ class Packer:
 def pack(
     documents: Iterable[Sequence[int]], *, row_tokens: int, pad_token_id: int
 ) -> Iterator[PackedRow]:
-    """All rows of `documents`, the last one padded.
+    """Yield all rows of `documents`, the last one padded.
 
     Raises:
-        UserError: If `row_tokens` is less than 3.
+        UserError: `row_tokens` is less than 3.
     """
     packer = Packer(row_tokens, pad_token_id)
     for document in documents:

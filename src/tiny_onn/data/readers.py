@@ -1,11 +1,11 @@
-"""Files of text to documents' texts, for .txt, .jsonl and .parquet, gzip and zstd included.
+"""Readers of the texts in .txt, .jsonl and .parquet files, packed by gzip or zstd too.
 
 Files may come from anyone. Beside the texts themselves, which the caller keeps or drops one by one,
-reading holds at most `WORKING_BYTES`, whatever the file says: text is decoded in blocks, a line of
+reading takes at most `WORKING_BYTES`, whatever the file holds: text is decoded in blocks, a line of
 .jsonl is at most `LINE_BYTES` long, a parquet column is decoded some rows at a time, and a file
-that holds far more than its size (a bomb) is refused. Parquet has no limit for one value: one of
-more than 80 MiB takes six times its size. Only regular files are opened, and one that changes
-meanwhile is refused. What is wrong is a `UserError` that names the file.
+that unpacks to far more than its size (a bomb) is refused. Parquet has no limit for one value: a
+value of more than 80 MiB takes six times its size. Only regular files are opened, and a file that
+changes meanwhile is refused. Every mistake in a file raises a `UserError` that names the file.
 """
 
 import codecs
@@ -27,33 +27,33 @@ from tiny_onn.errors import UserError, reason_of
 
 Part = TypeVar("Part", str, bytes)
 WORKING_BYTES = 512 * 2**20
-"""Memory that reading takes beside the texts it has given away (reliability/fuzz_inputs.py)."""
+"""Memory that reading takes beside the texts it has yielded (see reliability/fuzz_inputs.py)."""
 LINE_BYTES = 8 * 2**20
-"""Longest line of .jsonl. JSON takes up to 34 times its size when parsed."""
+"""Length of the longest line of .jsonl; JSON takes up to 34 times its size when parsed."""
 BOMB_RATIO = 100
-"""Text a file may hold per byte of its size; prose compresses to a third or less."""
+"""Text that a file may hold per byte of its size; prose compresses to a third or less."""
 BOMB_BYTES = 64 * 2**20
-"""Text any file may hold, however small it is."""
+"""Text that any file may hold, however small it is."""
 _BLOCK_BYTES = 2**18
 _PIECE_CHARS = 64_000
 _PARQUET_ROWS = 64
 
 
 def is_text_file(path: Path) -> bool:
-    """Whether the name ends as one of `ENDINGS`."""
+    """Return True if the name ends in one of `ENDINGS`."""
     return _reader_name(path) is not None
 
 
 def read_texts(path: Path, text_field: str) -> Iterator[str]:
-    """The texts of a file in order, blank ones included; a chat is a `rows.Chat`.
+    """Yield the texts of a file in order, blank ones included; a chat is a `fields.Chat`.
 
     Args:
         path: the file.
         text_field: the field or column of a row that holds its text.
 
     Raises:
-        UserError: whatever is wrong with the file.
-        OSError: it cannot be opened or read.
+        UserError: something is wrong with the file.
+        OSError: the file cannot be opened or read.
     """
     name = _reader_name(path)
     if name is None:
@@ -80,7 +80,7 @@ def read_texts(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """The file, open; a pipe or device, which could block for ever, is refused."""
+    """Open a file, and refuse a pipe or device, which could block for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -89,7 +89,7 @@ def _open_regular(path: Path) -> BinaryIO:
 
 
 def _limited(parts: Iterable[Part], allowed: int, path: Path) -> Iterator[Part]:
-    """The parts, as long as they are no more than `allowed` characters or bytes together."""
+    """Yield the parts; refuse more than `allowed` characters or bytes of them together."""
     total = 0
     for part in parts:
         total += len(part)
@@ -107,17 +107,17 @@ def _bomb(path: Path, allowed: int) -> UserError:
 
 
 def _unpacked(file: BinaryIO, path: Path, packing: str) -> Iterator[bytes]:
-    """What a file holds, in blocks."""
+    """Yield the unpacked content of a file in blocks."""
     if packing == ".gz":
-        # Closing it leaves `file` open.
+        # Closing a GzipFile leaves `file` open.
         with gzip.GzipFile(fileobj=file) as plain:
             yield from _blocks(plain)
     elif packing == ".zst":
-        # Slow to import and needed for this packing only; datasets depends on it.
+        # Importing pyarrow, on which datasets depends, is slow, and only this packing needs it.
         import pyarrow as pa  # noqa: PLC0415
 
         if os.fstat(file.fileno()).st_size:
-            # pyarrow closes what it reads from when it likes to.
+            # pyarrow may close its file at any time, so that it gets a descriptor of its own.
             own = os.fdopen(os.dup(file.fileno()), "rb")
             try:
                 yield from _blocks(pa.CompressedInputStream(pa.PythonFile(own, mode="r"), "zstd"))
@@ -133,7 +133,7 @@ def _blocks(file: Any) -> Iterator[bytes]:  # noqa: ANN401 - pyarrow's files are
 
 
 def _txt_texts(blocks: Iterable[bytes], path: Path, _: str) -> Iterator[str]:
-    """The whole file, or pieces as `split_text` cuts them if it is longer than one."""
+    """Yield the whole file, or the pieces of `split_text` if it is longer than one piece."""
     decoder = io.IncrementalNewlineDecoder(
         codecs.getincrementaldecoder("utf-8-sig")(), translate=True
     )
@@ -178,12 +178,12 @@ def _jsonl_texts(blocks: Iterable[bytes], path: Path, text_field: str) -> Iterat
 
 
 def _lines(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers, blank ones left out; the last one may lack its end."""
+    """Yield lines with their numbers, without blank ones; the last one may lack its newline."""
     held: list[bytes] = []
     number, length = 1, 0
     for block in itertools.chain(blocks, (b"\n",)):
         if not held and not block.strip():
-            # A hundred million blank lines take no time.
+            # Files of a hundred million blank lines must not take long.
             number += block.count(b"\n")
             continue
         first, *others = block.split(b"\n")
@@ -203,7 +203,7 @@ def _lines(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parquet_texts(file: BinaryIO, path: Path, text_field: str, allowed: int) -> Iterator[str]:
-    """The texts of a table, which reads the columns of the text or of the chats alone."""
+    """Yield the texts of a table, reading only the columns of the text or of the chats."""
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
@@ -214,8 +214,8 @@ def _parquet_texts(file: BinaryIO, path: Path, text_field: str, allowed: int) ->
         leaves = _leaves(metadata, columns)
         if sum(leaves.values()) > allowed:
             raise _bomb(path, allowed)
-        # Dictionaries stay packed, so that a few bytes of indices do not become gigabytes; those of
-        # an extension type do not.
+        # Dictionaries stay packed, so that a few bytes of indices do not become gigabytes. The
+        # dictionaries of an extension type cannot stay packed; their rows are read one by one.
         packed = not any(isinstance(schema.field(c).type, pa.BaseExtensionType) for c in columns)
         with pq.ParquetFile(file, metadata=metadata, read_dictionary=list(leaves)) as table:
             number = itertools.count()
@@ -232,7 +232,10 @@ def _parquet_texts(file: BinaryIO, path: Path, text_field: str, allowed: int) ->
 
 
 def _leaves(metadata: Any, columns: list[str]) -> dict[str, int]:  # noqa: ANN401
-    """What the leaves of some columns say they take unpacked, their repetitions not counted."""
+    """Return by leaf the unpacked bytes that the file declares, repetitions left out.
+
+    The leaves are those of the named columns.
+    """
     found: dict[str, int] = {}
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     for index in range(metadata.num_columns):
@@ -243,7 +246,10 @@ def _leaves(metadata: Any, columns: list[str]) -> dict[str, int]:  # noqa: ANN40
 
 
 def _plain(value: Any, left: list[int], where: str) -> Any:  # noqa: ANN401
-    """A value of a table as Python has it; of a list, at most `left[0]` characters and items."""
+    """Return a value of a table as a Python value; refuse one with more than `left[0]` characters.
+
+    Items of lists count as characters; `left[0]` is lowered in place.
+    """
     import pyarrow as pa  # noqa: PLC0415
 
     if isinstance(value, pa.ListScalar) and value.is_valid:
@@ -266,7 +272,7 @@ def _plain(value: Any, left: list[int], where: str) -> Any:  # noqa: ANN401
 
 
 def _checked_columns(schema: Any, path: Path, text_field: str) -> list[str]:  # noqa: ANN401
-    """The columns to read; a table where one is missing, there twice or of no text is refused."""
+    """Return the columns to read; refuse a table where one is missing, double or no text."""
     columns = fields_read(schema.names, text_field, path)
     for name in columns:
         if (number := schema.names.count(name)) > 1:
@@ -274,7 +280,7 @@ def _checked_columns(schema: Any, path: Path, text_field: str) -> list[str]:  # 
                 path, f"got {number} columns named {name!r}, expected one; rename the others"
             )
         kind = schema.field(name).type
-        # A list of messages is looked at row by row.
+        # The messages in a list are checked row by row.
         if name == text_field and not (_is_text(kind) or _is_list(kind)):
             raise UserError(
                 f"data.text_field: {path}: {name!r} holds {str(kind)[:80]}, expected text; name"
@@ -284,7 +290,7 @@ def _checked_columns(schema: Any, path: Path, text_field: str) -> list[str]:  # 
 
 
 def _is_text(kind: Any) -> bool:  # noqa: ANN401
-    """Whether a type of Arrow's is one of text, however it is stored, or of nulls alone."""
+    """Return True if an Arrow type is text, however it is stored, or only nulls."""
     import pyarrow as pa  # noqa: PLC0415
 
     while isinstance(kind, pa.BaseExtensionType) or pa.types.is_dictionary(kind):
@@ -304,7 +310,8 @@ def _damaged(path: Path, packing: str, error: Exception) -> UserError:
     return bad_source(path, f"not readable as {kind} ({reason_of(error)}); write it anew")
 
 
-# By the end of the name: who reads its bytes (parquet needs the file itself), and its packing.
+# Endings of names map to the reader of the file's bytes and its packing. Parquet has no such reader
+# because it needs the file itself.
 _READERS = MappingProxyType(
     {
         f"{ending}{packing}": (read, packing)

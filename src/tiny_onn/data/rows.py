@@ -1,4 +1,4 @@
-"""Which packed rows calibrate, settle thresholds, train and evaluate."""
+"""The choice of the packed rows for calibration, thresholds, training and evaluation."""
 
 import itertools
 from itertools import islice
@@ -19,12 +19,12 @@ from tiny_onn.errors import UserError
 def held_out_rows(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, row_tokens: int, max_tokens: int
 ) -> list[PackedRow]:
-    """The first held-out rows, always the same: `max_tokens // row_tokens` of them, at least one.
+    """Return the first `max_tokens // row_tokens` held-out rows, at least one, always the same.
 
-    There are fewer, and the last is padded, if the held-out text is shorter.
+    If the held-out text is shorter, there are fewer rows and the last one is padded.
 
     Raises:
-        UserError: As `TokenStream`.
+        UserError: `TokenStream` refuses a source or a setting.
     """
     stream = TokenStream(config, tokenizer, split="held_out", seed=0, row_tokens=row_tokens)
     return list(itertools.islice(stream, max(1, max_tokens // row_tokens)))
@@ -33,10 +33,10 @@ def held_out_rows(
 def text_rows(
     path: Path, tokenizer: PreTrainedTokenizerBase, data: DataConfig, max_tokens: int
 ) -> list[PackedRow]:
-    """All of a file's or folder's text as packed rows, up to `max_tokens` of it.
+    """Return the text of a file or folder as packed rows, up to `max_tokens` tokens of it.
 
     Raises:
-        UserError: no such text, or none of two tokens or more.
+        UserError: there is no such text, or it has no document of two tokens or more.
     """
     tokens = DocumentTokens(tokenizer)
     documents = (
@@ -47,7 +47,7 @@ def text_rows(
     try:
         rows = list(islice(packed, max(1, max_tokens // data.row_tokens)))
     except UserError as error:
-        raise UserError(_told_of_text(str(error))) from error
+        raise UserError(_reworded_for_text(str(error))) from error
     if not rows:
         raise UserError(
             f"--text: got {path} without a document of two tokens or more, expected some text; "
@@ -56,22 +56,25 @@ def text_rows(
     return rows
 
 
-def _told_of_text(problem: str) -> str:
-    """What the readers say, in words of --text instead of the settings that usually name text."""
+def _reworded_for_text(problem: str) -> str:
+    """Return a reader's message with --text in place of the settings that usually name text."""
     if problem.startswith("data.text_field: "):
-        found = problem.removeprefix("data.text_field: ").rpartition("; ")[0]
+        mistake = problem.removeprefix("data.text_field: ").rpartition("; ")[0]
         return (
-            f"--text: {found}; eval reads the field that the run's settings name, so rename the"
+            f"--text: {mistake}; eval reads the field that the run's settings name, so rename the"
             " field, or give the text as .txt"
         )
-    told = problem.removeprefix("data.sources: ")
-    return problem if told == problem else f"--text: {told}"
+    mistake = problem.removeprefix("data.sources: ")
+    return problem if mistake == problem else f"--text: {mistake}"
 
 
 def calibration_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[PackedRow]:
-    """The first training rows, `experts.calibration_tokens` or more, if conversion reads any."""
+    """Return the first training rows, which hold `experts.calibration_tokens` tokens or more.
+
+    The list is empty if the conversion reads no text.
+    """
     rows = islice(training_rows(config, tokenizer), _num_calibration_rows(config))
     return [row.to(device) for row in rows] if needs_text(config) else []
 
@@ -79,9 +82,10 @@ def calibration_rows(
 def settling_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[PackedRow]:
-    """The training rows that follow `calibration_rows`, as many again, if a budget settles.
+    """Return the rows on which a budget's evaluation threshold is measured; none without a budget.
 
-    Not the calibration rows themselves: a gate is surer on text that it was fitted to.
+    The rows follow the calibration rows and are as many. The gate was fitted to the calibration
+    rows and is more confident there, so that a threshold measured on them would not hold elsewhere.
     """
     if not has_budget(config.router):
         return []
@@ -95,7 +99,7 @@ def _num_calibration_rows(config: RunConfig) -> int:
 
 
 def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """The endless stream of training rows."""
+    """Return the endless stream of training rows."""
     return TokenStream(
         config.data,
         tokenizer,
@@ -106,7 +110,7 @@ def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Toke
 
 
 def needs_text(config: RunConfig) -> bool:
-    """Whether conversion or the blockwise stage reads calibration text."""
+    """Return True if the conversion or the blockwise stage reads calibration text."""
     experts = config.experts
     return (
         experts.init in ("importance", "coactivation", "learned")

@@ -1,7 +1,7 @@
-"""Where text comes from: documents of the embedded corpus, of local files, of hub datasets.
+"""The sources of text, which are the embedded corpus, local files and hub datasets.
 
-Local text is read file by file in a fixed order; a hub dataset is streamed. Whatever is wrong with
-a source is a `UserError` that names it.
+Local text is read file by file in a fixed order; a hub dataset is streamed. Every mistake in a
+source raises a `UserError` that names the source.
 """
 
 from collections.abc import Iterator
@@ -14,17 +14,21 @@ from tiny_onn.data.fields import Chat, bad_source, row_text
 from tiny_onn.data.readers import ENDINGS, is_text_file, read_texts
 from tiny_onn.errors import UserError, reason_of
 
-# Documents of a hub stream that are shuffled among each other.
 _SHUFFLE_BUFFER = 1_000
+"""Documents of a hub stream that are shuffled among each other."""
 
 
 def read_documents(source: str, text_field: str) -> Iterator[Document]:
-    """The documents of one embedded or local source in a fixed order, blank ones left out.
+    """Yield the documents of one embedded or local source in a fixed order, without blank ones.
 
-    Folders are searched recursively, hidden entries left out; `text_field` holds a row's text.
+    Folders are searched recursively, hidden entries left out.
+
+    Args:
+        source: `embedded`, a file or a folder.
+        text_field: the field of a row that holds its text.
 
     Raises:
-        UserError: If the source is missing, unreadable or without text.
+        UserError: the source is missing, unreadable or without text.
     """
     if source == "embedded":
         yield from embedded_documents()
@@ -54,9 +58,9 @@ def read_documents(source: str, text_field: str) -> Iterator[Document]:
 
 
 def _text_files(folder: Path) -> Iterator[Path]:
-    """Text files below `folder`, sorted; a folder reached twice through links is read once."""
+    """Yield the text files below `folder`, sorted; a folder reached twice by links is read once."""
     seen: set[tuple[int, int]] = set()
-    # A list, not recursion: folders nest deeper than Python's calls.
+    # Folders can nest deeper than Python's calls, so that recursion could fail.
     waiting = [folder]
     while waiting:
         path = waiting.pop()
@@ -74,7 +78,16 @@ def _text_files(folder: Path) -> Iterator[Path]:
 def hub_documents(
     source: str, config: DataConfig, order: tuple[int, int] | None
 ) -> Iterator[Document]:
-    """A hub dataset, streamed: shuffled by `order` (seed, epoch), or as stored if that is None."""
+    """Yield the documents of a hub dataset, streamed, without blank ones.
+
+    Args:
+        source: `hf:name`, `hf:name:config` or `hf:name@revision`.
+        config: the settings that name the split and the field of text.
+        order: seed and epoch of the shuffle; None yields the documents as stored.
+
+    Raises:
+        UserError: the dataset cannot be reached or read, or a row has no text.
+    """
     import datasets  # noqa: PLC0415 (2 s of imports, needed for hub data only)
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 

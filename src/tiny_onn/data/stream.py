@@ -1,18 +1,19 @@
-"""Text sources to packed rows of token ids, reproducible and resumable to the row.
+"""The stream of packed rows from text sources, reproducible and resumable to the row.
 
-A source gives documents; a document's SHA-256 decides its side of the train / held-out split before
-anything is tokenised, so that duplicates land on one side and more data never moves a document;
-documents are tokenised in batches by the tokenizer's own threads and packed (`packing.py`).
+A source gives documents. The SHA-256 of a document decides its side of the train / held-out split
+before anything is tokenised, so that duplicates land on one side and more data never moves a
+document. Documents are tokenised in batches by the tokenizer's own threads and packed
+(`packing.py`).
 
-Embedded and local text is read once and held in memory (about one byte per character); training
+Embedded and local text is read once and held in memory (about one byte per character), and training
 shuffles it anew each epoch. Hub datasets are streamed and shuffled in a buffer; resuming one reads
 its epoch again up to the saved document, which takes time but is exact. Several sources take turns
-document by document until all are exhausted; local text counts as one of them.
+document by document until all are exhausted; all local text counts as one source.
 
-Only texts that are equal to the byte are duplicates: two that differ by a blank may land on both
-sides of the split, so remove near-duplicates first where that matters. A chat's hash is that of its
-messages, whatever template renders them. Blank documents are left out: there is nothing to predict
-in them.
+Only texts that are equal to the byte are duplicates: two texts that differ by a blank may land on
+both sides of the split, so remove near-duplicates first where that matters. The hash of a chat is
+that of its messages, whatever template renders them. Blank documents are left out, because there is
+nothing to predict in them.
 """
 
 import hashlib
@@ -37,24 +38,27 @@ _BATCH_CHARS = 131_072
 
 
 def is_held_out(digest: bytes, held_out_fraction: float) -> bool:
-    """Whether a document of this SHA-256 is kept for evaluation: its first 64 bits as a share."""
+    """Return True if the first 64 bits of a document's SHA-256, as a share, are below the fraction.
+
+    Such a document is kept for evaluation.
+    """
     return int.from_bytes(digest[:8], "big") < held_out_fraction * 2**64
 
 
 class TokenStream:
-    """Packed rows of one side of the split: endless for `train`, one pass for `held_out`.
+    """Packed rows of one side of the split, endless for `train` and one pass for `held_out`.
 
-    `train` visits the documents in a new seeded order each epoch; a row may span two epochs.
-    `held_out` visits them in the order of their SHA-256 (hub datasets: as stored), whatever the
-    seed, so that its beginning is a fair sample of all of them. Documents begin and end as
-    `DocumentTokens` has it. Iterating continues; it never starts over.
+    `train` visits the documents in a new seeded order each epoch, and a row may span two epochs.
+    `held_out` visits them in the order of their SHA-256 whatever the seed, so that its beginning is
+    a fair sample of all of them; hub datasets are visited as stored. `DocumentTokens` decides how
+    documents begin and end. Iterating again continues the stream and does not start it over.
 
     Attributes:
-        packer: The packer, with its counts of documents, tokens and padding.
-        epoch: How often the documents were all visited.
+        packer: the packer, with its counts of documents, tokens and padding.
+        epoch: passes over all documents that are complete.
 
     Raises:
-        UserError: If a source or a setting is bad, or nothing is left on this side of the split.
+        UserError: a source or a setting is bad, or nothing is left on this side of the split.
     """
 
     def __init__(
@@ -72,12 +76,12 @@ class TokenStream:
         self._seed = seed
         self._documents, self._text_sha256 = _local_documents(config, split, self._tokens)
         self._hub_sources = [name for name in config.sources if name.startswith(HUB_PREFIX)]
-        # A hub dataset's rows are not known yet.
+        # The rows of a hub dataset are not known yet and may be chats.
         self._with_chats = bool(self._hub_sources) or any(d.is_chat for _, d in self._documents)
-        # Padding takes no part in anything: any id does, and every model has 0.
+        # Nothing attends to padding or learns from it, so that any id will do; every model has 0.
         self.packer = Packer(row_tokens, pad_token_id=0)
         self.epoch = 0
-        # Documents of this epoch handed to the packer.
+        # This counts the documents of the epoch that the packer has got.
         self._position = 0
         self._token_ids = self._tokenise()
 
@@ -103,7 +107,7 @@ class TokenStream:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next rows, as JSON values."""
+        """Return everything on which the next rows depend, as JSON values."""
         return {
             "identity": self._identity(),
             "epoch": self.epoch,
@@ -115,10 +119,10 @@ class TokenStream:
         """Continue with exactly the row that would have followed `state_dict`.
 
         Raises:
-            UserError: If the text, the tokenizer or a setting is not the one of the saved stream.
+            UserError: the text, the tokenizer or a setting differs from that of the saved stream.
         """
         for name, value in self._identity().items():
-            # What versions before did not save counts as unchanged.
+            # A value that an earlier version did not save counts as unchanged.
             saved = state["identity"].get(name, value)
             if value != saved:
                 raise UserError(
@@ -131,7 +135,7 @@ class TokenStream:
         self._token_ids = self._tokenise()
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a saved state to mean the same rows."""
+        """Return the values that must be equal for a saved state to mean the same rows."""
         return {
             "split": self._split,
             "seed": self._seed,
@@ -143,7 +147,7 @@ class TokenStream:
         }
 
     def _tokenise(self) -> Iterator[tuple[list[int], Origin]]:
-        """Token ids and origins of this epoch's documents from the current position on."""
+        """Yield token ids and origins of this epoch's documents from the current position on."""
         documents = itertools.islice(self._epoch_documents(), self._position, None)
         for batch in _batches(documents):
             for document, token_ids in zip(batch, self._tokens.ids(batch), strict=True):
@@ -165,7 +169,7 @@ class TokenStream:
         if order is None:
             return (document for _, document in self._documents)
         generator = torch.Generator()
-        # Hashed, so that (seed 1, epoch 0) and (seed 0, epoch 1) do not share an order.
+        # A sum would give (seed 1, epoch 0) and (seed 0, epoch 1) the same order; a hash does not.
         key = hashlib.sha256(f"{order[0]}:{order[1]}".encode()).digest()
         generator.manual_seed(int.from_bytes(key[:8], "big") >> 1)
         permutation = torch.randperm(len(self._documents), generator=generator)
@@ -175,10 +179,10 @@ class TokenStream:
 def _local_documents(
     config: DataConfig, split: Split, tokens: DocumentTokens
 ) -> tuple[list[tuple[bytes, Document]], str]:
-    """Embedded and local documents of one side with their digests, sorted by digest.
+    """Return one side's embedded and local documents, sorted by digest, and the text's SHA-256.
 
-    And the SHA-256 of both sides' digests: held-out text that changes would change what a resumed
-    run measures.
+    Each document comes with its digest. The text's SHA-256 is that of all digests of both sides,
+    because a change of held-out text would change what a resumed run measures.
     """
     if not config.sources:
         raise UserError("data.sources: got none, expected at least one; write embedded or a path")
@@ -198,7 +202,7 @@ def _local_documents(
                 " one to hold out; split the text into files, or into lines of a .jsonl file"
             )
         raise _empty_split_error(config, split)
-    # Stable: documents of equal text keep the order of their sources.
+    # The sort is stable, so that documents of equal text keep the order of their sources.
     documents.sort(key=lambda pair: pair[0])
     return documents, hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
@@ -212,7 +216,7 @@ def _empty_split_error(config: DataConfig, split: Split) -> UserError:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of documents, closed once they hold `_BATCH_CHARS` characters."""
+    """Yield lists of documents, each closed once it holds `_BATCH_CHARS` characters."""
     batch: list[Document] = []
     chars = 0
     for document in documents:
@@ -226,13 +230,13 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Return if the tokenizer suits a model of this vocabulary; say so if it knows no end token.
+    """Refuse a tokenizer that does not suit a model of this vocabulary.
 
-    Tokens that were added to the tokenizer alone may lie beyond the vocabulary: text that makes
-    one is refused when it is read.
+    A line is printed if there is no end-of-sequence token. Tokens that were added to the tokenizer
+    alone may lie beyond the vocabulary, because text that holds one is refused when it is read.
 
     Raises:
-        UserError: If what it learned, or what it puts around every document, lies beyond it.
+        UserError: a learned token, or one around every document, lies beyond the vocabulary.
     """
     added = set(tokenizer.get_added_vocab().values())  # pyright: ignore[reportCallIssue, reportOptionalCall]
     learned = max((i for i in tokenizer.get_vocab().values() if i not in added), default=0)

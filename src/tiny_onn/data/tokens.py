@@ -1,10 +1,10 @@
-"""Documents to token ids: where the tokenizer's own special tokens go, and where a document ends.
+"""Token ids of documents, with the tokenizer's own special tokens at their start and end.
 
-A document is what `tokenizer(text)` makes of it, beginning-of-sequence token and all, and ends with
-the end-of-sequence token if there is one and the tokenizer has not put it there itself. A chat is
-rendered with the tokenizer's chat template, which places the tokens at its start; its end is marked
-like any other's, unless the template has done that. Text that spells a special token is tokenised
-as that token.
+The token ids of a document are those of `tokenizer(text)`, which may begin with a
+beginning-of-sequence token. The end-of-sequence token, if there is one, is appended unless the
+tokenizer has put it there. A chat is rendered with the tokenizer's chat template, which places the
+tokens at its start, and its end is marked like that of any document unless the template has done
+so. Text that spells a special token is tokenised as that token.
 """
 
 import datetime
@@ -23,24 +23,24 @@ from tiny_onn.data.documents import Document
 from tiny_onn.data.fields import bad_source
 from tiny_onn.errors import LoadErrors, UserError, load_errors, reason_of
 
-# A date that a chat template asks for: today's would give other rows tomorrow.
+# A chat template that asks for today's date gets this one, so that rows are the same every day.
 _DATE = datetime.date(2024, 7, 26)
 _ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Tell a tokenizer what only its model's files say: the vocabulary's size, and where text ends.
+    """Set a tokenizer's vocabulary size and end-of-sequence token from its model's files.
 
-    The end-of-sequence token stays the tokenizer's own if it has one. Else it is the one of
-    config.json or generation_config.json, the first if there are several.
+    The end-of-sequence token stays the tokenizer's own if it has one. Otherwise it becomes the one
+    of config.json or generation_config.json, the first if there are several.
     """
     config = model.config.get_text_config()
     tokenizer.model_vocab_size = config.vocab_size
     if tokenizer.eos_token_id is not None:
         return
     for source in (config, model.config, model.generation_config):
-        known = getattr(source, "eos_token_id", None)
-        for token_id in known if isinstance(known, list | tuple) else [known]:
+        ends = getattr(source, "eos_token_id", None)
+        for token_id in ends if isinstance(ends, list | tuple) else [ends]:
             if isinstance(token_id, int) and 0 <= token_id < config.vocab_size:
                 token = tokenizer.convert_ids_to_tokens(token_id)
                 if isinstance(token, str):
@@ -49,10 +49,10 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
 
 
 def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The token ids before and after every document's own.
+    """Return the token ids before and after every document's own.
 
     Raises:
-        UserError: If the tokenizer is a slow one, or puts tokens elsewhere too.
+        UserError: the tokenizer is a slow one, or puts special tokens inside a text.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -61,7 +61,7 @@ def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
         )
     with LoadErrors("teacher.path: its tokenizer failed ({}); use the model's own".format):
         whole = tokenizer("a", return_attention_mask=False, verbose=False)
-        # None is what the tokenizer put there, 0 the text.
+        # The tokenizer marks its own tokens with None and those of the text with 0.
         of_text = [place for place, text in enumerate(whole.sequence_ids(0)) if text is not None]
     token_ids = whole["input_ids"]
     first = of_text[0] if of_text else len(token_ids)
@@ -78,14 +78,14 @@ def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 
 class DocumentTokens:
-    """What makes a document's token ids, the same wherever documents are read.
+    """The one way in which documents become token ids, wherever they are read.
 
     Attributes:
-        start: The token ids before a document's own, its chat template's aside.
-        end: Those after it.
+        start: the token ids that the tokenizer puts before a text.
+        end: the token ids after a document.
 
     Raises:
-        UserError: As `document_ends`.
+        UserError: `document_ends` refuses the tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -96,25 +96,29 @@ class DocumentTokens:
         self._limit: int | None = limit if limit is not None and largest >= limit else None
 
     def identity(self, *, with_chats: bool) -> dict[str, Any]:
-        """What must be equal for documents, or chats too, to have the same token ids, by name."""
-        found: dict[str, Any] = {
+        """Return by name the values on which the token ids of documents depend.
+
+        Args:
+            with_chats: True adds the chat template, on which the token ids of chats depend.
+        """
+        identity: dict[str, Any] = {
             "vocabulary size": len(self._tokenizer),
             "tokens around a document": [self.start, self.end],
         }
         if with_chats:
             template = str(self._tokenizer.chat_template).encode()
-            found["chat template (sha256)"] = hashlib.sha256(template).hexdigest()
-        return found
+            identity["chat template (sha256)"] = hashlib.sha256(template).hexdigest()
+        return identity
 
     def rendered(self, document: Document) -> Document:
-        """The same document if it is text; a chat as the text that its template makes of it.
+        """Return the same document if it is text, else the chat rendered to text by its template.
 
         Raises:
-            UserError: If there is no chat template, or it refuses the chat.
+            UserError: there is no chat template, or it refuses the chat.
         """
         if not document.is_chat:
             return document
-        # Slow to import, and needed for chats only; torch depends on it.
+        # Importing jinja2, on which torch depends, is slow, and only chats need it.
         from jinja2 import TemplateError  # noqa: PLC0415
 
         where = f"{document.source} document {document.index}"
@@ -125,12 +129,12 @@ class DocumentTokens:
                 " chats to text first and name its field with data.text_field, or take a teacher"
                 " whose tokenizer has a template",
             )
-        if not getattr(self._tokenizer, "told_of_chats", False):
-            self._tokenizer.told_of_chats = True
+        if not getattr(self._tokenizer, "announced_chats", False):
+            self._tokenizer.announced_chats = True
             say(f"{document.source}: chats are rendered to text with the tokenizer's chat template")
         try:
             template = _ASKS_FOR_DATE.sub(
-                lambda asked: repr(_DATE.strftime(asked[2])), self._tokenizer.get_chat_template()
+                lambda call: repr(_DATE.strftime(call[2])), self._tokenizer.get_chat_template()
             )
             text = self._tokenizer.apply_chat_template(
                 json.loads(document.text), chat_template=template, tokenize=False
@@ -145,10 +149,10 @@ class DocumentTokens:
         return replace(document, text=text)
 
     def ids(self, documents: Sequence[Document]) -> list[list[int]]:
-        """The token ids of documents, chats of them rendered; none where the text gives none.
+        """Return the token ids of rendered documents; a text without tokens gets an empty list.
 
         Raises:
-            UserError: If the tokenizer fails, or a text makes a token that the model does not have.
+            UserError: the tokenizer fails, or a text has a token that the model does not have.
         """
         first = f"{documents[0].source} document {documents[0].index}"
         with LoadErrors(partial(_tokenizer_failed, first)):
@@ -162,10 +166,10 @@ class DocumentTokens:
         return [self._whole(document, token_ids) for document, token_ids in pairs]
 
     def prompt(self, text: str) -> list[int]:
-        """The token ids of a text that the model is to go on from: a document without its end.
+        """Return the token ids of a text that the model continues, a document without its end.
 
         Raises:
-            UserError: The tokenizer fails, or the model has no embedding for a token.
+            UserError: the tokenizer fails, or the model has no embedding for a token.
         """
         with LoadErrors("--prompt: the tokenizer failed on it ({}); change the text".format):
             token_ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

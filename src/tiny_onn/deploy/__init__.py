@@ -1,1 +1,1 @@
-"""A student at work."""
+"""A finished student put to use: it continues a prompt."""

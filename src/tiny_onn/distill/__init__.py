@@ -1,1 +1,1 @@
-"""Online distillation: the loop, the step, its stages and optimizer, and what a run records."""
+"""Online distillation, with its loop, step, stages and optimizer, and the records of a run."""

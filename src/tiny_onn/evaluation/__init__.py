@@ -1,1 +1,1 @@
-"""A student measured against its teacher on text that it was not trained on."""
+"""The measurement of a student against its teacher on text that it was not trained on."""

@@ -1,1 +1,1 @@
-"""The student as it is saved: attention, router, experts, and access to its backbone."""
+"""The student as it is saved, with attention, router, experts and access to its backbone."""

@@ -1,7 +1,7 @@
 """Attention over packed rows: every document of a row attends to itself alone, causally.
 
-A row of T tokens holds many documents; the usual way to keep them apart is a T x T mask, 1 GiB of
-bools at 32,768 tokens. Here no such mask is made. The implementation plugs into transformers under
+A row of T tokens holds many documents. The usual way to keep them apart is a T x T mask, 1 GiB of
+bools at 32,768 tokens; here no such mask is made. The implementation plugs into transformers under
 the name `DOCUMENT_ATTENTION`, for any decoder family that calls its attention through
 `AttentionInterface`: `model.set_attn_implementation(DOCUMENT_ATTENTION)`.
 
@@ -11,12 +11,12 @@ gradient checkpointing: `cu_seq_lens_q` and `max_length_q` as for flash attentio
 at most one device sync a row; no layer ever syncs. Without bounds each batch row is one document.
 Restarting position ids alone do not separate documents.
 
-Cost: FLOPs as the sum of the documents' squares. CUDA in half precision runs torch's variable
-length flash kernel; everything else loops over documents, with score blocks of at most
+Cost: FLOPs grow with the sum of the documents' squared lengths. CUDA in half precision runs torch's
+variable length flash kernel; everything else loops over documents, with score blocks of at most
 `QUERY_BLOCK_TOKENS` x document where softcapping or a sliding window rules out the fused kernel.
 
-Not for generation: a filled KV cache, padding, dropout, bidirectional or chunked attention, and
-attention sinks are refused.
+It is not for generation: a filled KV cache, padding, dropout, bidirectional or chunked attention,
+and attention sinks are refused.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads, C channels of one head.
 """
@@ -40,9 +40,9 @@ from tiny_onn.ops.precision import in_autocast_format
 DOCUMENT_ATTENTION = "tiny_onn_documents"
 QUERY_BLOCK_TOKENS = 1024
 
-# Its options differ between torch releases: enable_gqa is newer than window_size.
+# The kernel's options differ between torch releases: enable_gqa is newer than window_size.
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
-# Arguments by which some families change the scores in ways that are not computed here.
+# Some families change the scores by these arguments, in ways that are not computed here.
 _UNSUPPORTED = ("position_bias", "s_aux", "sinks", "indices", "block_indices", "output_attentions")
 
 
@@ -62,18 +62,18 @@ class Packed(Protocol):
 
     @property
     def max_seqlen(self) -> int:
-        """Tokens of the longest document."""
+        """Number of tokens of the longest document."""
         ...
 
 
 def packed_kwargs(row: Packed) -> dict[str, Any]:
-    """The keyword arguments by which a model's forward learns of a row's documents.
+    """Return the keyword arguments by which a model's forward learns of a row's documents.
 
     The tensors stay on the row's device, which should be the model's. If that is not the CPU, the
     bounds are copied to the host here, once for all layers. The caches that many models return by
     default are of no use with packed rows: pass `use_cache=False` beside these.
     """
-    # A tensor on the host too: compiled layers would be compiled anew for every tuple.
+    # The host's bounds are a tensor too: compiled layers would be compiled anew for every tuple.
     host_bounds = row.cu_seqlens.cpu()
     if row.cu_seqlens.is_cuda:
         for bounds in (row.cu_seqlens, host_bounds):
@@ -104,32 +104,32 @@ def document_attention(
     document_bounds: Int[Tensor, " host_bounds"] | None = None,
     **kwargs: object,
 ) -> tuple[Float[Tensor, "batch tokens heads value_dim"], None]:
-    """Causal self-attention inside each document, in the form that transformers calls.
+    """Compute causal self-attention inside each document, in the form that transformers calls.
 
-    `softmax(cap(scaling * q k^T) where same document and 0 <= q_pos - k_pos < window) v`, with
-    `cap(s) = softcap * tanh(s / softcap)`.
+    The result is `softmax(cap(scaling * q k^T) where same document and 0 <= q_pos - k_pos < window)
+    v`, with `cap(s) = softcap * tanh(s / softcap)`.
 
     Args:
-        module: The attention layer; read for `is_causal` and `training`.
+        module: The attention layer, whose `is_causal` and `training` are read.
         query: Rotated queries.
         key: Rotated keys; every `heads / kv_heads` query heads share one.
         value: Values.
-        attention_mask: Must be None.
-        dropout: Must be 0 in training.
+        attention_mask: None; any other value is refused.
+        dropout: Dropout of the weights; it must be 0 in training.
         scaling: Factor of the scores; None: `head_dim ** -0.5`.
-        sliding_window: Tokens a query sees, itself included; None: all before it.
+        sliding_window: Number of tokens that a query sees, itself included; None: all before it.
         softcap: Bound of the scores; None: unbounded.
         cu_seq_lens_q: Document bounds 0, ..., tokens; the keys' are taken to be the same.
-        max_length_q: Tokens of the longest document.
-        document_bounds: `cu_seq_lens_q` on the host. Optional where the tensor is on the CPU or
-            the flash kernel runs.
-        kwargs: Whatever else the family passes; refused if it would change the result.
+        max_length_q: Number of tokens of the longest document.
+        document_bounds: `cu_seq_lens_q` on the host. It is optional where that tensor is on the
+            CPU or the flash kernel runs.
+        kwargs: Further arguments of the family, refused if they would change the result.
 
     Returns:
         The attended values, and None for the weights, which never exist.
 
     Raises:
-        UserError: Something is asked for that this implementation does not compute.
+        UserError: The call asks for something that this implementation does not compute.
     """
     _refuse_unsupported(
         module, query, key, attention_mask=attention_mask, dropout=dropout, kwargs=kwargs
@@ -155,14 +155,14 @@ def varlen_supported(
     query: Float[Tensor, "batch heads tokens head_dim"],
     value: Float[Tensor, "batch kv_heads tokens value_dim"],
 ) -> bool:
-    """Whether torch's variable length flash kernel takes these inputs, gradients included."""
+    """Return whether torch's variable length flash kernel takes these inputs, with gradients."""
     head_dim = query.shape[-1]
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and value.shape[-1] == head_dim
         and head_dim % 8 == 0
-        # Its backward lacks 200 to 224 on consumer cards.
+        # The kernel's backward pass lacks head sizes 200 to 224 on consumer cards.
         and (head_dim <= 192 or head_dim == 256)
         and {"scale", "window_size"} <= VARLEN_OPTIONS
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -179,9 +179,9 @@ def varlen_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
 ) -> Float[Tensor, "batch tokens heads head_dim"]:
-    """`loop_attention` without softcap in one flash kernel: CUDA, float16 or bfloat16.
+    """Compute `loop_attention` without softcap in one flash kernel, for CUDA in half precision.
 
-    Bounds count through the batch's rows laid end to end and live on the device.
+    Bounds count through the batch's rows laid end to end, and are on the device.
     """
     options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
     if not options:
@@ -213,13 +213,13 @@ def loop_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "batch tokens heads value_dim"]:
-    """Causal attention document by document, on any device and in any dtype.
+    """Compute causal attention document by document, on any device and in any dtype.
 
     Documents that need neither softcap nor window run torch's fused kernel. The others run in
     blocks of queries that are recomputed in the backward pass, so that no more than one block's
     scores exist at a time.
     """
-    # Expanded once for the row: the fused kernels for float32 on CUDA know no grouped heads.
+    # Heads are expanded once for the row: CUDA's fused float32 kernels know no grouped heads.
     key, value = _expand_heads(query, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs: list[Tensor] = []
@@ -250,7 +250,7 @@ def loop_attention(
 
 
 def register() -> None:
-    """Make `DOCUMENT_ATTENTION` known to transformers; calling it again changes nothing."""
+    """Make `DOCUMENT_ATTENTION` known to transformers; a second call changes nothing."""
     AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
     AttentionMaskInterface.register(DOCUMENT_ATTENTION, no_mask)
 
@@ -263,7 +263,7 @@ def no_mask(
     use_vmap: bool = False,
     **kwargs: object,
 ) -> None:
-    """No mask, once it is sure that the model asks for none but a causal or a sliding one.
+    """Make no mask, and refuse a model that asks for more than a causal or a sliding one.
 
     Raises:
         UserError: The mask would hide padding, or is neither causal nor sliding.
@@ -290,7 +290,7 @@ def _query_block(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of the document's last queries so far over the keys that they may see."""
+    """Compute attention of a block of queries over a document's keys up to the last query."""
     queries, keys = q_BHTC.shape[2], k_BHTC.shape[2]
     k_pos_T = torch.arange(keys, device=q_BHTC.device)
     age_TT = k_pos_T[keys - queries :, None] - k_pos_T
@@ -304,13 +304,13 @@ def _query_block(
     scores_BHTT = q_BHTC @ k_BHTC.transpose(2, 3) * scaling
     scores_BHTT = softcap * torch.tanh(scores_BHTT / softcap)
     scores_BHTT = scores_BHTT.masked_fill(~visible_TT, float("-inf"))
-    # float32 as in the families' own code, unless the scores are wider.
+    # The softmax runs in float32, as in the families' own code, or wider if the scores are.
     dtype = torch.promote_types(q_BHTC.dtype, torch.float32)
     return scores_BHTT.softmax(dim=-1, dtype=dtype).to(q_BHTC.dtype) @ v_BHTC
 
 
 def _expand_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values repeated until each query head has its own."""
+    """Repeat keys and values until each query head has its own."""
     groups = query.shape[1] // key.shape[1]
     if groups == 1:
         return key, value
@@ -320,7 +320,7 @@ def _expand_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 def _host_bounds(
     query: Tensor, cu_seqlens: Tensor | None, host_bounds: Tensor | None
 ) -> tuple[int, ...] | None:
-    """Checked document bounds as ints; None if there are none or they are on a device alone."""
+    """Return checked document bounds; None if there are none or they are on a device alone."""
     if cu_seqlens is None and host_bounds is None:
         return None
     batch, tokens = query.shape[0], query.shape[2]
@@ -349,7 +349,7 @@ def _host_bounds(
 def _device_bounds(
     query: Tensor, cu_seqlens: Tensor | None, bounds: tuple[int, ...] | None
 ) -> Tensor:
-    """Document bounds beside the queries, counted through all rows of the batch."""
+    """Return document bounds on the queries' device, counted through all rows of the batch."""
     batch, _, tokens, _ = query.shape
     if cu_seqlens is not None:
         return cu_seqlens.to(query.device)
@@ -367,7 +367,7 @@ def _refuse_unsupported(
     dropout: float,
     kwargs: dict[str, object],
 ) -> None:
-    """Raise where the layer asks for something that would be computed wrongly."""
+    """Refuse a call that asks for something that would be computed wrongly."""
     if attention_mask is not None:
         raise _unsupported("a ready-made attention_mask")
     if key.shape[2] != query.shape[2]:

@@ -21,7 +21,7 @@ GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GatedMlp:
-    """One layer's dense MLP, `down_proj(act(gate_proj(x)) * up_proj(x))`, its parts by type."""
+    """A layer's dense MLP, `down_proj(act(gate_proj(x)) * up_proj(x))`, and its linear parts."""
 
     module: nn.Module
     gate_proj: nn.Linear
@@ -31,7 +31,7 @@ class GatedMlp:
     def hidden(
         self, x_TD: Float[Tensor, "tokens hidden"], activation: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "tokens neurons"]:
-        """The neurons' hidden activations, `act(gate_proj(x)) * up_proj(x)`, without a gradient.
+        """Return the hidden activations `act(gate_proj(x)) * up_proj(x)`, without a gradient.
 
         They are computed in the inputs' number format, whatever the weights are stored in.
         """
@@ -44,13 +44,13 @@ class GatedMlp:
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The dense architecture: what a student holds as `backbone`, or a dense model itself."""
+    """Return the dense architecture: a student's `backbone`, or a dense model itself."""
     backbone: Any = model.backbone if model.config.model_type == "tiny_onn" else model
     return backbone
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's layers.
+    """Return the decoder's layers.
 
     Raises:
         UserError: the model keeps them under no `layers`.
@@ -62,10 +62,10 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def gated_mlps(model: PreTrainedModel) -> list[GatedMlp]:
-    """The decoder layers' MLPs, each checked to be a plain gated one under `mlp`.
+    """Return the decoder layers' MLPs, each checked to be a plain gated one under `mlp`.
 
     Raises:
-        UserError: one is not; the message names the architecture and the reason.
+        UserError: an MLP is not; the message names the architecture and the reason.
     """
     mlps = [_gated_mlp(model, layer, i) for i, layer in enumerate(decoder_layers(model))]
     if not mlps or mlps[0].gate_proj.out_features == 0:
@@ -80,7 +80,8 @@ def gated_mlps(model: PreTrainedModel) -> list[GatedMlp]:
 def _gated_mlp(model: PreTrainedModel, layer: nn.Module, index: int) -> GatedMlp:
     mlp = getattr(layer, "mlp", None)
     if not isinstance(getattr(layer, "self_attn", None), nn.Module):
-        # Linear attention, a state space and other recurrences, which know no document bounds.
+        # Such a layer holds linear attention, a state space or another recurrence, and these do not
+        # know document bounds.
         names = [n for n, _ in layer.named_children() if n != "mlp" and "norm" not in n]
         there = f", expected attention; it has {', '.join(names)}" if names else ""
         raise _unsupported(model, f"layer {index} has no module named 'self_attn'{there}")
@@ -102,7 +103,7 @@ def _gated_mlp(model: PreTrainedModel, layer: nn.Module, index: int) -> GatedMlp
 
 
 def activation_name(config: PretrainedConfig) -> str:
-    """The name of a dense model's MLP activation.
+    """Return the name of a dense model's MLP activation.
 
     Raises:
         UserError: the configuration names none.
@@ -118,7 +119,7 @@ def activation_name(config: PretrainedConfig) -> str:
 
 
 def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
-    """A bank of the shape that replaces a dense MLP, its experts uninitialised.
+    """Make a bank of the shape that replaces a dense MLP, its experts uninitialised.
 
     Raises:
         UserError: E * I is not the MLP's width, or k is not in 1 ... E.
@@ -154,17 +155,17 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
 
 
 def generation_attention(dense: PreTrainedModel) -> str:
-    """The attention that generates with caches: torch's own where it computes the family's.
+    """Return the attention to generate with: torch's own ("sdpa") where it fits, else "eager".
 
-    It has no softcap on its scores. Before transformers 5.23, families with one claim to support
-    it all the same, and would go without their softcap.
+    torch's attention has no softcap on its scores. Before transformers 5.23, families with a
+    softcap claim to support it all the same, and would go without their softcap.
     """
     softcap = getattr(dense.config.get_text_config(), "attn_logit_softcapping", None)
     return "sdpa" if dense._supports_sdpa and softcap is None else "eager"
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """How a causal LM turns its last hidden states into logits.
+    """Return the head by which a causal LM turns its last hidden states into logits.
 
     Raises:
         UserError: the model has no linear output head.
@@ -183,7 +184,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, **kwargs: object) -> Tensor:
-    """The hidden states (B, T, D) that the head reads, after the final norm."""
+    """Return the hidden states (B, T, D) that the head reads, after the final norm."""
     output = backbone_of(model).base_model(input_ids=input_ids, use_cache=False, **kwargs)
     return output.last_hidden_state
 

@@ -1,8 +1,8 @@
-"""A frozen backbone runs without dropout while the experts inside it train.
+"""The mode of a frozen backbone, which runs without dropout while the experts inside it train.
 
-transformers' models have dropout under many names, and all of it asks the `training` flag of the
-module in which it stands. So the flag of a frozen module stays off. The one other thing that asks
-the flag is gradient checkpointing of a whole layer, which is kept here without the layer's dropout.
+transformers' models have dropout under many names, and all of it reads the `training` flag of the
+module in which it stands, so the flag of a frozen module stays off. Gradient checkpointing of a
+whole layer reads the flag too; here it keeps working without the layer's dropout.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch import nn
 
 
 def in_mlp(name: str) -> bool:
-    """Whether a module or parameter, by its name in the model, is inside a layer's MLP or is it."""
+    """Return whether a module or parameter of this name is a layer's MLP or inside it."""
     return ".mlp." in f"{name}."
 
 
@@ -23,7 +23,7 @@ def set_backbone_mode(backbone: nn.Module, layers: Sequence[nn.Module], training
 
     Args:
         backbone: the decoder, each of its modules in the mode that was asked for.
-        layers: its layers; what each holds under `mlp` keeps its mode.
+        layers: the decoder's layers; the module that each holds under `mlp` keeps its mode.
         training: the mode that was asked for.
     """
     own = (parameter for name, parameter in backbone.named_parameters() if not in_mlp(name))
@@ -57,7 +57,7 @@ class _WithoutDropout:
 
 
 def _checkpoint_without_dropout(layer: Any, frozen: bool) -> None:  # noqa: ANN401 - transformers' attributes
-    """Let a frozen layer be checkpointed, which transformers does in training mode only."""
+    """Let transformers checkpoint a frozen layer, which it does in training mode only."""
     recompute = layer._gradient_checkpointing_func
     if isinstance(recompute, _WithoutDropout):
         recompute = recompute.recompute

@@ -4,7 +4,7 @@ transformers writes RMSNorm and rotary embeddings as chains of small operations,
 tokens cost a GPU more time than the matrix products. Every child of a decoder layer but its `mlp`
 is compiled in place: no module is replaced, and names and state stay as they are. Attention itself
 stays a call of its own (`attention.document_attention`), so that rows with other documents do not
-compile anew. On a CPU the same costs little and compiling costs much: nothing is done.
+compile anew. On a CPU these operations cost little and compiling costs much, so nothing is done.
 """
 
 import torch
@@ -15,11 +15,12 @@ from tiny_onn.model.backbone import backbone_of, decoder_layers
 
 
 def compile_backbones(*models: PreTrainedModel) -> None:
-    """Compile norms and attention layers of models on a GPU, when they are first called."""
+    """Let norms and attention layers of models on a GPU be compiled at their first call."""
     on_gpu = [model for model in models if model.device.type == "cuda"]
     if not on_gpu:
         return
-    # Here, not where it is defined: naming the compiler imports it, which takes seconds.
+    # The attention is not excluded where it is defined, because naming the compiler there would
+    # import it, which takes seconds.
     AttentionInterface.register(DOCUMENT_ATTENTION, torch.compiler.disable(document_attention))
     for model in on_gpu:
         _compile(backbone_of(model))
@@ -30,7 +31,7 @@ def _compile(backbone: PreTrainedModel) -> None:
         for name, child in layer.named_children():
             if name != "mlp":
                 child.compile()
-    # The final norm; the other children are the embeddings and the list of layers.
+    # The decoder's other children are the embeddings and the list of layers.
     norm = getattr(backbone.base_model, "norm", None)
     if norm is not None:
         norm.compile()

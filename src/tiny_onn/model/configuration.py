@@ -12,12 +12,12 @@ from tiny_onn.config.schema import Compensation
 from tiny_onn.errors import UserError
 from tiny_onn.model.router import RoutingRule
 
-# Attributes by which transformers asks how a checkpoint is stored: the dense model's says nothing
-# about the student's.
+# transformers asks for these attributes to learn how a checkpoint is stored. The dense model's
+# values say nothing about the student's files.
 OF_STORED_FILES = ("quantization_config", "compression_config", "auto_map")
 
 
-# The file beside a saved student by which a program that never imported this package finds it.
+# A program that never imported this package finds it by this file beside a saved student.
 CODE_FILE = "modeling_tiny_onn.py"
 CODE = '''"""The classes of this folder's model, which the installed package tiny-onn defines."""
 
@@ -40,18 +40,20 @@ AUTO_MAP = MappingProxyType(
 class TinyOnnConfig(PretrainedConfig):
     """A dense decoder's configuration and the shape and routing of its experts.
 
-    What it does not have itself it reads from the backbone's configuration and writes there
-    (`vocab_size`, `hidden_size`, `max_position_embeddings`, ...), so each fact is stored once.
+    An attribute that the student's configuration does not have itself is read from the backbone's
+    and written there (`vocab_size`, `hidden_size`, `max_position_embeddings`, ...), so each fact is
+    stored once.
 
     Args:
         backbone: the dense model's configuration, or its dictionary.
-        num_experts: experts per layer, E.
-        moe_intermediate_size: neurons per expert, I, stored as `expert_dim` by earlier versions;
-            E * I is the dense MLP's width; 0: as E gives it.
-        routing: the options of `RoutingRule`, or the rule itself; stored as a table of all of
-            them. Students of before this table have its options among `kwargs`.
+        num_experts: number of experts per layer, E.
+        moe_intermediate_size: number of neurons per expert, I, which earlier versions stored as
+            `expert_dim`. E * I is the dense MLP's width; 0 stands for that width divided by E.
+        routing: the options of `RoutingRule`, or the rule itself. It is stored as a table of all
+            options; students from before this table have its options among `kwargs`.
         compensation, learn_scale: see `ExpertsConfig`.
-        teacher, teacher_revision: the dense model it was cut from: a folder, hub id, or `embedded`.
+        teacher, teacher_revision: the dense model that the student was cut from: a folder, a hub id
+            or `embedded`.
 
     Raises:
         UserError: an option of `routing` is unknown, stands beside the table, or has a value of
@@ -60,7 +62,7 @@ class TinyOnnConfig(PretrainedConfig):
 
     model_type = "tiny_onn"
     attribute_map = {"expert_dim": "moe_intermediate_size"}  # noqa: RUF012 # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
-    # The class-level protocol of transformers 5.17 and later.
+    # transformers 5.17 and later read this attribute from the class.
     sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(
@@ -99,7 +101,8 @@ class TinyOnnConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", self.backbone.tie_word_embeddings)
         super().__init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
-        # Last, see `_answers_for`: transformers' part must not find and change the backbone's.
+        # This attribute is set last, since `_answers_for` waits for it: until then transformers'
+        # part must not find and change the backbone's attributes.
         self.teacher = teacher
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the backbone has
@@ -115,20 +118,21 @@ class TinyOnnConfig(PretrainedConfig):
             super().__setattr__(name, value)
 
     def _answers_for(self, name: str) -> bool:
-        """Whether a name that the configuration has not itself is looked up in the backbone's.
+        """Return whether a name that the configuration lacks is looked up in the backbone's.
 
-        Not before it is complete, and not for what tells of stored files or of Python's protocols.
+        It is not before the configuration is complete, nor for names that describe stored files or
+        belong to Python's protocols.
         """
         complete = "teacher" in self.__dict__
         return complete and not name.startswith("_") and name not in OF_STORED_FILES
 
     def get_text_config(self, *_: object, **__: object) -> PretrainedConfig:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The backbone's configuration: what caches and generation ask about layers and heads."""
+        """Return the backbone's configuration, which caches and generation ask about layers."""
         return self.backbone
 
     @property
     def num_experts_per_tok(self) -> int:
-        """The largest number of experts that a token can activate, shared ones included."""
+        """Largest number of experts that a token can activate, shared ones included."""
         return self.routing_rule().num_active or self.num_experts
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # noqa: ANN401 # pyright: ignore[reportIncompatibleMethodOverride]
@@ -142,5 +146,5 @@ class TinyOnnConfig(PretrainedConfig):
         """Leave the class as it is: transformers would copy its source beside what is saved."""
 
     def routing_rule(self) -> RoutingRule:
-        """The rule every layer's router follows."""
+        """Return the rule that every layer's router follows."""
         return RoutingRule(**self.routing)

@@ -5,13 +5,14 @@ With unit vectors for the token and the experts' prototypes, temperature tau and
     s_e = <x, w_e> / (|x| |w_e|)        g_e = sign(relu(sigmoid(tau s_e) - sigmoid(tau G_e)))
     k = sum_e g_e                        y = (1 / max(k, 1)) sum_e g_e E_e(x)
 
-The sign passes its gradient straight through to the active experts' differences; k has none. A
-token that passes no threshold gets no expert in training; at evaluation the one of the largest s.
+The sign passes its gradient straight through to the active experts' differences, and k has no
+gradient. A token that passes no threshold gets no expert in training, and the expert of the largest
+s at evaluation.
 
 Source: Guo et al., "Dynamic Mixture of Experts", arXiv 2405.14297, section 3.1 (gate and its loss)
-and 3.2 (adaptive number of experts), and the authors' code, github.com/LINs-lab/DynMoE, where the
-paper is silent: the temperature, the gradient of active experts only, and normalised prototypes in
-the diversity loss.
+and 3.2 (adaptive number of experts). Three details that the paper leaves open come from the
+authors' code, github.com/LINs-lab/DynMoE: the temperature, the gradient of active experts only, and
+normalised prototypes in the diversity loss.
 
 Legend: T tokens, D hidden, E experts.
 """
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# The authors' starting temperature for language models, 1 / 0.1, and their largest.
+# The authors' code starts language models at a temperature of 1 / 0.1, and bounds it by 100.
 START_LOG_TEMPERATURE = math.log(10.0)
 MAX_LOG_TEMPERATURE = math.log(100.0)
 
@@ -31,12 +32,12 @@ MAX_LOG_TEMPERATURE = math.log(100.0)
 def similarity(
     x_TD: Float[Tensor, "tokens hidden"], prototypes_ED: Float[Tensor, "experts hidden"]
 ) -> Float[Tensor, "tokens experts"]:
-    """Cosine of every token and every prototype."""
+    """Return the cosine of every token and every prototype."""
     return F.linear(F.normalize(x_TD, dim=-1), F.normalize(prototypes_ED, dim=-1))
 
 
 def temperature(log_temperature: Float[Tensor, " one"]) -> Float[Tensor, " one"]:
-    """tau, at most 100."""
+    """Return tau, at most 100."""
     return log_temperature.clamp(max=MAX_LOG_TEMPERATURE).exp()
 
 
@@ -46,14 +47,14 @@ def activate(
     *,
     at_least_one: bool,
 ) -> Bool[Tensor, "tokens experts"]:
-    """Experts whose logit `tau (s - G)`, selection bias included, is positive.
+    """Activate the experts whose logit `tau (s - G)`, selection bias included, is positive.
 
-    That is `sigmoid(tau s) > sigmoid(tau G)`, but for sigmoids that round to the same number.
+    That means `sigmoid(tau s) > sigmoid(tau G)`, except for sigmoids that round to one number.
 
     Args:
-        similarity_TE: what decides for a token that has none.
-        logits_TE: what is compared with 0.
-        at_least_one: whether such a token gets its most similar expert.
+        similarity_TE: the cosines, which decide for a token without a positive logit.
+        logits_TE: the logits.
+        at_least_one: whether a token without a positive logit gets its most similar expert.
     """
     active_TE = logits_TE > 0
     if at_least_one:
@@ -71,7 +72,7 @@ def straight_weights(
     *,
     mean: bool,
 ) -> Float[Tensor, "tokens experts"]:
-    """1 (or 1 / k) where active and 0 elsewhere.
+    """Return weights of 1 (or 1 / k with `mean`) where active and 0 elsewhere.
 
     Their gradient is that of `sigmoid(tau s) - sigmoid(tau G)` of the active experts.
     """
@@ -85,7 +86,7 @@ def straight_weights(
 def diversity_and_simplicity(
     prototypes_ED: Float[Tensor, "experts hidden"],
 ) -> Float[Tensor, ""]:
-    """`|W W^T - 1|_F + mean_e |w_e|`, the first with rows of unit length.
+    """Return `|W W^T - 1|_F + mean_e |w_e|`, the first term with W's rows at unit length.
 
     The first term keeps prototypes apart, the second keeps them short.
     """
@@ -98,7 +99,7 @@ def diversity_and_simplicity(
 def orthogonal_prototypes(
     num_experts: int, hidden_dim: int, generator: torch.Generator
 ) -> Float[Tensor, "experts hidden"]:
-    """Random unit rows, orthogonal in blocks of as many as fit, on the CPU."""
+    """Draw random unit rows on the CPU, orthogonal within blocks of `hidden_dim` rows."""
     blocks = []
     for start in range(0, num_experts, hidden_dim):
         size = min(hidden_dim, num_experts - start)
@@ -113,17 +114,18 @@ def reseed(
     loads_E: Float[Tensor, " experts"],
     idle_input_D: Float[Tensor, " hidden"],
 ) -> tuple[Float[Tensor, "experts hidden"], Float[Tensor, " experts"]]:
-    """Prototypes and thresholds with one expert re-seeded, without waiting for the device.
+    """Return prototypes and thresholds with one expert re-seeded, without waiting for the device.
 
-    Algorithm 1 of the paper removes experts that nobody used and adds one, `w = R_S / |R_S|`,
-    `G = 0`, if there was input that activated none (R_S is its sum). Here the size is fixed: the
-    first unused expert becomes the new one; nothing happens without one, or without such input.
+    Algorithm 1 of the paper removes experts that no token used and adds an expert with
+    `w = R_S / |R_S|` and `G = 0`, where R_S is the sum of the inputs that activated no expert, if
+    there were any. Here the number of experts is fixed: the first unused expert becomes the new
+    one. Nothing changes if every expert was used, or if every input activated one.
 
     Args:
         prototypes_ED: one row per expert.
-        thresholds_E: G.
-        loads_E: tokens that used each expert in the recorded window.
-        idle_input_D: the sum of the inputs that activated none in it.
+        thresholds_E: each expert's threshold G.
+        loads_E: number of tokens that used each expert in the recorded window.
+        idle_input_D: sum of the inputs in the window that activated no expert.
     """
     dead_E = loads_E == 0
     first_E = dead_E & (dead_E.cumsum(0) == 1) & (idle_input_D.norm() > 0)

@@ -27,7 +27,7 @@ FILE = files("tiny_onn.model") / "crossover.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathChoice:
-    """The path of a run's expert layers, and why."""
+    """The path of a run's expert layers, and the reason for it."""
 
     path: Literal["dense", "grouped", "sparse"]
     reason: str
@@ -120,15 +120,16 @@ def read_crossover() -> dict[str, dict[str, Any]]:
 
 
 def crossover_share(dense_s: float, grouped_s: dict[int, float], num_experts: int) -> float:
-    """The share k / E at which the grouped path becomes as slow as the dense one.
+    """Return the share k / E at which the grouped path becomes as slow as the dense one.
 
-    Between the first measured k at which it is slower and the one before, by a straight line; at
-    the largest measured k, and at 0, if there is no such pair.
+    It lies on a straight line between the first measured k at which the grouped path is slower and
+    the k before it. It is 0 if the grouped path is slower at every measured k, and the largest
+    measured k / E if it is slower at none.
 
     Args:
-        dense_s: the dense path's time, whatever k is.
-        grouped_s: the grouped path's time by k.
-        num_experts: E.
+        dense_s: the dense path's time in seconds, whatever k is.
+        grouped_s: the grouped path's time in seconds by k.
+        num_experts: the number of experts E.
     """
     last_k, last_s = 0, 0.0
     for k, seconds in sorted(grouped_s.items()):
@@ -160,7 +161,7 @@ def fastest_share(
 
 
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
-    """Tell each bank how its gate learns (from the main loss, SMK alone or nothing) and runs."""
+    """Set how each bank computes, and what its router learns from: main loss, SMK or nothing."""
     execution = Execution(
         path=choose_path(config, banks[0].experts.down_proj.device, banks[0].activation_name).path,
         compiled=config.train.compile,

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-# What is computed from a layer's input (T, D), its `gate_up_proj` and its `down_proj`.
+# A function of a layer's input (T, D), its `gate_up_proj` and its `down_proj`.
 Layer = Callable[[Tensor, Tensor, Tensor], Any]
 
 
@@ -20,11 +20,11 @@ KINDS = ("gate_up_proj", "down_proj")
 
 
 def by_neuron(kind: str, weight: Tensor) -> Tensor:
-    """A view of a weight with a row per neuron: (2, E, I, D), gates first, or (E, I, D).
+    """Return a view of a weight with a row per neuron: (2, E, I, D), gates first, or (E, I, D).
 
     Args:
         kind: `gate_up_proj` or `down_proj`.
-        weight: (E, 2 I, D) or (E, D, I).
+        weight: the stacked weight, (E, 2 I, D) or (E, D, I).
     """
     if kind == "down_proj":
         return weight.mT
@@ -33,7 +33,7 @@ def by_neuron(kind: str, weight: Tensor) -> Tensor:
 
 
 def stacked(kind: str, neurons: Tensor) -> Tensor:
-    """The weight of which `by_neuron` is a view, contiguous."""
+    """Return the contiguous weight whose view `by_neuron` is `neurons`."""
     if kind == "down_proj":
         return neurons.mT.contiguous()
     _, E, I, D = neurons.shape
@@ -78,7 +78,7 @@ class Experts(nn.Module):
     def store_by_neuron(self) -> None:
         """Keep `down_proj` in memory neuron after neuron; its shape and values stay.
 
-        Decoding reads it so without waste, and the dense path without a copy at every call.
+        Decoding then reads it without waste, and the dense path without a copy at every call.
         """
         self.down_proj.data = self.down_proj.data.mT.contiguous().mT
 
@@ -90,19 +90,19 @@ class Experts(nn.Module):
         *,
         layer: Layer | None = None,
     ) -> Any:  # noqa: ANN401 - whatever `layer` returns
-        """What `layer` makes of the inputs and the weights, or the weighted sum of chosen experts.
+        """Call `layer` on the inputs and the weights, or return the weighted sum of chosen experts.
 
-        All that is computed from the weights is computed in such a call: a wrapper around this
-        module, such as PEFT's, changes the weights for the time of a call only.
+        Everything that is computed from the weights is computed within such a call, because a
+        wrapper around this module, such as PEFT's, changes the weights only while it runs.
 
         Args:
             hidden_states: the inputs.
-            top_k_index: without `layer`, each token's experts; E means none.
-            top_k_weights: without `layer`, their weights.
+            top_k_index: without `layer`, each token's experts; the index E stands for no expert.
+            top_k_weights: without `layer`, the weights of these experts.
             layer: a function of the inputs, `gate_up_proj` and `down_proj`.
 
         Returns:
-            What `layer` returns; without it, (T, D) in the format of `hidden_states`.
+            The result of `layer`; without it, (T, D) in the format of `hidden_states`.
         """
         if layer is not None:
             return layer(hidden_states, self.gate_up_proj, self.down_proj)

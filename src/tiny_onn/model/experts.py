@@ -25,7 +25,7 @@ from tiny_onn.ops.surprise import log_norm
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """How a bank computes its output and gradients; the output is the same to rounding."""
+    """The way a bank computes its output and gradients, which the result shows by rounding only."""
 
     path: Literal["dense", "grouped", "sparse"] = "dense"
     """`dense` computes every expert on every token and masks the inactive ones, `grouped` computes
@@ -33,38 +33,38 @@ class Execution:
     torch.compile traces a bank, `dense` stands in for `sparse`. In evaluation mode and without
     gradients, a few tokens on a GPU with triton take `ops/decode.py` whatever the path."""
     compiled: bool = False
-    """Whether the elementwise regions are compiled."""
+    """True if the elementwise regions are compiled."""
     chunk_tokens: int = 0
-    """How many tokens the dense path processes at once; 0: all."""
+    """Number of tokens that the dense path processes at once; 0: all."""
     coupled: bool = False
-    """Whether the router's input and weights carry the main loss' gradient."""
+    """True if the router's input and weights carry the main loss' gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowState:
-    """What a bank knows of the training row in hand. The default holds where there is none."""
+    """The training row that a bank is processing; outside of training the default holds."""
 
     token_mask: Bool[Tensor, " tokens"] | None = None
     """The row's tokens that count in SMK targets and statistics, (B * T,); None: all."""
     smk: SmkStep | None = None
-    """How the router is taught in the backward pass; None: it is not."""
+    """The instructions for the router's gradient in the backward pass; None: it gets none."""
     exploration: Exploration | None = None
-    """Which tokens try an expert that they did not choose; None: none does."""
+    """The tokens that try an expert which they did not choose; None: no token does."""
     fills_window: bool = False
-    """Whether recorded calls add to the window of a `top_any` router. It needs `token_mask`."""
+    """True if recorded calls add to the window of a `top_any` router, which needs `token_mask`."""
 
 
 class ExpertBank(nn.Module):
     """E experts of width I and their router.
 
-    `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`, with the weights that `experts` holds.
-    Two parameters are there if asked for, and change nothing while all experts are active and
-    scales are 1: `mean_outputs` (E, D), added for inactive experts, and `expert_scale` (E,), a
-    factor of the experts' weights.
+    The output is `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`, with the weights that
+    `experts` holds. Two parameters are optional, and change nothing while all experts are active
+    and scales are 1: `mean_outputs` (E, D), added for inactive experts, and `expert_scale` (E,), a
+    factor of the experts' routing weights.
 
     Beside parameters and buffers, a call depends on two attributes, which this file alone assigns:
-        execution: How to compute; `set_execution` gives it once.
-        row: The training row in hand; `row_context` gives it for a forward and backward pass.
+        execution: The way to compute; `set_execution` sets it once.
+        row: The current training row; `row_context` sets it for a forward and backward pass.
     `recorded_routings` collects the routing of calls.
     """
 
@@ -95,11 +95,11 @@ class ExpertBank(nn.Module):
         self._recordings: tuple[list[Routing], ...] = ()
 
     def set_execution(self, execution: Execution) -> None:
-        """Compute all later calls this way."""
+        """Set the way in which all later calls are computed."""
         self.execution = execution
 
     def route(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:
-        """The routing of these inputs; the oracle's logits are the log norms of the outputs."""
+        """Return the routing of these inputs; the oracle's logits are the outputs' log norms."""
         exploration = self.row.exploration
         if self.router.rule.selection != "oracle":
             return self.router(x_TD, exploration=exploration)
@@ -109,7 +109,7 @@ class ExpertBank(nn.Module):
 
     @torch.no_grad()
     def reset_corrections(self) -> None:
-        """Nothing added for inactive experts, every scale 1."""
+        """Set the mean outputs to 0 and every scale to 1, so that neither changes the output."""
         if self.mean_outputs is not None:
             self.mean_outputs.zero_()
         if self.expert_scale is not None:
@@ -118,10 +118,10 @@ class ExpertBank(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "*batch hidden"]
     ) -> Float[Tensor, "*batch hidden"]:
-        """The routed sum of the active experts' outputs.
+        """Return the routed sum of the active experts' outputs.
 
-        Under autocast it is in autocast's number format, as a linear layer's. The gate reads the
-        input as it came, so that autocast does not change the routing.
+        Under autocast the sum is in autocast's number format, like a linear layer's output. The
+        router reads the uncast input, so that autocast does not change the routing.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         if not (self.training or torch.is_grad_enabled()) and self.experts(
@@ -199,16 +199,17 @@ class ExpertBank(nn.Module):
 
 @contextmanager
 def row_context(banks: Sequence[ExpertBank], states: Sequence[RowState]) -> Iterator[None]:
-    """Within the context each bank processes a training row; afterwards what it did before.
+    """Set each bank's training row within the context, and its previous row again afterwards.
 
-    It belongs around forward and backward pass: the backward pass reads the state, and layers that
-    are computed again read all of it again.
+    The context belongs around forward and backward pass: the backward pass reads the state, and
+    layers that are computed again read all of it again.
 
     Args:
-        banks: The layers.
-        states: What each of them knows of the row.
+        banks: The layers' banks.
+        states: The state of the row for each bank.
     """
-    # Attributes rather than context variables: autograd computes layers again in its own threads.
+    # The state is an attribute, since autograd computes layers again in its own threads, which do
+    # not see context variables.
     before = [bank.row for bank in banks]
     try:
         for bank, state in zip(banks, states, strict=True):
@@ -221,7 +222,7 @@ def row_context(banks: Sequence[ExpertBank], states: Sequence[RowState]) -> Iter
 
 @contextmanager
 def recorded_routings(banks: Sequence[ExpertBank]) -> Iterator[list[Routing]]:
-    """Within the context the list receives the routing of every call of the banks, in call order.
+    """Yield a list that receives the routing of every call of the banks, in call order.
 
     A routing has its graph only if the bank is coupled. The context belongs around the forward pass
     alone: a call that a backward pass repeats would be recorded, and counted, twice, and its graph
@@ -239,7 +240,7 @@ def recorded_routings(banks: Sequence[ExpertBank]) -> Iterator[list[Routing]]:
 
 
 def selecting(rule: RoutingRule) -> decode.Selecting | None:
-    """The rule as the decoding kernels know it; None where the router itself has to select."""
+    """Return the rule as the decoding kernels know it; None where the router has to select."""
     if rule.selection in ("top_any", "oracle"):
         return None
     if rule.selection == "budget" and rule.budget_form != "threshold":
@@ -256,7 +257,7 @@ def selecting(rule: RoutingRule) -> decode.Selecting | None:
 def expert_norms(
     bank: ExpertBank, x_TD: Float[Tensor, "tokens hidden"]
 ) -> Float[Tensor, "tokens experts"]:
-    """`|expert_e(x)|` of every expert, active or not, in float32."""
+    """Return `|expert_e(x)|` of every expert, active or not, in float32."""
 
     def norms(x_TD: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor) -> Tensor:
         E, _, I = down_EDI.shape

@@ -1,4 +1,4 @@
-"""What goes into a dense model's MLPs on a few rows of text: read once, visited often.
+"""Hooks on a model's layers: a dense model's MLP inputs, its MLPs' calls, and layers' outputs.
 
 Legend: T tokens, D hidden, L layers.
 """
@@ -19,7 +19,8 @@ from tiny_onn.model.backbone import backbone_of, decoder_layers, gated_mlps, las
 # Inputs of at most so many bytes stay in memory between visits.
 KEPT_BYTES = 2**30
 
-Visit = Callable[[int, Tensor, PackedRow], None]
+# A function of a layer's index, the layer's MLP input (T, D) and the row.
+Visitor = Callable[[int, Tensor, PackedRow], None]
 
 
 class MlpInputs:
@@ -36,43 +37,44 @@ class MlpInputs:
 
     def __init__(self, dense: PreTrainedModel, rows: Sequence[PackedRow]) -> None:
         self.dense, self.rows = dense, rows
-        self._kept: list[list[Tensor]] = []
+        self._inputs: list[list[Tensor]] = []
 
     def head(self, num_rows: int) -> "MlpInputs":
-        """The inputs of the first rows alone."""
+        """Return the inputs of the first rows alone."""
         if num_rows >= len(self.rows):
             return self
         first = MlpInputs(self.dense, self.rows[:num_rows])
-        first._kept = self._kept[:num_rows]
+        first._inputs = self._inputs[:num_rows]
         return first
 
     @torch.no_grad()
-    def visit(self, see: Visit, text: str) -> None:
-        """Call `see(layer, x_TD, row)` for each layer of each row.
+    def visit(self, visitor: Visitor, text: str) -> None:
+        """Call `visitor(layer, x_TD, row)` for each layer of each row.
 
         Args:
-            see: What to do with an input; the same tensors come again at the next visit.
-            text: What the progress bar calls this visit.
+            visitor: The function to call; it must leave the tensors, which come again at the next
+                visit, as they are.
+            text: The progress bar's text.
         """
-        if self._kept:
-            for row, inputs in track(list(zip(self.rows, self._kept, strict=True)), text):
+        if self._inputs:
+            for row, inputs in track(list(zip(self.rows, self._inputs, strict=True)), text):
                 for layer, x_TD in enumerate(inputs):
-                    see(layer, x_TD, row)
+                    visitor(layer, x_TD, row)
             return
         keep = self._num_bytes() <= KEPT_BYTES
-        kept = [self._run(row, see, keep) for row in track(self.rows, text)]
+        rows_inputs = [self._run(row, visitor, keep) for row in track(self.rows, text)]
         if keep:
-            self._kept = kept
+            self._inputs = rows_inputs
 
-    def _run(self, row: PackedRow, see: Visit, keep: bool) -> list[Tensor]:
-        """Run the model on a row; its MLP inputs if they are to be kept."""
+    def _run(self, row: PackedRow, visitor: Visitor, keep: bool) -> list[Tensor]:
+        """Run the model on a row; return its MLP inputs if they are to be kept, else no tensor."""
         inputs: list[Tensor] = []
 
         def hook(layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
             x_TD = args[0].flatten(0, -2)
             if keep:
                 inputs.append(x_TD)
-            see(layer, x_TD, row)
+            visitor(layer, x_TD, row)
 
         with ExitStack() as hooks:
             for layer, mlp in enumerate(gated_mlps(self.dense)):
@@ -88,11 +90,16 @@ class MlpInputs:
 
 
 @contextmanager
-def mlp_calls(dense: PreTrainedModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within the context, `see(layer, x_TD, y_TD)` gets each MLP's input and output in its pass."""
+def mlp_calls(
+    dense: PreTrainedModel, observe: Callable[[int, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call `observe(layer, x_TD, y_TD)` with the input and output of every MLP call in the context.
+
+    Both tensors are detached.
+    """
 
     def hook(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        see(index, inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2))
+        observe(index, inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2))
 
     with ExitStack() as hooks:
         for index, layer in enumerate(decoder_layers(dense)):
@@ -103,16 +110,17 @@ def mlp_calls(dense: PreTrainedModel, see: Callable[[int, Tensor, Tensor], None]
 
 @contextmanager
 def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """Within the context the list gets each decoder layer's output (1, T, D) in a forward pass.
+    """Yield a list that receives each decoder layer's output (1, T, D) in a forward pass.
 
-    Close it before the backward pass: what a checkpointed layer recomputes would be added.
+    The context must end before the backward pass, in which checkpointed layers run again and would
+    add their outputs again. The list stays empty if `wanted` is false.
     """
-    kept: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        kept.append(output if isinstance(output, Tensor) else output[0])
+        outputs.append(output if isinstance(output, Tensor) else output[0])
 
     with ExitStack() as hooks:
         for layer in decoder_layers(backbone_of(model)) if wanted else ():
             hooks.enter_context(layer.register_forward_hook(hook))
-        yield kept
+        yield outputs

@@ -1,8 +1,9 @@
 """Expert weights under the names and in the shapes of files from before checkpoint format 4.
 
-A bank held `mlp.gate_up_proj` (2, E, I, D), all gates first, and `mlp.down_proj` (E, I, D), a row
-per neuron. It holds `mlp.experts.gate_up_proj` (E, 2 I, D) and `mlp.experts.down_proj` (E, D, I)
-today. Numbers are moved and never changed. No other module knows the old names.
+In these files a bank holds `mlp.gate_up_proj` (2, E, I, D), all gates first, and `mlp.down_proj`
+(E, I, D), a row per neuron. Today it holds `mlp.experts.gate_up_proj` (E, 2 I, D) and
+`mlp.experts.down_proj` (E, D, I). Numbers are moved and never changed. No other module knows the
+old names.
 
 Legend: D hidden, E experts, I expert width.
 """
@@ -18,39 +19,39 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from tiny_onn.model.expert_weights import KINDS, stacked
 
 _OLD_NAME = re.compile(rf"(.*\.mlp)\.({'|'.join(KINDS)})")
-# What torch's AdamW keeps for each weight. Other optimizers' entries that have an order
-# have the one that `SplitOptimizer` keeps.
+# torch's AdamW keeps these entries in the order of the weight's numbers. Other optimizers' entries
+# need no move: `SplitOptimizer` shows them weights neuron by neuron, as the old layout stored them.
 _MOVED_ENTRIES = ("exp_avg", "exp_avg_sq")
 
 
 def today_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A student's tensors by name, old ones under the names and in the shapes of today."""
-    found = {}
+    """Return a student's tensors by name, old ones under the names and in the shapes of today."""
+    renamed = {}
     for name, tensor in tensors.items():
         kind, today = _kind_and_name(name)
-        found[today] = stacked(kind, tensor) if kind else tensor
-    return found
+        renamed[today] = stacked(kind, tensor) if kind else tensor
+    return renamed
 
 
 def today_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An optimizer's state by `parameter|entry`, that of old weights as it is kept today."""
-    found = {}
+    """Return an optimizer's state by `parameter|entry`, with old weights' state in today's form."""
+    renamed = {}
     for key, tensor in tensors.items():
         name, _, entry = key.partition("|")
         kind, today = _kind_and_name(name)
         moved = kind and entry in _MOVED_ENTRIES
-        found[f"{today}|{entry}"] = stacked(kind, tensor) if moved else tensor
-    return found
+        renamed[f"{today}|{entry}"] = stacked(kind, tensor) if moved else tensor
+    return renamed
 
 
 def _kind_and_name(name: str) -> tuple[str, str]:
-    """Which weight an old name means and its name of today; nothing and the name for others."""
+    """Return an old name's kind of weight and its name of today; "" and the name for others."""
     old = _OLD_NAME.fullmatch(name)
     return (old[2], f"{old[1]}.experts.{old[2]}") if old else ("", name)
 
 
 class _Stack(ConversionOps):
-    """`stacked` as transformers' loader calls it."""
+    """The function `stacked` in the form that transformers' loader calls."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -59,9 +60,9 @@ class _Stack(ConversionOps):
     def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_dict: dict[str, Any], *, target_patterns: list[str], **_: object
     ) -> dict[str, Any]:
-        """The one old weight that `input_dict` holds, under its name of today."""
-        (found,) = input_dict.values()
-        old = found[0] if isinstance(found, list) else found
+        """Return the one old weight that `input_dict` holds, under its name of today."""
+        (value,) = input_dict.values()
+        old = value[0] if isinstance(value, list) else value
         return {target_patterns[0]: stacked(self.kind, old)}
 
 

@@ -1,10 +1,10 @@
-"""Routing: how many experts a token activates, and which. All in float32, autocast or not.
+"""The router: which experts a token activates, and how many, in float32 with or without autocast.
 
-Something scores the experts: a linear gate, cosines with prototypes (`top_any`, dynmoe.py), or the
-true norms of their outputs (`oracle`, given from outside). A selection then activates those whose
-score exceeds a threshold (a budget) or ranks among the k largest. What moves a budget's threshold
-is in `routing/thresholds.py`, what else a router changes without a gradient in
-`routing/steering.py`.
+The experts' scores come from a linear gate, from cosines with prototypes (`top_any`, dynmoe.py), or
+from the true norms of their outputs (`oracle`, given from outside). A selection then activates the
+experts whose score exceeds a threshold (a budget) or ranks among the k largest.
+`routing/thresholds.py` moves a budget's threshold, and `routing/steering.py` makes the router's
+other changes that need no gradient.
 
 Legend: T tokens, D hidden, E experts, S of them shared, R = E - S routed, L layers.
 """
@@ -28,14 +28,14 @@ from tiny_onn.model import dynmoe
 from tiny_onn.ops.precision import without_autocast
 from tiny_onn.ops.shared_experts import routed, with_shared
 
-# Share by which a probability falls with its rank in the token, 16 units in float32's last place:
-# without it all experts of a flat gate pass a threshold, or none.
+# The probability of rank r is multiplied by 1 - r * TIE_BREAK (16 float32 ulps), so that a
+# threshold can separate the equal probabilities of a flat gate.
 TIE_BREAK = 2.0**-20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingRule:
-    """Which experts are active, given the router's logits, and their weights.
+    """The rule that gives active experts and their weights from the router's logits.
 
     Every option has the name, the type and the meaning of a setting in the `experts` or `router`
     table of a run, and a saved student's config.json holds all of them under `routing`.
@@ -48,22 +48,23 @@ class RoutingRule:
     at_least_one: AtLeastOne = "evaluation"
     oracle_budget: bool = False
     num_shared: int = 0
-    """Experts, the first ones, that are always active at weight 1. `target_k` counts them."""
+    """Number of shared experts: the first ones, always active at weight 1. `target_k` includes
+    them."""
 
     @property
     def has_budget(self) -> bool:
-        """Whether a threshold decides how many, k on average."""
+        """True if a threshold decides how many experts a token activates, k on average."""
         return self.selection == "budget" or (self.selection == "oracle" and self.oracle_budget)
 
     @property
     def num_active(self) -> int | None:
-        """How many experts every token has, shared ones included; None if it varies by token."""
+        """Number of experts of every token, shared ones included; None if it varies by token."""
         varies = self.has_budget or self.selection == "top_any"
         return None if varies else round(self.target_k)
 
     @classmethod
     def of_settings(cls, experts: ExpertsConfig, router: RouterConfig) -> "RoutingRule":
-        """The rule that the settings of a run describe."""
+        """Return the rule that the settings of a run describe."""
         tables = {
             field.name: experts if hasattr(experts, field.name) else router for field in fields(cls)
         }
@@ -71,7 +72,7 @@ class RoutingRule:
 
     @classmethod
     def from_stored(cls, options: object) -> "RoutingRule":
-        """The rule in a student's config.json; an option that is not there has its default.
+        """Read the rule in a student's config.json; an option that is not there has its default.
 
         Raises:
             UserError: the options are no table, one is unknown, or a value is of another type.
@@ -97,52 +98,53 @@ class RoutingRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exploration:
-    """Which tokens try an expert that they did not choose."""
+    """The tokens that try an expert which they did not choose, by random draws."""
 
     fraction: float
-    """Share of the tokens."""
+    """Share of tokens that try one."""
     seed: int
-    """Of the draws: the same for every call, so that what is computed again repeats them."""
+    """Seed of the draws: layers that are computed again use it again and repeat the draws."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
-    """One layer's routing of one batch."""
+    """The routing of one layer's tokens."""
 
     router_logits: Float[Tensor, "tokens experts"]
-    """float32, with the router's graph; without the selection bias."""
+    """The router's float32 logits with its graph, without the selection bias."""
     scores: Float[Tensor, "tokens experts"]
-    """What a budget's threshold is compared with; infinite for the token's first choice and for
-    shared experts."""
+    """The numbers that a budget compares with its threshold; infinite for the token's first choice
+    and for shared experts."""
     active: Bool[Tensor, "tokens experts"]
     weights: Float[Tensor, "tokens experts"]
-    """0 where inactive, the graph of the weighting elsewhere."""
+    """Routing weights with the graph of the weighting, 0 where inactive."""
 
     def detach(self) -> "Routing":
-        """The same routing without its graph."""
+        """Return the routing without its graph."""
         return replace(
             self, router_logits=self.router_logits.detach(), weights=self.weights.detach()
         )
 
 
 class Router(nn.Module):
-    """The gate of one layer: scores the experts and selects.
+    """The router of one layer, which scores the experts and selects.
 
     Parameters: `weight` (E, D) and `bias` (E), a linear map to one logit per expert. The bias is
     each expert's own threshold: without it a gate cannot say that an expert is useful for every
     token. With `top_any` they are prototypes and thresholds, and there is a `log_temperature`.
 
     Buffers, all of them in checkpoints:
-        threshold, settled: the budget's, in training and at evaluation.
-        correction: what its integral control adds to the target, relative.
-        num_updates: how often it was steered.
-        selection_bias: added to the logits for selection, not for weights or teaching.
-        threshold_table: for a mean k of 1 ... E, measured when training ends; 0 before.
-        unused_steps: steps since each expert was last used.
-        window_loads, idle_input: of `top_any`, what a window of steps saw.
+        threshold, settled: the budget's threshold in training, and at evaluation.
+        correction: the relative amount that the budget's integral control adds to the target.
+        num_updates: the number of times that the budget was steered.
+        selection_bias: added to the logits for selection, not for weights or the SMK loss.
+        threshold_table: thresholds for a mean k of 1 ... E, measured when training ends; 0 before.
+        unused_steps: number of steps since each expert was last used.
+        window_loads, idle_input: with `top_any`, each expert's tokens in a window of steps, and the
+            sum of the inputs that activated no expert.
 
-    Two attributes change only within `temporary_rules`: `rule`, and `annealing`, whether thresholds
-    move all the way (`thresholds.steer`).
+    Two attributes change only within `temporary_rules`: `rule`, and `annealing`, which says whether
+    thresholds move all the way (`thresholds.steer`).
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, rule: RoutingRule) -> None:
@@ -166,9 +168,10 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None, std: float = 0.02) -> None:
-        """Zero gate, or a random one when a generator is given, and a threshold for a flat gate.
+        """Set the gate to zero, or to random weights if a generator is given; reset all buffers.
 
-        Normal weights of standard deviation `std`, or for `top_any` orthogonal prototypes.
+        Random weights are normal with standard deviation `std`, or for `top_any` orthogonal
+        prototypes. A budget's thresholds are set to those of a flat gate, all other buffers to 0.
         """
         num_experts, hidden_dim = self.weight.shape
         if generator is None:
@@ -197,9 +200,9 @@ class Router(nn.Module):
         *,
         exploration: Exploration | None = None,
     ) -> Routing:
-        """The routing of every token, by the gate's logits or by those that are given.
+        """Return the routing of every token, by the gate's logits or by those that are given.
 
-        `exploration` says which tokens try another expert, in training mode; None: none does.
+        `exploration` says which tokens try another expert, in training mode; None: no token does.
         """
         if self.rule.selection == "top_any":
             return self._top_any(x_TD.float())
@@ -247,7 +250,7 @@ class Router(nn.Module):
         Raises:
             UserError: the thresholds were never measured.
         """
-        # All experts' is negative.
+        # A measured table ends at -1 (every expert passes); 0 means that none was measured.
         if self.rule.has_budget and self.threshold_table[-1] == 0:
             raise UserError(
                 "--budget: got a student without measured thresholds (from the middle of its run),"
@@ -266,11 +269,11 @@ class Router(nn.Module):
 def temporary_rules(
     routers: Sequence[Router], rules: Sequence[RoutingRule], *, annealing: bool = False
 ) -> Iterator[None]:
-    """Within the context each router selects by its temporary rule; afterwards by its own again.
+    """Give each router a temporary rule within the context, and its own rule again afterwards.
 
     Args:
         routers: The routers.
-        rules: One for each of them.
+        rules: A temporary rule for each router.
         annealing: Whether steering moves thresholds all the way to the last batch's.
     """
     before = [(router.rule, router.annealing) for router in routers]
@@ -293,15 +296,16 @@ def route(
 ) -> Routing:
     """Apply a rule to float32 logits.
 
-    `budget`, cumulative form: experts by falling probability until their sum passes p; an expert's
-    score is the probability mass from its rank on (1 minus the mass before it), the threshold is
-    1 - p. Threshold form: the score is the probability, equal ones ordered by expert. The token's
-    first choice is always active.
-    `top_k`, `static`, `random`, `oracle`: the `target_k` largest logits (for the controls the
-    logits come from a frozen gate, or from the experts). Weights of `top_k` with softmax weighting
-    are the active probabilities, renormalised to sum to 1 (Mixtral, arXiv 2401.04088, section 2.1;
-    Qwen3-MoE). The selection bias is added to the logits that select; weights do not see it.
-    All of this is among the routed experts: the shared ones have no probability, are active at
+    A `budget` in its cumulative form activates experts by falling probability until their sum
+    passes p: an expert's score is the probability mass from its rank on (1 minus the mass before
+    it), and the threshold is 1 - p. In its threshold form the score is the probability, and equal
+    ones are ordered by expert. The token's first choice is always active.
+    `top_k`, `static`, `random` and `oracle` activate the `target_k` largest logits (for the
+    controls the logits come from a frozen gate, or from the experts). Weights of `top_k` with
+    softmax weighting are the active probabilities, renormalised to sum to 1 (Mixtral, arXiv
+    2401.04088, section 2.1; Qwen3-MoE). The selection bias is added to the logits that select;
+    weights do not depend on it.
+    All of this concerns the routed experts: shared experts have no probability, are active at
     weight 1, and their number is part of `target_k`.
     """
     num_shared = rule.num_shared
@@ -334,10 +338,10 @@ def explore(
     logits_TE: Float[Tensor, "tokens experts"],
     exploration: Exploration,
 ) -> Bool[Tensor, "tokens experts"]:
-    """The same with the weakest active expert of some tokens swapped for a random inactive one.
+    """Swap the weakest active expert of some tokens for a random inactive one.
 
     The draws depend on the seed alone, the number of a token's experts does not change, and a
-    token that uses all or none stays as it is.
+    token that uses all experts or none stays as it is.
     """
     generator = torch.Generator(active_TE.device).manual_seed(exploration.seed)
     draws_TE = torch.rand(active_TE.shape, generator=generator, device=active_TE.device)
@@ -354,11 +358,11 @@ def budget_scores(
     order_TE: Tensor,
     form: Literal["cumulative", "threshold"],
 ) -> Float[Tensor, "tokens experts"]:
-    """What the budget's threshold is compared with; infinite for the token's first choice."""
+    """Return the scores to compare with a threshold; infinite for the token's first choice."""
     sorted_TE = probs_TE.gather(-1, order_TE)
     if form == "cumulative":
-        # Summed from the small end: 1 - mass would round a sharp gate's later ranks to a tie at 0.
-        # By a product: torch has no cumsum of floats on a GPU that repeats bit for bit.
+        # The sum starts at the small end: 1 - mass would round a sharp gate's later ranks to a tie
+        # at 0. A product computes it, since torch's cumsum on a GPU does not repeat bit for bit.
         E = probs_TE.shape[-1]
         ranked_TE = sorted_TE @ sorted_TE.new_ones(E, E).tril()
     else:
@@ -374,15 +378,15 @@ def routing_weights(
     active_TE: Bool[Tensor, "tokens experts"],
     weighting: Weighting,
 ) -> Float[Tensor, "tokens experts"]:
-    """The active experts' weights: 1, renormalised softmax, sigmoid of the logit, or 1 / k.
+    """Return the active experts' weights: 1, renormalised softmax, sigmoid of the logit, or 1 / k.
 
     Weights that do not depend on the logits (`unit`, `mean`) pass their gradient straight through
     to `E * softmax`, for active and inactive experts alike: an expert's logit rises by what the
     expert would gain beyond the softmax-weighted mean.
     """
     if weighting == "softmax":
-        kept_TE = probs_TE * active_TE
-        return kept_TE / kept_TE.sum(-1, keepdim=True)
+        active_probs_TE = probs_TE * active_TE
+        return active_probs_TE / active_probs_TE.sum(-1, keepdim=True)
     if weighting == "sigmoid":
         return logits_TE.sigmoid() * active_TE
     straight_TE = probs_TE.shape[-1] * (probs_TE - probs_TE.detach())

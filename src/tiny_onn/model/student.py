@@ -42,7 +42,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Masters: a bf16 expert would lose the small updates of distillation.
+    # These are float32 masters: a bf16 expert would lose the small updates of distillation.
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
         "gate_up_proj",
         "down_proj",
@@ -73,7 +73,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,  # noqa: ANN401 - the backbone's own arguments
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        # Spelled out because `generate` passes only what the signature names.
+        # The arguments are spelled out because `generate` passes only those that a signature names.
         return self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -103,7 +103,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         self.train(self.training)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Save as transformers does, in today's layout whatever the layout that was loaded."""
+        """Save as transformers does, in today's layout even if an older one was loaded."""
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     @classmethod
@@ -131,7 +131,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         for bank in self.banks():
             initialization.normal_(bank.experts.gate_up_proj, std=std)
             initialization.normal_(bank.experts.down_proj, std=std)
-            # Zero unless a checkpoint says otherwise: students of before these buffers have none.
+            # These buffers start at zero: students saved by earlier versions do not have them.
             router = bank.router
             for buffer in (router.selection_bias, router.unused_steps, router.threshold_table):
                 initialization.zeros_(buffer)
@@ -141,7 +141,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
                 initialization.ones_(bank.expert_scale)
 
     def banks(self) -> list[ExpertBank]:
-        """The expert banks, first layer first."""
+        """Return the expert banks, first layer first."""
         mlps = [layer.mlp for layer in decoder_layers(self.backbone)]
         return [mlp for mlp in mlps if isinstance(mlp, ExpertBank)]
 
@@ -149,8 +149,8 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
     def round_experts(self) -> None:
         """Keep the experts' weights in the backbone's number format, for generation only.
 
-        Every call rounds them to it anyway. Training needs their float32 masters, but a token that
-        is decoded takes as long as its weights take to read.
+        Every call rounds the weights to that format anyway. Training needs their float32 masters,
+        but decoding a token takes as long as reading its weights.
         """
         for bank in self.banks():
             for weight in (*bank.experts.parameters(), bank.mean_outputs):
@@ -159,14 +159,14 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             bank.experts.store_by_neuron()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters of experts and routers, by name: what distillation trains."""
+        """Return the parameters of experts and routers, which distillation trains, by name."""
         return {name: p for name, p in self.named_parameters() if in_mlp(name)}
 
     def freeze_backbone(self) -> None:
-        """Leave the experts alone trainable, for other training loops than this package's.
+        """Freeze all but the experts, for training loops other than this package's.
 
-        A loaded student is trainable as a whole. Its routers never get a gradient from the loss of
-        another loop, so they are frozen too and route as they do.
+        Every parameter of a loaded student is trainable. Routers never get a gradient from the loss
+        of another loop, so they are frozen too, and go on routing as they do.
         """
         self.requires_grad_(False)
         for name, parameter in self.trainable().items():
@@ -174,7 +174,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class TinyOnnModel(TinyOnnForCausalLM):
-    """The same model without the step from hidden states to logits, for `AutoModel`.
+    """The model without the step from hidden states to logits, for `AutoModel`.
 
     Its tensors are those of `TinyOnnForCausalLM`, the head included.
     """
@@ -192,7 +192,7 @@ register_old_layout(TinyOnnConfig.model_type)
 def split_parameters(
     student: TinyOnnForCausalLM,
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """The parameters that learn, by name: experts, gates."""
+    """Return the parameters that learn, by name, in two tables: the experts' and the routers'."""
     learning = {name: p for name, p in student.trainable().items() if p.requires_grad}
     experts = {name: p for name, p in learning.items() if ".router." not in name}
     gates = {name: p for name, p in learning.items() if ".router." in name}
@@ -201,7 +201,7 @@ def split_parameters(
 
 @contextmanager
 def eval_mode(student: TinyOnnForCausalLM) -> Iterator[None]:
-    """Evaluation mode within the context, the previous mode after it."""
+    """Put the student in evaluation mode within the context, and back in its mode afterwards."""
     was_training = student.training
     student.train(False)
     try:

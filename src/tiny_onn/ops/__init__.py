@@ -1,1 +1,1 @@
-"""The expert layer: definition (`reference`), dense path, grouped path, and which when."""
+"""Functions on tensors that compute the expert layer, surprise, router gradients and the loss."""

@@ -1,15 +1,16 @@
 """The expert layer for few tokens, without gradients: only active experts' weights are read.
 
-Generating one token at a time is bound by memory bandwidth, so here a share of active experts is a
-share of the time. Three Triton kernels (`decode_kernels.py`): the gate, the experts, their sum. No
-number comes back to the host and all launches have fixed sizes (programs without work return), so
-that a CUDA graph of them follows the routing of whatever input it is replayed on.
+Generating one token at a time is bound by memory bandwidth, so its time falls with the share of
+active experts. Three Triton kernels (`decode_kernels.py`) compute the gate, the experts and the sum
+of their outputs. No number comes back to the host and all launches have fixed sizes (programs
+without work return), so that a CUDA graph of them follows the routing of whatever input it is
+replayed on.
 
-Reads at each token: (k * 3 * I * D) expert weights and the gate; beside them, k * I / `width` rows
-of D float32 are written and read back. Every token reads its experts anew: not for many tokens.
-Sums run in a fixed order, in float32 throughout: results repeat bit for bit, and differ from the
-other paths by their rounding. What it does not do: gradients, surprise, other activations than
-`ACTIVATIONS`, more than `MAX_EXPERTS` experts.
+Each token reads k * 3 * I * D expert weights and the gate, and writes and reads back k * I /
+`width` rows of D float32. Every token reads its experts anew, so many tokens are faster on another
+path. Sums run in a fixed order, in float32 throughout: results repeat bit for bit, and differ from
+those of the other paths by rounding. This path has no gradients and no surprise, knows the
+activations in `ACTIVATIONS` alone, and at most `MAX_EXPERTS` experts.
 
 Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows, S rows of the
 scratch.
@@ -26,6 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.schema import Weighting
+from tiny_onn.ops.layout import ExpertWeights
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -34,43 +36,43 @@ MAX_EXPERTS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Blocks:
-    """How the work is cut into programs; results differ by rounding only."""
+class KernelBlocks:
+    """The kernels' block sizes, all powers of two; results differ by rounding only."""
 
     width: int = 8
-    """Neurons of a program, a power of two."""
+    """Neurons per program of the experts kernel."""
     hidden: int = 1024
-    """Features that it holds at once, a power of two."""
+    """Features that a program of the experts kernel holds at once."""
     warps: int = 4
-    """Of such a program."""
+    """Warps per program of the experts kernel."""
     sum_hidden: int = 16
-    """Features that a program of the last kernel sums up, a power of two."""
+    """Features per program of the combine kernel."""
     sum_rows: int = 256
-    """Rows of the scratch that it reads at once, a power of two."""
+    """Scratch rows that a program of the combine kernel reads at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selecting:
-    """The rule by which the kernels select: that of `router.route`."""
+    """The rule by which the kernels select, as `router.route` does."""
 
     num_active: int
-    """Routed experts, of largest logits; 0: those whose probability passes the threshold."""
+    """Number of routed experts, those of the largest logits; 0: a budget's threshold decides."""
     num_shared: int
-    """Experts, the first ones, that are active whatever their logits."""
+    """Number of shared experts: the first ones, which are always active."""
     weighting: Weighting
     tie_break: float
-    """Share by which a probability falls with its rank."""
+    """Share by which a probability falls with its rank, see `router.TIE_BREAK`."""
 
 
 class Gate(NamedTuple):
-    """A linear gate."""
+    """The parameters of a linear gate."""
 
     weight_ED: Float[Tensor, "experts hidden"]
     bias_E: Float[Tensor, " experts"]
     selection_bias_E: Float[Tensor, " experts"]
     """Added to the logits for selection."""
     threshold: Float[Tensor, ""]
-    """Of a budget."""
+    """Evaluation threshold of a budget; not read if `num_active` > 0."""
 
 
 class Decoded(NamedTuple):
@@ -85,7 +87,7 @@ class Decoded(NamedTuple):
 
 @functools.cache
 def triton_runs_on(device_type: str) -> bool:
-    """Whether there is a triton for the device: a GPU's, or its interpreter (for tests)."""
+    """Return whether triton runs on the device: on a GPU, or anywhere as interpreter in tests."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return (device_type == "cuda" or interpreted) and find_spec("triton") is not None
 
@@ -96,7 +98,7 @@ def can_decode(
     down_EDI: Float[Tensor, "experts hidden width"],
     activation: str,
 ) -> bool:
-    """Whether this path computes these inputs: few tokens, no gradients, a GPU with triton."""
+    """Return whether this path computes these inputs: few tokens, no gradients, a GPU's triton."""
     tensors = (x_TD, gate_up_EJD, down_EDI)
     return (
         not torch.is_grad_enabled()
@@ -106,7 +108,7 @@ def can_decode(
         and all(tensor.dtype in DTYPES for tensor in tensors)
         and gate_up_EJD.is_contiguous()
         and (down_EDI.is_contiguous() or down_EDI.mT.is_contiguous())
-        # The compiler traces the other paths, and fuses them.
+        # torch.compile can trace and fuse the other paths, but not these launches.
         and not torch.compiler.is_compiling()
         and triton_runs_on(x_TD.device.type)
     )
@@ -122,22 +124,24 @@ def expert_layer(
     activation: str,
     expert_scale_E: Float[Tensor, " experts"] | None = None,
     mean_outputs_ED: Float[Tensor, "experts hidden"] | None = None,
-    blocks: Blocks | None = None,
+    blocks: KernelBlocks | None = None,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The layer's output, `y[t] = sum_e weights[t, e] * scale[e] * expert_e(x[t])`, in x's format.
+    """Return `y[t] = sum_e weights[t, e] * scale[e] * expert_e(x[t])` in x's number format.
 
     The sum runs over the active experts; mean outputs of the inactive ones are added to it.
 
     Args:
-        x_TD: the layer's input, one of `DTYPES`.
-        gate_up_EJD: gate and up projections, contiguous, one of `DTYPES`; not rounded to x's.
-        down_EDI: down projections, likewise, or contiguous when transposed, which is read faster.
+        x_TD: the layer's input, in one of `DTYPES`.
+        gate_up_EJD: gate and up projections, contiguous, in one of `DTYPES`; they are not rounded
+            to the format of x.
+        down_EDI: down projections in one of `DTYPES`, contiguous, or contiguous when transposed,
+            which is read faster.
         weights_TE: routing weights, float32.
-        active_TE: which experts are read.
+        active_TE: the experts that are read and summed.
         activation: one of `ACTIVATIONS`.
-        expert_scale_E: a factor of the weights; None: 1.
-        mean_outputs_ED: what is added for an inactive expert; None: nothing.
-        blocks: how the work is cut; None: as measured.
+        expert_scale_E: a factor of each expert's weights; None: 1.
+        mean_outputs_ED: the vector that is added for an inactive expert; None: none.
+        blocks: the kernels' block sizes; None: the fastest ones as measured.
     """
     weights_TE = weights_TE.contiguous()
     tensors = _Tensors(
@@ -148,8 +152,9 @@ def expert_layer(
         weights=weights_TE,
         active=active_TE.contiguous(),
     )
-    corrections = (expert_scale_E, mean_outputs_ED)
-    return _run(x_TD, gate_up_EJD, down_EDI, tensors, None, activation, corrections, blocks)
+    weights = ExpertWeights(gate_up_EJD, down_EDI)
+    launch = _Launch(None, activation, expert_scale_E, mean_outputs_ED, blocks or KernelBlocks())
+    return _run(x_TD, weights, tensors, launch)
 
 
 def routed_expert_layer(
@@ -162,9 +167,9 @@ def routed_expert_layer(
     activation: str,
     expert_scale_E: Float[Tensor, " experts"] | None = None,
     mean_outputs_ED: Float[Tensor, "experts hidden"] | None = None,
-    blocks: Blocks | None = None,
+    blocks: KernelBlocks | None = None,
 ) -> Decoded:
-    """`expert_layer` of the routing that a linear gate and a rule give, and that routing.
+    """Return the output of `expert_layer` and the routing, which a linear gate and a rule give.
 
     The routing is that of `router.route`, with logits summed in another order. The rule says how
     many experts are active, and their weights; the other arguments are those of `expert_layer`.
@@ -188,13 +193,17 @@ def routed_expert_layer(
     tensors = _Tensors(
         logits_TE, gate.selection_bias_E, gate.threshold, scores_TE, weights_TE, active_TE
     )
-    corrections = (expert_scale_E, mean_outputs_ED)
-    y_TD = _run(x_TD, gate_up_EJD, down_EDI, tensors, rule, activation, corrections, blocks)
+    weights = ExpertWeights(gate_up_EJD, down_EDI)
+    launch = _Launch(rule, activation, expert_scale_E, mean_outputs_ED, blocks or KernelBlocks())
+    y_TD = _run(x_TD, weights, tensors, launch)
     return Decoded(y_TD, logits_TE, scores_TE, active_TE, weights_TE)
 
 
 class _Tensors(NamedTuple):
-    """What the experts' kernel selects by, or weights and active experts that it is given."""
+    """The routing's tensors: the experts kernel writes the last three if it has a rule.
+
+    Without a rule it reads weights and active experts, and none of the others.
+    """
 
     logits: Tensor
     selection_bias: Tensor
@@ -204,18 +213,19 @@ class _Tensors(NamedTuple):
     active: Tensor
 
 
-def _run(  # noqa: PLR0917
-    x_TD: Tensor,
-    gate_up_EJD: Tensor,
-    down_EDI: Tensor,
-    tensors: _Tensors,
-    rule: Selecting | None,
-    activation: str,
-    corrections: tuple[Tensor | None, Tensor | None],
-    blocks: Blocks | None,
-) -> Tensor:
-    blocks = blocks or Blocks()
-    expert_scale_E, mean_outputs_ED = corrections
+class _Launch(NamedTuple):
+    """The options of a call; without a rule the routing is given."""
+
+    rule: Selecting | None
+    activation: str
+    expert_scale_E: Tensor | None
+    mean_outputs_ED: Tensor | None
+    blocks: KernelBlocks
+
+
+def _run(x_TD: Tensor, weights: ExpertWeights, tensors: _Tensors, launch: _Launch) -> Tensor:
+    gate_up_EJD, down_EDI = weights
+    rule, activation, expert_scale_E, mean_outputs_ED, blocks = launch
     x_TD = x_TD.contiguous()
     E, D, I = down_EDI.shape
     T = len(x_TD)
@@ -272,12 +282,12 @@ def _run(  # noqa: PLR0917
 
 
 def _kernels() -> Any:  # noqa: ANN401 - triton's types are known where it is installed
-    # Here and not at the top: a CPU's torch comes without triton.
+    # The import stands here because torch for CPUs comes without triton.
     from tiny_onn.ops import decode_kernels  # noqa: PLC0415
 
     return decode_kernels
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest that is not below it."""
+    """Return the smallest power of two that is not below `size`."""
     return 1 << max(size - 1, 0).bit_length()

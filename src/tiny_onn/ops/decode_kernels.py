@@ -1,8 +1,9 @@
 """The three Triton kernels of `decode.py`; importing this module imports triton.
 
-    gate      logits[t, e] = <gate[e], x[t]> + bias[e]                       one program per (t, e)
-    experts   selection, then a block of an active expert's neurons, its (D,) output to a scratch
-    combine   y[t] = the sum of the scratch's rows, in their order            one per (t, part of D)
+    gate      computes logits[t, e] = <gate[e], x[t]> + bias[e], one program per (t, e)
+    experts   selects, and writes the (D,) output of a block of an active expert's neurons to a
+              row of a scratch
+    combine   sums the scratch's rows of a token in their order, one program per (t, part of D)
 
 The selection takes less time than a launch, so every program of `experts` repeats it instead of
 waiting for a fourth kernel. Arithmetic is float32; no sum depends on the order in which programs
@@ -29,7 +30,7 @@ def gate_kernel(
     E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`logits[t, e] = <gate[e], x[t]> + bias[e]`."""
+    """Compute `logits[t, e] = <gate[e], x[t]> + bias[e]`."""
     t = tl.program_id(0)
     e = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
@@ -45,7 +46,7 @@ def gate_kernel(
 @triton.jit
 @no_type_check
 def softmax(values):
-    """Along the only axis; minus infinity gives 0."""
+    """Return the softmax of a vector; minus infinity gives 0."""
     powers = tl.exp(values - tl.max(values, axis=0))
     return tl.div_rn(powers, tl.zeros_like(powers) + tl.sum(powers, axis=0))
 
@@ -64,9 +65,9 @@ def select(
     WEIGHTING: tl.constexpr,
     TIE_BREAK: tl.constexpr,
 ):
-    """`router.route` of one token: scores, which are active (0 or 1), and weights."""
+    """Compute `router.route` of one token: scores, active experts (0 or 1), and weights."""
     shared = e < NUM_SHARED
-    # As if there were no such experts, until the end.
+    # Shared experts are left out of selection and weights until the end.
     logits = tl.where(shared, float("-inf"), logits)
     selecting = logits + bias
     above = selecting[:, None] > selecting[None, :]
@@ -79,16 +80,16 @@ def select(
     else:
         scores = selecting
         active = ((rank < NUM_ACTIVE) & (e < E)).to(tl.int32)
-    kept = active.to(tl.float32)
+    chosen = active.to(tl.float32)
     if WEIGHTING == "softmax":
-        weights = softmax(logits) * kept
+        weights = softmax(logits) * chosen
         weights = tl.div_rn(weights, tl.zeros_like(weights) + tl.sum(weights, axis=0))
     elif WEIGHTING == "sigmoid":
-        weights = kept / (1.0 + tl.exp(-logits))
+        weights = chosen / (1.0 + tl.exp(-logits))
     elif WEIGHTING == "mean":
-        weights = tl.div_rn(kept, tl.zeros_like(kept) + tl.sum(kept, axis=0))
+        weights = tl.div_rn(chosen, tl.zeros_like(chosen) + tl.sum(chosen, axis=0))
     else:
-        weights = kept
+        weights = chosen
     scores = tl.where(shared, float("inf"), scores)
     return scores, tl.where(shared, 1, active), tl.where(shared, 1.0, weights)
 
@@ -96,7 +97,7 @@ def select(
 @triton.jit
 @no_type_check
 def activate(gate, ACTIVATION: tl.constexpr):
-    """The activation of float32 values."""
+    """Return the activation of float32 values."""
     if ACTIVATION == "silu":
         value = gate * tl.sigmoid(gate)
     elif ACTIVATION == "gelu_pytorch_tanh":
@@ -138,7 +139,7 @@ def experts_kernel(
     TIE_BREAK: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Weighted outputs of the neurons of the s-th active block, of programs (t, s)."""
+    """Compute the weighted output of token t's s-th active block of neurons; program (t, s)."""
     t = tl.program_id(0)
     s = tl.program_id(1)
     e = tl.arange(0, BLOCK_E)
@@ -168,7 +169,7 @@ def experts_kernel(
         at = (2 * expert * I + i).to(tl.int64)[:, None] * D + d[None, :]
         at_down = expert.to(tl.int64) * I * D + i[:, None] * STRIDE_I + d[None, :] * STRIDE_D
         in_row = (i < I)[:, None]
-        # Asked for before it is needed, so that it comes while the first sums are made.
+        # The down projection is loaded early, so that it arrives while the first sums are made.
         w_down = tl.load(down + at_down, mask=in_row & (d < D)[None, :], other=0.0)
         gate = tl.zeros((BLOCK_I,), tl.float32)
         up = tl.zeros((BLOCK_I,), tl.float32)
@@ -205,7 +206,7 @@ def combine_kernel(
     MAX_ROWS: tl.constexpr,
     COMPENSATED: tl.constexpr,
 ):
-    """The sum of a token's rows, and of the mean outputs of its inactive experts."""
+    """Sum a token's rows, and the mean outputs of its inactive experts."""
     t = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -213,7 +214,7 @@ def combine_kernel(
     num_rows = tl.sum(on, axis=0) * N
     rows = partial + (t * E * N).to(tl.int64) * D
     total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    # To the largest possible number, so that no load waits for the loop.
+    # The loop runs to the largest possible number of rows, so that no load waits for the loop.
     for start in tl.static_range(0, MAX_ROWS, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         inside = (s < num_rows)[:, None] & (d < D)[None, :]

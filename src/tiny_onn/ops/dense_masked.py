@@ -1,15 +1,16 @@
-"""The expert layer, dense and masked: every expert computed, the routing weight applied in between.
+"""The expert layer, dense and masked: it computes every expert on every token.
 
-At half density with narrow experts, gathering tokens costs more than it saves, so training runs two
-large matrix products and one elementwise region each way. The backward pass has everything at hand
-that surprise is made of, so the same `autograd.Function` returns, as the gradient of the router
-logits, the gradient of the SMK loss: both systems learn in one backward pass, and it is an ordinary
-gradient for checkpointing, accumulation and data parallelism.
+The routing weight is applied between the two matrix products of the forward pass. At half density
+with narrow experts, gathering tokens costs more than it saves, so training runs two large matrix
+products and one elementwise region each way. The backward pass has everything at hand that surprise
+is made of, so the same `autograd.Function` returns the gradient of the SMK loss as the gradient of
+the router's logits: both systems learn in one backward pass, and checkpointing, accumulation and
+data parallelism meet an ordinary gradient.
 
-Cost: 6 * T * F * D multiply-adds forward and backward together with 3 matrix products each counted
-once (9 in all), as a dense MLP. Memory kept for backward: x and the (T, 2F) pre-activations. In
-chunks of C tokens only x is kept: the working set is that of C tokens, and the pre-activations are
-computed again in the backward pass (11 in all).
+Cost: forward and backward pass together take 9 * T * F * D multiply-adds, as in a dense MLP: 3 in
+the forward pass (gate, up and down), 6 in the backward pass. Memory kept for backward: x and the
+(T, 2F) pre-activations. With chunks of C tokens only x is kept: the working set is that of C
+tokens, and the backward pass computes the pre-activations again (11 * T * F * D in all).
 
 Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows,
 F = E * I neurons.
@@ -25,17 +26,26 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.schema import Surprise
-from tiny_onn.ops.layout import joined_down, parted_down
+from tiny_onn.ops.layout import ExpertWeights, joined_down, parted_down
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.regions import (
     Activation,
-    activation_and_slope,
+    NeuronState,
     gradient_region,
+    gram_coefficients,
     hidden_region,
     region_of,
-    wide,
+    to_math_dtype,
 )
-from tiny_onn.ops.router_gradient import SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import (
+    GRAM_KINDS,
+    RoutingTables,
+    SmkStep,
+    SurpriseTerms,
+    closed_form_surprise,
+    router_gradient,
+    squared_norms,
+)
 
 
 def expert_layer(
@@ -52,11 +62,11 @@ def expert_layer(
     compiled: bool = False,
     chunk_tokens: int = 0,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])`.
+    """Return the layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])`.
 
-    Defined by `reference.expert_layer`. The gradient of x, of the experts and of the routing
-    weights (inactive ones too) is the loss'. The gradient of `router_logits_TE` is that of the SMK
-    loss when `smk` is given and None otherwise.
+    `reference.expert_layer` defines it. The gradients of x, of the experts and of the routing
+    weights (inactive ones too) are those of the loss. The gradient of `router_logits_TE` is that of
+    the SMK loss when `smk` is given, and None otherwise.
 
     Args:
         x_TD: the layer's input, in the compute format; under autocast it is cast to autocast's.
@@ -64,13 +74,13 @@ def expert_layer(
         down_EDI: down projections, any format; cast to x's.
         weights_TE: routing weights, 0 where inactive.
         router_logits_TE: the gate's float32 logits.
-        activation: elementwise.
+        activation: the experts' activation, an elementwise function.
         active_TE: active experts, the candidates of SMK; None: where the weights are not 0.
         token_mask_T: tokens that count in SMK targets and statistics; None: all.
-        smk: how the gate is taught; None: it is not.
-        compiled: fuse the elementwise regions with torch.compile.
-        chunk_tokens: tokens that both passes process at once, 0: all; the experts' gradients are
-            then summed over chunks in float32.
+        smk: the instructions for the router's gradient; None: it gets none.
+        compiled: whether torch.compile fuses the elementwise regions.
+        chunk_tokens: number of tokens that both passes process at once; 0: all. With several chunks
+            the experts' gradients are summed in float32.
     """
     if active_TE is None:
         active_TE = weights_TE != 0
@@ -176,22 +186,24 @@ class _DenseMasked(torch.autograd.Function):
             del hidden, grad_pre
             dots.append(dot)
             if smk is not None:
-                kind, act = smk.rule.surprise, options.activation
+                kind = smk.rule.surprise
                 x_sq, grad_y_sq = squared_norms(kind, x, grad_y, compiled=options.compiled)
-                sums = Sums(
+                terms = SurpriseTerms(
                     x_sq_T1=x_sq,
                     grad_y_sq_T1=grad_y_sq,
                     pre_sq_TE=pre_sq,
                     hidden_sq_TE=hidden_sq,
                     dot_TE=dot,
                 )
-                surprises.append(_surprise(kind, sums, pre, grad_hidden, gate_up, down, act))
+                neurons = NeuronState(pre, grad_hidden, options.activation)
+                surprises.append(_surprise(kind, terms, neurons, ExpertWeights(gate_up, down)))
         del gate_up_FD, down_DF
         grad_weights = _joined(dots).to(weights_TE.dtype) if need_weights else None
         grad_logits = None
         if smk is not None:
-            routing = (weights_TE, logits_TE, active_TE, token_mask_T)
-            grad_logits = teach(smk, _joined(surprises), *routing, compiled=options.compiled)
+            routing = RoutingTables(weights_TE, logits_TE, active_TE, token_mask_T)
+            surprise_TE = _joined(surprises)
+            grad_logits = router_gradient(smk, surprise_TE, routing, compiled=options.compiled)
         return (
             grad_x,
             grad_gate_up.take().view_as(gate_up).to(gate_up.dtype) if need_gate_up else None,
@@ -205,7 +217,7 @@ class _DenseMasked(torch.autograd.Function):
 
 
 class _Product:
-    """The sum over chunks of `left.T @ right`, in float32 if there is more than one."""
+    """The sum over chunks of `left.T @ right`, in float32 if there is more than one chunk."""
 
     def __init__(self, num_chunks: int) -> None:
         self.num_chunks = num_chunks
@@ -214,7 +226,7 @@ class _Product:
     def add(self, left_TF: Tensor, right_TD: Tensor) -> None:
         if self.total is None:
             product_FD = left_TF.T @ right_TD
-            self.total = wide(product_FD) if self.num_chunks > 1 else product_FD
+            self.total = to_math_dtype(product_FD) if self.num_chunks > 1 else product_FD
         elif self.total.dtype == right_TD.dtype:
             self.total.addmm_(left_TF.T, right_TD)
         else:
@@ -230,32 +242,24 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _surprise(  # noqa: PLR0917
-    kind: Surprise,
-    sums: Sums,
-    pre_TE2I: Tensor,
-    grad_hidden_TEI: Tensor,
-    gate_up_EJD: Tensor,
-    down_EDI: Tensor,
-    activation: Activation,
+def _surprise(
+    kind: Surprise, terms: SurpriseTerms, neurons: NeuronState, weights: ExpertWeights
 ) -> Float[Tensor, "tokens experts"]:
-    """`reference.surprise` for all tokens at once."""
-    if kind not in ("magnitude", "input"):
-        return closed_form(kind, sums)
-    gate, up = wide(pre_TE2I[:, :, 0]), wide(pre_TE2I[:, :, 1])
-    if kind == "magnitude":
-        return gram_norm(activation(gate) * up, down_EDI.mT)
-    value, slope = activation_and_slope(activation, gate)
-    grad_hidden = wide(grad_hidden_TEI)
-    grads_TEJ = torch.cat((grad_hidden * up * slope, grad_hidden * value), dim=-1)
-    return gram_norm(grads_TEJ, gate_up_EJD)
+    """Return `reference.surprise` of all tokens at once."""
+    if kind not in GRAM_KINDS:
+        return closed_form_surprise(kind, terms)
+    matrix = weights.down_EDI.mT if kind == "magnitude" else weights.gate_up_EJD
+    return gram_norm(gram_coefficients(kind, neurons), matrix)
 
 
 def gram_norm(
     coefficients_TEJ: Float[Tensor, "tokens experts rows"],
     rows_EJD: Float[Tensor, "experts rows hidden"],
 ) -> Float[Tensor, "tokens experts"]:
-    """`|sum_j c[t, e, j] rows[e, j]|` through the rows' Gram matrix: nothing of size T * E * D."""
+    """Return `|sum_j c[t, e, j] rows[e, j]|` without a tensor of size T * E * D.
+
+    The squared norm is a quadratic form of the coefficients in the rows' Gram matrix.
+    """
     rows_EJD = rows_EJD.to(coefficients_TEJ.dtype)
     gram_EJJ = rows_EJD @ rows_EJD.mT
     coefficients_ETJ = coefficients_TEJ.transpose(0, 1)

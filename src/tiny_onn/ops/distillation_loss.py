@@ -1,33 +1,35 @@
 """Distillation losses from hidden states, without ever holding the logits of all tokens.
 
 Both heads are projected for `chunk_tokens` tokens at a time, and the gradient of every token's
-loss with respect to its own hidden state is computed in the same pass, so that backward is one
-row-wise multiplication. The elementwise work runs on tiles of a few rows, which bound the fp32
+loss with respect to its own hidden state is computed in the same pass, so that the backward pass is
+one row-wise multiplication. The elementwise work runs on tiles of a few rows, which bound the fp32
 memory and, on a CPU, the traffic beyond the cache.
 
-Memory: two (C, V) buffers in the hidden states' dtype, four (R, V) tiles of 8 MiB (CPU) or 64 MiB
-(GPU) in fp32, or of one row where that is more, a fifth under a softcap, and the saved (T, D)
-gradient in the hidden states' dtype.
-FLOPs per token: 2 V (D_student + D_teacher) forward and 2 V D_student for the gradient.
-Time of forward_kl with its gradient at V 151,936, D 1,024 on 2 AVX-512 cores: 0.81 (fp32) and 0.47
-(bf16) of all logits at once with F.kl_div and autograd; the three matmuls alone are 0.73 and 0.35.
+Memory: two (C, V) buffers and the saved (T, D) gradient in the hidden states' dtype, and four
+(R, V) tiles in fp32 (five under a softcap), each of 8 MiB (CPU) or 64 MiB (GPU), or of one row
+where that is more.
+FLOPs per token: 2 V (D_student + D_teacher) for the loss and 2 V D_student for its gradient.
+Time of forward_kl with its gradient at V 151,936, D 1,024 on 2 AVX-512 cores, as a share of the
+time of F.kl_div and autograd on all logits at once: 0.81 (fp32) and 0.47 (bf16). The three matmuls
+alone take 0.73 and 0.35.
 
 Precision: matmuls run in the hidden states' dtype, so the logits are those the model itself gives;
 everything elementwise is fp32, or float64 for float64 inputs; autocast changes neither. The
-gradients at the logits and at the hidden states are rounded to that dtype before any weighting, so
-that a mean over many tokens cannot push them out of range; temperature, scale and upstream weights
-follow in fp32 in backward.
+gradients at the logits and at the hidden states are rounded to the hidden states' dtype before any
+weighting, so that a mean over many tokens cannot push them out of range; the backward pass
+multiplies by temperature, scale and upstream weights in fp32.
 
-Not done here: gradients for heads or teacher, second derivatives, and any clamping: NaN and Inf in
-the inputs show in the outputs.
+Heads and teacher get no gradient, there are no second derivatives, and nothing is clamped: NaN and
+Inf in the inputs show in the outputs.
 
-Legend: T tokens, D hidden, V vocabulary, C tokens of a chunk, R rows of a tile. Tensors `s_` are
-the student's, `q_` the teacher's.
+Legend: T tokens, D hidden, V vocabulary, C tokens of a chunk, R rows of a tile. Tensors named `s_`
+belong to the student, those named `q_` to the teacher.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, assert_never
 
 import torch
@@ -39,6 +41,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.ops.divergence import (
     IGNORED_LABEL,
     ChunkValues,
+    DivergenceChoice,
     HeadMap,
     divergence_region,
     finish_,
@@ -52,36 +55,36 @@ from tiny_onn.ops.regions import compiled_region
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
-# Within 13 % of the fastest of 1 to 16 MiB (V 49,152 and 151,936, 1 and 2 AVX-512 cores). On busy
-# cores smaller tiles lose: their threads wait for each other more often.
+# This size is within 13 % of the fastest of 1 to 16 MiB (V 49,152 and 151,936, 1 and 2 AVX-512
+# cores). On busy cores smaller tiles lose, since their threads wait for each other more often.
 CPU_TILE_BYTES = 8 << 20
 GPU_TILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """How hidden states become logits: `softcap * tanh(scale * (x @ weight.T + bias) / softcap)`.
+    """The map from hidden states to logits, which gets no gradient.
 
-    It is frozen: no loss here gives it a gradient.
+    It is `softcap * tanh(scale * (x @ weight.T + bias) / softcap)`.
     """
 
     weight: Float[Tensor, "vocab hidden"]
     """Output embeddings, in the dtype of the hidden states they meet."""
     bias: Float[Tensor, " vocab"] | None = None
-    """Added to the product, if the head has one."""
+    """Bias of the matrix product; None: the head has none."""
     scale: float = 1.0
-    """The logits are multiplied by it (Cohere's logit_scale, 1 / Granite's logits_scaling)."""
+    """Factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling)."""
     softcap: float | None = None
     """Bound of the logits' magnitude (Gemma-2's final_logit_softcapping). None: unbounded."""
 
     def map(self) -> HeadMap:
-        """What follows the matrix product."""
+        """Return the part of the head that follows the matrix product."""
         return HeadMap(self.scale, self.softcap)
 
     def logits(
         self, hidden_states: Float[Tensor, "tokens hidden"]
     ) -> Float[Tensor, "tokens vocab"]:
-        """The logits in fp32 (float64 for float64 inputs), the product in the inputs' dtype."""
+        """Return fp32 logits (float64 for float64 inputs); the product is in the inputs' dtype."""
         logits_TV = torch.nn.functional.linear(hidden_states, self.weight, self.bias)
         logits_TV = logits_TV.to(_math_dtype(logits_TV.dtype)) * self.scale
         if self.softcap is None:
@@ -91,22 +94,23 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillValues:
-    """What one pass says about every token, in nats; fp32 (float64 for float64 inputs)."""
+    """The results of one pass for every token, in nats; fp32 (float64 for float64 inputs)."""
 
     loss: Float[Tensor, " tokens"]
-    """The divergence asked for, times the squared temperature. The only one with a gradient."""
+    """The chosen divergence times the squared temperature; no other value has a gradient."""
     forward_kl: Float[Tensor, " tokens"]
     """KL(teacher || student) at temperature 1, whatever the loss is."""
     teacher_entropy: Float[Tensor, " tokens"]
-    """Soft-label cross-entropy is `forward_kl + teacher_entropy`. NaN without metrics."""
+    """Entropy of the teacher at temperature 1: soft-label cross-entropy less `forward_kl`. NaN
+    without metrics."""
     student_entropy: Float[Tensor, " tokens"]
-    """Of the student's own distribution at temperature 1. NaN without metrics."""
+    """Entropy of the student at temperature 1. NaN without metrics."""
     student_nll: Float[Tensor, " tokens"]
-    """-log p(label), 0 where the label is -100. NaN without metrics."""
+    """-log p(label) of the student, 0 where the label is -100. NaN without metrics."""
     teacher_nll: Float[Tensor, " tokens"]
-    """-log p(label), 0 where the label is -100. NaN without metrics."""
+    """-log p(label) of the teacher, 0 where the label is -100. NaN without metrics."""
     agrees: Bool[Tensor, " tokens"]
-    """Whether student and teacher rank the same token first. All False without metrics."""
+    """True if student and teacher rank the same token first. False without metrics."""
 
 
 @without_autocast
@@ -124,7 +128,7 @@ def distill(
     need_metrics: bool = True,
     compiled: bool = False,
 ) -> DistillValues:
-    """Per-token divergence between two models' next-token distributions, from hidden states.
+    """Compute the per-token divergence of two models' next-token distributions.
 
     `loss[t] = temperature**2 * divergence(softmax(teacher_logits[t] / temperature),
     softmax(student_logits[t] / temperature))`, differentiable with respect to `student_hidden`
@@ -137,31 +141,30 @@ def distill(
 
     Args:
         student_hidden: Final hidden states of the student, after its last norm.
-        teacher_hidden: The same of the teacher, whose width and dtype may differ.
+        teacher_hidden: Final hidden states of the teacher; width and dtype may differ.
         student_head: The student's output projection.
-        teacher_head: The teacher's, over the same vocabulary.
+        teacher_head: The teacher's output projection, over the same vocabulary.
         labels: Next tokens, -100 where there is none.
-        divergence: Which divergence `loss` is.
-        temperature: Above 0.
+        divergence: The divergence that `loss` is.
+        temperature: A number above 0 that divides both models' logits.
         jsd_beta: Weight of the teacher in the mixture of `jsd`, in (0, 1).
-        chunk_tokens: Tokens whose logits exist at once, at least 1.
+        chunk_tokens: Number of tokens whose logits exist at once, at least 1.
         need_metrics: Whether to fill the entropies, the two `nll` and `agrees`.
-        compiled: Whether the elementwise work runs through torch.compile, which a GPU gains from;
-            it then fills the metrics in any case.
+        compiled: Whether the elementwise work runs through torch.compile, from which a GPU gains;
+            the metrics are then filled in any case.
 
     Raises:
-        UserError: A ValueError, for sizes, dtypes, labels or settings that do not fit.
+        UserError: Sizes, dtypes, labels or settings do not fit. It is a ValueError too.
 
-    Source: generalised JSD as Agarwal et al., arXiv 2306.13649, equation 1, with P the teacher and
-    Q the student: divided by beta, it tends to the forward KL as beta tends to 0.
+    Source: the generalised JSD is equation 1 of Agarwal et al., arXiv 2306.13649, with P the
+    teacher and Q the student. Divided by beta, it tends to the forward KL as beta tends to 0.
     """
     _check_settings(temperature, jsd_beta, chunk_tokens)
     student, teacher = _Side(student_hidden, student_head), _Side(teacher_hidden, teacher_head)
     _check_tensors(student, teacher, labels)
     need_grad = student_hidden.requires_grad and torch.is_grad_enabled()
-    settings = _Settings(
-        divergence, temperature, jsd_beta, chunk_tokens, need_metrics, need_grad, compiled
-    )
+    choice = DivergenceChoice(divergence, temperature, jsd_beta)
+    settings = _Settings(choice, chunk_tokens, need_metrics, need_grad, compiled)
     with torch.no_grad():
         values, grad_TD = _distill_chunks(student, teacher, labels, settings)
     if not settings.need_grad:
@@ -172,7 +175,7 @@ def distill(
 
 
 class _Side(NamedTuple):
-    """One of the two models."""
+    """The hidden states and the head of one of the two models."""
 
     hidden: Tensor
     head: Head
@@ -181,9 +184,7 @@ class _Side(NamedTuple):
 class _Settings(NamedTuple):
     """The options of `distill`, and whether it needs a gradient."""
 
-    divergence: Divergence
-    temperature: float
-    jsd_beta: float
+    choice: DivergenceChoice
     chunk_tokens: int
     need_metrics: bool
     need_grad: bool
@@ -210,69 +211,74 @@ class _WithGradient(torch.autograd.Function):
 def _distill_chunks(
     student: _Side, teacher: _Side, labels: Tensor, settings: _Settings
 ) -> tuple[DistillValues, Tensor]:
-    """All values, and the gradient at the student's hidden states short of constant factors."""
+    """Return all values, and the gradient at the student's hidden states without factors.
+
+    The missing factors, temperature and scale, are constant.
+    """
     (s_TD, s_head), (q_TD, q_head) = student, teacher
     T, V = len(labels), len(s_head.weight)
     values = _unfilled_values(labels, _math_dtype(s_TD.dtype, q_TD.dtype))
     grad_TD = s_TD.new_empty(s_TD.shape if settings.need_grad else 0)
-    # One allocation for all chunks: on a CPU, faulting in fresh pages costs more than the maths.
+    # All chunks share one allocation: on a CPU, faulting in fresh pages costs more than the maths.
     C = min(settings.chunk_tokens, T)
     s_buffer_CV, q_buffer_CV = s_TD.new_empty(C, V), q_TD.new_empty(C, V)
-    fill = _fill_compiled if settings.compiled else _tiled_fill(s_buffer_CV, s_head, settings)
+    maps = (s_head.map(), q_head.map())
+    if settings.compiled:
+        fill = partial(_fill_compiled, maps, settings.choice)
+    else:
+        fill = _tiled_fill(s_buffer_CV, maps, settings)
     for start in range(0, T, settings.chunk_tokens):
         rows = slice(start, min(start + settings.chunk_tokens, T))
         s_CV, q_CV = (buffer[: rows.stop - start] for buffer in (s_buffer_CV, q_buffer_CV))
         _project(s_TD[rows], s_head, s_CV)
         _project(q_TD[rows], q_head, q_CV)
-        fill(values, rows, labels, (s_CV, q_CV), (s_head.map(), q_head.map()), settings)
+        fill(values, rows, labels[rows], (s_CV, q_CV))
         if settings.need_grad:
             torch.mm(s_CV, s_head.weight, out=grad_TD[rows])
     return values, grad_TD
 
 
 def _fill_compiled(  # noqa: PLR0917
+    maps: tuple[HeadMap, HeadMap],
+    choice: DivergenceChoice,
     values: DistillValues,
     rows: slice,
-    labels: Tensor,
+    labels_C: Tensor,
     chunks: tuple[Tensor, Tensor],
-    maps: tuple[HeadMap, HeadMap],
-    settings: _Settings,
 ) -> None:
     """Fill `rows` of `values` from both heads' products; the student's become the gradient."""
-    how = (settings.divergence, settings.temperature, settings.jsd_beta)
-    chunk: ChunkValues = compiled_region(divergence_region)(*chunks, labels[rows], *maps, *how)
+    chunk: ChunkValues = compiled_region(divergence_region)(*chunks, labels_C, maps, choice)
     for name in ChunkValues._fields:
         getattr(values, name)[rows] = getattr(chunk, name)
 
 
-def _tiled_fill(buffer_CV: Tensor, s_head: Head, settings: _Settings) -> Callable[..., None]:
-    """`_fill_compiled` by hand, in tiles of a few rows that all chunks share."""
+def _tiled_fill(
+    buffer_CV: Tensor, maps: tuple[HeadMap, HeadMap], settings: _Settings
+) -> Callable[..., None]:
+    """Return a function that does the work of `_fill_compiled` in tiles, shared by all chunks."""
     (C, V), dtype = buffer_CV.shape, _math_dtype(buffer_CV.dtype)
     tile_bytes = CPU_TILE_BYTES if buffer_CV.device.type == "cpu" else GPU_TILE_BYTES
     R = min(C, max(1, tile_bytes // (V * dtype.itemsize)))
     tiles = [buffer_CV.new_empty((R, V), dtype=dtype) for _ in range(4)]
-    need_slope = settings.need_grad and s_head.softcap is not None
+    s_map, q_map = maps
+    need_slope = settings.need_grad and s_map.softcap is not None
     slope = torch.empty_like(tiles[0]) if need_slope else None
 
-    def fill(  # noqa: PLR0917
-        values: DistillValues,
-        rows: slice,
-        labels: Tensor,
-        chunks: tuple[Tensor, Tensor],
-        maps: tuple[HeadMap, HeadMap],
-        settings: _Settings,
+    def fill(
+        values: DistillValues, rows: slice, labels_C: Tensor, chunks: tuple[Tensor, Tensor]
     ) -> None:
-        (s_CV, q_CV), (s_map, q_map) = chunks, maps
-        for low in range(rows.start, rows.stop, R):
-            high = min(low + R, rows.stop)
-            part = slice(low - rows.start, high - rows.start)
-            s_RV, q_RV, w1_RV, w2_RV = (tile[: high - low] for tile in tiles)
-            slope_RV = None if slope is None else slope[: high - low]
+        s_CV, q_CV = chunks
+        for low in range(0, len(labels_C), R):
+            part = slice(low, min(low + R, len(labels_C)))
+            num = part.stop - low
+            s_RV, q_RV, w1_RV, w2_RV = (tile[:num] for tile in tiles)
+            slope_RV = None if slope is None else slope[:num]
             raw_RV = s_CV[part]
             finish_(s_RV.copy_(raw_RV), s_map, slope_RV)
             finish_(q_RV.copy_(q_CV[part]), q_map)
             work = (s_RV, q_RV, w1_RV, w2_RV)
-            grad_RV = _fill_rows(values, slice(low, high), labels, work, settings)
+            into = slice(rows.start + low, rows.start + part.stop)
+            grad_RV = _fill_rows(values, into, labels_C[part], work, settings)
             if grad_RV is not None:
                 raw_RV.copy_(grad_RV if slope_RV is None else grad_RV.mul_(slope_RV))
 
@@ -282,14 +288,14 @@ def _tiled_fill(buffer_CV: Tensor, s_head: Head, settings: _Settings) -> Callabl
 def _fill_rows(
     values: DistillValues,
     rows: slice,
-    labels: Tensor,
+    labels_R: Tensor,
     tiles: tuple[Tensor, Tensor, Tensor, Tensor],
     settings: _Settings,
 ) -> Tensor | None:
-    """Fill `rows` of `values` from logits; return the loss' gradient at them, short of a factor t.
+    """Fill `rows` of `values` from logits; return the loss' gradient at the logits over t.
 
-    `tiles` are the student's logits, the teacher's, and two scratch tiles. All are overwritten:
-    each is taken over as soon as what it holds is no longer needed.
+    `tiles` are the student's logits, the teacher's logits, and two scratch tiles. All of them are
+    overwritten: each is used again as soon as its contents are no longer needed.
     """
     s_RV, q_RV, w1_RV, w2_RV = tiles
     if settings.need_metrics:
@@ -298,28 +304,27 @@ def _fill_rows(
     log_q_RV = torch.log_softmax(q_RV, -1, out=s_RV)
     probs_q_RV = torch.exp(log_q_RV, out=q_RV)
     if settings.need_metrics:
-        values.student_nll[rows] = nll(log_s_RV, labels[rows])
-        values.teacher_nll[rows] = nll(log_q_RV, labels[rows])
+        values.student_nll[rows] = nll(log_s_RV, labels_R)
+        values.teacher_nll[rows] = nll(log_q_RV, labels_R)
         values.teacher_entropy[rows] = -torch.mul(probs_q_RV, log_q_RV, out=w2_RV).sum(-1)
         values.student_entropy[rows] = -torch.exp(log_s_RV, out=w2_RV).mul_(log_s_RV).sum(-1)
     forward_kl_R = tile_forward_kl(log_s_RV, log_q_RV, probs_q_RV, w2_RV)
     values.forward_kl[rows] = forward_kl_R
     work = (log_s_RV, log_q_RV, probs_q_RV, w2_RV)
 
-    t = settings.temperature
+    divergence, t, beta = settings.choice
     if t != 1:
-        # Log-probabilities are logits less a constant, which the second softmax takes out.
+        # Log-probabilities are logits less a constant, and a softmax ignores constants.
         log_s_RV = torch.log_softmax(w1_RV.div_(t), -1, out=w2_RV)
         log_q_RV = torch.log_softmax(s_RV.div_(t), -1, out=q_RV)
         work = (log_s_RV, log_q_RV, torch.exp(log_q_RV, out=w1_RV), s_RV)
-    match settings.divergence:
+    match divergence:
         case "forward_kl":
             loss_R = forward_kl_R if t == 1 else tile_forward_kl(*work)
             grad_RV = work[0].exp_().sub_(work[2]) if settings.need_grad else None
         case "reverse_kl":
             loss_R, grad_RV = tile_reverse_kl_(*work[:2], work[3], need_grad=settings.need_grad)
         case "jsd":
-            beta = settings.jsd_beta
             loss_R, grad_RV = tile_jsd_(*work, beta=beta, need_grad=settings.need_grad)
         case _ as unknown:
             assert_never(unknown)
@@ -328,7 +333,7 @@ def _fill_rows(
 
 
 def _project(hidden_CD: Tensor, head: Head, out_CV: Tensor) -> None:
-    """The head's linear map, written into `out_CV`."""
+    """Write the head's linear map of the hidden states into `out_CV`."""
     if head.bias is None:
         torch.mm(hidden_CD, head.weight.T, out=out_CV)
     else:
@@ -336,7 +341,7 @@ def _project(hidden_CD: Tensor, head: Head, out_CV: Tensor) -> None:
 
 
 def _unfilled_values(labels_T: Tensor, dtype: torch.dtype) -> DistillValues:
-    """Values that say NaN and False until they are written."""
+    """Return values that hold NaN and False until they are written."""
     floats_6T = torch.full((6, len(labels_T)), math.nan, dtype=dtype, device=labels_T.device)
     names = tuple(name for name in ChunkValues._fields if name != "agrees")
     agrees_T = torch.zeros_like(labels_T, dtype=torch.bool)
@@ -348,7 +353,7 @@ def _math_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def _check_settings(temperature: float, jsd_beta: float, chunk_tokens: int) -> None:
-    # Chained comparisons refuse NaN too.
+    # Chained comparisons are false for NaN, so NaN is refused too.
     if not 0 < temperature < math.inf:
         raise UserError(
             f"loss.temperature: got {temperature}, expected a finite number above 0; "

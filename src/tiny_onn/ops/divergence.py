@@ -1,4 +1,4 @@
-"""The elementwise work of the distillation loss: a plain function to compile, and parts by hand.
+"""The elementwise work of the distillation loss: one function to compile, and parts for tiles.
 
 `divergence_region` compiled on a GPU is two passes over both chunks of logits, one for the softmax
 statistics and one for the sums and the gradient, with nothing of the chunk's size in float32. The
@@ -16,20 +16,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiny_onn.ops.regions import wide
+from tiny_onn.ops.regions import to_math_dtype
 
 IGNORED_LABEL = -100
 
 
 class HeadMap(NamedTuple):
-    """From a head's matrix product to its logits: `softcap * tanh(scale * x / softcap)`."""
+    """The map from a head's matrix product to its logits: `softcap * tanh(scale * x / softcap)`."""
 
     scale: float
     softcap: float | None
 
 
+class DivergenceChoice(NamedTuple):
+    """The divergence of a loss, the temperature, and the teacher's weight in the mixture of jsd."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    temperature: float
+    jsd_beta: float
+
+
 class ChunkValues(NamedTuple):
-    """Per token, in nats; float32, or float64 for float64 logits."""
+    """Values of each token, in nats; float32, or float64 for float64 logits."""
 
     loss: Tensor
     forward_kl: Tensor
@@ -40,35 +48,35 @@ class ChunkValues(NamedTuple):
     agrees: Tensor
 
 
-def divergence_region(  # noqa: PLR0917 - what torch.compile guards on
+def divergence_region(
     s_CV: Float[Tensor, "tokens vocab"],
     q_CV: Float[Tensor, "tokens vocab"],
     labels_C: Int[Tensor, " tokens"],
-    student: HeadMap,
-    teacher: HeadMap,
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"],
-    temperature: float,
-    jsd_beta: float,
+    maps: tuple[HeadMap, HeadMap],
+    choice: DivergenceChoice,
 ) -> ChunkValues:
-    """`losses.distill` of one chunk from its matrix products.
+    """Compute `distillation_loss.distill` of one chunk from the heads' matrix products.
 
-    `s_CV` is overwritten by the loss' gradient at it, over temperature and scale, so that nothing
-    of its size outlives the call.
+    The gradient of the loss with respect to `s_CV`, divided by temperature and scale, overwrites
+    `s_CV`, so that nothing of its size outlives the call. `maps` belong to the student's head and
+    the teacher's.
     """
-    s, q = _finish(wide(s_CV), student), _finish(wide(q_CV), teacher)
+    (student, teacher), (divergence, temperature, jsd_beta) = maps, choice
+    s, q = _finish(to_math_dtype(s_CV), student), _finish(to_math_dtype(q_CV), teacher)
     lse_s, lse_q = s.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
     log_s, log_q = s - lse_s, q - lse_q
     probs_s, probs_q = log_s.exp(), log_q.exp()
-    # The difference first: as entropy less cross-entropy it would cancel where the models agree.
+    # The logarithms are subtracted first: cross-entropy less entropy would cancel where the models
+    # agree.
     forward_kl = (probs_q * (log_q - log_s)).sum(-1)
     ignored = labels_C == IGNORED_LABEL
     index_C1 = labels_C.masked_fill(ignored, 0).long()[:, None]
     student_entropy, teacher_entropy = (
         -(p * log_p).sum(-1) for p, log_p in ((probs_s, log_s), (probs_q, log_q))
     )
-    # Gathered from the products: no chunk of log-probabilities is then ever written.
-    student_nll = (lse_s - _finish(wide(s_CV.gather(-1, index_C1)), student))[:, 0]
-    teacher_nll = (lse_q - _finish(wide(q_CV.gather(-1, index_C1)), teacher))[:, 0]
+    # Gathering from the products saves writing a chunk of log-probabilities.
+    student_nll = (lse_s - _finish(to_math_dtype(s_CV.gather(-1, index_C1)), student))[:, 0]
+    teacher_nll = (lse_q - _finish(to_math_dtype(q_CV.gather(-1, index_C1)), teacher))[:, 0]
     if temperature != 1:
         s_t, q_t = s / temperature, q / temperature
         log_s = s_t - s_t.logsumexp(-1, keepdim=True)
@@ -108,15 +116,15 @@ def _finish(logits: Tensor, head: HeadMap) -> Tensor:
 def tile_forward_kl(
     log_s_RV: Tensor, log_q_RV: Tensor, probs_q_RV: Tensor, scratch_RV: Tensor
 ) -> Tensor:
-    """KL(q || s) as sum q (log q - log s); overwrites only the scratch tile."""
-    # The difference first: as entropy less cross-entropy it would cancel where the models agree.
+    """Return KL(q || s) as sum q (log q - log s); only the scratch tile is overwritten."""
+    # The logarithms are subtracted first, see `divergence_region`.
     return torch.sub(log_q_RV, log_s_RV, out=scratch_RV).mul_(probs_q_RV).sum(-1)
 
 
 def tile_reverse_kl_(
     log_s_RV: Tensor, log_q_RV: Tensor, scratch_RV: Tensor, *, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """KL(s || q), and its gradient s (log s - log q - KL); overwrites the tiles."""
+    """Return KL(s || q) and its gradient s (log s - log q - KL); all tiles are overwritten."""
     log_ratio_RV = torch.sub(log_s_RV, log_q_RV, out=scratch_RV)
     probs_s_RV = log_s_RV.exp_()
     loss_R = torch.mul(probs_s_RV, log_ratio_RV, out=log_q_RV).sum(-1)
@@ -134,9 +142,9 @@ def tile_jsd_(
     beta: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Generalised JSD, and its gradient (1 - beta) s (log s - log m - KL(s || m)).
+    """Return the generalised JSD and its gradient (1 - beta) s (log s - log m - KL(s || m)).
 
-    What the gradient takes through the mixture m cancels. Overwrites the tiles.
+    The terms that come through the mixture m cancel in the gradient. All tiles are overwritten.
     """
     log_m_RV = torch.add(log_s_RV, math.log1p(-beta) - math.log(beta), out=scratch_RV)
     torch.logaddexp(log_m_RV, log_q_RV, out=log_m_RV).add_(math.log(beta))
@@ -151,14 +159,14 @@ def tile_jsd_(
 
 
 def nll(log_probs_RV: Tensor, labels_R: Tensor) -> Tensor:
-    """-log p(label), 0 where the label is ignored."""
+    """Return -log p(label) of each row, 0 where the label is ignored."""
     ignored_R = labels_R == IGNORED_LABEL
     index_R1 = labels_R.masked_fill(ignored_R, 0).long()[:, None]
     return -log_probs_RV.gather(-1, index_R1)[:, 0].masked_fill(ignored_R, 0)
 
 
 def finish_(logits_RV: Tensor, head: HeadMap, slope_RV: Tensor | None = None) -> None:
-    """Scale and softcap in place; the softcap's derivative goes into `slope_RV`."""
+    """Apply scale and softcap in place; write the softcap's derivative to `slope_RV`, if given."""
     if head.scale != 1:
         logits_RV.mul_(head.scale)
     if head.softcap is None:

@@ -1,8 +1,8 @@
-"""The expert layer, grouped: only active experts computed, each on the tokens that chose it.
+"""The expert layer, grouped: it computes each expert on the tokens that chose it, and no others.
 
-One row per active pair of token and expert, sorted by expert (and by token within it): six ragged
-matrix products, the dense path's two elementwise regions on rows, and the same surprise and
-SMK gradient. Work falls with the share of active experts, so this path takes over at low k.
+Every active pair of token and expert has one row, sorted by expert (and by token within it). The
+rows go through six ragged matrix products, the dense path's two elementwise regions, and the same
+surprise and SMK gradient. Work falls with the share of active experts, so this path wins at low k.
 
 Cost: 9 * R * 2I * D floating-point operations for R rows, k / E of the dense path's. Memory kept
 for backward: x, the (R, 2I) pre-activations and row indices. The loop over experts (CPU, and GPUs
@@ -11,10 +11,9 @@ whose grouped product is itself a loop) gathers one expert's tokens at a time; t
 
 Sums over a token's rows run in a fixed order, so that results repeat bit for bit: the loop adds
 expert after expert, in float32; the kernel's rows are summed by `embedding_bag`, one thread per
-token and feature over the token's rows, in float32. What it does not do: say anything about
-inactive experts, neither their surprise, but for a share of the tokens where the rule samples its
-lesson (these tokens have a row for every expert), nor the gradient of their weights, which is
-returned as 0.
+token and feature over the token's rows, in float32. This path returns 0 as the gradient of inactive
+experts' weights, and computes no surprise for inactive experts, unless the rule samples its lesson:
+the tokens of the lesson then have a row for every expert.
 
 Legend: T tokens, R rows (active pairs), D hidden, E experts, I expert width, J rows of an expert's
 matrix (gate and up: 2 * I, down: I, a row per neuron).
@@ -30,38 +29,48 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.schema import Surprise
+from tiny_onn.ops.layout import ExpertWeights
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.regions import (
     Activation,
-    activation_and_slope,
+    NeuronState,
     gradient_region,
+    gram_coefficients,
     hidden_region,
     region_of,
-    wide,
+    to_math_dtype,
 )
-from tiny_onn.ops.router_gradient import SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import (
+    GRAM_KINDS,
+    RoutingTables,
+    SmkStep,
+    SurpriseTerms,
+    closed_form_surprise,
+    router_gradient,
+    squared_norms,
+)
 
-# Rows of an expert that a CPU's bfloat16 products are rounded up to, see `_bounds`.
+# On a CPU, an expert's number of rows is rounded up to a multiple of this, see `_bounds`.
 ROUND_ROWS = 64
 
 
 class Groups(NamedTuple):
-    """Which token and expert each row is, and where experts and tokens begin and end."""
+    """Each row's token and expert, and the bounds of experts and tokens among the rows."""
 
     token_R: Tensor
     expert_R: Tensor
     ends_E: Tensor
-    """Row after each expert's last, int32."""
+    """The row after each expert's last one, int32."""
     order_R: Tensor | None
     """Rows by token, for the kernel; None: the loop runs."""
     starts_T: Tensor | None
-    """Where each token's rows begin in `order_R`."""
+    """The place in `order_R` at which each token's rows begin."""
 
 
 def group_rows(active_TE: Bool[Tensor, "tokens experts"], *, kernel: bool) -> Groups:
-    """The active pairs sorted by expert, then by token.
+    """Return the active pairs, sorted by expert, then by token.
 
-    `nonzero` of the transposed mask lists them in that order; on a GPU it waits for the device once
+    `nonzero` of the transposed mask lists them in that order. On a GPU it waits for the device once
     to learn their number.
     """
     expert_R, token_R = (index.contiguous() for index in active_TE.T.nonzero().unbind(1))
@@ -74,10 +83,11 @@ def group_rows(active_TE: Bool[Tensor, "tokens experts"], *, kernel: bool) -> Gr
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, *dims: int) -> bool:
-    """Whether torch's grouped product is one kernel here: Hopper or data-centre Blackwell, bf16.
+    """Return whether torch's grouped product is a single kernel for these inputs.
 
-    Elsewhere torch copies the offsets to the host and loops, as we do without its (R, D) copies.
-    Rows of every operand must start at multiples of 16 bytes.
+    It is one for bf16 on Hopper and data-centre Blackwell, if the rows of every operand start at
+    multiples of 16 bytes. Elsewhere torch copies the offsets to the host and loops; the loop here
+    does the same without torch's (R, D) copies.
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return False
@@ -89,7 +99,7 @@ def gather_mm(
     weight_EJD: Float[Tensor, "experts neurons hidden"],
     groups: Groups,
 ) -> Float[Tensor, "rows neurons"]:
-    """`weight[expert of r] @ x[token of r]` for every row r, in x's number format."""
+    """Return `weight[expert of r] @ x[token of r]` of every row r, in x's number format."""
     if groups.order_R is not None:
         rows_RD = x_TD.index_select(0, groups.token_R)
         return F.grouped_mm(rows_RD, weight_EJD.to(x_TD.dtype).mT, offs=groups.ends_E)
@@ -97,7 +107,7 @@ def gather_mm(
     for e, begin, _, stop in _bounds(groups, x_TD):
         rows_ND = x_TD.index_select(0, groups.token_R[begin:stop])
         weight_JD = weight_EJD[e].to(x_TD.dtype)
-        # Rows beyond the expert's own are the next one's, which writes them afterwards.
+        # Rows beyond the expert's own belong to later experts, which overwrite them.
         torch.mm(rows_ND, weight_JD.T, out=out_RJ[begin:stop])
     return out_RJ
 
@@ -108,17 +118,16 @@ def scatter_mm(
     groups: Groups,
     num_tokens: int,
 ) -> Float[Tensor, "tokens hidden"]:
-    """`sum of weight[expert of r]^T @ rows[r]` over each token's rows, summed in float32."""
+    """Return `sum of weight[expert of r]^T @ rows[r]` over each token's rows, summed in float32."""
     if groups.order_R is not None:
         out_RD = F.grouped_mm(rows_RJ, weight_EJD.to(rows_RJ.dtype), offs=groups.ends_E)
         return F.embedding_bag(groups.order_R, out_RD, groups.starts_T, mode="sum")
-    wide = torch.float64 if rows_RJ.dtype == torch.float64 else torch.float32
-    y_TD = rows_RJ.new_zeros(num_tokens, weight_EJD.shape[2], dtype=wide)
+    y_TD = to_math_dtype(rows_RJ.new_zeros(num_tokens, weight_EJD.shape[2]))
     for e, begin, end, stop in _bounds(groups, rows_RJ):
         weight_JD = weight_EJD[e].to(rows_RJ.dtype)
         rows_ND = (rows_RJ[begin:stop] @ weight_JD)[: end - begin]
-        # A token occurs once per expert: no two additions of a call meet.
-        y_TD.index_add_(0, groups.token_R[begin:end], rows_ND.to(wide))
+        # A token occurs once per expert, so that no two additions of a call go to one place.
+        y_TD.index_add_(0, groups.token_R[begin:end], to_math_dtype(rows_ND))
     return y_TD.to(rows_RJ.dtype)
 
 
@@ -128,7 +137,7 @@ def outer_mm(
     groups: Groups,
     weight_EJD: Float[Tensor, "experts neurons hidden"],
 ) -> Float[Tensor, "experts neurons hidden"]:
-    """The weight's gradient, `sum of rows[r] x[token of r]^T` per expert, in its format."""
+    """Return the weight's gradient, `sum of rows[r] x[token of r]^T` by expert, in its format."""
     if groups.order_R is not None:
         rows_RD = x_TD.index_select(0, groups.token_R)
         grad_EJD = F.grouped_mm(rows_RJ.mT, rows_RD, offs=groups.ends_E)
@@ -145,11 +154,12 @@ def outer_mm(
 
 
 def _bounds(groups: Groups, like: Tensor) -> list[tuple[int, int, int, int]]:
-    """Experts that have rows, with their first row, the one after their last, and where to stop.
+    """Return (expert, begin, end, stop) of each expert that has rows.
 
-    On a CPU oneDNN compiles its bfloat16 products for every number of rows it meets, which takes
-    longer than the product: there experts go on to a multiple of `ROUND_ROWS`, if there are so many
-    rows.
+    Its rows are `begin` to `end`, and its products are computed for `begin` to `stop`. On a CPU
+    oneDNN compiles its bfloat16 products for every number of rows it meets, which takes longer than
+    the product itself; there `stop` rounds the number up to a multiple of `ROUND_ROWS`, as far as
+    there are rows.
     """
     ends = groups.ends_E.tolist()
     size = ROUND_ROWS if like.device.type == "cpu" and like.dtype == torch.bfloat16 else 1
@@ -163,7 +173,7 @@ def _bounds(groups: Groups, like: Tensor) -> list[tuple[int, int, int, int]]:
 def row_hidden(
     pre_R2I: Float[Tensor, "rows 2 width"], weights_R: Float[Tensor, " rows"], act: Activation
 ) -> Float[Tensor, "rows width"]:
-    """`hidden_region` of rows: a layer of one expert."""
+    """Return `hidden_region` of rows, taken as tokens of a layer of one expert."""
     return hidden_region(pre_R2I[:, None], weights_R[:, None], act)[:, 0]
 
 
@@ -173,7 +183,7 @@ def row_gradients(
     weights_R: Float[Tensor, " rows"],
     act: Activation,
 ) -> tuple[Tensor, ...]:
-    """`gradient_region` of rows: a layer of one expert, that axis removed."""
+    """Return `gradient_region` of rows, taken as tokens of a layer of one expert."""
     hidden, grad_pre, *sums = gradient_region(
         pre_R2I[:, None], grad_hidden_RI[:, None], weights_R[:, None], act
     )
@@ -200,9 +210,9 @@ def expert_layer(
     smk: SmkStep | None = None,
     compiled: bool = False,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])` over the active experts.
+    """Return the output, `y[t] = sum_e weights[t, e] * expert_e(x[t])` over the active experts.
 
-    Arguments and gradients are those of `dense_masked.expert_layer`, but that the gradient of an
+    Arguments and gradients are those of `dense_masked.expert_layer`, except that the gradient of an
     inactive expert's weight is 0.
 
     Raises:
@@ -303,53 +313,38 @@ class _Grouped(torch.autograd.Function):
         if need_logits and (smk := options.smk) is not None:
             kind = smk.rule.surprise
             x_sq, grad_y_sq = squared_norms(kind, x_TD, grad_y_TD, compiled=options.compiled)
-            sums = Sums(
+            terms = SurpriseTerms(
                 x_sq_T1=x_sq[groups.token_R],
                 grad_y_sq_T1=grad_y_sq[groups.token_R],
                 pre_sq_TE=pre_sq_R[:, None],
                 hidden_sq_TE=hidden_sq_R[:, None],
                 dot_TE=dot_R[:, None],
             )
-            surprise_R = _row_surprise(
-                kind,
-                sums,
-                pre_R2I,
-                grad_hidden_RI,
-                gate_up,
-                down,
-                groups,
-                options.activation,
-            )
+            neurons = NeuronState(pre_R2I, grad_hidden_RI, options.activation)
+            weights = ExpertWeights(gate_up, down)
+            surprise_R = _row_surprise(kind, terms, neurons, weights, groups)
             surprise_TE = _spread(surprise_R, groups, active_TE)
-            routing = (weights_TE, logits_TE, active_TE, token_mask_T)
-            grad_logits = teach(smk, surprise_TE, *routing, compiled=options.compiled)
+            routing = RoutingTables(weights_TE, logits_TE, active_TE, token_mask_T)
+            grad_logits = router_gradient(smk, surprise_TE, routing, compiled=options.compiled)
         return grad_x, grad_gate_up, grad_down, grad_weights, grad_logits, *(None,) * 4
 
 
-def _row_surprise(  # noqa: PLR0917
+def _row_surprise(
     kind: Surprise,
-    sums: Sums,
-    pre_R2I: Tensor,
-    grad_hidden_RI: Tensor,
-    gate_up_EJD: Tensor,
-    down_EDI: Tensor,
+    terms: SurpriseTerms,
+    neurons: NeuronState,
+    weights: ExpertWeights,
     groups: Groups,
-    activation: Activation,
 ) -> Float[Tensor, " rows"]:
-    """Surprise of every row at unit weight: `reference.surprise` of the active pairs."""
-    if kind not in ("magnitude", "input"):
-        return closed_form(kind, sums)[:, 0]
-    gate, up = wide(pre_R2I[:, 0]), wide(pre_R2I[:, 1])
-    if kind == "magnitude":
-        return _gram_norm(activation(gate) * up, down_EDI.mT, groups)
-    value, slope = activation_and_slope(activation, gate)
-    grad_hidden = wide(grad_hidden_RI)
-    grads_RJ = torch.cat((grad_hidden * up * slope, grad_hidden * value), dim=-1)
-    return _gram_norm(grads_RJ, gate_up_EJD, groups)
+    """Return the surprise of every row at unit weight: `reference.surprise` of active pairs."""
+    if kind not in GRAM_KINDS:
+        return closed_form_surprise(kind, terms)[:, 0]
+    matrix = weights.down_EDI.mT if kind == "magnitude" else weights.gate_up_EJD
+    return _gram_norm(gram_coefficients(kind, neurons), matrix, groups)
 
 
 def _gram_norm(rows_RJ: Tensor, weight_EJD: Tensor, groups: Groups) -> Float[Tensor, " rows"]:
-    """`|sum_j rows[r, j] weight[j of r's expert]|`, through each expert's Gram matrix."""
+    """Return `|sum_j rows[r, j] weight[j of r's expert]|` through each expert's Gram matrix."""
     squared_R = rows_RJ.new_empty(len(rows_RJ))
     for e, begin, end, _ in _bounds(groups, rows_RJ):
         weight_JD = weight_EJD[e].to(rows_RJ.dtype)
@@ -359,7 +354,7 @@ def _gram_norm(rows_RJ: Tensor, weight_EJD: Tensor, groups: Groups) -> Float[Ten
 
 
 def _spread(values_R: Tensor, groups: Groups, active_TE: Tensor) -> Tensor:
-    """Rows' values in a (T, E) table, 0 where there is no row."""
+    """Return the rows' values as a (T, E) table, 0 where there is no row."""
     table_TE = values_R.new_zeros(active_TE.shape)
     table_TE[groups.token_R, groups.expert_R] = values_R
     return table_TE

@@ -1,4 +1,4 @@
-"""The gate's gradient from the sums of an expert layer's kernels, in one launch where it can be.
+"""The router's gradient from the sums of an expert layer's kernels, by one kernel if possible.
 
 Legend: T tokens, D hidden, E experts, B blocks of tokens.
 """
@@ -10,11 +10,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tiny_onn.ops.router_gradient import SmkStep, Sums, closed_form, squared_norms, teach
+from tiny_onn.ops.router_gradient import (
+    RoutingTables,
+    SmkStep,
+    SurpriseTerms,
+    closed_form_surprise,
+    router_gradient,
+    squared_norms,
+)
 
-# The kinds of surprise that need no Gram matrix.
+# These kinds of surprise need no Gram matrix.
 KINDS = ("parameters", "output", "gain", "relative")
-# Tokens and features that a program of the kernel holds at once.
+# A program of the kernel holds so many tokens and features at once.
 _BLOCK_T, _BLOCK_D = 16, 256
 
 
@@ -30,34 +37,35 @@ def lesson(  # noqa: PLR0917
     lesson_T: Bool[Tensor, " tokens"] | None,
     compiled: bool,
 ) -> Float[Tensor, "tokens experts"]:
-    """`teaching.teach` by the surprise that follows from the sums; fills the tally.
+    """Return `router_gradient` of the surprise that follows from the sums; add to the tally.
 
     Args:
-        smk: how the gate is taught.
+        smk: the instructions for the router's gradient.
         x_TD: the layer's input.
-        grad_y_TD: the gradient at its output.
-        sums_3TE: `pre_sq`, `hidden_sq` and `dot` of `Sums`, a view of a (3, E, T) table.
+        grad_y_TD: the gradient at the layer's output.
+        sums_3TE: `pre_sq`, `hidden_sq` and `dot` of `SurpriseTerms`, a view of a (3, E, T) table.
         weights_TE: routing weights.
-        logits_TE: the gate's logits.
+        logits_TE: the router's logits.
         active_TE: active experts.
-        token_mask_T: tokens that count.
-        lesson_T: the tokens whose candidates are all experts, all of them or `smk.lesson_mask`;
-            the other tokens' are their active ones. None: the rule's candidates are `active`.
-        compiled: fuse the small operations of the cases that the kernel does not know.
+        token_mask_T: tokens that count in targets and statistics.
+        lesson_T: tokens whose candidates are all experts, all tokens or `smk.lesson_mask`; the
+            candidates of other tokens are their active experts. None: the rule says `active`.
+        compiled: whether small operations are fused in the cases that the kernel does not know.
     """
     if smk.rule.targets == "single" and smk.capture is None and not smk.num_shared:
         tensors = (sums_3TE, weights_TE, logits_TE, active_TE, token_mask_T)
         return _in_one_launch(smk, x_TD, grad_y_TD, *tensors, lesson_T)
     x_sq, grad_y_sq = squared_norms(smk.rule.surprise, x_TD, grad_y_TD, compiled=compiled)
-    sums = Sums(
+    sums = SurpriseTerms(
         x_sq_T1=x_sq,
         grad_y_sq_T1=grad_y_sq,
         pre_sq_TE=sums_3TE[0],
         hidden_sq_TE=sums_3TE[1],
         dot_TE=sums_3TE[2],
     )
-    routing = (closed_form(smk.rule.surprise, sums), weights_TE, logits_TE, active_TE)
-    return teach(smk, *routing, token_mask_T, compiled=compiled)
+    surprise_TE = closed_form_surprise(smk.rule.surprise, sums)
+    routing = RoutingTables(weights_TE, logits_TE, active_TE, token_mask_T)
+    return router_gradient(smk, surprise_TE, routing, compiled=compiled)
 
 
 def _in_one_launch(  # noqa: PLR0917

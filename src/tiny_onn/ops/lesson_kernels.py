@@ -1,8 +1,8 @@
-"""The gate's lesson as one Triton kernel; importing this module imports triton.
+"""The router's gradient as one Triton kernel; importing this module imports triton.
 
-`teaching.teach` in one launch, for the targets `single`: on a GPU its forty small operations cost
-more time on the host than the expert layer itself. Sums over tokens are left per block, in the
-order of blocks, for one more sum.
+The kernel computes `router_gradient` in one launch, for the targets `single`: on a GPU its forty
+small operations cost more time on the host than the expert layer itself. The kernel leaves a sum
+over tokens for each block, in the order of blocks, which the caller adds up.
 
 Legend: T tokens, D hidden, E experts, B blocks of tokens.
 """
@@ -23,7 +23,7 @@ def squared_norms(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Each row's squared L2 norm, in float32."""
+    """Return each row's squared L2 norm, in float32."""
     total = tl.zeros((BLOCK_T,), tl.float32)
     for begin in range(0, D, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
@@ -50,7 +50,7 @@ def unit_surprise(
     BLOCK_D: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """Surprise at unit routing weight: `teaching.closed_form`."""
+    """Compute surprise at unit routing weight, as `closed_form_surprise` does."""
     dot = tl.load(at_sums + 2 * E * T, mask=inside, other=0.0)
     if KIND == "gain":
         surprise = -dot
@@ -95,7 +95,7 @@ def lesson_kernel(
     SMALLEST: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """Surprise of a block of tokens, whom it points at, the gradient there, and what is counted."""
+    """Compute surprise, targets, the router's gradient and the tally of a block of tokens."""
     b = tl.program_id(0)
     t = b * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)

@@ -1,4 +1,4 @@
-"""How many tokens the distillation loss projects at once."""
+"""The choice of the number of tokens that the distillation loss projects at once."""
 
 import torch
 from torch import Tensor
@@ -6,25 +6,21 @@ from torch import Tensor
 from tiny_onn.config.schema import LossConfig
 
 CPU_LOSS_CHUNK_TOKENS = 512
-
-
-# Matrix products suffer below the smaller. Above the larger nothing is gained but memory spent:
-# 32,768 tokens took an H100 121 ms and 0.93 GiB in chunks of 1,024, 119 ms and 1.80 GiB in chunks
-# of 2,048 (`gpu.py --sections loss`, V 151,936).
+# Matrix products are slow below the smaller number. Above the larger one more memory buys no time:
+# 32,768 tokens took an H100 121 ms and 0.93 GiB in chunks of 1,024, 119 ms and
+# 1.80 GiB in chunks of 2,048 (`gpu.py --sections loss`, V 151,936).
 GPU_LOSS_CHUNK_TOKENS = (128, 1024)
-
-
-# The logits' share of the memory that is free before the first step.
+# The logits may take this share of the memory that is free before the first step.
 LOSS_MEMORY_SHARE = 1 / 16
 
 
 def loss_chunk_tokens(loss: LossConfig, head_weight: Tensor) -> int:
-    """`loss.chunk_tokens`, or where that is 0 what the head's device has room for now.
+    """Return `loss.chunk_tokens`, or where that is 0 as many as the head's device has room for now.
 
-    It decides time and memory, and no more than last bits of the result: on a CPU (MKL) none as
-    long as every chunk, the last one included, has 4 tokens or more; a GPU may pick another matrix
-    product for another number of rows. Free memory differs from run to run, so a run asks once and
-    writes the number down.
+    The number decides time and memory, and at most the last bits of the result. On a CPU (MKL) it
+    changes no bit as long as every chunk, the last one included, has 4 tokens or more; a GPU may
+    pick another matrix product for another number of rows. Free memory differs from run to run, so
+    a run asks once and writes the number down.
     """
     if loss.chunk_tokens:
         return loss.chunk_tokens
@@ -36,12 +32,12 @@ def loss_chunk_tokens(loss: LossConfig, head_weight: Tensor) -> int:
 
 
 def auto_chunk_tokens(vocab_size: int, itemsize: int, free_bytes: int | None) -> int:
-    """Tokens of a chunk of the loss: 512 on a CPU, on a GPU the power of two that fits.
+    """Return the tokens of a chunk of the loss: 512 on a CPU, the power of two that fits on a GPU.
 
     Args:
-        vocab_size: V; a token has the logits of student and teacher.
+        vocab_size: number of logits V that a token has of the student, and of the teacher.
         itemsize: bytes of a logit.
-        free_bytes: the GPU's, before the first step; None: a CPU.
+        free_bytes: free memory of the GPU before the first step; None: a CPU.
     """
     if free_bytes is None:
         return CPU_LOSS_CHUNK_TOKENS

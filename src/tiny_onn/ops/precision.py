@@ -1,4 +1,4 @@
-"""Autocast and the operators: each chooses its number formats itself, once, from its input's.
+"""Autocast and the operators: each operator chooses its number formats once, by its input's.
 
 `torch.autocast` casts the inputs of single matrix products, which is no use to an operator that
 writes into tensors of its own and keeps sums in float32. An operator takes its input in autocast's
@@ -18,16 +18,16 @@ Result = TypeVar("Result")
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device."""
+    """Return whether autocast is on for the tensor's device."""
     kind = tensor.device.type
-    # A device without autocast, such as `meta`, may not be asked.
+    # Asking raises for a device that has no autocast, such as `meta`.
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def in_autocast_format(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The tensor in autocast's number format; as it is where autocast is off, or in float64.
+    """Return the tensor in autocast's number format.
 
-    As torch's own casts do, which leave float64 alone.
+    It stays as it is where autocast is off, and in float64, which torch's own casts leave alone.
     """
     if not autocast_is_on(tensor) or tensor.dtype == torch.float64:
         return tensor
@@ -35,7 +35,7 @@ def in_autocast_format(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def without_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function with autocast off, whatever the caller has on for the first tensor's device."""
+    """Return the function with autocast off for the device of its first tensor argument."""
 
     @functools.wraps(function)
     def plain(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -1,7 +1,7 @@
 """The definition of the expert layer and of every surprise, one token and one expert at a time.
 
-Slow and obvious: loops, and `torch.autograd.grad` per token and expert for the gradients. Use
-float64. `dense_masked` is tested against this in outputs, gradients and surprise.
+The code is slow and obvious: it loops, and calls `torch.autograd.grad` per token and expert. It
+belongs to float64 inputs. `dense_masked` is tested against it in outputs, gradients and surprise.
 
 Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I rows (gate, then up).
 """
@@ -21,7 +21,7 @@ def expert(
     down_DI: Float[Tensor, "hidden width"],
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, " hidden"]:
-    """One expert's output for one token: `down (act(gate x) * (up x))`."""
+    """Return one expert's output for one token, `down (act(gate x) * (up x))`."""
     gate_ID, up_ID = gate_up_JD.chunk(2)
     return down_DI @ (activation(gate_ID @ x_D) * (up_ID @ x_D))
 
@@ -33,9 +33,10 @@ def expert_layer(
     weights_TE: Float[Tensor, "tokens experts"],
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "tokens hidden"]:
-    """The layer's output: `y[t] = sum_e weights[t, e] * expert_e(x[t])`, inactive experts too.
+    """Return the layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])` over all experts.
 
-    Their weight is 0, and the gradient of that weight is what the expert would contribute.
+    An inactive expert's weight is 0, and the gradient of that weight is what the expert would
+    contribute.
     """
     rows = []
     for t in range(x_TD.shape[0]):
@@ -55,7 +56,7 @@ def surprise(  # noqa: PLR0917
     grad_y_TD: Float[Tensor, "tokens hidden"],
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "tokens experts"]:
-    """Surprise of every token at every expert, at unit routing weight, from per-token autograd.
+    """Return the surprise of every token at every expert, at unit routing weight, by autograd.
 
     With `loss = <grad_y[t], expert_e(x[t])>`, the loss to first order in the expert's output:
 

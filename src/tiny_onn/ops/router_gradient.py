@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.schema import Surprise
-from tiny_onn.ops.regions import region_of, squared_norm_region, wide
+from tiny_onn.ops.regions import region_of, squared_norm_region, to_math_dtype
 from tiny_onn.ops.shared_experts import routed, with_shared
 from tiny_onn.ops.surprise import (
     SmkRule,
@@ -24,12 +24,14 @@ from tiny_onn.ops.surprise import (
     smk_targets,
 )
 
-# The kinds that read the norms of the layer's input and of the gradient at its output.
+# These kinds read the norms of the layer's input and of the gradient at its output.
 NORMED = ("parameters", "output", "relative")
+# These kinds need a Gram matrix of each expert's weights.
+GRAM_KINDS = ("input", "magnitude")
 
 
 class SurpriseTally(NamedTuple):
-    """What one layer's backward passes saw, summed on the device; `read` when logging."""
+    """Sums over one layer's backward passes, kept on the device until `read` fetches them."""
 
     counts_4: Tensor
     """`num_tokens`, `num_targets`, `num_agree` and `chance`."""
@@ -38,14 +40,14 @@ class SurpriseTally(NamedTuple):
 
     @staticmethod
     def of_layers(num_layers: int, num_experts: int, device: torch.device) -> list["SurpriseTally"]:
-        """Empty tallies, in two allocations."""
+        """Return a tally of zeros for each layer, all in two allocations."""
         counts_L4 = torch.zeros(num_layers, 4, device=device)
         sums_L4E = torch.zeros(num_layers, 4, num_experts, device=device)
         return [SurpriseTally(*pair) for pair in zip(counts_L4, sums_L4E, strict=True)]
 
     @staticmethod
     def read(tallies: Sequence["SurpriseTally"]) -> list["SurpriseTally"]:
-        """The same on the CPU: a GPU is waited for twice, not for every number."""
+        """Return the tallies on the CPU; the device is waited for twice, not at every number."""
         if not tallies:
             return []
         parts = (torch.stack(part).cpu() for part in zip(*tallies, strict=True))
@@ -53,17 +55,17 @@ class SurpriseTally(NamedTuple):
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens that count (not masked)."""
+        """Number of tokens that count (those not masked)."""
         return self.counts_4[0]
 
     @property
     def num_targets(self) -> Tensor:
-        """Of these, tokens whose surprise gave a target."""
+        """Number of counted tokens whose surprise gave a target."""
         return self.counts_4[1]
 
     @property
     def num_agree(self) -> Tensor:
-        """Of these, tokens whose largest candidate logit is at a target."""
+        """Number of tokens with a target whose largest candidate logit is at one."""
         return self.counts_4[2]
 
     @property
@@ -81,25 +83,26 @@ class SurpriseTally(NamedTuple):
 
     @property
     def active_surprise_E(self) -> Tensor:  # noqa: N802
-        """The same over those of them that activated the expert."""
+        """Sum of each expert's surprise over the counted tokens that activated the expert."""
         return self.sums_4E[1]
 
     @property
     def pick_E(self) -> Tensor:  # noqa: N802
-        """Tokens with a target whose largest candidate logit is the expert's."""
+        """Number of tokens with a target whose largest candidate logit is the expert's."""
         return self.sums_4E[2]
 
     @property
     def target_E(self) -> Tensor:  # noqa: N802
-        """Tokens whose target includes the expert."""
+        """Number of tokens whose target includes the expert."""
         return self.sums_4E[3]
 
     def shuffled_agreements(self) -> float:
-        """How many tokens' largest candidate logit is at the target of another token, on average.
+        """Return the agreements to expect if tokens exchanged their targets at random.
 
-        Over all other tokens with a target, each as likely: what targets agree with by their
-        frequencies alone. Of N tokens, pairs of pick and target meet `pick . target` times, of
-        which `num_agree` are tokens with themselves, in N - 1 pairs each.
+        The agreement that remains comes from the experts' frequencies alone. A token's pick (its
+        largest candidate logit) is compared with the target of every other token that has one.
+        Among all pairs of N tokens, pick and target meet `pick . target` times; `num_agree` of
+        these pair a token with itself; the rest is divided by the N - 1 partners of a token.
         """
         pairs = float(self.pick_E.double() @ self.target_E.double())
         return (pairs - float(self.num_agree)) / max(1.0, float(self.num_targets) - 1)
@@ -107,20 +110,20 @@ class SurpriseTally(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class SmkStep:
-    """What the backward pass needs to teach the gate."""
+    """A step's instructions for the router's gradient, which the backward pass computes."""
 
     rule: SmkRule
-    """Which surprise points where."""
+    """The rule by which surprise points at targets."""
     grad_scale: float
-    """The gate's gradient is `(softmax - target) * grad_scale`: coefficient / the step's tokens."""
+    """Factor of the router's gradient: the loss' coefficient over the tokens of the step."""
     loss_scale: float = 1.0
-    """Surprise is multiplied by it: the divisor of the loss, so that surprise is free of it."""
+    """Factor of surprise: the divisor of the loss, so that surprise does not depend on it."""
     tally: SurpriseTally | None = None
-    """Where statistics go."""
+    """Statistics to add to; None: none are kept."""
     capture: list[Tensor] | None = field(default=None, repr=False)
-    """Where whole (tokens, experts) surprise tensors go, for probing; None: nowhere."""
+    """List that receives whole (tokens, experts) surprise tensors, for probing; None: none."""
     num_shared: int = 0
-    """Experts, the first ones, that the gate does not choose: no candidates, no gradient."""
+    """Number of shared experts: the first ones, which are no candidates and get no gradient."""
     lesson_shift: int = 0
     """The `shift` of `lesson_tokens` for a rule that samples them."""
 
@@ -138,10 +141,10 @@ class SmkStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sums:
-    """What every surprise but the Gram ones is made of, at unit routing weight, in float32.
+class SurpriseTerms:
+    """The terms of every surprise that needs no Gram matrix, at unit routing weight, in float32.
 
-    Whole (T, E) tables, or one column of active pairs.
+    The tables are whole (T, E), or they have one row per active pair and a single column.
     """
 
     x_sq_T1: Tensor
@@ -149,11 +152,11 @@ class Sums:
     grad_y_sq_T1: Tensor
     """Squared norm of the gradient at the layer's output."""
     pre_sq_TE: Tensor
-    """Squared gradients of gate and up pre-activations."""
+    """Sum over neurons of the squared gradients at the gate and up pre-activations."""
     hidden_sq_TE: Tensor
-    """Squared hidden activations."""
+    """Sum over neurons of the squared hidden activations."""
     dot_TE: Tensor
-    """Hidden activations times their gradient, `<grad_y, expert(x)>`."""
+    """Sum of hidden activations times their gradients, `<grad_y, expert(x)>`."""
 
 
 def squared_norms(
@@ -163,104 +166,114 @@ def squared_norms(
     *,
     compiled: bool,
 ) -> tuple[Float[Tensor, "tokens 1"], Float[Tensor, "tokens 1"]]:
-    """Both tensors' squared norms by token, or zeros for a kind that reads neither.
+    """Return both tensors' squared norms by token, or zeros for a kind that reads neither.
 
-    They are two passes over (T, D), which cost a GPU a tenth of the layer.
+    The two passes over (T, D) cost a GPU a tenth of the layer's time.
     """
     if kind not in NORMED:
-        zeros_T1 = wide(x_TD.new_zeros(len(x_TD), 1))
+        zeros_T1 = to_math_dtype(x_TD.new_zeros(len(x_TD), 1))
         return zeros_T1, zeros_T1
     norm = region_of(squared_norm_region, compiled=compiled)
     return norm(x_TD.detach()), norm(grad_y_TD.detach())
 
 
-def closed_form(kind: Surprise, sums: Sums) -> Float[Tensor, "tokens experts"]:
-    """`reference.surprise` of a kind that needs no Gram matrix (not `input`, not `magnitude`).
+def closed_form_surprise(kind: Surprise, terms: SurpriseTerms) -> Float[Tensor, "tokens experts"]:
+    """Return `reference.surprise` of a kind that needs no Gram matrix (see `GRAM_KINDS`).
 
     A token's gradient of a linear map is an outer product, whose norm is the product of two vector
     norms. Source: Goodfellow, "Efficient Per-Example Gradient Computations", arXiv 1510.01799.
     """
     if kind == "gain":
-        return -sums.dot_TE
+        return -terms.dot_TE
     if kind == "output":
-        return sums.grad_y_sq_T1.sqrt().expand_as(sums.dot_TE)
-    squared_TE = sums.x_sq_T1 * sums.pre_sq_TE + sums.hidden_sq_TE * sums.grad_y_sq_T1
+        return terms.grad_y_sq_T1.sqrt().expand_as(terms.dot_TE)
+    squared_TE = terms.x_sq_T1 * terms.pre_sq_TE + terms.hidden_sq_TE * terms.grad_y_sq_T1
     if kind == "relative":
-        ratio_TE = squared_TE / sums.hidden_sq_TE
-        return torch.where(sums.hidden_sq_TE > 0, ratio_TE, 0).sqrt()
+        ratio_TE = squared_TE / terms.hidden_sq_TE
+        return torch.where(terms.hidden_sq_TE > 0, ratio_TE, 0).sqrt()
     return squared_TE.sqrt()
 
 
-class Lesson(NamedTuple):
-    """What one layer's surprise says: the gate's gradient, and what a `SurpriseTally` adds up."""
+class SmkUpdate(NamedTuple):
+    """The router's gradient in one layer, and the addends of its `SurpriseTally`."""
 
     grad_TE: Tensor
     counts_4: Tensor
     sums_4E: Tensor
 
 
-def teach(  # noqa: PLR0917
+class RoutingTables(NamedTuple):
+    """The routing of a layer's tokens, as far as the router's gradient depends on it."""
+
+    weights_TE: Float[Tensor, "tokens experts"]
+    """Routing weights, 0 where inactive."""
+    logits_TE: Float[Tensor, "tokens experts"]
+    """The router's logits."""
+    active_TE: Bool[Tensor, "tokens experts"]
+    token_mask_T: Bool[Tensor, " tokens"]
+    """Tokens that count in targets and statistics."""
+
+
+def router_gradient(
     smk: SmkStep,
-    surprise_TE: Tensor,
-    weights_TE: Tensor,
-    logits_TE: Tensor,
-    active_TE: Tensor,
-    token_mask_T: Tensor,
+    surprise_TE: Float[Tensor, "tokens experts"],
+    routing: RoutingTables,
     *,
     compiled: bool = False,
 ) -> Float[Tensor, "tokens experts"]:
-    """The SMK gradient of the router logits, from surprise at unit weight; fills the tally.
-
-    Surprise is multiplied by the loss' divisor and, where only active experts are candidates, by
-    the routing weight. `compiled` fuses some forty small operations, on a GPU alone.
+    """Return the gradient of the SMK loss at the router's logits, and add to the tally.
 
     Where the rule samples its lesson, the gradient is that of its tokens with all experts as
     candidates plus that of the other tokens with their active ones, each as if the tokens of the
     other kind were masked.
+
+    Args:
+        smk: how the router is taught in this step.
+        surprise_TE: surprise at unit routing weight. It is multiplied by the loss' divisor and,
+            where only active experts are candidates, by the routing weight.
+        routing: the layer's routing.
+        compiled: whether some forty small operations are fused, which happens on a GPU alone.
     """
-    routing = (surprise_TE, weights_TE, logits_TE, active_TE)
     lesson_T = smk.lesson_mask(len(surprise_TE), surprise_TE.device)
     if lesson_T is None:
-        return _teach(smk, *routing, token_mask_T, compiled=compiled)
-    sampled_TE = _teach(smk, *routing, token_mask_T & lesson_T, compiled=compiled)
+        return _gradient(smk, surprise_TE, routing, compiled=compiled)
+    mask_T = routing.token_mask_T
+    sampled = routing._replace(token_mask_T=mask_T & lesson_T)
+    sampled_TE = _gradient(smk, surprise_TE, sampled, compiled=compiled)
     others = replace(smk, rule=replace(smk.rule, candidates="active"), capture=None)
-    return sampled_TE + _teach(others, *routing, token_mask_T & ~lesson_T, compiled=compiled)
+    rest = routing._replace(token_mask_T=mask_T & ~lesson_T)
+    return sampled_TE + _gradient(others, surprise_TE, rest, compiled=compiled)
 
 
-def _teach(  # noqa: PLR0917
-    smk: SmkStep,
-    surprise_TE: Tensor,
-    weights_TE: Tensor,
-    logits_TE: Tensor,
-    active_TE: Tensor,
-    token_mask_T: Tensor,
-    *,
-    compiled: bool,
+def _gradient(
+    smk: SmkStep, surprise_TE: Tensor, routing: RoutingTables, *, compiled: bool
 ) -> Float[Tensor, "tokens experts"]:
+    weights_TE, logits_TE, active_TE, token_mask_T = routing
     if smk.rule.surprise != "magnitude":
         surprise_TE = surprise_TE * smk.loss_scale
     if smk.rule.candidates == "active":
         surprise_TE = surprise_TE * weights_TE
     if smk.capture is not None:
         smk.capture.append(surprise_TE)
-    region = region_of(lesson_region, compiled=compiled and surprise_TE.is_cuda)
+    region = region_of(smk_update_region, compiled=compiled and surprise_TE.is_cuda)
     S = smk.num_shared
     tables = (routed(table_TE, S) for table_TE in (surprise_TE, logits_TE, active_TE))
-    lesson: Lesson = region(smk.rule, *tables, token_mask_T)
+    update: SmkUpdate = region(smk.rule, *tables, token_mask_T)
     if smk.tally is not None:
-        smk.tally.counts_4.add_(lesson.counts_4)
-        smk.tally.sums_4E[:, S:].add_(lesson.sums_4E)
+        smk.tally.counts_4.add_(update.counts_4)
+        smk.tally.sums_4E[:, S:].add_(update.sums_4E)
         if S:
-            # Always active: what they surprise by, they surprise by as active ones.
+            # Shared experts are always active, so both sums (of all counted tokens and of those
+            # that activated the expert) grow by the same value.
             shared_S = torch.where(token_mask_T[:, None], surprise_TE[:, :S], 0).sum(0)
             smk.tally.sums_4E[:2, :S] += shared_S
-    return with_shared((lesson.grad_TE * smk.grad_scale).to(logits_TE.dtype), S, 0.0)
+    return with_shared((update.grad_TE * smk.grad_scale).to(logits_TE.dtype), S, 0.0)
 
 
-def lesson_region(
+def smk_update_region(
     rule: SmkRule, surprise_TE: Tensor, logits_TE: Tensor, active_TE: Tensor, token_mask_T: Tensor
-) -> Lesson:
-    """Targets from surprise, their gradient at the logits, and the counts: to compile."""
+) -> SmkUpdate:
+    """Compute targets from surprise, their gradient at the logits and the counts; to compile."""
     targets_TE = smk_targets(surprise_TE, active_TE, token_mask_T, rule)
     candidates_TE = active_TE if rule.candidates == "active" else torch.ones_like(active_TE)
     pick_T1 = logits_TE.masked_fill(~candidates_TE, float("-inf")).argmax(-1, keepdim=True)
@@ -288,7 +301,7 @@ def lesson_region(
         is_target_TE.sum(0),
     )
     dtype = surprise_TE.dtype
-    return Lesson(
+    return SmkUpdate(
         grad_TE=grad_TE,
         counts_4=torch.stack([count.to(dtype) for count in counts]),
         sums_4E=torch.stack([sum_E.to(dtype) for sum_E in sums]),

@@ -1,10 +1,10 @@
 """The Triton kernels that list each expert's tokens and sum over an expert's or a token's rows.
 
-    count     how many tokens of a block chose each expert
-    index     each expert's tokens: those that chose it, in their order, then the others
-    outer     a weight's gradient, from all tokens of one expert
-    project   rows of one expert times its weights, a row of the output for each
-    reduce    the sum of a token's rows
+    count     counts the tokens of a block that chose each expert
+    index     lists each expert's tokens: those that chose it, in their order, then the others
+    outer     computes a weight's gradient from all tokens of one expert
+    project   multiplies the rows of one expert by its weights, giving an output row for each
+    reduce    sums a token's rows
 
 The conventions are those of `sparse_kernels.py`. Importing this module imports triton.
 
@@ -27,7 +27,7 @@ def count_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """How many tokens of the block each expert has."""
+    """Count the tokens of the block that chose each expert."""
     b = tl.program_id(0)
     t = b * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
@@ -54,7 +54,7 @@ def index_kernel(
     BLOCK_E: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """Where each token of the block is in each expert's list."""
+    """Write the block's tokens to their places in each expert's list."""
     b = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     before = tl.zeros((BLOCK_E,), tl.int32)
@@ -105,7 +105,7 @@ def outer_kernel(
     ALL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`sum of rows[r] x[token of r]^T` over one expert's rows, a block of it."""
+    """Compute a block of `sum of rows[r] x[token of r]^T` over one expert's rows."""
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     e = tl.program_id(0) // blocks
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -170,7 +170,7 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile's rows times its expert's weights, a block of features."""
+    """Multiply a tile's rows by its expert's weights, for a block of features."""
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     tile = tl.program_id(0) // blocks
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -210,7 +210,7 @@ def reduce_kernel(
     E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The sum of a token's rows, in the order of its experts, in float32."""
+    """Sum a token's rows in the order of its experts, in float32."""
     t = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)

@@ -2,8 +2,8 @@
 
 A tile is some tokens of one expert. Rows of x and of the output's gradient are gathered while they
 are read, all elementwise work and the sums of surprise happen before a tile's results leave the
-chip, and weights' gradients sum over an expert's own tokens. Where a token's experts are summed up
-there are two ways, by what is faster: at half density the activations are laid out as all pairs of
+chip, and weights' gradients sum over an expert's own tokens. The sum over a token's experts is
+computed in the faster of two ways: at half density the activations are laid out as all pairs of
 token and expert, zeros included, so that one dense product does it (`dense_sums`); at low density
 each pair gets a row of its own, and a token's rows are then summed.
 
@@ -13,9 +13,9 @@ sums, R * 2I with rows) and lists. With dense sums nothing waits for the device,
 captured in a CUDA graph; with rows R must be known, and the device is asked unless the caller says.
 
 No sum depends on the order in which programs run and no size is chosen at run time: results repeat
-bit for bit. What it does not do: the kinds of surprise that need a Gram matrix (`input` and
-`magnitude`), float64, activations other than `ACTIVATIONS`, and the gradient of an inactive
-expert's weight, which is returned as 0.
+bit for bit. This path does not know the kinds of surprise that need a Gram matrix (`input` and
+`magnitude`), float64, and activations other than `ACTIVATIONS`; the gradient of an inactive
+expert's weight is returned as 0.
 
 Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows, F = E * I
 neurons, S slots of pairs, C chunks of columns.
@@ -44,8 +44,8 @@ from tiny_onn.ops.sparse_launches import (
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_EXPERTS = 128
-# Share of active pairs from which one dense product sums faster than rows do, on an H100: between
-# the shares 4 / 32 and 16 / 32, by their kernels' times.
+# From this share of active pairs on, one dense product sums faster than rows do, on an H100. It is
+# interpolated between the kernels' times at the shares 4 / 32 and 16 / 32.
 DENSE_SHARE = 0.17
 
 
@@ -85,9 +85,9 @@ def expert_layer(
     dense_sums: bool | None = None,
     tiles: Tiles | None = None,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The layer's output, `y[t] = sum_e weights[t, e] * expert_e(x[t])` over the active experts.
+    """Return the output, `y[t] = sum_e weights[t, e] * expert_e(x[t])` over the active experts.
 
-    Arguments and gradients are those of `grouped.expert_layer`, and these:
+    Its gradients are those of `grouped.expert_layer`.
 
     Args:
         x_TD: the layer's input, one of `DTYPES`.
@@ -98,12 +98,12 @@ def expert_layer(
         activation: one of `ACTIVATIONS`.
         active_TE: active experts; None: where the weights are not 0.
         token_mask_T: tokens that count in SMK targets and statistics; None: all.
-        smk: how the gate is taught; None: it is not.
-        compiled: fuse the small operations of the lesson with torch.compile.
-        num_active: how many experts each token has, if all have as many; without it, the device
-            is asked for the number of pairs unless `dense_sums` is True.
-        dense_sums: whether one dense product sums over experts; None: by `DENSE_SHARE`.
-        tiles: how the work is cut; None: as measured.
+        smk: the instructions for the router's gradient; None: it gets none.
+        compiled: whether torch.compile fuses the small operations of the router's gradient.
+        num_active: the number of experts that every token has; None: it varies, and the device is
+            asked for the number of pairs unless `dense_sums` is True.
+        dense_sums: whether one dense product sums over experts; None: `DENSE_SHARE` decides.
+        tiles: the kernels' block sizes; None: the fastest ones as measured.
 
     Raises:
         ValueError: the device, the number format, the number of experts, the activation or the

@@ -1,7 +1,7 @@
 """The matrix products of `sparse.py` in Triton; importing this module imports triton.
 
-    up      pre-activations and routed hidden activations of a tile of one expert's tokens
-    slope   the gradient at the pre-activations, and the sums that surprise is made of
+    up      computes pre-activations and routed hidden activations of a tile
+    slope   computes a tile's gradient at the pre-activations, and the terms of its surprise
 
 A tile is BLOCK_M tokens of one expert. Tiles of all experts come in the order of their tokens, so
 that rows of x that one expert gathered are still in the L2 cache for the next. An expert's columns
@@ -25,7 +25,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 @triton.jit
 @no_type_check
 def activate(gate, ACTIVATION: tl.constexpr):
-    """The activation of float32 values, and its derivative."""
+    """Return the activation of float32 values, and its derivative."""
     if ACTIVATION == "silu":
         sigmoid = tl.sigmoid(gate)
         value = gate * sigmoid
@@ -62,7 +62,7 @@ def two_products(
     EVEN: tl.constexpr,  # whether blocks cover the factors exactly
     PRECISION: tl.constexpr,
 ):
-    """A tile's rows times two groups of columns, each row read once; the sum runs over D."""
+    """Multiply a tile's rows by two groups of columns, reading each row once; the sum is over D."""
     acc0 = tl.zeros((BLOCK_M, N0), tl.float32)
     acc1 = acc0
     if N1 > 0:
@@ -99,7 +99,7 @@ def store_zeros(
     BLOCK_M: tl.constexpr,
     W: tl.constexpr,
 ):
-    """W columns of the slots, as far as there are I."""
+    """Store zeros in up to W columns of the slots, as far as there are I columns."""
     i = first + tl.arange(0, W)
     zeros = tl.zeros((BLOCK_M, W), table.dtype.element_ty)
     mask = written[:, None] & (i < I)[None, :]
@@ -122,7 +122,7 @@ def store_hidden(
     W: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Pre-activations, and `weight * act(gate) * up` of the values that were stored."""
+    """Store pre-activations, and `weight * act(gate) * up` of the values as they were rounded."""
     i = first + tl.arange(0, W)
     gate, up = tl.split(tl.reshape(acc.to(pre.dtype.element_ty), (BLOCK_M, W, 2)))
     to = pre + at[:, None] * (2 * I) + i[None, :]
@@ -158,7 +158,7 @@ def up_kernel(
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tile's pre-activations and routed hidden activations; 0 for pairs outside the lists."""
+    """Compute a tile's pre-activations and routed hidden activations; pairs not listed give 0."""
     e = tl.program_id(0) % E
     start = (tl.program_id(0) // E) * BLOCK_M
     first = tl.program_id(1) * (W0 + W1)
@@ -227,7 +227,7 @@ def slope_rows(
     ALL: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Some rows' gradients at the pre-activations, from that at the hidden ones, and their sums."""
+    """Turn rows of gradients at hidden activations into those at pre-activations; sum both."""
     inside_t = position < T
     t = tl.load(of_order + position, mask=inside_t, other=0)
     pair = t.to(tl.int64) * E + e
@@ -288,11 +288,11 @@ def slope_kernel(
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tile's gradients at the pre-activations and its sums; 0 for pairs outside the lists.
+    """Compute a tile's gradients at the pre-activations and its sums; pairs not listed give 0.
 
-    The product leaves the gradient at the hidden activations where that at the up projection goes,
-    and BLOCK_R rows at a time are read back, still in the L2 cache: all at once would need more
-    registers than there are.
+    The product leaves the gradient at the hidden activations in the place of the gradient at the up
+    projection. BLOCK_R rows at a time are then read back, still in the L2 cache, because all rows
+    at once would need more registers than there are.
     """
     e = tl.program_id(0) % E
     start = (tl.program_id(0) // E) * BLOCK_M
@@ -327,7 +327,7 @@ def slope_kernel(
         tl.store(to + i0[None, :], acc0.to(dtype), mask=own & (i0 < I)[None, :])
         if W1 > 0:
             tl.store(to + i1[None, :], acc1.to(dtype), mask=own & (i1 < I)[None, :])
-        # What other threads of the program stored is read below.
+        # Rows that other threads of the program stored are read below.
         tl.debug_barrier()
     i = first + tl.arange(0, W)
     of_chunk = (i < first + W0 + W1) & (i < I)

@@ -1,4 +1,4 @@
-"""How the sparse expert layer's kernels are launched: block sizes, lists of tokens, tables.
+"""The launches of the sparse expert layer's kernels: block sizes, lists of tokens, tables.
 
 Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows, S slots of pairs,
 N columns of rows, C chunks of columns.
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from tiny_onn.ops.router_gradient import SmkStep
 
-# Widths of an expert's chunk of columns, as two powers of two.
+# An expert's chunk of columns may have these widths, each the sum of two powers of two or 0.
 _CHUNKS = ((128, 0), (64, 32), (64, 0), (32, 16), (32, 0), (16, 0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """One kernel's launch: its block sizes, warps and pipeline stages."""
+    """The block sizes, warps and pipeline stages of one kernel's launch."""
 
     rows: int
-    """Tokens, or features for weights' gradients."""
+    """Tokens of a program, or features for weights' gradients."""
     depth: int
-    """Of a step along the summed axis."""
+    """Size of a step along the summed axis."""
     columns: int = 0
     """Features of an output tile of `project`; rows of `slope` that are in registers at once."""
     warps: int = 8
@@ -34,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
-    """How the work is cut into programs; results differ by rounding only."""
+    """The launches of all kernels; results differ by rounding only."""
 
     up: Tile = Tile(rows=128, depth=64, stages=4)
     slope: Tile = Tile(rows=64, depth=64, columns=32, warps=4)
@@ -43,7 +43,7 @@ class Tiles:
     project: Tile = Tile(rows=128, depth=32, columns=128, warps=4)
 
 
-# Float32 products need twice the shared memory.
+# Float32 products need twice the shared memory, so their tiles are smaller.
 WIDE_TILES = Tiles(
     up=Tile(rows=64, depth=32),
     slope=Tile(rows=64, depth=32, columns=32),
@@ -55,13 +55,14 @@ WIDE_TILES = Tiles(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What stays the same from a layer's forward pass to its backward pass."""
+    """The options of a layer's call, from its forward pass to its backward pass."""
 
     activation: str
     smk: SmkStep | None
     compiled: bool
     num_pairs: int | None
-    """None: sums are dense, every pair of token and expert has a slot."""
+    """Number of computed pairs; None: sums are dense, and every pair of token and expert has a
+    slot."""
     tiles: Tiles
 
 
@@ -76,7 +77,7 @@ class Lists(NamedTuple):
 
 
 def list_tokens(listed_TE: Bool[Tensor, "tokens experts"], *, all_slots: bool) -> Lists:
-    """The tokens of every expert, those that chose it first, without waiting for the device."""
+    """List every expert's tokens, first those that chose it, without waiting for the device."""
     T, E = listed_TE.shape
     block = 256
     num_blocks = -(-T // block)
@@ -117,15 +118,15 @@ class Launches:
         }
 
     def new(self, *shape: int) -> Tensor:
-        """An empty table in the input's number format."""
+        """Return an empty table in the input's number format."""
         return self.x_TD.new_empty(shape)
 
     def grid(self, tile: Tile) -> int:
-        """Tiles of all experts, those without tokens too: their programs end at once."""
+        """Return the number of tiles of all experts; programs without tokens end at once."""
         return self.E * -(-self.T // tile.rows)
 
     def up(self, gate_up_EJD: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Pre-activations (S, J) and routed hidden activations (S, I)."""
+        """Compute pre-activations (S, J) and routed hidden activations (S, I)."""
         pre_SJ = self.new(self.num_slots, 2 * self.I)
         hidden_SI = self.new(self.num_slots, self.I)
         tile = self.tiles.up
@@ -153,7 +154,7 @@ class Launches:
     def slope(
         self, grad_y_TD: Tensor, down_EDI: Tensor, weights_TE: Tensor, pre_SJ: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradient at the pre-activations, and the sums (3, T, E) of `Sums`."""
+        """Compute the gradient at the pre-activations and (3, T, E) sums for `SurpriseTerms`."""
         grad_pre_SJ, tile = torch.empty_like(pre_SJ), self.tiles.slope
         shape = (self.num_chunks, 3, self.E, self.T)
         new = weights_TE.new_empty if self.all_slots else weights_TE.new_zeros
@@ -211,7 +212,7 @@ class Launches:
         return grad
 
     def sum_rows(self, rows_SN: Tensor, weight: Tensor, axes: str) -> Tensor:
-        """Each token's sum of its rows times their experts' weights."""
+        """Return each token's sum of its rows, each times its expert's weight."""
         N, tile = rows_SN.shape[1], self.tiles.project
         out_SD = self.new(self.num_slots, self.D)
         blocks = -(-self.D // tile.columns)
@@ -248,7 +249,7 @@ class Launches:
 
 
 def _kernels(name: str = "sparse_kernels") -> Any:  # noqa: ANN401 - a module of kernels
-    """Their module: triton is imported by whoever launches one."""
+    """Return a module of kernels, importing it (and triton) at the first launch."""
     return import_module(f"tiny_onn.ops.{name}")
 
 
@@ -257,7 +258,7 @@ def _strides(tensor: Tensor, axes: str) -> dict[str, int]:
 
 
 def _depth(tile: Tile, size: int) -> int:
-    """The tile's depth, or less for a shorter sum; Triton's products need 16."""
+    """Return the tile's depth, less for a shorter sum, and at least 16, as Triton needs."""
     return max(16, min(tile.depth, _power_of_two(size)))
 
 

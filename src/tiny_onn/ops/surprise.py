@@ -18,30 +18,30 @@ from torch import Tensor
 
 from tiny_onn.config.schema import SmkTargets, Surprise
 
-# Halvings of the interval that holds a token's offset: to float32's last place.
+# The interval that holds a token's offset is halved so often that float32 has no place left.
 _HALVINGS = 40
-# Logits this far from all others are as good as infinitely far: the sigmoid is within 1e-13.
+# At this distance from 0 the sigmoid is within 1e-13 of its limit.
 _FAR = 30.0
-# Where the logarithm of a norm begins.
+# Smaller norms are raised to this one before their logarithm is taken.
 MIN_NORM = 1e-6
 # The largest denominator of the fraction that stands for a share of tokens.
 _PARTS = 2**20
 
 
 def log_norm(norm: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The logarithm of a norm or of another quantity that is not negative, from `MIN_NORM` up."""
+    """Return the logarithm of a norm (or of any quantity >= 0), at least that of `MIN_NORM`."""
     return norm.clamp_min(MIN_NORM).log()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmkRule:
-    """Which quantity, which end of it, among which experts, and how many of them."""
+    """The rule by which surprise points at a router's targets."""
 
     surprise: Surprise = "parameters"
     direction: Literal["min", "max"] = "min"
     candidates: Literal["active", "all"] = "active"
     targets: SmkTargets | Literal["log"] = "single"
-    """Of these, `regress` and `log` are no distributions: see `regression_grad`."""
+    """The form of the targets: `regress` and `log` are no distributions, see `regression_grad`."""
     num_targets: int = 16
     lesson_share: float = 1.0
     """Share of the tokens whose candidates are all experts, where `candidates` says so; see
@@ -89,14 +89,16 @@ def smk_targets(
     token_mask_T: Bool[Tensor, " tokens"],
     rule: SmkRule,
 ) -> Float[Tensor, "tokens experts"]:
-    """Target distribution of every token: rows sum to 1, or to 0 where surprise says nothing.
+    """Return every token's target distribution: rows sum to 1, or to 0 where there is no target.
 
-    `single` spreads the row over the candidates that share the extreme value (one, but for ties).
-    `set` spreads it over the best `num_targets` candidates, for `active` candidates over the better
-    half of them (the best k of k experts would be all of them), and so does `member`. `helpful`
-    spreads it over the candidates of positive gain, unless all are. `regress` and `log` have no
-    target distribution; for statistics they are as `single`. A row has no target when the token is
-    masked or when its candidates do not differ (all zero, or only one).
+    A row has no target when the token is masked or when its candidates do not differ (all zero, or
+    a single one). The other rows are spread evenly over these candidates:
+
+    - `single`: those that share the extreme value (one, but for ties);
+    - `set` and `member`: the best `num_targets`, or with `active` candidates the better half of
+      them (the best k of k experts would be all of them);
+    - `helpful`: those of positive gain, unless that is all of them;
+    - `regress` and `log`: those of `single`, for statistics; their gradient needs no distribution.
     """
     signed_TE = surprise_TE if rule.direction == "min" else -surprise_TE
     if rule.candidates == "all":
@@ -130,7 +132,7 @@ def smk_loss(
     router_logits_TE: Float[Tensor, "tokens experts"],
     targets_TE: Float[Tensor, "tokens experts"],
 ) -> Float[Tensor, " tokens"]:
-    """Cross-entropy of each token's target under its gate, nats; 0 where there is no target."""
+    """Return the cross-entropy, in nats, of each token's target under its gate; 0 without one."""
     return -(targets_TE * router_logits_TE.log_softmax(-1)).sum(-1)
 
 
@@ -138,7 +140,7 @@ def smk_logits_grad(
     router_logits_TE: Float[Tensor, "tokens experts"],
     targets_TE: Float[Tensor, "tokens experts"],
 ) -> Float[Tensor, "tokens experts"]:
-    """Gradient of `smk_loss(...).sum()` with respect to the logits: softmax minus target."""
+    """Return the gradient of `smk_loss(...).sum()` at the logits: softmax minus target."""
     has_target_T1 = targets_TE.sum(-1, keepdim=True)
     return router_logits_TE.softmax(-1) * has_target_T1 - targets_TE
 
@@ -149,13 +151,14 @@ def regression_targets(
     token_mask_T: Bool[Tensor, " tokens"],
     rule: SmkRule,
 ) -> tuple[Float[Tensor, "tokens experts"], Bool[Tensor, "tokens experts"]]:
-    """What the logits regress on, and the pairs that count.
+    """Return the values that the logits regress on, and which pairs count.
 
-    `regress`: the quantity, its sign turned so that larger is better, minus its mean over the
-    token's candidates, divided by the root mean square of that over all counted pairs of the layer
-    and row. Free of the loss' scale and of the layer's, and yet one scale for all tokens, so that
-    the expectation which a regression learns is that of the quantity. A token whose candidates do
-    not differ does not count. `log`: the logarithm of the quantity, as it is.
+    - `regress`: the quantity, its sign turned so that larger is better, minus its mean over the
+      token's candidates, divided by the root mean square of these differences over all counted
+      pairs of the layer and row. The values are free of the scales of loss and layer, yet all
+      tokens share one scale, so that a regression learns the expectation of the quantity. A token
+      whose candidates do not differ does not count.
+    - `log`: the logarithm of the quantity.
     """
     candidates_TE = torch.ones_like(active_TE) if rule.candidates == "all" else active_TE
     counts_TE = candidates_TE & token_mask_T[:, None]
@@ -179,10 +182,10 @@ def regression_grad(
     token_mask_T: Bool[Tensor, " tokens"],
     rule: SmkRule,
 ) -> Float[Tensor, "tokens experts"]:
-    """Gradient, with respect to the logits, of the sum over tokens of the mean squared error.
+    """Return the gradient at the logits of the mean squared error, summed over tokens.
 
-    The mean is over a token's candidates. For `regress` the logits are centred as their targets
-    are: their common level means nothing to a softmax.
+    The mean is over a token's candidates. For `regress` the logits are centred like their targets,
+    since their common level means nothing to a softmax.
     """
     targets_TE, counts_TE = regression_targets(surprise_TE, active_TE, token_mask_T, rule)
     if rule.targets == "regress":
@@ -194,7 +197,7 @@ def regression_grad(
 def centre(
     values_TE: Float[Tensor, "tokens experts"], among_TE: Bool[Tensor, "tokens experts"]
 ) -> Float[Tensor, "tokens experts"]:
-    """The values minus their mean over the chosen experts of each token."""
+    """Return the values minus their mean over each token's experts in `among_TE`."""
     total_T1 = torch.where(among_TE, values_TE, 0).sum(-1, keepdim=True)
     return values_TE - total_T1 / among_TE.sum(-1, keepdim=True).clamp_min(1)
 
@@ -204,12 +207,12 @@ def label_loss(
     targets_TE: Float[Tensor, "tokens experts"],
     candidates_TE: Bool[Tensor, "tokens experts"],
 ) -> Float[Tensor, " tokens"]:
-    """Mean over a token's candidates of the binary cross-entropy of "is it a target?", nats.
+    """Return each token's mean binary cross-entropy of "is this candidate a target?", in nats.
 
     `min over c of mean_e BCE(sigmoid(logit[e] - c), target[e] > 0)`: routing asks which experts,
-    not how many, so the token's own level c is free. Where `single` and `set` share out one unit of
-    probability, here every expert is judged by itself, and the best logit is the log-odds of being
-    a target. 0 where there is no target.
+    not how many, so the token's own level c is free. `single` and `set` share out one unit of
+    probability; here every expert is judged by itself, and the best logit is the log-odds of being
+    a target. The loss of a token without a target is 0.
     """
     labels_TE = (targets_TE > 0).to(router_logits_TE.dtype)
     shifted_TE = router_logits_TE - _offset(router_logits_TE, targets_TE, candidates_TE)
@@ -223,9 +226,9 @@ def label_logits_grad(
     targets_TE: Float[Tensor, "tokens experts"],
     candidates_TE: Bool[Tensor, "tokens experts"],
 ) -> Float[Tensor, "tokens experts"]:
-    """Gradient of `label_loss(...).sum()` with respect to the logits.
+    """Return the gradient of `label_loss(...).sum()` with respect to the logits.
 
-    `(sigmoid(logit - c) - label) / candidates`: at its minimum c adds nothing to the gradient.
+    It is `(sigmoid(logit - c) - label) / candidates`: c is at the loss' minimum and adds nothing.
     """
     shifted_TE = router_logits_TE - _offset(router_logits_TE, targets_TE, candidates_TE)
     errors_TE = shifted_TE.sigmoid() - (targets_TE > 0).to(shifted_TE.dtype)
@@ -240,7 +243,7 @@ def _offset(
     targets_TE: Float[Tensor, "tokens experts"],
     candidates_TE: Bool[Tensor, "tokens experts"],
 ) -> Float[Tensor, "tokens 1"]:
-    """The c at which the candidates' `sigmoid(logit - c)` sum to the number of targets."""
+    """Return the c at which the candidates' `sigmoid(logit - c)` sum to the number of targets."""
     num_T1 = (targets_TE > 0).sum(-1, keepdim=True)
     worst = torch.finfo(router_logits_TE.dtype).max
     low_T1 = torch.where(candidates_TE, router_logits_TE, worst).amin(-1, keepdim=True) - _FAR

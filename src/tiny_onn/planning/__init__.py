@@ -1,1 +1,1 @@
-"""Parameters, FLOPs, memory and time of a run before it starts."""
+"""The parameters, FLOPs, memory and time that a run will need, counted before it starts."""

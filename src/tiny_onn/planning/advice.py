@@ -1,4 +1,4 @@
-"""What to lower when memory runs out, and by how much, from the plan's numbers."""
+"""Advice on the settings to lower when memory runs out, with the bytes that the plan counts."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,8 +18,8 @@ from tiny_onn.planning.costs import count_parameters, meta_models, sizes_of
 from tiny_onn.planning.memory import DeviceType, moments
 
 MAX_REMEDIES = 4
-# Remedies that save a smaller share of the peak are not worth a word.
 MIN_SAVED_SHARE = 0.01
+"""The smallest share of the peak that a remedy must save to be named."""
 
 
 @contextmanager
@@ -27,16 +27,16 @@ def explain_out_of_memory(
     config: RunConfig,
     student: TinyOnnForCausalLM,
     teacher: PreTrainedConfig,
-    what_is_left: Callable[[], str],
+    how_to_continue: Callable[[], str],
 ) -> Iterator[None]:
-    """Turn running out of memory into one line that says what to lower.
+    """Turn running out of memory into one line that names the settings to lower.
 
     Args:
         config: the run's settings.
         student: the model in training.
         teacher: the dense model's own settings.
-        what_is_left: Says how the run can go on, such as from its newest checkpoint; called when
-            memory has run out.
+        how_to_continue: the function that returns how the run can go on, for example from its
+            newest checkpoint; it is called when memory has run out.
 
     Raises:
         UserError: memory ran out inside.
@@ -46,11 +46,11 @@ def explain_out_of_memory(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(_message(config, teacher, student.device, what_is_left())) from error
+        raise UserError(_message(config, teacher, student.device, how_to_continue())) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or in the host."""
+    """Return True if an exception says that memory ran out, on a GPU or in the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # torch's CPU allocator raises a plain RuntimeError.
@@ -60,7 +60,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def remedies(
     config: RunConfig, teacher: PreTrainedConfig, device: DeviceType, memory_bytes: int
 ) -> tuple[int, list[tuple[str, object, int]]]:
-    """A step's peak in bytes, and what lowers it: setting, value, bytes saved, most first."""
+    """Return a step's peak in bytes, and changes that lower it, the most effective first.
+
+    Each change is a setting, its new value and the bytes that it saves at the peak.
+    """
 
     def peak(settings: RunConfig) -> int:
         dense, student = meta_models(settings, teacher)
@@ -74,8 +77,8 @@ def remedies(
         )
         return max(moment.total for moment in parts)
 
-    now = peak(config)
-    found = []
+    current = peak(config)
+    effective = []
     for name, value in _candidates(config, device):
         section, key = name.split(".")
         change: dict[str, Any] = {key: value}
@@ -84,16 +87,16 @@ def remedies(
         try:
             validate(changed)
         except UserError:
-            # It contradicts another setting of this run.
+            # The changed value contradicts another setting of this run.
             continue
-        saved = now - peak(changed)
-        if saved >= MIN_SAVED_SHARE * now:
-            found.append((name, value, saved))
-    return now, sorted(found, key=lambda remedy: -remedy[2])[:MAX_REMEDIES]
+        saved = current - peak(changed)
+        if saved >= MIN_SAVED_SHARE * current:
+            effective.append((name, value, saved))
+    return current, sorted(effective, key=lambda remedy: -remedy[2])[:MAX_REMEDIES]
 
 
 def _candidates(config: RunConfig, device: DeviceType) -> Iterator[tuple[str, object]]:
-    """Settings that may save memory."""
+    """Yield settings that may save memory, with the values to try."""
     row_tokens, train = config.data.row_tokens, config.train
     if row_tokens >= 512:
         yield "data.row_tokens", row_tokens // 2
@@ -119,7 +122,7 @@ def _candidates(config: RunConfig, device: DeviceType) -> Iterator[tuple[str, ob
 
 
 def _message(
-    config: RunConfig, teacher: PreTrainedConfig, device: torch.device, what_is_left: str
+    config: RunConfig, teacher: PreTrainedConfig, device: torch.device, how_to_continue: str
 ) -> str:
     kind: DeviceType = "cuda" if device.type == "cuda" else "cpu"
     memory = (
@@ -127,17 +130,17 @@ def _message(
         if kind == "cuda"
         else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
-    peak, found = remedies(config, teacher, kind, memory)
-    told = [
-        f"{name} {to_toml(_value(config, name))} -> {to_toml(value)} saves {_shown(saved)}"
+    peak, effective = remedies(config, teacher, kind, memory)
+    changes = [
+        f"{name} {to_toml(_value(config, name))} -> {to_toml(value)} saves {_with_unit(saved)}"
         + ("" if name in CHANGEABLE else " (new run)")
-        for name, value, saved in found
+        for name, value, saved in effective
     ]
-    lower = "; ".join(told) or "nothing here saves much: take a larger device or a smaller teacher"
+    too_little = "nothing here saves much: take a larger device or a smaller teacher"
     return (
-        f"train.device: out of memory on {device}, which has {_shown(memory)}, expected room for"
-        f" the {_shown(peak)} that `plan` counts at the peak of a step, and the libraries;"
-        f" lower one of: {lower}; {what_is_left}"
+        f"train.device: out of memory on {device}, which has {_with_unit(memory)}, expected room"
+        f" for the {_with_unit(peak)} that `plan` counts at the peak of a step, and the libraries;"
+        f" lower one of: {'; '.join(changes) or too_little}; {how_to_continue}"
     )
 
 
@@ -146,6 +149,6 @@ def _value(config: RunConfig, name: str) -> object:
     return getattr(getattr(config, section), key)
 
 
-def _shown(num_bytes: int) -> str:
+def _with_unit(num_bytes: int) -> str:
     unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
     return f"{num_bytes / unit:,.2f} {name}"

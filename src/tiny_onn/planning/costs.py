@@ -1,10 +1,11 @@
-"""What a student is made of and what a token costs, counted from the real modules.
+"""The parameters of a student and the FLOPs of a token, counted from the real modules.
 
-No weight is read or allocated: the dense model and `TinyOnnForCausalLM` are built on the meta
-device, parameters are counted from them, matrix products from the shapes of their linear layers.
+No weight is read or allocated. The dense model and `TinyOnnForCausalLM` are built on the meta
+device, parameters are counted from the modules, and matrix products from the shapes of their linear
+layers.
 
-FLOPs are 2 per multiply-add. Left out, as everywhere: norms, rotations, softmax, activations, the
-optimizer, and what unpacks 4-bit weights.
+A multiply-add counts as 2 FLOPs. Norms, rotations, softmax, activations, the optimizer and the
+unpacking of 4-bit weights are left out, as is usual.
 
 Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons, V vocabulary, L layers,
 H query heads.
@@ -24,14 +25,14 @@ from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.teacher.multimodal import dense_skeleton
 
-# Backward of flash attention: five matrix products, one of them the forward's scores again, where
-# the forward has two. Source: FlashAttention-2, arXiv 2307.08691, section 4.1.
+# The backward pass of flash attention has five matrix products, of which one computes the scores
+# again, where the forward pass has two. Source: FlashAttention-2, arXiv 2307.08691, section 4.1.
 ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """The lengths that every formula is made of."""
+    """The sizes of a student that the formulas use."""
 
     layers: int
     hidden: int
@@ -45,15 +46,15 @@ class Sizes:
     attention_weights: int
     """Weights of the linear layers of all attention blocks."""
     qk_norm: bool
-    """Whether queries and keys are normalised before they are rotated."""
+    """True if queries and keys are normalised before they are rotated."""
     experts: int
     expert_dim: int
     compensated: bool
-    """Whether inactive experts' mean outputs are added."""
+    """True if the mean outputs of inactive experts are added."""
 
     @property
     def neurons(self) -> int:
-        """F = E * I."""
+        """The number of neurons of one MLP, F = E * I."""
         return self.experts * self.expert_dim
 
 
@@ -63,46 +64,46 @@ class Parameters:
 
     embeddings: int
     output_head: int
-    """0 where it is tied to the embeddings."""
+    """Parameters of the output head; 0 if it is tied to the embeddings."""
     attention: int
-    """Linear layers of all attention blocks."""
+    """Parameters of the linear layers of all attention blocks."""
     norms: int
     experts: int
-    """Mean outputs and scales included."""
+    """Parameters of all experts, mean outputs and scales included."""
     gate_weights: int
     gate_biases: int
-    """One threshold per expert and layer that the gate learns."""
+    """Biases of all gates, which are one learned threshold per expert and layer."""
     budget_thresholds: int
-    """Steered, not learned; not among the parameters."""
+    """Thresholds that are steered instead of learned, and do not count as parameters."""
     one_expert: int
     dense_mlps: int
-    """The MLPs that the experts replace."""
+    """Parameters of the MLPs that the experts replace."""
     attention_linear_layers: tuple[tuple[int, ...], ...]
     """Shapes of one attention block's linear weights."""
 
     @property
     def backbone(self) -> int:
-        """Frozen parameters of the student."""
+        """The frozen parameters of the student."""
         return self.embeddings + self.output_head + self.attention + self.norms
 
     @property
     def gates(self) -> int:
-        """Weights and biases of all gates."""
+        """The weights and biases of all gates."""
         return self.gate_weights + self.gate_biases
 
     @property
     def trainable(self) -> int:
-        """Experts and gates."""
+        """The parameters of experts and gates."""
         return self.experts + self.gates
 
     @property
     def student_total(self) -> int:
-        """Backbone, experts and gates."""
+        """The parameters of backbone, experts and gates."""
         return self.backbone + self.trainable
 
     @property
     def dense_total(self) -> int:
-        """The teacher."""
+        """The parameters of the dense model."""
         return self.backbone + self.dense_mlps
 
 
@@ -112,25 +113,25 @@ class TokenFlops:
 
     attention_projections: int
     attention_scores_row: float
-    """Where the whole row is one document: each token sees (T + 1) / 2 on average."""
+    """Scores if the whole row is one document: each token sees (T + 1) / 2 on average."""
     attention_scores_documents: float
-    """Where documents are as long as the plan says, or those that were measured."""
+    """Scores if documents are as long as the plan says, or as they were measured."""
     ffn_dense: int
-    """The teacher's MLPs, and the experts as training runs them: all computed, then masked."""
+    """The teacher's MLPs, and the experts in training, where all are computed and then masked."""
     ffn_at_k: float
-    """The experts at the mean number of active ones, as decoding runs them, and the mean outputs of
-    the others; without the gate."""
+    """The experts in decoding, at the mean number of active ones, with the mean outputs of inactive
+    ones and without the gate."""
     router: int
     head: int
 
     @property
     def ffn_saved(self) -> float:
-        """Share of the MLPs' FLOPs that k active experts and their gate save."""
+        """The share of the MLPs' FLOPs that k active experts save, after their gate's own FLOPs."""
         return 1 - (self.ffn_at_k + self.router) / self.ffn_dense
 
     @property
     def model_saved(self) -> float:
-        """Share of all of the dense model's matrix products saved, attention scores left out."""
+        """The share of all the dense model's FLOPs that is saved, attention scores left out."""
         dense = self.attention_projections + self.ffn_dense + self.head
         return (self.ffn_dense - self.ffn_at_k - self.router) / dense
 
@@ -141,22 +142,22 @@ class StepFlops:
 
     student_forward: float
     recompute: float
-    """The forward pass again, layer by layer, under gradient checkpointing."""
+    """The second forward pass, layer by layer, under gradient checkpointing."""
     backward: float
     teacher_forward: float
     loss_heads: float
-    """Student's and teacher's logits and the gradient at the student's hidden states."""
+    """The logits of student and teacher, and the gradient at the student's hidden states."""
 
     @property
     def total(self) -> float:
-        """All phases."""
+        """The sum of all phases."""
         return sum(getattr(self, item.name) for item in fields(self))
 
 
 def meta_models(
     config: RunConfig, shape: PreTrainedConfig
 ) -> tuple[PreTrainedModel, TinyOnnForCausalLM]:
-    """The dense model and its student on the meta device.
+    """Build the dense model and its student on the meta device.
 
     Raises:
         UserError: the architecture, the sizes or k do not fit.
@@ -180,7 +181,7 @@ def _no_model(reason: str) -> str:
 
 
 def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
-    """The student's lengths."""
+    """Return the student's sizes."""
     text = student.config.get_text_config()
     bank = student.banks()[0]
     E, D, I = bank.experts.down_proj.shape
@@ -208,7 +209,7 @@ def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
 
 
 def count_parameters(dense: PreTrainedModel, student: TinyOnnForCausalLM) -> Parameters:
-    """Every parameter of the two modules, shared ones once."""
+    """Count every parameter of the two modules, shared ones once."""
     embeddings = student.get_input_embeddings()
     head = student.get_output_embeddings()
     banks = student.banks()
@@ -243,42 +244,42 @@ def count_parameters(dense: PreTrainedModel, student: TinyOnnForCausalLM) -> Par
 
 
 def dense_ffn_flops(layers: int, hidden: int, neurons: int) -> int:
-    """Forward FLOPs per token of gated MLPs: three matrices, 2 per multiply-add."""
+    """Return the forward FLOPs per token of gated MLPs, three matrices at 2 per multiply-add."""
     return 6 * layers * hidden * neurons
 
 
 def gate_flops(layers: int, hidden: int, experts: int) -> int:
-    """Forward FLOPs per token of linear gates, and as many of mean outputs where there are any."""
+    """Return the forward FLOPs per token of linear gates, which mean outputs take too."""
     return 2 * layers * hidden * experts
 
 
 def score_flops(layers: int, query: int, context: float) -> float:
-    """Forward FLOPs per token of attention scores and their product with the values.
+    """Return the forward FLOPs per token of attention scores and their product with the values.
 
     Args:
         layers: decoder layers.
         query: width of all query heads together.
-        context: positions that a token attends to, the mean over tokens.
+        context: mean number of positions that a token attends to.
     """
     return 4 * layers * query * context
 
 
 def document_context(tokens: int) -> float:
-    """Positions that a token of a document attends to, the mean: half of it, and itself."""
+    """Return the mean number of positions that a token attends to in a document of this length."""
     return (tokens + 1) / 2
 
 
 def token_flops(
     sizes: Sizes, *, target_k: float, row_context: float, document_context: float
 ) -> TokenFlops:
-    """FLOPs of one token's forward pass.
+    """Return the FLOPs of one token's forward pass.
 
     Args:
-        sizes: the student's lengths.
-        target_k: active experts per token, the mean.
-        row_context: positions that a token attends to where the row is one document, the mean.
-        document_context: positions that a token attends to in its document, the mean over tokens
-            (a long document counts with each of its tokens).
+        sizes: the student's sizes.
+        target_k: mean number of active experts per token.
+        row_context: mean number of positions that a token attends to if the row is one document.
+        document_context: mean number of positions that a token attends to in its document; the mean
+            is over tokens, so that a long document counts with each of its tokens.
     """
     dense = dense_ffn_flops(sizes.layers, sizes.hidden, sizes.neurons)
     gate = gate_flops(sizes.layers, sizes.hidden, sizes.experts)
@@ -294,30 +295,30 @@ def token_flops(
 
 
 def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bool) -> StepFlops:
-    """FLOPs of one step over `train.rows_per_step` rows.
+    """Return the FLOPs of one step over `train.rows_per_step` rows.
 
-    Layer 0 has nothing trainable before it: its attention has no backward pass and its experts
-    pass no gradient to their input.
+    Nothing before layer 0's experts is trained, so its attention has no backward pass and its
+    experts pass no gradient to their input.
 
     Args:
         config: the settings.
-        sizes: the student's lengths.
-        token: the forward pass of one token.
-        packed: whether rows hold documents of the planned length or one document each.
+        sizes: the student's sizes.
+        token: the FLOPs of one token's forward pass.
+        packed: True if rows hold documents of the planned length, False if a row is one document.
     """
     tokens = config.train.rows_per_step * config.data.row_tokens
     scores = token.attention_scores_documents if packed else token.attention_scores_row
     attention = token.attention_projections + scores
     student = attention + token.ffn_dense + token.router
-    # The gate's weights, and its input where the main loss teaches it.
+    # Every objective needs the gradient of the gate's weights; the task's also that of its input.
     router = {"none": 0, "smk": 1, "regression": 1, "task": 2}[
         config.router.objective
     ] * token.router
     if config.router.objective == "task":
         router -= token.router // sizes.layers
-    behind = (sizes.layers - 1) / sizes.layers
+    later_layers = (sizes.layers - 1) / sizes.layers
     backward = (
-        behind * (token.attention_projections + ATTENTION_BACKWARD * scores)
+        later_layers * (token.attention_projections + ATTENTION_BACKWARD * scores)
         + 2 * token.ffn_dense
         - 4 * sizes.hidden * sizes.neurons
         + router
@@ -325,7 +326,7 @@ def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bo
     kept = scores if config.train.checkpointing == "selective" else 0
     recompute = 0 if config.train.checkpointing == "none" else tokens * (student - kept)
     if config.train.ffn_chunk_tokens:
-        # The pre-activations: two of the three projections.
+        # Chunks compute the pre-activations again, which are two of the three projections.
         recompute += tokens * token.ffn_dense * 2 // 3
     return StepFlops(
         student_forward=float(tokens * student),
@@ -345,7 +346,7 @@ def _attention(student: TinyOnnForCausalLM) -> nn.Module:
 def forward_flops(
     student: TinyOnnForCausalLM, mean_k: float, mean_context: float
 ) -> dict[str, float]:
-    """Forward FLOPs per token at a mean number of active experts and attended positions."""
+    """Return forward FLOPs per token at a mean number of active experts and attended positions."""
     token = token_flops(
         sizes_of(student),
         target_k=mean_k,

@@ -1,7 +1,7 @@
-"""What a run needs, before it starts, for a teacher, a recipe and a device.
+"""The plan of a run, which is what a teacher, settings and a device will need before it starts.
 
-Nothing is downloaded beyond a hub id's config.json, and no weight is read. Parameters and FLOPs:
-`costs.py`. Peak memory: `memory.py`. Devices: `devices.toml`, with the source of every
+Only a hub id's config.json is downloaded, and no weight is read. `costs.py` counts parameters and
+FLOPs, `memory.py` the peak memory, and `devices.toml` holds devices with the source of every
 number. Time is FLOPs / (peak rate * efficiency).
 """
 
@@ -26,16 +26,17 @@ from tiny_onn.planning.costs import (
 from tiny_onn.planning.memory import RUNTIME_BYTES, Moment, moments
 from tiny_onn.planning.sources import Device, find_device, load_shape
 
-# Share of the peak rate that a step reaches. Megatron-Turing NLG 530B reached 30.2 % of its GPUs'
-# (PaLM, arXiv 2204.02311, table 3); smaller matrices reach less, `--efficiency` takes your own.
 EFFICIENCY = 0.3
-# Tokens of a document where packing keeps documents apart: an assumption, `--document-tokens`.
+"""Share of the peak rate that a step reaches unless `--efficiency` gives another. Megatron-Turing
+NLG 530B reached 30.2 % of its GPUs' rate (PaLM, arXiv 2204.02311, table 3); smaller matrices reach
+less."""
 DOCUMENT_TOKENS = 2048
+"""Tokens of a document, an assumption that `--document-tokens` replaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class CardLine:
-    """One number of the model card beside the same number counted here."""
+    """A number of the model card beside the same number counted here."""
 
     quantity: str
     card: str
@@ -46,7 +47,7 @@ class CardLine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run needs; `render` shows it, `as_dict` is its JSON."""
+    """The needs of one run, which `render` shows and `as_dict` returns for JSON."""
 
     model: str
     config: RunConfig
@@ -57,9 +58,9 @@ class Plan:
     parameters: Parameters
     token: TokenFlops
     whole_rows: StepFlops
-    """A step whose rows are one document each."""
+    """FLOPs of a step whose rows are one document each."""
     packed: StepFlops
-    """A step whose rows hold documents of `document_tokens`, attention kept inside each."""
+    """FLOPs of a step whose rows hold documents of `document_tokens`, kept apart by attention."""
     moments: tuple[Moment, ...]
 
     @property
@@ -69,34 +70,38 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory at the peak, with interpreter, libraries and CUDA context."""
+        """The memory at the peak, with interpreter, libraries and CUDA context."""
         return self.peak.total + RUNTIME_BYTES[self.device.type]
 
     @property
     def fits(self) -> bool:
-        """Whether that is at most the device's memory."""
+        """True if the memory at the peak is at most the device's."""
         return self.peak_bytes <= self.device.memory_bytes
 
     @property
     def steps(self) -> int:
-        """Steps until `train.tokens` are read."""
+        """The number of steps until `train.tokens` are read."""
         step = self.config.train.rows_per_step * self.config.data.row_tokens
         return math.ceil(self.config.train.tokens / step)
 
     @property
     def has_rate(self) -> bool:
-        """Whether the device's rate is one for the run's number format."""
+        """True if the device's rate is one for the run's number format."""
         return self.device.type == "cpu" or self.config.teacher.dtype == "bfloat16"
 
     def seconds(self, step: StepFlops) -> float | None:
-        """Time of the whole run; None where the device's rate is for another number format."""
+        """Return the time of a run of such steps; None if the rate is for another number format."""
         rate = self.device.bf16_tflops * 1e12 * self.efficiency
         return self.steps * step.total / rate if self.has_rate else None
 
     def decode_tokens_per_s(self, share_of_ffn: float) -> float:
-        """Tokens a second at which bf16 weights pass through memory once a token, for one sequence.
+        """Return an upper bound on the tokens a second of decoding one sequence.
 
-        An upper bound on decoding: no cache, no computation, no overhead.
+        The bound is the rate at which bf16 weights are read once per token, without cache,
+        computation or overhead.
+
+        Args:
+            share_of_ffn: the share of the MLPs' weights that a token reads.
         """
         p = self.parameters
         head = p.output_head or p.embeddings
@@ -104,7 +109,7 @@ class Plan:
         return self.device.bandwidth_gb_s * 1e9 / (2 * weights)
 
     def as_dict(self) -> dict[str, object]:
-        """Every number, in units that its name says, as JSON values."""
+        """Return every number as JSON values, in units that the names state."""
         derived = ("backbone", "gates", "trainable", "student_total", "dense_total")
         token_shares = {name: getattr(self.token, name) for name in ("ffn_saved", "model_saved")}
         k_share = self.config.router.target_k / self.sizes.experts
@@ -155,18 +160,18 @@ def plan(
     efficiency: float = EFFICIENCY,
     document_tokens: int = DOCUMENT_TOKENS,
 ) -> Plan:
-    """What distilling a teacher by these settings needs on a device.
+    """Plan the distillation of a teacher by these settings on a device.
 
     Args:
-        config: the settings; `teacher.path` is not read.
+        config: the settings, whose `teacher.path` is not used.
         shape: a bundled name, `embedded`, a folder or file with a config.json, or a hub id.
         device: `auto`, `cpu` (measured now), a name of `devices.toml`, or numbers.
         efficiency: share of the device's peak rate that a step reaches, in (0, 1].
         document_tokens: tokens of a document, the mean over tokens.
 
     Raises:
-        UserError: no such teacher or device, an architecture that cannot be converted, or sizes
-            that do not fit together.
+        UserError: there is no such teacher or device, the architecture cannot be converted, or the
+            sizes do not fit together.
     """
     if not 0 < efficiency <= 1:
         raise UserError(
@@ -207,9 +212,10 @@ def plan(
 
 
 def card_lines(plan: Plan) -> list[CardLine]:
-    """The model card's numbers beside the counted ones, for the student that the card describes.
+    """Compare the model card's numbers with the counted ones, for the student that it describes.
 
-    The card's are transcribed from "Tiny-ONN 0.6B Hyper-SMoE", 2025-07-19.
+    The numbers are transcribed from the card "Tiny-ONN 0.6B Hyper-SMoE", 2025-07-19. Other students
+    get no lines.
     """
     s, p, t = plan.sizes, plan.parameters, plan.token
     described = (s.layers, s.hidden, s.vocab, s.experts, s.expert_dim) == (28, 1024, 151936, 32, 96)
@@ -234,5 +240,5 @@ def card_lines(plan: Plan) -> list[CardLine]:
 
 
 def millions(number: int | float) -> str:
-    """A number in millions, two decimals, or three below one million."""
+    """Format a number in millions with two decimals, or three below one million."""
     return f"{number / 1e6:,.{2 if number >= 1e6 else 3}f} M"

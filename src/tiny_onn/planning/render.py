@@ -13,7 +13,7 @@ from tiny_onn.planning.sources import GIB
 
 
 def render(plan: Plan) -> Group:
-    """The plan as tables for a terminal."""
+    """Return the plan as tables for a terminal."""
     title = f"{plan.model} on {plan.device.name}"
     return Group(
         f"[bold]{title}[/bold]: {plan.sizes.experts} experts of {plan.sizes.expert_dim} neurons in"
@@ -67,7 +67,7 @@ def _card_table(plan: Plan) -> Table:
 def _flops_table(plan: Plan) -> Table:
     row_tokens, token = plan.config.data.row_tokens, plan.token
     columns = [f"one document of {row_tokens:,}", f"documents of {plan.document_tokens:,}"]
-    # Documents as long as a row are one case.
+    # Documents as long as a row need no column of their own.
     columns = columns[: 1 if plan.document_tokens >= row_tokens else 2]
     table = _table("FLOPs", "", *columns)
     k = f"{plan.config.router.target_k:g}"

@@ -1,4 +1,4 @@
-"""Where a plan's numbers come from: a model's config.json and a device's memory and rates."""
+"""The sources of a plan's numbers: a model's config.json and a device's memory and rates."""
 
 import json
 import os
@@ -21,37 +21,37 @@ from tiny_onn.teacher.model_files import check_config_table, check_model_config,
 from tiny_onn.teacher.model_paths import find_model
 
 GIB = 2**30
-# What `embedded` is, without unpacking it.
+# The bundled shape of the embedded teacher saves its conversion.
 _EMBEDDED = "SmolLM2-135M"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What a step runs on."""
+    """A device that steps run on, with its memory and rates."""
 
     name: str
     type: Literal["cpu", "cuda"] = "cuda"
     memory_bytes: int
     bf16_tflops: float
-    """Peak rate of dense matrix products, TFLOP/s; a CPU's in the run's number format."""
+    """Peak rate of dense matrix products, TFLOP/s, in bfloat16; a CPU's in the run's format."""
     bandwidth_gb_s: float
     """Peak rate of reading memory."""
     auto_dtype: DType = "bfloat16"
-    """The number format that `teacher.dtype = "auto"` means there."""
+    """The number format that `teacher.dtype = "auto"` means on the device."""
     source: str = "given"
-    """Who says so."""
+    """The source of the numbers."""
 
 
 def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTrainedConfig]:
-    """A model's name and configuration.
+    """Return a model's name and configuration.
 
     Args:
         name: a folder or file with a config.json, `embedded`, a bundled name or its hub id, or
             another hub id.
-        teacher: revision and trust of a hub id.
+        teacher: the settings with revision and trust of a hub id.
 
     Raises:
-        UserError: nothing there, or not a configuration that transformers knows.
+        UserError: there is no such model, or transformers does not know its configuration.
     """
     path, text = Path(name), str(name)
     if os.path.isfile(path):  # noqa: PTH113 - no error for what is no path
@@ -72,15 +72,15 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
 
 
 def find_device(text: str, dtype: TeacherDType) -> Device:
-    """The device that a user names.
+    """Return the device that a user names.
 
     Args:
         text: `auto` (this machine's GPU if it has one, else its CPU), `cpu`, a name of
             `devices.toml`, or `MEMORY_GIB,TFLOPS,GB_PER_S` of a GPU.
-        dtype: number format in which a CPU is measured; `auto`: the one it computes in faster.
+        dtype: number format in which a CPU is measured; `auto` takes its faster one.
 
     Raises:
-        UserError: no such device.
+        UserError: there is no such device.
     """
     table = _device_table()
     wanted = text.strip().lower()
@@ -104,7 +104,7 @@ def find_device(text: str, dtype: TeacherDType) -> Device:
 
 
 def measure_cpu(dtype: torch.dtype) -> Device:
-    """This machine: its memory, and its rates measured now, in a third of a second or so."""
+    """Return this machine's memory and its rates, measured in a third of a second or so."""
     a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
     source, target = (torch.ones(1 << 24) for _ in range(2))
     product_s = _best_seconds(lambda: torch.mm(a, b))
@@ -144,7 +144,7 @@ def _device_table() -> dict[str, Device]:
 
 
 def _own_gpu(table: dict[str, Device]) -> Device:
-    """This machine's first GPU: its own memory, the table's rates."""
+    """Return this machine's first GPU with its own memory and the table's rates."""
     properties = torch.cuda.get_device_properties(0)
     for name, device in table.items():
         if f" {name} " in f" {properties.name.replace('-', ' ')} ":

@@ -1,1 +1,1 @@
-"""Every surprise held against the truth: the loss without that expert."""
+"""A comparison of every kind of surprise with the true effect: the loss without that expert."""

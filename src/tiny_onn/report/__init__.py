@@ -1,1 +1,1 @@
-"""Pages, figures and tables about runs, from plain dictionaries: nothing here loads torch."""
+"""Pages, figures and tables about runs, made from plain dictionaries without loading torch."""

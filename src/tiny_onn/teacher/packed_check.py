@@ -1,11 +1,12 @@
-"""Whether a decoder that reads packed rows keeps their documents apart, tried once on few tokens.
+"""A check that a decoder which reads packed rows keeps their documents apart, on a few tokens.
 
 A family whose layers drop the document bounds on their way to attention runs without an error and
-lets every document see the ones before it. So a row of two short documents is run, one of them is
-changed, and the other's hidden states may not move. The decoder is also held against its own plain
-attention on one document, since an attention of another kind may look like a plain one from here.
+lets every document see the ones before it. The check therefore runs a row of two short documents,
+changes one of them, and requires that the other's hidden states stay the same. It also compares the
+decoder with its own plain attention on one document, because a different kind of attention cannot
+be recognised from outside.
 
-Cost: five forward passes of `TRIED_TOKENS` tokens without the output head.
+The check takes five forward passes of `TRIED_TOKENS` tokens without the output head.
 """
 
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ from tiny_onn.model.attention import DOCUMENT_ATTENTION, packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 
 TRIED_TOKENS = 24
-# Shorter than the tried documents, so that what a sliding window hides can be seen.
+# A sliding window has an effect only if it is shorter than the tried documents.
 _WINDOW_TOKENS = 4
-# The families' own attention rounds otherwise, and every layer adds to the difference. Of 35
+# The families' own attention rounds differently, and every layer adds to the difference. Of 35
 # families with 24 layers of large random weights, none differed by more than 0.13 of the hidden
-# states' size in bfloat16; in float32, with 2 layers, none by more than 1e-6.
+# states' size in bfloat16; with 2 layers in float32, none differed by more than 1e-6.
 _LEAST_TOLERANCE = 0.01
 _ROOTS_OF_EPS = 6.0
 
@@ -36,8 +37,8 @@ def check_packing(model: PreTrainedModel) -> None:
     """Refuse a dense model under `DOCUMENT_ATTENTION` whose documents are not kept apart.
 
     Raises:
-        UserError: one document changes another, a token an earlier one, or the attention of one
-            document is not what the model's own attention gives.
+        UserError: a document changes another one, a token changes an earlier one, or attention
+            within one document differs from the model's own.
     """
     vocab_size = model.config.get_text_config().vocab_size
     if vocab_size < 2:
@@ -47,7 +48,7 @@ def check_packing(model: PreTrainedModel) -> None:
             _check_documents(model, vocab_size)
             _check_own_attention(model, vocab_size)
     except UserError as error:
-        # Whoever loads a model has no way to call what attention's own message ends with.
+        # The message of attention ends with a call that users who name a model cannot make.
         reason = str(error).partition("; switch to ")[0]
         reason += "" if reason.endswith(" else") else ";"
         raise UserError(
@@ -67,21 +68,21 @@ def _check_documents(model: PreTrainedModel, vocab_size: int) -> None:
     half = TRIED_TOKENS // 2
     ids_T = _spread_ids(vocab_size, model.device)
     hidden_TD = _packed(model, ids_T)
-    # The first document changes; then the end of the second.
-    for changed, kept, what in (
+    # The first case changes the first document, the second the end of the second document.
+    for changed, unchanged, problem in (
         (slice(0, half), slice(half, None), "a document sees the ones before it"),
         (slice(half + half // 2, None), slice(0, half + half // 2), "a token sees later ones"),
     ):
         other_T = ids_T.clone()
         other_T[changed] = (ids_T[changed] + max(1, vocab_size // 3)) % vocab_size
-        difference = (_packed(model, other_T) - hidden_TD)[kept].abs().max()
+        difference = (_packed(model, other_T) - hidden_TD)[unchanged].abs().max()
         if not difference:
             continue
-        # The same program on the same row: what differs here is the device's doing.
-        noise = (_packed(model, ids_T) - hidden_TD)[kept].abs().max()
+        # Some devices do not repeat their bits, so that the same row twice shows their noise.
+        noise = (_packed(model, ids_T) - hidden_TD)[unchanged].abs().max()
         if difference > 10 * noise:
             raise UserError(
-                f"in a row of packed documents {what}, since its layers do not hand the "
+                f"in a row of packed documents {problem}, since its layers do not hand the "
                 "documents' bounds on to attention"
             )
 
@@ -94,34 +95,34 @@ def _check_own_attention(model: PreTrainedModel, vocab_size: int) -> None:
         own_TD = last_hidden_states(model, ids_1T)[0].float()
     finally:
         model.set_attn_implementation(DOCUMENT_ATTENTION)
-    gap_T = (ours_TD - own_TD).norm(dim=-1) / own_TD.norm(dim=-1).clamp(min=1e-12)
+    difference_T = (ours_TD - own_TD).norm(dim=-1) / own_TD.norm(dim=-1).clamp(min=1e-12)
     tolerance = max(_LEAST_TOLERANCE, _ROOTS_OF_EPS * torch.finfo(model.dtype).eps ** 0.5)
-    gap = float(gap_T.median())
-    # Hidden states that are no numbers are refused elsewhere, with the reason.
-    if gap > tolerance:
+    difference = float(difference_T.median())
+    # Hidden states that are NaN pass here and are refused by `check_runs`, with the reason.
+    if difference > tolerance:
         raise UserError(
             "its attention is of another kind than the plain causal or sliding-window one that "
-            f"keeps packed documents apart: hidden states differ by {gap:.2g} of their size, "
-            f"expected at most {tolerance:.2g}"
+            f"keeps packed documents apart: hidden states differ by {difference:.2g} of their size,"
+            f" expected at most {tolerance:.2g}"
         )
 
 
 def _packed(model: PreTrainedModel, ids_T: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens dim"]:
-    """The hidden states of two documents of equal length in one row."""
+    """Return the hidden states of two documents of equal length in one row."""
     documents = ids_T.view(2, -1).tolist()
     row = build_row(documents, row_tokens=TRIED_TOKENS, pad_token_id=0).to(model.device)
     return last_hidden_states(model, row.input_ids, **packed_kwargs(row))[0]
 
 
 def _spread_ids(vocab_size: int, device: torch.device) -> Int[Tensor, " tokens"]:
-    """Token ids from all over the vocabulary, as neighbours may be unused and embedded alike."""
+    """Return token ids from all over the vocabulary: unused neighbours may be embedded alike."""
     stride = max(1, vocab_size // TRIED_TOKENS)
     return torch.arange(TRIED_TOKENS, device=device) * stride % vocab_size
 
 
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context every sliding window is of `_WINDOW_TOKENS` tokens."""
+    """Set every sliding window to `_WINDOW_TOKENS` tokens within the context."""
     holders = [model.config.get_text_config(), *model.modules()]
     windows = [(holder, getattr(holder, "sliding_window", None)) for holder in holders]
     windows = [(holder, window) for holder, window in windows if type(window) is int]

@@ -1,9 +1,9 @@
-"""NF4 teachers: a model's linear layers in 4 bits a weight, by bitsandbytes, on CPU and CUDA.
+"""NF4 quantisation of a teacher's linear layers, 4 bits a weight, by bitsandbytes on CPU and CUDA.
 
-A weight becomes one of 16 levels times the largest magnitude of its block of 64: 0.5 bytes and a
-float32 scale a block, 0.563 bytes a weight. Double quantisation stores the scales in 8 bits: 0.516.
-The matrix product is that of the dequantised weights in the model's own number format, so a layer
-costs one transient dequantised weight. Source: QLoRA, arXiv 2305.14314, section 3.
+A weight becomes one of 16 levels times the largest magnitude of its block of 64 weights. With a
+float32 scale per block that takes 0.563 bytes a weight; double quantisation stores the scales in 8
+bits and takes 0.516. Products use the dequantised weights in the model's own number format, so that
+a layer costs one transient dequantised weight. Source: QLoRA, arXiv 2305.14314, section 3.
 """
 
 import importlib
@@ -28,13 +28,13 @@ _KERNEL_NOTICE = "Failed to load CPU gemm_4bit_forward"
 
 
 def load_bitsandbytes(setting: str) -> ModuleType:
-    """The bitsandbytes package, imported on first use.
+    """Import bitsandbytes and return it.
 
     Args:
-        setting: what asks for it, `section.key = value`, to begin the message with.
+        setting: the setting that needs it, `section.key = value`, for the message.
 
     Raises:
-        UserError: it is not installed or cannot be imported.
+        UserError: bitsandbytes is not installed or cannot be imported.
     """
     logger = logging.getLogger(_KERNEL_LOGGER)
     logger.addFilter(_is_not_kernel_notice)
@@ -51,19 +51,20 @@ def load_bitsandbytes(setting: str) -> ModuleType:
 
 @torch.no_grad()
 def quantize_nf4(model: PreTrainedModel, *, only_mlps: bool, double_quant: bool) -> PreTrainedModel:
-    """The model itself, its linear layers replaced by frozen NF4 ones on the same device.
+    """Replace a model's linear layers by frozen NF4 ones on the same device; return the model.
 
-    `y = x @ dequantize(weight).T + bias`, computed in the format of the replaced weight. Modules
-    are replaced and tensors left alone: whoever shares the model's tensors keeps them.
+    An NF4 layer computes `y = x @ dequantize(weight).T + bias` in the format of the replaced
+    weight. Modules are replaced and tensors stay unchanged, so that other models which share them
+    keep theirs.
 
     Args:
         model: a causal language model. Embeddings, norms and the output head stay as they are.
-        only_mlps: quantise the decoder layers' MLPs and leave attention alone.
-        double_quant: store the blocks' scales in 8 bits too.
+        only_mlps: True quantises the decoder layers' MLPs and leaves attention alone.
+        double_quant: True stores the blocks' scales in 8 bits too.
 
     Raises:
-        UserError: bitsandbytes is not installed, there is no linear layer to quantise, or one's
-            input is no multiple of 64 wide. The model is untouched.
+        UserError: bitsandbytes is not installed, there is no linear layer to quantise, or the input
+            width of one is no multiple of 64. The model is unchanged then.
     """
     bitsandbytes = load_bitsandbytes('teacher.quantization = "nf4"')
     layers = dict(_linear_layers(model, only_mlps))
@@ -74,7 +75,7 @@ def quantize_nf4(model: PreTrainedModel, *, only_mlps: bool, double_quant: bool)
             'set teacher.quantization = "none"'
         )
     for name, dense in layers.items():
-        # bitsandbytes 0.50 on a CPU dequantises other widths with wrong scales, and says nothing.
+        # bitsandbytes 0.50 on a CPU dequantises other widths with wrong scales without an error.
         if dense.in_features % BLOCK_SIZE:
             raise UserError(
                 f"architecture {type(model).__name__}: {name} has {dense.in_features} inputs, "
@@ -82,7 +83,7 @@ def quantize_nf4(model: PreTrainedModel, *, only_mlps: bool, double_quant: bool)
                 'set teacher.quantization = "none"'
             )
     for _ in track(range(len(layers)), "Quantising layers"):
-        # Taken out, so that a dense weight is freed as soon as its replacement stands.
+        # The dictionary must not hold a dense weight any longer than its replacement takes.
         name, dense = layers.popitem()
         model.set_submodule(name, _nf4_linear(bitsandbytes, dense, double_quant))
     return model
@@ -96,7 +97,7 @@ def _linear_layers(model: PreTrainedModel, only_mlps: bool) -> Iterator[tuple[st
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         wanted = not only_mlps or in_mlp(name)
-        # Not subclasses: those compute something else, or are quantised already.
+        # Subclasses compute something else or are quantised already.
         if type(module) is nn.Linear and module is not head and wanted:
             yield name, module
 
@@ -116,8 +117,8 @@ def _nf4_linear(bitsandbytes: ModuleType, dense: nn.Linear, double_quant: bool) 
         dense.weight.data, requires_grad=False, blocksize=BLOCK_SIZE, module=linear, **options
     ).to(dense.weight.device)
     linear.bias = dense.bias
-    # Its CPU path for AVX-512 BF16 rounds inputs and scales to bfloat16 even in a float32 model and
-    # repacks the weight at the first call. At 2,048 tokens it is not faster: 128 ms against 115 for
-    # 1024 x 3072 in bfloat16 on 2 cores.
+    # The CPU path for AVX-512 BF16 of bitsandbytes rounds inputs and scales to bfloat16 even in a
+    # float32 model and repacks the weight at the first call. It is not faster at 2,048 tokens: it
+    # took 128 ms against 115 for 1024 x 3072 in bfloat16 on 2 cores.
     linear.support_avx512bf16_for_cpu = False
     return linear.train(dense.training)
