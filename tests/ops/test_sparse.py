@@ -330,9 +330,10 @@ def learnt(bank: ExpertBank, rule: SmkRule, *, again=False) -> dict[str, Tensor]
     with row_context([bank], [RowState(token_mask=mask, smk=smk)]):
         y: Any = checkpoint(bank, x, use_reentrant=False) if again else bank(x)
         (y.square().sum() / 40).backward()
-    grads = {name: p.grad for name, p in bank.named_parameters()} | {"x": x.grad, "y": y.detach()}
+    leaves: dict[str, Any] = {"x": x, **dict(bank.named_parameters())}
+    grads: dict[str, Tensor] = {name: leaf.grad for name, leaf in leaves.items()}
     assert all(bool(grad.any()) for grad in grads.values())
-    return grads | tally._asdict()
+    return grads | {"y": y.detach()} | tally._asdict()
 
 
 @kernels
@@ -361,10 +362,12 @@ def test_a_bank_learns_as_on_the_dense_path(name, lesson_share):
 def test_steps_repeat_in_every_checkpointing_mode_and_follow_the_dense_path():
     rows = make_rows((20, 11, 30, 28), 32)
     states = {}
-    for mode, path in (*((m, "sparse") for m in get_args(Checkpointing)), ("layer", "dense")):
+    cases: list[tuple[Any, str]] = [(mode, "sparse") for mode in get_args(Checkpointing)]
+    for mode, path in [*cases, ("layer", "dense")]:
         train = {"expert_path": path, "compile": False, "device": DEVICE}
         config = change(CONFIG, train=train, smk={"candidates": "all", "lesson_share": 0.5})
-        dense = make_dense().to(DEVICE)
+        dense: Any = make_dense()
+        dense = dense.to(DEVICE)
         student = make_student(config, MlpInputs(dense, [row.to(DEVICE) for row in rows]))
         assert {bank.execution.path for bank in student.banks()} == {path}
         checkpoint_layers(student, mode)
@@ -384,9 +387,10 @@ def test_steps_repeat_in_every_checkpointing_mode_and_follow_the_dense_path():
 def test_a_traced_bank_takes_the_dense_path(monkeypatch):
     bank = bank_of("default")
     bank.set_execution(Execution(path="sparse"))
-    assert bank._layer().func is sparse.expert_layer
+    layer_of: Any = bank._layer
+    assert layer_of().func is sparse.expert_layer
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert bank._layer().func is dense_masked.expert_layer
+    assert layer_of().func is dense_masked.expert_layer
 
 
 @kernels
