@@ -145,7 +145,9 @@ def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> d
     """
     dtypes = [torch.float32] if arguments.smoke else [torch.float32, torch.bfloat16]
     worst: dict[str, float] = {}
-    for dtype, k in itertools.product(dtypes, arguments.k):
+    ks: list[int] = arguments.k
+    cases = ((dtype, k) for dtype in dtypes for k in ks)
+    for dtype, k in cases:
         layer = Layer(shape, k, varying=True, dtype=dtype, device=arguments.device)
         for rule, dense, number in itertools.product(arguments.rule, (True, False), (0, 1)):
             path = partial(sparse.expert_layer, activation="silu", dense_sums=dense)

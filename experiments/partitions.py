@@ -44,7 +44,7 @@ from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import Exploration, Router, Routing, RoutingRule, route, temporary_rules
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import distill
-from tiny_onn.routing.budgets import settle_budgets
+from tiny_onn.routing.budgets import fit_start_thresholds
 from tiny_onn.teacher.load import load_dense, quiet_transformers
 
 PARTITIONS = ("slices", "cluster", "coactivation", "importance", "learned")
@@ -234,7 +234,7 @@ def details(bench: Bench, student: TinyOnnForCausalLM, add: Callable[..., None])
         for router in every
     ]
     with temporary_rules(every, budgets):
-        settle_budgets(bench.inputs, banks)
+        fit_start_thresholds(bench.inputs, banks)
         add("ridge, budget", student)
         with torch.no_grad(), compensated(student, inputs, inactive_only=True):
             add("ridge, budget, means where off", student)

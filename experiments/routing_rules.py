@@ -33,14 +33,14 @@ from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Objective, RunConfig, Selection
 from tiny_onn.conversion.pipeline import make_student, partition
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.data.rows import calibration_rows, held_out_rows, settling_rows, training_rows
+from tiny_onn.data.rows import calibration_rows, held_out_rows, threshold_rows, training_rows
 from tiny_onn.device import pick_device
 from tiny_onn.distill.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.routing.budgets import settle
+from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import load_dense, quiet_transformers, teacher_for
 
@@ -78,7 +78,7 @@ def measure_pair(config: RunConfig, world: "World") -> dict[str, Any]:
     teacher = teacher_for(world.dense, config.teacher)
     optimizer = build_optimizer(student, config.optim, seed=config.train.seed)
     scope = config.router.budget_scope
-    settle(student, world.settling, scope)
+    fit_eval_thresholds(student, world.threshold_rows, scope)
     before = evaluate(student, HeldOut(teacher, world.held_out), config.loss)
     seconds, result = [], None
     for step, row in enumerate(world.training):
@@ -90,7 +90,7 @@ def measure_pair(config: RunConfig, world: "World") -> dict[str, Any]:
         if not finite:
             raise SystemExit(f"{config.router}: the loss of step {step} is not finite")
     assert result is not None
-    settle(student, world.settling, scope)
+    fit_eval_thresholds(student, world.threshold_rows, scope)
     after = evaluate(student, HeldOut(teacher, world.held_out), config.loss)
     used_L = (result.stats.load_LE > 0).sum(-1)
     return {
@@ -122,11 +122,11 @@ class World:
             lengths = (tokens // 2, tokens)
             drawn = random_rows(vocab, tokens, documents=lengths, num_rows=steps + 2)
             self.training, self.held_out = drawn[:steps], drawn[-1:]
-            self.calibration, self.settling = drawn[:1], drawn[1:2]
+            self.calibration, self.threshold_rows = drawn[:1], drawn[1:2]
         else:
             self.dense, tokenizer = load_dense(config.teacher, device)
             self.calibration = calibration_rows(config, tokenizer, device)
-            self.settling = settling_rows(config, tokenizer, device)
+            self.threshold_rows = threshold_rows(config, tokenizer, device)
             stream = training_rows(config, tokenizer)
             self.training = [next(stream) for _ in range(steps)]
             data = config.data

@@ -144,7 +144,7 @@ def test_the_base_of_a_comparison_is_the_package_of_its_commit(tmp_path):
     git("init", "--quiet")
     git("add", "--all")
     git("commit", "--quiet", "--message", "before")
-    with (root / "src" / "tiny_onn" / "losses.py").open("a") as file:
+    with (root / "src" / "tiny_onn" / "ops" / "distillation_loss.py").open("a") as file:
         file.write(f"{slow}    __import__('time').sleep(0.2)\n    return _old(*args, **kwargs)\n")
     options = ("distill_loss", "--smoke", "--base", "HEAD", "--out", str(tmp_path))
     variables = os.environ | {"PYTHONPATH": str(root / "src"), "JAXTYPING_DISABLE": "1"}

@@ -35,8 +35,14 @@ def status_of(arguments):
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    """Replace a verb's module, whose real run takes minutes, and return the calls it got."""
+def stand_in(monkeypatch, tmp_path):
+    """Replace a verb's module, whose real run takes minutes, and return the calls it got.
+
+    The models `m` and `runs/x` are folders, which is all that the command line looks at.
+    """
+    monkeypatch.chdir(tmp_path)
+    for model in ("m", "runs/x"):
+        Path(model).mkdir(parents=True)
 
     def install(module, function, result=None):
         calls = []
@@ -141,6 +147,14 @@ MISTAKES = [
     (["generate", "m", "--prompt", "x", "--temperature", "nan"], "--temperature: got nan"),
     (["generate", "m", "--prompt", "x", "--seed", "-1"], "--seed: got -1"),
     (["generate", "m", "--prompt", "x", "--seed", "9" * 30], "--seed: got 999"),
+    (["generate", "m", "--prompt", ""], "--prompt: got an empty text"),
+    (["generate", "./m", "--prompt", "x"], "MODEL: got ./m, expected a folder with a model"),
+    (["probe", "./m"], "MODEL: got ./m, expected a folder with a model"),
+    (["eval", "m"], "MODEL: got m, expected a run folder"),
+    (["eval", "m", "--frontier"], "MODEL: got m, expected a run folder"),
+    (["compare", "nowhere"], "RUN: got nowhere, expected the folder of a run"),
+    (["plan", "--preset", "demo", "--device", "RTX 9"], "--device: got RTX 9, expected auto, cpu"),
+    (["plan", "--preset", "demo", "--device", "1,2,x"], "--device: got 1,2,x, expected three"),
 ]
 
 
@@ -260,7 +274,7 @@ def test_reader_that_leaves_early_is_no_error():
 
 
 def test_distill_passes_the_resolved_settings(stand_in, tmp_path):
-    calls = stand_in("train", "run_distill", FINISHED)
+    calls = stand_in("distill.loop", "run_distill", FINISHED)
     out = str(tmp_path / "run")
     arguments = ["distill", "--preset", "demo", "--set", "train.seed=1", "--set", "train.tokens=9"]
     assert status_of([*arguments, "--out", out]) == 0
@@ -275,7 +289,7 @@ def test_run_folder_is_named_after_the_settings_and_the_time(
 ):
     monkeypatch.chdir(tmp_path)
     Path("demo.toml").write_text("")
-    calls = stand_in("train", "run_distill", FINISHED)
+    calls = stand_in("distill.loop", "run_distill", FINISHED)
     assert status_of(["distill", *arguments]) == 0
     out = calls[0][1]["out"]
     assert out.parent == Path("runs")
@@ -286,7 +300,7 @@ def test_run_folder_is_named_after_the_settings_and_the_time(
 def test_resuming_needs_only_the_folder(stand_in, tmp_path):
     config = RunConfig()
     create_run_folder(tmp_path / "run", config, argv=[])
-    calls = stand_in("train", "run_distill", FINISHED)
+    calls = stand_in("distill.loop", "run_distill", FINISHED)
     assert status_of(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
     options = {"resume": True, "allow_change": (), "argv": sys.argv}
     assert calls == [((config,), {"out": tmp_path / "run", **options})]
@@ -295,7 +309,7 @@ def test_resuming_needs_only_the_folder(stand_in, tmp_path):
 def test_resuming_takes_settings_over_the_runs_own(stand_in, tmp_path):
     out = tmp_path / "run"
     create_run_folder(out, load_config(None, "demo", ["train.seed=3"]), argv=[])
-    calls = stand_in("train", "run_distill", FINISHED)
+    calls = stand_in("distill.loop", "run_distill", FINISHED)
     arguments = ["--set", "train.tokens=9", "--allow-change", "train.tokens"]
     assert status_of(["distill", "--resume", "--out", str(out), *arguments]) == 0
     ((config,), options) = calls[0]
@@ -304,14 +318,14 @@ def test_resuming_takes_settings_over_the_runs_own(stand_in, tmp_path):
 
 
 def test_demo_passes_folder_and_overrides(stand_in):
-    calls = stand_in("demo", "run_demo")
+    calls = stand_in("studies.demo", "run_demo")
     assert status_of(["demo", "--set", "train.seed=3", "--out", "here"]) == 0
     assert calls == [((Path("here"), ("train.seed=3",)), {})]
 
 
 def test_eval_as_json_prints_nothing_else(stand_in, capsys):
     result = {"forward_kl": 0.25, "cost": {"ffn_flops": 3}}
-    calls = stand_in("evaluate", "run_eval", result)
+    calls = stand_in("evaluation.evaluate", "run_eval", result)
     assert status_of(["eval", "runs/x", "--json", "--device", "cpu"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == result
@@ -323,9 +337,9 @@ def test_eval_as_json_prints_nothing_else(stand_in, capsys):
 @pytest.mark.parametrize(
     ("module", "function", "arguments"),
     [
-        ("evaluate", "run_eval", ["eval", "m", "--json"]),
-        ("probe", "run_probe", ["probe", "m", "--json"]),
-        ("generate", "run_generate", ["generate", "m", "--prompt", "x"]),
+        ("evaluation.evaluate", "run_eval", ["eval", "m", "--json"]),
+        ("probe.probe", "run_probe", ["probe", "m", "--json"]),
+        ("deploy.generate", "run_generate", ["generate", "m", "--prompt", "x"]),
     ],
 )
 def test_every_verb_that_reads_a_teacher_passes_its_new_place(
@@ -337,16 +351,18 @@ def test_every_verb_that_reads_a_teacher_passes_its_new_place(
 
 
 def test_eval_prints_a_line_per_number(stand_in, capsys):
-    stand_in("evaluate", "run_eval", {"forward_kl": 0.25, "cost": {"ffn_flops": 3}})
+    stand_in("evaluation.evaluate", "run_eval", {"forward_kl": 0.25, "cost": {"ffn_flops": 3}})
     assert status_of(["eval", "runs/x"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [["forward_kl", "0.25"], ["cost.ffn_flops", "3"]]
 
 
-def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys):
+def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys, monkeypatch):
     point = {"budget": 8.0, "mean_k": 8.1}
-    calls = stand_in("frontier", "run_frontier", {"points": [point]})
-    vars(sys.modules["tiny_onn.evaluation.frontier"])["frontier_table"] = str
+    calls = stand_in("evaluation.frontier", "run_frontier", {"points": [point]})
+    table = types.ModuleType("tiny_onn.report.frontier")
+    vars(table)["frontier_table"] = str
+    monkeypatch.setitem(sys.modules, "tiny_onn.report.frontier", table)
     assert status_of(["eval", "m", "--budget", "8,4.5", "--out", "x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"points": [point]}
     ((arguments, keywords),) = calls
@@ -358,7 +374,7 @@ def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys):
 
 
 def test_probe_passes_its_options(stand_in, capsys):
-    calls = stand_in("probe", "run_probe", {"layers": {}})
+    calls = stand_in("probe.probe", "run_probe", {"layers": {}})
     assert status_of(["probe", "m", "--layers", "4,15", "--loss", "next-token", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"layers": {}}
     ((arguments, keywords),) = calls
@@ -366,7 +382,7 @@ def test_probe_passes_its_options(stand_in, capsys):
 
 
 def test_generate_passes_its_options(stand_in):
-    calls = stand_in("generate", "run_generate")
+    calls = stand_in("deploy.generate", "run_generate")
     assert status_of(["generate", "m", "--prompt", "x y", "--temperature", "0"]) == 0
     ((arguments, keywords),) = calls
     assert arguments == ("m",)
@@ -374,26 +390,26 @@ def test_generate_passes_its_options(stand_in):
 
 
 def test_interrupt_exits_with_130_and_one_line(stand_in, capsys):
-    stand_in("demo", "run_demo", KeyboardInterrupt())
+    stand_in("studies.demo", "run_demo", KeyboardInterrupt())
     assert status_of(["demo", "--out", "x"]) == 130
     assert capsys.readouterr().err == "tiny-onn: interrupted\n"
 
 
 def test_run_that_stopped_early_exits_with_130(stand_in, capsys):
-    stand_in("train", "run_distill", types.SimpleNamespace(interrupted=True))
+    stand_in("distill.loop", "run_distill", types.SimpleNamespace(interrupted=True))
     assert status_of(["distill", "--preset", "demo", "--out", "x"]) == 130
     saved, end = capsys.readouterr().err.splitlines()
-    assert saved == "tiny-onn: saved; go on with `tiny-onn distill --resume --out x`"
+    assert saved == "tiny-onn: the run is saved; resume it with `tiny-onn distill --resume --out x`"
     assert end == "tiny-onn: interrupted"
 
 
 def test_mistake_found_while_running_is_put_in_one_line(stand_in, capsys):
-    stand_in("demo", "run_demo", UserError("a\nb"))
+    stand_in("studies.demo", "run_demo", UserError("a\nb"))
     assert status_of(["demo", "--out", "x"]) == 2
     assert capsys.readouterr().err == "tiny-onn: error: a b\n"
 
 
 def test_defect_is_not_dressed_up_as_a_mistake(stand_in):
-    stand_in("demo", "run_demo", ValueError("a defect"))
+    stand_in("studies.demo", "run_demo", ValueError("a defect"))
     with pytest.raises(ValueError, match="a defect"):
         cli.main(["demo", "--out", "x"])

@@ -133,7 +133,7 @@ def test_later_layers_win(tmp_path):
 def test_preset_is_valid_and_says_what_it_is(name):
     config = load_config(None, name, [])
     assert config != RunConfig()
-    text = (files("tiny_onn") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    text = (files("tiny_onn.config") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
     assert text.startswith("# ")
 
 
@@ -238,7 +238,7 @@ OUTSIDE = {
     ("name", "expected"), [(name, rule) for rule, _, names in RANGES for name in names.split()]
 )
 def test_value_out_of_range_names_the_setting(name, expected):
-    with pytest.raises(UserError, match=f"^{name}: got .*, expected {expected}; its default is"):
+    with pytest.raises(UserError, match=f"^{name}: got .*, expected {expected}; the default is"):
         load_config(None, None, [f"{name}={OUTSIDE[expected]}"])
 
 
@@ -270,7 +270,7 @@ def test_a_file_with_a_byte_order_mark_or_windows_lines_is_read(tmp_path):
 def test_a_file_in_utf_16_is_refused_with_the_remedy(tmp_path, encoding):
     path = tmp_path / "run.toml"
     path.write_bytes("[train]\nseed = 3\n".encode(encoding))
-    with pytest.raises(UserError, match=r"malformed TOML .*; save it as UTF-8, it may be UTF-16$"):
+    with pytest.raises(UserError, match=r"malformed TOML .*; save it as UTF-8; it may be UTF-16$"):
         load_config(path, None, [])
 
 
@@ -308,7 +308,7 @@ def test_two_different_presets_are_refused(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('preset = "demo"\n')
     assert load_config(path, "demo", []) == load_config(None, "demo", [])
-    with pytest.raises(UserError, match=r'preset: got model-card and, in .*, "demo"'):
+    with pytest.raises(UserError, match=r'preset: got model-card from --preset and "demo" from'):
         load_config(path, "model-card", [])
 
 

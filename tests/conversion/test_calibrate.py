@@ -9,7 +9,7 @@ from tiny_onn.conversion.partition import importance_order, neuron_importance
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import gated_mlps, last_hidden_states
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.routing.budgets import settle_budgets
+from tiny_onn.routing.budgets import fit_start_thresholds
 
 # Split, whole and padded documents.
 LENGTHS = (20, 13, 30, 64, 9, 40, 17, 22, 33, 64, 12, 50)
@@ -69,7 +69,7 @@ def test_first_tokens_and_padding_say_nothing():
     for rows in (last, wider):
         banks = make_student(dense).banks()
         fit_gates(MlpInputs(dense, rows), banks)
-        settle_budgets(MlpInputs(dense, rows), banks)
+        fit_start_thresholds(MlpInputs(dense, rows), banks)
         gates.append((banks[1].router.weight.detach(), banks[1].router.threshold))
     for got, same in zip(*gates, strict=True):
         torch.testing.assert_close(got, same, rtol=1e-3, atol=1e-4)
@@ -192,7 +192,7 @@ def test_budgets_meet_their_target_on_one_row_exactly(form, target):
     banks = make_student(dense, budget_form=form, target_k=target).banks()
     rows = ROWS[:1]
     fit_gates(MlpInputs(dense, rows), banks)
-    settle_budgets(MlpInputs(dense, rows), banks)
+    fit_start_thresholds(MlpInputs(dense, rows), banks)
     for bank, x_TD in zip(banks, gather(dense, rows, lambda mlp: mlp.module), strict=True):
         num_active = int(bank.router(x_TD).active.sum())
         assert abs(num_active - target * len(x_TD)) <= 0.5
@@ -204,7 +204,7 @@ def test_budgets_meet_their_target_on_many_rows_within_3_percent(family, form):
     dense = make_dense(family)
     banks = make_student(dense, budget_form=form).banks()
     fit_gates(MlpInputs(dense, ROWS), banks)
-    settle_budgets(MlpInputs(dense, ROWS), banks)
+    fit_start_thresholds(MlpInputs(dense, ROWS), banks)
     for bank, x_TD in zip(banks, gather(dense, ROWS, lambda mlp: mlp.module), strict=True):
         assert bank.router(x_TD).active.sum(-1).float().mean().item() == pytest.approx(4, rel=0.03)
         assert bank.router.num_updates == len(ROWS)
@@ -214,7 +214,7 @@ def test_other_selections_keep_their_threshold():
     dense = make_dense("llama")
     banks = make_student(dense, selection="top_k").banks()
     before = [bank.router.threshold.clone() for bank in banks]
-    settle_budgets(MlpInputs(dense, ROWS), banks)
+    fit_start_thresholds(MlpInputs(dense, ROWS), banks)
     assert [bank.router.threshold for bank in banks] == before
 
 
@@ -223,7 +223,7 @@ def test_calibration_leaves_no_hook_and_no_graph_behind():
     banks = make_student(dense).banks()
     neuron_importance(MlpInputs(dense, ROWS))
     fit_gates(MlpInputs(dense, ROWS), banks)
-    settle_budgets(MlpInputs(dense, ROWS), banks)
+    fit_start_thresholds(MlpInputs(dense, ROWS), banks)
     assert not any(mlp.module._forward_pre_hooks for mlp in gated_mlps(dense))
     assert all(bank.router.weight.requires_grad for bank in banks)
     assert not any(bank.router.threshold.requires_grad for bank in banks)

@@ -22,7 +22,7 @@ from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.ops import reference
 from tiny_onn.ops.surprise import SmkRule, label_loss, smk_loss, smk_targets
 from tiny_onn.routing.losses import load_balancing_loss, z_loss
-from tiny_onn.routing.thresholds import exact_threshold, steer
+from tiny_onn.routing.thresholds import exact_threshold, update_thresholds
 from tiny_onn.teacher.load import teacher_for
 
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)
@@ -56,7 +56,7 @@ def gradients(config, rows):
     student, teacher, power = start(config)
     recorder = Recorder(student)
     config = change(config, optim=UNCLIPPED)
-    result = blockwise_step(student, teacher, recorder, rows, config, power)
+    result = blockwise_step(student, teacher, recorder, rows, config, power=power)
     return recorder.gradients, result, student
 
 
@@ -71,7 +71,7 @@ def train(config, num_steps, family="llama"):
             optimizer,
             [ROWS[(step * size + i) % len(ROWS)] for i in range(size)],
             config,
-            power,
+            power=power,
         )
         for step in range(num_steps)
     ]
@@ -144,7 +144,7 @@ def test_every_layer_learns_as_if_it_were_alone(config):
         )
         mean_k = result.stats.load_LE[index].sum() / result.stats.num_tokens
         exact_L = torch.as_tensor(exact)[None]
-        steer([bank.router], exact_L, config.router.budget_rate, mean_k[None])
+        update_thresholds([bank.router], exact_L, config.router.budget_rate, mean_k[None])
         torch.testing.assert_close(after.router.threshold, bank.router.threshold)
 
 
@@ -270,7 +270,7 @@ def test_nothing_of_a_layer_outlives_its_turn(config):
             mlp.module.register_forward_pre_hook(lambda *_: between.append(len(alive)))
         gc.disable()
         try:
-            blockwise_step(student, teacher, Recorder(student), ROWS[:2], config, power)
+            blockwise_step(student, teacher, Recorder(student), ROWS[:2], config, power=power)
         finally:
             gc.enable()
         assert len(between) == 2 * num_layers
@@ -356,10 +356,10 @@ def test_a_step_that_is_not_finite_changes_nothing():
     optimizer = build_optimizer(student, CONFIG.optim)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     broken = [power[0], float("nan")]
-    result = blockwise_step(student, teacher, optimizer, ROWS[:1], CONFIG, broken)
+    result = blockwise_step(student, teacher, optimizer, ROWS[:1], CONFIG, power=broken)
     assert not result.finite
     assert all(torch.equal(tensor, before[n]) for n, tensor in student.state_dict().items())
-    assert blockwise_step(student, teacher, optimizer, ROWS[:1], CONFIG, power).finite
+    assert blockwise_step(student, teacher, optimizer, ROWS[:1], CONFIG, power=power).finite
     assert not torch.equal(
         student.banks()[0].experts.down_proj,
         before["backbone.model.layers.0.mlp.experts.down_proj"],

@@ -199,7 +199,7 @@ def test_agreement_on_a_dead_model_does_not_count(config, tmp_path):
 def test_a_budget_that_is_off_its_target_is_suspicious(config, tmp_path):
     changed = change(config, router={"budget_rate": 0.0})
     records, health = run(changed, tmp_path / "run", loosen_budget)
-    # Evaluations settle their own budget: only the steps show it.
+    # Evaluations fit their own thresholds, so that only the steps show it.
     assert records[-2]["mean_k"] == 8
     assert codes(health, "suspicious") >= {"k_off_target"}
 
@@ -273,7 +273,7 @@ def test_a_resumed_watch_repeats_nothing(config, tmp_path, capsys):
     records, _ = run(config, tmp_path / "run", zero_experts)
     capsys.readouterr()
     watch = HealthWatch(config, "again", list(records[:-1]))
-    watch.see(records[-1])
+    watch.observe(records[-1])
     known = {finding.code for finding in diagnose(records[:-1], config)}
     new = {finding.code for finding in diagnose(records, config)} - known
     assert capsys.readouterr().err.count("again: ") == len(new) > 0
@@ -286,9 +286,9 @@ def test_a_long_run_is_judged_by_its_last_steps(well, config):
     dead = step | {"smk": step["smk"] | {"targets": 0.0}}
     watch = HealthWatch(config, "long", [])
     for record in [start, *[dead] * 40, *[step] * 40]:
-        watch.see(record)
+        watch.observe(record)
     assert watch.verdict()["verdict"] == "healthy"
     for record in [dead] * 40:
-        watch.see(record)
+        watch.observe(record)
     assert codes(watch.verdict()) == {"no_targets"}
     assert len(watch.records) < 50

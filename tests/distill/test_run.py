@@ -131,7 +131,7 @@ def test_ctrl_c_between_steps_leaves_a_usable_student(config, tmp_path, capsys):
     result = run_distill(config, out=out, after_step=interrupt)
     assert (result.interrupted, result.tokens) == (True, 128)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert "Stopping: the work in hand" in capsys.readouterr().err
+    assert "Stopping: the current work" in capsys.readouterr().err
     assert json.loads((out / "summary.json").read_text())["interrupted"] is True
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"]
     prompt = AutoTokenizer.from_pretrained(out / "student")("the fox", return_tensors="pt")
@@ -216,7 +216,7 @@ def test_a_signal_before_the_first_step_is_told_and_leaves_a_folder_to_start_in(
     monkeypatch.setattr(train_module, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_distill(config, out=out)
-    assert f"Stopped by {number.name} before the first step" in capsys.readouterr().err
+    assert f"Stopped by {number.name} before this run's first step" in capsys.readouterr().err
     monkeypatch.setattr(train_module, "prepare", prepare)
     run_distill(config, out=out, resume=True)
     assert_same_run(out, whole[0])

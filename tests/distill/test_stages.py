@@ -17,7 +17,7 @@ from tiny_onn.distill import loop as train_module
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.distill.stages import annealed, annealed_k, run_tokens, stage_named
 from tiny_onn.errors import UserError
-from tiny_onn.routing.thresholds import steer
+from tiny_onn.routing.thresholds import update_thresholds
 from tiny_onn.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -160,7 +160,7 @@ def test_a_threshold_follows_a_falling_target_at_once(config):
         # What this step moves the threshold to is the next step's number.
         assert banks[0].router.rule.target_k == pytest.approx(8 - 4 * 64 / (0.5 * 319))
         for bank in banks:
-            steer([bank.router], torch.tensor([0.25]), 0.3, torch.tensor([8.0]))
+            update_thresholds([bank.router], torch.tensor([0.25]), 0.3, torch.tensor([8.0]))
             # All the way, and the distance to a target that falls is no error to sum up.
             assert (bank.router.threshold, bank.router.correction) == (0.25, 0)
     with annealed(banks, config, stage, 192):

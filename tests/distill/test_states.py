@@ -7,7 +7,7 @@ import torch
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student
 from tiny_onn.distill.checkpointing import checkpoint_layers
-from tiny_onn.distill.hidden_states import unexplained
+from tiny_onn.distill.hidden_states import unexplained_variance
 from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.model.attention import packed_kwargs
@@ -33,7 +33,7 @@ def test_is_the_share_of_variance_token_by_token():
     own = [draw(1, 5, 3, seed=s).float().requires_grad_() for s in (0, 1)]
     theirs = [draw(1, 5, 3, seed=s).float() for s in (2, 3)]
     weights = torch.tensor([1.0, 3.0])
-    got = unexplained(own, theirs, mask)
+    got = unexplained_variance(own, theirs, mask)
     expected = torch.stack([by_hand(*pair, mask) for pair in zip(own, theirs, strict=True)])
     torch.testing.assert_close(got, expected)
     grads = torch.autograd.grad((got * weights).sum(), own)
@@ -45,13 +45,13 @@ def test_is_nothing_for_equal_states_and_one_for_their_mean():
     theirs = draw(1, 6, 4, seed=0).float() + 100
     mask = torch.ones(6, dtype=torch.bool)
     mean = theirs.mean(1, keepdim=True).expand_as(theirs)
-    got = unexplained([theirs, mean], [theirs, theirs], mask)
+    got = unexplained_variance([theirs, mean], [theirs, theirs], mask)
     torch.testing.assert_close(got, torch.tensor([0.0, 1.0]))
 
 
 def test_no_counted_token_gives_no_number_that_is_not_finite():
     states = draw(1, 3, 4, seed=0).float().requires_grad_()
-    share = unexplained([states], [states.detach() + 1], torch.zeros(3, dtype=torch.bool))
+    share = unexplained_variance([states], [states.detach() + 1], torch.zeros(3, dtype=torch.bool))
     (grad,) = torch.autograd.grad(share.sum(), states)
     assert share.item() == 0
     assert (grad == 0).all()
@@ -120,7 +120,7 @@ def test_a_step_says_what_states_leave_unexplained(coef):
         with torch.no_grad(), layer_outputs(student) as own, layer_outputs(dense) as theirs:
             last_hidden_states(student.train(), row.input_ids, **packed_kwargs(row))
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
-        by_row.append(unexplained(own, theirs, row.router_mask[0]).mean())
+        by_row.append(unexplained_variance(own, theirs, row.router_mask[0]).mean())
     result = distill_step(
         student, dense, build_optimizer(student, config.optim, seed=0), rows, config
     )

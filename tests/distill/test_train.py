@@ -21,7 +21,7 @@ from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops import dense_masked, reference
 from tiny_onn.ops.surprise import SmkRule, smk_loss, smk_targets
-from tiny_onn.routing.budgets import settle
+from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import teacher_for
 
@@ -387,6 +387,6 @@ def test_training_moves_every_gate_but_those_of_shared_experts(router, smk):
             assert (tensor[:S] != before[name][:S]).any()
     stats = results[-1].stats
     assert stats.load_LE[:, :S].eq(stats.num_tokens).all()
-    settle(student, LONG, config.router.budget_scope)
+    fit_eval_thresholds(student, LONG, config.router.budget_scope)
     mean_k = evaluate(student, HeldOut(dense, LONG), config.loss).mean_k
     assert mean_k == pytest.approx(4.0, rel=0.05)

@@ -101,7 +101,7 @@ def test_the_gradient_and_the_tally_are_the_sums_of_both_kinds_of_tokens(targets
         surprise = torch.sin(torch.arange(200.0)).view(40, 5)
         active = case.weights != 0
         routing = RoutingTables(case.weights.float(), case.logits, active, tokens)
-        grads.append(router_gradient(step, surprise, routing, compiled=False))
+        grads.append(router_gradient(step, surprise, routing))
     assert_close(grads[0], grads[1] + grads[2])
     assert grads[1].any() and grads[2].any()
     for whole, first, second in zip(*tallies, strict=True):

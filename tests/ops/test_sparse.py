@@ -330,10 +330,10 @@ def learnt(bank: ExpertBank, rule: SmkRule, *, again=False) -> dict[str, Tensor]
     with row_context([bank], [RowState(token_mask=mask, smk=smk)]):
         y: Any = checkpoint(bank, x, use_reentrant=False) if again else bank(x)
         (y.square().sum() / 40).backward()
-    leaves: dict[str, Any] = {"x": x, **dict(bank.named_parameters())}
-    grads: dict[str, Tensor] = {name: leaf.grad for name, leaf in leaves.items()}
+    grads: dict[str, Any] = {name: p.grad for name, p in bank.named_parameters()}
+    grads |= {"x": x.grad, "y": y.detach()}
     assert all(bool(grad.any()) for grad in grads.values())
-    return grads | {"y": y.detach()} | tally._asdict()
+    return grads | tally._asdict()
 
 
 @kernels
@@ -358,19 +358,22 @@ def test_a_bank_learns_as_on_the_dense_path(name, lesson_share):
         close([y.double().cpu()], [bank(x).double().cpu()])
 
 
+MODES: tuple[Any, ...] = get_args(Checkpointing)
+
+
 @kernels
 def test_steps_repeat_in_every_checkpointing_mode_and_follow_the_dense_path():
     rows = make_rows((20, 11, 30, 28), 32)
     states = {}
-    cases: list[tuple[Any, str]] = [(mode, "sparse") for mode in get_args(Checkpointing)]
-    for mode, path in [*cases, ("layer", "dense")]:
-        train = {"expert_path": path, "compile": False, "device": DEVICE}
+    for mode, path in (*((m, "sparse") for m in MODES), ("layer", "dense")):
+        train: Any = {"expert_path": path, "compile": False, "device": DEVICE}
         config = change(CONFIG, train=train, smk={"candidates": "all", "lesson_share": 0.5})
         dense: Any = make_dense()
-        dense = dense.to(DEVICE)
+        dense.to(DEVICE)
         student = make_student(config, MlpInputs(dense, [row.to(DEVICE) for row in rows]))
         assert {bank.execution.path for bank in student.banks()} == {path}
-        checkpoint_layers(student, mode)
+        checkpointing: Any = mode
+        checkpoint_layers(student, checkpointing)
         optimizer = build_optimizer(student, config.optim)
         for step in range(2):
             distill_step(student, dense, optimizer, rows[:2], config, step=step)
@@ -387,10 +390,11 @@ def test_steps_repeat_in_every_checkpointing_mode_and_follow_the_dense_path():
 def test_a_traced_bank_takes_the_dense_path(monkeypatch):
     bank = bank_of("default")
     bank.set_execution(Execution(path="sparse"))
-    layer_of: Any = bank._layer
-    assert layer_of().func is sparse.expert_layer
+    layer: Any = bank._layer()
+    assert layer.func is sparse.expert_layer
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert layer_of().func is dense_masked.expert_layer
+    layer = bank._layer()
+    assert layer.func is dense_masked.expert_layer
 
 
 @kernels

@@ -103,8 +103,9 @@ def taught(rule, tables, num_shared):
     num_experts = tables.logits_TE.shape[1]
     tally = SurpriseTally.of_layers(1, num_experts, torch.device("cpu"))[0]
     step = SmkStep(rule=rule, grad_scale=0.5, tally=tally, num_shared=num_shared)
-    surprise_TE, *routing = tables
-    return router_gradient(step, surprise_TE, RoutingTables(*routing, COUNTED_T)), tally
+    surprise_TE, weights_TE, logits_TE, active_TE = tables
+    routing = RoutingTables(weights_TE, logits_TE, active_TE, COUNTED_T)
+    return router_gradient(step, surprise_TE, routing), tally
 
 
 @pytest.mark.parametrize("candidates", ["active", "all"])

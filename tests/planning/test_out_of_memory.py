@@ -54,7 +54,7 @@ def test_a_step_without_memory_keeps_the_checkpoint_and_says_what_to_lower(
     assert message.startswith("train.device: out of memory on cpu, which has ")
     assert re.search(r"data\.row_tokens 512 -> 256 saves \d+\.\d\d MiB \(new run\)", message)
     assert re.search(r'train\.checkpointing "none" -> "layer" saves \d+\.\d\d MiB;', message)
-    assert "the checkpoint step-0000002 is whole: --resume" in message
+    assert "the checkpoint step-0000002 is whole: use --resume" in message
     assert "\n" not in message
     # As it says.
     lower = change(config, train={"checkpointing": "layer"})

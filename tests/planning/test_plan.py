@@ -421,6 +421,6 @@ def test_help_names_the_devices_and_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"({EFFICIENCY})" in text
-    assert f"({DOCUMENT_TOKENS})" in text
+    assert f"(default: {EFFICIENCY})" in text
+    assert f"(default: {DOCUMENT_TOKENS})" in text
     assert all(name in text for name in DEVICES)

@@ -12,8 +12,8 @@ from rich.console import Console
 from tiny import make_rows, write_run
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
-from tiny_onn.probe import probe as probe_module
-from tiny_onn.probe.measure import look, sample_documents
+from tiny_onn.probe import measure as measure_module
+from tiny_onn.probe.measure import measure_documents, sample_documents
 from tiny_onn.probe.probe import run_probe
 from tiny_onn.probe.summary import quantities
 from tiny_onn.report.probe import console_tables, markdown
@@ -141,11 +141,11 @@ def test_a_run_in_the_middle_gives_its_newest_checkpoint(run, tmp_path):
 
 def test_an_interrupted_probe_keeps_what_it_measured(of_student, run, tmp_path, monkeypatch):
     def interrupted(*arguments):
-        losses = look(*arguments)
+        losses = measure_documents(*arguments)
         yield from (next(losses) for _ in range(3))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(probe_module, "look", interrupted)
+    monkeypatch.setattr(measure_module, "measure_documents", interrupted)
     with pytest.raises(KeyboardInterrupt):
         probed(run / "run", tmp_path)
     kept, whole = json.loads((tmp_path / "probe.json").read_text()), of_student[0]

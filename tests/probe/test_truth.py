@@ -14,7 +14,7 @@ from tiny_onn.model.experts import ExpertBank, recorded_routings
 from tiny_onn.model.router import RoutingRule, route
 from tiny_onn.ops import reference
 from tiny_onn.probe.counterfactual_attention import own_keys
-from tiny_onn.probe.leave_one_out import SURPRISES, Document, would_be_weights
+from tiny_onn.probe.leave_one_out import SURPRISES, ProbedDocument, would_be_weights
 
 E, S = 8, 2
 TOKENS = 7
@@ -108,7 +108,7 @@ def test_truth_is_that_of_single_changes(family, weighting, loss):
     ids = make_ids(1, TOKENS)
     teacher_logits = dense(input_ids=ids).logits[0] if loss == "forward_kl" else None
     with own_keys(student):
-        document = Document(student, ids, teacher_logits)
+        document = ProbedDocument(student, ids, teacher_logits)
         got = [document.truth(layer) for layer in range(2)]
     for layer, got_TE in enumerate(got):
         assert got_TE[-1].abs().max() == 0
@@ -151,7 +151,7 @@ def test_surprise_is_the_definition_at_the_gradient_that_counts(own):
     student, _ = make_wide("llama", "sigmoid")
     ids = make_ids(1, TOKENS)
     with own_keys(student):
-        document = Document(student, ids, None)
+        document = ProbedDocument(student, ids, None)
         got = document.surprise([0, 1], own=own)
         inputs = [document.mlp_input(layer)[0] for layer in (0, 1)]
     whole = gradients_of_outputs(student, ids, list(range(TOKENS - 1)))
@@ -191,7 +191,7 @@ def test_probing_leaves_the_student_as_it_was():
 
     earlier = state()
     with own_keys(student):
-        document = Document(student, ids, dense(input_ids=ids).logits[0])
+        document = ProbedDocument(student, ids, dense(input_ids=ids).logits[0])
         document.truth(0)
         document.surprise([0])
     assert torch.equal(student(input_ids=ids).logits, before)
@@ -206,7 +206,7 @@ def test_gain_of_own_losses_is_the_truth_to_first_order():
             bank.experts.down_proj.mul_(1e-3)
     ids = make_ids(1, TOKENS)
     with own_keys(student):
-        document = Document(student, ids, None)
+        document = ProbedDocument(student, ids, None)
         truth_TE = document.truth(0)[:-1]
         gain_TE = document.surprise([0], ["gain"], own=True)[0]["gain"][:-1]
     torch.testing.assert_close(gain_TE, truth_TE, rtol=0.1, atol=1e-2 * truth_TE.abs().max().item())

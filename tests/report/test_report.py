@@ -16,8 +16,8 @@ from tiny_onn.evaluation.run_view import VIEW_NAME
 from tiny_onn.report.page import code, library, report_page, script_json
 from tiny_onn.report.run_data import distinct
 from tiny_onn.report.sentences import against_controls, health_of, routing_of, state_of
-from tiny_onn.runs.folder import read_run_config
-from tiny_onn.studies.report import read_run, run_report, runs_in
+from tiny_onn.runs.folder import read_run_config, runs_in
+from tiny_onn.studies.report import read_run, run_report
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -164,7 +164,7 @@ def test_a_run_whose_models_are_gone_gets_a_page_that_says_so(runs, tmp_path, ca
         (folder / name).write_bytes((runs / "student" / name).read_bytes())
     text = " ".join(read_page(run_report([folder]).read_text("utf-8")).text)
     assert "The models could not be loaded: MODEL: got" in text
-    assert "goes without single tokens" in capsys.readouterr().err
+    assert "is made without single tokens" in capsys.readouterr().err
     without = run_report([folder], models=False).read_text("utf-8")
     assert "was asked not to load the models" in without
 
@@ -191,7 +191,7 @@ def test_an_interrupted_run_says_how_far_it_came(runs):
 
 def test_a_control_is_called_one_and_not_judged_as_a_student(runs):
     run = read_run(runs / "static")
-    assert health_of(run).startswith("A control, which is there to be beaten")
+    assert health_of(run).startswith("This run is a control to compare with")
     assert '<article class="card control">' in report_page([run])
 
 
@@ -217,11 +217,11 @@ def test_the_verdict_names_the_number_of_findings(runs):
 def test_a_student_is_held_against_its_control_at_the_controls_k(runs):
     student, control = read_run(runs / "student"), read_run(runs / "static")
     (sentence,) = against_controls([student, control])
-    assert "at the same 4.00 active experts a token" in sentence
+    assert "at the same 4.00 active experts per token" in sentence
     (alone,) = against_controls([replace(student, frontier=None), control])
     assert ("the same" in alone) == (abs(student.evaluations[-1]["mean_k"] / 4 - 1) <= 1e-3)
     (none,) = against_controls([student])
-    assert none.startswith("No control stands beside it")
+    assert none.startswith("There is no control to compare with")
 
 
 def test_unused_experts_are_counted_from_the_load(runs):
@@ -267,7 +267,7 @@ def test_a_record_without_a_field_is_named(runs, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "spike", "step": 1, "tokens": 2}\n')
     assert read_run(tmp_path).tokens == 2
     (tmp_path / "metrics.jsonl").write_text('{"kind": "end", "step": 1, "tokens": 2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl: record 1 has no dead_experts"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: got no dead_experts in record 1"):
         read_run(tmp_path)
 
 

@@ -14,7 +14,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.evaluation.frontier import default_budgets
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.routing.budgets import set_budget, tabulate
+from tiny_onn.routing.budgets import fill_threshold_tables, set_budget
 from tiny_onn.teacher.held_out import HeldOut
 
 S = 2
@@ -27,7 +27,7 @@ def make_measured(form="threshold", scope: BudgetScope = "layer"):
     with torch.no_grad():
         for bank in student.banks():
             bank.router.weight.mul_(30)
-    tabulate(student, make_rows(LENGTHS, 64, seed=1)[:30], scope)
+    fill_threshold_tables(student, make_rows(LENGTHS, 64, seed=1)[:30], scope)
     return student, make_rows(LENGTHS, 64, seed=2)[:30]
 
 
@@ -57,7 +57,7 @@ def test_all_experts_are_the_model_with_all_experts_on():
 def test_measuring_changes_nothing_but_the_table():
     student, rows = make_measured()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    tabulate(student.train(), rows)
+    fill_threshold_tables(student.train(), rows)
     assert student.training
     changed = {
         name
@@ -101,7 +101,7 @@ def test_a_student_of_before_has_no_table_and_says_what_to_do(tmp_path):
 def test_a_fixed_selection_takes_whole_numbers_and_needs_no_table(selection):
     student = make_student(make_dense(), selection=selection, objective="none")
     rows = make_rows(LENGTHS, 64)[:2]
-    tabulate(student, rows)
+    fill_threshold_tables(student, rows)
     assert student.banks()[0].router.threshold_table.eq(0).all()
     set_budget(student, 3.0)
     assert mean_k_of(student, rows) == 3
@@ -129,7 +129,7 @@ def test_budgets_count_shared_experts_and_stay_above_them(form):
         for bank in student.banks():
             bank.router.weight.mul_(30)
     lengths = [40, 64, 30, 50, 33] * 12
-    tabulate(student, make_rows(lengths, 64, seed=1)[:30])
+    fill_threshold_tables(student, make_rows(lengths, 64, seed=1)[:30])
     rows, dense = make_rows(lengths, 64, seed=2)[:30], make_dense()
     for budget in (8.0, 6.0, 4.5, 4.0, 3.0):
         set_budget(student, budget)

@@ -18,7 +18,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.routing.budgets import settle
+from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.teacher.held_out import HeldOut
 
 ROWS = make_rows((14, 9, 16, 12, 13, 16), 16)
@@ -162,7 +162,7 @@ def test_options_train_settle_evaluate_and_repeat_bit_for_bit(router, smk, dense
     assert torch.equal(losses, same)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-    settle(student, ROWS, config.router.budget_scope)
+    fit_eval_thresholds(student, ROWS, config.router.budget_scope)
     result = evaluate(student, HeldOut(dense, ROWS), config.loss)
     assert 1 <= result.mean_k <= 8
 

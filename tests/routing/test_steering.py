@@ -17,10 +17,10 @@ from tiny_onn.model.experts import RowState, recorded_routings
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import Exploration, Router, RoutingRule, explore, route
 from tiny_onn.routing import thresholds
-from tiny_onn.routing.budgets import settle
+from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.routing.statistics import RoutingStats
 from tiny_onn.routing.steering import REVIVED_SHARE, balance, revival_lift, revive
-from tiny_onn.routing.thresholds import aims, exact_thresholds, steer
+from tiny_onn.routing.thresholds import corrected_targets, exact_thresholds, update_thresholds
 
 HIDDEN, EXPERTS, TOKENS = 12, 32, 256
 ROWS = make_rows((20, 13, 30, 40, 9, 40, 17, 22), 32)
@@ -41,9 +41,9 @@ def run(layers, batches, *, rate=0.3, scope: BudgetScope = "layer"):
         k_L = torch.stack([routing.active.sum(-1).float().mean() for routing in routings])
         means.append(k_L)
         scores = [routing.scores for routing in routings]
-        exact_L = exact_thresholds(scores, EVERYONE, aims(layers), scope)
+        exact_L = exact_thresholds(scores, EVERYONE, corrected_targets(layers), scope)
         seen_L = k_L.mean().expand_as(k_L) if scope == "global" else k_L
-        steer(layers, exact_L, rate, seen_L)
+        update_thresholds(layers, exact_L, rate, seen_L)
     return torch.stack(means)
 
 
@@ -124,8 +124,10 @@ def test_a_lagging_average_of_thresholds_alone_misses_what_the_integral_holds():
             routing = route(logits, layer.rule, layer.threshold)
             k = routing.active.sum(-1).float().mean()
             means.append(k.item())
-            exact = exact_thresholds([routing.scores], EVERYONE, aims([layer]), "layer")
-            steer([layer], exact, 0.1, k[None] if integral else None)
+            exact = exact_thresholds(
+                [routing.scores], EVERYONE, corrected_targets([layer]), "layer"
+            )
+            update_thresholds([layer], exact, 0.1, k[None] if integral else None)
         return abs(sum(means[60:]) / 140 / 16 - 1)
 
     assert held(integral=True) < 0.01
@@ -167,11 +169,11 @@ def test_settling_meets_the_target_at_evaluation_and_leaves_training_alone(scope
     banks = student.banks()
     steered = [bank.router.threshold.clone() for bank in banks]
     student.train()
-    settle(student, ROWS, scope)
+    fit_eval_thresholds(student, ROWS, scope)
     assert student.training
     assert [bank.router.threshold for bank in banks] == steered
     # A second time, so that later layers see the inputs that settled ones give.
-    settle(student, ROWS, scope)
+    fit_eval_thresholds(student, ROWS, scope)
     student.train(False)
     stats = RoutingStats.zeros(banks)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tiny import make_dense, make_student, normal
 from tiny_onn.model.router import Router, RoutingRule, route
-from tiny_onn.routing.thresholds import aims, exact_threshold, steer
+from tiny_onn.routing.thresholds import corrected_targets, exact_threshold, update_thresholds
 
 BudgetForm = Literal["cumulative", "threshold"]
 FORMS: tuple[BudgetForm, ...] = ("cumulative", "threshold")
@@ -68,7 +68,7 @@ def test_a_flat_gate_starts_on_target_and_stays(form, num_experts):
             routing = router(normal(9, HIDDEN))
             assert (routing.active.sum(-1) == target_k).all()
             exact = exact_threshold(routing.scores, everyone(9), rule.target_k)
-            steer([router], exact[None], 0.1)
+            update_thresholds([router], exact[None], 0.1)
 
 
 @settings(max_examples=12, deadline=None)
@@ -90,7 +90,7 @@ def test_steering_holds_the_mean_k_within_two_percent(form, target_k, scale, ske
         routing = route(logits, rule, router.threshold)
         means.append(routing.active.sum(-1).float().mean())
         exact = exact_threshold(routing.scores, everyone(512), target_k)
-        steer([router], exact[None], 0.1)
+        update_thresholds([router], exact[None], 0.1)
     # The first batch is routed by a flat gate's threshold. A batch is a sample with noise of its
     # own, so that what holds is the mean of some.
     held = torch.stack(means[5:]).view(2, 15).mean(1)
@@ -100,7 +100,7 @@ def test_steering_holds_the_mean_k_within_two_percent(form, target_k, scale, ske
 def test_steering_is_a_mean_at_first_and_then_a_moving_one():
     router = Router(HIDDEN, NUM_EXPERTS, RoutingRule(target_k=4.0))
     for value, expected in ((0.2, 0.2), (0.4, 0.3), (0.7, 0.5), (0.1, 0.3)):
-        steer([router], torch.tensor([value]), rate=0.5)
+        update_thresholds([router], torch.tensor([value]), rate=0.5)
         assert router.threshold.item() == pytest.approx(expected)
 
 
@@ -114,7 +114,7 @@ def test_steering_follows_a_gate_that_sharpens(form):
         routing = route(logits, rule, router.threshold)
         means.append(routing.active.sum(-1).float().mean().item())
         exact = exact_threshold(routing.scores, everyone(256), 16.0)
-        steer([router], exact[None], 0.1)
+        update_thresholds([router], exact[None], 0.1)
     assert abs(sum(means[20:]) / 100 / 16 - 1) < 0.1
 
 
@@ -137,4 +137,4 @@ def test_a_fresh_threshold_fits_a_flat_gate(form):
     assert router(normal(9, 32)).active.sum(-1).tolist() == [4] * 9
     router.rule = RoutingRule(target_k=4.0, num_shared=S)
     router.correction.fill_(0.9)
-    assert aims([router]) == S + 1
+    assert corrected_targets([router]) == S + 1

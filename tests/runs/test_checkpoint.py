@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous_one(config, damage, file
     assert restored.load(tmp_path)["step"] == 1
     assert_same_bits(restored.tensors(), expected)
     said = capsys.readouterr().err.replace("\n", "")
-    assert "step-0000002: damaged, passed over" in said
+    assert "step-0000002: this checkpoint is damaged and is skipped" in said
     # Redone, it is whole again.
     restored.train(1).save(tmp_path, 2)
     assert_same_bits(restored.tensors(), session.tensors())
@@ -226,7 +226,9 @@ def test_without_a_whole_checkpoint_nothing_is_restored(config, tmp_path):
     before = {name: tensor.clone() for name, tensor in session.tensors().items()}
     assert session.load(tmp_path / "none") is None
     truncate(session.save(tmp_path, 1) / "optimizer.safetensors")
-    with pytest.raises(UserError, match="got 1 checkpoints, all of them damaged, expected a whole"):
+    with pytest.raises(
+        UserError, match="got 1 checkpoints, all of them damaged, expected an intact"
+    ):
         session.load(tmp_path)
     assert_same_bits(session.tensors(), before)
 

@@ -55,7 +55,7 @@ def test_a_killed_runs_lock_is_taken_over_with_one_line(tmp_path, holder, number
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert f"left by process {holder.pid} on " in lines[0]
-    assert lines[0].endswith("which is gone; taken over")
+    assert lines[0].endswith("which has ended; taken over")
 
 
 def test_a_run_that_ends_leaves_no_lock(tmp_path, capsys):

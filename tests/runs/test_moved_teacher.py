@@ -133,7 +133,7 @@ def test_another_architecture_is_refused_for_a_student_alone(moved, other):
 
 
 def test_a_student_that_may_have_been_fine_tuned_is_measured_with_a_warning(moved, capsys):
-    said = "its weights outside the MLPs are not the student's"
+    said = "its weights outside the MLPs differ from the student's"
     other = str(moved / "other_weights")
     assert evaluated(moved, "run/student", teacher=other)["teacher"] == other
     assert f"{other}: {said}" in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_a_student_that_records_no_teacher_asks_for_one(moved, tmp_path):
     settings = json.loads(file.read_text())
     del settings["teacher"]
     file.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=f"^MODEL: got a student that does not say .*{GONE[8:]}"):
+    with pytest.raises(UserError, match=f"^MODEL: got a student that does not record .*{GONE[8:]}"):
         evaluated(moved, tmp_path / "student")
     assert evaluated(moved, tmp_path / "student", teacher=str(moved / "teacher"))
 

@@ -107,7 +107,7 @@ def test_a_run_with_results_is_never_started_anew(tmp_path, name, content):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(content)
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    with pytest.raises(UserError, match=r"not empty, expected a new one|is no JSON object"):
+    with pytest.raises(UserError, match=r"not empty, expected a new one|got no JSON object"):
         create_run_folder(tmp_path, RunConfig(), argv=["third"])
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
@@ -245,7 +245,7 @@ def test_unfinished_last_line_is_left_out(tmp_path):
 def test_broken_line_is_told_with_its_number(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
-    with pytest.raises(UserError, match="line 2 is no JSON object"):
+    with pytest.raises(UserError, match="got no JSON object in line 2"):
         read_metrics(path)
 
 

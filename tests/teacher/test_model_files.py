@@ -236,7 +236,7 @@ def test_a_tokenizer_that_its_library_cannot_parse_is_told(teacher):
 
 def test_a_students_teacher_is_a_name(student):
     set_config(student, teacher=["embedded"])
-    assert "other than strings as teacher or teacher_revision" in refusal(student)
+    assert "teacher or teacher_revision in config.json is no string" in refusal(student)
 
 
 @pytest.mark.parametrize("trusted", [False, True])

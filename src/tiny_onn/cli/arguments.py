@@ -1,6 +1,11 @@
-"""Arguments that several verbs share."""
+"""Arguments that several verbs share, with their help texts, and checks that need no torch.
+
+A help text stands in `arg(help=...)` where it is longer than a line, because tyro keeps the line
+breaks of a docstring under a field.
+"""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,26 +16,82 @@ from tyro.conf import Positional, UseAppendAction, arg
 from tiny_onn.errors import UserError
 
 RunToml = Annotated[
-    Positional[Path | None], arg(metavar="RUN.toml", help_behavior_hint="(optional)")
+    Positional[Path | None],
+    arg(
+        metavar="RUN.toml",
+        help="A TOML file of settings; `tiny-onn config` prints one.",
+        help_behavior_hint="(optional)",
+    ),
 ]
-Preset = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(optional)")]
+Preset = Annotated[
+    str | None,
+    arg(
+        metavar="NAME",
+        help="Preset to start from; settings in RUN.toml override it.",
+        help_behavior_hint="(optional)",
+    ),
+]
 Overrides = Annotated[
-    UseAppendAction[tuple[str, ...]], arg(name="set", metavar="SECTION.KEY=VALUE")
+    UseAppendAction[tuple[str, ...]],
+    arg(
+        name="set",
+        metavar="SECTION.KEY=VALUE",
+        help="Value of one setting, which overrides the preset and RUN.toml.",
+    ),
 ]
-Out = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(runs/NAME-TIME)")]
-Results = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(runs/VERB-TIME)")]
-Budget = Annotated[str | None, arg(metavar="K,K", help_behavior_hint="(as trained)")]
+Out = Annotated[
+    Path | None,
+    arg(
+        metavar="FOLDER",
+        help="Folder to write the run to.",
+        help_behavior_hint="(default: runs/NAME-TIME)",
+    ),
+]
+Results = Annotated[
+    Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/VERB-TIME)")
+]
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
-Checkpoint = Annotated[str, arg(metavar="newest|best|STEP")]
-Runs = Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")]
+Checkpoint = Annotated[
+    str,
+    arg(
+        metavar="newest|best|STEP",
+        help="Which student of a run to use: the newest, the one with the best held-out KL, or the"
+        " one saved at a step.",
+    ),
+]
+Runs = Annotated[
+    Positional[tuple[Path, ...]],
+    arg(
+        metavar="RUN",
+        help="Run folders, or folders that hold several of them, as the demo writes. A run that"
+        " still trains can be read too.",
+        help_behavior_hint="(required)",
+    ),
+]
 Teacher = Annotated[
-    str | None, arg(metavar="PATH_OR_HUB_ID", help_behavior_hint="(where it was recorded)")
+    str | None,
+    arg(
+        metavar="PATH_OR_HUB_ID",
+        help="The model that the student was converted from, if it is no longer where the student"
+        " recorded it.",
+        help_behavior_hint="(optional)",
+    ),
+]
+ComputeDevice = Annotated[
+    str,
+    arg(
+        metavar="auto|cpu|cuda|cuda:N",
+        help="Device to compute on; auto takes the GPU if there is one.",
+    ),
+]
+Json = Annotated[
+    bool, arg(help="Print JSON and nothing else.", help_behavior_hint="(default: off)")
 ]
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Show that something happens while torch is imported, which takes seconds, and set it up."""
+    """Show a spinner while torch is imported, which takes seconds, and then set up transformers."""
     from tiny_onn.console import console, status
 
     with status("Starting") if console().is_terminal else contextlib.nullcontext():
@@ -41,7 +102,7 @@ def starting() -> Iterator[None]:
 
 
 def default_out(name: str) -> Path:
-    """Return the folder of a run that was given no name: the verb and the time."""
+    """Return the folder for results of this name: `runs/NAME-TIME`."""
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -49,39 +110,71 @@ def parse_layers(text: str | None) -> list[int]:
     """Return the numbers in the value of --layers.
 
     Raises:
-        UserError: The value is not a list of integers.
+        UserError: the value is not a list of integers.
     """
     parts = [] if text is None else text.split(",")
     for part in parts:
         if not (part.strip().isascii() and part.strip().isdigit()):
-            raise UserError(f"--layers: got {text}, expected integers with commas; as 4,15,26")
+            raise UserError(
+                f"--layers: got {text}, expected integers with commas between them; for example"
+                " 4,15,26"
+            )
     return [int(part) for part in parts]
 
 
 def require_runs(runs: Sequence[Path]) -> None:
-    """Refuse an empty list of runs.
+    """Refuse an empty list of runs, and folders that hold no run.
 
     Raises:
-        UserError: No run was named.
+        UserError: no run was named, or a folder holds none.
     """
+    from tiny_onn.runs.folder import runs_in
+
     if not runs:
         raise UserError(
-            "RUN: got none, expected the folder of a run or several; for example runs/mine"
+            "RUN: got none, expected the folder of a run or several; name one, as runs/mine"
         )
+    for run in runs:
+        runs_in(run)
+
+
+def require_student(model: str) -> None:
+    """Refuse a student whose folder does not exist.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    from tiny_onn.runs.folder import no_student
+
+    # Path.is_dir raises an error for a name that is too long, os.path.isdir returns False.
+    if not os.path.isdir(model):  # noqa: PTH112
+        raise no_student(model)
+
+
+def require_model(model: str) -> None:
+    """Refuse a model that is neither `embedded`, nor a folder, nor a hub id that can be had.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from tiny_onn.teacher.model_paths import find_model
+
+    if model != "embedded":
+        find_model(model, "MODEL")
 
 
 def require(accepted: bool, name: str, value: int | float, expected: str) -> None:
     """Refuse the value of an option unless it is accepted.
 
     Raises:
-        UserError: It is not.
+        UserError: the value is not accepted.
     """
     if not accepted:
         raise UserError(f"{name}: got {value}, expected {expected}; leave it out for the default")
 
 
 def print_table(result: Mapping[str, object], prefix: str = "") -> None:
-    """Print a nested dictionary, one line a number, names joined by dots."""
+    """Print a nested dictionary, one line per number, with names joined by dots."""
     for key, value in result.items():
         if isinstance(value, Mapping):
             print_table(value, f"{prefix}{key}.")

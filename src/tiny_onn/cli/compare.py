@@ -6,39 +6,42 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import Runs, require, require_runs, starting
+from tiny_onn.cli.arguments import Json, Runs, require, require_runs, starting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Print runs by their held-out KL at equal compute, with what differs in their settings.
+    """Rank runs by held-out KL at equal compute, and show how their settings differ.
 
     Example: tiny-onn compare runs/a runs/b --markdown
 
-    A run with a frontier.json (`tiny-onn eval RUN --frontier --out RUN`) is read at exactly the
-    mean number of active experts of the others.
+    Compute is equal if tokens use the same mean number of experts. A run that was measured at
+    several numbers (`tiny-onn eval RUN --frontier --out RUN`) is read at exactly the number of the
+    other runs.
     """
 
     runs: Runs
-    """Run folders, or folders of such as the demo makes."""
     k: Annotated[
-        float | None, arg(metavar="K", help_behavior_hint="(what most runs can be read at)")
+        float | None,
+        arg(
+            metavar="K",
+            help="Mean number of active experts per token at which to compare.",
+            help_behavior_hint="(default: the number at which most runs were measured)",
+        ),
     ] = None
-    """Mean active experts a token to compare at."""
-    json: bool = False
-    """Print JSON and nothing else."""
-    markdown: bool = False
+    json: Json = False
+    markdown: Annotated[bool, arg(help_behavior_hint="(default: off)")] = False
     """Print a Markdown table and nothing else."""
 
     def __call__(self) -> None:
         """Run the verb."""
         from tiny_onn.errors import UserError
 
-        require_runs(self.runs)
         if self.json and self.markdown:
             raise UserError("--markdown: got --json too, expected one of them; leave one out")
         accepted = self.k is None or 0 < self.k < math.inf
         require(accepted, "--k", self.k or 0, "a number of experts above 0")
+        require_runs(self.runs)
         with starting():
             from tiny_onn.studies.report import run_compare
 

@@ -7,17 +7,14 @@ from tiny_onn.cli.arguments import Overrides, Preset, RunToml
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Print every setting with its meaning, as a TOML file that `distill` reads.
+    """Print all settings with their meanings, as a TOML file that `distill` can read.
 
     Example: tiny-onn config --preset model-card > RUN.toml
     """
 
     run: RunToml = None
-    """Settings to complete and check."""
     preset: Preset = None
-    """Settings to start from; with RUN.toml, the file's win."""
     overrides: Overrides = ()
-    """One setting, over preset and file."""
 
     def __call__(self) -> None:
         """Run the verb."""

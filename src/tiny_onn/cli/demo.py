@@ -7,21 +7,21 @@ from tiny_onn.cli.arguments import Out, Overrides, default_out, starting
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Convert the embedded teacher, distill it on embedded text and compare with two controls.
+    """Convert and distill the embedded teacher on embedded text, and compare it with two controls.
 
     Example: tiny-onn demo
+
+    The demo needs no network and takes its settings from the preset demo.
     """
 
     out: Out = None
-    """Run folder."""
     overrides: Overrides = ()
-    """One setting, over the preset demo."""
 
     def __call__(self) -> None:
         """Run the verb."""
         from tiny_onn.config.read import load_config
 
-        # A mistake in the settings is told before torch is imported.
+        # A mistake in the settings is reported before torch is imported, which takes seconds.
         load_config(None, "demo", self.overrides)
         with starting():
             from tiny_onn.studies.demo import run_demo

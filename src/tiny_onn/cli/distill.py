@@ -17,27 +17,38 @@ class Distill:
 
     Example: tiny-onn distill RUN.toml --set optim.expert_lr=1e-4 --out runs/mine
 
-    The settings are not repeated here: `tiny-onn config` prints each with its meaning and default,
-    as a RUN.toml to start from.
+    To list all settings with their meanings and defaults, as a RUN.toml to start from, use
+    the verb config: `tiny-onn config`.
     """
 
     run: RunToml = None
-    """Settings of the run."""
     preset: Preset = None
-    """Settings to start from; with RUN.toml, the file's win."""
     overrides: Overrides = ()
-    """One setting, over preset and file."""
     out: Out = None
-    """Run folder."""
-    resume: bool = False
-    """Go on with the run in --out. Without RUN.toml or --preset its own settings hold, changed by
-    --set."""
+    resume: Annotated[
+        bool,
+        arg(
+            help="Resume the run in --out from its newest checkpoint. Without RUN.toml and --preset"
+            " the run keeps its own settings, which --set can change.",
+            help_behavior_hint="(default: off)",
+        ),
+    ] = False
     allow_change: Annotated[
-        UseAppendAction[tuple[str, ...]], arg(name="allow-change", metavar="SECTION.KEY")
+        UseAppendAction[tuple[str, ...]],
+        arg(
+            name="allow-change",
+            metavar="SECTION.KEY",
+            help="A setting that a resumed run may change.",
+        ),
     ] = ()
-    """A setting that may differ from the run's when it goes on."""
-    profile: bool = False
-    """Run six steps, show where the time of the last three goes, and end without a checkpoint."""
+    profile: Annotated[
+        bool,
+        arg(
+            help="Run six steps, show where the time of the last three goes, and write no"
+            " checkpoint.",
+            help_behavior_hint="(default: off)",
+        ),
+    ] = False
 
     def __call__(self) -> None:
         """Run the verb."""
@@ -46,14 +57,16 @@ class Distill:
 
         named = self.run is not None or self.preset is not None
         if self.resume and self.out is None:
-            raise UserError("--resume: got no --out, expected the folder of the run; add --out")
+            raise UserError(
+                "--resume: got no --out, expected the folder of the run to resume; add --out FOLDER"
+            )
         if self.resume and self.profile:
             raise UserError(
                 "--profile: got --resume, expected a new run folder; leave out --resume"
             )
         if self.allow_change and not self.resume:
             raise UserError(
-                "--allow-change: got no --resume, expected a run that goes on; add --resume"
+                "--allow-change: got no --resume, expected a run to resume; add --resume"
             )
         if not named and not self.resume:
             raise UserError(
@@ -80,7 +93,8 @@ class Distill:
         )
         if result.interrupted:
             print(
-                f"tiny-onn: saved; go on with `tiny-onn distill --resume --out {out}`",
+                f"tiny-onn: the run is saved; resume it with `tiny-onn distill --resume --out"
+                f" {out}`",
                 file=sys.stderr,
             )
             raise KeyboardInterrupt
@@ -100,7 +114,7 @@ class Distill:
             if named
             else override(began, self.overrides)
         )
-        # The run checks it too; here it is told before torch is imported.
+        # The run checks the changes too; here a mistake is reported before torch is imported.
         after = with_absolute_paths(with_number_format_of(began, config))
         check_changes(with_absolute_paths(began), after, self.allow_change)
         return config

@@ -10,14 +10,16 @@ from typing import Annotated
 from tyro.conf import arg
 
 from tiny_onn.cli.arguments import (
-    Budget,
     Checkpoint,
+    ComputeDevice,
+    Json,
     Model,
     Results,
     Teacher,
     default_out,
     print_table,
     require,
+    require_student,
     starting,
 )
 
@@ -30,25 +32,30 @@ class Eval:
     """
 
     model: Model
-    """A run folder, or the folder of a converted model."""
+    """The folder of a run or of a student."""
     checkpoint: Checkpoint = "newest"
-    """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
     teacher: Teacher = None
-    """The model that the student was converted from, if it has moved since."""
-    text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
-    """Text to measure on, a file or a folder."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    text: Annotated[
+        Path | None, arg(metavar="FILE", help_behavior_hint="(default: the run's held-out text)")
+    ] = None
+    """A file, or a folder of files, with text to measure on."""
+    device: ComputeDevice = "auto"
     max_tokens: int = 8192
-    """Tokens to read at most."""
-    budget: Budget = None
-    """Mean active experts a token to run the student at; several, as 24,16,8, give a table."""
-    frontier: bool = False
-    """Measure at several budgets, from all experts to an eighth of them."""
+    """Maximum number of tokens to read."""
+    budget: Annotated[
+        str | None,
+        arg(
+            metavar="K,K",
+            help="Mean number of active experts per token to run the student at. Several numbers,"
+            " as in 24,16,8, give a table.",
+            help_behavior_hint="(default: the number in training)",
+        ),
+    ] = None
+    frontier: Annotated[bool, arg(help_behavior_hint="(default: off)")] = False
+    """Measure at several budgets, from all experts down to an eighth of them."""
     out: Results = None
-    """Folder for a frontier's JSON and picture."""
-    json: bool = False
-    """Print JSON and nothing else."""
+    """Folder for the JSON and the picture of --budget or --frontier."""
+    json: Json = False
 
     def __call__(self) -> None:
         """Run the verb."""
@@ -64,10 +71,11 @@ class Eval:
         if self.frontier or self.budget is not None:
             self._frontier()
             return
+        require_student(self.model)
         with starting():
             from tiny_onn.evaluation.evaluate import run_eval
 
-        # Standard output belongs to the result.
+        # Standard output holds the result alone, so that it can be piped.
         with contextlib.redirect_stdout(sys.stderr):
             result = run_eval(
                 self.model,
@@ -89,6 +97,7 @@ class Eval:
         if self.frontier and self.budget is not None:
             raise UserError("--frontier: got --budget too, expected one of them; leave one out")
         budgets = () if self.budget is None else parse_budgets(self.budget)
+        require_student(self.model)
         from rich.console import Console
 
         with starting():

@@ -1,8 +1,8 @@
 """The command line: parse, call, print.
 
-Every verb is a dataclass whose fields are its arguments. A verb imports what it calls only after
-its arguments and settings are checked: torch and transformers take seconds to load, and help,
-`config` and mistakes answer without them.
+Every verb is a dataclass whose fields are its arguments. A verb imports torch and transformers,
+which take seconds to load, only after its arguments and settings are checked, so that `--help`,
+`config` and reports of mistakes do not wait for them.
 """
 
 import os
@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
 
     Args:
-        argv: The arguments, without the program's name; by default the process's own.
+        argv: the arguments, without the program's name; by default the process's own.
 
     Raises:
-        SystemExit: From the parser, after help (0) or a malformed command line (2).
+        SystemExit: the parser has printed help (0) or refused a malformed command line (2).
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments == ["--version"]:
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = tyro.cli(
         Demo | Plan | Distill | Eval | Probe | Report | Compare | Generate | Config,
         prog="tiny-onn",
-        description="Turn a dense language model into many ultra-light experts, by"
-        " distillation.\n\nExample: tiny-onn demo",
+        description="Turn a dense language model into one of many small experts, of which each"
+        " token uses a few, by distillation.\n\nExample: tiny-onn demo",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tiny-onn: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader has left (`tiny-onn config | head`); keep the interpreter's own flush quiet.
+        # The reader of standard output has left, as in `tiny-onn config | head`. Python flushes it
+        # once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

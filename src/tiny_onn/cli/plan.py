@@ -6,36 +6,43 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import Overrides, Preset, RunToml, starting
+from tiny_onn.cli.arguments import Json, Overrides, Preset, RunToml, starting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Count parameters, FLOPs, memory and time of a run before it starts.
+    """Calculate the parameters, FLOPs, memory and time of a run before it starts.
 
     Example: tiny-onn plan --preset model-card --device "RTX 3060"
 
-    The teacher is the setting teacher.path; of a hub id only config.json is read, and Qwen3-0.6B,
-    Qwen3-1.7B, SmolLM2-135M and Llama-3.2-1B come with the package.
+    The setting teacher.path names the teacher. Only the config.json of a hub id is downloaded; the
+    sizes of Qwen3-0.6B, Qwen3-1.7B, SmolLM2-135M and Llama-3.2-1B come with the package.
     """
 
     run: RunToml = None
-    """Settings of the run."""
     preset: Preset = None
-    """Settings to start from; with RUN.toml, the file's win."""
     overrides: Overrides = ()
-    """One setting, over preset and file."""
-    device: str = "auto"
-    """auto, cpu, RTX 3060, RTX 4060 Ti, RTX 4090, RTX 5090, A100, H100, or a GPU's
-    MEMORY_GIB,TFLOPS,GB_PER_S."""
-    tokens: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(train.tokens)")] = None
-    """Training tokens to tell the time for."""
-    efficiency: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(0.3)")] = None
+    device: Annotated[
+        str,
+        arg(
+            metavar="NAME",
+            help="Device of the run: auto (this machine's), cpu, RTX 3060, RTX 4060 Ti, RTX 4090,"
+            " RTX 5090, A100, H100, or the numbers MEMORY_GIB,TFLOPS,GB_PER_S of another GPU.",
+        ),
+    ] = "auto"
+    tokens: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: train.tokens)")
+    ] = None
+    """Number of training tokens to calculate the time for."""
+    efficiency: Annotated[
+        float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.3)")
+    ] = None
     """Share of the device's peak rate that a step reaches."""
-    document_tokens: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(2048)")] = None
-    """Tokens of a document, the mean over tokens."""
-    json: bool = False
-    """Print JSON and nothing else."""
+    document_tokens: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: 2048)")
+    ] = None
+    """Mean length, over tokens, of the document that a token belongs to."""
+    json: Json = False
 
     def __call__(self) -> None:
         """Run the verb."""
@@ -43,6 +50,9 @@ class Plan:
 
         tokens = () if self.tokens is None else (f"train.tokens={self.tokens}",)
         config = load_config(self.run, self.preset, (*self.overrides, *tokens))
+        from tiny_onn.planning.device_names import check_device_name
+
+        check_device_name(self.device)
         from rich.console import Console
 
         with starting():

@@ -11,59 +11,74 @@ from tyro.conf import arg
 
 from tiny_onn.cli.arguments import (
     Checkpoint,
+    ComputeDevice,
+    Json,
     Model,
     Results,
     Teacher,
     default_out,
     parse_layers,
     require,
+    require_model,
     starting,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Hold every surprise against leave-one-out truth: which experts does a token need?
+    """Measure which experts each token needs, by leaving each one out, and test every surprise.
 
     Example: tiny-onn probe embedded --layers 4,15,26
 
-    Costs as many forward passes of the text as there are experts, through the layers from each
-    probed one up. What was measured is written to probe.json after every tenth of the documents, so
-    that an interrupted probe keeps it (with "complete": false).
+    For each probed layer, the layers from it upward run once per expert on the whole text. After
+    every tenth of the documents the results are written to probe.json, so that an interrupted probe
+    keeps them (with "complete": false).
     """
 
-    model: Model
-    """A run folder (in the middle of training too), a student's folder, `embedded`, the folder of a
-    dense model or a hub id; a dense model is converted with all experts on."""
+    model: Annotated[
+        Model,
+        arg(
+            help="The folder of a run (which may still train), a student or a dense model;"
+            " `embedded`; or a hub id. A dense model is converted with all experts active.",
+        ),
+    ]
     checkpoint: Checkpoint = "newest"
-    """Which of a run's students: the newest, the best by held-out KL, or that of a step."""
     teacher: Teacher = None
-    """The model that a student was converted from, if it has moved since."""
     layers: Annotated[
-        str | None, arg(metavar="INT,INT", help_behavior_hint="(an early, a middle, a late one)")
+        str | None,
+        arg(
+            metavar="INT,INT",
+            help_behavior_hint="(default: an early, a middle and a late layer)",
+        ),
     ] = None
     """Layers to probe, counted from 0."""
-    loss: str = "auto"
-    """The token's own loss: forward-kl (to the teacher), next-token, or auto: next-token for a
-    dense model, whose conversion equals its teacher, else forward-kl."""
-    text: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(held-out text)")] = None
-    """Text to probe on, a file or a folder."""
+    loss: Annotated[
+        str,
+        arg(
+            metavar="auto|forward-kl|next-token",
+            help="Loss of a single token: its forward KL to the teacher, or its next-token"
+            " loss. auto takes next-token for a dense model, because its conversion equals its"
+            " teacher, and forward-kl for a student.",
+        ),
+    ] = "auto"
+    text: Annotated[
+        Path | None, arg(metavar="FILE", help_behavior_hint="(default: held-out text)")
+    ] = None
+    """A file, or a folder of files, with text to probe on."""
     init: str = "slices"
-    """Partition of a dense model: slices, importance or another of the setting experts.init."""
+    """Partition of a dense model into experts, a value of the setting experts.init."""
     num_experts: int = 32
-    """Experts a layer of a dense model."""
+    """Number of experts per layer that a dense model is cut into."""
     max_tokens: int = 1024
-    """Tokens to probe at most."""
+    """Maximum number of tokens to probe."""
     document_tokens: int = 64
-    """Tokens to read of each document at most."""
+    """Maximum number of tokens to read of each document."""
     fit_tokens: int = 8192
-    """Tokens of other documents, on which the regressions from the token are fitted at most."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Maximum number of tokens of other documents, to fit the regressions on."""
+    device: ComputeDevice = "auto"
     out: Results = None
     """Folder for probe.json and probe.html."""
-    json: bool = False
-    """Print JSON and nothing else."""
+    json: Json = False
 
     def __call__(self) -> None:
         """Run the verb."""
@@ -79,6 +94,7 @@ class Probe:
         ):
             require(value >= least, name, value, f"an integer >= {least}")
         layers = parse_layers(self.layers)
+        require_model(self.model)
         with starting():
             from tiny_onn.probe.probe import run_probe
 

@@ -8,32 +8,31 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import Runs, Teacher, require_runs, starting
+from tiny_onn.cli.arguments import ComputeDevice, Runs, Teacher, require_runs, starting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write one HTML page that shows what runs did; it needs no network.
+    """Write one HTML page about one or several runs, which can be read without a network.
 
     Example: tiny-onn report runs/mine runs/static
 
-    A held-out passage token by token, and which experts work together, need the student: it is
-    loaded once, and the run's view.json keeps what was measured. Where it cannot be loaded, the
-    page says so. Controls (router.selection = "static" or "random") are given beside their run.
+    Two parts of the page need the student: a held-out passage token by token, and which experts
+    work together. The student is loaded once, and the run's view.json keeps the measurements. If
+    the student cannot be loaded, the page gives the reason. Name controls, which are runs with
+    router.selection = "static" or "random", together with the run that they belong to.
     """
 
     runs: Runs
-    """Run folders, in the middle of training too, or folders of such as the demo makes."""
     teacher: Teacher = None
-    """The model that the students were converted from, if it has moved since."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    skip_models: bool = False
-    """Load no models: the page shows what the runs recorded."""
+    device: ComputeDevice = "auto"
+    skip_models: Annotated[bool, arg(help_behavior_hint="(default: off)")] = False
+    """Load no models; the page then shows only the records of the runs."""
     out: Annotated[
-        Path | None, arg(metavar="FILE", help_behavior_hint="(report.html in the runs' folder)")
+        Path | None,
+        arg(metavar="FILE", help_behavior_hint="(default: report.html in the runs' folder)"),
     ] = None
-    """The page."""
+    """The HTML file to write."""
 
     def __call__(self) -> None:
         """Run the verb."""
@@ -44,7 +43,7 @@ class Report:
         with starting():
             from tiny_onn.studies.report import run_report
 
-        # Standard output belongs to the result.
+        # Standard output holds the result alone, so that it can be piped.
         with contextlib.redirect_stdout(sys.stderr):
             page = run_report(
                 self.runs,

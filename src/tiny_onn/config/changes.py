@@ -1,4 +1,4 @@
-"""What may change when a run goes on: settings by name, and where its files lie."""
+"""The settings that may change when a run is resumed, and its local paths made absolute."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tiny_onn.config.read import config_diff
 from tiny_onn.config.schema import HUB_PREFIX, RunConfig
 from tiny_onn.errors import UserError
 
-# Settings that a resumed run can take over from the next step on, by section.
+# Settings of each section that a resumed run can adopt from its next step on.
 _CHANGEABLE_KEYS = MappingProxyType(
     {
         "teacher": "path revision trust_remote_code",
@@ -29,31 +29,31 @@ _CHANGEABLE_KEYS = MappingProxyType(
 CHANGEABLE = frozenset(
     f"{section}.{key}" for section, keys in _CHANGEABLE_KEYS.items() for key in keys.split()
 )
-# Why the others cannot, by section or setting.
+# The reason why any other setting cannot change, by section, or by setting where it has its own.
 REASONS = MappingProxyType(
     {
-        "teacher": "the teacher's and the student's weights have it",
-        "experts": "the student was converted with it",
-        "router": "the student was converted and its gates taught with it",
-        "data": "the position in the text counts on it",
-        "data.eval_tokens": "evaluations before and after could not be compared",
-        "optim": "the optimizer's state has its form",
-        "train.seed": "the order of the text counts on it",
-        "train.blockwise_tokens": "the stages follow each other by it",
+        "teacher": "the weights were loaded in this format",
+        "experts": "the student was converted with this value",
+        "router": "the student was converted with this value, and its gates were trained with it",
+        "data": "the run's position in its text depends on this value",
+        "data.eval_tokens": "evaluations before and after the change could not be compared",
+        "optim": "the form of the saved optimizer state depends on this value",
+        "train.seed": "the order of the text depends on this value",
+        "train.blockwise_tokens": "the end of the first stage depends on this value",
     }
 )
 
 
 def check_changes(before: RunConfig, after: RunConfig, allowed: Sequence[str]) -> list[str]:
-    """The differences, each as `section.key: before -> after`, if all of them are allowed.
+    """Return the differences, each as `section.key: before -> after`, if all of them are allowed.
 
     Args:
         before: the settings of the run.
-        after: those to go on with.
-        allowed: names given with --allow-change.
+        after: the settings to go on with.
+        allowed: the names given with --allow-change.
 
     Raises:
-        UserError: a name that is no setting or that no run can change, or a change without leave.
+        UserError: a name is no setting, or no run can change it, or a change is not allowed.
     """
     for name in allowed:
         check_changeable(name)
@@ -65,18 +65,18 @@ def check_changes(before: RunConfig, after: RunConfig, allowed: Sequence[str]) -
         leave = " ".join(f"--allow-change {name}" for name in names if not _is_fixed(name))
         remedy = "; ".join([*fixed, *([f"or add {leave}"] if leave else [])])
         raise UserError(
-            f"--resume: got changed settings ({'; '.join(refused)}), expected those of the run;"
-            f" undo them, {remedy}"
+            f"--resume: got changed settings ({'; '.join(refused)}), expected the run's own"
+            f" settings; undo the changes, {remedy}"
         )
     return changes
 
 
 def with_number_format_of(began: RunConfig, config: RunConfig) -> RunConfig:
-    """The settings with the run's own `teacher.dtype` where they leave it open.
+    """Return the settings with the run's own `teacher.dtype` in place of `auto`.
 
     Args:
         began: the settings of the run.
-        config: those to go on with.
+        config: the settings to go on with.
     """
     if config.teacher.dtype != "auto":
         return config
@@ -84,21 +84,21 @@ def with_number_format_of(began: RunConfig, config: RunConfig) -> RunConfig:
 
 
 def check_changeable(name: str) -> None:
-    """Return if a resumed run can take over a change of the setting.
+    """Refuse a setting that a resumed run cannot change.
 
     Raises:
-        UserError: it cannot, or there is no such setting.
+        UserError: the setting cannot change, or there is no such setting.
     """
     settings = {f"{section}.{key}" for section, keys in asdict(RunConfig()).items() for key in keys}
     if name not in settings:
         raise UserError(
             f"--allow-change: got {name}, expected SECTION.KEY of a setting; `tiny-onn config`"
-            " lists them"
+            " lists all settings"
         )
     if _is_fixed(name):
         raise UserError(
-            f"--allow-change: got {name}, which cannot change in a run: {_reason(name)}; start a"
-            " new run with another --out"
+            f"--allow-change: got {name}, expected a setting that a run can change, but"
+            f" {_reason(name)}; start a new run with another --out"
         )
 
 
@@ -111,9 +111,9 @@ def _reason(name: str) -> str:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same settings with local paths absolute, so that a run goes on from any folder."""
+    """Return the settings with absolute local paths, so that a run can resume from any folder."""
     path = config.teacher.path
-    # Unlike Path.is_dir it knows no folder, rather than raising, where a name is too long.
+    # Path.is_dir raises an error for a name that is too long, os.path.isdir returns False.
     teacher = _absolute(path) if os.path.isdir(_absolute(path)) else path  # noqa: PTH112
     sources = tuple(
         source if source == "embedded" or source.startswith(HUB_PREFIX) else _absolute(source)
@@ -130,5 +130,5 @@ def _absolute(path: str) -> str:
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError:
-        # No such user's home; whoever reads the path says so.
+        # There is no such user's home folder; the reader of the path reports that.
         return path

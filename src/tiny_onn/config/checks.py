@@ -1,6 +1,6 @@
-"""Which settings make sense: ranges of single settings, and combinations of several.
+"""Checks of settings: the ranges of single settings, and the combinations of several.
 
-What depends on the teacher (its MLP width, its memory) is checked where the teacher is loaded.
+Checks that need the teacher (the width of its MLPs, its memory) run where the teacher is loaded.
 """
 
 import json
@@ -13,9 +13,9 @@ from tiny_onn.config.routing_checks import check_path, check_routing
 from tiny_onn.config.schema import ExpertInit, RunConfig
 from tiny_onn.errors import UserError
 
-# The own losses of a token that `probe` knows.
+# Values of `probe --loss`: the loss of a single token that the probe measures.
 PROBE_LOSSES = ("auto", "forward-kl", "next-token")
-# What to expect, the check, and the settings it holds for.
+# The expected value in words, the check, and the settings that the check applies to.
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "an integer >= 1",
@@ -23,7 +23,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "experts.num_experts data.eval_tokens train.tokens train.log_every_steps"
         " train.keep_checkpoints train.max_skipped_steps",
     ),
-    # What is held in memory at once has an end.
+    # These numbers of tokens and rows are held in memory at once, so that they have a maximum.
     (
         "an integer from 3 to 16,777,216",
         lambda value: 3 <= value <= 2**24,
@@ -64,16 +64,16 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def validate(config: RunConfig) -> None:
-    """Return if every range and combination of settings makes sense.
+    """Refuse settings that are out of range or that do not go together.
 
     Raises:
-        UserError: The first setting that does not, with the value and what was expected.
+        UserError: the first wrong setting, with its value and the expected one.
     """
     for expected, accepts, names in RANGES:
         for name in names.split():
             if not accepts(value := attrgetter(name)(config)):
                 raise UserError(
-                    f"{name}: got {shown(value)}, expected {expected}; its default is"
+                    f"{name}: got {shown(value)}, expected {expected}; the default is"
                     f" {to_toml(attrgetter(name)(RunConfig()))}"
                 )
     check_device(config.train.device, "train.device")
@@ -89,40 +89,41 @@ def validate(config: RunConfig) -> None:
 
 
 def check_device(device: str, name: str) -> None:
-    """Return if `device` reads as a device; whether the machine has it shows on first use.
+    """Refuse a text that names no device; the machine is asked for the device at first use.
 
     Raises:
-        UserError: It does not; the message starts with `name`.
+        UserError: the text names no device; the message starts with `name`.
     """
     if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device, re.ASCII) is None:
         raise UserError(
-            f"{name}: got {shown(device)}, expected auto, cpu, cuda or cuda:N; use auto to take"
-            " what there is"
+            f"{name}: got {shown(device)}, expected auto, cpu, cuda or cuda:N; auto takes the GPU"
+            " if there is one"
         )
 
 
 def parse_budgets(text: str) -> list[float]:
-    """The numbers of a comma-separated list, as `--budget` takes it.
+    """Return the numbers of a comma-separated list, the value of `eval --budget`.
 
     Raises:
-        UserError: something in it is no number.
+        UserError: a part of the list is no number.
     """
-    found = []
+    budgets = []
     for part in text.split(","):
         try:
-            found.append(float(part))
+            budgets.append(float(part))
         except ValueError as error:
             raise UserError(
-                f"--budget: got {text}, expected numbers with commas between; for example 16,8"
+                f"--budget: got {text}, expected numbers with commas between them, for example"
+                " 16,8; separate them by commas"
             ) from error
-    return found
+    return budgets
 
 
 def check_probe(loss: str, init: str) -> None:
-    """Return if `probe` knows the loss and the partition.
+    """Refuse a loss or a partition that `probe` does not know.
 
     Raises:
-        UserError: It does not know one of them.
+        UserError: one of the two is unknown.
     """
     for name, value, known, remedy in (
         ("--loss", loss, PROBE_LOSSES, "auto"),
@@ -134,8 +135,25 @@ def check_probe(loss: str, init: str) -> None:
             )
 
 
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that is empty or is no text.
+
+    Raises:
+        UserError: the prompt is empty, or holds a byte that is not UTF-8.
+    """
+    if not prompt:
+        raise UserError("--prompt: got an empty text, expected at least one character; write one")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--prompt: got a byte that is not UTF-8 at character {error.start}, expected text; "
+            "check the terminal's encoding"
+        ) from error
+
+
 def shown(value: object) -> str:
-    """Return a value for an error message, short and in one line."""
+    """Return a value for an error message, in one line of at most 80 characters."""
     if not isinstance(value, str | bool | int | float):
         return f"a {type(value).__name__}"
     text = to_toml(value)
@@ -143,12 +161,12 @@ def shown(value: object) -> str:
 
 
 def to_toml(value: object) -> str:
-    """Return a setting's value as TOML; what no setting may hold comes out escaped."""
+    """Return a setting's value as TOML, with unprintable characters escaped."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=not value.isprintable())
     if isinstance(value, tuple):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"
-    # Python refuses to write integers of thousands of digits, except in hexadecimal.
+    # Python refuses to write integers of thousands of digits in decimal, but not in hexadecimal.
     return hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)

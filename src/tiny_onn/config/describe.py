@@ -1,4 +1,4 @@
-"""What every setting means, read from the docstrings under the fields."""
+"""The meaning of every setting, read from the docstrings under the fields."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
@@ -11,7 +11,7 @@ from tiny_onn.config.schema import RunConfig
 
 
 class FieldDoc(NamedTuple):
-    """One setting: table, key, what it accepts in words, default as TOML, its docstring."""
+    """A setting: its section and key, its accepted values in words, its default, its meaning."""
 
     section: str
     field: str
@@ -37,7 +37,7 @@ def field_docs() -> Iterator[FieldDoc]:
 
 
 def docstrings_of(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass and of its bases, each in one line."""
+    """Return the docstring under each field of a dataclass and of its bases, each in one line."""
     return {
         field.arg_name: " ".join((field.description or "").split())
         for base in reversed(cls.__mro__)
@@ -47,14 +47,14 @@ def docstrings_of(cls: type) -> dict[str, str]:
 
 
 def sections_of() -> dict[str, type]:
-    """Return section name -> dataclass."""
+    """Return the dataclass of each section by the section's name."""
     hints = get_type_hints(RunConfig)
     assert all(is_dataclass(cls) for cls in hints.values())
     return hints
 
 
 def expected_value(hint: object) -> str:
-    """Return a field's type in words."""
+    """Return the values that a field's type accepts, in words."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(to_toml(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:

@@ -1,7 +1,7 @@
 """Settings in and out: TOML, presets and `--set` to a checked `RunConfig`, and back to text.
 
-Everything is driven by the fields, type hints and docstrings of `schema.py`; what makes sense is
-said in `checks.py`.
+The fields and type hints of `schema.py` say what can be read; `checks.py` says which values are
+accepted.
 """
 
 import difflib
@@ -18,22 +18,23 @@ from tiny_onn.config.describe import expected_value, sections_of
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 
-# `tiny-onn config` prints 12 KB in lines of 100 characters.
+# `tiny-onn config` prints less than 20 KB; a file beyond this bound holds no settings.
 _MAX_TOML_BYTES = 2**16
-# tomllib takes memory that grows with the square of a dotted key's length: 16 MB for such a line.
+# tomllib takes memory that grows with the square of a dotted key's length: 16 MB for 2048 dots.
 _MAX_LINE_DOTS = 2048
 
 
 def load_config(path: Path | None, preset: str | None, overrides: Sequence[str]) -> RunConfig:
-    """Return the checked settings: defaults <- preset <- TOML file <- overrides.
+    """Return the checked settings: the defaults, overridden by preset, TOML file, overrides.
 
     Args:
-        path: A TOML file; it may name its preset with `preset = "NAME"` at the top.
-        preset: A name from `preset_names`.
+        path: a TOML file; it may name its preset with `preset = "NAME"` at the top.
+        preset: a name from `preset_names`.
         overrides: `section.key=value`, the value as TOML or a bare word; the last one wins.
 
     Raises:
-        UserError: Anything unreadable, unknown, of a wrong type, out of range or contradictory.
+        UserError: a source cannot be read, or a setting is unknown, of a wrong type, out of range
+            or in contradiction to another one.
     """
     try:
         table = {} if path is None else _parse_toml(_read_bounded(path), str(path))
@@ -45,7 +46,8 @@ def load_config(path: Path | None, preset: str | None, overrides: Sequence[str])
     in_file = table.pop("preset", None)
     if in_file is not None and preset is not None and in_file != preset:
         raise UserError(
-            f"preset: got {preset} and, in {path}, {shown(in_file)}, expected one; remove either"
+            f"preset: got {preset} from --preset and {shown(in_file)} from {path}, expected one"
+            " preset; remove one of them"
         )
     name = preset if in_file is None else in_file
     config = RunConfig()
@@ -58,7 +60,7 @@ def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Return the checked settings with each `section.key=value` of `overrides` in place.
 
     Raises:
-        UserError: As `load_config`.
+        UserError: an override is malformed, or the settings are refused as by `load_config`.
     """
     for text in overrides:
         config = _apply(config, _parse_override(text), "--set")
@@ -81,7 +83,8 @@ def config_from_json(text: str, source: str = "config.json") -> RunConfig:
     """Return the checked settings that `resolved_json` wrote.
 
     Raises:
-        UserError: Not such JSON; a missing setting counts too, since its default may have changed.
+        UserError: the text is no such JSON, or a setting is missing. A default does not take its
+            place, since defaults may have changed between versions.
     """
     try:
         table = json.loads(text)
@@ -97,8 +100,8 @@ def config_from_json(text: str, source: str = "config.json") -> RunConfig:
         for key in keys:
             if key not in table.get(section, ()):
                 raise UserError(
-                    f"{source}: got no {section}.{key}, expected every setting; add it if the run"
-                    " was made by another version"
+                    f"{source}: got no {section}.{key}, expected every setting; if another version"
+                    " of tiny-onn made the run, add the setting to the file"
                 )
     validate(config)
     return config
@@ -124,7 +127,7 @@ def _read_preset(name: object) -> dict[str, Any]:
 
 
 def _read_bounded(path: Path) -> bytes:
-    """A file's bytes; one that is no settings file for its length is not read to its end."""
+    """Return a file's bytes, of which at most `_MAX_TOML_BYTES` and one more are read."""
     with path.open("rb") as file:
         content = file.read(_MAX_TOML_BYTES + 1)
     if len(content) > _MAX_TOML_BYTES:
@@ -141,7 +144,7 @@ def _parse_toml(text: bytes, source: str) -> dict[str, Any]:
         return _loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         is_utf8 = b"\0" not in text and not isinstance(error, UnicodeDecodeError)
-        remedy = "mend it there" if is_utf8 else "save it as UTF-8, it may be UTF-16"
+        remedy = "mend it there" if is_utf8 else "save it as UTF-8; it may be UTF-16"
         raise UserError(
             f"{source}: got malformed TOML ({error}), expected settings as `tiny-onn config` prints"
             f" them; {remedy}"
@@ -149,11 +152,11 @@ def _parse_toml(text: bytes, source: str) -> dict[str, Any]:
 
 
 def _loads(text: str) -> dict[str, Any]:
-    """What TOML says.
+    """Return the table that a TOML text holds.
 
     Raises:
-        ValueError: It is none, or has a line that is too costly.
-        RecursionError: It is nested too deeply.
+        ValueError: the text is no TOML, or has a line whose parsing would take too much memory.
+        RecursionError: the text is nested too deeply.
     """
     if (dots := max((line.count(".") for line in text.splitlines()), default=0)) > _MAX_LINE_DOTS:
         raise ValueError(f"a line with {dots} dots, at most {_MAX_LINE_DOTS} are read; break it")
@@ -173,11 +176,11 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = _loads(f"value = {value}")
     except (ValueError, RecursionError) as error:
-        # A quote or a bracket begins TOML, so its mistake is worth telling.
+        # A value that begins with a quote or a bracket is meant as TOML, and not as a bare word.
         if value.startswith(("'", '"', "[", "{")):
             raise UserError(
-                f"--set: {name[:80]}: got malformed TOML ({error}), expected a value; quote it for"
-                " the shell as a whole"
+                f"--set: {name[:80]}: got malformed TOML ({error}), expected a value; put the whole"
+                " SECTION.KEY=VALUE in single quotes for the shell"
             ) from error
         parsed = {"value": value}
     if parsed.keys() != {"value"}:
@@ -186,7 +189,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _apply(config: RunConfig, table: Mapping[str, Any], source: str) -> RunConfig:
-    """Return `config` with the values of `table` (section -> key -> raw value) in place."""
+    """Return `config` with the raw values of `table`, which has a table for each section."""
     sections = sections_of()
     changed: dict[str, Any] = {}
     for section, values in table.items():
@@ -209,7 +212,7 @@ def _apply(config: RunConfig, table: Mapping[str, Any], source: str) -> RunConfi
 
 
 def _unknown(section: str, key: str | None) -> str:
-    """Return the message for a name that is no setting, with the nearest one that is."""
+    """Return the message for a name that is no setting, with the most similar setting."""
     sections = sections_of()
     names = [f"{name}.{item.name}" for name, cls in sections.items() for item in fields(cls)]
     name = section if key is None else f"{section}.{key}"
@@ -219,19 +222,19 @@ def _unknown(section: str, key: str | None) -> str:
     )
     remedy = f"did you mean {near[0]}?" if near else "`tiny-onn config` lists all settings"
     kind = "section" if key is None else "setting"
-    return f"got unknown {kind} {shown(name)}, expected a {kind} of Tiny-ONN; {remedy}"
+    return f"got unknown {kind} {shown(name)}, expected a {kind} of tiny-onn; {remedy}"
 
 
 def coerce(value: object, hint: object, where: str) -> object:
     """Return a raw value of TOML or JSON as a field's type.
 
     Args:
-        value: as the file has it.
+        value: the value as the file has it.
         hint: the field's type: `bool`, `int`, `float`, `str`, a `Literal` or a tuple of these.
-        where: the field's name; the message starts with it.
+        where: the field's name, with which the message starts.
 
     Raises:
-        UserError: The value is of another type.
+        UserError: the value is of another type.
     """
     origin = get_origin(hint)
     accepted = False
@@ -242,11 +245,11 @@ def coerce(value: object, hint: object, where: str) -> object:
             inner = get_args(hint)[0]
             return tuple(coerce(item, inner, f"{where}[{i}]") for i, item in enumerate(value))
     elif hint is float:
-        # False for nan, inf and integers that no float can hold.
+        # This refuses nan, inf and integers that no float can hold.
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023:
             return float(value)
     elif hint is int:
-        # TOML's integers have 64 bits; Python's reader takes longer ones.
+        # TOML's integers have 64 bits, but Python's reader accepts longer ones.
         accepted = type(value) is int and -(2**63) <= value < 2**63
     elif hint is str:
         accepted = isinstance(value, str) and value != "" and value.isprintable()
@@ -254,11 +257,11 @@ def coerce(value: object, hint: object, where: str) -> object:
         assert hint is bool, f"{where}: no reader for fields of type {hint}"
         accepted = isinstance(value, bool)
     if not accepted:
-        remedy = "put it in TOML's quotes" if hint is str else "`tiny-onn config` shows its form"
+        remedy = "put it in quotes" if hint is str else "`tiny-onn config` shows its form"
         raise UserError(f"{where}: got {shown(value)}, expected {expected_value(hint)}; {remedy}")
     return value
 
 
 def with_router(config: RunConfig, **changes: object) -> RunConfig:
-    """The same settings with another router: how controls are made from a recipe."""
+    """Return the settings with changes to the router, as a recipe's controls need them."""
     return replace(config, router=replace(config.router, **changes))  # pyright: ignore[reportArgumentType]

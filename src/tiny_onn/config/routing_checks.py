@@ -1,4 +1,4 @@
-"""Which selections, objectives, weightings and their options go together, and why others do not."""
+"""Rules on which selections, objectives, weightings and options go together, with the reasons."""
 
 import json
 from collections.abc import Callable
@@ -14,21 +14,21 @@ CONTROLS = ("static", "random", "oracle")
 class Rule(NamedTuple):
     """A combination of settings that is refused.
 
-    `expected` and `reason` name other settings' values as `{c.section.key}`, with the configuration
-    as `c`, and as `{least}` the fewest active experts that shared ones allow.
+    The texts `expected` and `reason` may hold `{c.section.key}` for the value of another setting,
+    and `{least}` for the fewest active experts that the number of shared experts allows.
     """
 
     settings: str
-    """Names of the settings that the rule looks at, each for itself, with blanks between them."""
+    """The names of the settings that the rule applies to one by one, with blanks between them."""
     refuses: Callable[[RunConfig, Any], object]
-    """Whether the configuration leaves no room for the setting's value, the second argument."""
+    """A function of the settings and the setting's value: true if they do not go together."""
     expected: str
     reason: str
     remedy: str
 
 
 def has_budget(router: RouterConfig) -> bool:
-    """Whether the number of a token's experts is free and a threshold holds its mean."""
+    """Return True if tokens may use different numbers of experts and a threshold sets the mean."""
     return router.selection == "budget" or (router.selection == "oracle" and router.oracle_budget)
 
 
@@ -41,72 +41,72 @@ def _all_active(c: RunConfig) -> bool:
 
 
 RULES = (
-    # The selection cannot learn from the objective.
+    # These selections cannot learn from the objective.
     Rule(
         "router.objective",
         lambda c, value: value != "none" and c.router.selection in CONTROLS,
         '"none" with router.selection = "{c.router.selection}"',
-        "there is no gate to train",
+        "this selection has no gate to train",
         'set router.objective = "none"',
     ),
     Rule(
         "router.objective",
         lambda c, value: value == "smk" and _top_any(c),
         '"task" or "none" with router.selection = "top_any"',
-        "a cross-entropy over experts says which one, not how many, and nothing would hold the"
-        " number of experts that pass their thresholds",
+        "a cross-entropy over experts teaches which expert to choose, not how many, and nothing"
+        " would limit the number of experts that pass their thresholds",
         'set router.objective = "task", or router.selection = "budget"',
     ),
     Rule(
         "router.objective",
         lambda c, value: value == "regression" and _top_any(c),
         '"task" or "none" with router.selection = "top_any"',
-        "cosines are bounded and thresholds learned, so logits that equal log norms would not count"
-        " experts",
+        "its logits are bounded cosines, which cannot equal the log norms that the regression aims"
+        " at",
         'set router.objective = "task", or router.selection = "budget"',
     ),
-    # The number of experts does not fit.
+    # These numbers of active experts are impossible.
     Rule(
         "router.target_k",
         lambda c, value: value > c.experts.num_experts,
         "at most experts.num_experts = {c.experts.num_experts}",
-        "there are no more",
-        "lower it or raise experts.num_experts",
+        "a token cannot use more experts than there are",
+        "lower router.target_k or raise experts.num_experts",
     ),
     Rule(
         "router.target_k",
         lambda c, value: value % 1 and not has_budget(c.router) and not _top_any(c),
         'a whole number with router.selection = "{c.router.selection}"',
-        "every token has exactly as many",
-        'round it or use router.selection = "budget"',
+        "every token uses exactly that many experts",
+        'round router.target_k or set router.selection = "budget"',
     ),
     Rule(
         "router.budget_scope",
         lambda c, value: value == "global" and not has_budget(c.router),
         '"layer" with router.selection = "{c.router.selection}"',
-        "it has no budget to share among layers",
+        "this selection has no budget that layers could share",
         'set router.selection = "budget"',
     ),
     Rule(
         "router.oracle_budget",
         lambda c, value: value and c.router.selection != "oracle",
         'false with router.selection = "{c.router.selection}"',
-        "there is no oracle",
-        'set router.selection = "oracle" or leave it out',
+        "only the oracle has this option",
+        'set router.selection = "oracle" or leave router.oracle_budget out',
     ),
-    # What `top_any` cannot do, and what only it can.
+    # These settings do not go with `top_any`, or go with nothing else.
     Rule(
         "experts.weighting",
         lambda c, value: value not in ("mean", "unit") and _top_any(c),
         '"mean" or "unit" with router.selection = "top_any"',
-        "its gate says yes or no, with the gradient straight through",
+        "its gate decides yes or no for each expert, and has no probabilities to weight by",
         'set experts.weighting = "mean" for DynMoE',
     ),
     Rule(
         "experts.gate_init",
         lambda c, value: value != "random" and _top_any(c),
         '"random" with router.selection = "top_any"',
-        "its gate holds directions and thresholds, not a linear map",
+        "its gate consists of directions and thresholds, and is no linear map",
         'set experts.gate_init = "random"',
     ),
     Rule(
@@ -114,49 +114,49 @@ RULES = (
         lambda c, value: value and c.router.objective != "task" and _top_any(c),
         '0 with router.objective = "{c.router.objective}"',
         "the gate is frozen",
-        'set router.objective = "task" or leave it at 0',
+        'set router.objective = "task" or leave router.reseed_every_steps at 0',
     ),
     Rule(
         "router.at_least_one",
         lambda c, value: value != "evaluation" and not _top_any(c),
         '"evaluation" with router.selection = "{c.router.selection}"',
-        "it belongs to top_any alone",
-        'set router.selection = "top_any" or leave it out',
+        "only top_any has this option",
+        'set router.selection = "top_any" or leave router.at_least_one out',
     ),
     Rule(
         "router.reseed_every_steps",
         lambda c, value: value and not _top_any(c),
         '0 with router.selection = "{c.router.selection}"',
-        "it belongs to top_any alone",
-        'set router.selection = "top_any" or leave it out',
+        "only top_any has this option",
+        'set router.selection = "top_any" or leave router.reseed_every_steps out',
     ),
-    # Settings that would do nothing.
+    # These settings would have no effect.
     Rule(
         "router.balance_rate router.revive_after_steps",
         lambda c, value: value and c.router.selection in CONTROLS,
         '0 with router.selection = "{c.router.selection}"',
-        "a control stays as it is",
+        "a control's routing must not change",
         "leave it at 0",
     ),
     Rule(
         "smk.explore_fraction",
         lambda c, value: value and c.router.objective != "smk",
         "0",
-        'router.objective = "{c.router.objective}" has no candidates to explore',
+        'only router.objective = "smk" has candidates to explore',
         'leave it at 0, or set router.objective = "smk"',
     ),
     Rule(
         "smk.explore_fraction",
         lambda c, value: value and c.smk.candidates == "all",
         "0",
-        'smk.candidates = "all" sees every expert already',
+        'with smk.candidates = "all" every expert is a candidate already',
         'leave it at 0, or set smk.candidates = "active"',
     ),
     Rule(
         "smk.explore_fraction",
         lambda c, value: value and _all_active(c),
         "0",
-        "all experts are active",
+        "router.target_k is experts.num_experts, so that no expert is inactive",
         "leave it at 0, or lower router.target_k",
     ),
     Rule(
@@ -177,8 +177,8 @@ RULES = (
         "router.blockwise_anneal_fraction",
         lambda c, value: value and not c.train.blockwise_tokens,
         "0",
-        "train.blockwise_tokens is 0, and there is no blockwise stage",
-        "leave it at 0",
+        "train.blockwise_tokens is 0, so that there is no blockwise stage",
+        "leave it at 0, or set train.blockwise_tokens",
     ),
     Rule(
         "router.anneal_fraction router.blockwise_anneal_fraction",
@@ -191,63 +191,63 @@ RULES = (
         "router.anneal_fraction router.blockwise_anneal_fraction",
         lambda c, value: value and _all_active(c),
         "0",
-        "router.target_k is experts.num_experts, and nothing can fall",
-        "leave it at 0",
+        "router.target_k is experts.num_experts, so that the number of active experts cannot fall",
+        "leave it at 0, or lower router.target_k",
     ),
     Rule(
         "smk.targets",
         lambda c, value: (
             value == "helpful" and (c.smk.surprise, c.smk.direction) != ("gain", "max")
         ),
-        'another one with smk.surprise = "{c.smk.surprise}" and smk.direction ='
+        'another value with smk.surprise = "{c.smk.surprise}" and smk.direction ='
         ' "{c.smk.direction}"',
         "only the sign of a gain says whether an expert helps",
         'set smk.surprise = "gain" and smk.direction = "max", or smk.targets = "member"',
     ),
-    # Shared experts that leave the gate nothing to choose, or that nobody can share.
+    # These shared experts leave the gate nothing to choose, or cannot exist.
     Rule(
         "experts.num_shared",
         lambda c, value: value and _top_any(c),
         '0 with router.selection = "top_any"',
-        "its gate decides by itself how many experts are active, each by a threshold of its own",
-        'set router.selection = "budget" or leave it at 0',
+        "every one of its experts is active or inactive by its own threshold",
+        'set router.selection = "budget" or leave experts.num_shared at 0',
     ),
     Rule(
         "experts.num_shared",
         lambda c, value: value >= c.experts.num_experts,
         "fewer than experts.num_experts = {c.experts.num_experts}",
         "the gate would have nothing to choose from",
-        "lower it",
+        "lower experts.num_shared",
     ),
     Rule(
         "router.target_k",
         lambda c, value: c.experts.num_shared and value < c.experts.num_shared + 1,
         "at least {least} with experts.num_shared = {c.experts.num_shared}",
-        "it counts the shared experts, and every token has one of the others",
-        "raise it or lower experts.num_shared",
+        "it counts the shared experts, and every token uses at least one other expert",
+        "raise router.target_k or lower experts.num_shared",
     ),
     Rule(
         "experts.keep_massive",
         lambda c, value: value and c.experts.init == "random",
         'false with experts.init = "random"',
-        "there are no neurons of the teacher to keep",
-        "start from dense neurons or leave it out",
+        "random experts hold none of the teacher's neurons",
+        'set experts.init = "slices" or another partition, or leave experts.keep_massive out',
     ),
     Rule(
         "experts.keep_massive",
         lambda c, value: value and not c.experts.num_shared,
         "false with experts.num_shared = 0",
-        "no expert is always on",
+        "there is no shared expert to hold the neurons",
         "set experts.num_shared to 1 or more",
     ),
 )
 
 
 def check_routing(config: RunConfig) -> None:
-    """Return if the router's settings go together.
+    """Refuse settings of the router that do not go together.
 
     Raises:
-        UserError: the first that does not fit, with the reason and the remedy.
+        UserError: the first rule that is broken, with the reason and the remedy.
     """
     for rule in RULES:
         for name in rule.settings.split():
@@ -260,7 +260,7 @@ def check_routing(config: RunConfig) -> None:
 
 
 def check_path(config: RunConfig) -> None:
-    """Return if the path that the settings ask for can run them.
+    """Refuse the grouped path for settings that only the dense path can run.
 
     Raises:
         UserError: `train.expert_path` is `grouped` or `sparse`, and other settings refuse it.
@@ -292,12 +292,14 @@ def path_refusal(config: RunConfig, path: Literal["grouped", "sparse"]) -> str |
     if config.router.objective == "regression":
         return 'router.objective = "regression" needs the norms of inactive experts\' outputs'
     weighting = config.experts.weighting
-    straight = weighting in ("unit", "mean") and config.router.selection != "top_any"
-    if config.router.objective == "task" and straight:
+    straight_through = weighting in ("unit", "mean") and config.router.selection != "top_any"
+    if config.router.objective == "task" and straight_through:
         return (
             f'router.objective = "task" with experts.weighting = "{weighting}" needs the gradient'
             " of inactive experts' weights"
         )
     if config.train.ffn_chunk_tokens:
-        return f"train.ffn_chunk_tokens = {config.train.ffn_chunk_tokens} chunks the dense path"
+        return (
+            f"train.ffn_chunk_tokens = {config.train.ffn_chunk_tokens} works on the dense path only"
+        )
     return None

@@ -1,4 +1,4 @@
-"""Settings of a run: frozen dataclasses, read from TOML, written back as resolved JSON.
+"""The settings of a run: frozen dataclasses, read from TOML, written back as resolved JSON.
 
 Every field is documented once, in the docstring under it; `tiny-onn config` and the error messages
 take their text from there. A field's default is stated here and nowhere else.
@@ -28,271 +28,309 @@ class TeacherConfig:
     """The dense model that is converted and that teaches."""
 
     path: str = "embedded"
-    """`embedded` (SmolLM2-135M-Instruct, offline), a local folder, or a Hugging Face hub id."""
+    """The teacher model: `embedded` (SmolLM2-135M-Instruct, which needs no network), a local
+    folder, or a Hugging Face hub id."""
     revision: str = "main"
-    """Branch, tag or commit of a hub id."""
+    """The branch, tag or commit to load when `path` is a hub id."""
     placement: Literal["shared", "separate"] = "shared"
-    """`shared`: the student's frozen backbone with the teacher's MLPs; `separate`: a whole copy."""
+    """The way the teacher is held in memory. `shared`: teacher and student use one frozen backbone,
+    and only the teacher's MLPs are held besides; `separate`: the teacher is a whole model of its
+    own."""
     dtype: TeacherDType = "auto"
-    """Number format of the teacher and of the frozen backbone. `auto`: bfloat16 where the device
-    has instructions for it (GPUs from compute capability 8.0, CPUs with AVX-512 BF16, AMX or Arm
-    BF16), else float32; the run's config.json says which it was."""
+    """The number format of the teacher and of the frozen backbone. `auto`: bfloat16 where the
+    device has instructions for it (GPUs from compute capability 8.0, CPUs with AVX-512 BF16, AMX or
+    Arm BF16), else float32. The run's config.json records the format that was chosen."""
     quantization: Literal["none", "nf4"] = "none"
-    """`nf4`: the teacher's linear layers in 4 bits (bitsandbytes): all of a separate teacher's, the
-    MLPs of a shared one."""
+    """`nf4` stores the teacher's linear layers in 4 bits (bitsandbytes): all of them if `placement`
+    is `separate`, those of the MLPs if it is `shared`."""
     double_quant: bool = True
-    """Quantise NF4's scales too: 0.516 bytes per weight instead of 0.563."""
+    """Quantise the scales of NF4 too, so that a weight takes 0.516 bytes instead of 0.563."""
     trust_remote_code: bool = False
-    """Run model code that comes with a hub id. Off unless you trust its author."""
+    """Run the Python code that a hub repository brings for its model. Turn this on only for authors
+    whom you trust."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsConfig:
-    """How each dense MLP becomes a bank of experts."""
+    """The experts that replace each dense MLP, and the gate that they start with."""
 
     num_experts: int = 32
-    """Experts per layer, E. `num_experts * expert_dim` must equal the MLP's width."""
+    """The number of experts per layer. `num_experts * expert_dim` must equal the MLP's width."""
     expert_dim: int = 0
-    """Neurons per expert, I. 0: the MLP's width divided by `num_experts`."""
+    """The number of neurons per expert. 0: the MLP's width divided by `num_experts`."""
     init: ExpertInit = "importance"
-    """`random` (the model card), or dense neurons: `slices` (contiguous), `importance` (ordered by
-    their calibrated contribution to the output), `cluster` (gate rows that point the same way),
-    `coactivation` (large at the same tokens), `learned` (most of the output's energy in the experts
-    that a linear gate chooses, `router.target_k` a token)."""
+    """The weights that the experts start from. `random`: random weights (as in the model card). The
+    other values share the teacher's neurons out among the experts. `slices`: neighbouring neurons
+    together; `importance`: in the order of their contribution to the output on calibration text;
+    `cluster`: neurons whose gate rows point in similar directions together; `coactivation`: neurons
+    that are large at the same tokens together; `learned`: so that the experts which a linear gate
+    chooses, `router.target_k` per token, hold most of the output's energy."""
     num_shared: int = 0
-    """Experts of each layer, the first ones, that every token uses at weight 1, whatever its gate
-    says. `router.target_k` counts them. Partitions from text give them the neurons of largest
-    contribution to the output, and cut the others into the routed experts."""
+    """The number of shared experts: the first ones of each layer, which every token uses with
+    weight 1. `router.target_k` counts them. A partition made from text gives them the neurons with
+    the largest contribution to the output, and the other neurons to the routed experts."""
     keep_massive: bool = False
     """Put the neurons that write massive activations into the shared experts, whatever the
-    partition; needs `num_shared` >= 1."""
+    partition. This needs `num_shared` >= 1."""
     gate_init: GateInit = "ridge"
-    """`random` (normal, std 0.02), `zeros`, or `ridge` (regression of the log norms of the experts'
-    outputs on calibration text). With `top_any`, `random` means orthogonal prototypes."""
+    """The weights that the gates start from. `random`: normal with standard deviation 0.02 (with
+    the selection `top_any`: orthogonal prototypes); `zeros`; `ridge`: a ridge regression of the log
+    norms of the experts' outputs on calibration text."""
     weighting: Weighting = "unit"
-    """What an active expert's output is multiplied by: 1, its renormalised softmax or its sigmoid
-    probability, or 1/k."""
+    """The factor on an active expert's output. `unit`: 1; `softmax`: its softmax probability,
+    renormalised over the active experts; `sigmoid`: its sigmoid probability; `mean`: 1/k with k
+    active experts."""
     compensation: Compensation = "none"
-    """What stands in for an inactive expert: `none`, or the `mean` of its output over calibration
-    tokens that leave it inactive, which then learns with the experts."""
+    """The stand-in for an inactive expert's output. `none`: nothing; `mean`: a vector that starts
+    as the mean of the expert's output over calibration tokens that leave it inactive, and is
+    trained with the experts."""
     learn_scale: bool = False
     """Multiply each expert's weight by a learned scale that starts at 1."""
     calibration_tokens: int = 8192
-    """Training tokens read by partitions other than `slices` and `cluster`, by `cluster` with
-    shared experts, by `ridge` and by `mean`, and, before each evaluation, as many others that a
-    budget settles on."""
+    """The number of training tokens read as calibration text: for every `init` but `random`,
+    `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge` gates
+    and for the `mean` compensation. A budget reads as many other training tokens before each
+    evaluation, to measure its threshold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
-    """Which experts a token activates, and what the gate learns from."""
+    """The experts that a token activates, and what their gate learns from."""
 
     selection: Selection = "budget"
-    """`top_k`: exactly k; `top_any`: all whose similarity to the token passes their own learned
-    threshold (DynMoE); `budget`: as many as the token needs, k on average; `static` (always the
-    same ones), `random` (a frozen random gate) and `oracle` (largest true output norm, which costs
-    computing all experts): controls."""
+    """The rule that selects a token's experts. `top_k`: the k experts with the largest logits;
+    `top_any`: every expert whose cosine with the token passes the expert's own learned threshold
+    (DynMoE); `budget`: as many as the token needs, k on average. Three values are controls, to
+    compare with. `static`: always the same experts; `random`: by a frozen random gate; `oracle`:
+    those whose true output norms are largest, for which all experts are computed."""
     objective: Objective = "smk"
-    """What the gate learns from. `smk`: cross-entropy toward the expert that surprise points at,
-    decoupled from the main loss; `task`: the main loss; `regression`: the log norms of all experts'
-    outputs, decoupled; `none`: nothing, it is frozen."""
+    """The quantity that the gate learns from. `smk` (Surprise Min_K): cross-entropy toward the
+    expert that surprise points at, with no gradient from the main loss; `task`: the main loss;
+    `regression`: the log norms of all experts' outputs, with no gradient from the main loss;
+    `none`: nothing, the gate is frozen."""
     target_k: float = 16.0
-    """Active experts per token: exact for `top_k` and the controls, the mean for a budget.
-    `top_any` finds its own number."""
+    """The number of active experts per token, k: exact for `top_k` and the controls, a mean for
+    `budget`. `top_any` finds its own number."""
     budget_form: Literal["cumulative", "threshold"] = "threshold"
-    """`cumulative`: experts by falling probability until it sums to p; `threshold`: all above p."""
+    """The form of a budget, which turns probabilities into active experts. `cumulative`: the most
+    probable experts until their probabilities sum to p; `threshold`: all experts with a probability
+    above p. p is moved until the mean number is k."""
     budget_scope: BudgetScope = "layer"
-    """`layer`: every layer meets the target; `global`: one p for all layers, which meet it
-    together, so that layers differ in how much they use."""
+    """`layer`: every layer has its own p and uses k experts on average; `global`: one p for all
+    layers, so that k is the mean over the layers, and some layers use more experts than others."""
     budget_rate: float = 0.3
-    """Share by which the budget's p moves toward the last batch's exact value, per step."""
+    """The share of the way that a budget's p moves, at each step, toward the value that would have
+    met the target on that step's tokens."""
     anneal_fraction: float = 0.0
-    """Share of the global stage over which the number of active experts (for a budget its mean)
-    falls linearly from all of them to `target_k`. 0: it is `target_k` from the start."""
+    """The share of the global stage during which the number of active experts (for a budget, its
+    mean) falls linearly from all experts to `target_k`. 0: it is `target_k` from the start."""
     blockwise_anneal_fraction: float = 0.0
-    """The same for the blockwise stage."""
+    """The share of the blockwise stage during which the number of active experts falls in the same
+    way. 0: it is `target_k` from the start."""
     oracle_budget: bool = False
-    """Let the oracle spend its experts as a budget does: more on some tokens, k on average."""
+    """Let the control `oracle` spend its experts as a budget does: more on some tokens than on
+    others, k on average."""
     at_least_one: AtLeastOne = "evaluation"
-    """When a token that passes no threshold of `top_any` still gets its nearest expert: at
-    `evaluation` (DynMoE; in training the layer adds nothing to it), or `always`."""
+    """When a token that passes no threshold of `top_any` gets its nearest expert all the same.
+    `evaluation`: only in evaluation (as in DynMoE), so that in training the layer adds nothing to
+    such a token; `always`: in training too."""
     diversity_coef: float = 0.01
-    """Weight of the diversity and simplicity loss (`top_any` with objective `task` only)."""
+    """The weight of the diversity and simplicity loss (only `top_any` with the objective `task`
+    uses it)."""
     reseed_every_steps: int = 0
-    """Steps after which a `top_any` expert that nobody used gets a new prototype: the mean
-    direction of the tokens that passed no threshold. 0: never."""
+    """The number of steps after which a `top_any` expert that no token used gets a new prototype:
+    the mean direction of the tokens that passed no threshold. 0: never."""
     load_balancing_coef: float = 0.01
-    """Weight of the load-balancing loss (`top_k` with objective `task` only)."""
+    """The weight of the load-balancing loss (only `top_k` with the objective `task` uses it)."""
     z_loss_coef: float = 0.001
-    """Weight of the squared log-partition of the router logits (`top_k` with objective `task`
-    only)."""
+    """The weight of the router z-loss, the squared log-partition of the logits (only `top_k` with
+    the objective `task` uses it)."""
     balance_rate: float = 0.0
-    """Step by which a bias on the logits, used for selection only, rises for an expert used less
-    than the mean and falls for one used more (DeepSeek-V3), per update. 0: no such bias."""
+    """The step, per update, by which an expert's selection bias rises if the expert is used less
+    than the mean, and falls if it is used more (DeepSeek-V3). The bias is added to the logits for
+    the selection only. 0: no such bias."""
     revive_after_steps: int = 0
-    """Steps without use after which an expert's selection bias is raised to where it would have
-    been chosen by 1 % of the tokens. 0: never."""
+    """The number of steps without use after which an expert's selection bias is raised so far that
+    1 % of the tokens would have selected the expert. 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmkConfig:
-    """Surprise Min_K: the gate's own loss (objective `smk` only)."""
+    """Surprise Min_K (SMK): the gate's own loss, which only `router.objective = "smk"` uses."""
 
     surprise: Surprise = "gain"
-    """Which per-token, per-expert quantity points at the target: the norm of the gradient at the
-    expert's `parameters` (the model card), `input` or `output`; the first-order `gain` of having
-    the expert; its output's `magnitude`; or `parameters` relative to its hidden activations."""
+    """The quantity, per token and expert, that chooses the gate's target. `parameters` (as in the
+    model card), `input`, `output`: the norm of the loss gradient at the expert's parameters, input
+    or output; `gain`: how much the expert lowers the loss, to first order; `magnitude`: the norm of
+    its output; `relative`: `parameters` divided by the norm of its hidden activations."""
     direction: Literal["min", "max"] = "max"
-    """Whether the target is where the quantity is smallest (the model card) or largest."""
+    """The end of the surprise that is the target: the expert with the smallest value (`min`, as in
+    the model card) or with the largest (`max`)."""
     candidates: Literal["active", "all"] = "all"
-    """Experts that may become the target: those the token activated, or all of them."""
+    """The experts that may become the target: those that the token activated, or all of them."""
     lesson_share: float = 1.0
-    """Share of the tokens, evenly spaced and shifted by one at each step, whose inactive experts
-    are surprised too where `candidates` is `all`; the other tokens' candidates are their active
-    experts. A lower share spares the `grouped` and `sparse` paths most inactive experts."""
+    """Share of the tokens at which `candidates = "all"` holds. These tokens are evenly spaced and
+    shift by one at each step; the candidates of the other tokens are their active experts. A lower
+    share spares the `grouped` and `sparse` paths most of the inactive experts."""
     targets: SmkTargets = "single"
-    """`single`: cross-entropy to one expert; `set`: to the k best; `regress`: squared error to the
-    quantity itself, without its mean over the token's candidates and in units of its spread;
-    `member`: for every expert, whether it is one of the k best; `helpful`: for every expert,
-    whether its `gain` is above 0."""
+    """The loss that teaches the gate about a token. `single`: cross-entropy to the best expert;
+    `set`: cross-entropy to the k best; `regress`: squared error to the surprise itself,
+    standardised over the token's candidates; `member`: for every expert, whether it is one of the k
+    best; `helpful`: for every expert, whether its `gain` is above 0."""
     explore_fraction: float = 0.0
-    """Share of tokens that use a random inactive expert in place of their weakest active one, so
-    that `active` candidates see others too."""
+    """The share of tokens that use a random inactive expert in place of their weakest active one,
+    so that experts other than the usual ones become `active` candidates."""
     coef: float = 1.0
-    """Weight of the SMK loss. It acts on the gate's gradient only."""
+    """The weight of the SMK loss, whose gradient reaches the gate only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """What the student is asked to match."""
+    """The loss between the student and its teacher."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """KL(teacher || student), KL(student || teacher), or generalised Jensen-Shannon divergence."""
+    """The divergence between the two next-token distributions. `forward_kl`: KL(teacher ||
+    student); `reverse_kl`: KL(student || teacher); `jsd`: the generalised Jensen-Shannon
+    divergence."""
     temperature: float = 1.0
-    """Both distributions are softened by it; the loss is multiplied by its square."""
+    """The temperature that softens both distributions. The loss is multiplied by its square."""
     jsd_beta: float = 0.5
-    """Weight of the teacher in the mixture of `jsd`, in (0, 1)."""
+    """The weight of the teacher in the mixture of `jsd`."""
     states_coef: float = 0.0
-    """Weight, in the global stage, of a second loss: the share of the variance of the teacher's
-    hidden states that the student's leave unexplained, mean over layers. 0: no such loss."""
+    """The weight, in the global stage, of a second loss: the share of the variance of the teacher's
+    hidden states that the student's hidden states leave unexplained, averaged over the layers. 0:
+    no such loss."""
     chunk_tokens: int = 0
-    """Tokens whose logits exist at once. 0: chosen when the run starts, 512 on a CPU, on a GPU from
-    its free memory; the number is in every step's record, and setting it repeats that run."""
+    """The number of tokens whose logits are held in memory at once. 0: the run chooses when it
+    starts, 512 on a CPU and by the free memory on a GPU. Every step's record holds the number that
+    was chosen; setting it repeats the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """The text."""
+    """The text that a run reads, for training and for evaluation."""
 
     sources: tuple[str, ...] = ("embedded",)
-    """`embedded`, files (.txt, .jsonl, also .gz or .zst of either; .parquet), folders of them, or
-    hub datasets as `hf:name` or `hf:name:config`, where `name@revision` pins a branch, tag or
-    commit."""
+    """The places to read text from: `embedded` (text that comes with the package), files (.txt and
+    .jsonl, also compressed as .gz or .zst; .parquet), folders of such files, or hub datasets as
+    `hf:name` or `hf:name:config`, where `name@revision` pins a branch, tag or commit."""
     text_field: str = "text"
-    """The field of a jsonl or parquet row, or of a hub dataset's row, that holds the text. A row
-    without it that holds a chat (`messages`, `conversations`, or a pair such as `prompt` and
-    `completion`) is rendered with the tokenizer's chat template."""
+    """The field that holds the text in a row of a jsonl file, a parquet file or a hub dataset. A
+    row that has no such field but a chat (`messages`, `conversations`, or a pair such as `prompt`
+    and `completion`) is rendered with the tokenizer's chat template."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """The split to read of a hub dataset."""
     row_tokens: int = 1024
-    """Tokens per packed row."""
+    """The number of tokens in a packed row, into which documents are joined for training."""
     held_out_fraction: float = 0.05
-    """Share of documents kept for evaluation, chosen by a hash of their content. Exact duplicates
-    stay on one side; texts that differ by a blank may not."""
+    """The share of documents kept out of training for evaluation, chosen by a hash of their text.
+    Exact duplicates stay on one side; texts that differ by a single blank may be split."""
     eval_tokens: int = 8192
-    """Held-out tokens per evaluation."""
+    """The number of held-out tokens read in each evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """How the experts (fast) and the gates (slow) are updated."""
+    """The optimizers of the experts and of the gates, which learn at different rates."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"] = "adamw"
     """The experts' optimizer. `adamw`: 32-bit state; `adamw8bit`: 8-bit state (bitsandbytes);
-    `paged_adamw8bit`: 8-bit state that moves to host memory when the GPU's is short (on a CPU the
-    same as `adamw8bit`); `adafactor`: factored second moment. Gates: AdamW with 32-bit state."""
+    `paged_adamw8bit`: 8-bit state that moves to host memory when GPU memory is short (on a CPU it
+    equals `adamw8bit`); `adafactor`: a factored second moment. The gates always use AdamW with
+    32-bit state."""
     master_dtype: DType = "float32"
-    """Number format of the experts' weights and gradients; `bfloat16` halves their memory, with
-    weights rounded stochastically."""
+    """The number format of the experts' weights and gradients. `bfloat16` halves their memory;
+    updated weights are then rounded stochastically."""
     expert_lr: float = 6e-4
-    """Peak learning rate of the experts."""
+    """The peak learning rate of the experts."""
     gate_lr: float = 3e-3
-    """Peak learning rate of the gates."""
+    """The peak learning rate of the gates."""
     beta1: float = 0.9
-    """Decay of the first moment. Adafactor has none."""
+    """The decay of the first moment. Adafactor has no first moment."""
     beta2: float = 0.95
-    """Decay of the second moment. Adafactor's is 1 - step^-0.8."""
+    """The decay of the second moment. Adafactor uses 1 - step^-0.8 instead."""
     eps: float = 1e-8
-    """Added to the root of the second moment. Adafactor adds 1e-30 to squared gradients."""
+    """The number added to the root of the second moment. Adafactor instead adds 1e-30 to the
+    squared gradients."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of the experts."""
+    """The decoupled weight decay of the experts."""
     gate_weight_decay: float = 0.0
-    """Decoupled weight decay of the gates."""
+    """The decoupled weight decay of the gates."""
     clip_norm: float = 1.0
-    """The gradient's global L2 norm is clipped to it, experts and gates apart."""
+    """The global L2 norm to which gradients are clipped, apart for the experts and the gates."""
     warmup_fraction: float = 0.05
-    """Share of the run in which the experts' learning rate rises linearly from 0."""
+    """The share of each stage, at its start, in which the experts' learning rate rises linearly
+    from 0."""
     decay_fraction: float = 0.5
-    """Share of the run, at its end, in which it falls linearly to 0."""
+    """The share of each stage, at its end, in which the experts' learning rate falls linearly to
+    0."""
     gate_warmup_fraction: float = 0.05
-    """Share of the run in which the gates' learning rate rises linearly from 0."""
+    """The share of each stage, at its start, in which the gates' learning rate rises linearly from
+    0."""
     gate_decay_fraction: float = 0.5
-    """Share of the run, at its end, in which it falls linearly to 0."""
+    """The share of each stage, at its end, in which the gates' learning rate falls linearly to
+    0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop: its length, its device, its memory, and how often it reports and saves."""
 
     blockwise_tokens: int = 0
-    """Training tokens of the blockwise stage, which comes first: each layer's experts and gate
-    learn the teacher's MLP output from the teacher's MLP input. 0: no such stage."""
+    """The number of training tokens of the blockwise stage, which comes first: the experts and the
+    gate of each layer learn the teacher's MLP output from the teacher's MLP input. 0: no such
+    stage."""
     tokens: int = 262_144
-    """Training tokens of the global stage, by the distillation loss; the run ends at the first step
-    that reaches it. Each stage has the whole learning rate schedule."""
+    """The number of training tokens of the global stage, which trains by the distillation loss. The
+    run ends at the first step that reaches it. Each stage runs the learning rate schedule from
+    start to end."""
     rows_per_step: int = 1
-    """Packed rows whose gradients are summed before an update."""
+    """The number of packed rows whose gradients are summed for one update."""
     seed: int = 0
-    """Seed of every generator: initialisation, document order, random controls."""
+    """The seed of every random number: initialisation, the order of documents, random controls."""
     device: str = "auto"
-    """`auto` (cuda if there is one, else cpu), `cpu`, `cuda` or `cuda:N`."""
+    """The device to train on: `auto` (cuda if there is one, else cpu), `cpu`, `cuda`, `cuda:N`."""
     compile: bool = True
-    """Fuse elementwise work with torch.compile: the expert layers', and on a GPU the loss' and the
-    frozen backbone's."""
+    """Fuse elementwise work with torch.compile: in the expert layers, and on a GPU also in the loss
+    and in the frozen backbone."""
     deterministic: bool = True
-    """On a GPU, take only kernels whose results repeat bit for bit. A CPU's always do."""
+    """Use only GPU kernels whose results repeat bit for bit. On a CPU results always do."""
     expert_path: ExpertPath = "auto"
-    """How an expert layer computes. `dense`: every expert on every token, masked; `grouped`: each
-    expert on its own tokens, faster at low k, but blind to inactive experts; `sparse`: as
-    `grouped`, by Triton kernels on a GPU, which also see inactive experts that teach the gate;
-    `auto`: the fastest one as measured on this kind of device that the other settings allow."""
+    """The computation of an expert layer. `dense`: every expert on every token, with a mask;
+    `grouped`: each expert on its own tokens, which is faster at low k but knows nothing about
+    inactive experts; `sparse`: as `grouped`, by Triton kernels on a GPU, which also compute the
+    inactive experts that teach the gate; `auto`: the path that measured fastest on this kind of
+    device, among those that the other settings allow."""
     checkpointing: Checkpointing = "layer"
-    """What the backward pass computes again instead of keeping it. `none`: nothing; `layer`: each
-    layer, from its kept input; `selective`: as `layer`, but attention's outputs are kept;
-    `offload`: as `layer`, with the inputs in host memory (on a CPU the same as `layer`)."""
+    """The activations that the backward pass recomputes instead of keeping them in memory. `none`:
+    none of them; `layer`: all those of a layer, from its input, which is kept; `selective`: as
+    `layer`, but the outputs of attention are kept too; `offload`: as `layer`, with the inputs kept
+    in host memory (on a CPU it equals `layer`)."""
     ffn_chunk_tokens: int = 0
-    """Tokens that an expert layer processes at once, so that its working memory does not grow with
-    the row; its hidden activations are then computed again in the backward pass. 0: the row."""
+    """The number of tokens that an expert layer processes at once, so that its working memory does
+    not grow with the row. The backward pass then recomputes its hidden activations. 0: the whole
+    row at once."""
     eval_every_tokens: int = 65_536
-    """Training tokens between evaluations on held-out text. 0: only at the start and the end."""
+    """The number of training tokens between evaluations on held-out text. 0: only at the start and
+    at the end."""
     save_every_tokens: int = 65_536
-    """Training tokens between checkpoints. 0: only at the end and where held-out KL is best. They
-    are written while training goes on, from a copy in host memory."""
+    """The number of training tokens between checkpoints, which are written while training goes on,
+    from a copy in host memory. 0: only at the end and where the held-out KL is best."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep, beside the one of best held-out KL."""
+    """The number of newest checkpoints to keep, besides the one with the best held-out KL."""
     max_skipped_steps: int = 5
-    """Updates in a row that may be skipped because loss or gradient is not finite; then the run
-    ends."""
+    """The number of updates in a row, skipped because the loss or a gradient is not finite, that
+    ends the run."""
     log_every_steps: int = 1
-    """Steps between metric records."""
+    """The number of steps between metric records."""
     stats_every_steps: int = 100
-    """Steps between metric records that also hold the routing of each layer and expert, as
-    evaluations do. 0: none."""
+    """The number of steps between metric records that also hold the routing of each layer and
+    expert. Evaluations always hold it. 0: only evaluations do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Everything a run is made from."""
+    """The settings of a run, in sections."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -304,4 +342,5 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+# A source that starts with this is a hub dataset.
 HUB_PREFIX = "hf:"

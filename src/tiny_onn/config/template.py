@@ -1,4 +1,4 @@
-"""Settings as a TOML file that explains each of them."""
+"""The settings as a TOML file that explains each of them."""
 
 import inspect
 import textwrap
@@ -11,18 +11,20 @@ from tiny_onn.config.schema import RunConfig
 
 
 def config_template(config: RunConfig | None = None) -> str:
-    """Return documented TOML of every setting in `config`, or of the defaults without one."""
+    """Return documented TOML of every setting in `config`, or of the defaults if it is None."""
     values = asdict(RunConfig() if config is None else config)
     sections = sections_of()
     lines = [
-        "# Every setting. A file needs only those it changes, and may begin with a preset,",
-        f'# preset = "NAME": {", ".join(preset_names())}.',
+        "# All settings with their values. A file needs only the settings that it changes. It may",
+        f'# begin with a preset, as preset = "NAME"; the presets are {", ".join(preset_names())}.',
     ]
     current = ""
     for entry in field_docs():
         if entry.section != current:
             current = entry.section
             lines += ["", f"# {inspect.getdoc(sections[current])}", f"[{current}]"]
-        lines += textwrap.wrap(entry.doc, 98, initial_indent="# ", subsequent_indent="# ")
+        lines += textwrap.wrap(
+            entry.doc, 98, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+        )
         lines.append(f"{entry.field} = {to_toml(values[current][entry.field])}  # {entry.type}")
     return "\n".join(lines) + "\n"

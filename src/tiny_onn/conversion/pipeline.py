@@ -30,7 +30,7 @@ from tiny_onn.model.backbone import gated_mlps
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.routing.budgets import settle_budgets
+from tiny_onn.routing.budgets import fit_start_thresholds
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import load_dense, teacher_for
 
@@ -141,7 +141,7 @@ def make_student(
     if selection == "static" or (config.experts.gate_init == "ridge" and linear):
         fit_gates(inputs, banks, static=selection == "static")
     if has_budget(config.router):
-        settle_budgets(inputs, banks, config.router.budget_scope)
+        fit_start_thresholds(inputs, banks, config.router.budget_scope)
     if config.experts.compensation == "mean":
         fit_compensation(inputs, banks)
     set_objective(banks, config)

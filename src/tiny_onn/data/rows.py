@@ -79,13 +79,14 @@ def calibration_rows(
     return [row.to(device) for row in rows] if needs_text(config) else []
 
 
-def settling_rows(
+def threshold_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[PackedRow]:
-    """Return the rows on which a budget's evaluation threshold is measured; none without a budget.
+    """Return the rows on which a budget's evaluation thresholds are measured; none without one.
 
-    The rows follow the calibration rows and are as many. The gate was fitted to the calibration
-    rows and is more confident there, so that a threshold measured on them would not hold elsewhere.
+    They follow the calibration rows in the training text, and are as many. The gate was fitted to
+    the calibration rows and is more confident there, so that a threshold measured on them would not
+    hold on other text.
     """
     if not has_budget(config.router):
         return []

@@ -1,10 +1,11 @@
-"""Text from a student or a teacher, streamed to standard output."""
+"""Text from a student or a dense model, streamed to standard output."""
 
 from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from tiny_onn.config.checks import check_prompt
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.device import pick_device
@@ -29,33 +30,25 @@ def run_generate(
     checkpoint: str = "newest",
     teacher: str | None = None,
 ) -> str:
-    """Print the continuation of a prompt as it comes, and return it.
+    """Print a prompt and its continuation token by token, and return the whole text.
 
     Args:
         model: a run folder, a student's folder, `embedded`, a dense model's folder or hub id.
-        prompt: the text to go on from.
-        max_new_tokens: tokens to write at most.
-        temperature: 0 takes the likeliest token each time.
-        seed: of the sampling.
-        device: where to run.
-        budget: experts a token of a student may use, on average; None: what it was trained for.
-        checkpoint: which of a run's students, see `load_student`.
-        teacher: where the student's teacher is, see `load_student`.
+        prompt: the text to continue.
+        max_new_tokens: the maximum number of tokens to write.
+        temperature: the temperature of the sampling; 0 always takes the most probable token.
+        seed: the seed of the sampling.
+        device: the device to run on.
+        budget: the mean number of active experts per token of a student; None: as in training.
+        checkpoint: the choice among a run's students, see `load_student`.
+        teacher: the place of the student's teacher, see `load_student`.
 
     Raises:
-        UserError: no such model or checkpoint, or an empty prompt.
+        UserError: there is no such model or checkpoint, or the prompt is empty.
     """
-    if not prompt:
-        raise UserError("--prompt: got an empty text, expected at least one character; write one")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"--prompt: got a byte that is not UTF-8 at character {error.start}, expected text; "
-            "check the terminal's encoding"
-        ) from error
+    check_prompt(prompt)
     network, tokenizer = _load(model, pick_device(device), budget, checkpoint, teacher)
-    # transformers' sampling knows no generator argument.
+    # The sampling of transformers takes no generator, so the global seed is set.
     torch.manual_seed(seed)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -94,6 +87,6 @@ def _load(
     if model != "embedded":
         find_model(model, "MODEL")
     dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
-    # Packed rows are for training; caches are transformers' own attention's business.
+    # Generation keeps a cache, which the attention for packed rows of training does not handle.
     dense.set_attn_implementation(generation_attention(dense))
     return dense, tokenizer

@@ -1,8 +1,9 @@
-"""What a run does about updates that are not finite and losses that jump: skip, count, tell where.
+"""Anomalies of a run: updates that are not finite are skipped, and losses that jump are recorded.
 
-A loss or gradient that is not finite leaves weights, optimizer state and controllers as they were
-(`step.py`); the batch is spent, its documents are recorded, and too many in a row end the run. A
-finite loss far above the last ones is applied like any other, and recorded with its documents.
+A loss or gradient that is not finite leaves weights, optimizer state and routers as they were
+(`step.py`). The batch is not tried again, its documents are recorded, and too many skipped updates
+in a row end the run. A finite loss far above the last ones is applied like any other, and recorded
+with its documents.
 """
 
 from collections import deque
@@ -16,9 +17,9 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.errors import UserError
 from tiny_onn.runs.metrics import METRICS_NAME
 
-# A spike lies above the median of the last `WINDOW` finite losses by `SPIKE_MADS` of their median
-# absolute deviations, which is taken to be 1 % of the median or more. 1.5 MAD are about one
-# standard deviation, so that ten are seven.
+# A spike lies above the median of the last WINDOW finite losses by SPIKE_MADS times their median
+# absolute deviation (MAD), which counts as MIN_MAD_SHARE of the median at least. 1.5 MAD are about
+# one standard deviation, so that 10 MAD are about seven.
 WINDOW = 100
 MIN_WINDOW = 20
 SPIKE_MADS = 10.0
@@ -26,11 +27,11 @@ MIN_MAD_SHARE = 0.01
 
 
 class Guard:
-    """Counts what was skipped and remembers the last losses; its state belongs to a checkpoint.
+    """A count of skipped updates and a memory of the last losses; checkpoints hold its state.
 
     Attributes:
-        skipped: updates skipped in the run.
-        skipped_in_row: updates skipped since the last one that was done.
+        skipped: Number of updates skipped in the run.
+        skipped_in_row: Number of updates skipped since the last one that was applied.
     """
 
     def __init__(self) -> None:
@@ -44,29 +45,32 @@ class Guard:
         self.skipped_in_row += 1
 
     def spike(self, loss: float) -> dict[str, float] | None:
-        """Take note of a finite update's loss; the median and the limit if it is a spike.
+        """Record the loss of an applied update.
 
-        A spike is among the losses that the next ones are held against, so that a lasting rise
-        stops being one.
+        A spike counts among the last losses too, so that after a lasting rise the next losses are
+        no spikes.
+
+        Returns:
+            The median and the limit if the loss is a spike, else None.
         """
         self.skipped_in_row = 0
-        found = None
+        spike = None
         if len(self._losses) >= MIN_WINDOW:
             middle = median(self._losses)
             mad = median(abs(value - middle) for value in self._losses)
             limit = middle + SPIKE_MADS * max(mad, MIN_MAD_SHARE * abs(middle))
             if loss > limit:
-                found = {"median": middle, "limit": limit}
+                spike = {"median": middle, "limit": limit}
         self._losses.append(loss)
-        return found
+        return spike
 
-    def refusal(self, step: int, numbers: str, checkpoint: str | None) -> UserError:
-        """What to say when too many updates in a row were skipped.
+    def error(self, step: int, measured: str, checkpoint: str | None) -> UserError:
+        """Return the error that ends a run after too many skipped updates in a row.
 
         Args:
-            step: the last one.
-            numbers: what it measured.
-            checkpoint: name of the newest whole one, if there is one.
+            step: The number of the last step.
+            measured: Its loss and gradient norms, in words.
+            checkpoint: The name of the newest intact checkpoint, if there is one.
         """
         remedy = (
             f"go on from {checkpoint} with --resume --set optim.expert_lr=RATE"
@@ -76,17 +80,17 @@ class Guard:
         )
         return UserError(
             f"step {step}: got {self.skipped_in_row} updates in a row that are not finite (the"
-            f" last: {numbers}), expected fewer than train.max_skipped_steps; lower"
+            f" last: {measured}), expected fewer than train.max_skipped_steps; lower"
             f" optim.expert_lr or optim.gate_lr, look at the documents in {METRICS_NAME} (kind"
             f" skipped), and {remedy}"
         )
 
     def forget(self) -> None:
-        """Hold the next losses against none of the last ones: they are of another loss."""
+        """Forget the last losses, because the next ones are of another kind."""
         self._losses.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and losses, as JSON values."""
+        """Return counts and losses as JSON values."""
         return {
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
@@ -94,7 +98,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Restore the counts and losses of a `state_dict`."""
         self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
         self._losses = deque(state["losses"], maxlen=WINDOW)
 
@@ -102,13 +106,17 @@ class Guard:
 def provenance(
     rows: Sequence[PackedRow], token_losses: Sequence[Tensor]
 ) -> list[list[dict[str, Any]]]:
-    """Per row and fragment: source, document, first token, tokens, and mean loss of the labelled.
+    """Return the origin of each fragment of a batch, its length, and its mean loss.
 
-    Reads from a GPU, so only for batches that are recorded.
+    The function waits for a GPU, and is meant for batches that are recorded.
 
     Args:
-        rows: the batch.
-        token_losses: per row its tokens' losses, each of length T; 0 where there is no label.
+        rows: The batch.
+        token_losses: The losses of each row's tokens, of length T; 0 at tokens without a label.
+
+    Returns:
+        A list of fragments per row: source, document, first token, number of tokens, and the mean
+        loss of the tokens with a label.
     """
     batch = []
     for row, losses_T in zip(rows, token_losses, strict=True):

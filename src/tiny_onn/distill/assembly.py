@@ -1,7 +1,7 @@
-"""The program that a training step runs: student, teacher and optimizer as the settings ask.
+"""The program of a training step: student, teacher and optimizer as the settings ask.
 
-The loop, the profiler, the benchmarks and the tests all begin here, so that what is measured is
-what trains.
+The loop, the profiler, the benchmarks and the tests all assemble it here, so that measurements are
+of the program that trains.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 
 @dataclass(kw_only=True, slots=True)
 class Training:
-    """What `distill_step` and `blockwise_step` work on."""
+    """The models, optimizer and settings on which `distill_step` and `blockwise_step` work."""
 
     student: TinyOnnForCausalLM
     teacher: PreTrainedModel
@@ -30,12 +30,12 @@ class Training:
 
 
 def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrainedModel) -> Training:
-    """Set what is recomputed and compiled, size the loss' chunks, and build the optimizer.
+    """Set up checkpointing and compilation, size the chunks of the loss, and build the optimizer.
 
     Args:
         config: The settings.
         student: A converted model, changed in place.
-        teacher: The model that teaches, changed in place where its layers are compiled.
+        teacher: The dense model, changed in place if its layers are compiled.
 
     Raises:
         UserError: The backbone cannot recompute its layers, or an optimizer is not installed.

@@ -1,16 +1,16 @@
-"""What a step keeps in memory between its forward and backward pass, and how much of it.
+"""Activation checkpointing: the memory that layers keep between forward and backward pass.
 
 `checkpoint_layers` trades memory for computation, layer by layer; the gradients are the same bits
-in every mode. Kept per layer, for T tokens of width D and H heads of C channels, and computed again
-in the backward pass:
+in every mode. For T tokens of width D, H heads of C channels and MLPs of width F, a layer
 
+    mode       keeps in memory                                           computes again
     none       everything: some ten tensors of (T, D) and (T, 2F)        nothing
     layer      its input (T, D)                                          the layer
     selective  its input, attention's output (T, H, C), log-sum-exp (T, H)    all but attention
     offload    nothing on a GPU, its input in pinned host memory         the layer
 
-Not done here: the expert layer's own chunks (`ops/dense_masked.py`), which shrink what is in use
-while one layer is computed; this module shrinks what all the others keep meanwhile.
+This module shrinks the memory that all layers keep together. The expert layer's own chunks
+(`ops/dense_masked.py`) shrink the memory in use while one layer is computed.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.backbone import decoder_layers
 from tiny_onn.model.student import TinyOnnForCausalLM
 
-# The fused attentions of the devices, by their names in torch.ops: a release may lack some.
+# Fused attentions of all devices by their names in torch.ops; a release of torch may lack some.
 ATTENTION_OPS = (
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_flash_attention_for_cpu",
@@ -40,13 +40,17 @@ ATTENTION_OPS = (
 
 
 def checkpoint_layers(student: TinyOnnForCausalLM, mode: Checkpointing) -> None:
-    """Set what the student's decoder layers compute again in the backward pass; see the module.
+    """Set what the student's decoder layers compute again in the backward pass.
 
-    Attention that runs in no fused kernel (a softcap, a window shorter than the document) is
-    computed again in `selective` too.
+    The mode `selective` keeps only attention that runs in a fused kernel; attention with a softcap,
+    or a window shorter than the document, is computed again.
+
+    Args:
+        student: A converted model, changed in place.
+        mode: A row of the module's table.
 
     Raises:
-        UserError: the backbone's layers do not support it.
+        UserError: The backbone's layers do not support checkpointing.
     """
     keep_attention = partial(create_selective_checkpoint_contexts, attention_ops())
     recompute = {
@@ -55,7 +59,8 @@ def checkpoint_layers(student: TinyOnnForCausalLM, mode: Checkpointing) -> None:
         "selective": partial(checkpoint, use_reentrant=False, context_fn=keep_attention),
         "offload": _checkpoint_offloaded,
     }[mode]
-    # By hand: the model's own method has one name up to transformers 5.22 and another after it.
+    # The model's own method has one name up to transformers 5.22 and another after it, so the
+    # layers are set one by one.
     for layer in decoder_layers(student.backbone):
         if not isinstance(layer, GradientCheckpointingLayer):
             if recompute is None:
@@ -66,35 +71,35 @@ def checkpoint_layers(student: TinyOnnForCausalLM, mode: Checkpointing) -> None:
             )
         layer.gradient_checkpointing = recompute is not None
         layer._gradient_checkpointing_func = recompute  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    # The student's own mode decides which layers are in training mode, which checkpointing needs.
+    # Layers recompute only in training mode, in which they are if the student is.
     student.train(student.training)
 
 
 def attention_ops() -> list[torch._ops.OpOverload]:
-    """The fused attentions that this torch has."""
+    """Return the fused attentions that the installed torch has."""
     spaces = (name.split(".") for name in ATTENTION_OPS)
     packets = (getattr(getattr(torch.ops, space), name, None) for space, name in spaces)
     return [packet.default for packet in packets if packet is not None]
 
 
 def _checkpoint_offloaded(function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - a layer's own arguments and result
-    # Inside, the checkpoint's own hooks come first: only the layer's inputs reach these.
+    # The checkpoint's own hooks handle everything inside the layer; these get its inputs alone.
     with saved_tensors_hooks(to_host, to_device):
         return checkpoint(function, *args, use_reentrant=False)
 
 
-# Not `torch.autograd.graph.save_on_cpu(pin_memory=True)`: it copies host tensors too, and in older
-# releases of torch the host waits for each copy (pytorch/pytorch#175421).
+# `torch.autograd.graph.save_on_cpu(pin_memory=True)` would copy host tensors too, and in older
+# releases of torch it lets the host wait for each copy (pytorch/pytorch#175421).
 def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
-    """The tensor's device and its copy in pinned host memory; a host tensor itself."""
+    """Return the device of the tensor and a copy in pinned host memory; host tensors stay."""
     if tensor.device.type == "cpu":
         return tensor.device, tensor
-    # Both copies are queued on the stream that computes, so that neither side ever waits.
+    # Both copies are queued on the computing stream, so that host and device never wait.
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
     return tensor.device, host.copy_(tensor, non_blocking=True)
 
 
 def to_device(packed: tuple[torch.device, Tensor]) -> Tensor:
-    """What `to_host` was given."""
+    """Return the tensor that `to_host` was given."""
     device, tensor = packed
     return tensor.to(device, non_blocking=True)

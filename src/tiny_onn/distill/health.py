@@ -1,11 +1,11 @@
-"""Whether a run is alive: what its records say is wrong, and what to do about it.
+"""The health of a run: faults that its records show, each with a remedy.
 
-Agreement, mean k and a falling SMK loss can all look well in a model that is dead, so a verdict
-never rests on them: it asks whether the student beats a guess that knows nothing, whether gradients
-and surprise exist, and whether the choice of experts depends on the token. Every rule is of the
-form "unless it is well", so that NaN counts as ill.
+Agreement, mean k and a falling SMK loss can all look well in a model that is dead, so that no
+verdict rests on them. A verdict asks whether the student beats a guess without any knowledge,
+whether there are gradients and surprise, and whether the choice of experts depends on the token.
+Every rule has the form "report, unless the value is good", so that NaN is reported.
 
-Thresholds are ours, chosen to be far from anything a working run shows.
+The thresholds are the project's own, and lie far from the values of any working run.
 """
 
 import math
@@ -20,46 +20,47 @@ from tiny_onn.console import say
 Record = dict[str, Any]
 Severity = Literal["suspicious", "dead"]
 
-# Steps whose records are averaged, and how few are too few for a rate to mean something.
+# The records of the last WINDOW steps are averaged; rates need at least ENOUGH of them.
 WINDOW = 32
 ENOUGH = 16
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong with a run."""
+    """A fault of a run."""
 
     severity: Severity
     code: str
-    """Names the rule; the same for every run."""
+    """The name of the rule, the same in every run."""
     what: str
-    """In numbers."""
+    """The fault in numbers."""
     advice: str
+    """The likely cause, and a remedy."""
 
 
 def diagnose(records: Sequence[Record], config: RunConfig) -> list[Finding]:
-    """What is wrong at the end of these records, worst first; none: the run is healthy.
+    """Return the faults that these records show at their end, the worst first.
 
-    Judged are the last evaluation against the first, and the last `WINDOW` steps. The evaluation
-    before the first step is no evidence against a run: an untrained student may be anything.
+    The last evaluation is compared with the first, and the last `WINDOW` steps are judged. An
+    evaluation before the first step shows no fault, because an untrained student may be anything.
 
     Args:
-        records: as `metrics.jsonl` holds them (`docs/metrics.md`), the first evaluation among them.
-        config: the run's settings.
+        records: The records of `metrics.jsonl` (`docs/metrics.md`) with the first evaluation.
+        config: The run's settings.
     """
     steps = [record for record in records if record["kind"] == "step"][-WINDOW:]
     evaluations = [record for record in records if record["kind"] in ("start", "eval", "end")]
-    found = list(_learning(steps, config))
+    findings = list(_learning(steps, config))
     if evaluations and evaluations[-1]["step"] > 0:
         last = evaluations[-1]
-        found += _quality(evaluations[0], last)
-        found += _experts(last, config)
+        findings += _quality(evaluations[0], last)
+        findings += _experts(last, config)
     if config.router.selection not in ("static", "random"):
-        found += _gates(steps, config)
-    return sorted(found, key=lambda finding: finding.severity == "suspicious")
+        findings += _gates(steps, config)
+    return sorted(findings, key=lambda finding: finding.severity == "suspicious")
 
 
 def verdict(findings: Sequence[Finding]) -> dict[str, Any]:
-    """`{"verdict": "healthy" | "suspicious" | "dead", "findings": [...]}` for a JSON file."""
+    """Return `{"verdict": "healthy" | "suspicious" | "dead", "findings": [...]}` as JSON values."""
     severities = {finding.severity for finding in findings}
     worst = "dead" if "dead" in severities else "suspicious" if severities else "healthy"
     return {"verdict": worst, "findings": [finding._asdict() for finding in findings]}
@@ -67,7 +68,10 @@ def verdict(findings: Sequence[Finding]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class HealthWatch:
-    """Warns once of each finding while a run goes on. Findings of `records` are not said again."""
+    """A watch over a running run, which warns once of each finding.
+
+    Findings of the `records` that it begins with are not repeated.
+    """
 
     config: RunConfig
     title: str
@@ -77,12 +81,11 @@ class HealthWatch:
     def __post_init__(self) -> None:
         self._known = {finding.code for finding in diagnose(self.records, self.config)}
 
-    def see(self, record: Record) -> None:
-        """Take a new record, and warn of what it shows for the first time."""
-        steps = sum(kept["kind"] == "step" for kept in self.records)
-        if steps > WINDOW:
-            oldest = next(i for i, kept in enumerate(self.records) if kept["kind"] == "step")
-            del self.records[oldest]
+    def observe(self, record: Record) -> None:
+        """Add a record, and warn of findings that it shows for the first time."""
+        steps = [i for i, earlier in enumerate(self.records) if earlier["kind"] == "step"]
+        if len(steps) > WINDOW:
+            del self.records[steps[0]]
         self.records.append(record)
         for finding in diagnose(self.records, self.config):
             if finding.code not in self._known:
@@ -91,21 +94,21 @@ class HealthWatch:
                 say(f"{self.title}: {kind}: {finding.what}; {finding.advice}")
 
     def verdict(self) -> dict[str, Any]:
-        """The verdict on the records seen so far."""
+        """Return the verdict on the records so far."""
         return verdict(diagnose(self.records, self.config))
 
 
 def _quality(first: Record, last: Record) -> Iterator[Finding]:
-    """Whether the student beats guesses that know nothing, and its untrained self."""
-    soft, uniform = last["forward_kl"] + last["teacher_entropy"], last["uniform_nll"]
-    if not soft < uniform:
+    """Yield a finding if the student is worse than blind guesses or than before training."""
+    cross_entropy, uniform = last["forward_kl"] + last["teacher_entropy"], last["uniform_nll"]
+    if not cross_entropy < uniform:
         yield Finding(
             "dead",
             "above_uniform",
-            f"the cross-entropy to the teacher is {soft:.3f} nats, a uniform guess has"
+            f"the cross-entropy to the teacher is {cross_entropy:.3f} nats, a uniform guess has"
             f" {uniform:.3f}",
-            "the student knows less than nothing: lower optim.expert_lr, and see whether the start"
-            " was better",
+            "the student predicts worse than a blind guess: lower optim.expert_lr, and see whether"
+            " the start was better",
         )
     teacher, student, unigram = (last[f"{n}_nll"] for n in ("teacher", "student", "unigram"))
     if not teacher < unigram:
@@ -114,7 +117,7 @@ def _quality(first: Record, last: Record) -> Iterator[Finding]:
             "teacher_above_unigram",
             f"the teacher's own loss is {teacher:.3f} nats, token frequencies alone have"
             f" {unigram:.3f}",
-            "it does not know this text: check teacher.path and data.sources, and set"
+            "the teacher does not know this text: check teacher.path and data.sources, and set"
             ' teacher.quantization = "none" to compare',
         )
     elif not student < unigram:
@@ -123,8 +126,8 @@ def _quality(first: Record, last: Record) -> Iterator[Finding]:
             "above_unigram",
             f"the student's loss is {student:.3f} nats, token frequencies alone have {unigram:.3f}"
             f" and the teacher {teacher:.3f}",
-            "it uses no context: train longer, or start from the teacher's neurons (experts.init ="
-            ' "importance")',
+            "the student uses no context: train longer, or start from the teacher's neurons"
+            ' (experts.init = "importance")',
         )
     before, after = first["forward_kl"], last["forward_kl"]
     if not after <= 1.02 * before:
@@ -132,12 +135,12 @@ def _quality(first: Record, last: Record) -> Iterator[Finding]:
             "suspicious",
             "worse_than_untrained",
             f"the held-out KL is {after:.4f}, it was {before:.4f} before training",
-            "training harms it: lower optim.expert_lr and optim.gate_lr",
+            "training harms the student: lower optim.expert_lr and optim.gate_lr",
         )
 
 
 def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
-    """Whether every layer computes something, and lets the token choose."""
+    """Yield a finding if layers put out nothing, or their experts do not depend on the token."""
     layers, S = last["layers"], config.experts.num_shared
     num_routed = config.experts.num_experts - S
     silent = [i for i, norm in enumerate(layers["expert_norm"]) if not norm > 0]
@@ -145,13 +148,13 @@ def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "dead",
             "silent_layers",
-            f"the expert layers {_few(silent)} put out nothing",
+            f"the expert layers {_enumerated(silent)} put out nothing",
             "their experts are zero or no token has any: check the conversion, or raise"
             " router.target_k",
         )
     if config.router.selection in ("static", "random") or num_routed == 1:
         return
-    # Equal when every token has the same experts; then the load's entropy is log k, at any k.
+    # If every token has the same k experts, the entropy of the load is log k.
     same = [
         i
         for i, (entropy, k) in enumerate(zip(layers["load_entropy"], layers["mean_k"], strict=True))
@@ -161,16 +164,17 @@ def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "dead" if 2 * len(same) >= len(layers["load"]) else "suspicious",
             "same_experts",
-            f"in the layers {_few(same)} every token has the same experts",
+            f"in the layers {_enumerated(same)} every token has the same experts",
             "the gate does not look at the token: lower optim.gate_lr, or use"
             ' experts.gate_init = "ridge"',
         )
-    taken = [i for i, share in enumerate(layers["max_load_share"]) if not share < 0.9]
-    if taken:
+    dominated = [i for i, share in enumerate(layers["max_load_share"]) if not share < 0.9]
+    if dominated:
         yield Finding(
-            "dead" if 2 * len(taken) >= len(layers["load"]) else "suspicious",
+            "dead" if 2 * len(dominated) >= len(layers["load"]) else "suspicious",
             "one_expert",
-            f"in the layers {_few(taken)} one expert has nine tenths of the load or more",
+            f"in the layers {_enumerated(dominated)} one expert has nine tenths of the load or"
+            " more",
             "the others cannot learn: lower optim.gate_lr, or balance the load",
         )
     dead = last["dead_experts"] / (num_routed * len(layers["load"]))
@@ -179,16 +183,16 @@ def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
             "suspicious",
             "dead_experts",
             f"{dead:.0%} of the experts are chosen by no held-out token",
-            "their parameters are lost: lower optim.gate_lr, or balance the load",
+            "their parameters do nothing: lower optim.gate_lr, or balance the load",
         )
 
 
 def _learning(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
-    """Whether gradients reach what should learn."""
+    """Yield a finding if experts or gates get no gradient, or have no loss or no targets."""
     if not steps:
         return
-    gates = config.router.objective != "none"
-    for name, learns in (("expert", True), ("gate", gates)):
+    gates_learn = config.router.objective != "none"
+    for name, learns in (("expert", True), ("gate", gates_learn)):
         if learns and not any(record[f"{name}_grad_norm"] > 0 for record in steps):
             yield Finding(
                 "dead",
@@ -201,7 +205,7 @@ def _learning(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
             "suspicious",
             "no_loss",
             f"the loss is 0 in {len(steps)} steps",
-            "the student is the teacher: lower router.target_k to have something to learn",
+            "the student equals the teacher: lower router.target_k to have something to learn",
         )
     smk = [record["smk"] for record in steps if record["smk"] is not None]
     if not smk:
@@ -218,18 +222,18 @@ def _learning(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
 
 
 def _gates(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
-    """Whether the gates say anything, and keep to their budget."""
+    """Yield a finding if gates do not tell experts or tokens apart, or miss their budget."""
     num_routed = config.experts.num_experts - config.experts.num_shared
     if len(steps) < ENOUGH or num_routed == 1:
         return
-    most = math.log(num_routed)
+    max_entropy = math.log(num_routed)
     entropy = _mean(record["gate_entropy"] for record in steps)
     ties = _mean(record["tie_rate"] for record in steps)
-    if not entropy > 0.02 * most:
+    if not entropy > 0.02 * max_entropy:
         yield Finding(
             "dead",
             "saturated_gates",
-            f"the gates' entropy is {entropy:.4f} nats of at most {most:.2f}",
+            f"the gates' entropy is {entropy:.4f} nats of at most {max_entropy:.2f}",
             "their softmax is one-hot and passes no gradient: lower optim.gate_lr",
         )
     if not ties < 0.5:
@@ -237,8 +241,8 @@ def _gates(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
             "dead",
             "tied_gates",
             f"{ties:.0%} of the tokens have a tie between an active and an inactive expert",
-            'the gate does not tell experts apart: use experts.gate_init = "ridge", and see that it'
-            " learns",
+            'the gates do not tell experts apart: use experts.gate_init = "ridge", and check that'
+            " they learn",
         )
     smk = [record["smk"] for record in steps if record["smk"] is not None]
     total = sum(record["num_targets"] for record in smk)
@@ -247,7 +251,7 @@ def _gates(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
             sum(record[name] * record["num_targets"] for record in smk) / total
             for name in ("agreement", "shuffled")
         )
-        # Two standard deviations of a share, as if tokens were independent.
+        # These are two standard deviations of a share of independent tokens.
         error = 2 * math.sqrt(max(0.0, shuffled * (1 - shuffled)) / total)
         if not agreement > shuffled + error:
             yield Finding(
@@ -255,8 +259,8 @@ def _gates(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
                 "agreement_of_chance",
                 f"the gates agree with their targets at {agreement:.1%}, with another token's at"
                 f" {shuffled:.1%}",
-                "they know the targets' frequencies and nothing of the token: train longer or raise"
-                " optim.gate_lr",
+                "the gates know how frequent targets are, and nothing of the token: train longer or"
+                " raise optim.gate_lr",
             )
     if has_budget(config.router):
         mean_k, target = _mean(record["mean_k"] for record in steps), config.router.target_k
@@ -265,7 +269,7 @@ def _gates(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
                 "suspicious",
                 "k_off_target",
                 f"tokens have {mean_k:.2f} experts on average, the target is {target:g}",
-                "the student costs something else than asked: lower optim.gate_lr, or raise"
+                "the student does not cost what was asked for: lower optim.gate_lr, or raise"
                 " router.budget_rate",
             )
     empty = _mean(record["zero_expert_rate"] for record in steps)
@@ -283,6 +287,6 @@ def _mean(values: Any) -> float:  # noqa: ANN401 - an iterable of numbers
     return sum(numbers) / len(numbers)
 
 
-def _few(indices: Sequence[int]) -> str:
-    shown = ", ".join(str(index) for index in indices[:8])
-    return shown if len(indices) <= 8 else f"{shown} and {len(indices) - 8} more"
+def _enumerated(indices: Sequence[int]) -> str:
+    first = ", ".join(str(index) for index in indices[:8])
+    return first if len(indices) <= 8 else f"{first} and {len(indices) - 8} more"

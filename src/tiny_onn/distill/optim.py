@@ -1,15 +1,16 @@
-"""Optimizers and schedules of the two systems: experts are fast, gates are slow.
+"""Optimizers and learning rate schedules of the two systems: fast experts and slow gates.
 
-The experts' optimizer is a setting; gates, 0.3 % of the parameters, are always stepped by AdamW
-with 32-bit state. Bytes per expert parameter, weight + gradient + state, with 96 x 1024 experts:
+The experts' optimizer is a setting. Gates are 0.3 % of the parameters and are always stepped by
+AdamW with 32-bit state. An expert parameter of a model with 96 x 1024 experts takes, in bytes for
+weight + gradient + state:
 
     name                         float32 masters     bfloat16 with stochastic rounding
     adamw                        4 + 4 + 8           2 + 2 + 8
     adamw8bit, paged_adamw8bit   4 + 4 + 2.03        2 + 2 + 2.03
     adafactor                    4 + 4 + 0.05        2 + 2 + 0.05
 
-Beside them a bfloat16 parameter needs, while it is stepped, float32 copies of itself and its
-gradient and 4 bytes of random bits: one tensor at a time.
+While a bfloat16 tensor is stepped it also needs float32 copies of itself and of its gradient, and 4
+bytes of random bits per element; tensors are stepped one at a time.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from tiny_onn.teacher.quantize import load_bitsandbytes
 
 
 class LrFactor(NamedTuple):
-    """Shares of the peak learning rates."""
+    """The current learning rates as shares of the peak rates."""
 
     experts: float
     gates: float
@@ -39,17 +40,17 @@ class LrFactor(NamedTuple):
 def build_optimizer(
     student: TinyOnnForCausalLM, config: OptimConfig, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimizer of experts and gates, in that order of groups.
+    """Return the optimizer of experts and gates, in that order of groups.
 
-    Experts are cast to `config.master_dtype` first, in place; gates stay as they are.
+    Experts are cast to `config.master_dtype` first, in place; gates keep their number format.
 
     Args:
-        student: the model; of its parameters those that require a gradient learn.
-        config: the settings.
-        seed: seed of stochastic rounding.
+        student: The model, whose parameters that require a gradient learn.
+        config: The settings.
+        seed: The seed of stochastic rounding.
 
     Raises:
-        UserError: the setting needs bitsandbytes, which is not installed.
+        UserError: The setting needs bitsandbytes, which is not installed.
     """
     named_experts, named_gates = split_parameters(student)
     experts, gates = list(named_experts.values()), list(named_gates.values())
@@ -81,17 +82,17 @@ def build_optimizer(
 def _stepper(
     config: OptimConfig, group: dict[str, Any], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The library's optimizer that the settings name."""
+    """Return the library's optimizer that the settings name."""
     if config.name == "adamw":
         return _adamw(config, group)
     if config.name == "adafactor":
-        # Not torch.optim.Adafactor: there the learning rate is relative to the weights' norm and
-        # capped at 1 / sqrt(step), so it would mean something else than AdamW's, and its eps is
-        # larger than the squared gradients of a model of this size, which turns the update into a
-        # scaled gradient (torch 2.13).
+        # torch.optim.Adafactor does not fit. Its learning rate is relative to the weights' norm and
+        # capped at 1 / sqrt(step), so that it is not comparable with AdamW's; and its eps is larger
+        # than the squared gradients of a model of this size, which turns the update into a scaled
+        # gradient (torch 2.13).
         return Adafactor([group], scale_parameter=False, relative_step=False)
     bitsandbytes = load_bitsandbytes(f'optim.name = "{config.name}"')
-    # On a CPU the state is in host memory already.
+    # Paging moves state to host memory, where a CPU's state is already.
     paged = config.name == "paged_adamw8bit" and device.type == "cuda"
     optimizer = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
     return optimizer([group], betas=(config.beta1, config.beta2), eps=config.eps)
@@ -104,23 +105,24 @@ def _adamw(config: OptimConfig, group: dict[str, Any]) -> torch.optim.Optimizer:
 
 
 class SplitOptimizer(torch.optim.Optimizer):
-    """Groups of parameters, each stepped by a library's optimizer of its own, seen as one.
+    """An optimizer over groups of parameters, each stepped by a library's optimizer of its own.
 
-    The groups and the state are this object's; the libraries' optimizers are handed both at every
-    step and keep neither. bfloat16 parameters are stepped through float32 copies, one at a time,
-    and rounded back stochastically by random bits that depend on the seed, the parameter's place
-    and how often it was rounded, which is part of its state: restoring the state is enough to go
-    on bit for bit.
+    This object owns groups and state. The libraries' optimizers are handed both at every step and
+    keep neither.
 
-    Optimizers whose state depends on an element's neighbours see the experts' weights neuron by
-    neuron, in copies made one at a time: a block of 8-bit state then holds weights of one neuron,
-    a factor of Adafactor's belongs to a gate or an up matrix, and state of checkpoints from before
-    the weights were stacked as they are today stays exact.
+    bfloat16 parameters are stepped through float32 copies, one at a time, and rounded back
+    stochastically. The random bits depend on the seed, the parameter's place, and the number of its
+    roundings, which is part of its state; a restored state therefore continues bit for bit.
+
+    Some optimizers' state of an element depends on its neighbours. These optimizers see the
+    experts' weights neuron by neuron, in copies made one at a time. A block of 8-bit state then
+    holds weights of one neuron, a factor of Adafactor's belongs to either a gate or an up matrix,
+    and checkpoints from before today's stacking of the weights keep their exact state.
 
     Args:
-        steppers: optimizers of one group each.
-        seed: seed of stochastic rounding.
-        kinds: the weights that are to be seen so, with their names in `Experts`.
+        steppers: Optimizers of one group each.
+        seed: The seed of stochastic rounding.
+        kinds: The weights to step neuron by neuron, with their names in `Experts`.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class SplitOptimizer(torch.optim.Optimizer):
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Tensor | float] | None = None
     ) -> Tensor | float | None:
-        """Update every parameter that has a gradient; the closure's loss if there is one."""
+        """Update every parameter that has a gradient, and return the closure's loss if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -157,9 +159,9 @@ class SplitOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, as it is.
+        """Restore the state of a `state_dict` in its own number formats.
 
-        torch's own would cast it to the number format of the weights.
+        The method of torch would cast it to the number format of the weights.
         """
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, entries in state_dict["state"].items():
@@ -202,21 +204,22 @@ def _step(
     stepper.state = defaultdict(dict, zip(parameters, states, strict=True))
     for number, state in enumerate(states):
         step = state.get("step", 0)
-        # torch's AdamW counts steps in a float32 tensor, the others in an int, which a checkpoint
-        # restores as an integer tensor.
+        # torch's AdamW counts steps in a float32 tensor. The others count in an int, which a
+        # checkpoint restores as an integer tensor.
         restored = isinstance(step, Tensor) and not step.is_floating_point()
         if hasattr(stepper, "init_state") and (restored or not state):
-            _settle_8bit(stepper, number)
+            _init_8bit_state(stepper, number)
         elif restored:
             state["step"] = int(step)
     stepper.step()
 
 
-def _settle_8bit(stepper: torch.optim.Optimizer, number: int) -> None:
-    """Initialise a bitsandbytes state, then fill in what a checkpoint restored of it.
+def _init_8bit_state(stepper: torch.optim.Optimizer, number: int) -> None:
+    """Initialise a bitsandbytes state, then copy the restored values into it.
 
-    Only bitsandbytes can allocate paged state; it wants the step as an int; and it lets all
-    parameters share the quantisation maps, which safetensors does not write.
+    The restored state cannot be used directly: only bitsandbytes can allocate paged memory, it
+    expects the step as an int, and it lets all parameters share the quantisation maps, which
+    safetensors does not write.
     """
     group = stepper.param_groups[0]
     parameter = group["params"][number]
@@ -237,16 +240,16 @@ def _settle_8bit(stepper: torch.optim.Optimizer, number: int) -> None:
 def stochastic_round(
     values: Float32[Tensor, "*shape"], generator: torch.Generator
 ) -> BFloat16[Tensor, "*shape"]:
-    """One of the two bfloat16 neighbours of each value, the value itself on average.
+    """Return one of the two bfloat16 neighbours of each value, which on average is the value.
 
-    bfloat16 is float32 without its last 16 bits: adding 16 random bits before cutting them off
-    carries into the rest with a probability of what is cut off. An update smaller than half a unit
-    in the last place, which rounding to nearest would lose, survives on average. Values beyond
-    bfloat16's largest may become infinite; infinities and NaN stay.
+    bfloat16 is float32 without its last 16 bits. A sum with 16 random bits carries into the bits
+    that stay with a probability proportional to the part that is cut off. An update smaller than
+    half a unit in the last place, which rounding to nearest would lose, survives on average. Values
+    beyond bfloat16's largest may become infinite; infinities and NaN do not change.
 
     Args:
-        values: what to round.
-        generator: of the values' device; advanced.
+        values: The numbers to round.
+        generator: A generator on the values' device, which is advanced.
 
     Source: Gupta et al., arXiv 1502.02551, section 3.
     """
@@ -254,12 +257,12 @@ def stochastic_round(
         1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
     )
     bits.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
-    # A NaN's bits could carry over into a number's.
+    # The sum could turn the bits of a NaN into those of a number.
     return torch.where(values.isfinite(), bits.view(torch.float32), values).bfloat16()
 
 
 def lr_factor(progress: float, config: OptimConfig) -> LrFactor:
-    """Shares of the peak rates at `progress` in [0, 1]: linear rise, constant, linear fall."""
+    """Return the shares of the peak rates at `progress` in [0, 1]: rise, constant, linear fall."""
     return LrFactor(
         experts=_trapezoid(progress, config.warmup_fraction, config.decay_fraction),
         gates=_trapezoid(progress, config.gate_warmup_fraction, config.gate_decay_fraction),
@@ -273,7 +276,7 @@ def _trapezoid(progress: float, warmup: float, decay: float) -> float:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: LrFactor) -> None:
-    """Set every group's rate to its system's share of its peak."""
+    """Set each group's learning rate to its system's share of the group's peak rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * getattr(factor, group["system"])
 
@@ -281,9 +284,10 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: LrFactor) -> No
 def clip_gradients(
     student: TinyOnnForCausalLM, clip_norm: float
 ) -> tuple[Tensor | float, Tensor | float]:
-    """Clip experts' and gates' gradients apart, by global L2 norm; their norms before clipping.
+    """Clip the gradients of experts and of gates apart, each by its global L2 norm.
 
-    Norms are computed in float32, whatever the gradients' format.
+    Returns:
+        The norms before clipping, of the experts and of the gates; float32 in every format.
     """
     experts, gates = split_parameters(student)
     return _clip(list(experts.values()), clip_norm), _clip(list(gates.values()), clip_norm)

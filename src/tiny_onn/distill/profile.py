@@ -1,11 +1,9 @@
-"""Where a training step's time goes: some steps of a run under torch's profiler, then no more.
+"""The time of a training step by phase and operator, from some steps under torch's profiler.
 
-The steps are those of the stage that the run begins with, of the same program as the run's.
-
-Nothing is trained that lasts: the run folder gets `profile/trace.json` (for chrome://tracing or
-Perfetto) and `profile/summary.json`, and no checkpoint. The first steps are not counted: they
-compile, allocate and warm up. On a GPU each phase ends by waiting for it, so that a phase's time
-is its own; a run does not wait, and is that much faster.
+The steps run the same program as a run's, in the stage with which the run begins. The run folder
+gets `profile/trace.json` (for chrome://tracing or Perfetto) and `profile/summary.json`, and no
+checkpoint. The first steps compile, allocate and warm up, and do not count. On a GPU each phase
+ends by waiting for the device, so that its time is its own; a run does not wait, and is faster.
 """
 
 from collections.abc import Sequence
@@ -38,13 +36,13 @@ OUTSIDE = "outside the phases"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operator:
-    """One operator's time in itself, without the operators that it calls."""
+    """The time of one operator itself, without the operators that it calls."""
 
     name: str
     milliseconds: float
-    """Per step: on the GPU, or on a CPU in all threads that called it."""
+    """Time per step on the GPU, or on a CPU in all threads that called the operator."""
     calls: float
-    """Per step."""
+    """Number of calls per step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,25 +54,25 @@ class StepProfile:
     tokens_per_step: int
     step_milliseconds: float
     phase_milliseconds: dict[str, float]
-    """By name; their sum and `outside the phases` are the step."""
+    """Time of each phase and `outside the phases`, which add up to the step."""
     operators: list[Operator]
-    """Those that take most, first."""
+    """The operators that take most time, the slowest first."""
 
     def as_dict(self) -> dict[str, object]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def run_profile(config: RunConfig, *, out: Path, argv: Sequence[str] = ()) -> StepProfile:
-    """Profile a few steps of the run that the settings describe, show and write the result.
+    """Profile a few steps of the run that the settings describe, and show and write the result.
 
     Args:
-        config: the settings.
-        out: the run folder, a new one.
-        argv: the command line, recorded.
+        config: The settings.
+        out: A new run folder.
+        argv: The command line, which is recorded.
 
     Raises:
-        UserError: bad settings, text, teacher, folder or disk.
+        UserError: Settings, text, teacher, folder or disk are unfit.
     """
     config, _ = prepare_device(config)
     create_run_folder(out, config, argv=argv)
@@ -95,7 +93,7 @@ def run_profile(config: RunConfig, *, out: Path, argv: Sequence[str] = ()) -> St
 
 
 def profile_steps(config: RunConfig, prepared: Prepared, trace: Path) -> StepProfile:
-    """Steps over the run's first rows; the last `PROFILED_STEPS` are recorded into `trace`."""
+    """Run steps over the run's first rows, and record the last `PROFILED_STEPS` into `trace`."""
     training = assemble(config, prepared.student, prepared.teacher)
     stream = training_rows(config, prepared.tokenizer)
     device = prepared.student.banks()[0].experts.down_proj.device
@@ -106,11 +104,11 @@ def profile_steps(config: RunConfig, prepared: Prepared, trace: Path) -> StepPro
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    plan = schedule(wait=WARMUP_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1)
+    profiled_steps = schedule(wait=WARMUP_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1)
     clocks, seconds = [], []
     with profile(
         activities=activities,
-        schedule=plan,
+        schedule=profiled_steps,
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
         acc_events=True,
     ) as profiler:
@@ -146,7 +144,7 @@ def _operators(profiler: profile, phases: dict[str, float], *, on_gpu: bool) -> 
             calls=event.count / PROFILED_STEPS,
         )
         for event in profiler.key_averages()
-        # Phases and steps are ranges around operators; kernels are counted with their callers.
+        # Phases and steps are ranges around operators, and kernels are counted with their callers.
         if event.device_type.name == "CPU"
         and event.key not in phases
         and not event.key.startswith("ProfilerStep")
@@ -155,7 +153,7 @@ def _operators(profiler: profile, phases: dict[str, float], *, on_gpu: bool) -> 
 
 
 def render(result: StepProfile) -> Group:
-    """The tables of phases and operators."""
+    """Return the tables of phases and operators."""
     step = result.step_milliseconds
     rate = result.tokens_per_step / step * 1e3
     phases = Table(

@@ -1,4 +1,4 @@
-"""What a run shows: one live line (in a file a line now and then), and a line per evaluation."""
+"""The lines that a run shows: a live line with its progress, and a line per evaluation."""
 
 import time
 from collections.abc import Sequence
@@ -23,15 +23,16 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 
 
 class RunProgress(ExitStack):
-    """A live line with KL (and loss, where it is another), mean k, tokens/s and the time left.
+    """A live line with KL (and the loss if it is another), mean k, tokens/s and the time left.
 
-    Where there is no terminal to draw it on, the same as a line every `LINE_SECONDS`. A context
-    manager.
+    Without a terminal the numbers are printed as a line every `LINE_SECONDS`. The object is a
+    context manager.
 
     Args:
-        title: what the line is called.
-        total_tokens: where it ends.
-        done_tokens: where it begins, so that a resumed run's time left is of its own speed.
+        title: The word with which the line begins.
+        total_tokens: Number of tokens at which the bar ends.
+        done_tokens: Number of tokens at which the bar begins, so that the time left of a resumed
+            run is estimated from its own speed.
     """
 
     def __init__(self, title: str, total_tokens: int, done_tokens: int = 0) -> None:
@@ -40,7 +41,7 @@ class RunProgress(ExitStack):
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            # With a demo's title all of it fits 80 columns.
+            # At this width the line of a demo, whose title is the longest, fits 80 columns.
             BarColumn(bar_width=10),
             TaskProgressColumn(),
             TextColumn("{task.fields[numbers]}"),
@@ -54,7 +55,7 @@ class RunProgress(ExitStack):
         self.enter_context(self._progress)
 
     def update(self, tokens: int, record: dict[str, Any]) -> None:
-        """Show a step's record."""
+        """Show a step's record, after so many tokens of the run."""
         loss = f"{record['loss']:.3f}"
         if record["kind"] == "blockwise":
             distance = f"block error {loss}"
@@ -70,7 +71,7 @@ class RunProgress(ExitStack):
 
 
 def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Conversion) -> None:
-    """One line on what was converted and how exactly."""
+    """Print a line on the size and exactness of the conversion, and one per massive activation."""
     shape = student.config
     exact = (
         "experts are random"
@@ -86,17 +87,17 @@ def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Convers
         f"{conversion.backbone_sha256[:12]} in both; expert path: {conversion.expert_path.path} "
         f"({conversion.expert_path.reason})"
     )
-    for found in conversion.massive_activations:
+    for massive in conversion.massive_activations:
         say(
-            f"{title}: massive activation: layer {found.layer}'s MLP writes {found.value:.0f} "
-            f"({found.ratio:,.0f} times its median) to feature {found.feature} at "
-            f"{'a first' if found.first_token else 'another'} token; neurons "
-            f"{', '.join(map(str, found.neurons))}"
+            f"{title}: massive activation: layer {massive.layer}'s MLP writes {massive.value:.0f} "
+            f"({massive.ratio:,.0f} times its median) to feature {massive.feature} at "
+            f"{'a first' if massive.first_token else 'another'} token; neurons "
+            f"{', '.join(map(str, massive.neurons))}"
         )
 
 
 def show_blocks(title: str, tokens: int, errors: Sequence[float]) -> None:
-    """One line on the layers' normalised errors."""
+    """Print a line on the layers' normalised errors."""
     mean = sum(errors) / len(errors)
     say(
         f"{title}: {tokens:,} tokens  held-out block error {mean:.4f} of the output's power "
@@ -105,7 +106,7 @@ def show_blocks(title: str, tokens: int, errors: Sequence[float]) -> None:
 
 
 def show_evaluation(title: str, tokens: int, result: Evaluation, router: RouterConfig) -> None:
-    """One line on an evaluation."""
+    """Print a line on an evaluation."""
     say(
         f"{title}: {tokens:,} tokens  held-out KL {result.forward_kl:.4f}  "
         f"agreement {result.top1_agreement:.1%}  perplexity {result.student_perplexity:.2f} "

@@ -13,25 +13,23 @@ from tiny_onn.distill.records import (
     LayersRecord,
     SmkRecord,
     StepRecord,
-    _names,
+    field_names,
 )
 
 INTRODUCTION = (
     "`metrics.jsonl` in a run's folder holds one JSON object per line: a `start` evaluation, steps,"
     " `eval` evaluations between them and an `end` evaluation; with a blockwise stage, its steps"
-    " and the blocks before and after it; and, of kind `skipped` and `spike`, the documents of"
-    " steps whose update was not finite or whose loss jumped. A number that is not finite is"
-    " written as `NaN` or `Infinity`. *Counted* tokens are all but padding and the first of each"
-    " document; E is the number of experts. Floats under `layers` have six significant digits."
+    " and the `blocks` records before and after it. Records of kind `skipped` and `spike` name the"
+    " documents of steps whose update was not finite or whose loss jumped. A number that is not"
+    " finite is written as `NaN` or `Infinity`. *Counted* tokens are all but padding and the first"
+    " token of each document; E is the number of experts. Floats under `layers` have six"
+    " significant digits."
 )
-
-
-COMMAND = """This page is generated:
-`python -m docs.tools`."""
+COMMAND = "This page is generated: `python -m docs.tools`."
 
 
 def metrics_docs() -> str:
-    """`docs/metrics.md`: every field of every record, from the docstrings of its dataclass."""
+    """Return `docs/metrics.md`: every field of every record, from its dataclass's docstrings."""
     lines = ["# The metrics of a run", "", *textwrap.wrap(INTRODUCTION, 100), "", COMMAND]
     for title, cls in (
         ("Steps", StepRecord),
@@ -42,20 +40,20 @@ def metrics_docs() -> str:
         ("`layers`", LayersRecord),
     ):
         text = textwrap.fill(" ".join((inspect.getdoc(cls) or "").split()), 100)
-        lines += ["", f"## {title}", "", text, "", "| field | type | what |", "|---|---|---|"]
-        lines += [f"| `{name}` | {kind} | {what} |" for name, kind, what in _fields(cls)]
+        lines += ["", f"## {title}", "", text, "", "| field | type | meaning |", "|---|---|---|"]
+        lines += [f"| `{name}` | {kind} | {meaning} |" for name, kind, meaning in _fields(cls)]
     return "\n".join(lines) + "\n"
 
 
 def _fields(cls: type) -> Iterator[tuple[str, str, str]]:
-    """Name, type and docstring of a record's fields in the order of the record."""
+    """Yield the name, type and docstring of a record's fields, in the order of the record."""
     docs, hints = docstrings_of(cls), get_type_hints(cls)
-    for name in _names(cls):
+    for name in field_names(cls):
         yield name, _kind(hints[name]), docs[name].replace("|", "\\|")
 
 
 def _kind(hint: Any) -> str:  # noqa: ANN401 - a type hint
-    """A type hint in JSON's words."""
+    """Return a type hint in the words of JSON."""
     arguments, origin = get_args(hint), get_origin(hint)
     if origin is list:
         return "list of lists of numbers" if get_origin(arguments[0]) is list else "list of numbers"

@@ -1,8 +1,8 @@
-"""The records of `metrics.jsonl`: what they hold, and their making from a step or an evaluation.
+"""The records of `metrics.jsonl`: their fields, and functions that make them from measurements.
 
-The dataclasses here are the layout; `metrics_docs` writes `docs/metrics.md` from their docstrings,
-and a test holds page and records to each other. Making a record is where a run waits for the
-device; no step does so for statistics.
+The dataclasses define the records. `record_docs.metrics_docs` writes `docs/metrics.md` from their
+docstrings, and a test compares the page with the records. A run waits for the device's statistics
+only when it makes a record.
 """
 
 import inspect
@@ -19,103 +19,110 @@ from tiny_onn.routing.statistics import RoutingSummary
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmkRecord:
-    """What surprise said to the gates in a step, all layers together (objective `smk` only).
+    """The gates' targets from surprise in a step, all layers together (objective `smk` only).
 
-    Agreement means something only above `chance` and `shuffled`: a gate that always says the same
-    expert agrees with targets that always are that expert, and knows nothing.
+    Agreement is evidence only above `chance` and `shuffled`: a gate that names the same expert for
+    every token agrees with targets that are always that expert, and has learned nothing.
     """
 
     targets: float
-    """Share of counted tokens whose surprise gave a target; 0: there is nothing to learn from."""
+    """Share of counted tokens that got a target from surprise; at 0 gates have nothing to learn."""
     num_targets: float
-    """Tokens with a target, summed over layers."""
+    """Number of tokens with a target, summed over layers."""
     agreement: float
-    """Share of tokens with a target whose largest candidate logit is at it; 0 without any."""
+    """Share of tokens with a target whose largest candidate logit is the target's; 0 if no token
+    has a target."""
     chance: float
-    """The agreement of a random candidate."""
+    """Agreement of a candidate drawn at random."""
     shuffled: float
-    """The agreement with another token's target, mean over all others of the step and layer."""
+    """Agreement with another token's target, mean over all other tokens of the step and layer."""
     mean_surprise: float
-    """Surprise per counted token and expert, 0 for experts that are no candidates; in units of the
-    per-token loss, and signed for `gain`."""
+    """Surprise per counted token and expert, in units of the per-token loss; experts that are no
+    candidates count as 0, and `gain` has a sign."""
     active_surprise: float
-    """Surprise per counted token and active expert: the surprise of `pi`."""
+    """Surprise per counted token and active expert, from which `pi` is computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayersRecord:
-    """What routers did layer by layer: lists over layers, or over layers and experts."""
+    """Routing layer by layer: lists over layers, or over layers and experts."""
 
     num_tokens: int
-    """Counted tokens."""
+    """Number of counted tokens."""
     num_first: int
-    """First tokens of documents."""
+    """Number of documents' first tokens."""
     mean_k: list[float]
-    """Per layer: active experts per counted token."""
+    """Active experts per counted token, by layer."""
     std_k: list[float]
-    """Per layer: their standard deviation over tokens."""
+    """Standard deviation of the number of active experts over counted tokens, by layer."""
     k_histogram: list[list[int]]
-    """Per layer: counted tokens with 0, 1, ... E active experts."""
+    """Number of counted tokens with 0, 1, ... E active experts, by layer."""
     load: list[list[int]]
-    """Per layer and expert: counted tokens that activated it; 0: a dead expert."""
+    """Number of counted tokens that activated the expert, by layer and expert; 0: a dead expert."""
     load_entropy: list[float]
-    """Per layer: entropy of the experts' shares of the load, nats; log E at most."""
+    """Entropy of the experts' shares of the load, by layer, nats; log E at most."""
     max_load_share: list[float]
-    """Per layer: the largest of those shares."""
+    """Largest share of the load that one expert has, by layer."""
     zero_expert_rate: list[float]
-    """Per layer: share of counted tokens without an active expert."""
+    """Share of counted tokens without an active expert, by layer."""
     gate_entropy: list[float]
-    """Per layer: mean entropy of the softmax of a token's router logits, nats."""
+    """Mean entropy of the softmax of a token's router logits, by layer, nats."""
     tie_rate: list[float]
-    """Per layer: share of counted tokens with a tie at the border."""
+    """Share of counted tokens whose lowest active logit equals their highest inactive one, by
+    layer."""
     first_load: list[list[int]]
-    """Per layer and expert: first tokens that activated it."""
+    """Number of first tokens that activated the expert, by layer and expert."""
     first_mean_k: list[float]
-    """Per layer: active experts per first token."""
+    """Active experts per first token, by layer."""
     oracle_overlap: list[float] | None = None
-    """Evaluations, per layer: share of the active experts among the k largest |expert(x)|."""
+    """Share of a token's k active experts that are among the k largest |expert(x)|, by layer;
+    evaluations only."""
     oracle_chance: list[float] | None = None
-    """Evaluations, per layer: the overlap of random sets of the same sizes."""
+    """Overlap of random sets of the same sizes, by layer; evaluations only."""
     expert_norm: list[float] | None = None
-    """Evaluations, per layer: mean norm of an active expert's output; 0: the layer is silent."""
+    """Mean norm of an active expert's output, by layer; 0: the layer puts out nothing; evaluations
+    only."""
     smk_agreement: list[float] | None = None
-    """Steps with SMK, per layer: `smk.agreement`."""
+    """Value of `smk.agreement` by layer; steps with SMK only."""
     smk_shuffled: list[float] | None = None
-    """Steps with SMK, per layer: `smk.shuffled`."""
+    """Value of `smk.shuffled` by layer; steps with SMK only."""
     surprise: list[list[float]] | None = None
-    """Steps with SMK, per layer and expert: mean surprise over counted tokens."""
+    """Mean surprise over counted tokens, by layer and expert; steps with SMK only."""
     active_surprise: list[list[float]] | None = None
-    """Steps with SMK, per layer and expert: mean surprise over those that activated it; 0 if none
-    did."""
+    """Mean surprise over the tokens that activated the expert, by layer and expert; 0 if no token
+    did; steps with SMK only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateRecord(RoutingSummary):
-    """What the steps of both stages have."""
+    """The fields that steps of both stages have."""
 
     step: int
-    """Updates so far."""
+    """Number of updates so far."""
     tokens: int
-    """Training tokens so far."""
+    """Number of training tokens so far."""
     expert_grad_norm: float
-    """Of the experts' gradients together, before clipping."""
+    """Global L2 norm of the experts' gradients before clipping."""
     gate_grad_norm: float
-    """The same of the gates'."""
+    """Global L2 norm of the gates' gradients before clipping."""
     lr: list[float]
     """Learning rates, one per parameter group."""
     tokens_per_s: float
     """Training tokens per second of this step."""
     seconds: dict[str, float]
-    """Time of the step's phases; empty on a GPU, where nothing waits for them."""
+    """Seconds of the step's phases; empty on a GPU, where no phase waits for the device."""
     smk: SmkRecord | None
-    """What surprise said; null with other objectives."""
+    """Targets and surprise of the gates; null with other objectives than `smk`."""
     layers: LayersRecord | None
-    """Layer by layer, every `train.stats_every_steps`; else null."""
+    """Routing by layer, every `train.stats_every_steps`; else null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord(UpdateRecord):
-    """One step, every `train.log_every_steps`; means over the tokens that have a label."""
+    """A step of the global stage, written every `train.log_every_steps`.
+
+    Values are means over the tokens that have a label.
+    """
 
     kind: Literal["step"]
     """Always `step`."""
@@ -124,45 +131,50 @@ class StepRecord(UpdateRecord):
     forward_kl: float
     """KL(teacher || student), nats per token, whatever the loss is."""
     top1_agreement: float
-    """Share of tokens for which both rank the same next token first."""
+    """Share of tokens for which teacher and student rank the same next token first."""
     tau: float
     """Entropy of the student's next-token distribution, nats."""
     states_error: float | None
-    """Share of the teacher's hidden states' variance that the student's leave unexplained, mean
-    over layers; `loss.states_coef` times it is in the gradient. Null where that is 0."""
+    """Share of the variance of the teacher's hidden states that the student's leave unexplained,
+    mean over layers. The total loss contains it times `loss.states_coef`; null if that is 0."""
     pi: float | None
-    """`exp(-alpha ((1 - gamma) loss / tau + gamma smk.active_surprise))`, alpha 1, gamma 0.5; null
-    without SMK. It can mislead: a student that knows nothing has a large tau, a dead one no
-    surprise. Never optimised."""
+    """Predictive integrity `exp(-alpha ((1 - gamma) loss / tau + gamma smk.active_surprise))` with
+    alpha 1 and gamma 0.5; null without SMK. It can mislead: a student that has learned nothing has
+    a large tau, and a dead one has no surprise. It is never optimised."""
     loss_chunk_tokens: int
-    """Tokens whose logits existed at once."""
+    """Number of tokens whose logits are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockwiseRecord(UpdateRecord):
-    """One step of the blockwise stage, every `train.log_every_steps`; means over counted tokens."""
+    """A step of the blockwise stage, written every `train.log_every_steps`.
+
+    Values are means over counted tokens.
+    """
 
     kind: Literal["blockwise"]
     """Always `blockwise`."""
     loss: float
     """Mean of `errors`."""
     errors: list[float]
-    """Per layer: squared distance to the teacher's MLP output from the teacher's own MLP input, in
-    units of that output's mean square on the calibration text."""
+    """Squared distance between the outputs of the layer's experts and of the teacher's MLP, both on
+    the teacher's MLP input, by layer; in units of the mean square of the MLP's output on the
+    calibration text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlocksRecord:
-    """Every layer alone on held-out text, before and after the blockwise stage."""
+    """Errors of every layer alone on held-out text, before and after the blockwise stage."""
 
     kind: Literal["blocks"]
     """Always `blocks`."""
     step: int
-    """Updates so far."""
+    """Number of updates so far."""
     tokens: int
-    """Training tokens so far."""
+    """Number of training tokens so far."""
     errors: list[float]
-    """Per layer: as in a step of the stage, in units of the mean square on this very text."""
+    """Squared distance as in a step of the blockwise stage, by layer; in units of the mean square
+    of the MLP's output on the held-out text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,13 +182,13 @@ class EvaluationRecord(Evaluation):
     """An evaluation on held-out text, before the first step, between steps and after the last."""
 
     kind: Literal["start", "eval", "end"]
-    """When it was."""
+    """`start` before the first step, `end` after the last one, `eval` between steps."""
     step: int
-    """Updates so far."""
+    """Number of updates so far."""
     tokens: int
-    """Training tokens so far."""
+    """Number of training tokens so far."""
     layers: LayersRecord
-    """Layer by layer."""
+    """Routing by layer."""
 
 
 def step_record(
@@ -189,16 +201,18 @@ def step_record(
     loss_chunk_tokens: int,
     with_layers: bool,
 ) -> dict[str, Any]:
-    """A step's record, as `StepRecord` or `BlockwiseRecord` lays it out. Waits for the device.
+    """Return a step's record, as `StepRecord` or `BlockwiseRecord` defines it.
+
+    The function waits for the device.
 
     Args:
-        result: what the step measured.
-        step: updates so far.
-        tokens: training tokens so far.
-        lr: learning rates.
-        tokens_per_s: of this step.
-        loss_chunk_tokens: tokens whose logits existed at once.
-        with_layers: whether to say it layer by layer too.
+        result: The step's measurements.
+        step: Number of updates so far.
+        tokens: Number of training tokens so far.
+        lr: Learning rates, one per parameter group.
+        tokens_per_s: Training tokens per second of this step.
+        loss_chunk_tokens: Number of tokens whose logits are in memory at once.
+        with_layers: Whether the record holds routing by layer too.
     """
     tallies = SurpriseTally.read(result.tallies)
     smk, layers, loss = _smk_record(result, tallies) if tallies else None, None, float(result.loss)
@@ -247,7 +261,7 @@ def evaluation_record(
     step: int,
     tokens: int,
 ) -> dict[str, Any]:
-    """An evaluation's record, as `EvaluationRecord` lays it out, from `evaluate_layers`."""
+    """Return an evaluation's record, as `EvaluationRecord` defines it, from `evaluate_layers`."""
     record = EvaluationRecord(
         kind=kind,
         step=step,
@@ -259,20 +273,20 @@ def evaluation_record(
 
 
 def blocks_record(errors: Sequence[float], *, step: int, tokens: int) -> dict[str, Any]:
-    """The record of `block_errors`, as `BlocksRecord` lays it out."""
+    """Return the record of `block_errors`, as `BlocksRecord` defines it."""
     return asdict(BlocksRecord(kind="blocks", step=step, tokens=tokens, errors=list(errors)))
 
 
 def _ordered(record: UpdateRecord | EvaluationRecord) -> dict[str, Any]:
-    """The record in the order of `_names`, lists per layer rounded."""
+    """Return the record in the order of `field_names`, with the lists per layer rounded."""
     fields = asdict(record)
-    return {name: fields[name] for name in _names(type(record))} | {
+    return {name: fields[name] for name in field_names(type(record))} | {
         "layers": _rounded(fields["layers"])
     }
 
 
-def _names(cls: type) -> list[str]:
-    """A record's fields: what names it first, then a class's own before its base's, lists last."""
+def field_names(cls: type) -> list[str]:
+    """Return a record's fields: kind, step and tokens, then own before inherited, then layers."""
     names = [field for base in cls.__mro__ for field in inspect.get_annotations(base)]
     first = [name for name in ("kind", "step", "tokens") if name in names]
     last = [name for name in ("layers",) if name in names]
@@ -280,7 +294,7 @@ def _names(cls: type) -> list[str]:
 
 
 def _rounded(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    """The same with every float to six significant digits: lists are long."""
+    """Return a JSON value with six significant digits per float, because the lists are long."""
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -304,7 +318,7 @@ def _smk_record(result: StepResult, tallies: Sequence[SurpriseTally]) -> SmkReco
 
 
 def _smk_layers(result: StepResult, tallies: Sequence[SurpriseTally]) -> dict[str, Any]:
-    """The fields of `LayersRecord` that SMK fills."""
+    """Return the fields of `LayersRecord` that SMK fills."""
     num_tokens = max(1, int(result.stats.num_tokens))
     if not tallies:
         return {}
@@ -326,30 +340,30 @@ def _total(tallies: Sequence[SurpriseTally], name: str) -> float:
     return sum(float(getattr(tally, name).sum()) for tally in tallies)
 
 
-# Constants of the project's lineage.
+# Predictive integrity keeps the constants with which the project introduced it.
 ALPHA = 1.0
-
-
 GAMMA = 0.5
 
 
 def predictive_integrity(loss: float, tau: float, surprise: float) -> float:
-    """`exp(-alpha * ((1 - gamma) * loss / tau + gamma * surprise))`: 1 without loss and surprise.
+    """Return `exp(-alpha * ((1 - gamma) * loss / tau + gamma * surprise))`.
 
-    Reported, never optimised: it can mislead. A student that knows nothing has a large tau, which
-    excuses its loss; a dead one has no surprise at all. A PI without its loss, tau and surprise
-    beside it says little, and PIs of two kinds of surprise, or of two losses, do not compare:
-    `gain` has a sign and may lift PI above 1.
+    The value is 1 without loss and surprise. It is reported and never optimised, because it can
+    mislead: a student that has learned nothing has a large tau, which excuses its loss, and a dead
+    one has no surprise at all. It should be read beside its loss, tau and surprise. Values of two
+    kinds of surprise, or of two losses, do not compare; `gain` has a sign and may lift the value
+    above 1.
 
     Args:
-        loss: the step's loss, nats per token.
-        tau: entropy of the student's next-token distribution, nats, mean over the same tokens.
-        surprise: mean over the active pairs of token and expert, in units of the per-token loss.
+        loss: The step's loss, nats per token.
+        tau: The entropy of the student's next-token distribution, nats, mean over the same tokens.
+        surprise: The mean surprise over active pairs of token and expert, in units of the per-token
+            loss.
 
     Returns:
         0 for a positive loss at a tau of 0.
     """
     ratio = loss / tau if tau > 0 else (math.inf if loss > 0 else 0.0)
     exponent = -ALPHA * ((1 - GAMMA) * ratio + GAMMA * surprise)
-    # exp of more does not fit a float; only a negative surprise gets there.
+    # The exponential of more than 700 does not fit a float; only a negative surprise exceeds it.
     return math.exp(min(exponent, 700.0))

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: its metrics file, its lines and bar, and its health."""
+"""The reports of a run while it goes on: its metrics file, its lines and bar, and its health."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -22,16 +22,19 @@ from tiny_onn.runs.metrics import METRICS_NAME, MetricsWriter, read_metrics
 
 @dataclass(kw_only=True, slots=True)
 class RunResult:
-    """What a finished or stopped run leaves behind."""
+    """The outcome of a finished or stopped run."""
 
     prepared: Prepared
     before: Evaluation | None
-    """None where the run began without an evaluation."""
+    """The evaluation before the first step; None if the run began without one."""
     after: Evaluation | None
-    """None where the run was stopped and its last evaluation left out."""
+    """The evaluation after the last step; None if a stopped run left it out."""
     tokens: int
+    """Number of training tokens, those before a resumption included."""
     seconds: float
+    """Time in training steps, that before a resumption included."""
     interrupted: bool
+    """True if a signal stopped the run before its last step or last evaluation."""
 
 
 class RunLog(ExitStack):
@@ -40,9 +43,9 @@ class RunLog(ExitStack):
     Args:
         out: The run folder.
         config: The settings.
-        title: What lines begin with.
-        span: Tokens at which the bar begins and ends.
-        offset: Bytes of the metrics file to keep.
+        title: The word with which the run's lines begin.
+        span: Numbers of tokens at which the bar begins and ends.
+        offset: Number of bytes of an existing metrics file to keep.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class RunLog(ExitStack):
             loss_chunk_tokens=self._config.loss.chunk_tokens,
             with_layers=every > 0 and step % every == 0,
         )
-        self._keep(record)
+        self._write(record)
         self._progress.update(tokens, record)
 
     def evaluation(
@@ -89,7 +92,7 @@ class RunLog(ExitStack):
     ) -> None:
         """Record an evaluation and show it in a line."""
         show_evaluation(self._title, tokens, result, self._config.router)
-        self._keep(evaluation_record(kind, result, layers, step=step, tokens=tokens))
+        self._write(evaluation_record(kind, result, layers, step=step, tokens=tokens))
 
     def blocks(self, errors: Sequence[float], *, step: int, tokens: int) -> None:
         """Record every layer's held-out error and show it in a line."""
@@ -108,7 +111,7 @@ class RunLog(ExitStack):
         """Record a skipped update, or a loss that jumped, with the documents of its rows.
 
         Returns:
-            What a skipped update measured, in words; None if the step was applied.
+            The loss and gradient norms of a skipped update, in words; None if it was applied.
         """
         kind, extra = "spike", None
         if result.finite:
@@ -123,19 +126,19 @@ class RunLog(ExitStack):
             "expert_grad_norm": float(result.expert_grad_norm),
             "gate_grad_norm": float(result.gate_grad_norm),
         }
-        where = {"kind": kind, "step": step, "tokens": tokens}
+        position = {"kind": kind, "step": step, "tokens": tokens}
         documents = provenance(rows, result.token_losses)
-        self.metrics.write({**where, **measured, **extra, "rows": documents})
+        self.metrics.write({**position, **measured, **extra, "rows": documents})
         if result.finite:
             return None
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-        say(f"step {step}: not finite, skipped ({numbers}); its documents are in the metrics")
-        return numbers
+        measured_text = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+        say(f"step {step}: not finite, skipped ({measured_text}); its documents are in the metrics")
+        return measured_text
 
     def verdict(self) -> dict[str, Any]:
-        """The verdict on the run's health so far."""
+        """Return the verdict on the run's health so far."""
         return self._health.verdict()
 
-    def _keep(self, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)
-        self._health.see(record)
+        self._health.observe(record)

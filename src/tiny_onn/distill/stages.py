@@ -1,8 +1,8 @@
-"""The stages of a run: which one a step belongs to, how far it is, and how many experts are on.
+"""The stages of a run: the step's stage, the stage's progress, and the annealing of k.
 
 A run reads `train.blockwise_tokens` in the blockwise stage, then `train.tokens` in the global one,
-each in whole steps. A checkpoint needs the stage's name and where it began; all else follows from
-the settings and the tokens read so far.
+each in whole steps. A checkpoint stores the stage's name and the token at which it began; the rest
+follows from the settings and the number of tokens read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.router import temporary_rules
 
 StageName = Literal["blockwise", "global"]
-# A threshold below every score.
+# This threshold is below every score, so that all experts are active.
 ALL_ACTIVE = -1.0
 
 
@@ -25,22 +25,23 @@ class Stage:
 
     name: StageName
     begin: int
-    """Tokens of the run that come before it."""
+    """Number of the run's tokens before the stage."""
     tokens: int
-    """Its length; its last step may read more."""
+    """Number of tokens in the stage; the last step may read more."""
     anneal_fraction: float
+    """Share of the stage in which k goes from all experts to the target."""
 
     def progress(self, tokens: int | float) -> float:
-        """How much of the stage is done, from 0 to 1, after so many tokens of the run."""
+        """Return the share of the stage, from 0 to 1, that is done after so many tokens."""
         return min(1.0, (tokens - self.begin) / self.tokens)
 
     def over(self, tokens: int) -> bool:
-        """Whether the stage is done after so many tokens of the run."""
+        """Return True if the stage is done after so many tokens of the run."""
         return tokens - self.begin >= self.tokens
 
 
 def stage_named(name: StageName, begin: int, config: RunConfig) -> Stage:
-    """The stage of this name that begins after so many tokens of the run."""
+    """Return the stage of this name that begins after `begin` tokens of the run."""
     if name == "blockwise":
         tokens, fraction = config.train.blockwise_tokens, config.router.blockwise_anneal_fraction
     else:
@@ -49,12 +50,15 @@ def stage_named(name: StageName, begin: int, config: RunConfig) -> Stage:
 
 
 def step_tokens(config: RunConfig) -> int:
-    """Tokens that every step reads, padding included."""
+    """Return the number of tokens that every step reads, padding included."""
     return config.train.rows_per_step * config.data.row_tokens
 
 
 def run_tokens(stage: Stage, config: RunConfig) -> int:
-    """Tokens at which the run ends, seen from a stage of it; the last step may read more."""
+    """Return the number of tokens at which the run ends, if it is in this stage now.
+
+    The last step may read more.
+    """
     if stage.name == "global":
         return stage.begin + stage.tokens
     step = step_tokens(config)
@@ -62,7 +66,10 @@ def run_tokens(stage: Stage, config: RunConfig) -> int:
 
 
 def annealed_k(progress: float, fraction: float, num_experts: int, target_k: float) -> float:
-    """Active experts at `progress` in [0, 1]: all at 0, on a line to the target at `fraction`."""
+    """Return the number of active experts at `progress` in [0, 1].
+
+    All experts are active at 0, and the number falls linearly to the target at `fraction`.
+    """
     if progress >= fraction:
         return target_k
     return num_experts + (target_k - num_experts) * progress / fraction
@@ -72,12 +79,12 @@ def annealed_k(progress: float, fraction: float, num_experts: int, target_k: flo
 def annealed(
     banks: Sequence[ExpertBank], config: RunConfig, stage: Stage, tokens: int
 ) -> Iterator[None]:
-    """Within the context routers are set for the step that begins after so many tokens.
+    """Let the routers use, within the context, the k of the step that begins after so many tokens.
 
-    Routers that activate a fixed number of experts get the step's k, rounded. A budget's threshold
-    was moved to the step's k by the step before; what this step moves it to is the next step's, and
-    all the way, so that the mean keeps up with the line. Afterwards routers have their own k again,
-    which evaluations use; training thresholds stay where the annealing is.
+    Routers that activate a fixed number of experts get the step's k, rounded. A budget works one
+    step ahead: the step runs with the threshold that the previous step set, and sets the one for
+    the next step's k, without averaging, so that the mean follows the line. After the context the
+    routers have their final k again, which evaluations use; training thresholds stay annealed.
     """
     fraction, num_experts = stage.anneal_fraction, config.experts.num_experts
     progress, routers = stage.progress(tokens), [bank.router for bank in banks]

@@ -1,4 +1,4 @@
-"""One update of online distillation, top to bottom: teacher, student, loss, one backward pass."""
+"""The update of online distillation, top to bottom: teacher, student, loss, backward pass."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.distill.hidden_states import unexplained
+from tiny_onn.distill.hidden_states import unexplained_variance
 from tiny_onn.distill.optim import clip_gradients
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
@@ -30,33 +30,33 @@ from tiny_onn.routing.statistics import RoutingStats
 
 @dataclass(kw_only=True, slots=True)
 class StepResult:
-    """What one step measured: device tensors, read when a record is written."""
+    """The measurements of one step: device tensors, which are read when a record is written."""
 
     loss: Tensor
-    """In the blockwise stage the mean of `error_L`."""
+    """The distillation loss; in the blockwise stage the mean of `error_L`."""
     forward_kl: Tensor | None = None
-    """None in the blockwise stage, as are `agreement` and `student_entropy`."""
+    """KL(teacher || student); None in the blockwise stage, as the next two are."""
     agreement: Tensor | None = None
     student_entropy: Tensor | None = None
     states_error: Tensor | None = None
-    """Mean over layers of `states.unexplained`; None where hidden states are not matched."""
+    """Mean over layers of `unexplained_variance`; None if hidden states are not matched."""
     error_L: Tensor | None = None
-    """Each layer's normalised error, in the blockwise stage."""
+    """Each layer's normalised error in the blockwise stage; None in the global one."""
     expert_grad_norm: Tensor | float
     gate_grad_norm: Tensor | float
     stats: RoutingStats
     token_losses: list[Tensor] = field(default_factory=list)
-    """Per row, every token's loss; 0 where there is no label."""
+    """Every token's loss, one tensor per row; 0 at tokens without a label."""
     finite: bool = True
-    """Whether loss and gradients were; otherwise nothing was updated."""
+    """True if loss and gradients are finite; otherwise nothing was updated."""
     tallies: list[SurpriseTally] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Clock:
-    """Wall time of a step's phases, which are also named ranges of a profiler's trace.
+    """The wall time of a step's phases, which are also named ranges in a profiler's trace.
 
-    On a GPU there is a time only with `wait`: for the GPU, at the end of each phase.
+    On a GPU, phases are timed only with `wait=True`, which synchronises after each.
     """
 
     def __init__(self, device: torch.device, *, wait: bool = False) -> None:
@@ -86,37 +86,43 @@ def distill_step(
     clock: Clock | None = None,
     commit: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """One update from rows whose gradients are summed: the loss is a mean over all their tokens.
+    """Update the student once from some rows: the loss is a mean over all their tokens.
 
-    If loss or gradient is not finite, nothing is updated. A GPU is waited for once, to know. An
-    exception before the update leaves everything as it was before the step.
+    If loss or gradient is not finite, nothing is updated; to find out, the step waits for a GPU
+    once. An exception before the update leaves everything as it was before the step.
 
-    One backward pass a row teaches both systems: experts by the distillation loss, gates by SMK
-    (`objective = smk`), by their experts' norms (`regression`), by the same loss (`task`), or not
-    at all.
+    One backward pass per row teaches both systems: the experts by the distillation loss, the gates
+    by SMK (`objective = smk`), by their experts' norms (`regression`), by the distillation loss
+    (`task`), or not at all.
 
-    `step` counts the steps before; what is explored and when experts are re-seeded depends on it.
-    `clock` adds up the phases' times; None: one that does not wait for a GPU. `commit` is
-    called before the update, from where on the step can no longer be given up.
+    Args:
+        student: A converted model; its experts and gates learn.
+        teacher: The dense model.
+        optimizer: The optimizer of the student's experts and gates.
+        rows: Packed text; the rows' gradients are summed.
+        config: The settings.
+        step: Number of steps before this one, on which exploration and re-seeding depend.
+        clock: Adds up the phases' times; None: a clock that does not wait for a GPU.
+        commit: Called right before the update, after which the step can no longer be undone.
     """
     banks = student.banks()
     device = banks[0].router.weight.device
     loss_tokens = max(1, sum(int(row.loss_mask.sum()) for row in rows))
     gates = GateStep(banks, config, rows, step, loss_tokens=loss_tokens)
-    sums, token_losses, gaps = torch.zeros(4, device=device), [], []
+    sums, token_losses, state_errors = torch.zeros(4, device=device), [], []
     clock = clock or Clock(device)
-    loss_options, matched = _loss_options(student, config), config.loss.states_coef > 0
+    loss_options, match_states = _loss_options(student, config), config.loss.states_coef > 0
     heads = (head_of(student), head_of(teacher))
     student.train()
     with undone_if_broken(gates, optimizer):
         for row in (row.to(device) for row in rows):
             kwargs = packed_kwargs(row)
-            watched = layer_outputs(teacher, matched)
-            with clock.phase("teacher forward"), torch.no_grad(), watched as theirs:
+            outputs = layer_outputs(teacher, match_states)
+            with clock.phase("teacher forward"), torch.no_grad(), outputs as teacher_states:
                 teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
             with gates.row(row):
-                watched, recorded = layer_outputs(student, matched), recorded_routings(banks)
-                with clock.phase("student forward"), watched as own, recorded as routings:
+                outputs, recorded = layer_outputs(student, match_states), recorded_routings(banks)
+                with clock.phase("student forward"), outputs as states, recorded as routings:
                     student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
                 gates.observe(routings, row)
                 with clock.phase("loss"):
@@ -126,11 +132,13 @@ def distill_step(
                     token_losses.append(loss_T.detach())
                     sums += _sums(values, row.loss_mask[0])
                 with clock.phase("backward"):
-                    gap = unexplained(own, theirs, row.router_mask[0]).mean() if matched else 0.0
-                    gaps.append(torch.as_tensor(gap).detach())
-                    others = gates.loss(routings, row) + config.loss.states_coef * gap
-                    (loss_T.sum() / loss_tokens + others / len(rows)).backward()
-            # Every layer's (T, E) tables would be in memory beside the next row's teacher.
+                    extra_loss = gates.loss(routings, row)
+                    if match_states:
+                        error_L = unexplained_variance(states, teacher_states, row.router_mask[0])
+                        state_errors.append((error := error_L.mean()).detach())
+                        extra_loss = extra_loss + config.loss.states_coef * error
+                    (loss_T.sum() / loss_tokens + extra_loss / len(rows)).backward()
+            # Otherwise every layer's (T, E) tables stay in memory during the next teacher pass.
             del routings
         commit()
     loss, forward_kl, agreement, student_entropy = sums / loss_tokens
@@ -141,7 +149,7 @@ def distill_step(
         forward_kl=forward_kl,
         agreement=agreement,
         student_entropy=student_entropy,
-        states_error=torch.stack(gaps).mean() if matched else None,
+        states_error=torch.stack(state_errors).mean() if match_states else None,
         token_losses=token_losses,
         seconds=clock.seconds,
     )
@@ -149,26 +157,26 @@ def distill_step(
 
 @contextmanager
 def undone_if_broken(gates: GateStep, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the context run a step's passes; an exception discards gradients and statistics."""
-    whole = False
+    """Discard gradients and statistics if an exception ends the passes of a step in the context."""
+    completed = False
     try:
         yield
-        whole = True
+        completed = True
     finally:
-        if not whole:
+        if not completed:
             gates.finish(updated=False)
             optimizer.zero_grad(set_to_none=True)
 
 
 def _sums(values: DistillValues, mask_T: Tensor) -> Tensor:
-    """Sums over the tokens that count of loss, KL, agreement and the student's entropy."""
+    """Return the sums over labelled tokens of loss, KL, agreement and the student's entropy."""
     loss_T = values.loss.detach()
     measured = (loss_T, values.forward_kl, values.agrees, values.student_entropy)
     return torch.stack([(value_T * mask_T).sum() for value_T in measured])
 
 
 def _all_finite(*values: Tensor | float) -> bool:
-    """Whether all are finite numbers; reads a GPU once."""
+    """Return True if all values are finite; a GPU is read once."""
     device = next(value.device for value in values if isinstance(value, Tensor))
     numbers = torch.stack([torch.as_tensor(value, device=device).float() for value in values])
     return all(math.isfinite(number) for number in numbers.tolist())
@@ -181,7 +189,11 @@ def update(
     gates: GateStep,
     config: RunConfig,
 ) -> StepResult:
-    """Clip, step and steer if loss and gradients are finite; the result that every stage has."""
+    """Clip the gradients, and if all is finite update experts, gates and routers.
+
+    Returns:
+        The measurements that both stages have.
+    """
     expert_norm, gate_norm = clip_gradients(student, config.optim.clip_norm)
     finite = _all_finite(loss, expert_norm, gate_norm)
     if finite:
@@ -199,12 +211,12 @@ def update(
 
 
 def _loss_options(student: TinyOnnForCausalLM, config: RunConfig) -> dict[str, Any]:
-    """The settings of the loss, and how it is computed here."""
+    """Return the arguments of `distill` that do not change within a step."""
     return {
         "divergence": config.loss.divergence,
         "temperature": config.loss.temperature,
         "jsd_beta": config.loss.jsd_beta,
         "chunk_tokens": loss_chunk_tokens(config.loss, head_of(student).weight),
-        # On a CPU the tiles by hand stay in its cache.
+        # On a CPU the tiles of the uncompiled loss fit its cache.
         "compiled": config.train.compile and student.device.type == "cuda",
     }

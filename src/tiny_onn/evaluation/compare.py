@@ -1,4 +1,4 @@
-"""Quality and compute of a student and its teacher on the same rows."""
+"""Comparison of a student with its teacher on the same rows: quality and compute."""
 
 import math
 from collections.abc import Callable
@@ -25,66 +25,67 @@ from tiny_onn.teacher.held_out import HeldOut
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation(RoutingSummary):
-    """Means over the tokens that have a label; FLOPs are forward, per token, 2 per multiply-add."""
+    """Means over tokens with a label; FLOPs are per token, forward only, 2 per multiply-add."""
 
     num_tokens: int
-    """Tokens that have a label."""
+    """The number of tokens that have a label."""
     forward_kl: float
-    """KL(teacher || student), nats per token."""
+    """KL(teacher || student) in nats per token."""
     top1_agreement: float
-    """Share of tokens for which both rank the same next token first."""
+    """Share of tokens for which student and teacher rank the same next token first."""
     student_perplexity: float
     """exp of `student_nll`."""
     teacher_perplexity: float
     """exp of `teacher_nll`."""
     student_nll: float
-    """Loss on the text itself, -log p(next token), nats."""
+    """The student's next-token loss on the text, -log p(next token), in nats."""
     teacher_nll: float
-    """The same of the teacher."""
+    """The teacher's next-token loss on the text, in nats."""
     teacher_entropy: float
-    """Entropy of the teacher's next-token distribution, nats; `forward_kl` plus it is the
+    """Entropy of the teacher's next-token distribution in nats; added to `forward_kl` it gives the
     soft-label cross-entropy."""
     tau: float
-    """Entropy of the student's next-token distribution, nats."""
+    """Entropy of the student's next-token distribution in nats."""
     uniform_nll: float
-    """log of the vocabulary's size: the loss of a uniform guess."""
+    """The logarithm of the vocabulary's size, which is the loss of a uniform guess."""
     unigram_nll: float
     """Loss that the labels' own frequencies reach without context, see `unigram_nll`."""
     oracle_overlap: float
-    """Share of the active experts that are among the token's k largest |expert(x)|, on the first
-    row, mean over tokens and layers; k is what the token has."""
+    """Share of a token's k active experts that are among its k experts with the largest output
+    norms, as a mean over tokens and layers on the first row."""
     oracle_chance: float
-    """The overlap of random sets of the same sizes, k / E."""
+    """The overlap that random sets of the same sizes would have, k / E."""
     min_expert_norm: float
-    """Mean norm of an active expert's output in the layer where it is smallest, on that row."""
+    """Mean output norm of an active expert on the first row, in the layer where it is smallest."""
     ffn_flops: float
-    """Of the active experts and the gates, as measured from the routing."""
+    """FLOPs of the active experts and the gates, as measured from the routing."""
     dense_ffn_flops: float
-    """Of the teacher's MLPs."""
+    """FLOPs of the teacher's MLPs."""
     total_flops: float
-    """FFN as measured, projections, attention scores of these documents, and the head."""
+    """FLOPs of the student: experts and gates as measured, projections, attention scores of these
+    documents, and the head."""
     dense_total_flops: float
-    """The same of the teacher."""
+    """FLOPs of the teacher, counted in the same way."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Field names to numbers."""
+        """Return the numbers by field name."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A model against a reference, means over the tokens that have a label."""
+    """The comparison of a model with a reference: means over the tokens that have a label."""
 
     num_tokens: int
     forward_kl: float
-    """KL(reference || model), nats per token."""
+    """KL(reference || model) in nats per token."""
     top1_agreement: float
     perplexity: float
     reference_perplexity: float
     nll: float
     reference_nll: float
     entropy: float
-    """Of the model's next-token distribution, nats."""
+    """Entropy of the model's next-token distribution in nats."""
     reference_entropy: float
 
 
@@ -93,15 +94,15 @@ def compare(
     model: PreTrainedModel,
     held_out: HeldOut,
     loss: LossConfig,
-    seen: Callable[[PackedRow], None] = lambda _: None,
+    after_row: Callable[[PackedRow], None] = lambda _: None,
 ) -> Comparison:
     """Compare a model's next-token distributions with the teacher's on held-out rows.
 
     Args:
-        model: the one in question.
+        model: the model to compare.
         held_out: the rows, and the teacher that the model should equal.
-        loss: how many tokens' logits may exist at once.
-        seen: called after each row, on the device.
+        loss: the settings of the loss, for the number of tokens whose logits exist at once.
+        after_row: a function called after each row, with the row on the device.
     """
     device, reference = held_out.teacher.device, held_out.teacher
     sums = torch.zeros(6, device=device, dtype=torch.float64)
@@ -131,7 +132,7 @@ def compare(
         )
         for index, value_T in enumerate(measured):
             sums[index] += value_T[mask_T].double().sum()
-        seen(row)
+        after_row(row)
     means = (sums / num_tokens.clamp_min(1)).tolist()
     kl, agreement, nll, reference_nll, entropy, reference_entropy = means
     return Comparison(
@@ -148,7 +149,7 @@ def compare(
 
 
 def evaluate(student: TinyOnnForCausalLM, held_out: HeldOut, loss: LossConfig) -> Evaluation:
-    """Compare the student with its teacher on packed rows. Budgets stay as they are."""
+    """Compare the student with its teacher on packed rows, at the budget that the student has."""
     return evaluate_layers(student, held_out, loss)[0]
 
 
@@ -156,9 +157,9 @@ def evaluate(student: TinyOnnForCausalLM, held_out: HeldOut, loss: LossConfig) -
 def evaluate_layers(
     student: TinyOnnForCausalLM, held_out: HeldOut, loss: LossConfig
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """As `evaluate`, and what the routing statistics are in each layer.
+    """Evaluate like `evaluate`, and also return the routing statistics of each layer.
 
-    The first row passes through the student once more, for the oracle.
+    The first row passes through the student once more, to compare its routing with the oracle's.
     """
     banks, rows = student.banks(), held_out.rows
     stats, oracle = RoutingStats.zeros(banks), OracleStats.zeros(banks)
@@ -195,11 +196,11 @@ def evaluate_layers(
 
 
 def unigram_nll(labels: Int[Tensor, " labels"]) -> float:
-    """The loss, in nats, that tokens' frequencies alone reach on these labels.
+    """Return the loss, in nats, that the frequencies of tokens alone reach on these labels.
 
-    The entropy of the labels' own frequencies, which is the least that any model without context
-    reaches on them, plus `(distinct - 1) / (2 labels)`: the frequencies were counted on what they
-    are judged by. Source: Miller, "Note on the bias of information estimates", 1955.
+    This is the entropy of the labels' own frequencies, which no model without context can beat on
+    these labels, plus `(distinct - 1) / (2 labels)`, which corrects for counting the frequencies on
+    the same labels. Source: Miller, "Note on the bias of information estimates", 1955.
     """
     _, counts = labels.unique(return_counts=True)
     share = counts.double() / max(1, len(labels))
@@ -208,7 +209,7 @@ def unigram_nll(labels: Int[Tensor, " labels"]) -> float:
 
 
 def document_lengths(row: PackedRow) -> list[int]:
-    """Tokens of each document fragment of a row."""
+    """Return the number of tokens of each document fragment of a row."""
     return row.cu_seqlens.diff().tolist()
 
 

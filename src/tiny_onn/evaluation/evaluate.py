@@ -1,4 +1,4 @@
-"""How good a student is and what it costs, against its teacher, on held-out text."""
+"""The verb `eval`: a student's quality and cost on held-out text, compared with its teacher's."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,16 +14,16 @@ from tiny_onn.runs.students import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import teacher_for
 
-# Share by which a mean number of experts may miss its budget without being called off target.
+# The share by which a mean number of experts may miss its budget before it is off target.
 BUDGET_TOLERANCE = 0.02
 
 
 def budget_report(mean_k: float, router: RouterConfig) -> dict[str, float | bool] | None:
-    """How a measured mean number of active experts compares with the budget; None without one.
+    """Compare a measured mean number of active experts with the budget; None without a budget.
 
     Returns:
-        `target_k`, `mean_k`, `error` (the share by which the mean is above the target) and `met`,
-        whether the error is at most `BUDGET_TOLERANCE` either way.
+        `target_k`, `mean_k`, `error` (the share by which the mean is above the target) and `met`
+        (true if the error is at most `BUDGET_TOLERANCE` in either direction).
     """
     if not has_budget(router):
         return None
@@ -33,70 +33,70 @@ def budget_report(mean_k: float, router: RouterConfig) -> dict[str, float | bool
 
 
 def shown_k(mean_k: float, router: RouterConfig) -> str:
-    """A mean number of active experts beside its target, with what it misses if that is much."""
+    """Return a mean number of active experts beside its target, with the error if it is large."""
     report = budget_report(mean_k, router)
     if report is None:
         return f"{mean_k:.2f}"
-    miss = "" if report["met"] else f" ({report['error']:+.1%}, OFF TARGET)"
-    return f"{mean_k:.2f} / {router.target_k:g}{miss}"
+    error = "" if report["met"] else f" ({report['error']:+.1%}, OFF TARGET)"
+    return f"{mean_k:.2f} / {router.target_k:g}{error}"
 
 
 class EvalOptions(TypedDict):
-    """What a student is measured on, and how it is found."""
+    """The text, the device and the choice of the student for an evaluation."""
 
     text: Path | None
-    """A file or folder; None: held-out text of the student's run."""
+    """A file or folder of text; None: held-out text of the student's run."""
     device: str
-    """Where to run."""
+    """The device to run on."""
     max_tokens: int
-    """Tokens to read, at most."""
+    """The maximum number of tokens to read."""
     checkpoint: NotRequired[str]
-    """Which of a run's students; see `load_student`."""
+    """The choice among a run's students; see `load_student`."""
     teacher: NotRequired[str | None]
-    """Where the student's teacher is; see `load_student`."""
+    """The place of the student's teacher; see `load_student`."""
 
 
 def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, object]:
-    """The verb `eval`: a student against its teacher, on a file or on its run's held-out text.
+    """Compare a student with its teacher, on a text or on the held-out text of its run.
 
-    The teacher is the dense model as it is; where the run's teacher was quantised, the result also
-    says what that cost the teacher itself, under `quantised_teacher`.
+    The teacher is the dense model without quantisation. If the run quantised its teacher,
+    `quantised_teacher` in the result compares the quantised teacher with the dense model.
 
     Args:
         model: a run folder or a student's folder.
         options: see `EvalOptions`.
 
     Raises:
-        UserError: no such model or text, or the teacher cannot be had or is another model.
+        UserError: there is no such model or text, or the teacher cannot be had or is another model.
     """
     loaded, held_out, source = load_for_eval(model, **options)
     with status(f"Evaluating on {source}"):
         result = evaluate(loaded.student, held_out, loaded.config.loss)
-    found: dict[str, object] = dict(asdict(result))
+    measured: dict[str, object] = dict(asdict(result))
     if loaded.config.teacher.quantization != "none":
         settings = replace(loaded.config.teacher, placement="separate")
         quantised = teacher_for(held_out.teacher, settings)
-        found["quantised_teacher"] = asdict(compare(quantised, held_out, loaded.config.loss))
-    about = {"model": model, "step": loaded.step, "teacher": loaded.config.teacher.path}
+        measured["quantised_teacher"] = asdict(compare(quantised, held_out, loaded.config.loss))
+    subject = {"model": model, "step": loaded.step, "teacher": loaded.config.teacher.path}
     budget = budget_report(result.mean_k, loaded.config.router)
-    return {**about, "text": source, **found, "budget": budget}
+    return {**subject, "text": source, **measured, "budget": budget}
 
 
 def load_for_eval(model: str, **options: Unpack[EvalOptions]) -> tuple[LoadedStudent, HeldOut, str]:
-    """A student, the rows to measure on with its teacher, and what these are in words.
+    """Load a student, its teacher with the rows to measure on, and a description of these rows.
 
     Args:
         model: a run folder or a student's folder.
         options: see `EvalOptions`.
 
     Raises:
-        UserError: as `run_eval`.
+        UserError: there is no such model or text, or the teacher cannot be had or is another model.
     """
-    where, text = pick_device(options["device"]), options["text"]
+    device, text = pick_device(options["device"]), options["text"]
     checkpoint = options.get("checkpoint", "newest")
-    loaded = load_student(model, where, checkpoint, options.get("teacher"))
+    loaded = load_student(model, device, checkpoint, options.get("teacher"))
     with status(f"Loading the teacher, {loaded.config.teacher.path}"):
-        dense = load_teacher_of(loaded, where)
+        dense = load_teacher_of(loaded, device)
     data = loaded.config.data
     rows = (
         held_out_rows(data, loaded.tokenizer, data.row_tokens, options["max_tokens"])

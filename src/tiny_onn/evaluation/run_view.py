@@ -1,8 +1,8 @@
-"""What a report shows of a student that its run's records do not hold: measured, kept as JSON.
+"""Measurements for the report that need the student itself: its view of single tokens.
 
-A held-out passage token by token, with the experts of every layer; and how often two experts of a
-layer serve the same token. `view.json` in the run folder keeps it, so that a page that is made
-again has the same bytes.
+The view holds a held-out passage token by token, with the active experts of every layer, and how
+often two experts of a layer serve the same token. `view.json` in the run folder keeps the view, so
+that a page which is made again has the same bytes.
 
 Legend: T tokens, E experts, L layers.
 """
@@ -32,16 +32,16 @@ from tiny_onn.runs.files import write_json
 from tiny_onn.runs.students import choose
 
 VIEW_NAME = "view.json"
-# Of the layout of the file; another one is measured again.
+# The layout of the file; a view with another layout is measured again.
 FORMAT = 1
-# Held-out tokens that are read, and of them those that are shown one by one.
+# The number of held-out tokens that are read, and of tokens among them that are shown one by one.
 VIEW_TOKENS, PASSAGE_TOKENS = 512, 192
-# Numbers of the co-activation tables together.
+# The maximum number of cells in all co-activation tables together.
 TABLE_CELLS = 40_000
 
 
 def kept_view(run: Path) -> dict[str, Any] | None:
-    """The view that the run folder keeps of its newest student; None: measure it."""
+    """Return the view that the run folder keeps of its newest student, or None without one."""
     try:
         view = json.loads((run / VIEW_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -51,12 +51,12 @@ def kept_view(run: Path) -> dict[str, Any] | None:
 
 
 def view_of_run(run: Path, device: str, teacher: str | None = None) -> dict[str, Any]:
-    """The view of a run's newest student, from its folder or measured and kept there.
+    """Return the view of a run's newest student, from its folder or else measured and kept there.
 
     Args:
         run: the run folder.
-        device: where to measure.
-        teacher: the dense model, where it has moved since.
+        device: the device to measure on.
+        teacher: the dense model, if it is no longer in its recorded place.
 
     Raises:
         UserError: the student, its teacher or its text cannot be had.
@@ -67,7 +67,7 @@ def view_of_run(run: Path, device: str, teacher: str | None = None) -> dict[str,
     loaded, held_out, _ = load_for_eval(
         str(run), text=None, device=device, max_tokens=VIEW_TOKENS, teacher=teacher
     )
-    with status("Looking at single tokens"):
+    with status("Measuring single tokens"):
         view = measure_view(
             loaded.student, held_out.teacher, loaded.tokenizer, held_out.rows, loaded.config.loss
         )
@@ -75,11 +75,11 @@ def view_of_run(run: Path, device: str, teacher: str | None = None) -> dict[str,
 
 
 def keep_view(run: Path, view: dict[str, Any]) -> dict[str, Any]:
-    """Write a view of a run's newest student to its folder and return what was written.
+    """Write a view of a run's newest student to its folder, and return what was written.
 
     Args:
-        run: the folder.
-        view: as `measure_view` returns it.
+        run: the run folder.
+        view: the view, as `measure_view` returns it.
 
     Raises:
         UserError: the folder cannot be written.
@@ -97,20 +97,20 @@ def measure_view(
     rows: Sequence[PackedRow],
     loss: LossConfig,
 ) -> dict[str, Any]:
-    """One forward pass of both models over the beginning of held-out text.
+    """Measure single tokens by one forward pass of both models over the beginning of the rows.
 
     Args:
-        student: at the budget to look at.
+        student: the student, at the budget to measure.
         teacher: the dense model.
-        tokenizer: of both.
-        rows: held-out text; whole documents of the first row, `VIEW_TOKENS` or so, are read.
-        loss: how many tokens' logits may exist at once.
+        tokenizer: the tokenizer of both models.
+        rows: held-out text; whole documents of the first row, about `VIEW_TOKENS`, are read.
+        loss: the settings of the loss, for the number of tokens whose logits exist at once.
 
     Returns:
-        `num_experts`, `num_tokens`, `passage` (lists over tokens: `text`, `kl`, `student_nll`,
-        `teacher_nll` in nats, `k`, the mean over layers, and `active`, per layer the active experts
-        as a hexadecimal number whose bit e is expert e) and `coactivation` (by layer the
-        correlation of every two experts over tokens, in percent).
+        `num_experts`, `num_tokens`, `passage` (lists over tokens: `text`; `kl`, `student_nll` and
+        `teacher_nll` in nats; `k`, the mean over layers; and `active`, the active experts of each
+        layer as a hexadecimal number whose bit e is expert e) and `coactivation` (for each layer
+        the correlation of every two experts over tokens, in percent).
     """
     row = _beginning(rows[0]).to(student.device)
     with eval_mode(student), recorded_routings(student.banks()) as routings:
@@ -154,7 +154,10 @@ def measure_view(
 def correlation(
     active_TE: Bool[Tensor, "tokens experts"],
 ) -> Float[Tensor, "experts experts"]:
-    """The correlation over tokens of every two experts' being active; 0 where one never changes."""
+    """Return the correlation over tokens of the activity of every two experts.
+
+    It is 0 for an expert that is active for every token or for none.
+    """
     x_TE = active_TE.double()
     centred_TE = x_TE - x_TE.mean(0)
     norm_E = centred_TE.norm(dim=0)
@@ -177,7 +180,7 @@ def _coactivation(active_LTE: Bool[Tensor, "layers tokens experts"]) -> list[dic
 
 
 def _beginning(row: PackedRow) -> PackedRow:
-    """The row's first documents, `VIEW_TOKENS` or so; of a longer one its beginning."""
+    """Return the row's first documents up to `VIEW_TOKENS`, the last one perhaps cut short."""
     fragments, start, left = [], 0, VIEW_TOKENS
     for length in document_lengths(row)[: row.num_documents]:
         taken = min(length, left)
@@ -189,7 +192,10 @@ def _beginning(row: PackedRow) -> PackedRow:
 
 
 def _passage(row: PackedRow) -> tuple[int, int]:
-    """Bounds of the first document of 2/3 of `PASSAGE_TOKENS`, or else of the longest one."""
+    """Return the bounds of the passage to show.
+
+    It is the first document of at least 2/3 of `PASSAGE_TOKENS`, or else the longest document.
+    """
     lengths = document_lengths(row)
     long = [n for n, length in enumerate(lengths) if 3 * length >= 2 * PASSAGE_TOKENS]
     number = long[0] if long else lengths.index(max(lengths))

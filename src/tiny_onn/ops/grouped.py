@@ -11,9 +11,9 @@ whose grouped product is itself a loop) gathers one expert's tokens at a time; t
 
 Sums over a token's rows run in a fixed order, so that results repeat bit for bit: the loop adds
 expert after expert, in float32; the kernel's rows are summed by `embedding_bag`, one thread per
-token and feature over the token's rows, in float32. This path returns 0 as the gradient of inactive
-experts' weights, and computes no surprise for inactive experts, unless the rule samples its lesson:
-the tokens of the lesson then have a row for every expert.
+token and feature over the token's rows, in float32. This path says nothing about inactive experts:
+it returns 0 as the gradient of their weights, and computes their surprise only where the rule
+samples its lesson, for the sampled tokens, which have a row for every expert.
 
 Legend: T tokens, R rows (active pairs), D hidden, E experts, I expert width, J rows of an expert's
 matrix (gate and up: 2 * I, down: I, a row per neuron).

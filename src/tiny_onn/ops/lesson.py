@@ -48,7 +48,7 @@ def lesson(  # noqa: PLR0917
         logits_TE: the router's logits.
         active_TE: active experts.
         token_mask_T: tokens that count in targets and statistics.
-        lesson_T: tokens whose candidates are all experts, all tokens or `smk.lesson_mask`; the
+        lesson_T: tokens whose candidates are all experts: all of them, or `smk.lesson_mask`; the
             candidates of other tokens are their active experts. None: the rule says `active`.
         compiled: whether small operations are fused in the cases that the kernel does not know.
     """

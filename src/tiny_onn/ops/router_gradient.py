@@ -223,8 +223,8 @@ def router_gradient(
 ) -> Float[Tensor, "tokens experts"]:
     """Return the gradient of the SMK loss at the router's logits, and add to the tally.
 
-    Where the rule samples its lesson, the gradient is that of its tokens with all experts as
-    candidates plus that of the other tokens with their active ones, each as if the tokens of the
+    Where the rule samples its lesson, the gradient is that of the sampled tokens with all experts
+    as candidates plus that of the other tokens with their active ones, each as if the tokens of the
     other kind were masked.
 
     Args:
@@ -236,17 +236,21 @@ def router_gradient(
     """
     lesson_T = smk.lesson_mask(len(surprise_TE), surprise_TE.device)
     if lesson_T is None:
-        return _gradient(smk, surprise_TE, routing, compiled=compiled)
+        return _masked_gradient(smk, surprise_TE, routing, compiled=compiled)
     mask_T = routing.token_mask_T
     sampled = routing._replace(token_mask_T=mask_T & lesson_T)
-    sampled_TE = _gradient(smk, surprise_TE, sampled, compiled=compiled)
+    sampled_TE = _masked_gradient(smk, surprise_TE, sampled, compiled=compiled)
     others = replace(smk, rule=replace(smk.rule, candidates="active"), capture=None)
     rest = routing._replace(token_mask_T=mask_T & ~lesson_T)
-    return sampled_TE + _gradient(others, surprise_TE, rest, compiled=compiled)
+    return sampled_TE + _masked_gradient(others, surprise_TE, rest, compiled=compiled)
 
 
-def _gradient(
-    smk: SmkStep, surprise_TE: Tensor, routing: RoutingTables, *, compiled: bool
+def _masked_gradient(
+    smk: SmkStep,
+    surprise_TE: Tensor,
+    routing: RoutingTables,
+    *,
+    compiled: bool,
 ) -> Float[Tensor, "tokens experts"]:
     weights_TE, logits_TE, active_TE, token_mask_T = routing
     if smk.rule.surprise != "magnitude":

@@ -100,8 +100,8 @@ def expert_layer(
         token_mask_T: tokens that count in SMK targets and statistics; None: all.
         smk: the instructions for the router's gradient; None: it gets none.
         compiled: whether torch.compile fuses the small operations of the router's gradient.
-        num_active: the number of experts that every token has; None: it varies, and the device is
-            asked for the number of pairs unless `dense_sums` is True.
+        num_active: the number of experts of each token, if all have as many; without it, the
+            device is asked for the number of pairs unless `dense_sums` is True.
         dense_sums: whether one dense product sums over experts; None: `DENSE_SHARE` decides.
         tiles: the kernels' block sizes; None: the fastest ones as measured.
 

@@ -167,8 +167,8 @@ class _Step:
         pre = 0 if self.chunked else 2 * self.neuron_bytes
         # The sparse path keeps the hidden activations too. Where a layer is computed again, the
         # dense path's backward pass, which is planned, needs more than that.
-        sparse = self.sparse and self.config.train.checkpointing == "none"
-        return self.hidden_bytes + pre + router + (self.neuron_bytes if sparse else 0)
+        keeps_hidden = self.sparse and self.config.train.checkpointing == "none"
+        return self.hidden_bytes + pre + router + (self.neuron_bytes if keeps_hidden else 0)
 
     def routing(self) -> int:
         """Return each bank's last routing, which is logits, scores, weights and active."""

@@ -3,7 +3,6 @@
 import json
 import os
 import time
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from tiny_onn.config.schema import DType, TeacherConfig, TeacherDType
 from tiny_onn.device import number_format
 from tiny_onn.errors import UserError, load_errors, printable, reason_line, reason_of
+from tiny_onn.planning.device_names import device_rows, gpu_name, gpu_numbers
 from tiny_onn.teacher.model_files import check_config_table, check_model_config, read_object
 from tiny_onn.teacher.model_paths import find_model
 
@@ -88,19 +88,8 @@ def find_device(text: str, dtype: TeacherDType) -> Device:
         return measure_cpu(getattr(torch, number_format(dtype, torch.device("cpu"))))
     if wanted == "auto":
         return _own_gpu(table)
-    for name, device in table.items():
-        if wanted in (
-            name.lower(),
-            name.lower().replace("rtx ", ""),
-            name.lower().replace(" ", ""),
-        ):
-            return device
-    if text.count(",") == 2:
-        return _custom_device(text)
-    raise UserError(
-        f"--device: got {text}, expected auto, cpu, {', '.join(table)}, or three numbers "
-        "MEMORY_GIB,TFLOPS,GB_PER_S; for example --device 48,91,864"
-    )
+    name = gpu_name(text)
+    return _custom_device(text) if name is None else table[name]
 
 
 def measure_cpu(dtype: torch.dtype) -> Device:
@@ -130,7 +119,6 @@ def _best_seconds(work: Callable[[], object]) -> float:
 
 
 def _device_table() -> dict[str, Device]:
-    rows = tomllib.loads((files("tiny_onn.planning") / "devices.toml").read_text("utf-8"))
     return {
         name: Device(
             name=name,
@@ -139,7 +127,7 @@ def _device_table() -> dict[str, Device]:
             bandwidth_gb_s=float(row["bandwidth_gb_s"]),
             source=row["source"],
         )
-        for name, row in rows.items()
+        for name, row in device_rows().items()
     }
 
 
@@ -163,15 +151,7 @@ def _own_gpu(table: dict[str, Device]) -> Device:
 
 
 def _custom_device(text: str) -> Device:
-    try:
-        memory_gib, tflops, bandwidth = (float(part) for part in text.split(","))
-    except ValueError:
-        memory_gib = tflops = bandwidth = 0.0
-    if not all(0 < number < 1e6 for number in (memory_gib, tflops, bandwidth)):
-        raise UserError(
-            f"--device: got {text}, expected three numbers > 0, MEMORY_GIB,TFLOPS,GB_PER_S; for "
-            "example --device 48,91,864"
-        )
+    memory_gib, tflops, bandwidth = gpu_numbers(text)
     return Device(
         name=f"GPU of {memory_gib:g} GiB, {tflops:g} TFLOP/s, {bandwidth:g} GB/s",
         memory_bytes=round(memory_gib * GIB),

@@ -1,7 +1,8 @@
-"""Attention for one-token changes: each token sees the others as they are, itself as changed.
+"""Attention for changes of single tokens: each token sees itself changed, and the others unchanged.
 
-Copy 0 of a batch is one document as it is; the other copies are changed at every token, each for
-itself. Earlier tokens' keys and values are copy 0's, the token's own are its copy's.
+Copy 0 of a batch is one document without a change; in the other copies every token is changed. A
+token attends to the keys and values of earlier tokens in copy 0, and to its own key and value in
+its own copy. So every token is changed as if it were the only one.
 
 Shapes: C copies, T tokens, H heads.
 """
@@ -33,10 +34,11 @@ def own_key_attention(  # noqa: PLR0917 - transformers' contract
     softcap: float | None = None,
     **_: object,
 ) -> tuple[Float[Tensor, "copies tokens heads value_dim"], None]:
-    """Causal attention in which earlier tokens are copy 0's and each token's own key is its own.
+    """Compute causal attention over the earlier tokens of copy 0 and the token's own copy.
 
-    For copy 0, and so for a batch of one document, it is plain causal attention. What a family adds
-    beyond scaling, softcap and window is refused by `DOCUMENT_ATTENTION`, which runs first.
+    For copy 0, and so for a batch of one document, this is plain causal attention. Anything that a
+    model family adds to scaling, softcap and window is refused by `DOCUMENT_ATTENTION`, which runs
+    first.
     """
     assert attention_mask is None
     assert not (dropout and module.training)
@@ -58,14 +60,14 @@ def own_key_attention(  # noqa: PLR0917 - transformers' contract
 
 
 def register() -> None:
-    """Make `OWN_KEY_ATTENTION` known to transformers; calling it again changes nothing."""
+    """Make `OWN_KEY_ATTENTION` known to transformers; a second call changes nothing."""
     AttentionInterface.register(OWN_KEY_ATTENTION, own_key_attention)
     AttentionMaskInterface.register(OWN_KEY_ATTENTION, no_mask)
 
 
 @contextmanager
 def own_keys(student: TinyOnnForCausalLM) -> Iterator[None]:
-    """Within the context the student's attention is `OWN_KEY_ATTENTION`."""
+    """Use `OWN_KEY_ATTENTION` as the student's attention within the context."""
     register()
     before = student.backbone.config._attn_implementation
     student.set_attn_implementation(OWN_KEY_ATTENTION)

@@ -1,12 +1,12 @@
-"""What each expert is worth to a token: the token's own loss with and without it, and its surprise.
+"""The worth of each expert to a token: the token's own loss with and without it, and its surprise.
 
-Leave-one-out asks for one change at one token at a time: T * E forward passes done plainly. Here it
-is E passes of the probed layer and those above it, and still exact. Copy 0 of a batch is the model
-as it is; in every other copy each token flips one expert of one layer, and each token attends to
-the keys and values that copy 0 has for earlier tokens, with its own as the changed stream makes
-them (`counterfactual_attention.py`). So no token sees another one's change. An active expert is
-left out (the others keep their weights); an inactive one is added at the weight that it would have
-had.
+Leave-one-out changes one expert at one token at a time, which would take T * E forward passes. Here
+E passes through the probed layer and those above it give exactly the same numbers. Copy 0 of a
+batch is the unchanged model. In every other copy each token flips one expert of one layer, and
+attends to the keys and values of earlier tokens in copy 0 and to its own changed ones
+(`counterfactual_attention.py`). So no token sees the change of another token. A flip leaves an
+active expert out, while the others keep their weights, or adds an inactive expert with the weight
+that it would have had.
 
 Cost per document and probed layer: (E + 1) forward passes of its tokens through the layers from the
 probed one up, and the head.
@@ -35,30 +35,30 @@ from tiny_onn.ops.shared_experts import routed, with_shared
 from tiny_onn.ops.surprise import SmkRule
 
 SURPRISES: tuple[Surprise, ...] = get_args(Surprise)
-# Tokens in all copies of one batch.
+# The number of tokens in all copies of one batch together.
 BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Call:
-    """How a decoder layer was called."""
+    """The arguments of a decoder layer's call."""
 
     hidden: Tensor
     rest: tuple[Any, ...]
     named: dict[str, Any]
 
 
-class Document:
-    """One document in a student within `own_keys`: losses, values, surprise.
+class ProbedDocument:
+    """The losses, leave-one-out truth and surprise of one document, to use within `own_keys`.
 
     Args:
-        student: in float32, frozen.
+        student: the student, frozen and in float32.
         input_ids: the document.
-        teacher_logits_TV: the teacher's logits there, for the KL to it; None: the token's own loss
-            is that of the next token.
+        teacher_logits_TV: the teacher's logits for the document, if the loss of a token is its KL
+            to the teacher; None: it is its next-token loss.
 
     Raises:
-        UserError: the decoder does more than its layers and a final norm.
+        UserError: the decoder consists of more than its layers and a final norm.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Document:
         self.student = student
         self.layers = decoder_layers(student.backbone)
         self.head = head_of(student)
-        # The last token has no label, and no divergence is asked of it either.
+        # The last token has no label, and its divergence is not measured either.
         self.has_loss_T = torch.arange(input_ids.shape[1], device=input_ids.device) < (
             input_ids.shape[1] - 1
         )
-        # Class indices, or a distribution: cross-entropy takes both. The KL is the latter's less
-        # the teacher's entropy, a constant.
+        # The target is a class index or a distribution, which torch's cross-entropy both accepts.
+        # The KL is the cross-entropy to the distribution, less its entropy, which is constant.
         self.target, self.entropy_T = input_ids[0].roll(-1), 0.0
         if teacher_logits_TV is not None:
             self.target = teacher_logits_TV.softmax(-1)
@@ -84,31 +84,31 @@ class Document:
             raise _unknown_family(student, "its decoder has no final norm named 'norm'")
         with torch.no_grad():
             self.calls, final_TD = _layer_calls(student, self.layers, input_ids)
-            again_TD = self._run(len(self.layers) - 1, self.calls[-1].hidden)[0]
+            repeated_TD = self._run(len(self.layers) - 1, self.calls[-1].hidden)[0]
             self.losses_T = self.own_losses(final_TD)
-        gap, size = (again_TD - final_TD).abs().max().item(), final_TD.abs().max().item()
-        if not gap <= 1e-3 * size:
+        error, size = (repeated_TD - final_TD).abs().max().item(), final_TD.abs().max().item()
+        if not error <= 1e-3 * size:
             raise _unknown_family(
-                student, f"its final hidden states differ from norm(layers) by {gap:.3g}"
+                student, f"its final hidden states differ from norm(layers) by {error:.3g}"
             )
 
     def own_losses(self, hidden_TD: Float[Tensor, "tokens hidden"]) -> Float[Tensor, " tokens"]:
-        """Each token's own loss from final hidden states; 0 for the last token."""
+        """Return each token's own loss from final hidden states; 0 for the last token."""
         cross_entropy_T = F.cross_entropy(
             self.head.logits(hidden_TD), self.target, reduction="none"
         )
         return (cross_entropy_T - self.entropy_T).masked_fill(~self.has_loss_T, 0)
 
     def truth(
-        self, layer: int, seen: Callable[[int], None] = lambda _: None
+        self, layer: int, advance: Callable[[int], None] = lambda _: None
     ) -> Float[Tensor, "tokens experts"]:
-        """Each expert's worth to each token: its own loss without the expert, less that with it.
+        """Return each expert's worth to each token: the token's loss without it less that with it.
 
-        In nats, positive if the expert helps; 0 for the last token.
+        The worth is in nats and positive if the expert helps; it is 0 for the last token.
 
         Args:
-            layer: the probed one.
-            seen: called with the number of experts done.
+            layer: the probed layer.
+            advance: a function called with the number of experts done since its last call.
         """
         bank = self._bank(layer)
         num_tokens, num_experts = len(self.has_loss_T), bank.experts.num_experts
@@ -127,7 +127,7 @@ class Document:
                 base_T = self.own_losses(base_TD)
                 columns += [self.own_losses(other_TD) - base_T for other_TD in others]
             active_TE = flip.active_TE
-            seen(len(experts))
+            advance(len(experts))
         assert active_TE is not None
         rise_TE = torch.stack(columns, dim=1)
         return torch.where(active_TE, rise_TE, -rise_TE)
@@ -135,27 +135,29 @@ class Document:
     def surprise(
         self, layers: Sequence[int], kinds: Sequence[Surprise] = SURPRISES, *, own: bool = False
     ) -> dict[int, dict[str, Float[Tensor, "tokens experts"]]]:
-        """Per layer and kind, the surprise that training sees, at each expert's (would-be) weight.
+        """Return the surprise that training measures, by layer and kind, at each expert's weight.
 
-        One forward pass and a backward pass per kind, through the expert layer's own code.
+        An inactive expert has the weight that it would have if it were active. The cost is one
+        forward pass and one backward pass per kind, through the code of the expert layer.
 
         Args:
-            layers: where.
-            kinds: which.
-            own: of each token's own loss alone. Off: of the sum of all tokens' losses, as in
-                training, where an expert also answers for what later tokens read of this one.
+            layers: the layers to measure.
+            kinds: the kinds of surprise to measure.
+            own: true for the surprise of each token's own loss alone; false for that of the sum of
+                all tokens' losses, as in training, which includes the losses of later tokens that
+                attend to this one.
         """
-        # In the order of their calls, as their routings are recorded.
+        # Routings are recorded in the order in which the layers are called.
         layers = sorted(layers)
         banks = [self._bank(layer) for layer in layers]
         num_tokens = len(self.has_loss_T)
-        # As in training, where every candidate's surprise is captured at unit weight.
+        # As in training, the surprise of every candidate is captured at unit weight.
         rule = SmkRule(candidates="all")
         steps = [SmkStep(rule=rule, grad_scale=1.0, capture=[]) for _ in banks]
         first = layers[0]
         hidden = self.calls[first].hidden.expand(2 if own else 1, -1, -1)
-        found: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
-        with _taught(banks, steps), torch.enable_grad():
+        surprises: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+        with _capturing_surprise(banks, steps), torch.enable_grad():
             with recorded_routings(banks) as routings:
                 final_TD = self._run(first, hidden, detach_past=own)[-1]
             grad_TD = self._loss_gradient(final_TD)
@@ -167,26 +169,27 @@ class Document:
                     assert step.capture is not None
                     last_TE = step.capture.pop()[-num_tokens:]
                     weights_TE = would_be_weights(routing, bank)[-num_tokens:]
-                    found[layer][kind] = last_TE.detach() * weights_TE
-        return found
+                    surprises[layer][kind] = last_TE.detach() * weights_TE
+        return surprises
 
     def mlp_input(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The MLP's input (T, D) and the active experts (T, E) of a layer."""
-        seen: list[Tensor] = []
+        """Return the MLP's input (T, D) and the active experts (T, E) of a layer."""
+        mlp_inputs: list[Tensor] = []
         bank = self._bank(layer)
-        hook = bank.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        hook = bank.register_forward_pre_hook(lambda _, inputs: mlp_inputs.append(inputs[0]))
         with hook, torch.no_grad(), recorded_routings([bank]) as routings:
             self._layer(layer, self.calls[layer].hidden)
-        return seen[0][0], routings[0].active
+        return mlp_inputs[0][0], routings[0].active
 
     def _bank(self, layer: int) -> ExpertBank:
         return self.student.banks()[layer]
 
     def _run(self, first: int, hidden: Tensor, *, detach_past: bool = False) -> Tensor:
-        """Final hidden states (C, T, D) from what enters layer `first`."""
+        """Return the final hidden states (C, T, D) from the input of layer `first`."""
         for layer in range(first, len(self.layers)):
             if detach_past:
-                # Copy 0 is what the others attend to: constant, so that no loss reaches through it.
+                # The other copies attend to copy 0, which is constant here, so that a token's loss
+                # has no gradient with respect to other tokens.
                 hidden = torch.cat((hidden[:1].detach(), hidden[1:]))
             hidden = self._layer(layer, hidden)
         return self.student.backbone.base_model.norm(hidden)  # pyright: ignore[reportCallIssue]
@@ -197,7 +200,7 @@ class Document:
         return output[0] if isinstance(output, tuple) else output
 
     def _loss_gradient(self, hidden_TD: Tensor) -> Tensor:
-        """Gradient of the sum of own losses, with respect to the final hidden states."""
+        """Return the gradient of the sum of own losses, with respect to the final hidden states."""
         leaf_TD = hidden_TD.detach().requires_grad_()
         self.own_losses(leaf_TD).sum().backward()
         assert leaf_TD.grad is not None
@@ -205,11 +208,11 @@ class Document:
 
 
 class _Flip:
-    """A bank's forward hook: in copy c + 1 every token flips expert `experts[c]`.
+    """A bank's forward hook that flips expert `experts[c]` for every token of copy c + 1.
 
     Args:
-        experts: Which experts, one for each copy but the first.
-        routings: A recording of the bank's calls.
+        experts: the experts to flip, one for each copy but the first.
+        routings: the recorded routings of the bank's calls.
     """
 
     def __init__(self, experts: Tensor, routings: list[Routing]) -> None:
@@ -229,7 +232,7 @@ class _Flip:
             signed_T1 = torch.where(self.active_TE[:, e], -weights_TE[:, e], weights_TE[:, e])
             change_TD = hidden_TI @ bank.experts.down_proj[e].to(x_TD.dtype).T * signed_T1[:, None]
             if bank.mean_outputs is not None:
-                # What stands in for an inactive expert.
+                # The expert's mean output stands in for it while it is inactive.
                 added_T1 = torch.where(self.active_TE[:, e, None], 1.0, -1.0)
                 change_TD = change_TD + added_T1 * bank.mean_outputs[e].to(x_TD.dtype)
             changes.append(change_TD)
@@ -237,7 +240,7 @@ class _Flip:
 
 
 def would_be_weights(routing: Routing, bank: ExpertBank) -> Float[Tensor, "tokens experts"]:
-    """The weight of each active expert, and of each inactive one if it were active too."""
+    """Return the weight of each active expert, and of each inactive one if it were active too."""
     S = bank.router.rule.num_shared
     logits_TE = routed(routing.router_logits.detach(), S)
     columns = []
@@ -255,7 +258,7 @@ def would_be_weights(routing: Routing, bank: ExpertBank) -> Float[Tensor, "token
 def _layer_calls(
     student: TinyOnnForCausalLM, layers: Sequence[nn.Module], input_ids: Tensor
 ) -> tuple[list[_Call], Tensor]:
-    """How each layer is called on a document, and the final hidden states (T, D)."""
+    """Record the arguments of each layer on a document, and return its final states (T, D) too."""
     calls: list[_Call] = []
 
     def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -278,9 +281,9 @@ def _unknown_family(student: TinyOnnForCausalLM, reason: str) -> UserError:
 
 
 @contextmanager
-def _taught(banks: Sequence[ExpertBank], steps: Sequence[SmkStep]) -> Iterator[None]:
-    """Within the context the banks' backward passes capture surprise, by the dense path."""
-    kept = [(bank.execution, bank.router.weight.requires_grad) for bank in banks]
+def _capturing_surprise(banks: Sequence[ExpertBank], steps: Sequence[SmkStep]) -> Iterator[None]:
+    """Capture surprise in the banks' backward passes, by the dense path, within the context."""
+    before = [(bank.execution, bank.router.weight.requires_grad) for bank in banks]
     for bank in banks:
         bank.set_execution(replace(bank.execution, path="dense"))
         bank.router.requires_grad_(True)
@@ -288,7 +291,7 @@ def _taught(banks: Sequence[ExpertBank], steps: Sequence[SmkStep]) -> Iterator[N
         with row_context(banks, [RowState(smk=step) for step in steps]):
             yield
     finally:
-        for bank, (execution, needed) in zip(banks, kept, strict=True):
+        for bank, (execution, needed) in zip(banks, before, strict=True):
             bank.set_execution(execution)
             bank.router.requires_grad_(needed)
             bank.router.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Surprise and leave-one-out losses, measured on sampled documents."""
+"""Measurements of surprise and of leave-one-out losses on sampled documents."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,15 +18,14 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.probe.counterfactual_attention import own_keys
-from tiny_onn.probe.leave_one_out import Document
+from tiny_onn.probe.leave_one_out import ProbedDocument
 from tiny_onn.probe.subject import Subject
-from tiny_onn.probe.summary import Seen, numbers
+from tiny_onn.probe.summary import Observations, summarise
 
-# What was measured so far is written as many times.
+# The number of parts after which the results so far are written.
 PARTS = 10
-
-
-# The gain of the token's own loss, without what later tokens read of it.
+# The name of the gain for the token's own loss, without the losses of later tokens that attend to
+# the token.
 OWN_GAIN = "own gain"
 
 
@@ -39,40 +38,41 @@ def measure(
     use_kl: bool,
     keep: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
-    """The numbers of some documents' tokens, the first of each apart, by layer.
+    """Measure documents and return the summary, by layer, with first tokens apart.
 
     Args:
         subject: the model.
-        probed: documents to probe.
-        fitted: documents to fit regressions on; none: none are made.
-        layers: which.
-        use_kl: whether a token's own loss is the KL to the teacher, or that of the next token.
-        keep: called with the numbers of the documents so far, without regressions, `PARTS - 1`
-            times or so on the way.
+        probed: the documents to probe.
+        fitted: the documents to fit regressions on; empty: no regressions are fitted.
+        layers: the layers to probe.
+        use_kl: true if the loss of a token is its KL to the teacher, false if it is its next-token
+            loss.
+        keep: a function called with the summary of the documents so far, without regressions,
+            about `PARTS - 1` times on the way.
     """
     teacher = subject.teacher if use_kl else None
     part = math.ceil(len(probed) / PARTS)
     losses: list[Tensor] = []
-    seen = {layer: Seen(value=[], active=[], x=[], scores={}) for layer in layers}
+    observations = {layer: Observations(value=[], active=[], x=[], scores={}) for layer in layers}
     with _bar(len(probed) * (len(layers) + 1) + len(fitted)) as advance:
-        for losses_T in look(subject.student, teacher, probed, seen, advance):
+        for losses_T in measure_documents(subject.student, teacher, probed, observations, advance):
             losses.append(losses_T)
             if len(losses) % part == 0 and len(losses) < len(probed):
-                keep(numbers(probed, losses, seen, {}, use_kl=use_kl))
-        fit = look_again(subject.student, teacher, fitted, layers, advance)
-    return numbers(probed, losses, seen, fit, use_kl=use_kl)
+                keep(summarise(probed, losses, observations, {}, use_kl=use_kl))
+        fit = measure_fit_documents(subject.student, teacher, fitted, layers, advance)
+    return summarise(probed, losses, observations, fit, use_kl=use_kl)
 
 
 def sample_documents(
     rows: Iterable[PackedRow], document_tokens: int, max_tokens: int, fit_tokens: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Token ids (1, T) of documents to probe, and of others to fit regressions on.
+    """Return token ids (1, T) of documents to probe, and of others to fit regressions on.
 
-    The first are the beginnings of the first fragments of text; the second are whole later
-    fragments, in pieces of the same length.
+    The documents to probe are the beginnings of the first fragments of text; the others are whole
+    later fragments, in pieces of the same length.
 
     Raises:
-        UserError: there is not one document of three tokens.
+        UserError: there is no document of three tokens.
     """
     probed: list[Tensor] = []
     fitted: list[Tensor] = []
@@ -93,64 +93,65 @@ def sample_documents(
                     num_fitted += piece.shape[1]
     if not probed:
         raise UserError(
-            "--text: got no document of three tokens or more, expected some text; name another"
+            "--text: got no document of three tokens or more, expected some text; name another file"
         )
     return probed, fitted
 
 
-def look(
+def measure_documents(
     student: TinyOnnForCausalLM,
     teacher: PreTrainedModel | None,
     documents: Sequence[Tensor],
-    seen: dict[int, Seen],
+    observations: dict[int, Observations],
     advance: Callable[[float], None],
 ) -> Iterator[Tensor]:
-    """Each document's own losses (T,), once what its tokens show of every layer is in `seen`.
+    """Yield the losses (T,) of each document, after its measurements went into `observations`.
 
     Args:
         student: the model.
-        teacher: whose KL counts; None: the next token's loss does.
-        documents: token ids (1, T).
-        seen: by layer; truth, every surprise, and inputs are added to it.
-        advance: called with the documents done, in parts.
+        teacher: the model for the KL; None: the loss of a token is its next-token loss.
+        documents: the documents as token ids (1, T).
+        observations: by layer; truth, every kind of surprise, and inputs are added to it.
+        advance: a function called with the number of documents done since its last call, which may
+            be a fraction.
     """
     num_experts = student.config.num_experts
     for document in _documents(student, teacher, documents):
-        surprise = document.surprise(list(seen))
-        own = document.surprise(list(seen), ["gain"], own=True)
+        surprise = document.surprise(list(observations))
+        own = document.surprise(list(observations), ["gain"], own=True)
         advance(1)
-        for layer, shown in seen.items():
-            found = surprise[layer] | {OWN_GAIN: own[layer]["gain"]}
-            _note(shown, document, layer, found)
+        for layer, layer_observations in observations.items():
+            scores = surprise[layer] | {OWN_GAIN: own[layer]["gain"]}
+            _record(layer_observations, document, layer, scores)
             value_TE = document.truth(layer, lambda num: advance(num / num_experts))
-            shown.value.append(value_TE.cpu())
+            layer_observations.value.append(value_TE.cpu())
         yield document.losses_T.cpu()
 
 
-def look_again(
+def measure_fit_documents(
     student: TinyOnnForCausalLM,
     teacher: PreTrainedModel | None,
     documents: Sequence[Tensor],
     layers: Sequence[int],
     advance: Callable[[float], None],
-) -> dict[int, Seen]:
-    """Gain, magnitude and inputs of documents to fit on, without their truth, by layer."""
-    seen = {layer: Seen(value=[], active=[], x=[], scores={}) for layer in layers}
+) -> dict[int, Observations]:
+    """Return the gain, magnitude and inputs of documents to fit regressions on, by layer."""
+    observations = {layer: Observations(value=[], active=[], x=[], scores={}) for layer in layers}
     kinds: tuple[Surprise, ...] = ("gain", "magnitude")
     for document in _documents(student, teacher, documents):
         surprise = document.surprise(layers, kinds)
         for layer in layers:
-            _note(seen[layer], document, layer, surprise[layer])
+            _record(observations[layer], document, layer, surprise[layer])
         advance(1)
-    return seen if documents else {}
+    return observations if documents else {}
 
 
 def _documents(
     student: TinyOnnForCausalLM, teacher: PreTrainedModel | None, documents: Sequence[Tensor]
-) -> Iterator[Document]:
+) -> Iterator[ProbedDocument]:
     student.set_attn_implementation(DOCUMENT_ATTENTION)
     if documents:
-        # Attention that is not plain is refused here, by name.
+        # This pass refuses kinds of attention that `own_keys` does not know, by name.
         with torch.no_grad():
             student(input_ids=documents[0].to(student.device), use_cache=False)
     for ids in documents:
@@ -162,20 +163,22 @@ def _documents(
                 else teacher(input_ids=on_device, use_cache=False).logits[0].float()
             )
         with own_keys(student):
-            yield Document(student, on_device, logits)
+            yield ProbedDocument(student, on_device, logits)
 
 
-def _note(seen: Seen, document: Document, layer: int, scores: dict[str, Tensor]) -> None:
+def _record(
+    observations: Observations, document: ProbedDocument, layer: int, scores: dict[str, Tensor]
+) -> None:
     x_TD, active_TE = document.mlp_input(layer)
-    seen.x.append(x_TD.cpu())
-    seen.active.append(active_TE.cpu())
+    observations.x.append(x_TD.cpu())
+    observations.active.append(active_TE.cpu())
     for kind, score_TE in scores.items():
-        seen.scores.setdefault(kind, []).append(score_TE.float().cpu())
+        observations.scores.setdefault(kind, []).append(score_TE.float().cpu())
 
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[float], None]]:
-    """A progress bar on standard error, and what moves it."""
+    """Show a progress bar on standard error, and yield the function that advances it."""
     with Progress(
         TextColumn("probe"),
         BarColumn(bar_width=30),

@@ -1,4 +1,4 @@
-"""How well a score ranks experts for a token, against the truth: pure functions.
+"""Statistics of how well a score ranks experts for a token, compared with the truth.
 
 Legend: T tokens, D features, E experts, G groups of tokens.
 """
@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 def ranks(
     values_TE: Float[Tensor, "tokens experts"], candidates_TE: Bool[Tensor, "tokens experts"]
 ) -> Float[Tensor, "tokens experts"]:
-    """Rank of each value among its row's candidates, 0 the smallest; equal ones share their mean.
+    """Rank each value among its row's candidates, from 0; equal values share their mean rank.
 
     `rank[t, e] = #{j: v[t, j] < v[t, e]} + (#{j: v[t, j] == v[t, e]} - 1) / 2`, 0 elsewhere.
     """
@@ -44,9 +44,9 @@ def spearman(
     second_TE: Float[Tensor, "tokens experts"],
     candidates_TE: Bool[Tensor, "tokens experts"],
 ) -> Float[Tensor, " tokens"]:
-    """Per token, the rank correlation over its candidates; NaN where either does not vary.
+    """Return the rank correlation over each token's candidates; NaN if a score does not vary.
 
-    The Pearson correlation of mean ranks, which is Spearman's with ties.
+    This is the Pearson correlation of mean ranks, which is Spearman's correlation with ties.
     """
     count_T1 = candidates_TE.sum(-1, keepdim=True)
     centred = [
@@ -64,11 +64,12 @@ def per_token(
     magnitude_TE: Float[Tensor, "tokens experts"],
     candidates_TE: Bool[Tensor, "tokens experts"],
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """What a score says of each token: agreement with the truth, and where its two ends point.
+    """Return, for each token, how a score agrees with the truth, and the experts at its extremes.
 
-    Experts that share the extreme score are averaged. Keys: `spearman`; `constant` (the candidates'
-    scores do not differ) and `zero` (all are 0), 0 or 1; and for each end, `min` and `max`:
-    `truth_at_END`, `tied_END` (0 or 1) and `magnitude_rank_END` (0 = the smallest output).
+    Experts that share the extreme score are averaged. The keys are `spearman`; `constant` (1 if the
+    candidates' scores do not differ, else 0) and `zero` (1 if they are all 0, else 0); and for each
+    END, `min` and `max`: `truth_at_END`, `tied_END` (1 if experts share the extreme, else 0) and
+    `magnitude_rank_END` (0 for the smallest output).
     """
     magnitude_rank_TE = ranks(magnitude_TE, candidates_TE)
     found = {"spearman": spearman(score_TE, truth_TE, candidates_TE)}
@@ -89,7 +90,7 @@ def per_token(
 def levels(
     truth_TE: Float[Tensor, "tokens experts"], candidates_TE: Bool[Tensor, "tokens experts"]
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """Per token, the truth of a `random` candidate, of the `best` and of the `worst` one."""
+    """Return each token's truth of a `random` candidate, of the `best` and of the `worst` one."""
     random_T = (truth_TE * candidates_TE).sum(-1) / candidates_TE.sum(-1)
     best_T = torch.where(candidates_TE, truth_TE, -torch.inf).amax(-1)
     worst_T = torch.where(candidates_TE, truth_TE, torch.inf).amin(-1)
@@ -101,11 +102,11 @@ def estimate(
     groups_T: Int[Tensor, " tokens"],
     generator: torch.Generator,
 ) -> Estimate:
-    """Mean over tokens, and its interval by resampling whole groups; NaN values are left out."""
-    known_T = ~values_T.isnan()
-    if not known_T.any():
+    """Average over tokens, with an interval by resampling whole groups; NaN is left out."""
+    is_number_T = ~values_T.isnan()
+    if not is_number_T.any():
         return Estimate(torch.nan, torch.nan, torch.nan)
-    values, groups = values_T[known_T].double(), groups_T[known_T]
+    values, groups = values_T[is_number_T].double(), groups_T[is_number_T]
     _, index = groups.unique(return_inverse=True)
     num_groups = int(index.max()) + 1
     sums_G = torch.zeros(num_groups, dtype=torch.float64).index_add_(0, index, values)
@@ -119,7 +120,11 @@ def estimate(
 def fit_ridge(
     x_TD: Float[Tensor, "tokens features"], y_TE: Float[Tensor, "tokens experts"]
 ) -> Callable[[Float[Tensor, "new features"]], Float[Tensor, "new experts"]]:
-    """The ridge regression of y on x, penalty chosen on the last tokens, as a predictor."""
+    """Fit a ridge regression of y on x, whose penalty is chosen on the last tokens.
+
+    Returns:
+        The predictor of y from new x.
+    """
     x_TD, y_TE = x_TD.double(), y_TE.double()
     num_fit = round(len(x_TD) * (1 - CHOICE_SHARE))
     candidates = _ridge(x_TD[:num_fit], y_TE[:num_fit], PENALTIES)
@@ -139,7 +144,7 @@ def _ridge(
     moment_DE = vectors_DD.T @ (centred_TD.T @ (y_TE - mean_E))
     predictors: list[Callable[[Tensor], Tensor]] = []
     for penalty in penalties:
-        # Never zero: features that do not vary are left alone.
+        # The 1e-30 keeps features that do not vary from a division by zero.
         shrink_D = values_D.clamp_min(0) + penalty * values_D.mean() + 1e-30
         weight_DE = vectors_DD @ (moment_DE / shrink_D[:, None])
         predictors.append(

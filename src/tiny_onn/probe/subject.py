@@ -1,4 +1,4 @@
-"""The student that a probe looks at."""
+"""The student that is probed."""
 
 from dataclasses import dataclass, replace
 
@@ -28,7 +28,8 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     config: RunConfig
     fresh: bool
-    """Whether it was converted for this, with all experts on: it equals its teacher."""
+    """True for a dense model converted for the probe with all experts active, so that the student
+    equals its teacher."""
 
 
 def load_subject(  # noqa: PLR0917
@@ -39,21 +40,21 @@ def load_subject(  # noqa: PLR0917
     checkpoint: str,
     teacher: str | None,
 ) -> Subject:
-    """The model that a user names, in float32 and frozen, with its teacher.
+    """Load the model that a user names, in float32 and frozen, with its teacher.
 
     Raises:
-        UserError: there is none, or it cannot be converted as asked.
+        UserError: there is no such model, or it cannot be converted with these settings.
     """
     if is_student(name):
         loaded = load_student(name, device, checkpoint, teacher)
         if loaded.student.config.routing_rule().selection == "oracle":
             raise UserError(
                 f"MODEL: got {name}, a student with router.selection = 'oracle', expected one with"
-                " a gate: surprise reaches experts through it; probe its teacher instead"
+                " a gate, because surprise is measured through it; probe its teacher instead"
             )
-        # Differences of losses drown in bfloat16's rounding.
-        wide = replace(loaded.config.teacher, dtype="float32")
-        loaded = replace(loaded, config=replace(loaded.config, teacher=wide))
+        # Differences of losses are smaller than the rounding of bfloat16.
+        in_float32 = replace(loaded.config.teacher, dtype="float32")
+        loaded = replace(loaded, config=replace(loaded.config, teacher=in_float32))
         loaded.student.float()
         dense = load_teacher_of(loaded, device)
         return Subject(

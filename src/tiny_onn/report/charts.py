@@ -1,4 +1,4 @@
-"""Pictures as SVG in one self-contained HTML page: no script, no network, nothing to install."""
+"""Charts as SVG in a self-contained HTML page, which needs no script and no network."""
 
 import html
 import math
@@ -14,7 +14,7 @@ _STYLE = (
 
 
 class Bar(NamedTuple):
-    """One labelled value with an interval."""
+    """A labelled value with an interval."""
 
     label: str
     value: float
@@ -24,14 +24,14 @@ class Bar(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One labelled series of points (x, y, the point's own label)."""
+    """A labelled series of points (x, y, label of the point)."""
 
     label: str
     points: Sequence[tuple[float, float, str]]
 
 
 def page(title: str, text: Sequence[str], pictures: Sequence[str]) -> str:
-    """An HTML page with a heading, paragraphs and pictures."""
+    """Return an HTML page with a heading, paragraphs and pictures."""
     paragraphs = "".join(f"<p>{html.escape(part)}</p>\n" for part in text)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
@@ -43,7 +43,7 @@ def page(title: str, text: Sequence[str], pictures: Sequence[str]) -> str:
 def dot_plot(
     title: str, bars: Sequence[Bar], marks: Sequence[tuple[str, float]] = ((("0", 0.0)),)
 ) -> str:
-    """Values with their intervals, one under the other, and vertical lines at `marks`."""
+    """Draw values with their intervals, one under the other, and vertical lines at `marks`."""
     left, width, row = 190, 300, 20
     finite = [x for bar in bars for x in bar[1:4] if math.isfinite(x)]
     low, high = _span([*finite, *(value for _, value in marks)])
@@ -76,7 +76,7 @@ def dot_plot(
 
 
 def line_plot(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
-    """Series of labelled points, joined."""
+    """Draw series of labelled points, joined by lines."""
     left, top, width, height = 70, 30, 460, 280
     points = [point for line in lines for point in line.points]
     x_low, x_high = _span([0.0, *(x for x, _, _ in points)])

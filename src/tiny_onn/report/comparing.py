@@ -1,9 +1,9 @@
-"""Runs beside each other at equal compute, and what differs in their settings.
+"""Comparison of runs at equal compute, with the differences of their settings.
 
-A budget is met within a few percent only, and a few percent of the experts are worth some KL. So a
-run that was measured at several budgets (`frontier.json`) is read at exactly the k of the others:
-on the chord between the two measurements around it. Where KL falls ever more slowly with k, as is
-usual, chords lie above the curve, so that reading between measurements does not flatter a run.
+A budget is met within a few percent only, and a few percent of the experts change the KL. So a run
+that was measured at several budgets (`frontier.json`) is read at exactly the k of the other runs,
+on the chord between the two measurements around that k. The KL usually falls ever more slowly with
+k, so that chords lie above the curve, and reading between measurements does not flatter a run.
 """
 
 import json
@@ -14,30 +14,32 @@ from typing import Any
 
 from tiny_onn.report.run_data import Run
 
-# Shares by which k, and the teacher's own loss, of two runs may differ and count as equal.
+# The shares by which k, and the teacher's own loss, of two runs may differ and count as equal.
 EQUAL_K = 1e-3
 EQUAL_LOSS = 1e-3
-# Share by which a run's k may differ from that of the comparison and still take its place by KL.
+# The share by which a run's k may differ from the comparison's k while the run is still ranked by
+# its KL; runs that differ more are ranked after all others.
 NEAR_K = 0.02
+# The marks of numbers at another k, and of numbers on another text.
 OTHER_K, OTHER_TEXT = " *", " #"
 NUMBERS = ("forward_kl", "top1_agreement", "student_nll", "ffn_flops", "total_flops")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One run of a comparison."""
+    """A run of a comparison."""
 
     name: str
     mean_k: float
-    """Active experts a token at which the numbers hold."""
+    """The mean number of active experts per token at which the numbers hold."""
     measured_k: float
-    """The same as the run's own last evaluation measured it."""
+    """The mean number of active experts per token in the run's own last evaluation."""
     equal: bool
-    """Whether `mean_k` is the k of the comparison."""
+    """True if `mean_k` is the k of the comparison."""
     same_text: bool
-    """Whether the run was evaluated on the text of the first run."""
+    """True if the run was evaluated on the text of the first run."""
     tokens: int
-    """Training tokens."""
+    """The number of training tokens."""
     forward_kl: float
     top1_agreement: float
     perplexity: float
@@ -50,18 +52,18 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Runs by their held-out KL at equal compute, the best first."""
+    """Runs ranked by their held-out KL at equal compute, the best first."""
 
     mean_k: float
-    """Active experts a token at which the runs are compared."""
+    """The mean number of active experts per token at which the runs are compared."""
     rows: Sequence[Row]
 
     def as_json(self) -> str:
-        """The comparison as indented JSON."""
+        """Return the comparison as indented JSON."""
         return json.dumps(asdict(self), indent=2)
 
     def tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-        """Header and rows, as text: of the numbers, and of the settings if some differ."""
+        """Return header and rows, as text, of the numbers, and of the settings if some differ."""
         header = ("run", "k", "KL", "agree", "perplexity", "MFLOPs", "tokens", "health")
         numbers = [
             (
@@ -78,13 +80,13 @@ class Comparison:
         ]
         names = list(self.rows[0].settings) if self.rows else []
         settings = [(name, *(shown(row.settings[name]) for row in self.rows)) for name in names]
-        found: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [(header, [*numbers])]
+        tables: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [(header, [*numbers])]
         if settings:
-            found.append((("setting", *(row.name for row in self.rows)), settings))
-        return found
+            tables.append((("setting", *(row.name for row in self.rows)), settings))
+        return tables
 
     def markdown(self) -> str:
-        """The tables in Markdown under a line that says how to read them."""
+        """Return the tables in Markdown, under a line on how to read them."""
         escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
         parts = [self.caption()]
         for header, rows in self.tables():
@@ -94,10 +96,10 @@ class Comparison:
         return "\n\n".join(parts) + "\n"
 
     def caption(self) -> str:
-        """What the numbers are, in sentences."""
+        """Describe the numbers in sentences."""
         text = (
-            f"Held-out KL to the teacher at {self.mean_k:.2f} active experts a token, the smallest"
-            " first; FFN MFLOPs a token."
+            f"Held-out KL to the teacher at {self.mean_k:.2f} active experts per token, the"
+            " smallest first; FFN MFLOPs per token."
         )
         if any(not row.equal for row in self.rows):
             text += (
@@ -106,21 +108,21 @@ class Comparison:
             )
         if any(not row.same_text for row in self.rows):
             text += (
-                f" {OTHER_TEXT.strip()} marks a run that was evaluated on other text than the first"
-                " one given."
+                f" {OTHER_TEXT.strip()} marks a run that was evaluated on another text than the"
+                " first run."
             )
         return text
 
 
 def shown(value: object) -> str:
-    """A setting's value as TOML and JSON write it."""
+    """Return a setting's value as TOML and JSON write it."""
     return json.dumps(value)
 
 
 def points_of(run: Run) -> list[dict[str, Any]]:
-    """What is known of a run's quality by its mean k, with k rising: its frontier and last word.
+    """Return the measured points of a run with rising mean k: its frontier and last evaluation.
 
-    The last evaluation is a point of the frontier if it was made on the same text.
+    The last evaluation counts as a point of the frontier if it was made on the same text.
     """
     measured: list[Mapping[str, Any]] = list(run.frontier["points"]) if run.frontier else []
     if run.last is not None and (not measured or same_text(measured[0], run.last)):
@@ -131,17 +133,20 @@ def points_of(run: Run) -> list[dict[str, Any]]:
 
 
 def same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two evaluations were made on one text, as their size and the teacher's loss tell."""
+    """Return True if two evaluations agree in their size and the teacher's loss on the text."""
     close = math.isclose(one["teacher_nll"], other["teacher_nll"], rel_tol=EQUAL_LOSS)
     return one["num_tokens"] == other["num_tokens"] and close
 
 
 def at_k(points: Sequence[Mapping[str, Any]], mean_k: float) -> dict[str, Any] | None:
-    """The numbers at exactly `mean_k`, on the chord between its neighbours; None: out of reach.
+    """Return the numbers at exactly `mean_k`, on the chord between the neighbouring points.
 
     Args:
-        points: as `points_of` gives them.
-        mean_k: active experts a token.
+        points: the measured points of a run, from `points_of`.
+        mean_k: the mean number of active experts per token.
+
+    Returns:
+        The numbers, or None if no points lie around `mean_k`.
     """
     for point in points:
         if math.isclose(point["mean_k"], mean_k, rel_tol=EQUAL_K):
@@ -152,15 +157,15 @@ def at_k(points: Sequence[Mapping[str, Any]], mean_k: float) -> dict[str, Any] |
         return None
     low, high = below[-1], above[0]
     share = (mean_k - low["mean_k"]) / (high["mean_k"] - low["mean_k"])
-    found = {name: low[name] + share * (high[name] - low[name]) for name in NUMBERS}
-    return {**low, **found, "mean_k": mean_k}
+    on_chord = {name: low[name] + share * (high[name] - low[name]) for name in NUMBERS}
+    return {**low, **on_chord, "mean_k": mean_k}
 
 
 def common_k(runs: Sequence[Run]) -> float:
-    """The k at which most of the runs can be read; of several such, the one nearest the first's.
+    """Return the k at which most of the runs can be read, and among those the nearest to the first.
 
     Args:
-        runs: with an evaluation each.
+        runs: the runs, each with an evaluation.
     """
     curves = [points_of(run) for run in runs]
     wanted = runs[0].last
@@ -174,11 +179,11 @@ def common_k(runs: Sequence[Run]) -> float:
 
 
 def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
-    """The runs by held-out KL at equal compute; runs without an evaluation are left out.
+    """Rank runs by held-out KL at equal compute; runs without an evaluation are left out.
 
     Args:
-        runs: at least one.
-        mean_k: active experts a token to compare at; None: `common_k`.
+        runs: the runs, at least one.
+        mean_k: the mean number of active experts per token to compare at; None: `common_k`.
     """
     measured = [run for run in runs if run.last is not None]
     if not measured:
@@ -190,14 +195,14 @@ def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
     for run in measured:
         last, points = run.last, points_of(run)
         assert last is not None
-        found = at_k(points, k)
-        numbers: Mapping[str, Any] = last if found is None else found
+        at_equal_k = at_k(points, k)
+        numbers: Mapping[str, Any] = last if at_equal_k is None else at_equal_k
         rows.append(
             Row(
                 name=run.name,
                 mean_k=numbers["mean_k"],
                 measured_k=last["mean_k"],
-                equal=found is not None,
+                equal=at_equal_k is not None,
                 same_text=same_text(first, points[0]),
                 tokens=run.tokens,
                 forward_kl=numbers["forward_kl"],
@@ -211,7 +216,7 @@ def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
         )
 
     def order(row: Row) -> tuple[bool, bool, float]:
-        # NaN has no place in an order: a run that diverged comes last.
+        # NaN cannot be ordered, so that a run that diverged counts as infinitely far away.
         kl = row.forward_kl if math.isfinite(row.forward_kl) else math.inf
         far = not math.isclose(row.mean_k, k, rel_tol=NEAR_K)
         return not row.same_text, far, kl
@@ -220,7 +225,7 @@ def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
 
 
 def differing(configs: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """Names `section.key` of the settings that are not the same in all."""
+    """Return the names `section.key` of the settings that differ between configurations."""
     names = {
         f"{section}.{key}": None
         for config in configs
@@ -235,17 +240,17 @@ def differing(configs: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def setting(config: Mapping[str, Mapping[str, Any]], name: str) -> object:
-    """The value of `section.key`; None where the run has no such setting."""
+    """Return the value of `section.key`, or None if the run has no such setting."""
     section, _, key = name.partition(".")
     return config.get(section, {}).get(key)
 
 
 def mflops(flops: float) -> str:
-    """FLOPs in millions, to four digits or to the unit."""
+    """Return FLOPs in millions, to four digits or to the unit."""
     millions = flops / 1e6
     return f"{millions:,.0f}" if millions >= 1000 else f"{millions:#.4g}"
 
 
 def exp(nll: float) -> float:
-    """A perplexity; infinite where it is too large for a number."""
+    """Return the perplexity of a loss, infinite if it is too large for a float."""
     return math.exp(nll) if nll < 700 else math.inf

@@ -1,4 +1,4 @@
-"""Curves over training and the frontier, as Vega-Lite specifications: plain dictionaries.
+"""Curves over training, and the frontier, as Vega-Lite specifications: plain dictionaries.
 
 Colours, fonts and grid come from the page's theme, so that one specification serves light and dark.
 """
@@ -12,17 +12,17 @@ from tiny_onn.report.run_data import Record, Run
 
 Spec = dict[str, Any]
 
-# Points of a curve; of longer ones each point is the mean of its neighbours.
+# The maximum number of points of a curve; a longer curve is averaged over neighbouring points.
 MAX_POINTS = 300
-# Points of a chart that are marked one by one.
+# The maximum number of points of a chart whose points are marked one by one.
 FEW_POINTS = 60
 HEIGHT = 240
 
 
 def thin(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `MAX_POINTS` points: means of equally many neighbours each.
+    """Average neighbouring points until at most `MAX_POINTS` are left.
 
-    Numbers that are not finite are left out; a run that diverged ends where they begin.
+    Points that are not finite are left out, so that a curve ends where its run diverged.
     """
     finite = [pair for pair in pairs if all(math.isfinite(value) for value in pair)]
     size = math.ceil(len(finite) / MAX_POINTS) or 1
@@ -31,14 +31,14 @@ def thin(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def rows_of(label: str, pairs: Sequence[tuple[float, float]], **more: str) -> list[Spec]:
-    """The points of one curve as rows of data."""
+    """Return the points of one curve as rows of data."""
     return [
         {"series": label, "tokens": round(x), "value": _digits(y), **more} for x, y in thin(pairs)
     ]
 
 
 def curve(records: Iterable[Record], field: str) -> list[tuple[float, float]]:
-    """A field of records over the tokens; records without it are left out."""
+    """Return a field of records over the tokens, without the records that lack it."""
     return [
         (float(record["tokens"]), float(record[field]))
         for record in records
@@ -47,7 +47,7 @@ def curve(records: Iterable[Record], field: str) -> list[tuple[float, float]]:
 
 
 def kl_spec(runs: Sequence[Run]) -> Spec:
-    """The KL of training steps as a line, and of held-out evaluations as points, by run."""
+    """Draw the KL of training steps as a line, and of held-out evaluations as points, by run."""
     rows = []
     for run in runs:
         rows += rows_of(run.name, curve(run.steps, "forward_kl"), what="training step")
@@ -67,7 +67,7 @@ def kl_spec(runs: Sequence[Run]) -> Spec:
 
 
 def rates_spec(runs: Sequence[Run]) -> Spec:
-    """The learning rates of experts and gates: colours are runs, or the two where one run is."""
+    """Draw the learning rates of experts and gates, with a colour per run, or per rate of one."""
     rows, names = [], ("experts", "gates")
     for run in runs:
         for group, what in enumerate(names):
@@ -97,12 +97,12 @@ def rates_spec(runs: Sequence[Run]) -> Spec:
 
 
 def line_spec(title: str, series: dict[str, list[tuple[float, float]]], **axis: Any) -> Spec:  # noqa: ANN401 - what Vega-Lite's axis takes
-    """Some named curves over the tokens.
+    """Draw some named curves over the tokens.
 
     Args:
-        title: of the vertical axis.
-        series: points by name.
-        axis: what the vertical axis has beside its title.
+        title: the title of the vertical axis.
+        series: the points of each curve by its name.
+        axis: further properties of the vertical axis.
     """
     rows = [row for name, pairs in series.items() for row in rows_of(name, pairs)]
     y = quantity(title, [row["value"] for row in rows])
@@ -117,7 +117,7 @@ def line_spec(title: str, series: dict[str, list[tuple[float, float]]], **axis: 
 
 
 def k_spec(runs: Sequence[Run]) -> Spec:
-    """Mean k over training with the span of the layers, held-out k as points, and the targets."""
+    """Draw the mean k over training with the span of the layers, held-out k, and the targets."""
     rows, bands = [], []
     for run in runs:
         rows += rows_of(run.name, curve(run.steps, "mean_k"), what="training step")
@@ -165,9 +165,9 @@ def k_spec(runs: Sequence[Run]) -> Spec:
 
 
 def agreement_spec(run: Run) -> Spec | None:
-    """How often the gate agrees with its targets, with another token's, and by chance."""
-    said = [(record["tokens"], record["smk"]) for record in run.steps if record.get("smk")]
-    if not said:
+    """Draw how often the gate agrees with its targets, with another token's, and by chance."""
+    records = [(record["tokens"], record["smk"]) for record in run.steps if record.get("smk")]
+    if not records:
         return None
     names = {
         "gate": "agreement",
@@ -175,14 +175,14 @@ def agreement_spec(run: Run) -> Spec | None:
         "chance": "chance",
     }
     series = {
-        label: [(float(tokens), float(smk[field])) for tokens, smk in said]
+        label: [(float(tokens), float(smk[field])) for tokens, smk in records]
         for label, field in names.items()
     }
     return line_spec("share of tokens", series, format="~%")
 
 
 def layer_agreement_spec(run: Run) -> Spec | None:
-    """Agreement of each layer's gate, against another token's targets, in the newest record."""
+    """Draw the agreement of each layer's gate with its targets, and with another token's."""
     newest = [record for record in run.with_layers() if record["layers"].get("smk_agreement")]
     if not newest:
         return None
@@ -224,9 +224,9 @@ def layer_agreement_spec(run: Run) -> Spec | None:
 
 
 def frontier_spec(runs: Sequence[Run]) -> Spec | None:
-    """KL by the share of the teacher's FFN FLOPs; a run without a frontier is one point.
+    """Draw the KL over the share of the teacher's FFN FLOPs; None if no run has a frontier.
 
-    None where no run has a frontier.
+    A run without a frontier is one point.
     """
     rows = [
         {
@@ -257,7 +257,7 @@ def frontier_spec(runs: Sequence[Run]) -> Spec | None:
     ]
     names = [run.name for run in runs]
     shared = {"x": share, "y": y, "color": series_colour(names), "tooltip": tips}
-    # A logarithm has no place for the KL of a student that is its teacher.
+    # A logarithmic axis cannot show a KL of 0, which a student has that equals its teacher.
     drawn = [row for row in rows if row["value"] > 0 or y["scale"]["type"] == "linear"]
     return chart(
         drawn,
@@ -269,7 +269,7 @@ def frontier_spec(runs: Sequence[Run]) -> Spec | None:
 
 
 def chart(rows: Sequence[Spec], layers: Sequence[Spec], height: int = HEIGHT) -> Spec:
-    """A layered chart as wide as the page lets it be."""
+    """Return a layered chart that is as wide as the page allows."""
     return {
         "width": "container",
         "height": height,
@@ -280,13 +280,13 @@ def chart(rows: Sequence[Spec], layers: Sequence[Spec], height: int = HEIGHT) ->
 
 
 def line_mark(rows: Sequence[Spec]) -> Spec:
-    """A line; where it joins few points they are marked, as a single one is no line."""
+    """Return the mark of a line; few points are marked too, as a single point makes no line."""
     few = len(rows) <= FEW_POINTS
     return {"type": "line", "strokeWidth": 1.5, **({"point": {"size": 24}} if few else {})}
 
 
 def tokens_axis() -> Spec:
-    """Training tokens, from 0."""
+    """Return the axis of training tokens, which begins at 0."""
     return {
         "field": "tokens",
         "type": "quantitative",
@@ -297,7 +297,7 @@ def tokens_axis() -> Spec:
 
 
 def layer(encoding: Spec, mark: Spec, what: str) -> Spec:
-    """A layer with only the rows of one kind."""
+    """Return a layer of a chart with only the rows of one kind."""
     return {
         "transform": [{"filter": {"field": "what", "equal": what}}],
         "mark": mark,
@@ -306,7 +306,7 @@ def layer(encoding: Spec, mark: Spec, what: str) -> Spec:
 
 
 def hovered(encoding: Spec) -> list[Spec]:
-    """Layers that find the point next to the pointer, mark it, and show its numbers."""
+    """Return the layers that mark the point nearest to the pointer and show its numbers."""
     point = {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout"}
     shown = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
     return [
@@ -319,7 +319,7 @@ def hovered(encoding: Spec) -> list[Spec]:
 
 
 def quantity(title: str, values: Sequence[float]) -> Spec:
-    """A vertical axis, logarithmic where the values span more than a factor of 20."""
+    """Return a vertical axis, which is logarithmic if the values span more than a factor of 20."""
     least, most = min(values, default=0.0), max(values, default=0.0)
     log = least > 0 and most > 20 * least
     scale = {"type": "log"} if log else {"type": "linear", "zero": False}
@@ -327,7 +327,7 @@ def quantity(title: str, values: Sequence[float]) -> Spec:
 
 
 def series_colour(names: Sequence[str]) -> Spec:
-    """A colour for each name; a legend where there are several."""
+    """Return a colour for each name, with a legend if there are several."""
     legend = {
         "title": None,
         "orient": "top",
@@ -346,7 +346,7 @@ def series_colour(names: Sequence[str]) -> Spec:
 
 
 def tooltip(*fields: str) -> list[Spec]:
-    """What hovering shows: the series, fields that say which point, tokens and value."""
+    """Return what hovering shows: the series, fields that describe the point, tokens and value."""
     return [
         {"field": "series", "title": "curve"},
         *({"field": field, "title": "of"} for field in fields),

@@ -1,4 +1,4 @@
-"""A table and a page of quality against compute over a student's budgets."""
+"""A table and a page of a student's quality and compute at several budgets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +8,12 @@ from rich.table import Table
 from tiny_onn.report.charts import Line, line_plot, page
 
 
-def frontier_table(found: Mapping[str, Any]) -> Table:
-    """One row per budget."""
-    table = Table(title=f"{found['model']} on {found['text']}")
+def frontier_table(frontier: Mapping[str, Any]) -> Table:
+    """Return a table with one row per budget."""
+    table = Table(title=f"{frontier['model']} on {frontier['text']}")
     for name in ("budget", "mean k", "FFN MFLOPs", "of dense", "KL", "agreement", "perplexity"):
         table.add_column(name, justify="right")
-    for point in found["points"]:
+    for point in frontier["points"]:
         table.add_row(
             f"{point['budget']:g}",
             f"{point['mean_k']:.2f}",
@@ -26,9 +26,9 @@ def frontier_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def html_page(found: Mapping[str, Any]) -> str:
-    """A self-contained page: KL and perplexity against FFN FLOPs."""
-    points = found["points"]
+def html_page(frontier: Mapping[str, Any]) -> str:
+    """Return a self-contained page with KL and perplexity over FFN FLOPs."""
+    points = frontier["points"]
 
     def line(name: str) -> Line:
         return Line(
@@ -42,9 +42,9 @@ def html_page(found: Mapping[str, Any]) -> str:
         line_plot("Perplexity", cost, "perplexity", [line("student_perplexity")]),
     ]
     teacher = points[0]
-    about = (
-        f"{found['model']} on {teacher['num_tokens']:,} tokens of {found['text']}; the teacher's "
-        f"perplexity is {teacher['teacher_perplexity']:.2f} at "
+    description = (
+        f"{frontier['model']} on {teacher['num_tokens']:,} tokens of {frontier['text']}; the"
+        f" teacher's perplexity is {teacher['teacher_perplexity']:.2f} at "
         f"{teacher['dense_ffn_flops'] / 1e6:.1f} FFN MFLOPs per token."
     )
-    return page("One student at several budgets", [about], pictures)
+    return page("One student at several budgets", [description], pictures)

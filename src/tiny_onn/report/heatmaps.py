@@ -1,6 +1,6 @@
 """Tables of numbers by layer and expert as Vega-Lite heatmaps: plain dictionaries.
 
-A heatmap over training holds one frame per record; the parameter `frame` says which is shown.
+A heatmap over training holds one frame per record; the parameter `frame` is the one that is shown.
 """
 
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from tiny_onn.report.run_data import Record, Run
 Spec = dict[str, Any]
 Table = Sequence[Sequence[int | float]]
 
-# Numbers that the frames of one heatmap hold together.
+# The maximum number of cells in all frames of one heatmap, and of frames.
 MAX_CELLS = 40_000
 MAX_FRAMES = 60
 
 
 class Frames(NamedTuple):
-    """A heatmap that is scrubbed, and what each of its frames is called."""
+    """A heatmap that is scrubbed, and the names of its frames."""
 
     spec: Spec
     labels: Sequence[str]
 
 
 def load_frames(run: Run, cells: int = MAX_CELLS) -> Frames | None:
-    """The share of the tokens that used each expert, by layer, over training.
+    """Draw the share of the tokens that used each expert, by layer, over training.
 
     Args:
-        run: with records that tell of layers.
-        cells: numbers that the frames hold together at most, but for a first one.
+        run: the run; None is returned if no record of it holds layers.
+        cells: the maximum number of cells in all frames together; one frame is always drawn.
     """
     records = chosen(list(run.with_layers()), lambda layers: layers["load"], cells)
     if not records:
@@ -48,11 +48,11 @@ def load_frames(run: Run, cells: int = MAX_CELLS) -> Frames | None:
 
 
 def k_frames(run: Run, cells: int = MAX_CELLS) -> Frames | None:
-    """The share of the tokens with each number of active experts, by layer, over training.
+    """Draw the share of the tokens with each number of active experts, by layer, over training.
 
     Args:
-        run: with records that tell of layers.
-        cells: as for `load_frames`, so that both show the same moments.
+        run: the run; None is returned if no record of it holds layers.
+        cells: the number given to `load_frames`, so that both show the same records.
     """
     records = chosen(list(run.with_layers()), lambda layers: layers["load"], cells)
     if not records:
@@ -68,7 +68,7 @@ def k_frames(run: Run, cells: int = MAX_CELLS) -> Frames | None:
 
 
 def surprise_spec(run: Run) -> Spec | None:
-    """Mean surprise of each expert by layer, in the newest record that has it."""
+    """Draw the mean surprise of each expert by layer, in the newest record that has it."""
     newest = [record for record in run.with_layers() if record["layers"].get("surprise")]
     if not newest:
         return None
@@ -83,7 +83,7 @@ def surprise_spec(run: Run) -> Spec | None:
 
 
 def coactivation_frames(view: Record) -> Frames:
-    """The correlation of every two experts of a layer over tokens; a frame per layer."""
+    """Draw the correlation of every two experts of a layer over tokens, with a frame per layer."""
     layers = view["coactivation"]
     tables = [[[value / 100 for value in row] for row in layer["phi_percent"]] for layer in layers]
     spec = heatmap(
@@ -110,17 +110,17 @@ def heatmap(
     diverging: bool = False,
     height: int = 0,
 ) -> Spec:
-    """Rectangles by row and column of a table, of which several are scrubbed through.
+    """Draw tables as coloured cells, one frame per table.
 
     Args:
-        tables: rows by frame; all of one shape.
-        x: what a column is.
-        value: what a number is.
-        scale: of the colours; its range is the theme's.
-        fmt: how a number is written.
-        y: what a row is.
-        diverging: whether the colours go both ways from a middle.
-        height: in pixels; 0: by the number of rows.
+        tables: the tables, all of one shape.
+        x: the name of a column.
+        value: the name of a number.
+        scale: the scale of the colours; its range is the theme's.
+        fmt: the format of a number.
+        y: the name of a row.
+        diverging: true for colours that go in both directions from a middle.
+        height: the height in pixels; 0: by the number of rows.
     """
     num_rows, num_columns = len(tables[0]), len(tables[0][0])
     values = [
@@ -176,7 +176,7 @@ def heatmap(
 
 
 def chosen(records: Sequence[Record], table: Any, cells: int) -> list[Record]:  # noqa: ANN401 - a function of a record's layers
-    """Records evenly over training, few enough for the page; first and last among them."""
+    """Choose records evenly over training, few enough for the page, with the first and the last."""
     if not records:
         return []
     rows = table(records[0]["layers"])

@@ -1,9 +1,9 @@
-"""The report: one HTML file with everything in it, which needs no network.
+"""The report: one HTML file that contains everything it needs, so that it needs no network.
 
-Charts are Vega-Lite specifications, drawn by the library's own JavaScript that
-`vl_convert.javascript_bundle` hands out; `page.js` gives them the theme's colours and adds what no
-chart is: the scrubbing of heatmaps and the token view. The page has no time stamp and no random id,
-so that a run's page has the same bytes each time.
+Charts are Vega-Lite specifications, drawn by the library's own JavaScript from
+`vl_convert.javascript_bundle`. `page.js` gives them the theme's colours, and adds the scrubbing of
+heatmaps and the token view, which are not charts. The page has no time stamp and no random id, so
+that a run's page has the same bytes each time.
 """
 
 import json
@@ -27,13 +27,13 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """A chart with what a reader needs to read it.
+    """A chart with its title and its caption.
 
     Attributes:
-        key: names the chart in the page.
-        title: what one sees.
-        caption: how to read it, and what healthy looks like.
-        frames: what each frame of a scrubbed chart is called; none: it is not scrubbed.
+        key: the name of the chart in the page.
+        title: the title above the chart.
+        caption: the text on how to read the chart, and on how a healthy run looks in it.
+        frames: the names of the frames of a scrubbed chart; empty: the chart has one frame.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Charts:
         caption: str,
         frames: Sequence[str] = (),
     ) -> list[Figure]:
-        """The figure of a specification; none of what could not be drawn."""
+        """Return the figure of a specification in a list, which is empty without one."""
         if spec is None:
             return []
         self.specs[key] = spec
@@ -64,10 +64,10 @@ class Charts:
 
 
 def report_page(runs: Sequence[Run]) -> str:
-    """The page about these runs as HTML.
+    """Return the page about these runs as HTML.
 
     Args:
-        runs: at least one, names distinct.
+        runs: the runs, at least one, with distinct names.
     """
     charts = Charts()
     training, frontier = _training(charts, runs), _frontier(charts, runs)
@@ -110,22 +110,22 @@ def report_page(runs: Sequence[Run]) -> str:
 
 
 def code(text: str) -> Markup:
-    """Escaped text whose parts between backticks are set as code."""
+    """Return escaped text in which the parts between backticks are set as code."""
     parts = [escape(part) for part in text.split("`")]
     whole = len(parts) % 2 == 1
     marks = (Markup("<code>"), Markup("</code>")) if whole else (Markup("`"), Markup("`"))
-    found = parts[0]
+    marked = parts[0]
     for number, part in enumerate(parts[1:]):
-        found += marks[number % 2] + part
-    return found
+        marked += marks[number % 2] + part
+    return marked
 
 
 @cache
 def library() -> str:
-    """Vega, Vega-Lite and vega-embed as one script that sets `window.vegaEmbed`.
+    """Return Vega, Vega-Lite and vega-embed as one script that sets `window.vegaEmbed`.
 
     Raises:
-        AssertionError: It could not stand inside a script element.
+        AssertionError: the script cannot stand inside a script element.
     """
     text = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue] - its stub asks for more
     assert "</script" not in text.lower()
@@ -133,7 +133,7 @@ def library() -> str:
 
 
 def script_json(value: object) -> Markup:
-    """JSON that can stand inside a script element; numbers that are not finite become null."""
+    """Return JSON that can stand inside a script element; non-finite numbers become null."""
     text = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
     escapes = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
     return Markup(text.translate(escapes))
@@ -148,7 +148,7 @@ def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def _training(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
-    """Curves over training, of all runs together."""
+    """Draw the curves over training, of all runs together."""
     if not any(run.steps for run in runs):
         return []
     losses, states, blocks = (
@@ -160,24 +160,24 @@ def _training(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
             "kl",
             curves.kl_spec(runs),
             "How far the student is from its teacher",
-            "The solid line is the KL of each training step on its own text, dots are held-out"
-            " text. A healthy run falls steeply at first and then slowly, and the dots follow the"
-            " line; dots that rise while the line falls mean overfitting.",
+            "The solid line is the KL of each training step on its own text, and the dots are the"
+            " KL on held-out text. In a healthy run the KL falls steeply at first and then slowly,"
+            " and the dots follow the line. Dots that rise while the line falls mean overfitting.",
         ),
         *charts.add(
             "k",
             curves.k_spec(runs),
             "How many experts a token gets",
-            "The line is the mean over layers and tokens, the band spans the layers' means, the"
-            " dashed line is the target. A healthy run stays near its target; layers may differ"
-            " where the budget is shared by all of them.",
+            "The line is the mean over layers and tokens, the band spans the means of the layers,"
+            " and the dashed line is the target. A healthy run stays near its target. Layers may"
+            " differ from each other if they share one budget.",
         ),
         *charts.add(
             "loss",
             curves.line_spec("loss, nats", losses),
-            "What is minimised",
-            "The distillation loss of each step, in nats a token. It is the KL above unless"
-            " another divergence or temperature is set. It should fall without jumps.",
+            "The loss that training minimises",
+            "The line is the distillation loss of each step, in nats per token. It equals the KL"
+            " above unless another divergence or temperature is set. It should fall without jumps.",
         ),
         *charts.add(
             "states",
@@ -185,43 +185,45 @@ def _training(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
             if any(states.values())
             else None,
             "How well hidden states are matched",
-            "The share of the teacher's hidden states' variance that the student's leave"
-            " unexplained, mean over layers. It is part of the gradient here, and should fall.",
+            "The line is the share of the variance of the teacher's hidden states that the"
+            " student's hidden states leave unexplained, averaged over the layers. It is a part of"
+            " this run's loss, and should fall.",
         ),
         *charts.add(
             "blocks",
             curves.line_spec("share of the output's power", blocks, format="~%")
             if any(blocks.values())
             else None,
-            "What the blockwise stage leaves",
-            "The error of each layer alone, mean over layers, while every layer learns its"
-            " teacher's MLP by itself. It should fall and then flatten; the stage may end there.",
+            "The error of the blockwise stage",
+            "The line is the error of single layers, averaged over the layers, while every layer"
+            " learns its teacher's MLP by itself. It should fall and then flatten, and the stage"
+            " may end there.",
         ),
         *charts.add(
             "lr",
             curves.rates_spec(runs),
             "How fast experts and gates learn",
-            "The learning rates as the schedule set them: they rise in the warm-up and fall to zero"
-            " at the end of a run that finished.",
+            "The lines are the learning rates that the schedule set. They rise in the warm-up, and"
+            " fall to zero at the end of a run that finished.",
         ),
     ]
 
 
 def _frontier(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
-    """Quality against compute, of all runs together."""
+    """Draw quality as a function of compute, of all runs together."""
     return charts.add(
         "frontier",
         curves.frontier_spec(runs),
-        "What compute buys",
-        "Each point is one budget: to the left is cheaper, lower is closer to the teacher. A"
-        " trained gate is worth its name if its line lies below the points of the controls. A run"
-        " with one point was measured at its own budget only; `tiny-onn eval RUN --frontier --out"
-        " RUN` measures more.",
+        "Quality at every cost",
+        "Each point is one budget. Points further left are cheaper, and lower points are closer to"
+        " the teacher. Training a gate was worth it if its line lies below the points of the"
+        " controls. A run with one point was measured at its own budget only; `tiny-onn eval RUN"
+        " --frontier --out RUN` measures more.",
     )
 
 
 def _details(charts: Charts, number: int, run: Run, cells: int) -> dict[str, Any]:
-    """What the page says and draws about one run alone."""
+    """Return the texts and figures about a single run."""
     load, k = heatmaps.load_frames(run, cells), heatmaps.k_frames(run, cells)
     routing = []
     if load is not None and k is not None:
@@ -229,19 +231,19 @@ def _details(charts: Charts, number: int, run: Run, cells: int) -> dict[str, Any
             f"load-{number}",
             load.spec,
             "Which experts are used",
-            "A row is a layer, a column an expert; the colour is the share of the tokens that used"
-            " it. Healthy layers are uneven but mixed. A"
-            " row that knows only 0 % and 100 % gives all tokens the same experts; a cell at 0 % is"
-            " an expert that nobody uses.",
+            "A row is a layer, a column is an expert, and the colour is the share of the tokens"
+            " that used the expert. Healthy layers are uneven but mixed. A row with nothing but 0 %"
+            " and 100 % gives all tokens the same experts. A cell at 0 % is an expert that no token"
+            " uses.",
             load.labels,
         )
         routing += charts.add(
             f"histogram-{number}",
             k.spec,
             "How many experts tokens get, by layer",
-            "A row is a layer, a column a number of active experts; the colour is the share of the"
-            " tokens with so many. A single column means that every token costs the same. A budget"
-            " that follows the token spreads over several.",
+            "A row is a layer, a column is a number of active experts, and the colour is the share"
+            " of the tokens with that number. A single column means that every token costs the"
+            " same. A budget that follows the token spreads over several columns.",
             k.labels,
         )
     if run.view is not None:
@@ -250,9 +252,10 @@ def _details(charts: Charts, number: int, run: Run, cells: int) -> dict[str, Any
             f"pairs-{number}",
             pairs.spec,
             "Which experts work together",
-            "The colour is the correlation, over held-out tokens, of two experts of one layer being"
-            " active. The diagonal is 1. Blocks of strong colour off the diagonal are teams and"
-            " rivals; a table without any is a layer whose experts are chosen one by one.",
+            "The colour is the correlation, over held-out tokens, between the activity of two"
+            " experts of one layer. The diagonal is 1. Strong colours off the diagonal are experts"
+            " that tokens use together, or instead of each other. In a table without such colours"
+            " experts are chosen independently.",
             pairs.labels,
         )
     gate = [
@@ -260,25 +263,26 @@ def _details(charts: Charts, number: int, run: Run, cells: int) -> dict[str, Any
             f"agreement-{number}",
             curves.agreement_spec(run),
             "Does the gate choose what it is taught?",
-            "The share of tokens whose first choice is their target. It means something only above"
-            " both other lines: agreement with another token's target is what a gate reaches that"
-            " knows which experts are popular and nothing of the token.",
+            "The line of the gate is the share of tokens whose first choice is their target. It"
+            " means something only above both other lines. A gate that knows which experts are"
+            " popular, and nothing about the token, reaches the agreement with another token's"
+            " target.",
         ),
         *charts.add(
             f"layers-{number}",
             curves.layer_agreement_spec(run),
-            "The same by layer",
-            "Dots are the agreement of each layer's gate in the newest record, ticks are what it"
-            " reaches with another token's targets. A dot at or below its tick is a gate that knows"
-            " nothing of the token.",
+            "Does the gate of each layer choose what it is taught?",
+            "Dots are the agreement of each layer's gate with its targets in the newest record, and"
+            " ticks are its agreement with the targets of other tokens. A dot at or below its tick"
+            " is a gate that knows nothing about the token.",
         ),
         *charts.add(
             f"surprise-{number}",
             heatmaps.surprise_spec(run),
-            "Where surprise is",
-            "The mean surprise of each expert over the tokens of the newest record that holds it,"
-            " in the units of the objective. A table that is the same everywhere teaches nothing; a"
-            " single loud row drowns the other layers.",
+            "The surprise of each expert",
+            "The colour is the mean surprise of each expert over the tokens of the newest record"
+            " that holds it, in the units of the setting smk.surprise. A table with one value"
+            " everywhere teaches nothing. A single strong row hides the other layers.",
         ),
     ]
     return {

@@ -1,4 +1,4 @@
-"""What `probe` found, as tables for the terminal and for documents, and as a picture."""
+"""The results of `probe` as tables for the terminal and for documents, and as charts."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +12,11 @@ ENDS = ("min", "max")
 
 
 def console_tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """The tables of the document, for a terminal."""
+    """Yield the tables of the document, for a terminal."""
     for title, header, rows in tables(found):
         table = Table(title=title)
         for number, name in enumerate(header):
-            # Half a number misleads: on a narrow terminal it goes on in the next line.
+            # A number that is cut off misleads, so a narrow terminal wraps it into the next line.
             table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
@@ -24,7 +24,7 @@ def console_tables(found: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The tables as Markdown, with a line on what was measured."""
+    """Return the tables as Markdown, after a line on what was measured."""
     parts = [summary(found)]
     for title, header, rows in tables(found):
         escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
@@ -35,7 +35,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """One line on what was probed."""
+    """Return a line on what was probed."""
     return (
         f"{found['model']} ({found['conversion']}), {found['num_experts']} experts a layer, loss "
         f"{found['loss']} (mean {found['mean_loss']:.4f} nats), {found['num_tokens']:,} tokens of "
@@ -46,7 +46,7 @@ def summary(found: Mapping[str, Any]) -> str:
 def tables(
     found: Mapping[str, Any],
 ) -> Iterator[tuple[str, tuple[str, ...], Sequence[tuple[str, ...]]]]:
-    """Title, header and rows of every table."""
+    """Yield title, header and rows of every table."""
     for layer, record in found["layers"].items():
         for kind, title in (
             ("remove", "leaving an active expert out"),
@@ -137,7 +137,7 @@ def _bar(label: str, value: Sequence[float], colour: int = 0) -> Bar:
 
 
 def html_page(found: Mapping[str, Any]) -> str:
-    """A self-contained page: per layer, rank correlations and what the two ends point at."""
+    """Return a self-contained page with each layer's rank correlations and worth of its choices."""
     pictures = []
     for layer, record in found["layers"].items():
         for kind, name in (("remove", "leave one out"), ("add", "add one")):

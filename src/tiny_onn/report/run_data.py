@@ -1,4 +1,4 @@
-"""A run as the report reads it: what its folder holds, as plain dictionaries."""
+"""The content of a run's folder as the report reads it, as plain dictionaries."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +14,20 @@ CONTROLS = ("static", "random", "oracle")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run folder's content.
+    """The content of one run's folder.
 
     Attributes:
-        name: what the page calls it; names of one page differ.
+        name: the name in the page, where no two runs share one.
         config: `config.json`, section by section.
         environments: `environment.json` and those of resumptions, in order.
         records: `metrics.jsonl`, in order.
         health: the verdict and its findings, as `summary.json` has them.
-        conversion: `conversion.json`; None: missing.
+        conversion: `conversion.json`; None: the file is missing.
         summary: `summary.json`; None: the run has not finished.
-        frontier: `frontier.json`; None: missing.
-        view: what a model had to be loaded for, see `evaluation/run_view.py`; None: not measured.
-        view_missing: why it was not measured.
+        frontier: `frontier.json`; None: the file is missing.
+        view: measurements of the student itself, see `evaluation/run_view.py`; None: there are
+            none.
+        view_missing: the reason why there is no view.
     """
 
     name: str
@@ -42,16 +43,16 @@ class Run:
 
     @cached_property
     def steps(self) -> list[Record]:
-        """Records of steps, of both stages."""
+        """The records of the steps of both stages."""
         return [record for record in self.records if record["kind"] in STEPS]
 
     def of_kind(self, kind: str) -> list[Record]:
-        """Records of one kind."""
+        """Return the records of one kind."""
         return [record for record in self.records if record["kind"] == kind]
 
     @cached_property
     def evaluations(self) -> list[Record]:
-        """Records of held-out evaluations, the one before the first step among them."""
+        """The records of held-out evaluations, including the one before the first step."""
         return [record for record in self.records if record["kind"] in EVALUATIONS]
 
     @property
@@ -62,38 +63,38 @@ class Run:
 
     @property
     def last(self) -> Record | None:
-        """The newest evaluation, which is the untrained one where no other was made."""
+        """The newest evaluation, which is the untrained one if no other was made."""
         return self.evaluations[-1] if self.evaluations else None
 
     @property
     def tokens(self) -> int:
-        """Training tokens that were recorded."""
+        """The number of training tokens that were recorded."""
         return max((record["tokens"] for record in self.records), default=0)
 
     @property
     def planned_tokens(self) -> int:
-        """Training tokens that the settings ask for."""
+        """The number of training tokens that the settings ask for."""
         train = self.config["train"]
         return train["tokens"] + train.get("blockwise_tokens", 0)
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """True if the run came to its end."""
         return self.summary is not None and not self.summary.get("interrupted")
 
     @property
     def selection(self) -> str:
-        """How the run chooses experts."""
+        """The setting `router.selection`."""
         return self.config["router"]["selection"]
 
     @property
     def is_control(self) -> bool:
-        """Whether the choice of experts is one that a trained gate has to beat."""
+        """True if the run is a control, which a trained gate has to beat."""
         return self.selection in CONTROLS
 
     @property
     def num_experts(self) -> int:
-        """Experts of a layer."""
+        """The number of experts of a layer."""
         return self.config["experts"]["num_experts"]
 
     @property
@@ -106,7 +107,7 @@ class Run:
         return router["target_k"] if free else None
 
     def with_layers(self) -> Iterator[Record]:
-        """Records that say what routers did layer by layer, in order."""
+        """Return the records that hold the routing of each layer, in order."""
         return (
             record
             for record in self.records
@@ -115,14 +116,14 @@ class Run:
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:
-    """The runs with names that differ: a number follows a name that came before."""
+    """Return the runs with distinct names: a number follows a name that came before."""
     taken: set[str] = set()
-    found = []
+    renamed = []
     for run in runs:
         name, number = run.name, 1
         while name in taken:
             number += 1
             name = f"{run.name} ({number})"
         taken.add(name)
-        found.append(replace(run, name=name))
-    return found
+        renamed.append(replace(run, name=name))
+    return renamed

@@ -1,4 +1,4 @@
-"""What a report says in words: answers with their numbers, from records alone."""
+"""Sentences of the report: answers with their numbers, from records alone."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tiny_onn.report.comparing import EQUAL_K, at_k, mflops, points_of, same_text
 from tiny_onn.report.run_data import Record, Run
 
-# Steps whose mean a sentence tells.
+# The number of last steps over which a sentence averages.
 WINDOW = 32
 KINDS = (
     ("static", "static choice: always the same experts"),
@@ -16,19 +16,19 @@ KINDS = (
 
 
 def kind_of(run: Run) -> str:
-    """What a control is, in words; empty for a run that is none."""
+    """Describe a control in words; empty for a run that is no control."""
     return dict(KINDS).get(run.selection, "")
 
 
 def state_of(run: Run) -> str:
-    """Whether the run came to its end."""
+    """Tell whether the run came to its end."""
     if run.finished:
         return f"The run finished after {run.tokens:,} training tokens."
     done = f"{run.tokens:,} of {run.planned_tokens:,} training tokens"
     if run.summary is None:
         return (
-            f"The run has not ended: it recorded {done}. It goes on elsewhere, or it was cut off;"
-            " then `tiny-onn distill --resume --out FOLDER` continues it."
+            f"The run has not ended: it recorded {done}. Either it still trains, or it was killed;"
+            " `tiny-onn distill --resume --out FOLDER` continues a run that was killed."
         )
     return (
         f"The run was interrupted after {done}; `tiny-onn distill --resume --out FOLDER`"
@@ -37,10 +37,10 @@ def state_of(run: Run) -> str:
 
 
 def health_of(run: Run) -> str:
-    """The verdict as one sentence."""
+    """Tell the verdict of the health check in one sentence."""
     findings, called = run.health["findings"], run.health["verdict"]
     if run.is_control:
-        return f"A control, which is there to be beaten; the health check calls it {called}."
+        return f"This run is a control to compare with; the health check calls it {called}."
     if run.last is None or run.last["step"] == 0:
         return "It is too early to tell: no evaluation was made after training began."
     if not findings:
@@ -51,35 +51,35 @@ def health_of(run: Run) -> str:
         else f"{len(findings)} rules of the health check object"
     )
     if called == "dead":
-        return f"Dead: {count}, and more of the same training will not mend it."
-    return f"Suspicious: {count}; look before you trust its numbers."
+        return f"Dead: {count}, and more training with these settings will not mend it."
+    return f"Suspicious: {count}; read the findings before you trust the run's numbers."
 
 
 def learning_of(run: Run) -> str:
-    """How far training moved the student from where it began."""
+    """Tell how far training changed the student's KL."""
     before, last = run.untrained, run.last
     if before is None or last is None or last["step"] == 0:
         return ""
     old, new = before["forward_kl"], last["forward_kl"]
     if not (math.isfinite(old) and math.isfinite(new) and old > 0):
-        return f"Its held-out KL to the teacher went from {old:.4g} to {new:.4g} nats a token."
+        return f"Its held-out KL to the teacher went from {old:.4g} to {new:.4g} nats per token."
     word = "fell" if new < old else "rose"
     return (
-        f"Its held-out KL to the teacher {word} from {old:.4f} to {new:.4f} nats a token"
+        f"Its held-out KL to the teacher {word} from {old:.4f} to {new:.4f} nats per token"
         f" ({new / old - 1:+.0%}) over {last['tokens']:,} training tokens."
     )
 
 
 def against_controls(runs: Sequence[Run]) -> list[str]:
-    """Each run against each control on the same text, at equal compute where that is known."""
+    """Compare each run with each control on the same text, at equal compute if that is known."""
     students = [run for run in runs if not run.is_control and run.last is not None]
     controls = [run for run in runs if run.is_control and run.last is not None]
     if not students:
         return []
     if not controls:
         return [
-            "No control stands beside it: give the folder of a run with"
-            ' router.selection = "static" or "random" too, to see what the trained gate is worth.'
+            "There is no control to compare with: name also the folder of a run with"
+            ' router.selection = "static" or "random", to see what the trained gate is worth.'
         ]
     return [_against(student, control) for student in students for control in controls]
 
@@ -89,23 +89,28 @@ def _against(student: Run, control: Run) -> str:
     assert ours is not None
     assert theirs is not None
     if not same_text(ours, theirs):
-        return f"{student.name} and {control.name} were evaluated on other texts: no comparison."
-    found = at_k(points_of(student), theirs["mean_k"]) or ours
-    kl, other = found["forward_kl"], theirs["forward_kl"]
-    surplus = found["mean_k"] / theirs["mean_k"] - 1
+        return (
+            f"{student.name} and {control.name} cannot be compared, because they were evaluated on"
+            " different texts."
+        )
+    point = at_k(points_of(student), theirs["mean_k"]) or ours
+    kl, control_kl = point["forward_kl"], theirs["forward_kl"]
+    surplus = point["mean_k"] / theirs["mean_k"] - 1
     equal = abs(surplus) <= EQUAL_K
-    where = (
-        f"at the same {theirs['mean_k']:.2f} active experts a token"
+    budget = (
+        f"at the same {theirs['mean_k']:.2f} active experts per token"
         if equal
-        else f"with {found['mean_k']:.2f} active experts a token against {theirs['mean_k']:.2f}"
-        f" ({surplus:+.1%}; its frontier would tell at equal compute)"
+        else f"with {point['mean_k']:.2f} active experts per token against"
+        f" {theirs['mean_k']:.2f} ({surplus:+.1%}; its frontier would tell at equal compute)"
     )
-    word = "beats" if kl < other else "does not beat"
-    return f"{student.name} {word} {control.name} {where}: KL {kl:.4f} against {other:.4f} nats."
+    word = "beats" if kl < control_kl else "does not beat"
+    return (
+        f"{student.name} {word} {control.name} {budget}: KL {kl:.4f} against {control_kl:.4f} nats."
+    )
 
 
 def routing_of(run: Run) -> str:
-    """How the load is spread and how k varies, on held-out text."""
+    """Tell how the load is spread and how k varies, on held-out text."""
     last = run.last
     if last is None:
         return "No evaluation was made yet."
@@ -129,19 +134,19 @@ def routing_of(run: Run) -> str:
 
 
 def gate_of(run: Run) -> str:
-    """Whether the gate agrees with its targets more than a blind one would."""
-    said = [record["smk"] for record in run.steps if record.get("smk")][-WINDOW:]
-    total = sum(smk["num_targets"] for smk in said)
+    """Tell whether the gate agrees with its targets more than a token-blind one would."""
+    records = [record["smk"] for record in run.steps if record.get("smk")][-WINDOW:]
+    total = sum(smk["num_targets"] for smk in records)
     if not total:
-        return "This run's gates learn from no surprise, so that there is nothing to agree with."
+        return "This run's gates do not learn from surprise, so that they have no targets."
     agreement, shuffled, chance = (
-        sum(smk[name] * smk["num_targets"] for smk in said) / total
+        sum(smk[name] * smk["num_targets"] for smk in records) / total
         for name in ("agreement", "shuffled", "chance")
     )
     return (
-        f"{_steps(len(said))} the gates' first choice was the target of"
-        f" {agreement:.1%} of the tokens; with another token's target it agrees at {shuffled:.1%},"
-        f" and a random candidate at {chance:.1%}."
+        f"{_steps(len(records))} the gates' first choice was the target for {agreement:.1%} of the"
+        f" tokens. It was another token's target for {shuffled:.1%} of them, and a random candidate"
+        f" would be the target for {chance:.1%}."
     )
 
 
@@ -150,5 +155,5 @@ def _steps(number: int) -> str:
 
 
 def compute_of(record: Record) -> str:
-    """FFN FLOPs with their share of the teacher's."""
+    """Return the FFN FLOPs with their share of the teacher's."""
     return f"{mflops(record['ffn_flops'])} ({record['ffn_flops'] / record['dense_ffn_flops']:.0%})"

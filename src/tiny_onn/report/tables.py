@@ -22,12 +22,12 @@ HEADLINE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextTable:
-    """A table: the first column names the rows.
+    """A table whose first column names the rows.
 
     Attributes:
-        header: names of the columns.
-        rows: cells as text.
-        strong: numbers of the rows that stand out.
+        header: the names of the columns.
+        rows: the cells as text.
+        strong: the indices of the rows that stand out.
     """
 
     header: Sequence[str]
@@ -36,7 +36,7 @@ class TextTable:
 
 
 def headline(runs: Sequence[Run]) -> TextTable:
-    """The teacher, then every run untrained, as it ended, and at exactly the controls' k."""
+    """Return the teacher, then every run untrained, after training, and at the controls' k."""
     measured = [run for run in runs if run.last is not None]
     rows: list[tuple[str, ...]] = []
     strong = []
@@ -58,7 +58,7 @@ def headline(runs: Sequence[Run]) -> TextTable:
 
 
 def _at_the_controls_k(run: Run, runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """A student that was measured at several budgets, at exactly the k of each control."""
+    """Return the rows of a student at exactly the k of each control, if budgets were measured."""
     if run.is_control or not run.frontier:
         return []
     wanted = {round(c.last["mean_k"], 2): c.last for c in runs if c.is_control and c.last}
@@ -106,7 +106,7 @@ def _row(name: str, record: Record, run: Run) -> tuple[str, ...]:
 
 
 def differences(runs: Sequence[Run]) -> TextTable | None:
-    """The settings that are not the same in all runs."""
+    """Return the settings that differ between runs; None if all are equal."""
     names = differing([run.config for run in runs])
     if not names:
         return None
@@ -115,7 +115,7 @@ def differences(runs: Sequence[Run]) -> TextTable | None:
 
 
 def settings(runs: Sequence[Run]) -> TextTable:
-    """Every setting of every run."""
+    """Return every setting of every run."""
     names = {
         f"{section}.{key}": None
         for run in runs
@@ -127,7 +127,7 @@ def settings(runs: Sequence[Run]) -> TextTable:
 
 
 def provenance(runs: Sequence[Run]) -> TextTable:
-    """Versions, hardware, seed, commit and what the conversion was checked to be."""
+    """Return versions, hardware, seed, commit and the checks of the conversion."""
     columns = [_provenance(run) for run in runs]
     names = {name: None for column in columns for name in column}
     rows = [(name, *(column.get(name, "not recorded") for column in columns)) for name in names]
@@ -170,7 +170,7 @@ def _provenance(run: Run) -> dict[str, str]:
 def _commit(environment: Mapping[str, Any]) -> str:
     commit = environment.get("git_commit")
     if not commit:
-        return "none: an installed copy"
+        return "unknown, because an installed copy ran"
     return (
         f"{commit}{', with changes that were not committed' * bool(environment.get('git_dirty'))}"
     )

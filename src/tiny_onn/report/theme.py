@@ -1,4 +1,4 @@
-"""The colours of light and dark, as `page.css` has them, for charts."""
+"""The colours of the light and the dark theme for charts, read from `page.css`."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 STYLE = Path(__file__).parent / "page.css"
 THEMES = ("light", "dark")
-# What Vega-Lite's ranges are called in the style sheet, and how many colours each has.
+# Each range of Vega-Lite, its letter in the style sheet, and its number of colours.
 RANGES = (("category", "c", 6), ("heatmap", "h", 5), ("diverging", "d", 5))
 
 
 def colours(theme: str) -> dict[str, str]:
-    """The style sheet's colours of a theme by name.
+    """Return the style sheet's colours of a theme by name.
 
     Args:
         theme: one of `THEMES`.
@@ -23,7 +23,7 @@ def colours(theme: str) -> dict[str, str]:
 
 
 def vega_config(theme: str) -> dict[str, Any]:
-    """The configuration that gives Vega-Lite charts a theme's colours.
+    """Return the configuration that gives Vega-Lite charts a theme's colours.
 
     Args:
         theme: one of `THEMES`.

@@ -1,12 +1,15 @@
-"""Running a student cheaper or dearer than it was trained: thresholds for every mean k.
+"""Thresholds of a budget that are measured on text, and students run at other budgets than trained.
 
-At the end of training `tabulate` measures, per layer, the threshold that gives k experts a token on
-average, for k = S + 1 ... E (S are shared), and keeps it in the router; `set_budget` reads it back,
-with no text at hand. A layer's threshold depends on what the layers below hand it, and so on their
-budgets: each pass over the text settles every layer at one k on the way up, and fills the table
-around it.
+A budget's threshold is measured three times: `fit_start_thresholds` sets it before training,
+`fit_eval_thresholds` before an evaluation, and `fill_threshold_tables` measures one for every mean
+k at the end of training.
 
-Cost: `len(PASSES)` forward passes of about `TABLE_TOKENS` tokens, without the head.
+A table holds, per layer, the threshold that gives k experts a token on average, for k = S + 1 ... E
+(S are shared). The router stores it, so that `set_budget` can choose a k later without any text. A
+layer's threshold depends on its inputs, and so on the budgets of the layers below. Each pass over
+the text therefore sets every layer to one k on the way up, and measures the table around that k.
+
+Cost of the tables: `len(PASSES)` forward passes of about `TABLE_TOKENS` tokens, without the head.
 
 Legend: T tokens, E experts, S of them shared.
 """
@@ -26,36 +29,41 @@ from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import ExpertBank, recorded_routings
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.routing.thresholds import aims, exact_threshold, exact_thresholds, steer
+from tiny_onn.routing.thresholds import (
+    corrected_targets,
+    exact_threshold,
+    exact_thresholds,
+    update_thresholds,
+)
 
 TABLE_TOKENS = 1024
-# Shares of the experts at which the layers are settled together; other k use the nearest pass.
+# Each pass sets all layers to one of these shares of the experts; other k use the nearest pass.
 PASSES = (0.75, 0.5, 0.375, 0.25, 0.125)
 
 
 @torch.no_grad()
-def tabulate(
+def fill_threshold_tables(
     student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
 ) -> None:
-    """Fill every router's table of thresholds from text; what else the student has stays.
+    """Fill every router's table of thresholds from text; the rest of the student does not change.
 
-    Nothing is done for a selection that has no threshold.
+    A selection without a threshold has no table, and nothing is done.
 
     Args:
-        student: at the end of its training.
-        rows: text of the kind it will see; the first `TABLE_TOKENS` or so are read.
-        scope: whether each layer has the budget, or all together.
+        student: The student at the end of its training.
+        rows: Text of the kind that the student will see; about `TABLE_TOKENS` tokens are read.
+        scope: Whether each layer has the budget, or all together.
     """
     banks = student.banks()
     if not banks[0].router.rule.has_budget:
         return
-    row = _joined(rows).to(banks[0].router.weight.device)
+    row = _concatenate(rows).to(banks[0].router.weight.device)
     num_experts = banks[0].router.weight.shape[0]
     least = banks[0].router.rule.num_shared + 1
     passes = sorted({max(least, round(num_experts * share)) for share in PASSES})
     was_training = student.training
     student.train(False)
-    with _thresholds_kept(banks):
+    with _restored_eval_thresholds(banks):
         for k in track(passes, "table of budgets, passes"):
             nearest = [
                 other
@@ -63,24 +71,25 @@ def tabulate(
                 if min(passes, key=lambda p: (abs(p - other), p)) == k
             ]
             if scope == "global":
-                _fill_together(student, row, k, nearest)
+                _fill_global_tables(student, row, k, nearest)
                 continue
             with ExitStack() as hooks:
                 for bank in banks:
-                    hooks.enter_context(_settling(bank, k, nearest, row.router_mask[0]))
+                    hooks.enter_context(_filled_table(bank, k, nearest, row.router_mask[0]))
                 last_hidden_states(student, row.input_ids, **packed_kwargs(row))
     student.train(was_training)
     for bank in banks:
-        # The ends are certain: first choices alone pass 1, and everything passes -1.
+        # The two ends need no measuring: at 1 only first choices are active, at -1 every expert.
         bank.router.threshold_table[:least] = 1.0
         bank.router.threshold_table[-1] = -1.0
 
 
 def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
-    """Let the student use `budget` experts a token: exactly, or on average where it has a budget.
+    """Let the student use `budget` experts a token: on average if it has a threshold, else exactly.
 
     Raises:
-        UserError: not in S + 1 ... E, not whole where it must be, or never measured.
+        UserError: The number is outside S + 1 ... E, or not whole for a selection without a
+            threshold, or the student has no measured table.
     """
     num_experts = student.config.num_experts
     rule = student.banks()[0].router.rule
@@ -106,26 +115,28 @@ def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
 
 
 @contextmanager
-def _settling(bank: ExpertBank, k: int, nearest: Sequence[int], mask_T: Tensor) -> Iterator[None]:
-    """Within the context the bank's next call uses k experts on average, and fills its table."""
+def _filled_table(
+    bank: ExpertBank, k: int, nearest: Sequence[int], mask_T: Tensor
+) -> Iterator[None]:
+    """Let the bank's calls in the context use k experts on average, and fill its table near k."""
 
-    def settle(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def fit_threshold_and_table(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         router = bank.router
         scores_TE = bank.route(inputs[0].flatten(0, -2)).scores
         router.settled.copy_(exact_threshold(scores_TE, mask_T, float(k)))
         for other in nearest:
             router.threshold_table[other - 1] = exact_threshold(scores_TE, mask_T, float(other))
 
-    with bank.register_forward_pre_hook(settle):
+    with bank.register_forward_pre_hook(fit_threshold_and_table):
         yield
 
 
-def _fill_together(
+def _fill_global_tables(
     student: TinyOnnForCausalLM, row: PackedRow, k: int, nearest: Sequence[int]
 ) -> None:
-    """Settle all layers at one threshold for k experts on average, and fill their tables."""
+    """Set all layers to one threshold for k experts on average, and fill their tables near k."""
     banks, mask_T = student.banks(), row.router_mask[0]
-    # Twice: the inputs of the first pass are those of another budget.
+    # The first pass still runs at another budget, so its layers see other inputs than at this one.
     masks_T, scores = mask_T.repeat(len(banks)), banks[0].router.weight.new_empty(0)
     for _ in range(2):
         with recorded_routings(banks) as routings:
@@ -140,18 +151,18 @@ def _fill_together(
 
 
 @contextmanager
-def _thresholds_kept(banks: Sequence[ExpertBank]) -> Iterator[None]:
-    """After the context thresholds are what they were before it."""
-    kept = [bank.router.settled.clone() for bank in banks]
+def _restored_eval_thresholds(banks: Sequence[ExpertBank]) -> Iterator[None]:
+    """Give the banks their evaluation thresholds back when the context ends."""
+    before = [bank.router.settled.clone() for bank in banks]
     try:
         yield
     finally:
-        for bank, threshold in zip(banks, kept, strict=True):
+        for bank, threshold in zip(banks, before, strict=True):
             bank.router.settled.copy_(threshold)
 
 
-def _joined(rows: Sequence[PackedRow]) -> PackedRow:
-    """The first rows of `TABLE_TOKENS` or more, laid end to end as one."""
+def _concatenate(rows: Sequence[PackedRow]) -> PackedRow:
+    """Return one row of the first rows laid end to end, of `TABLE_TOKENS` tokens if there are."""
     taken: list[PackedRow] = []
     while len(taken) < len(rows) and sum(r.labels.numel() for r in taken) < TABLE_TOKENS:
         taken.append(rows[len(taken)])
@@ -171,34 +182,44 @@ def _joined(rows: Sequence[PackedRow]) -> PackedRow:
 
 
 @torch.no_grad()
-def settle_budgets(
+def fit_start_thresholds(
     inputs: MlpInputs, banks: Sequence[ExpertBank], scope: BudgetScope = "layer"
 ) -> None:
-    """Set each budget's threshold to the mean of those that meet its target on each row."""
+    """Set the thresholds with which training starts: means over the rows of the exact ones.
+
+    Args:
+        inputs: The dense model's MLP inputs, on which the gates route.
+        banks: The layers.
+        scope: Whether each layer has the budget, or all together.
+    """
     if not banks[0].router.rule.has_budget:
         return
     routers = [bank.router for bank in banks]
     scores: list[Tensor] = []
 
-    def see(index: int, x_TD: Tensor, row: PackedRow) -> None:
-        scores.append(banks[index].route(x_TD).scores)
+    def add_scores(layer: int, x_TD: Tensor, row: PackedRow) -> None:
+        scores.append(banks[layer].route(x_TD).scores)
         if len(scores) == len(banks):
-            thresholds_L = exact_thresholds(scores, row.router_mask[0], aims(routers), scope)
+            thresholds_L = exact_thresholds(
+                scores, row.router_mask[0], corrected_targets(routers), scope
+            )
             scores.clear()
-            steer(routers, thresholds_L, rate=0.0)
+            update_thresholds(routers, thresholds_L, rate=0.0)
 
-    inputs.visit(see, "setting budgets, rows")
+    inputs.visit(add_scores, "setting budgets, rows")
 
 
 @torch.no_grad()
-def settle(
+def fit_eval_thresholds(
     student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
 ) -> None:
-    """Set the thresholds of evaluation to those that meet the target on these rows, pooled.
+    """Set the evaluation thresholds to those that meet the target on all these rows together.
 
-    A threshold that was steered on the last batches lags behind the gate and carries their noise;
-    here the gate stands still. Training's own thresholds stay as they are. One pass over the rows:
-    each layer is measured on the inputs that the layers before it give with their old thresholds.
+    Training's thresholds follow the last batches: they lag behind the gate and carry the batches'
+    noise. Here the gate does not change. Training's thresholds stay as they are.
+
+    The rows are read once. Each layer is measured on the inputs that the layers below give with
+    their old thresholds.
     """
     banks = student.banks()
     if not rows or not banks[0].router.rule.has_budget:
@@ -206,16 +227,16 @@ def settle(
     was_training = student.training
     student.train(False)
     scores: list[list[Tensor]] = [[] for _ in banks]
-    for row in track(rows, "settling budgets, rows"):
+    for row in track(rows, "measuring budgets, rows"):
         with recorded_routings(banks) as routings:
             last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-        for routing, kept in zip(routings, scores, strict=True):
-            kept.append(routing.scores)
+        for routing, layer_scores in zip(routings, scores, strict=True):
+            layer_scores.append(routing.scores)
     student.train(was_training)
     mask_T = torch.cat([row.router_mask[0] for row in rows])
     target_k = banks[0].router.rule.target_k
     targets_L = torch.full((len(banks),), target_k, device=mask_T.device)
-    pooled = [torch.cat(kept) for kept in scores]
+    pooled = [torch.cat(layer_scores) for layer_scores in scores]
     for bank, threshold in zip(
         banks, exact_thresholds(pooled, mask_T, targets_L, scope), strict=True
     ):

@@ -1,6 +1,6 @@
-"""The gates' side of one update: what they learn, what is counted, and what moves without gradient.
+"""The gates' side of one update: their losses, their statistics, and changes without a gradient.
 
-The experts' side is the main loss (`step.distill_step`, `blockwise.blockwise_step`).
+The experts learn from the main loss, in `step.distill_step` and `blockwise.blockwise_step`.
 """
 
 import hashlib
@@ -33,15 +33,17 @@ class GateStep:
 
     Attributes:
         stats: Routing statistics of the rows so far.
-        tallies: Each layer's surprise, which backward passes add to; empty where no gate is taught.
-        router_tokens: Tokens of all the rows that count in targets and statistics, at least 1.
+        tallies: Each layer's surprise, to which backward passes add; empty if no gate is taught by
+            surprise.
+        router_tokens: Number of tokens in all the rows that count in targets and statistics, at
+            least 1.
 
     Args:
         banks: The layers.
         config: The settings.
         rows: The rows of the update.
-        step: How many updates there were before.
-        loss_tokens: Tokens that the main loss is a mean over; None: `router_tokens`.
+        step: Number of updates before this one.
+        loss_tokens: Number of tokens over which the main loss is a mean; None: `router_tokens`.
     """
 
     def __init__(
@@ -77,10 +79,10 @@ class GateStep:
 
     @contextmanager
     def row(self, row: PackedRow) -> Iterator[None]:
-        """Count a row's tokens; within the context the banks' forward and backward passes are its.
+        """Count a row's tokens, and let the banks treat the passes in the context as this row's.
 
         Args:
-            row: On the banks' device.
+            row: The row whose forward and backward pass run in the context, on the banks' device.
         """
         self._num_rows += 1
         self.stats.add_tokens(row)
@@ -104,9 +106,9 @@ class GateStep:
     def loss(
         self, routings: Sequence[Routing], row: PackedRow, first_layer: int = 0
     ) -> Tensor | float:
-        """The own loss of some gates, from `first_layer` on, on a row.
+        """Return the gates' auxiliary loss on a row, for the layers from `first_layer` on.
 
-        Only a selection that the main loss teaches has one; it is 0 for the others.
+        Gates that learn from the main loss have one (`task`); for other objectives it is 0.
         """
         router = self._config.router
         if router.objective == "task" and router.selection == "top_any":
@@ -121,7 +123,7 @@ class GateStep:
         return router.load_balancing_coef * balance + router.z_loss_coef * penalty
 
     def finish(self, *, updated: bool) -> None:
-        """Steer the routers after the optimizer; without its update leave them as they were."""
+        """Update the routers' buffers after the optimizer; undo the step if it did not update."""
         if updated:
             self._steering.update(self.stats.load_LE.float())
         else:
@@ -136,10 +138,10 @@ class GateStep:
 
 
 def smk_rule(config: RunConfig) -> SmkRule | None:
-    """How surprise teaches the gates; None if another loss teaches them, or nothing."""
+    """Return the rule by which surprise teaches the gates; None if surprise does not teach them."""
     if config.router.objective == "regression":
         # D2DMoE, arXiv 2310.04361, section 3.3: the gate predicts the norms of all experts' outputs
-        # by squared error. In logs, so that loud layers do not decide.
+        # by squared error. Logarithms keep layers with large outputs from dominating.
         return SmkRule(surprise="magnitude", direction="max", candidates="all", targets="log")
     if config.router.objective != "smk":
         return None

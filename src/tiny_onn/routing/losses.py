@@ -1,4 +1,4 @@
-"""What a `top_k` gate that learns from the main loss is asked besides: balance, and small logits.
+"""Auxiliary losses of gates that learn from the main loss: balanced loads and small logits.
 
 Legend: T tokens, E experts.
 """
@@ -20,10 +20,11 @@ def load_balancing_loss(
     top_k: int,
     token_mask_T: Bool[Tensor, " tokens"],
 ) -> Float[Tensor, ""]:
-    """`E * sum_e f_e P_e`, over all layers' tokens together, as transformers' Mixtral computes it.
+    """Return `E * sum_e f_e P_e` over all layers' tokens together, as in transformers' Mixtral.
 
-    f_e is the share of counted tokens whose k largest probabilities include expert e (their sum is
-    k), P_e the mean probability of e. Source: Switch Transformer, arXiv 2101.03961, equations 4-6.
+    f_e is the share of counted tokens whose k largest probabilities include expert e, so that the
+    f_e sum to k. P_e is the mean probability of e. Source: Switch Transformer, arXiv 2101.03961,
+    equations 4-6.
     """
     probs = torch.cat([logits_TE[token_mask_T] for logits_TE in router_logits]).softmax(-1)
     chosen = probs.topk(top_k, dim=-1).indices
@@ -35,7 +36,7 @@ def z_loss(
     router_logits: Sequence[Float[Tensor, "tokens experts"]],
     token_mask_T: Bool[Tensor, " tokens"],
 ) -> Float[Tensor, ""]:
-    """Mean squared log-partition of the router logits.
+    """Return the mean squared log-partition of the router logits.
 
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
@@ -44,6 +45,6 @@ def z_loss(
 
 
 def gate_losses(banks: Sequence[ExpertBank], config: RouterConfig) -> Float[Tensor, ""]:
-    """DynMoE's diversity and simplicity loss, weighted and summed over layers as its authors do."""
+    """Return DynMoE's diversity and simplicity loss, summed over layers and weighted."""
     losses = [dynmoe.diversity_and_simplicity(bank.router.weight.float()) for bank in banks]
     return config.diversity_coef * torch.stack(losses).sum()

@@ -1,11 +1,11 @@
-"""Sums over tokens of what the routers did: on the device, read once per record.
+"""Routing statistics: sums over tokens that stay on the device and are read once per record.
 
-Counted are the tokens of `router_mask`; the first token of each document, whose activations are
-thousands of times larger, is counted apart. Nothing here waits for the device until `summary`,
-`layers` or `OracleStats.summary` is called.
+The tokens of `router_mask` are the counted ones. The first token of each document, whose
+activations are thousands of times larger, is counted apart. Only `summary`, `layers` and `counts`
+wait for the device.
 
 Cost: per layer and row a few passes over (T, E) tables. `OracleStats` costs a forward pass of the
-experts (two of the three matrix products and a Gram matrix), so it belongs to evaluations.
+experts (two of the three matrix products and a Gram matrix), so only evaluations use it.
 
 Legend: T tokens, D hidden, E experts, L layers, K = E + 1 possible numbers of active experts.
 """
@@ -29,20 +29,20 @@ from tiny_onn.routing.thresholds import layer_groups
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingSummary:
-    """What routers did, one number per statistic. Counted tokens exclude first ones and padding."""
+    """Routing in one number per statistic. Counted tokens exclude first tokens and padding."""
 
     mean_k: float
     """Active experts per token, over layers and counted tokens."""
     std_k: float
     """Standard deviation of k over counted tokens, mean over layers."""
     min_layer_k: float
-    """Mean k of the layer where it is smallest."""
+    """Smallest mean k of a layer."""
     max_layer_k: float
-    """Mean k of the layer where it is largest."""
+    """Largest mean k of a layer."""
     zero_expert_rate: float
     """Share of counted tokens without an active expert, mean over layers."""
     dead_experts: float
-    """Experts that no counted token activated, all layers together."""
+    """Number of experts that no counted token activated, all layers together."""
     load_entropy: float
     """Entropy of the routed experts' shares of a layer's activations, nats, mean over layers."""
     max_load_share: float
@@ -54,37 +54,38 @@ class RoutingSummary:
     """Share of counted tokens whose lowest active logit equals their highest inactive one, so that
     the order of the experts decided, not the gate; mean over layers."""
     first_mean_k: float
-    """Active experts of the documents' first tokens, which are counted nowhere else."""
+    """Active experts per first token of a document; the other statistics leave these tokens out."""
 
 
-# Tokens whose hidden activations the oracle holds at once, in float32.
+# The oracle holds the hidden activations of so many tokens at once, in float32.
 ORACLE_CHUNK_TOKENS = 2048
 
 
 @dataclass(kw_only=True, slots=True)
 class RoutingStats:
-    """Counts and sums of one step or evaluation; several are summed tensor by tensor."""
+    """Counts and sums of one step or evaluation, which add up tensor by tensor."""
 
     num_tokens: Int[Tensor, ""]
-    """Counted tokens."""
+    """Number of counted tokens."""
     num_first: Int[Tensor, ""]
-    """First tokens of documents, not among the counted ones."""
+    """Number of documents' first tokens, which are not among the counted ones."""
     k_histogram_LK: Int[Tensor, "layers experts_plus_one"]
-    """Counted tokens by number of active experts, 0 to E."""
+    """Number of counted tokens with 0, 1, ... E active experts."""
     load_LE: Int[Tensor, "layers experts"]
-    """Counted tokens that activated the expert."""
+    """Number of counted tokens that activated the expert."""
     first_load_LE: Int[Tensor, "layers experts"]
-    """First tokens that activated the expert."""
+    """Number of first tokens that activated the expert."""
     gate_entropy_L: Float[Tensor, " layers"]
     """Sum over counted tokens of the entropy of the softmax of the logits, nats."""
     ties_L: Int[Tensor, " layers"]
-    """Counted tokens with a tie at the border, see `border_ties`."""
+    """Number of counted tokens with a tie at the border, see `border_ties`."""
     num_shared: int
-    """Shared experts of each layer, S: they count as active, and in nothing about choices."""
+    """Number of shared experts of each layer, S. They count as active experts, but statistics about
+    choices leave them out."""
 
     @staticmethod
     def zeros(banks: Sequence[ExpertBank]) -> "RoutingStats":
-        """Empty sums for these layers."""
+        """Return empty sums for these layers."""
         L, (E, _), device = len(banks), banks[0].router.weight.shape, banks[0].router.weight.device
         count = partial(torch.zeros, device=device, dtype=torch.int64)
         return RoutingStats(
@@ -135,7 +136,7 @@ class RoutingStats:
         self.ties_L[layers] += (border_ties(logits_LTR, active_LTR) & mask_T).sum(-1)
 
     def summary(self) -> dict[str, float]:
-        """The fields of `RoutingSummary`."""
+        """Return the fields of `RoutingSummary`."""
         layers = self.layers()
         mean_k, load_LE = layers["mean_k"], self.load_LE.cpu()
         return {
@@ -153,7 +154,7 @@ class RoutingStats:
         }
 
     def layers(self) -> dict[str, list[float]]:
-        """The statistics that are one number per layer: fields of `records.LayersRecord`."""
+        """Return the statistics with one number per layer: fields of `records.LayersRecord`."""
         num_tokens, num_first = (max(1, int(n)) for n in (self.num_tokens, self.num_first))
         histogram_LK, load_LE = self.k_histogram_LK.double().cpu(), self.load_LE.double().cpu()
         numbers_K = torch.arange(histogram_LK.shape[1], dtype=torch.float64)
@@ -174,7 +175,7 @@ class RoutingStats:
         return {name: values_L.tolist() for name, values_L in per_layer.items()}
 
     def counts(self) -> dict[str, int | list[list[int]]]:
-        """What was counted: fields of `records.LayersRecord`."""
+        """Return the counts: fields of `records.LayersRecord`."""
         return {
             "num_tokens": int(self.num_tokens),
             "num_first": int(self.num_first),
@@ -185,9 +186,9 @@ class RoutingStats:
 
 
 def first_tokens(row: PackedRow) -> Bool[Tensor, " tokens"]:
-    """The first token of each fragment of text, padding left out.
+    """Return True at the first token of each fragment of text, and nowhere in padding.
 
-    A fragment has two tokens or more, so its first one has a label; padding has none.
+    A fragment has at least two tokens, so that its first one has a label, which padding has not.
     """
     return row.loss_mask[0] & ~row.router_mask[0]
 
@@ -195,10 +196,10 @@ def first_tokens(row: PackedRow) -> Bool[Tensor, " tokens"]:
 def border_ties(
     logits: Float[Tensor, "*layers tokens experts"], active: Bool[Tensor, "*layers tokens experts"]
 ) -> Bool[Tensor, "*layers tokens"]:
-    """Whether a token's lowest active logit equals its highest inactive one.
+    """Return True at tokens whose lowest active logit equals their highest inactive one.
 
-    Then the order of the experts, not the gate, decided which of them is active. A token without
-    active or without inactive experts has no border and no tie.
+    At a tie the order of the experts, not the gate, decided which of them is active. A token
+    without active or without inactive experts has no tie.
     """
     lowest = logits.masked_fill(~active, math.inf).amin(-1)
     highest = logits.masked_fill(active, -math.inf).amax(-1)
@@ -207,23 +208,23 @@ def border_ties(
 
 @dataclass(kw_only=True, slots=True)
 class OracleStats:
-    """The active experts against the token's k largest `|expert_e(x)|`, k being what it has.
+    """A comparison of each token's k active experts with an oracle's, the k largest `|expert(x)|`.
 
-    Overlap and chance are among the routed experts: shared ones are given.
+    Overlap and chance leave the shared experts out, because they are no choice.
     """
 
     num_tokens: Int[Tensor, " layers"]
-    """Counted tokens with at least one active expert."""
+    """Number of counted tokens with at least one active expert."""
     overlap_L: Float[Tensor, " layers"]
-    """Sum over them of the share of the active experts that the oracle picks too."""
+    """Sum over these tokens of the share of the active experts that the oracle picks too."""
     chance_L: Float[Tensor, " layers"]
-    """Sum over them of k / E: what a random set of k overlaps on average."""
+    """Sum over these tokens of k / E, the mean overlap of a random set of k."""
     norm_L: Float[Tensor, " layers"]
-    """Sum over them of the mean norm of their active experts' outputs, unweighted."""
+    """Sum over these tokens of the mean norm of their active experts' outputs, unweighted."""
 
     @staticmethod
     def zeros(banks: Sequence[ExpertBank]) -> "OracleStats":
-        """Empty sums for these layers."""
+        """Return empty sums for these layers."""
         L, device = len(banks), banks[0].router.weight.device
         return OracleStats(
             num_tokens=torch.zeros(L, device=device, dtype=torch.int64),
@@ -260,7 +261,7 @@ class OracleStats:
     def watch(
         self, banks: Sequence[ExpertBank], token_mask_T: Bool[Tensor, " tokens"]
     ) -> AbstractContextManager[object]:
-        """A context in which every forward pass of the banks, of one row, is counted."""
+        """Return a context that counts every forward pass of the banks, each of one row."""
 
         def hook(
             layer: int,
@@ -282,9 +283,9 @@ class OracleStats:
         return stack
 
     def layers(self) -> dict[str, list[float]]:
-        """Per layer: overlap and its chance level, 0 to 1, and the mean norm of an active expert.
+        """Return each layer's overlap, its chance level and the mean norm of an active expert.
 
-        All three are 0 in a layer that activates no expert.
+        Overlap and chance are between 0 and 1. All three are 0 in a layer that activates no expert.
         """
         num_tokens = self.num_tokens.clamp_min(1).double().cpu()
         sums = {
@@ -295,7 +296,7 @@ class OracleStats:
         return {name: (s.double().cpu() / num_tokens).tolist() for name, s in sums.items()}
 
     def summary(self) -> dict[str, float]:
-        """Overlap and chance, means over layers, and the smallest norm of a layer."""
+        """Return overlap and chance as means over layers, and the smallest norm of a layer."""
         layers = self.layers()
         return {
             "oracle_overlap": _mean(layers["oracle_overlap"]),

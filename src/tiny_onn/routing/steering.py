@@ -1,7 +1,8 @@
-"""What a router changes without a gradient: budgets, balance, revival, re-seeding, exploration.
+"""Router changes without a gradient: budget thresholds, balance, revival and re-seeding.
 
-All of it is in the router's buffers, so that checkpoints hold it, and happens on the device without
-waiting for it. At evaluation nothing here runs by itself; `settle` runs where it is called.
+All state is in the router's buffers, so that checkpoints hold it, and changes on the device without
+waiting for it. Training alone changes it, except for the thresholds that
+`fitted_eval_thresholds` measures for an evaluation.
 
 Legend: T tokens, D hidden, E experts, L layers.
 """
@@ -21,22 +22,23 @@ from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.router import Router, Routing
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.shared_experts import routed, with_shared
-from tiny_onn.routing.budgets import settle
-from tiny_onn.routing.thresholds import aims, exact_thresholds, steer
+from tiny_onn.routing.budgets import fit_eval_thresholds
+from tiny_onn.routing.thresholds import corrected_targets, exact_thresholds, update_thresholds
 
-# A revived expert would have been chosen by this share of the tokens, by this much in its logit.
+# Revival raises an unused expert's selection logit until REVIVED_SHARE of the tokens would choose
+# it, by REVIVED_MARGIN.
 REVIVED_SHARE = 0.01
 REVIVED_MARGIN = 1e-3
 
 
 class Steering:
-    """A step's sums over its rows, and the update of the routers that they give.
+    """A step's sums over its rows, and the update of the routers that follows from them.
 
     Args:
         banks: The layers.
         router: The settings.
-        router_tokens: Tokens of the step that count.
-        step: How many steps there were before.
+        router_tokens: Number of tokens of the step that count.
+        step: Number of steps before this one.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Steering:
         self._threshold_L = torch.zeros(L, device=device)
         self._lift_LE = torch.zeros(L, E, device=device)
         self._scores: list[Tensor] = []
-        # Rows add to a window in their forward pass, which a skipped step takes back.
+        # Rows add to a window in their forward pass; `undo` takes that back.
         self._windows = [
             (bank.router.window_loads.clone(), bank.router.idle_input.clone())
             for bank in banks
@@ -62,10 +64,10 @@ class Steering:
         token_mask_T: Bool[Tensor, " tokens"],
         first_layer: int = 0,
     ) -> None:
-        """Count the routing of some layers, from `first_layer` on, on a row.
+        """Record how some layers, from `first_layer` on, routed a row.
 
-        Noted are what unused experts lack to be chosen, if they are revived, and the thresholds
-        that would have met the budget, if there is one.
+        With revival that is what unused experts lack to be chosen; with a budget it is the
+        thresholds that would have met its target.
         """
         layers = slice(first_layer, first_layer + len(routings))
         if self.router.revive_after_steps:
@@ -81,13 +83,13 @@ class Steering:
             if len(self._scores) < len(self.banks):
                 return
             scores, self._scores, layers = self._scores, [], slice(None)
-        aims_L = aims([bank.router for bank in self.banks[layers]])
-        thresholds_L = exact_thresholds(scores, token_mask_T, aims_L, self.router.budget_scope)
+        targets_L = corrected_targets([bank.router for bank in self.banks[layers]])
+        thresholds_L = exact_thresholds(scores, token_mask_T, targets_L, self.router.budget_scope)
         self._threshold_L[layers] += token_mask_T.sum() / self._tokens * thresholds_L
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Leave the routers as they were before the step."""
+        """Restore the routers' state from before the step."""
         for bank, (loads_E, idle_D) in zip(self.banks, self._windows, strict=False):
             bank.router.window_loads.copy_(loads_E)
             bank.router.idle_input.copy_(idle_D)
@@ -97,14 +99,14 @@ class Steering:
         """Update the routers, after the optimizer.
 
         Args:
-            load_LE: Counted tokens of the step that activated each expert.
+            load_LE: Number of counted tokens of the step that activated each expert.
         """
         mean_k_L = load_LE.sum(-1) / self._tokens
         if self.router.budget_scope == "global":
             mean_k_L = mean_k_L.mean().expand_as(mean_k_L)
         routers = [bank.router for bank in self.banks]
         if routers[0].rule.has_budget:
-            steer(routers, self._threshold_L, self.router.budget_rate, mean_k_L)
+            update_thresholds(routers, self._threshold_L, self.router.budget_rate, mean_k_L)
         for router, load_E, lift_E in zip(routers, load_LE, self._lift_LE, strict=True):
             if self.router.balance_rate:
                 balance(router, load_E, self.router.balance_rate)
@@ -118,9 +120,9 @@ class Steering:
 def balance(router: Router, load_E: Float[Tensor, " experts"], rate: float) -> None:
     """Raise the selection bias of experts used less than the mean by `rate`, lower the others'.
 
-    `b_e += rate * sign(mean load - load_e)`, then centred, so that it says which experts and not
-    how many. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2, where b is added to sigmoid
-    affinities; here to the logits, which all selections have.
+    `b_e += rate * sign(mean load - load_e)`, and then b is centred, so that it changes which
+    experts are active and not how many. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2, which
+    adds b to sigmoid affinities; it is added to the logits here, because all selections have them.
     """
     S = router.rule.num_shared
     load_R = routed(load_E, S)
@@ -131,10 +133,11 @@ def balance(router: Router, load_E: Float[Tensor, " experts"], rate: float) -> N
 def revival_lift(
     router: Router, routing: Routing, token_mask_T: Bool[Tensor, " tokens"]
 ) -> Float[Tensor, " experts"]:
-    """How much each expert's selection logit lacks to be chosen by 1 % of the counted tokens.
+    """Return how much each expert's selection logit lacks for 1 % of the counted tokens.
 
-    A token chooses what reaches the lowest logit among its active experts (`top_any`: 0). At least
-    one token counts; 0 where the expert is chosen as often already, is shared, or no token counts.
+    A token chooses an expert whose logit reaches the lowest one among its active experts, or 0 with
+    `top_any`. The 1 % are at least one token. The result is 0 for experts that are shared or are
+    chosen that often already, and where no token counts.
     """
     S = router.rule.num_shared
     logits_TE = routed(routing.router_logits.detach() + router.selection_bias, S)
@@ -154,9 +157,9 @@ def revive(
     lift_E: Float[Tensor, " experts"],
     after_steps: int,
 ) -> None:
-    """Lift the selection bias of experts unused for `after_steps` steps to where they are used.
+    """Raise the selection bias of experts that were unused for `after_steps` steps by `lift_E`.
 
-    The bias stays: the gate learns about the expert from the tokens that now reach it.
+    The bias is not taken back. The gate learns about an expert from the tokens that now reach it.
     """
     router.unused_steps.copy_(torch.where(load_E > 0, 0.0, router.unused_steps + 1))
     due_E = router.unused_steps >= after_steps
@@ -165,7 +168,7 @@ def revive(
 
 
 def reseed(router: Router) -> None:
-    """Close the window that `top_any` recorded: `dynmoe.reseed`, then start another."""
+    """Re-seed one unused expert from the recorded window (`dynmoe.reseed`), and begin a new one."""
     weight_ED, bias_E = dynmoe.reseed(
         router.weight, router.bias, router.window_loads, router.idle_input
     )
@@ -176,21 +179,21 @@ def reseed(router: Router) -> None:
 
 
 @contextmanager
-def settled(
+def fitted_eval_thresholds(
     student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
 ) -> Iterator[None]:
-    """Settle the thresholds for an evaluation in the context.
+    """Fit the evaluation thresholds for an evaluation in the context; they stay afterwards.
 
-    If the evaluation is given up, by an exception, thresholds are what they were before: the next
-    ones to be settled depend on them.
+    If an exception ends the evaluation, the thresholds from before are restored, because a later
+    fit depends on them.
     """
     routers = [bank.router for bank in student.banks()]
-    before, done = [router.settled.clone() for router in routers], False
+    before, completed = [router.settled.clone() for router in routers], False
     try:
-        settle(student, rows, scope)
+        fit_eval_thresholds(student, rows, scope)
         yield
-        done = True
+        completed = True
     finally:
-        if not done:
+        if not completed:
             for router, threshold in zip(routers, before, strict=True):
                 router.settled.copy_(threshold)

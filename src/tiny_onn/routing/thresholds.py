@@ -1,4 +1,4 @@
-"""A budget's threshold: the one that meets the target on a batch, and how training moves it there.
+"""Budget thresholds: the one that meets the target on a batch, and the controller that follows it.
 
 Thresholds, integral corrections and update counts are buffers of the routers, all on the device.
 
@@ -15,12 +15,13 @@ from torch import Tensor
 from tiny_onn.config.schema import BudgetScope
 from tiny_onn.model.router import Router
 
-# The budget's integral control: its rate as a share of the threshold's (a quarter is critical
-# damping), the largest relative error that it sums up, and how far it may go.
+# The integral controller has this share of the threshold's rate (a quarter is critical damping),
+# sums relative errors of k up to MAX_STEP_ERROR, and changes a target by at most this share of it:
+# MAX_CORRECTION.
 INTEGRAL_SHARE = 0.25
 MAX_STEP_ERROR = 0.1
 MAX_CORRECTION = 0.2
-# Elements of a table per layer, (T, E) for example, that are treated at once, `layer_groups`.
+# Layers are treated together while their tables, (T, E) for example, have so many elements.
 GROUP_ELEMENTS = 2**22
 
 
@@ -29,20 +30,21 @@ def exact_threshold(
     token_mask_T: Bool[Tensor, " tokens"],
     target_k: float | Float[Tensor, "*layers"],
 ) -> Float[Tensor, "*layers"]:
-    """The threshold at which the counted tokens of this batch have `target_k` experts on average.
+    """Return the threshold at which this batch's counted tokens have `target_k` experts on average.
 
-    Halfway between the last score to pass and the next, for the ends of the order 1 and -1: scores
-    are probabilities, but for the first choices, which always pass. Equal scores pass together.
+    The threshold lies halfway between the last score that passes and the next one. Both are taken
+    to lie in [-1, 1], where scores are, except for those of first choices, which always pass. Equal
+    scores pass together.
     """
     counted = torch.where(token_mask_T[:, None], scores, float("-inf")).flatten(-2)
     padded = F.pad(counted, (0, 1), value=float("-inf"))
     num_active = (token_mask_T.sum() * target_k).round().long().expand(padded.shape[:-1])
     if scores.device.type == "cpu":
-        # Counts are at hand, and selecting is several times as fast as sorting.
+        # Reading the counts costs nothing on a CPU, and topk is several times as fast as a sort.
         rows = padded.reshape(-1, padded.shape[-1])
         counts = num_active.flatten().tolist()
-        ends = [_last_and_next(*of_layer) for of_layer in zip(rows, counts, strict=True)]
-        last_and_next = torch.stack(ends).view(*num_active.shape, 2)
+        pairs = [_last_and_next(*layer) for layer in zip(rows, counts, strict=True)]
+        last_and_next = torch.stack(pairs).view(*num_active.shape, 2)
     else:
         places = torch.stack(((num_active - 1).clamp_min(0), num_active), dim=-1)
         last_and_next = padded.sort(dim=-1, descending=True).values.gather(-1, places)
@@ -50,7 +52,7 @@ def exact_threshold(
 
 
 def _last_and_next(scores: Tensor, num_active: int) -> Float[Tensor, " 2"]:
-    """The largest scores' last one to pass and the one after it; twice the first if none passes."""
+    """Return the last score to pass and the one after it; twice the largest if none passes."""
     largest = scores.topk(num_active + 1, sorted=False).values
     return largest.topk(min(2, num_active + 1), largest=False).values.expand(2)
 
@@ -58,50 +60,61 @@ def _last_and_next(scores: Tensor, num_active: int) -> Float[Tensor, " 2"]:
 def exact_thresholds(
     scores: list[Float[Tensor, "tokens experts"]],
     token_mask_T: Bool[Tensor, " tokens"],
-    aims_L: Float[Tensor, " layers"],
+    targets_L: Float[Tensor, " layers"],
     scope: BudgetScope,
 ) -> Float[Tensor, " layers"]:
-    """Each layer's exact threshold, or one at which all together meet the first layer's aim."""
+    """Return each layer's exact threshold, or with a global scope one for all layers together.
+
+    The global threshold meets the first layer's target on average over layers.
+    """
     if scope == "layer":
         parts = [
-            exact_threshold(torch.stack(scores[some]), token_mask_T, aims_L[some])
+            exact_threshold(torch.stack(scores[some]), token_mask_T, targets_L[some])
             for some in layer_groups(len(scores), scores[0].numel())
         ]
         return torch.cat(parts)
-    pooled = exact_threshold(torch.cat(scores), token_mask_T.repeat(len(scores)), aims_L[0])
+    pooled = exact_threshold(torch.cat(scores), token_mask_T.repeat(len(scores)), targets_L[0])
     return pooled.expand(len(scores))
 
 
 def layer_groups(num_layers: int, elements: int) -> list[slice]:
-    """Layers to treat together, whose tables have so many elements each.
+    """Return slices of layers to treat together, for tables of so many elements per layer.
 
-    On short rows, launches are what small operations on every layer cost; on long ones, memory is.
+    On short rows the cost of small operations on every layer is their launches, which groups save;
+    on long rows it is memory, which small groups save.
     """
     size = max(1, GROUP_ELEMENTS // max(1, elements))
     return [slice(start, start + size) for start in range(0, num_layers, size)]
 
 
-def aims(routers: Sequence[Router]) -> Float[Tensor, " layers"]:
-    """The mean k that a batch's exact thresholds should give, integral control included."""
+def corrected_targets(routers: Sequence[Router]) -> Float[Tensor, " layers"]:
+    """Return each layer's target k less its integral correction, which exact thresholds meet."""
     rule, num_experts = routers[0].rule, routers[0].weight.shape[0]
-    aimed_L = rule.target_k * (1 - torch.stack([router.correction for router in routers]))
-    return aimed_L.clamp(1.0 + rule.num_shared, num_experts)
+    target_k_L = rule.target_k * (1 - torch.stack([router.correction for router in routers]))
+    return target_k_L.clamp(1.0 + rule.num_shared, num_experts)
 
 
 @torch.no_grad()
-def steer(
+def update_thresholds(
     routers: Sequence[Router],
     exact_threshold_L: Float[Tensor, " layers"],
     rate: float,
     mean_k_L: Float[Tensor, " layers"] | None = None,
 ) -> None:
-    """Move thresholds toward the last batch's exact ones: a mean at first, then a moving one.
+    """Move each threshold toward the one that would have met the target on the last batch.
 
-    A moving mean of thresholds lags behind a gate that changes, and its mean k is not that of the
-    thresholds it averages. Where `mean_k_L`, what the batch in fact used, is given, its relative
-    error, if small, is summed up and taken from the next aims: on average it is 0.
+    Early updates average all batches, later ones are an exponential moving average. The average
+    lags behind a changing gate, and gives another mean k than the thresholds that it averages.
+    Relative errors of k up to `MAX_STEP_ERROR` are therefore accumulated and subtracted from the
+    next targets, which makes the mean error 0.
 
-    Deterministic and causal: a batch is routed by thresholds that earlier batches made.
+    The result is deterministic and causal: earlier batches make the thresholds that route a batch.
+
+    Args:
+        routers: The routers whose buffers change.
+        exact_threshold_L: The thresholds that would have met the targets on the last batch.
+        rate: Share of the exact threshold in the moving average.
+        mean_k_L: Experts per token that the batch used; None: no error is accumulated.
     """
     names = ("threshold", "correction", "num_updates")
     buffers = {name: [getattr(router, name) for router in routers] for name in names}
@@ -109,8 +122,8 @@ def steer(
     annealing = routers[0].annealing
     if mean_k_L is not None and not annealing:
         error_L = mean_k_L / routers[0].rule.target_k - 1
-        # A large one is the start, or new text: the moving mean is on its way, and what was summed
-        # up meanwhile would overshoot.
+        # Large errors come at the start or with new text. The moving average removes them by
+        # itself, and an accumulated correction would overshoot.
         error_L = torch.where(error_L.abs() <= MAX_STEP_ERROR, error_L, 0.0)
         correction_L = correction_L + INTEGRAL_SHARE * rate * error_L
         correction_L = correction_L.clamp(-MAX_CORRECTION, MAX_CORRECTION)
@@ -119,5 +132,5 @@ def steer(
     threshold_L = threshold_L + step_L * (exact_threshold_L - threshold_L)
     buffers["settled"] = [router.settled for router in routers]
     values = (threshold_L, correction_L, updates_L, threshold_L)
-    for of_routers, values_L in zip(buffers.values(), values, strict=True):
-        torch._foreach_copy_(of_routers, list(values_L.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+    for router_buffers, values_L in zip(buffers.values(), values, strict=True):
+        torch._foreach_copy_(router_buffers, list(values_L.unbind()))  # pyright: ignore[reportPrivateImportUsage]

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: what learns, the optimizer's state and the loop's, whole or not at all.
+"""Checkpoints of a run: the trained tensors, the optimizer's state and the state of the loop.
 
-A checkpoint is a folder `step-N` of safetensors and JSON with a manifest of sizes and SHA-256. It
-is written beside its place and renamed into it; the newest one whose manifest holds is the one that
-a run resumes from.
+A checkpoint is a folder `step-N` of safetensors and JSON with a manifest of sizes and SHA-256
+hashes. It is written under another name and then renamed, so that it is complete or absent. A run
+resumes from the newest checkpoint whose files agree with its manifest.
 
-Saving overlaps training: what is to be saved is copied to host memory between two steps (a
-`Snapshot`), and a thread writes the copy while the next steps run (`Checkpointer`).
+Saving overlaps training: between two steps the tensors are copied to host memory (a `Snapshot`),
+and a thread writes the copy while the next steps run (`Checkpointer`).
 """
 
 import hashlib
@@ -33,29 +33,29 @@ from tiny_onn.runs.files import write_json
 
 FILES = ("student.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
-# Of `state.json`, and those that are read; a checkpoint of another one is refused by name.
+# The format of `state.json` that is written, and the formats that can be read.
 FORMAT = 4
 READABLE = (3, FORMAT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """A run between two steps, in host memory, on its own."""
+    """A copy of a run's state between two steps, in host memory."""
 
     step: int
     student: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: str
-    """The loop's, as JSON."""
+    """The state of the loop, as JSON."""
 
     @property
     def name(self) -> str:
-        """Of the checkpoint's folder."""
+        """The name of the checkpoint's folder."""
         return checkpoint_name(self.step)
 
 
 def checkpoint_name(step: int) -> str:
-    """The name of the folder of a step's checkpoint; names sort as steps do."""
+    """Return the name of a step's checkpoint folder; the names sort in the order of the steps."""
     return f"step-{step:07d}"
 
 
@@ -65,16 +65,16 @@ def take_snapshot(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> Snapshot:
-    """A copy of everything that decides how the run goes on; waits for a GPU.
+    """Copy everything that the rest of the run depends on, after waiting for a GPU's kernels.
 
     Args:
-        step: updates done.
+        step: the number of updates done.
         student: the model.
-        optimizer: of its parameters.
-        state: the loop's state, of JSON values; a stage of the run keeps its own under `stage`.
+        optimizer: the optimizer of the model's parameters.
+        state: the state of the loop, of JSON values; a stage keeps its own state under `stage`.
     """
     if next(student.parameters()).is_cuda:
-        # Paged state is host memory that kernels still in flight may write.
+        # Paged optimizer state lies in host memory that kernels in flight may still write to.
         torch.cuda.synchronize()
     return Snapshot(
         step=step,
@@ -91,15 +91,15 @@ def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_checkpoint(
     folder: Path, snapshot: Snapshot, *, keep: int, best: int | None = None
 ) -> Path:
-    """Write `folder/step-N` and remove all but the newest `keep` and that of the step `best`.
+    """Write `folder/step-N`, and remove all but the newest `keep` and the one of step `best`.
 
     Raises:
-        UserError: the disk refuses; earlier checkpoints are untouched.
+        UserError: the disk refuses; earlier checkpoints then stay as they are.
     """
     target = folder / snapshot.name
     partial = folder / f".partial-{os.getpid()}"
     try:
-        # Left by a process that was killed while it wrote.
+        # A process that was killed while it wrote left these folders.
         for stale in folder.glob(".partial-*"):
             shutil.rmtree(stale)
         partial.mkdir(parents=True)
@@ -123,16 +123,16 @@ def write_checkpoint(
 
 
 class Checkpointer:
-    """Writes snapshots in a thread of its own, one at a time. A context manager.
+    """A context manager that writes snapshots in a thread of its own, one at a time.
 
-    Leaving the context waits for the write in flight and passes over its error.
+    At the end of the context the write in flight is waited for, and its error is ignored.
 
     Args:
-        folder: of the checkpoints.
-        keep: newest checkpoints to keep, the best not counted.
+        folder: the folder of the checkpoints.
+        keep: the number of newest checkpoints to keep, the best one not counted.
 
     Attributes:
-        best: step of the best checkpoint, kept beside the newest; None: there is none.
+        best: the step of the best checkpoint, which is kept besides the newest; None: no step.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -142,7 +142,7 @@ class Checkpointer:
         self._writing: Future[Path] | None = None
 
     def save(self, snapshot: Snapshot) -> str | None:
-        """Begin to write; the error of the write before, for which it waits."""
+        """Wait for the previous write, begin this one, and return the previous one's error."""
         error = self.wait()
         self._writing = self._executor.submit(
             write_checkpoint, self._folder, snapshot, keep=self._keep, best=self.best
@@ -150,12 +150,12 @@ class Checkpointer:
         return error
 
     def poll(self) -> str | None:
-        """The error of a write that has ended since the last call, if it failed."""
+        """Return the error of a write that has failed since the last call, or None."""
         done = self._writing is not None and self._writing.done()
         return self.wait() if done else None
 
     def wait(self) -> str | None:
-        """Wait for the write in flight, if there is one; its error if it fails."""
+        """Wait for the write in flight, if there is one, and return its error or None."""
         writing, self._writing = self._writing, None
         if writing is None:
             return None
@@ -166,7 +166,7 @@ class Checkpointer:
         return None
 
     def tidy(self) -> None:
-        """Remove what is neither among the newest nor the best; nothing may be in flight."""
+        """Remove checkpoints that are neither newest nor best; no write may be in flight."""
         if newest := valid_checkpoints(self._folder):
             _remove_old(self._folder, step_of(newest[0]), self._keep, self.best)
 
@@ -178,7 +178,7 @@ class Checkpointer:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder; -1 for a name that is none."""
+    """Return the step in the name of a checkpoint's folder, or -1 if the name holds none."""
     number = path.name.removeprefix("step-")
     return int(number) if number.isascii() and number.isdigit() else -1
 
@@ -196,27 +196,30 @@ def _what_is_left(folder: Path) -> str:
 
 
 def way_on(folder: Path) -> str:
-    """Return how a run that has to lower a setting goes on from these checkpoints."""
+    """Return the advice on how to resume from these checkpoints with a setting lowered."""
     whole = valid_checkpoints(folder)
     if not whole:
         return "there is no checkpoint yet: start again with --resume or another --out"
     return (
-        f"the checkpoint {whole[0].name} is whole: --resume, with --set and --allow-change for what"
-        " you lower"
+        f"the checkpoint {whole[0].name} is whole: use --resume, with --set and --allow-change for"
+        " each setting that you lower"
     )
 
 
 def _remove_old(folder: Path, newest: int, keep: int, best: int | None) -> None:
-    """Remove all up to `newest` but the last whole ones; a damaged later one will be redone."""
+    """Remove steps up to `newest`, except the `keep` newest complete ones and `best`.
+
+    Checkpoints of later steps stay, since the run will write those steps again.
+    """
     whole = [path for path in valid_checkpoints(folder) if step_of(path) <= newest]
-    kept: Sequence[Path] = [*whole[:keep], *(p for p in whole if step_of(p) == best)]
+    to_keep: Sequence[Path] = [*whole[:keep], *(p for p in whole if step_of(p) == best)]
     for path in folder.glob("step-*"):
-        if step_of(path) <= newest and path not in kept:
+        if step_of(path) <= newest and path not in to_keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def valid_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints whose files are all there at their sizes, newest first (hashes unread)."""
+    """Return the checkpoints whose files have the recorded sizes, newest first; read no hashes."""
     found = sorted(folder.glob("step-*"), key=step_of, reverse=True) if folder.is_dir() else []
     return [path for path in found if _sizes_hold(path)]
 
@@ -224,62 +227,63 @@ def valid_checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(
     folder: Path, student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
-    """Restore the newest checkpoint whose hashes hold; its loop state, or None if there is none.
+    """Restore the newest intact checkpoint, and return its loop state, or None without one.
 
-    Damaged ones are named on the terminal and passed over.
+    Damaged checkpoints are named on the terminal and skipped.
 
     Raises:
-        UserError: there are checkpoints, but none is whole.
+        UserError: there are checkpoints, but none is intact, or the newest intact one has a format
+            that cannot be read.
     """
     whole = valid_checkpoints(folder)
     found = sorted(folder.glob("step-*"), key=step_of, reverse=True)
     for path in found:
         if path not in whole or not _hashes_hold(path):
-            say(f"{path}: damaged, passed over")
+            say(f"{path}: this checkpoint is damaged and is skipped")
             continue
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if (got := state.pop("format", None)) not in READABLE:
             expected = " or ".join(map(str, READABLE))
             raise UserError(
-                f"{path}: got a checkpoint of format {got}, expected {expected}; go"
-                " on with the version of tiny-onn in environment.json, or start a new run"
+                f"{path}: got a checkpoint of format {got}, expected {expected}; resume with the"
+                " version of tiny-onn that environment.json names, or start a new run"
             )
         device = str(next(student.parameters()).device)
-        kept = today_state(load_file(path / "optimizer.safetensors", device=device))
+        optimizer_state = today_state(load_file(path / "optimizer.safetensors", device=device))
         _restore_student(student, _read_student(path, device))
-        _restore_optimizer(student, optimizer, kept)
+        _restore_optimizer(student, optimizer, optimizer_state)
         return state
     if found:
         raise UserError(
-            f"{folder}: got {len(found)} checkpoints, all of them damaged, expected a whole one; "
+            f"{folder}: got {len(found)} checkpoints, all of them damaged, expected an intact one; "
             "restore one from a copy, or start a new run with another --out"
         )
     return None
 
 
 def restore_student(path: Path, student: TinyOnnForCausalLM) -> None:
-    """Put the experts and gates of the checkpoint `path` into the student.
+    """Copy the experts and gates of the checkpoint `path` into the student.
 
     Raises:
-        UserError: it is damaged, or holds another student.
+        UserError: the checkpoint is damaged, or lacks a tensor of the student.
     """
     device = str(next(student.parameters()).device)
     if not _hashes_hold(path):
         raise UserError(
-            f"{path}: got a damaged checkpoint, expected a whole one; remove it to use the one"
-            " before it"
+            f"{path}: got a damaged checkpoint, expected an intact one; remove it to use the"
+            " previous one"
         )
     tensors = _read_student(path, device)
     if lacking := sorted(student_tensors(student).keys() - tensors.keys()):
         raise UserError(
             f"{path}: got no {lacking[0]}, expected all of the student's tensors; use the version"
-            " of tiny-onn that wrote it, named in environment.json"
+            " of tiny-onn that wrote the checkpoint, which environment.json names"
         )
     _restore_student(student, tensors)
 
 
 def student_tensors(student: TinyOnnForCausalLM) -> dict[str, Tensor]:
-    """Experts, gates and budget thresholds: all that a run changes in the model."""
+    """Return the experts, gates and budget thresholds: all that a run changes in the model."""
     return {
         name: tensor.detach().contiguous()
         for name, tensor in student.state_dict().items()
@@ -290,7 +294,7 @@ def student_tensors(student: TinyOnnForCausalLM) -> dict[str, Tensor]:
 def optimizer_tensors(
     student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name and entry."""
+    """Return the optimizer's state, by the parameter's name and the entry's."""
     tensors = {}
     for group in split_parameters(student):
         for name, parameter in group.items():
@@ -323,7 +327,7 @@ def _restore_optimizer(
 
 
 def _manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of each file; nothing if the manifest is missing or damaged."""
+    """Return the size and SHA-256 of each file, or nothing if the manifest cannot be read."""
     try:
         entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in FILES}

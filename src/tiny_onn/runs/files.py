@@ -14,7 +14,7 @@ def write_json(path: Path, obj: object) -> None:
     """Replace the file `path` by `obj` as indented JSON, wholly or not at all.
 
     Raises:
-        UserError: The file system refuses (no space, no permission).
+        UserError: the file system refuses (no space, no permission).
     """
     write_atomically(path, json.dumps(obj, indent=2) + "\n")
 
@@ -23,7 +23,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace the file by the text, wholly or not at all.
 
     Raises:
-        UserError: The file system refuses (no space, no permission).
+        UserError: the file system refuses (no space, no permission).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explain_write(path):
@@ -44,5 +44,5 @@ def explain_write(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{path}: cannot write it ({error.strerror}), expected a folder with permission and"
-            " space; free some or choose another --out"
+            " space; free some space or choose another --out"
         ) from error

@@ -1,12 +1,12 @@
-"""A run's folder on disk: what it was made from, where it ran, and what it measured.
+"""A run's folder on disk: its settings, the environments it ran in, and its measurements.
 
     config.json        every setting, resolved
     environment.json   versions, device, command line; environment-N.json for the N-th resumption
     metrics.jsonl      one JSON object per line, in the order of writing
 
-Checkpoints and models lie in the same folder and belong to `checkpoint.py`. JSON is written as
-Python does: a number that is not finite comes out as NaN or Infinity, so that a diverged run can be
-read.
+Checkpoints lie in the same folder (`checkpoint.py`), and so does the student (`students.py`). A
+number that is not finite is written as NaN or Infinity, as Python does, so that the records of a
+diverged run can be read. This module needs no torch until it records an environment.
 """
 
 import json
@@ -26,6 +26,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.runs.files import explain_write, write_atomically, write_json
 from tiny_onn.runs.lock import LOCK_NAME
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
+from tiny_onn.teacher.model_paths import no_folder
 
 # Kinds of records that a run writes before its first step.
 _UNTRAINED = ("start", "blocks")
@@ -35,24 +36,24 @@ _ENVIRONMENT = re.compile(r"environment(-\d+)?\.json")
 def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
     """Create `path` with `config.json` and `environment.json`.
 
-    `path` may exist if it is empty, or if it is what a run left that failed before its first step:
-    such a run is started anew.
+    `path` may exist if it is empty, or if a run left it that failed before its first step; the new
+    run then takes the place of that run.
 
     Args:
-        path: The folder; missing parents are made.
-        config: The resolved settings.
-        argv: The command line.
+        path: the folder; missing parents are created.
+        config: the resolved settings.
+        argv: the command line.
 
     Raises:
-        UserError: Something is in it already, or it cannot be written.
+        UserError: the folder holds something else already, or it cannot be written.
     """
     with explain_write(path):
         path.mkdir(parents=True, exist_ok=True)
         early = list(path.iterdir())
-        if not all(_may_go(entry) for entry in early):
+        if not all(_is_replaceable(entry) for entry in early):
             raise UserError(
-                f"{path}: got a folder that is not empty, expected a new one; add --resume to go"
-                " on with its run, or choose another --out"
+                f"{path}: got a folder that is not empty, expected a new one; add --resume to"
+                " resume its run, or choose another --out"
             )
         for entry in early:
             if entry.is_dir():
@@ -60,18 +61,18 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
             elif entry.name != LOCK_NAME:
                 entry.unlink()
     write_json(path / "environment.json", _environment(config.train.device, argv))
-    # Last, so that a folder with settings is a whole one.
+    # The settings are written last, so that a folder with settings is complete.
     keep_settings(path, config)
 
 
-def _may_go(entry: Path) -> bool:
-    """Whether a file or folder is of a run, and holds nothing that the run's training made."""
+def _is_replaceable(entry: Path) -> bool:
+    """Return True if a file or folder belongs to a run and holds no result of its training."""
     if entry.name == "checkpoints":
         return entry.is_dir() and not any(entry.iterdir())
     if entry.is_dir():
         return False
     if entry.name == METRICS_NAME:
-        # A line that was cut off may be a step's.
+        # A line that was cut off may be the record of a step.
         whole = entry.read_bytes().endswith(b"\n") or not entry.stat().st_size
         return whole and all(
             record.get("kind") in _UNTRAINED and record.get("step", 0) == 0
@@ -84,19 +85,20 @@ def _may_go(entry: Path) -> bool:
 def resume_run_folder(
     path: Path, config: RunConfig, *, argv: Sequence[str], allow_change: Sequence[str] = ()
 ) -> None:
-    """Check that `path` holds a run of the same settings and record where it goes on.
+    """Check that `path` holds a run with the same settings, and record the new environment.
 
-    The settings stay as they were until `keep_settings`: the run may yet refuse the changes.
+    `config.json` keeps the old settings until `keep_settings`, since the run may still refuse the
+    changes.
 
     Args:
-        path: The folder.
-        config: The settings to go on with, paths absolute.
-        argv: The command line.
-        allow_change: Names of the settings that may differ; `environment-N.json` gets the
+        path: the folder.
+        config: the settings to go on with, with absolute paths.
+        argv: the command line.
+        allow_change: the names of the settings that may differ; `environment-N.json` gets the
             differences.
 
     Raises:
-        UserError: It holds no run, or one of other settings, or cannot be written.
+        UserError: the folder holds no run, or a run with other settings, or cannot be written.
     """
     before = with_absolute_paths(read_run_config(path))
     changes = check_changes(before, config, allow_change)
@@ -108,10 +110,10 @@ def resume_run_folder(
 
 
 def keep_settings(path: Path, config: RunConfig) -> None:
-    """Make `config` the settings of the run in `path`.
+    """Write `config` as the settings of the run in `path`.
 
     Raises:
-        UserError: They cannot be written.
+        UserError: the settings cannot be written.
     """
     write_atomically(path / "config.json", resolved_json(config))
 
@@ -120,7 +122,7 @@ def read_run_config(path: Path) -> RunConfig:
     """Return the settings of the run in the folder `path`.
 
     Raises:
-        UserError: There is no run, or its settings cannot be read.
+        UserError: there is no run, or its settings cannot be read.
     """
     file = path / "config.json"
     try:
@@ -138,24 +140,59 @@ def read_run_config(path: Path) -> RunConfig:
     return config_from_json(text, str(file))
 
 
-def record_conversion(path: Path, conversion: Mapping[str, object]) -> None:
-    """Write what the conversion was checked to be; a resumed run's backbone must be the first's.
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folder itself if it is a run, or else the runs in it: student, static, others.
 
     Raises:
-        UserError: it is not, or the file cannot be written.
+        UserError: there is no run.
+    """
+    if (folder / "config.json").is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/config.json") if has_metrics(path.parent))
+    if not found:
+        raise UserError(
+            f"RUN: got {folder}, expected the folder of a run, with its config.json, or a folder of"
+            " runs; make one with `tiny-onn distill` or `tiny-onn demo`"
+        )
+    first = ("student", "static")
+    return sorted(found, key=lambda path: [not path.name.startswith(name) for name in first])
+
+
+def has_metrics(folder: Path) -> bool:
+    """Return True if the folder holds the metrics of a run."""
+    return (folder / METRICS_NAME).is_file()
+
+
+def no_student(name: str) -> UserError:
+    """Return the refusal of a name that is neither a run's folder nor a student's."""
+    # Path.is_dir raises an error for a name that is too long, os.path.isdir returns False.
+    there = os.path.isdir(name)  # noqa: PTH112
+    return UserError(
+        f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student"
+        f"{'' if there else f' ({no_folder(name)})'}; "
+        "make one with `tiny-onn demo` or `tiny-onn distill`"
+    )
+
+
+def record_conversion(path: Path, conversion: Mapping[str, object]) -> None:
+    """Write the checks of a conversion, after comparing its backbone with the recorded one.
+
+    Raises:
+        UserError: a resumed run has another backbone than it began with, or the file cannot be
+            written.
     """
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8-sig")).get("backbone_sha256")
         if before != conversion["backbone_sha256"]:
             raise UserError(
                 "teacher.path: got other weights than the run began with, expected a backbone of "
-                f"SHA-256 {before}; restore them, or start a new run with another --out"
+                f"SHA-256 {before}; restore those weights, or start a new run with another --out"
             )
     write_json(path, conversion)
 
 
 def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
-    # A mistake in the settings of a run is told from its folder, which is read without torch.
+    # The rest of this module is used to report mistakes, which shall not wait for torch.
     import torch  # noqa: PLC0415
 
     from tiny_onn.device import device_name, pick_device  # noqa: PLC0415
@@ -177,7 +214,7 @@ def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout that tracks this file, if any, and if it has changes."""
+    """Return the commit of the checkout that tracks this file, and whether it has changes."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str | None:
@@ -188,7 +225,7 @@ def _git_state() -> tuple[str | None, bool | None]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed copy may lie inside another project's repository, which does not track it.
+    # An installed copy may lie inside another project's repository, which does not track the copy.
     if git("ls-files", "--error-unmatch", here.name) is None:
         return None, None
     changes = git("status", "--porcelain", "--untracked-files=no")

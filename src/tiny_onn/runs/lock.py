@@ -1,11 +1,12 @@
-"""One run in a folder at a time: a lock that dies with the process that holds it.
+"""A lock that lets one run at a time use a folder, and that ends with the process that holds it.
 
-The lock is the operating system's (`flock`) on the file `lock` of the folder, so that a process
-that was killed, whatever the signal, holds nothing. The file's text only says who holds it. It is
-removed when the run ends; one that is left behind belongs to a run that was killed.
+The lock is the operating system's (`flock`) on the file `lock` of the folder, so that a killed
+process holds no lock, whatever the signal was. The text of the file only tells which process holds
+the lock. The file is removed when the run ends; a file that is left behind belongs to a run that
+was killed.
 
-On a network file system the lock reaches as far as the server's: NFS since version 4 keeps runs on
-different hosts apart, a mount with `nolock` or `local_lock=flock` does not.
+On a network file system the server decides: NFS since version 4 keeps runs on different hosts
+apart, but a mount with `nolock` or `local_lock=flock` does not.
 """
 
 import fcntl
@@ -25,14 +26,14 @@ LOCK_NAME = "lock"
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock inside the context; a lock left by a killed run is taken over.
+    """Hold the folder's lock within the context; a lock that a killed run left is taken over.
 
     Args:
-        folder: the run folder; made if it is missing.
+        folder: the run folder, which is created if it is missing.
 
     Raises:
-        UserError: another process holds it (its pid, host and start are named), or the folder
-            cannot be written.
+        UserError: another process holds the lock (the message names its pid, host and start), or
+            the folder cannot be written.
     """
     path = folder / LOCK_NAME
     try:
@@ -51,15 +52,16 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while still held: who waits for this file finds that it is no longer the folder's.
+        # The file is removed while the lock is held, so that a process which waits for this file
+        # finds afterwards that it is no longer the folder's (`_is_current`).
         path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-# Not `filelock`: up to its release 4.2.0 it empties the file that it locks, so that nobody could
-# tell whose lock a killed run left.
+# The library `filelock` is not used, because up to its release 4.2.0 it empties the file that it
+# locks, and nobody could tell which run left a lock behind.
 def _acquire(path: Path) -> int:
-    """The locked file's descriptor, with this process written into it."""
+    """Lock the file, write this process into it, and return its descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -68,7 +70,7 @@ def _acquire(path: Path) -> int:
                 os.close(descriptor)
                 continue
             if os.fstat(descriptor).st_size:
-                say(f"{path}: left by {_holder(path)}, which is gone; taken over")
+                say(f"{path}: this lock was left by {_holder(path)}, which has ended; taken over")
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(_own()).encode())
         except OSError:
@@ -78,7 +80,7 @@ def _acquire(path: Path) -> int:
 
 
 def _is_current(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`: a holder that ended has removed its own."""
+    """Return True if the open file is still the one at `path`; holders remove theirs at the end."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -94,7 +96,7 @@ def _own() -> dict[str, object]:
 
 
 def _holder(path: Path) -> str:
-    """Who the lock's text names, in words."""
+    """Return the process that the lock's text names, in words."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']} since {holder['since_utc']}"

@@ -1,4 +1,4 @@
-"""The metrics of a run, one JSON record a line."""
+"""The metrics of a run, with one JSON record per line."""
 
 import errno
 import json
@@ -11,24 +11,23 @@ from tiny_onn.errors import UserError
 from tiny_onn.runs.files import explain_write
 
 METRICS_NAME = "metrics.jsonl"
-
-
+# The errors of a disk without space, or beyond its quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricsWriter:
-    """Appends records to a JSON-lines file, each with the system before `write` returns.
+    """A context manager that appends records to a JSON-lines file, unbuffered.
 
-    A full disk does not stop a run: records then wait in memory, in order, for space. A context
-    manager; closing it also waits until the disk has what was written.
+    A full disk does not stop a run: records then wait in memory, in order, until there is space.
+    At the end of the context the disk has everything that was written.
 
     Args:
-        path: The file.
-        offset: Bytes of it to keep, 0 for a new run; what a resumed run had written after its
-            checkpoint is cut off.
+        path: the file.
+        offset: the number of bytes to keep, 0 for a new run; records that a resumed run had
+            written after its checkpoint are cut off.
 
     Raises:
-        UserError: The file is shorter than `offset`, or cannot be written.
+        UserError: the file is shorter than `offset`, or cannot be written.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
@@ -41,22 +40,22 @@ class MetricsWriter:
         if size < offset:
             self._file.close()
             raise UserError(
-                f"{path}: got {size} bytes, expected at least the {offset} of the checkpoint;"
-                " restore the file or start a new run"
+                f"{path}: got {size} bytes, expected at least the {offset} bytes that the"
+                " checkpoint recorded; restore the file or start a new run"
             )
         self._offset = offset
         self._waiting = b""
 
     @property
     def offset(self) -> int:
-        """Bytes written so far, waiting ones included: what a checkpoint stores to resume from."""
+        """The number of bytes written so far, waiting ones included, which a checkpoint stores."""
         return self._offset
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Append one record; if the disk is full it waits, which is said once.
+        """Append one record; if the disk is full, the record waits and a line reports that once.
 
         Raises:
-            UserError: The file system refuses for another reason.
+            UserError: the file system refuses for another reason.
         """
         line = json.dumps(record).encode() + b"\n"
         self._offset += len(line)
@@ -72,10 +71,10 @@ class MetricsWriter:
                     say(f"{self._path}: {error.strerror}; records wait in memory for space")
 
     def sync(self) -> None:
-        """Return once the disk has everything written, so that a checkpoint may count on it.
+        """Wait until the disk has everything written, so that a checkpoint may rely on it.
 
         Raises:
-            UserError: The file system refuses.
+            UserError: the file system refuses.
         """
         with explain_write(self._path):
             self._drain()
@@ -90,7 +89,7 @@ class MetricsWriter:
             os.fsync(self._file.fileno())
 
     def _drain(self) -> None:
-        # What a full disk took of a line stays; the rest follows it.
+        # A full disk may take a part of a line; the rest of the line is written later.
         while self._waiting:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
@@ -104,10 +103,10 @@ class MetricsWriter:
 def read_metrics(path: Path) -> list[dict[str, object]]:
     """Return the records of a metrics file in order.
 
-    A last line without its line break is a write that was cut off, and is left out.
+    A last line without a line break is a write that was cut off, and is left out.
 
     Raises:
-        UserError: The file is missing, or a whole line of it is no record.
+        UserError: the file is missing, or a complete line is no record.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
@@ -124,7 +123,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
             record = None
         if not isinstance(record, dict):
             raise UserError(
-                f"{path}: line {number} is no JSON object, expected one metric record per line;"
+                f"{path}: got no JSON object in line {number}, expected one metric record per line;"
                 " restore the file or delete the line"
             )
         records.append(record)

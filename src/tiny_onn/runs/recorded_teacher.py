@@ -1,7 +1,8 @@
-"""The dense model a student was converted from: where it lies now, and whether it is the one.
+"""The dense model that a student was converted from: it is found again, and its identity checked.
 
-A run and a student record where their teacher was. It may have moved since, and another model may
-lie there: `--teacher` names its new place, and what was recorded of its weights tells others apart.
+A run and a student record where their teacher was. The teacher may have moved since, and another
+model may lie in its old place: `--teacher` names the new place, and recorded hashes of the
+teacher's weights tell other models apart.
 """
 
 import json
@@ -23,9 +24,9 @@ OPTION = "--teacher PATH_OR_HUB_ID"
 
 
 def with_teacher(config: RunConfig, named: str | None) -> RunConfig:
-    """The settings with the teacher that `--teacher` names, if it names one.
+    """Return the settings with the teacher that `--teacher` names, if it names one.
 
-    A revision belongs to the hub id that was recorded with it; another name means its `main`.
+    The recorded revision belongs to the recorded hub id; for another name it becomes `main`.
 
     Raises:
         UserError: the name is empty.
@@ -48,28 +49,28 @@ def refuse_for_dense(model: str, named: str | None) -> None:
     """
     if named is not None:
         raise UserError(
-            f"--teacher: got {named} with {model}, a dense model, expected a student or the folder"
-            " of a run; leave --teacher out"
+            f"--teacher: got {named} with {model}, a dense model, which has no teacher, expected a"
+            " student or the folder of a run; leave --teacher out"
         )
 
 
 def load_recorded(
     config: TeacherConfig, named: str | None, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the recorded teacher as `load_dense` does; a refusal names the option that gave it.
+    """Load the recorded teacher with `load_dense`; a refusal names the option that helps.
 
     Args:
         config: the recorded teacher, or the one that `with_teacher` put in its place.
-        named: what `--teacher` says; None: nothing.
-        device: where to put it.
+        named: the value of `--teacher`; None: the option was not given.
+        device: the device for the teacher.
 
     Raises:
-        UserError: as `load_dense`, or no teacher was recorded.
+        UserError: `load_dense` refuses the model, or no teacher was recorded.
     """
     if not config.path:
         raise UserError(
-            "MODEL: got a student that does not say what it was converted from, expected its"
-            f" teacher's name; give it with {OPTION}"
+            "MODEL: got a student that does not record what it was converted from, expected the"
+            f" name of its teacher; name the teacher with {OPTION}"
         )
     try:
         return load_dense(config, device)
@@ -80,27 +81,29 @@ def load_recorded(
 
 
 def check_run_teacher(folder: Path, dense: PreTrainedModel, named: str | None) -> None:
-    """Return if a dense model has the backbone that the run's conversion recorded.
+    """Refuse a dense model whose backbone is not the one that the run's conversion recorded.
 
-    A run that recorded none cannot be checked, which a line tells.
+    If the run recorded no backbone, the check is impossible, and a printed line says so.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         dense: the model.
-        named: what `--teacher` says; None: nothing.
+        named: the value of `--teacher`; None: the option was not given.
 
     Raises:
-        UserError: it is another model, or the run's settings cannot be read.
+        UserError: the model is another one, or the run's settings cannot be read.
     """
     recorded = read_run_config(folder).teacher
     expected = _recorded_hash(folder / "conversion.json")
     if expected is None:
         say(
-            f"{folder / 'conversion.json'}: got no backbone_sha256, so nothing tells whether"
-            f" {named or recorded.path} is the model that the run began with"
+            f"{folder / 'conversion.json'}: got no backbone_sha256, so that it cannot be checked"
+            f" whether {named or recorded.path} is the model that the run began with"
         )
     elif backbone_hash(dense, getattr(torch, recorded.dtype)) != expected:
-        raise _other(named, recorded.path, f"the run's, with a backbone of SHA-256 {expected}")
+        raise _other(
+            named, recorded.path, f"the run's teacher, with a backbone of SHA-256 {expected}"
+        )
 
 
 def check_teacher(
@@ -111,24 +114,24 @@ def check_teacher(
     *,
     frozen: bool,
 ) -> bool:
-    """Whether a dense model's backbone is the student's own, tensor by tensor.
+    """Return True if a dense model's backbone equals the student's, tensor by tensor.
 
     Args:
         student: the student.
         dense: the model.
         path: the model's name.
-        named: what `--teacher` says; None: nothing.
-        frozen: whether the student's backbone cannot have been trained since: it is a run's. One
-            that lies alone may have been fine-tuned; a line then tells that the two differ.
+        named: the value of `--teacher`; None: the option was not given.
+        frozen: true for a student in its run's folder, whose backbone was never trained. Any other
+            student may have been fine-tuned; if the two differ, a printed line says so.
 
     Raises:
-        UserError: the sizes differ, or a run's weights do.
+        UserError: the sizes differ, or the weights differ from those of a run's student.
     """
     ours, theirs = student.config.backbone.vocab_size, dense.config.get_text_config().vocab_size
     if ours != theirs:
         raise UserError(
             f"{_field(named)}: got {path} with a vocabulary of {theirs}, expected the student's "
-            f"{ours}; name the model the student was converted from, with {OPTION}"
+            f"{ours}; name the model that the student was converted from, with {OPTION}"
         )
     if (difference := shape_difference(student, dense)) is not None:
         raise _other(named, path, f"one of the student's sizes ({difference})")
@@ -136,11 +139,11 @@ def check_teacher(
         return True
     if frozen:
         raise _other(
-            named, path, "the run's, with the weights that its student has outside the MLPs"
+            named, path, "the run's teacher, whose weights outside the MLPs equal the student's"
         )
     say(
-        f"{path}: its weights outside the MLPs are not the student's; this is another model than"
-        " the student was converted from, or the student was fine-tuned since"
+        f"{path}: its weights outside the MLPs differ from the student's; either the student was"
+        " converted from another model, or it was fine-tuned since"
     )
     return False
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run gives up the work in hand and saves; a second one ends it at once."""
+"""Ctrl-C and SIGTERM: the first one makes a run stop its work and save, the second one ends it."""
 
 import signal
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from tiny_onn.console import say
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came inside work that can be given up: a step or an evaluation."""
+    """A signal came during work that can be abandoned: a step or an evaluation."""
 
 
 class StopRequest:
-    """Whether someone asked the run to stop; true once a signal has come.
+    """A request to stop the run, which is true once a signal has come.
 
     Attributes:
-        graceful: Set once there is a run whose steps can be saved.
+        graceful: true once there is a run whose steps can be saved.
     """
 
     def __init__(self) -> None:
@@ -30,26 +30,26 @@ class StopRequest:
         """Handle a signal.
 
         Raises:
-            Stopped: The signal came inside `breakable` work.
-            KeyboardInterrupt: There is nothing to save yet, or it is the second signal.
+            Stopped: the signal came during `breakable` work.
+            KeyboardInterrupt: there is nothing to save yet, or this is the second signal.
         """
         if not self.graceful:
             name = signal.Signals(number).name
-            say(f"Stopped by {name} before the first step of this run; nothing new to save.")
+            say(f"Stopped by {name} before this run's first step; there is nothing new to save.")
             raise KeyboardInterrupt
         if self._received:
             raise KeyboardInterrupt
         self._received = True
         say(
-            "Stopping: the work in hand is given up, finished steps are saved; press Ctrl-C again"
-            " to end without saving."
+            "Stopping: the current work is abandoned and finished steps are saved; press Ctrl-C"
+            " again to end without saving."
         )
         if self._breakable:
             raise Stopped
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
-        """Work that a signal gives up wherever it is, by raising `Stopped`."""
+        """Let a signal abandon the work in this context at any point, by raising `Stopped`."""
         self._breakable = True
         try:
             if self._received:
@@ -59,13 +59,13 @@ class StopRequest:
             self._breakable = False
 
     def commit(self) -> None:
-        """Let the rest of the breakable work end, because it changes what is saved."""
+        """Let the rest of the breakable work run to its end, because it changes what is saved."""
         self._breakable = False
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn Ctrl-C and SIGTERM into a request within the context."""
+    """Turn Ctrl-C and SIGTERM into a request to stop, within the context."""
     request = StopRequest()
     previous = {s: signal.signal(s, request.note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,4 +1,7 @@
-"""Find a student by the name a user gives: a run folder, or one written by `save_pretrained`."""
+"""Students on disk: found by the name that a user gives, loaded, and saved.
+
+The name is that of a run folder, or of a folder that `save_pretrained` wrote.
+"""
 
 import json
 import os
@@ -21,7 +24,7 @@ from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.backbone import generation_attention
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.runs.checkpoint import restore_student, step_of, valid_checkpoints
-from tiny_onn.runs.folder import read_run_config
+from tiny_onn.runs.folder import no_student, read_run_config
 from tiny_onn.runs.recorded_teacher import (
     check_run_teacher,
     check_teacher,
@@ -35,7 +38,6 @@ from tiny_onn.teacher.model_files import (
     check_weights,
     read_object,
 )
-from tiny_onn.teacher.model_paths import no_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,16 +48,16 @@ class LoadedStudent:
     tokenizer: PreTrainedTokenizerBase
     config: RunConfig
     step: int | None
-    """Updates of the run that made it, if that is known."""
+    """The number of updates that trained the student, if that is known."""
     of_run: bool
-    """Whether it was found in its run's folder, and so has its teacher's backbone."""
+    """True if the student lies in its run's folder, so that it has its teacher's backbone."""
     named_teacher: str | None
     """The teacher that the user named instead of the recorded one."""
 
 
 def is_student(name: str) -> bool:
-    """Whether a name is a run folder or a student's folder."""
-    # Unlike Path.is_dir it knows no folder, rather than raising, where a name is too long.
+    """Return True if a name is that of a run folder or of a student's folder."""
+    # Path.is_dir raises an error for a name that is too long, os.path.isdir returns False.
     if not os.path.isdir(name):  # noqa: PTH112
         return False
     folder = Path(name)
@@ -66,18 +68,19 @@ def is_student(name: str) -> bool:
 def load_student(
     name: str, device: torch.device, checkpoint: str = "newest", teacher: str | None = None
 ) -> LoadedStudent:
-    """The student of a run folder (with the run's settings) or of its own folder (with defaults).
+    """Load a student from a run folder, with the run's settings, or from its own, with defaults.
 
     Args:
         name: the folder.
-        device: where to put it.
-        checkpoint: which of a run's: `newest` (the finished student, or if the run goes on its
-            newest checkpoint), `best` (by held-out KL) or a step. A line tells which it is.
-        teacher: where the dense model is that it was converted from: a folder, hub id, or
-            `embedded`; None: where it was. Only a checkpoint needs it for the student itself.
+        device: the device for the student.
+        checkpoint: the choice among a run's students: `newest` (the finished student, or the newest
+            checkpoint of a run that is not finished), `best` (by held-out KL) or a step. A printed
+            line tells which one was chosen.
+        teacher: the dense model that the student was converted from: a folder, hub id, or
+            `embedded`; None: the recorded one. Only a checkpoint is loaded with its help.
 
     Raises:
-        UserError: there is none, or its files are damaged, or its teacher cannot be had.
+        UserError: there is no student, or its files are damaged, or its teacher cannot be had.
     """
     folder, step = Path(name), None
     there = os.path.isdir(name)  # noqa: PTH112 - as in `is_student`
@@ -86,7 +89,7 @@ def load_student(
         config, student_folder = read_run_config(folder), folder / "student"
         config = without_emulation(config, device)
         choice = choose(folder, checkpoint)
-        say(f"{name}: {choice.about}")
+        say(f"{name}: {choice.description}")
         step = choice.step
         if choice.path is not None:
             config = with_teacher(config, teacher)
@@ -107,11 +110,7 @@ def load_student(
             )
         config, student_folder = RunConfig(), folder
     else:
-        raise UserError(
-            f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student"
-            f"{'' if there else f' ({no_folder(name)})'}; "
-            "make one with `tiny-onn demo` or `tiny-onn distill`"
-        )
+        raise no_student(name)
     try:
         with LoadErrors(
             lambda reason: (
@@ -144,16 +143,16 @@ def load_student(
 
 
 def _read_student(folder: Path) -> tuple[TinyOnnForCausalLM, PreTrainedTokenizerBase]:
-    """The student and tokenizer in a folder, looked over like a dense model's."""
+    """Load the student and tokenizer in a folder, after the checks that dense models get too."""
     source = str(folder)
     check_model_config(source, None)
     table = read_object(folder / "config.json")
     if not all(isinstance(table.get(name, ""), str) for name in ("teacher", "teacher_revision")):
-        raise UserError("config.json has other than strings as teacher or teacher_revision")
+        raise UserError("teacher or teacher_revision in config.json is no string")
     with torch.device("meta"):
         skeleton = TinyOnnForCausalLM(TinyOnnConfig.from_pretrained(source))
     check_weights(source, None, skeleton)
-    # With loading info it returns a pair, which its annotation does not say.
+    # With loading info the method returns a pair, which its annotation does not say.
     loaded: Any = TinyOnnForCausalLM.from_pretrained(
         source, use_safetensors=True, output_loading_info=True
     )
@@ -166,7 +165,7 @@ def _read_student(folder: Path) -> tuple[TinyOnnForCausalLM, PreTrainedTokenizer
 
 
 def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedModel:
-    """The dense model a student came from; equal backbones are shared.
+    """Load the dense model that a student was converted from; equal backbones are shared.
 
     Raises:
         UserError: the teacher cannot be had, or it is another model.
@@ -183,7 +182,7 @@ def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedMo
 def _model_type(folder: Path) -> str | None:
     file = folder / "config.json"
     if not file.is_file():
-        # A pipe would block for ever.
+        # Reading a pipe would block forever.
         return None
     try:
         settings = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -205,38 +204,38 @@ def save_student(folder: Path, prepared: Prepared) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{folder}: cannot write the student ({reason}), expected free disk and permission; "
-            "the last checkpoint is whole, free some space and use --resume"
+            "the last checkpoint is whole: free some space and use --resume"
         ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """One of the students that a run has kept."""
+    """A student that a run has kept."""
 
     path: Path | None
-    """Its checkpoint; None: the finished student."""
+    """The student's checkpoint; None: the finished student."""
     step: int | None
-    """Updates that made it; None if the run does not say."""
-    about: str
-    """Which one it is, in words."""
+    """The number of updates that trained the student; None if the run does not say."""
+    description: str
+    """The student in words: its step, and if it is the newest or the best one."""
 
 
 def choose(folder: Path, which: str) -> Choice:
-    """The student of a run folder that `which` names: `newest`, `best` (held-out KL), or a step.
+    """Choose the student of a run: `newest`, `best` (by held-out KL), or the one of a step.
 
     Raises:
-        UserError: the run has not kept it.
+        UserError: the run has not kept that student.
     """
     newer = newer_checkpoint(folder)
-    told = _read(folder / "summary.json" if newer is None else newer / "state.json")
-    newest = _step(told, "steps" if newer is None else "step")
-    best = _step(told.get("best"), "step")
+    record = _read(folder / "summary.json" if newer is None else newer / "state.json")
+    newest = _step(record, "steps" if newer is None else "step")
+    best = _step(record.get("best"), "step")
     if which == "newest":
         step = newest
     else:
-        kept = {step_of(path): path for path in valid_checkpoints(folder / "checkpoints")}
+        checkpoints = {step_of(path): path for path in valid_checkpoints(folder / "checkpoints")}
         asked = str(best) if which == "best" else which
-        steps = sorted({*kept} if newest is None else {newest, *kept})
+        steps = sorted({*checkpoints} if newest is None else {newest, *checkpoints})
         if asked not in map(str, steps):
             got = f"best, step {best}" if which == "best" else which
             raise UserError(
@@ -244,16 +243,16 @@ def choose(folder: Path, which: str) -> Choice:
                 f" of {', '.join(map(str, steps))}; leave it out for the newest"
             )
         step = int(asked)
-        newer = newer if step == newest else kept[step]
-    about = "the finished student" if step is None else f"step {step}"
-    about += ", the newest" * (step == newest) + ", the best by held-out KL" * (step == best)
+        newer = newer if step == newest else checkpoints[step]
+    description = "the finished student" if step is None else f"step {step}"
+    description += ", the newest" * (step == newest) + ", the best by held-out KL" * (step == best)
     if best not in (None, step):
-        about += f"; the best by held-out KL was step {best}: --checkpoint best"
-    return Choice(path=newer, step=step, about=about)
+        description += f"; the best by held-out KL was step {best}: --checkpoint best"
+    return Choice(path=newer, step=step, description=description)
 
 
 def newer_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run folder, if there is one newer than its finished student."""
+    """Return the newest checkpoint of a run, if it is newer than the run's finished student."""
     found = valid_checkpoints(folder / "checkpoints")
     if not found or not (folder / "config.json").is_file():
         return None
@@ -264,7 +263,7 @@ def newer_checkpoint(folder: Path) -> Path | None:
 
 
 def _finished_steps(folder: Path) -> int | None:
-    """Steps after which the run wrote its student; None if it does not say."""
+    """Return the step after which the run wrote its student, or None if it does not say."""
     return _step(_read(folder / "summary.json"), "steps")
 
 
@@ -274,7 +273,7 @@ def _step(record: object, name: str) -> int | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object of a run; empty if there is none."""
+    """Return the JSON object in a run's file, or an empty one if it cannot be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
@@ -289,14 +288,14 @@ def load_from_checkpoint(
     device: torch.device,
     named_teacher: str | None = None,
 ) -> tuple[TinyOnnForCausalLM, PreTrainedTokenizerBase]:
-    """The student in a checkpoint of a run with these settings, and its tokenizer.
+    """Load the student in a checkpoint of a run, and its tokenizer.
 
     Args:
-        config: the settings.
-        folder: the run's.
-        path: the checkpoint's.
-        device: where to put the student.
-        named_teacher: what `--teacher` says; None: nothing.
+        config: the settings of the run.
+        folder: the run's folder.
+        path: the checkpoint's folder.
+        device: the device for the student.
+        named_teacher: the value of `--teacher`; None: the option was not given.
 
     Raises:
         UserError: the checkpoint is damaged, or the teacher cannot be had or is another model.

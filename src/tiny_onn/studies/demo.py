@@ -1,9 +1,9 @@
-"""The demonstration: convert, distill, and compare with two controls trained just as long.
+"""The demonstration: convert, distill, and compare with two controls that train equally long.
 
 All three arms start from the same experts, see the same text in the same order with the same
 optimizer, and are measured on the same held-out rows at the same mean number of active experts.
-Only the choice of experts differs: by the recipe's router, always the same ones (the k of largest
-mean output norm on calibration text), or by a frozen random gate.
+Only the selection of experts differs: by the trained router, always the same experts (the k with
+the largest mean output norm on calibration text), or by a frozen random gate.
 """
 
 import shutil
@@ -41,11 +41,12 @@ from tiny_onn.teacher.load import teacher_for
 NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
 STUDENT = "student"
 CONTROLS = (("static choice", "static"), ("random routing", "random"))
-# Seconds in which the demo should end, and the steps an arm to choose from where all take longer.
+# The seconds in which the demo should end, and the numbers of steps per arm to choose from if it
+# would take longer.
 DEADLINE_S = 360.0
 STEPS_LADDER = (4, 3, 2, 1)
-# Work beside training, counted in steps: the evaluations, gates and saving that come after the
-# first steps, and what is done again when the arms begin anew.
+# Work besides training, in units of a step: the evaluations, gates and saving that come after the
+# first steps, and the work that is repeated when the arms start again.
 OTHER_STEPS, RESTART_STEPS = 10, 4
 
 
@@ -53,8 +54,8 @@ class TooSlow(Exception):  # noqa: N818 - it ends an arm, and is no error
     """The demo would not end by its deadline.
 
     Attributes:
-        tokens: training tokens an arm with which it will.
-        step_s: seconds of a step.
+        tokens: the number of training tokens per arm with which the demo ends in time.
+        step_s: the seconds that a step takes.
     """
 
     def __init__(self, tokens: int, step_s: float) -> None:
@@ -64,13 +65,13 @@ class TooSlow(Exception):  # noqa: N818 - it ends an arm, and is no error
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shared:
-    """What all arms start from."""
+    """The models, text and experts that all arms start from."""
 
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     inputs: MlpInputs
     order: Sequence[Int[Tensor, " neurons"]] | None
-    """The neurons' order in the experts, by layer."""
+    """The order of the neurons in the experts, by layer."""
     held_out: HeldOut
     device: torch.device
 
@@ -78,22 +79,22 @@ class Shared:
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     """Run the preset `demo` and its controls, print the table, and write `demo.json` and a report.
 
-    Where the first steps show that the demo would not end by `DEADLINE_S`, the arms begin again
-    with fewer steps, unless `overrides` name `train.tokens`.
+    If the first steps show that the demo would not end by `DEADLINE_S`, the arms start again with
+    fewer steps, unless `overrides` name `train.tokens`.
 
     Args:
-        out: a new folder; each arm's run is in a folder of its own inside.
-        overrides: settings over the preset, as for `--set`; they hold for all arms.
+        out: a new folder, in which each arm's run has a folder of its own.
+        overrides: settings that override the preset for all arms, as `--set` takes them.
 
     Raises:
-        UserError: bad settings, or no place to write.
+        UserError: the settings are wrong, or the folder cannot be written.
     """
     started = time.perf_counter()
     config, device = prepare_device(load_config(None, "demo", overrides))
     shared = share(config, device)
 
     def watch(step: int, seconds: float) -> None:
-        # The first step compiles, so that the second one is the first to tell.
+        # The first step also compiles, so that the second one is the first typical step.
         if step == 2:
             check_deadline(config, time.perf_counter() - started, seconds)
 
@@ -106,11 +107,12 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         fewer = slow.tokens
         say(
             f"A step takes {slow.step_s:.1f} s here. The demo starts again with {fewer:,} training"
-            f" tokens an arm instead of {config.train.tokens:,}, so that it ends in about"
+            f" tokens per arm instead of {config.train.tokens:,}, so that it ends in about"
             f" {DEADLINE_S / 60:.0f} minutes; --set train.tokens={config.train.tokens} keeps the"
             " full length"
         )
-    # Outside of the handler, which keeps the first arm's student and optimizer in memory.
+    # The exception keeps the first arm's student and optimizer in memory, so the restart happens
+    # after its handler.
     if fewer:
         shutil.rmtree(out / STUDENT)
         results = run_arms(with_tokens(config, fewer), shared, out, no_watch)
@@ -147,9 +149,9 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
 
 
 def _report(out: Path, student: RunResult, config: RunConfig) -> Path:
-    """Write the page about all arms; the student is at hand for its single tokens."""
+    """Write the page about all arms, with single tokens measured on the student in memory."""
     prepared = student.prepared
-    with status("Looking at single tokens"):
+    with status("Measuring single tokens"):
         view = measure_view(
             prepared.student,
             prepared.teacher,
@@ -165,7 +167,7 @@ def share(config: RunConfig, device: torch.device) -> Shared:
     """Load the teacher, read the text, and cut the MLPs into experts."""
     inputs, tokenizer, rows = read_inputs(config, device)
     plain = config.teacher.placement == "shared" and config.teacher.quantization == "none"
-    # Every arm is cut from the dense weights, so what quantises them gets a copy.
+    # Every arm is cut from the dense weights, so a quantised teacher gets a copy of them.
     separate = replace(config.teacher, placement="separate")
     teacher = inputs.dense if plain else teacher_for(inputs.dense, separate)
     with status("Cutting the MLPs into experts"):
@@ -181,7 +183,7 @@ def share(config: RunConfig, device: torch.device) -> Shared:
 
 
 def no_watch(_step: int, _seconds: float) -> None:
-    """Let the arms take as long as they take."""
+    """Ignore the time that a step took."""
 
 
 def run_arms(
@@ -191,9 +193,9 @@ def run_arms(
 
     Args:
         config: the student's settings.
-        shared: what all arms start from.
-        out: where the folders are made.
-        watch: called after each of the student's steps with its number and seconds.
+        shared: the models, text and experts that all arms start from.
+        out: the folder in which the arms' folders are created.
+        watch: a function called after each of the student's steps with its number and seconds.
 
     Raises:
         KeyboardInterrupt: an arm was stopped.
@@ -210,7 +212,7 @@ def run_arms(
             student = make_student(arm, shared.inputs, shared.order)
         if checked is None:
             with status("Checking the conversion"):
-                # All arms start from the same experts: one check holds for all.
+                # All arms start from the same experts, so that one check holds for all.
                 checked = check_conversion(config, student, shared.inputs)
         prepared = Prepared(
             teacher=shared.teacher,
@@ -228,7 +230,7 @@ def run_arms(
             out=out / name.replace(" ", "-"),
             prepared=prepared,
             title=title,
-            # The table does not show what the controls are before training.
+            # The table does not show the controls before training.
             evaluate_first=is_student,
             after_step=watch if is_student else no_watch,
         )
@@ -238,15 +240,15 @@ def run_arms(
 
 
 def check_deadline(config: RunConfig, passed_s: float, step_s: float) -> None:
-    """Return if the demo will end by its deadline, as far as its second step tells.
+    """Stop the demo if its second step shows that it will not end by its deadline.
 
     Args:
         config: the student's settings.
-        passed_s: seconds since the demo began.
-        step_s: seconds of the second step.
+        passed_s: the seconds since the demo began.
+        step_s: the seconds of the second step.
 
     Raises:
-        TooSlow: it will not, and with fewer steps it would.
+        TooSlow: the demo will be late, and fewer steps would make it faster.
     """
     size, arms = step_tokens(config), 1 + len(CONTROLS)
     num_steps = -(-config.train.tokens // size)
@@ -260,21 +262,21 @@ def check_deadline(config: RunConfig, passed_s: float, step_s: float) -> None:
 
 
 def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
-    """The same settings with another number of training tokens."""
+    """Return the settings with another number of training tokens."""
     return replace(config, train=replace(config.train, tokens=tokens))
 
 
 def after_of(result: RunResult) -> Evaluation:
-    """The last evaluation of an arm, which is there because the arm was not interrupted."""
+    """Return the last evaluation of an arm, which exists because the arm was not interrupted."""
     assert result.after is not None
     return result.after
 
 
 def comparison(results: dict[str, RunResult], router: RouterConfig) -> Table:
-    """Teacher, student before and after, and the controls after, on the same held-out rows."""
+    """Return the table of teacher, student before and after training, and controls after it."""
     tokens = next(iter(results.values())).tokens
     table = Table(
-        title=f"Held-out text after {tokens:,} training tokens an arm: distance to the teacher;"
+        title=f"Held-out text after {tokens:,} training tokens per arm: distance to the teacher;"
         " forward MFLOPs per token"
     )
     table.add_column("model")
@@ -299,7 +301,7 @@ def comparison(results: dict[str, RunResult], router: RouterConfig) -> Table:
 
 
 def _cells(result: Evaluation, router: RouterConfig | None) -> tuple[str, ...]:
-    """A row's numbers; `router` is that of an arm with a budget."""
+    """Return the numbers of a row; `router` is given for an arm with a budget."""
     return (
         f"{result.forward_kl:.4f}",
         f"{result.top1_agreement:.1%}",

@@ -20,7 +20,7 @@ from tiny_onn.evaluation.run_view import view_of_run
 from tiny_onn.report.comparing import Comparison, compare
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
-from tiny_onn.runs.folder import read_run_config
+from tiny_onn.runs.folder import has_metrics, read_run_config, runs_in
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
 
 REPORT_NAME = "report.html"
@@ -37,11 +37,12 @@ def run_report(
     """Write one page about runs and return its path.
 
     Args:
-        folders: run folders, or folders of such as `demo` makes.
-        out: the file; None: `report.html` in the folder that holds them all, or in the only one.
-        device: where to measure what the records do not hold.
-        teacher: the dense model of all runs, where it has moved since.
-        models: whether to load students for that; where one cannot be loaded, the page says why.
+        folders: run folders, or folders that hold several runs, as `demo` makes them.
+        out: the file; None: `report.html` in the only folder, or in the one that holds them all.
+        device: the device to measure students on.
+        teacher: the dense model of all runs, if it is no longer in its recorded place.
+        models: true to load students and measure what the records do not hold; if a student cannot
+            be loaded, the page gives the reason.
 
     Raises:
         UserError: a folder holds no run, or the page cannot be written.
@@ -64,11 +65,12 @@ def run_report(
 
 
 def run_compare(folders: Sequence[Path], mean_k: float | None = None) -> Comparison:
-    """Runs by held-out KL at equal compute, and what differs in their settings.
+    """Rank runs by held-out KL at equal compute, and list the differences of their settings.
 
     Args:
-        folders: run folders, or folders of such as `demo` makes.
-        mean_k: active experts a token to compare at; None: what most runs can be read at.
+        folders: run folders, or folders that hold several runs, as `demo` makes them.
+        mean_k: the mean number of active experts per token to compare at; None: the number at which
+            most runs were measured.
 
     Raises:
         UserError: a folder holds no run, or none of the runs was evaluated.
@@ -79,7 +81,7 @@ def run_compare(folders: Sequence[Path], mean_k: float | None = None) -> Compari
     if not found.rows:
         raise UserError(
             f"RUN: got {', '.join(left_out)} without an evaluation, expected runs that were"
-            " evaluated; wait for the first one, or go on with --resume"
+            " evaluated; wait for the first evaluation, or resume the run with --resume"
         )
     for name in left_out:
         say(f"{name}: left out, because it has no evaluation yet")
@@ -93,7 +95,7 @@ def print_comparison(found: Comparison) -> None:
         title = "What differs in the settings" if number else None
         table = Table(title=title, box=SIMPLE_HEAD)
         for column, name in enumerate(header):
-            # Half a number misleads: on a narrow terminal it goes on in the next line.
+            # A number that is cut off misleads, so a narrow terminal wraps it into the next line.
             table.add_column(Text(name), justify="right" if column else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
@@ -101,39 +103,21 @@ def print_comparison(found: Comparison) -> None:
     console.print(Text(found.caption()))
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is a run's, or the runs in it: the student, the static one, others.
-
-    Raises:
-        UserError: there is none.
-    """
-    if (folder / "config.json").is_file():
-        return [folder]
-    found = sorted(path.parent for path in folder.glob("*/config.json") if _is_run(path.parent))
-    if not found:
-        raise UserError(
-            f"RUN: got {folder}, expected the folder of a run, with its config.json, or a folder of"
-            " such; make one with `tiny-onn distill` or `tiny-onn demo`"
-        )
-    first = ("student", "static")
-    return sorted(found, key=lambda path: [not path.name.startswith(name) for name in first])
-
-
 def read_run(folder: Path) -> Run:
-    """What a run folder holds, but for what a model has to be loaded for.
+    """Read the content of a run's folder, without the measurements that need a model.
 
     Raises:
-        UserError: it holds no run, or a file of it cannot be read.
+        UserError: the folder holds no run, or a file in it cannot be read.
     """
     config = read_run_config(folder)
-    records = read_metrics(folder / METRICS_NAME) if _is_run(folder) else []
+    records = read_metrics(folder / METRICS_NAME) if has_metrics(folder) else []
     _check_records(folder / METRICS_NAME, records)
     environments = sorted(folder.glob("environment*.json"), key=lambda path: path.stat().st_mtime)
     environments.sort(key=lambda path: (len(path.name), path.name))
     return Run(
         name=folder.resolve().name,
         config=_object(folder / "config.json") or {},
-        environments=[found for path in environments if (found := _object(path))],
+        environments=[table for path in environments if (table := _object(path))],
         records=records,
         health=verdict(diagnose(records, config)),
         conversion=_object(folder / "conversion.json"),
@@ -144,32 +128,32 @@ def read_run(folder: Path) -> Run:
 
 
 def _with_view(run: Run, folder: Path, device: str, teacher: str | None) -> Run:
-    """The run with what its models tell, or with the reason why they cannot."""
+    """Add the measurements of the student itself, or the reason why there are none."""
     if run.is_control:
-        return replace(run, view_missing="A control is not looked at token by token.")
+        return replace(run, view_missing="Single tokens are not measured for a control.")
     try:
         return replace(run, view=view_of_run(folder, device, teacher), view_missing="")
     except UserError as error:
         reason = reason_line(error)
-        say(f"{folder}: the report goes without single tokens: {reason}")
+        say(f"{folder}: the report is made without single tokens: {reason}")
         return replace(run, view_missing=f"The models could not be loaded: {reason}.")
 
 
 def _frontier_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The run's `frontier.json`, unless the run has gone on since it was measured."""
-    found = _object(folder / "frontier.json")
+    """Return the run's `frontier.json`, unless the run was resumed after it was measured."""
+    frontier = _object(folder / "frontier.json")
     steps = [record["step"] for record in records if record.get("kind") in EVALUATIONS]
-    if found is None or (steps and found.get("step") == steps[-1]):
-        return found
+    if frontier is None or (steps and frontier.get("step") == steps[-1]):
+        return frontier
     say(f"{folder / 'frontier.json'}: left out, because it was measured at another step")
     return None
 
 
 def _check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Return if the records have the fields that their kinds have.
+    """Refuse records that lack fields of their kinds.
 
     Raises:
-        UserError: one has not: the file is damaged, or of another version.
+        UserError: a record lacks a field, because the file is damaged or of another version.
     """
     kinds = {"step": StepRecord, "blockwise": BlockwiseRecord}
     kinds |= dict.fromkeys(EVALUATIONS, EvaluationRecord)
@@ -179,17 +163,14 @@ def _check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         missing = sorted(needed.get(str(record.get("kind")), always) - record.keys())
         if missing:
             raise UserError(
-                f"{path}: record {number} has no {missing[0]}, expected what docs/metrics.md lists;"
-                " restore the file, or read it with the version that wrote it"
+                f"{path}: got no {missing[0]} in record {number}, expected the fields that"
+                " docs/metrics.md lists; restore the file, or read it with the version of tiny-onn"
+                " that wrote it"
             )
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / METRICS_NAME).is_file()
-
-
 def _object(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file of the run; None if there is no such file."""
+    """Return the JSON object in a file of the run, or None if there is no such file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
