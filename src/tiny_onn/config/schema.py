@@ -88,9 +88,9 @@ class ExpertsConfig:
     """Multiply each expert's weight by a learned scale that starts at 1."""
     calibration_tokens: int = 8192
     """The number of training tokens read as calibration text: for every `init` but `random`,
-    `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge` gates,
-    the `static` control, `keep_massive`, the `mean` compensation and the blockwise stage. A budget reads as many other training tokens before each
-    evaluation, to measure its threshold."""
+    `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge`
+    gates, the `static` control, `keep_massive`, the `mean` compensation and the blockwise stage. A
+    budget reads as many other training tokens before each evaluation, to measure its threshold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,10 +104,10 @@ class RouterConfig:
     compare with. `static`: always the same experts; `random`: by a frozen random gate; `oracle`:
     those whose true output norms are largest, for which all experts are computed."""
     objective: Objective = "smk"
-    """The quantity that the gate learns from. `smk` (Surprise Min_K): surprise, by
-    the loss that `smk.targets` names, with no gradient from the main loss; `task`: the main loss;
-    `regression`: the log norms of all experts' outputs, with no gradient from the main loss;
-    `none`: nothing, the gate is frozen."""
+    """The quantity that the gate learns from. `smk` (Surprise Min_K): surprise, by the loss that
+    `smk.targets` names, with no gradient from the main loss; `task`: the main loss; `regression`:
+    the log norms of all experts' outputs, with no gradient from the main loss; `none`: nothing, the
+    gate is frozen."""
     target_k: float = 16.0
     """The number of active experts per token, k: exact for `top_k` and the controls, a mean for
     `budget`. `top_any` finds its own number."""
