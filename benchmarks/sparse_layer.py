@@ -156,8 +156,9 @@ def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> d
             for name, g, e in zip(NAMES, got, expected(layer, rule, number), strict=True):
                 limit = LIMITS[dtype]
                 if name == "logits":
-                    # Where surprises tie within their rounding, another expert is the target.
-                    limit = 0.1 if dtype == torch.bfloat16 else 1e-2
+                    # Where surprises tie within their rounding, another expert is the target. A share
+                    # s of such tokens moves the gradient by the square root of 2 s: 0.15 is 1 %.
+                    limit = 0.15 if dtype == torch.bfloat16 else 1e-2
                 gap = relative_gap(g, e)
                 check(f"sparse, {label}, k = {k}, {name}", gap, limit)
                 key = f"{label}, {'logits' if name == 'logits' else 'others'}"
