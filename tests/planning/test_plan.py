@@ -21,6 +21,7 @@ from tiny_onn.conversion.convert import convert
 from tiny_onn.distill.assembly import assemble
 from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
+from tiny_onn.model import expert_path
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.planning.costs import count_parameters, meta_models
 from tiny_onn.planning.memory import nf4_bytes
@@ -59,8 +60,10 @@ def settings(*overrides):
     return load_config(None, None, ["teacher.dtype=bfloat16", *rows, *experts, *overrides])
 
 
-def test_the_sparse_path_keeps_hidden_activations_where_nothing_is_computed_again():
+def test_the_sparse_path_keeps_hidden_activations_where_nothing_is_computed_again(monkeypatch):
     kept = {}
+    entry = {"cuda bfloat16": {"share": 0.0, "sparse": {"share": 0.67}}}
+    monkeypatch.setattr(expert_path, "read_crossover", lambda: entry)
     # By `auto`, k / E is 4 / 8, which is below the measured share, and then all of them.
     for path, k in (("dense", 4), ("sparse", 4), ("auto", 4), ("auto", 8)):
         for mode in ("none", "layer"):
