@@ -156,8 +156,8 @@ def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> d
             for name, g, e in zip(NAMES, got, expected(layer, rule, number), strict=True):
                 limit = LIMITS[dtype]
                 if name == "logits":
-                    # Where surprises tie within their rounding, another expert is the target. A share
-                    # s of such tokens moves the gradient by the square root of 2 s: 0.15 is 1 %.
+                    # Where surprises tie within their rounding, another expert is the target. A
+                    # share s of such tokens moves the gradient by sqrt(2 s): 0.15 is 1 %.
                     limit = 0.15 if dtype == torch.bfloat16 else 1e-2
                 gap = relative_gap(g, e)
                 check(f"sparse, {label}, k = {k}, {name}", gap, limit)
