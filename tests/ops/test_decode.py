@@ -1,12 +1,8 @@
 """The decoding kernels against the definition and the torch path.
 
-On a GPU they run as they are, elsewhere in Triton's interpreter, in a process of its own, because
-triton reads TRITON_INTERPRET when it is imported. The interpreter's bfloat16 is silently wrong.
+`triton_cases` says where they run.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -19,17 +15,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
-from repository import ROOT
 from tiny import make_dense, make_ids, make_student
 from tiny_onn.model.experts import ExpertBank, recorded_routings, selecting
 from tiny_onn.model.router import RoutingRule, route
 from tiny_onn.ops import decode, reference
+from triton_cases import (
+    DEVICE,
+    RUNS,
+    assert_passes_in_the_interpreter,
+    gpu,
+    kernels,
+    outside_the_interpreter,
+)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS = decode.triton_runs_on(DEVICE)
-kernels = pytest.mark.skipif(not RUNS, reason="needs triton and a GPU, or its interpreter")
-gpu = pytest.mark.skipif(not (RUNS and DEVICE == "cuda"), reason="needs a GPU and triton")
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=gpu)]
 # The shapes (T, E, I, D) cover odd sizes, one expert, one neuron, and several blocks of each.
 SHAPES = [(1, 5, 12, 40), (3, 4, 9, 33), (2, 1, 1, 8), (16, 3, 2, 16)]
@@ -48,21 +46,9 @@ MODES = {
 }
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@outside_the_interpreter
 def test_the_kernels_pass_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    variables = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=variables,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "passed" in done.stdout
+    assert_passes_in_the_interpreter(__file__)
 
 
 @pytest.mark.skipif(RUNS, reason="a CPU's torch takes the other paths")

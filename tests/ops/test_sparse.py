@@ -1,12 +1,8 @@
 """The sparse expert layer's kernels against the definition.
 
-On a GPU they run as they are, elsewhere in Triton's interpreter, in a process of its own, because
-triton reads TRITON_INTERPRET when it is imported. The interpreter's bfloat16 is silently wrong.
+`triton_cases` says where they run.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -18,7 +14,6 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from expert_cases import PATTERNS, Case, by_definition, make_case, smk_step
-from repository import ROOT
 from tiny import CONFIG, change, make_dense, make_rows
 from tiny_onn.config.schema import Checkpointing, RunConfig
 from tiny_onn.conversion.pipeline import make_student
@@ -30,15 +25,18 @@ from tiny_onn.model.expert_path import choose_path
 from tiny_onn.model.experts import Execution, ExpertBank, RowState, row_context
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import RoutingRule
-from tiny_onn.ops import decode, dense_masked, reference, sparse
+from tiny_onn.ops import dense_masked, reference, sparse
 from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.ops.surprise import SmkRule, lesson_tokens
+from triton_cases import (
+    DEVICE,
+    RUNS,
+    assert_passes_in_the_interpreter,
+    gpu,
+    kernels,
+    outside_the_interpreter,
+)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS = decode.triton_runs_on(DEVICE)
-kernels = pytest.mark.skipif(not RUNS, reason="needs triton and a GPU, or its interpreter")
-gpu = pytest.mark.skipif(not (RUNS and DEVICE == "cuda"), reason="needs a GPU and triton")
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -49,21 +47,9 @@ SHAPES = [(70, 5, 96, 40), (300, 3, 20, 33), (20, 2, 200, 24), (1, 3, 1, 17), (6
 sums = pytest.mark.parametrize("dense_sums", [True, False], ids=["dense sums", "rows"])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@outside_the_interpreter
 def test_the_kernels_pass_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    variables = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=variables,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "passed" in done.stdout
+    assert_passes_in_the_interpreter(__file__)
 
 
 @pytest.mark.skipif(RUNS, reason="a CPU's torch takes the other paths")

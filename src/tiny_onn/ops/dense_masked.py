@@ -44,6 +44,7 @@ from tiny_onn.ops.router_gradient import (
     SurpriseTerms,
     closed_form_surprise,
     router_gradient,
+    routing_masks,
     squared_norms,
 )
 
@@ -82,10 +83,7 @@ def expert_layer(
         chunk_tokens: number of tokens that both passes process at once; 0: all. With several chunks
             the experts' gradients are summed in float32.
     """
-    if active_TE is None:
-        active_TE = weights_TE != 0
-    if token_mask_T is None:
-        token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
+    active_TE, token_mask_T = routing_masks(weights_TE, active_TE, token_mask_T)
     options = _Options(activation, smk, compiled, chunk_tokens)
     return _DenseMasked.apply(
         in_autocast_format(x_TD),

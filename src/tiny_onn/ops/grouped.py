@@ -47,6 +47,7 @@ from tiny_onn.ops.router_gradient import (
     SurpriseTerms,
     closed_form_surprise,
     router_gradient,
+    routing_masks,
     squared_norms,
 )
 
@@ -218,8 +219,7 @@ def expert_layer(
     Raises:
         ValueError: `smk` takes all experts as candidates, inactive ones too, at every token.
     """
-    if active_TE is None:
-        active_TE = weights_TE != 0
+    active_TE, token_mask_T = routing_masks(weights_TE, active_TE, token_mask_T)
     listed_TE = active_TE
     if smk is not None and smk.rule.candidates == "all":
         lesson_T = smk.lesson_mask(len(x_TD), x_TD.device)
@@ -229,8 +229,6 @@ def expert_layer(
                 "grouped path computes no inactive expert; use dense_masked.expert_layer"
             )
         listed_TE = active_TE | lesson_T[:, None]
-    if token_mask_T is None:
-        token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
     options = _Options(activation, smk, compiled)
     return _Grouped.apply(
         in_autocast_format(x_TD),

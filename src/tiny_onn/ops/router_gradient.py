@@ -159,6 +159,19 @@ class SurpriseTerms:
     """Sum of hidden activations times their gradients, `<grad_y, expert(x)>`."""
 
 
+def routing_masks(
+    weights_TE: Float[Tensor, "tokens experts"],
+    active_TE: Bool[Tensor, "tokens experts"] | None,
+    token_mask_T: Bool[Tensor, " tokens"] | None,
+) -> tuple[Bool[Tensor, "tokens experts"], Bool[Tensor, " tokens"]]:
+    """Return active experts and counted tokens; None means nonzero weights, and all tokens."""
+    if active_TE is None:
+        active_TE = weights_TE != 0
+    if token_mask_T is None:
+        token_mask_T = torch.ones(len(weights_TE), dtype=torch.bool, device=weights_TE.device)
+    return active_TE, token_mask_T
+
+
 def squared_norms(
     kind: Surprise,
     x_TD: Float[Tensor, "tokens hidden"],

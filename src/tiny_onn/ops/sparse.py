@@ -31,7 +31,7 @@ from tiny_onn.ops.decode import triton_runs_on
 from tiny_onn.ops.layout import joined_down
 from tiny_onn.ops.lesson import KINDS, lesson
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
-from tiny_onn.ops.router_gradient import SmkStep
+from tiny_onn.ops.router_gradient import SmkStep, routing_masks
 from tiny_onn.ops.sparse_launches import (
     WIDE_TILES,
     Launches,
@@ -115,11 +115,8 @@ def expert_layer(
         raise ValueError(f"the sparse path: {reason}; use another path")
     if smk is not None and smk.rule.surprise not in KINDS:
         raise ValueError(f"smk.rule.surprise: got {smk.rule.surprise!r}, expected one of {KINDS}")
-    if active_TE is None:
-        active_TE = weights_TE != 0
+    active_TE, token_mask_T = routing_masks(weights_TE, active_TE, token_mask_T)
     T = len(x_TD)
-    if token_mask_T is None:
-        token_mask_T = torch.ones(T, dtype=torch.bool, device=x_TD.device)
     listed_TE, lesson_T, num_taught = active_TE, None, 0
     if smk is not None and smk.rule.candidates == "all":
         lesson_T, num_taught = smk.lesson_mask(T, x_TD.device), smk.num_lesson_tokens(T)
