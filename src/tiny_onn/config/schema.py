@@ -293,6 +293,9 @@ class TrainConfig:
     compile: bool = True
     """Fuse elementwise work with torch.compile: in the expert layers, and on a GPU also in the loss
     and in the frozen backbone."""
+    cuda_graphs: bool = True
+    """Capture the passes of a row in CUDA graphs and replay them, which spares a GPU waiting for
+    the host. Settings that need the host within a row run without them, and say so once."""
     deterministic: bool = True
     """Use only GPU kernels whose results repeat bit for bit. On a CPU results always do."""
     expert_path: ExpertPath = "auto"

@@ -295,7 +295,7 @@ class _Run:
                 assert state.blockwise is not None
                 result = blockwise_step(*inputs, power=state.blockwise.power, **options)
             else:
-                result = distill_step(*inputs, **options)
+                result = distill_step(*inputs, passes=training.passes, **options)
         state.step += 1
         state.tokens += step_tokens(config)
         self.position = None
