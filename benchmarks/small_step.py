@@ -22,13 +22,16 @@ from tiny_onn.config.read import load_config
 from tiny_onn.distill.clock import Clock
 
 KEPT, SPARSE = "train.checkpointing=none", "train.expert_path=sparse"
+SAMPLED = "smk.lesson_share=0.125"
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "keep activations": (KEPT,),
     "as preset": (),
     "without graphs": (KEPT, "train.cuda_graphs=false"),
     "keep attention": ("train.checkpointing=selective",),
-    "sparse": (KEPT, SPARSE, "smk.lesson_share=0.125"),
-    "sparse, layers recomputed": (SPARSE, "smk.lesson_share=0.125"),
+    "sparse": (KEPT, SPARSE),
+    "sparse, layers recomputed": (SPARSE,),
+    "sparse, attention kept": ("train.checkpointing=selective", SPARSE),
+    "sparse, sampled lesson": (KEPT, SPARSE, SAMPLED),
     "layers recomputed, without graphs": ("train.cuda_graphs=false",),
 }
 
