@@ -245,6 +245,11 @@ class OptimConfig:
     """The peak learning rate of the experts."""
     gate_lr: float = 3e-3
     """The peak learning rate of the gates."""
+    lr_scale: Literal["absolute", "rms"] = "absolute"
+    """The unit of the weights, to which learning rates, weight decay, `eps` and `clip_norm` refer.
+    `absolute`: 1; `rms`: each weight's root mean square at the start of the run (for an expert's
+    gate and up weights apart), so that one rate fits teachers of any scale: 0.001 is a change by a
+    thousandth of a weight. Vectors, and weights that start at 0, have the unit 1 in both cases."""
     beta1: float = 0.9
     """The decay of the first moment. Adafactor has no first moment."""
     beta2: float = 0.95
