@@ -327,6 +327,9 @@ class TrainConfig:
     max_skipped_steps: int = 5
     """The number of updates in a row, skipped because the loss or a gradient is not finite, that
     ends the run."""
+    stop_if_worse: bool = True
+    """Stop a run, with a checkpoint, whose KL on a held-out row is half as much again as before
+    training after 4, 16, 64 or 256 steps of the global stage."""
     log_every_steps: int = 1
     """The number of steps between metric records."""
     stats_every_steps: int = 100
