@@ -32,7 +32,8 @@ from experiments.options import parser, results_folder
 from tiny_onn.config.read import load_config, override
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, prepare
-from tiny_onn.data.rows import threshold_rows, training_rows
+from tiny_onn.data.rows import training_rows
+from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.assembly import assemble
 from tiny_onn.distill.optim import lr_factor, set_learning_rates

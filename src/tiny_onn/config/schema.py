@@ -90,7 +90,8 @@ class ExpertsConfig:
     """The number of training tokens read as calibration text: for every `init` but `random`,
     `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge`
     gates, the `static` control, `keep_massive`, the `mean` compensation and the blockwise stage. A
-    budget reads as many other training tokens before each evaluation, to measure its threshold."""
+    budget settles its thresholds before each evaluation on as many tokens of other text
+    (`data.settling_fraction`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,6 +226,10 @@ class DataConfig:
     held_out_fraction: float = 0.05
     """The share of documents kept out of training for evaluation, chosen by a hash of their text.
     Exact duplicates stay on one side; texts that differ by a single blank may be split."""
+    settling_fraction: float = 0.05
+    """The share of documents kept out of training to settle a budget's evaluation thresholds on,
+    chosen by the same hash. 0, or a share that leaves no document: they are settled on training
+    text, on which a taught gate is surer than on other text."""
     eval_tokens: int = 8192
     """The number of held-out tokens read in each evaluation."""
 

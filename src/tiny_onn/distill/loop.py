@@ -17,7 +17,8 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say, status
 from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.data.rows import calibration_rows, threshold_rows, training_rows
+from tiny_onn.data.rows import calibration_rows, training_rows
+from tiny_onn.data.settling import threshold_rows
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.assembly import Training, assemble
