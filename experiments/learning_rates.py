@@ -88,7 +88,7 @@ def settings(teacher: str, text: str, arguments: argparse.Namespace) -> RunConfi
 
 
 def runs(config: RunConfig, factors: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Convert the teacher, then train from the same student at each factor; yield what it became."""
+    """Convert the teacher, then train the same student at each factor; yield what it became."""
     prepared = prepare(config)
     rows = threshold_rows(config, prepared.tokenizer, prepared.student.device)
     start = {name: tensor.clone() for name, tensor in student_tensors(prepared.student).items()}

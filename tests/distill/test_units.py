@@ -1,4 +1,4 @@
-"""Rates in units of the weights: what a model's function does not see, its training does not see."""
+"""Rates in units of the weights: training does not see what a model's function does not see."""
 
 from typing import get_args, get_type_hints
 
@@ -76,8 +76,7 @@ def test_in_absolute_units_such_a_factor_changes_the_losses():
 def test_a_rate_is_a_share_of_each_weights_own_scale(name):
     student = make_student(make_dense("llama"), compensation="mean")
     bank = student.banks()[0]
-    gates, ups = by_neuron("gate_up_proj", bank.experts.gate_up_proj.data)
-    ups *= 8
+    by_neuron("gate_up_proj", bank.experts.gate_up_proj.data)[1].mul_(8)
     bank.mean_outputs.data.normal_(generator=torch.Generator().manual_seed(0))
     config = OptimConfig(name=name, lr_scale="rms", expert_lr=1e-3, gate_lr=1e-3)
     optimizer = build_optimizer(student, config)

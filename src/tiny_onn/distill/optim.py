@@ -146,7 +146,7 @@ class SplitOptimizer(torch.optim.Optimizer):
         self._units = units
 
     def unit(self, p: nn.Parameter) -> Tensor | None:
-        """Return the unit of a weight, the one in its state if there is one; None without a unit."""
+        """Return a weight's unit, the one in its state if there is one; None without a unit."""
         return self.state[p].get("unit", self._units.get(p)) if p in self._units else None
 
     @torch.no_grad()
