@@ -23,7 +23,7 @@ _CHANGEABLE_KEYS = MappingProxyType(
         " warmup_fraction decay_fraction gate_warmup_fraction gate_decay_fraction",
         "train": "tokens rows_per_step device compile deterministic expert_path checkpointing"
         " ffn_chunk_tokens eval_every_tokens save_every_tokens keep_checkpoints max_skipped_steps"
-        " log_every_steps stats_every_steps",
+        " stop_if_worse log_every_steps stats_every_steps",
     }
 )
 CHANGEABLE = frozenset(

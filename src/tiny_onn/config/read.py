@@ -21,7 +21,15 @@ from tiny_onn.errors import UserError
 
 # `tiny-onn config` prints less than 20 KB; a file beyond this bound holds no settings.
 # Settings that runs of earlier versions do not hold, with the value that changes nothing for them.
-ADDED = MappingProxyType({"smk.lesson_share": 1.0, "train.cuda_graphs": False})
+ADDED = MappingProxyType(
+    {
+        "smk.lesson_share": 1.0,
+        "optim.lr_scale": "absolute",
+        "train.stop_if_worse": False,
+        "train.cuda_graphs": False,
+        "data.settling_fraction": 0.0,
+    }
+)
 _MAX_TOML_BYTES = 2**16
 # tomllib takes memory that grows with the square of a dotted key's length: 16 MB for 2048 dots.
 _MAX_LINE_DOTS = 2048

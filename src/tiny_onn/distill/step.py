@@ -138,7 +138,7 @@ def update(
     Returns:
         The measurements that both stages have.
     """
-    expert_norm, gate_norm = clip_gradients(student, config.optim.clip_norm)
+    expert_norm, gate_norm = clip_gradients(student, config.optim.clip_norm, optimizer)
     finite = _all_finite(loss, expert_norm, gate_norm)
     if finite:
         optimizer.step()

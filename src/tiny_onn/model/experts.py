@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tiny_onn.model.expert_weights import Experts
-from tiny_onn.model.router import TIE_BREAK, Exploration, Router, Routing, RoutingRule
+from tiny_onn.model.exploration import Exploration
+from tiny_onn.model.router import TIE_BREAK, Router, Routing, RoutingRule
 from tiny_onn.ops import decode, dense_masked, grouped, sparse
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
@@ -172,7 +173,7 @@ class ExpertBank(nn.Module):
             "mean_outputs_ED": self.mean_outputs,
         }
         router = self.router
-        if (rule := selecting(router.rule)) is None:
+        if (rule := selecting(router.rule)) is None or router.follows is not None:
             routing = self.route(x_TD)
             options |= {"weights_TE": routing.weights, "active_TE": routing.active}
             y_TD = self.experts(x_TD, layer=partial(decode.expert_layer, **options))

@@ -14,7 +14,8 @@ from torch import Tensor
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.experts import ExpertBank, RowState, row_context
-from tiny_onn.model.router import Exploration, Routing
+from tiny_onn.model.exploration import Exploration
+from tiny_onn.model.router import Routing
 from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally
 from tiny_onn.ops.shared_experts import routed
 from tiny_onn.ops.surprise import SmkRule
