@@ -14,8 +14,8 @@ from tiny_onn.errors import UserError
 _CHANGEABLE_KEYS = MappingProxyType(
     {
         "teacher": "path revision trust_remote_code",
-        "router": "budget_rate load_balancing_coef z_loss_coef diversity_coef balance_rate"
-        " revive_after_steps reseed_every_steps",
+        "router": "budget_rate straight_through load_balancing_coef z_loss_coef diversity_coef"
+        " balance_rate revive_after_steps reseed_every_steps",
         "smk": "surprise direction candidates lesson_share targets explore_fraction coef",
         "loss": "divergence temperature jsd_beta states_coef chunk_tokens",
         "data": "sources",

@@ -37,7 +37,8 @@ class Execution:
     chunk_tokens: int = 0
     """Number of tokens that the dense path processes at once; 0: all."""
     coupled: bool = False
-    """True if the router's input and weights carry the main loss' gradient."""
+    """True if the main loss' gradient reaches the router: its weights, and its input too unless the
+    gradient is that of an estimator, which is meant for the router alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,12 +126,10 @@ class ExpertBank(nn.Module):
         router reads the uncast input, so that autocast does not change the routing.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if not (self.training or torch.is_grad_enabled()) and self.experts(
-            x_TD, layer=partial(decode.can_decode, activation=self.activation_name)
-        ):
+        if not (self.training or torch.is_grad_enabled()) and self._can_decode(x_TD):
             return in_autocast_format(self._decode(x_TD)).view_as(hidden_states)
         execution, row = self.execution, self.row
-        routing = self.route(x_TD if execution.coupled else x_TD.detach())
+        routing = self.route(x_TD if self._reaches_input() else x_TD.detach())
         self._record(x_TD, routing)
         weights_TE = routing.weights if execution.coupled else routing.weights.detach()
         if self.expert_scale is not None:
@@ -146,9 +145,34 @@ class ExpertBank(nn.Module):
         )
         y_TD = self.experts(x_TD, layer=layer)
         if self.mean_outputs is not None:
-            missing_TE = (~routing.active).to(y_TD.dtype)
+            missing_TE = self.missing(routing).to(y_TD.dtype)
             y_TD = y_TD + missing_TE @ self.mean_outputs.to(y_TD.dtype)
         return y_TD.view_as(hidden_states)
+
+    def missing(self, routing: Routing) -> Float[Tensor, "tokens experts"]:
+        """Return how much of each expert its mean output stands in for: 1 where it is inactive.
+
+        With `ramp` weights it is what the weight lacks to 1, so that an expert comes and goes
+        without a jump. Where unit weights carry an estimator's gradient, the gate also learns what
+        an expert takes away, its mean output.
+        """
+        rule, coupled = self.router.rule, self.execution.coupled
+        if rule.weighting == "ramp":
+            return 1 - (routing.weights if coupled else routing.weights.detach())
+        if coupled and rule.weighting == "unit" and _estimates(rule):
+            return 1 - routing.weights
+        return (~routing.active).float()
+
+    def _reaches_input(self) -> bool:
+        """Return whether the main loss' gradient at the routing weights flows on to the input."""
+        return self.execution.coupled and not _estimates(self.router.rule)
+
+    def _can_decode(self, x_TD: Tensor) -> bool:
+        if self.router.rule.weighting == "ramp":
+            return False
+        return self.experts(
+            x_TD, layer=partial(decode.can_decode, activation=self.activation_name)
+        )
 
     def _layer(self) -> Callable[..., Tensor]:
         path = self.execution.path
@@ -240,9 +264,20 @@ def recorded_routings(banks: Sequence[ExpertBank]) -> Iterator[list[Routing]]:
             bank._recordings = recordings
 
 
+def _estimates(rule: RoutingRule) -> bool:
+    """Return whether the gradient at the logits is an estimator's, and no derivative of the layer.
+
+    Its way on to the layer's input would add, to every expert of the layers below, a gradient
+    hundreds of times larger than the loss'. `top_any` keeps the way, as its paper has it.
+    """
+    if rule.selection == "top_any" or rule.straight_through == "coupled":
+        return False
+    return rule.weighting in ("unit", "mean")
+
+
 def selecting(rule: RoutingRule) -> decode.Selecting | None:
     """Return the rule as the decoding kernels know it; None where the router has to select."""
-    if rule.selection in ("top_any", "oracle"):
+    if rule.selection in ("top_any", "oracle") or rule.weighting == "ramp":
         return None
     if rule.selection == "budget" and rule.budget_form != "threshold":
         return None
