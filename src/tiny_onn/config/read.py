@@ -22,7 +22,12 @@ from tiny_onn.errors import UserError
 # `tiny-onn config` prints less than 20 KB; a file beyond this bound holds no settings.
 # Settings that runs of earlier versions do not hold, with the value that changes nothing for them.
 ADDED = MappingProxyType(
-    {"smk.lesson_share": 1.0, "experts.refit": False, "router.straight_through": "coupled"}
+    {
+        "smk.lesson_share": 1.0,
+        "experts.token_scale": False,
+        "experts.refit": False,
+        "router.straight_through": "coupled",
+    }
 )
 _MAX_TOML_BYTES = 2**16
 # tomllib takes memory that grows with the square of a dotted key's length: 16 MB for 2048 dots.

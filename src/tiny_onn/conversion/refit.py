@@ -42,7 +42,7 @@ from tiny_onn.model.hooks import layer_outputs
 from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.routing.thresholds import exact_threshold
 
-PENALTIES = (0.003, 0.03, 0.3, 3.0)
+PENALTIES = (0.1, 1.0, 10.0)
 # Every so many rows, one row is kept from the fit to choose the penalty on.
 CHECK_EVERY = 4
 
@@ -107,8 +107,12 @@ def refit(
         for index, (theirs, ours) in enumerate(track(list(layers), "refitting, layers")):
             bank = banks[index]
             samples = [_sample(item, index, theirs, ours, bank) for item in passing]
-            _meet_budget(bank, samples)
-            errors.append(fit_bank(bank, samples))
+            if bank.router.rule.target_k < bank.router.weight.shape[0]:
+                if MODE == "teacher":
+                    samples = [Sample(t, s.target_TD, s.token_mask_T) for t, s in zip(TX, samples)]
+                TX.clear()
+                _meet_budget(bank, samples)
+                errors.append(fit_bank(bank, samples))
             for item in passing:
                 item.student = item.run(ours, index, item.student)
     return errors
@@ -161,6 +165,7 @@ def _sample(
 
     def keep_output(_: nn.Module, __: object, output: Tensor) -> None:
         targets.append(output.flatten(0, -2))
+        TX.append(__[0].flatten(0, -2))
 
     with theirs.get_submodule("mlp").register_forward_hook(keep_output):
         item.teacher = item.run(theirs, index, item.teacher)
@@ -218,6 +223,7 @@ MODE = "mlp"
 PEN = "mean"
 WEIGHTED = True
 CHOSEN = []
+TX = []
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,6 +232,7 @@ class _Sums:
 
     gram_PP: Tensor
     moment_PD: Tensor
+    scale: float = 0.0
     error: float = 0.0
     """Sum of the squared error of the weights as they are."""
 
@@ -239,11 +246,16 @@ class _Sums:
     def add(self, bank: ExpertBank, sample: Sample) -> None:
         """Add a row's tokens."""
         mask_T1 = sample.token_mask_T[:, None].float()
-        if WEIGHTED:
+        if WEIGHTED == "rel":
             power = sample.target_TD.float().square().sum(-1, keepdim=True)
             ref = power[sample.token_mask_T].mean()
             mask_T1 = (2*ref / (ref + power)).sqrt()
-        features_TP = features(bank, sample.x_TD) * mask_T1
+        features_TP = features(bank, sample.x_TD)
+        if WEIGHTED == "keep":
+            first = features_TP[~sample.token_mask_T]
+            self.gram_PP += first.T @ first
+        features_TP = features_TP * mask_T1
+        self.scale += features_TP[:, :bank.experts.num_experts * bank.experts.intermediate_dim].square().sum().item() / (bank.experts.num_experts * bank.experts.intermediate_dim)
         weights_PD = bank.experts.down_proj.mT.flatten(0, 1)
         if bank.mean_outputs is not None:
             weights_PD = torch.cat((weights_PD, bank.mean_outputs))
@@ -257,12 +269,13 @@ class _Sums:
         self.gram_PP += other.gram_PP
         self.moment_PD += other.moment_PD
         self.error += other.error
+        self.scale += other.scale
 
     def change(self, penalty: float, num_neurons: int) -> Tensor:
         """Return the change of the weights (P, D) that minimises the penalised error."""
         diagonal_P = self.gram_PP.diagonal()
         if PEN == "mean":
-            added_P = torch.full_like(diagonal_P, penalty) * diagonal_P[:num_neurons].mean()
+            added_P = torch.full_like(diagonal_P, penalty) * self.scale
         elif PEN == "block":
             added_P = torch.full_like(diagonal_P, penalty) * diagonal_P[:num_neurons].mean()
             added_P[num_neurons:] = penalty * diagonal_P[num_neurons:].mean()

@@ -59,9 +59,10 @@ class ExpertBank(nn.Module):
     """E experts of width I and their router.
 
     The output is `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`, where `weight[e]` is the
-    routing weight and `experts` holds gate, up and down. Two parameters are optional, and change
+    routing weight and `experts` holds gate, up and down. Three parameters are optional, and change
     nothing while all experts are active and scales are 1: `mean_outputs` (E, D), added for inactive
-    experts, and `expert_scale` (E,), a factor of the experts' routing weights.
+    experts, `expert_scale` (E,), a factor of the experts' routing weights, and `token_scale`
+    (E, D), which makes a factor of the input, `1 + tanh(token_scale x)`.
 
     Beside parameters, buffers, the router's rule and the training mode, a call depends on two
     attributes, which this file alone assigns:
@@ -72,6 +73,7 @@ class ExpertBank(nn.Module):
 
     mean_outputs: nn.Parameter | None
     expert_scale: nn.Parameter | None
+    token_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class ExpertBank(nn.Module):
         *,
         compensated: bool = False,
         scaled: bool = False,
+        token_scaled: bool = False,
     ) -> None:
         super().__init__()
         self.experts = Experts(hidden_dim, num_experts, expert_dim, activation)
@@ -90,6 +93,8 @@ class ExpertBank(nn.Module):
         expert_scale = nn.Parameter(torch.ones(num_experts)) if scaled else None
         self.register_parameter("mean_outputs", mean_outputs)
         self.register_parameter("expert_scale", expert_scale)
+        token_scale = nn.Parameter(torch.zeros(num_experts, hidden_dim)) if token_scaled else None
+        self.register_parameter("token_scale", token_scale)
         self.router = Router(hidden_dim, num_experts, rule)
         self.activation = self.experts.act_fn
         self.activation_name = activation
@@ -111,11 +116,13 @@ class ExpertBank(nn.Module):
 
     @torch.no_grad()
     def reset_corrections(self) -> None:
-        """Set the mean outputs to 0 and every scale to 1, so that neither changes the output."""
+        """Set the mean outputs to 0 and every scale to 1, so that none changes the output."""
         if self.mean_outputs is not None:
             self.mean_outputs.zero_()
         if self.expert_scale is not None:
             self.expert_scale.fill_(1)
+        if self.token_scale is not None:
+            self.token_scale.zero_()
 
     def forward(
         self, hidden_states: Float[Tensor, "*batch hidden"]
@@ -132,8 +139,7 @@ class ExpertBank(nn.Module):
         routing = self.route(x_TD if self._reaches_input() else x_TD.detach())
         self._record(x_TD, routing)
         weights_TE = routing.weights if execution.coupled else routing.weights.detach()
-        if self.expert_scale is not None:
-            weights_TE = weights_TE * self.expert_scale
+        weights_TE = self.scaled(weights_TE, x_TD)
         layer = partial(
             self._layer(),
             weights_TE=weights_TE,
@@ -148,6 +154,18 @@ class ExpertBank(nn.Module):
             missing_TE = self.missing(routing).to(y_TD.dtype)
             y_TD = y_TD + missing_TE @ self.mean_outputs.to(y_TD.dtype)
         return y_TD.view_as(hidden_states)
+
+    @without_autocast
+    def scaled(
+        self, weights_TE: Float[Tensor, "tokens experts"], x_TD: Float[Tensor, "tokens hidden"]
+    ) -> Float[Tensor, "tokens experts"]:
+        """Return routing weights times the learned scales."""
+        if self.expert_scale is not None:
+            weights_TE = weights_TE * self.expert_scale
+        if self.token_scale is not None:
+            scale_TE = F.linear(x_TD.float(), self.token_scale.float()).tanh()
+            weights_TE = weights_TE * (1 + scale_TE)
+        return weights_TE
 
     def missing(self, routing: Routing) -> Float[Tensor, "tokens experts"]:
         """Return how much of each expert its mean output stands in for: 1 where it is inactive.
@@ -196,9 +214,12 @@ class ExpertBank(nn.Module):
             "mean_outputs_ED": self.mean_outputs,
         }
         router = self.router
-        if (rule := selecting(router.rule)) is None:
+        rule = selecting(router.rule)
+        if rule is None or self.token_scale is not None:
             routing = self.route(x_TD)
-            options |= {"weights_TE": routing.weights, "active_TE": routing.active}
+            weights_TE = self.scaled(routing.weights, x_TD)
+            options |= {"weights_TE": weights_TE, "active_TE": routing.active}
+            options["expert_scale_E"] = None
             y_TD = self.experts(x_TD, layer=partial(decode.expert_layer, **options))
         else:
             gate = decode.Gate(router.weight, router.bias, router.selection_bias, router.settled)
