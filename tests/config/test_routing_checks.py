@@ -60,6 +60,12 @@ REFUSED_BY_EACH_RULE: list[dict[str, dict[str, Any]]] = [
     {"router": {"reseed_every_steps": 3}},
     {"experts": {"weighting": "ramp"}},
     {"router": {"objective": "task", "straight_through": "threshold"}},
+    {
+        "router": {"objective": "none"},
+        "experts": {"compensation": "mean"},
+        "smk": {"net_gain": True, "surprise": "gain"},
+    },
+    {"smk": {"net_gain": True}},
     {"router": {"budget_form": "threshold", "straight_through": "threshold"}},
     {"router": {**STATIC, "balance_rate": 0.1}},
     {"router": {**STATIC, "revive_after_steps": 2}},

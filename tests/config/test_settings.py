@@ -69,6 +69,9 @@ def mend_routing(router, experts, smk):
         router["oracle_budget"] = False
     if selection != "budget" and not router["oracle_budget"]:
         router["budget_scope"] = "layer"
+    if router["objective"] != "smk" or smk["surprise"] != "gain":
+        smk["net_gain"] = False
+    smk["net_gain"] &= experts["compensation"] == "mean"
     has_threshold = selection == "budget" and router["budget_form"] == "threshold"
     if experts["weighting"] == "ramp" and not has_threshold:
         experts["weighting"] = "unit"

@@ -16,7 +16,7 @@ _CHANGEABLE_KEYS = MappingProxyType(
         "teacher": "path revision trust_remote_code",
         "router": "budget_rate straight_through load_balancing_coef z_loss_coef diversity_coef"
         " balance_rate revive_after_steps reseed_every_steps",
-        "smk": "surprise direction candidates lesson_share targets explore_fraction coef",
+        "smk": "surprise direction candidates lesson_share targets net_gain explore_fraction coef",
         "loss": "divergence temperature jsd_beta states_coef chunk_tokens",
         "data": "sources",
         "optim": "expert_lr gate_lr beta1 beta2 eps weight_decay gate_weight_decay clip_norm"

@@ -24,6 +24,7 @@ from tiny_onn.errors import UserError
 ADDED = MappingProxyType(
     {
         "smk.lesson_share": 1.0,
+        "smk.net_gain": False,
         "experts.token_scale": False,
         "experts.refit": False,
         "router.straight_through": "coupled",

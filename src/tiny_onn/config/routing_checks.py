@@ -157,6 +157,23 @@ RULES = (
     ),
     # These settings would have no effect.
     Rule(
+        "smk.net_gain",
+        lambda c, value: value and c.router.objective != "smk",
+        'false with router.objective = "{c.router.objective}"',
+        "surprise does not teach the gate",
+        'set router.objective = "smk" or leave smk.net_gain out',
+    ),
+    Rule(
+        "smk.net_gain",
+        lambda c, value: (
+            value and (c.smk.surprise != "gain" or c.experts.compensation != "mean")
+        ),
+        'false with smk.surprise = "{c.smk.surprise}" and experts.compensation ='
+        ' "{c.experts.compensation}"',
+        "no mean output is part of this surprise",
+        'set smk.surprise = "gain" and experts.compensation = "mean", or leave smk.net_gain out',
+    ),
+    Rule(
         "router.straight_through",
         lambda c, value: (
             value == "threshold"
@@ -324,6 +341,8 @@ def path_refusal(config: RunConfig, path: Literal["grouped", "sparse"]) -> str |
                 'smk.candidates = "all" with smk.lesson_share = 1 needs the surprise of inactive'
                 " experts at every token"
             )
+        if smk.net_gain:
+            return "smk.net_gain = true is known to the dense path only"
         if path == "sparse" and smk.surprise not in SPARSE_SURPRISES:
             return f'smk.surprise = "{smk.surprise}" needs a Gram matrix, which its kernels lack'
     if config.router.objective == "regression":

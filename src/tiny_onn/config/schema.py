@@ -193,6 +193,9 @@ class SmkConfig:
     `set`: cross-entropy to the k best; `regress`: squared error to the surprise itself,
     standardised over the token's candidates; `member`: for every expert, whether it is one of the k
     best; `helpful`: for every expert, whether its `gain` is above 0."""
+    net_gain: bool = False
+    """Count in an expert's `gain` what the expert takes away by being active: its mean output,
+    which stands in for it while it is inactive (`experts.compensation = "mean"`)."""
     explore_fraction: float = 0.0
     """The share of tokens that use a random inactive expert in place of their weakest active one,
     so that experts other than the usual ones become `active` candidates."""
