@@ -20,45 +20,23 @@ where it was stopped, from a run's last checkpoint. With `--smoke`: two tiny run
 import argparse
 import itertools
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from benchmarks.common import ROOT, environment
+from benchmarks.common import ROOT
+from experiments.arms_runs import run, run_low_rank
+from experiments.arms_table import Job, job_of, show, table
 from experiments.blockwise import tiny_teacher
 from experiments.options import parser
 from experiments.split_text import Parts, split
 from tiny_onn.config.read import load_config
-from tiny_onn.config.schema import RunConfig
-from tiny_onn.conversion.pipeline import (
-    Prepared,
-    make_student,
-    partition,
-    read_inputs,
-    refit_if_asked,
-)
-from tiny_onn.conversion.verify import check_conversion
-from tiny_onn.data.rows import text_rows, threshold_rows
-from tiny_onn.device import pick_device, prepare_device
-from tiny_onn.distill.loop import run_distill
-from tiny_onn.evaluation.compare import evaluate
-from tiny_onn.model.router import temporary_rules
-from tiny_onn.routing.budgets import fit_eval_thresholds
-from tiny_onn.runs.checkpoint import valid_checkpoints
-from tiny_onn.teacher.held_out import HeldOut
-from tiny_onn.teacher.load import teacher_for
 
 RECORDS = "arms.jsonl"
 BASE = (
@@ -106,6 +84,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "task, softmax weights": (*TASK, "experts.weighting=softmax"),
     "half-width": HALF,
     "half-width, not refitted": (*HALF, "experts.refit=false"),
+    "low-rank": STATIC,
     "static choice": STATIC,
     "model card's rule": (
         "smk.surprise=parameters",
@@ -113,39 +92,6 @@ ARMS: dict[str, tuple[str, ...]] = {
         "smk.candidates=active",
     ),
 }
-# Budgets around the target at which a student is measured, as shares of the target.
-AROUND = (0.94, 1.06)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One run."""
-
-    arm: str
-    seed: int
-    rate: float
-    gate_rate: float
-
-    def name(self) -> str:
-        """The name of its folder."""
-        words = "".join(c if c.isalnum() else "-" for c in self.arm)
-        return f"{words}-x{self.rate:g}-g{self.gate_rate:g}-s{self.seed}"
-
-
-def at_k(points: Sequence[tuple[float, float]], k: float) -> float:
-    """The KL at exactly k: log KL on straight lines between points (mean k, KL).
-
-    Beyond the points it follows the nearest two; one point alone is taken as it is.
-    """
-    points = sorted(points)
-    if len(points) == 1:
-        return points[0][1]
-    pairs = list(itertools.pairwise(points))
-    (low, first), (high, second) = next((p for p in pairs if k <= p[1][0]), pairs[-1])
-    if high == low:
-        return first
-    share = (k - low) / (high - low)
-    return math.exp((1 - share) * math.log(first) + share * math.log(second))
 
 
 def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[str]:
@@ -166,115 +112,9 @@ def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[s
     ]
 
 
-def ordered(config: RunConfig, folder: Path, find: Callable[[], Any]) -> list[torch.Tensor] | None:
-    """The partition, read from the folder if a run of the same teacher, text and seed left it."""
-    experts = config.experts
-    key = f"{experts.init}-{experts.num_experts}-{experts.calibration_tokens}-{config.train.seed}"
-    path = folder / f"order-{key}.safetensors"
-    if path.is_file():
-        stored = load_file(path)
-        return [stored[str(index)] for index in range(len(stored))]
-    order = find()
-    if order is not None:
-        temporary = path.with_suffix(f".{os.getpid()}")
-        save_file({str(i): o.cpu().contiguous() for i, o in enumerate(order)}, temporary)
-        temporary.rename(path)
-    return order
-
-
-def prepared_for(config: RunConfig, folder: Path) -> Prepared:
-    """What `prepare` makes, with a partition that runs of one seed share."""
-    inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
-    order = ordered(config, folder, lambda: partition(config, inputs))
-    student = make_student(config, inputs, order)
-    conversion = check_conversion(config, student, inputs)
-    refit_if_asked(config, student, inputs)
-    teacher = teacher_for(inputs.dense, config.teacher)
-    return Prepared(
-        teacher=teacher,
-        student=student,
-        tokenizer=tokenizer,
-        conversion=conversion,
-        held_out=HeldOut(teacher, held_out),
-    )
-
-
-def measured(config: RunConfig, prepared: Prepared, path: Path, max_tokens: int) -> dict[str, Any]:
-    """The student on text that nobody learned from or chose on, as deployed and at exactly k."""
-    student, tokenizer = prepared.student, prepared.tokenizer
-    rows = text_rows(path, tokenizer, config.data, max_tokens)
-    held_out = HeldOut(prepared.teacher, rows)
-    deployed = evaluate(student, held_out, config.loss)
-    points = [(deployed.mean_k, deployed.forward_kl, deployed.student_nll)]
-    routers, k = [bank.router for bank in student.banks()], config.router.target_k
-    before = [router.settled.clone() for router in routers]
-    if routers[0].rule.has_budget:
-        settling = threshold_rows(config, tokenizer, student.device)
-        for share in AROUND:
-            rules = [replace(router.rule, target_k=k * share) for router in routers]
-            with temporary_rules(routers, rules):
-                fit_eval_thresholds(student, settling, config.router.budget_scope)
-                other = evaluate(student, held_out, config.loss)
-            points.append((other.mean_k, other.forward_kl, other.student_nll))
-            for router, threshold in zip(routers, before, strict=True):
-                router.settled.copy_(threshold)
-    nll = at_k([(k_, nll) for k_, _, nll in points], k)
-    return {
-        **numbers(deployed.as_dict()),
-        "kl_at_k": at_k([(k_, kl) for k_, kl, _ in points], k),
-        "perplexity_at_k": math.exp(nll),
-        "points": [list(point[:2]) for point in points],
-    }
-
-
-def numbers(evaluation: dict[str, Any]) -> dict[str, float]:
-    """What a record keeps of an evaluation."""
-    keep = ("forward_kl", "top1_agreement", "student_perplexity", "teacher_perplexity", "mean_k")
-    return {name: evaluation[name] for name in (*keep, "ffn_flops", "dense_ffn_flops")}
-
-
-def run(job: Job, arguments: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    """Make one run, go on with it if it was stopped; its record."""
-    settings = settings_of(job, arguments, parts)
-    config = prepare_device(load_config(None, "demo", settings))[0]
-    folder = arguments.out / "runs" / job.name()
-    begun = bool(valid_checkpoints(folder / "checkpoints"))
-    if not begun:
-        shutil.rmtree(folder, ignore_errors=True)
-    started = time.monotonic()
-    prepared = prepared_for(config, parts.learn.parent)
-    converted = time.monotonic() - started
-    result = run_distill(config, out=folder, resume=begun, prepared=prepared, title=job.name())
-    if result.interrupted or result.after is None:
-        raise KeyboardInterrupt
-    report = measured(config, prepared, parts.report, arguments.report_tokens)
-    unseen = parts.unseen and measured(config, prepared, parts.unseen, arguments.report_tokens)
-    for name in ("checkpoints", "student"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    return {
-        **asdict(job),
-        "target_k": config.router.target_k,
-        "tokens": result.tokens,
-        "seconds": {"conversion": converted, "training": result.seconds},
-        "choose": {
-            "before": result.before and numbers(result.before.as_dict()),
-            "after": numbers(result.after.as_dict()),
-        },
-        "report": report,
-        "unseen": unseen,
-        "settings": settings,
-        "environment": environment(str(pick_device(config.train.device))),
-    }
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of the record, none if there is none."""
     return [*map(json.loads, path.read_text("utf-8").splitlines())] if path.is_file() else []
-
-
-def job_of(record: dict[str, Any]) -> Job:
-    """The job that left a record."""
-    return Job(record["arm"], record["seed"], record["rate"], record["gate_rate"])
 
 
 def jobs_left(arguments: argparse.Namespace) -> list[Job]:
@@ -319,63 +159,6 @@ def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     return failed
 
 
-def show(record: dict[str, Any], seconds: float) -> None:
-    """One line on the terminal."""
-    report, before = record["report"], record["choose"]["before"]
-    print(
-        f"{seconds:6.0f} s  {job_of(record).name()}: KL"
-        f" {'' if before is None else format(before['forward_kl'], '.4f')} ->"
-        f" {report['forward_kl']:.4f} at k {report['mean_k']:.2f}, {report['kl_at_k']:.4f} at"
-        f" {record['target_k']:g}; {record['tokens']:,} tokens in"
-        f" {record['seconds']['training']:.0f} s",
-        flush=True,
-    )
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample standard deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
-
-
-def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Each arm at the rates that did best on the text to choose on, by tokens."""
-    yield (
-        "| tokens | arm | rates | seeds | KL, deployed | mean k | KL at k | perplexity at k |"
-        " teacher's | KL at k, unseen sources |"
-    )
-    yield "|---" * 10 + "|"
-    arms = {(r["tokens"], r["arm"]) for r in records}
-    for tokens, arm in sorted(arms, key=lambda pair: (pair[0], [*ARMS].index(pair[1]))):
-        ours = [r for r in records if (r["tokens"], r["arm"]) == (tokens, arm)]
-        by_rate = {
-            rates: [r for r in ours if (r["rate"], r["gate_rate"]) == rates]
-            for rates in sorted({(r["rate"], r["gate_rate"]) for r in ours})
-        }
-        best = min(by_rate, key=lambda rates: chosen_by(by_rate[rates]))
-        runs = by_rate[best]
-        reports, unseen = ([r[part] for r in runs] for part in ("report", "unseen"))
-        cells = (
-            f"{tokens:,}",
-            arm,
-            f"{best[0]:g}, {best[1]:g} of {len(by_rate)}",
-            str(len(runs)),
-            spread([r["forward_kl"] for r in reports], 4),
-            spread([r["mean_k"] for r in reports], 2),
-            spread([r["kl_at_k"] for r in reports], 4),
-            spread([r["perplexity_at_k"] for r in reports], 2),
-            f"{reports[0]['teacher_perplexity']:.2f}",
-            spread([u["kl_at_k"] for u in unseen], 4) if all(unseen) else "",
-        )
-        yield f"| {' | '.join(cells)} |"
-
-
-def chosen_by(records: Sequence[dict[str, Any]]) -> float:
-    """What a rate is chosen by: the mean KL on the text that runs keep out of training."""
-    return fmean(record["choose"]["after"]["forward_kl"] for record in records)
-
-
 def main(argv: Sequence[str]) -> int:
     """Make the runs that have no record yet, and print the table; the exit status."""
     options = parser(__doc__)
@@ -404,7 +187,10 @@ def main(argv: Sequence[str]) -> int:
         arguments.out = arguments.out.absolute()
         if arguments.one:
             parts = split(arguments.text, arguments.out, arguments.unseen_sources)
-            record = run(Job(**json.loads(arguments.one)), arguments, parts)
+            job = Job(**json.loads(arguments.one))
+            make = run_low_rank if job.arm == "low-rank" else run
+            settings = settings_of(job, arguments, parts)
+            record = make(job, settings, parts, arguments.out, arguments.report_tokens)
             with (arguments.out / RECORDS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             return 0
@@ -413,13 +199,11 @@ def main(argv: Sequence[str]) -> int:
             arguments.out.mkdir(parents=True, exist_ok=True)
             split(arguments.text, arguments.out, arguments.unseen_sources)
             failed = run_all(arguments, argv)
-        print("\n".join(table(read_records(arguments.out / RECORDS))))
+        print("\n".join(table(read_records(arguments.out / RECORDS), [*ARMS])))
     return failed
 
 
-def smoke_options(
-    arguments: argparse.Namespace, argv: Sequence[str], folder: Path
-) -> list[str]:
+def smoke_options(arguments: argparse.Namespace, argv: Sequence[str], folder: Path) -> list[str]:
     """The command line with what a tiny run needs, as far as it is not given."""
     argv = list(argv)
     if arguments.text is None:

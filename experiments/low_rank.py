@@ -36,6 +36,8 @@ from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 
 SAVE_EVERY_STEPS = 128
+# Of a change of the down projection, in units of the neurons' median energy.
+PENALTY = 0.1
 
 
 class Thin(nn.Module):
@@ -89,22 +91,20 @@ def low_rank_student(
     for index, layer in enumerate(track(decoder_layers(student), "thin matrices, layers")):
         mlp = mlps[index]
         rank = rank_of(*reversed(mlp.gate_proj.weight.shape), share=share)
-        inputs, masks = [], [item.row.router_mask[0] for item in passing]
-        targets = []
-        for item in passing:
-            targets.append(item.teacher_output(layers[index], index))
-            inputs.append(item.student_input(layer, index, layer.get_submodule("mlp")))
-        gram = sum_of(x[m].double().T @ x[m].double() for x, m in zip(inputs, masks, strict=True))
+        samples = [item.sample(layers[index], layer, index) for item in passing]
+        # All tokens but padding: a cut that does not see the attention sinks would destroy them.
+        seen = [sample.counted_T | sample.kept_T for sample in samples]
+        inputs = [sample.x_TD[m] for sample, m in zip(samples, seen, strict=True)]
+        targets = [sample.target_TD[m].double() for sample, m in zip(samples, seen, strict=True)]
+        gram = sum_of(x.double().T @ x.double() for x in inputs)
         gate, up = (thin(w.weight, gram, rank) for w in (mlp.gate_proj, mlp.up_proj))
         act_fn: Any = mlp.module.act_fn
-        hidden = [(act_fn(gate(x)) * up(x))[m].double() for x, m in zip(inputs, masks, strict=True)]
+        hidden = [(act_fn(gate(x)) * up(x)).double() for x in inputs]
         gram = sum_of(h.T @ h for h in hidden)
         dense_down = mlp.down_proj.weight.double()
-        moment = sum_of(
-            h.T @ (y[m].double() - h @ dense_down.T)
-            for h, y, m in zip(hidden, targets, masks, strict=True)
-        )
-        penalty = 0.03 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+        missing = [y - h @ dense_down.T for h, y in zip(hidden, targets, strict=True)]
+        moment = sum_of(h.T @ m for h, m in zip(hidden, missing, strict=True))
+        penalty = PENALTY * gram.diagonal().median() * torch.eye(len(gram), device=gram.device)
         change = torch.linalg.solve(gram + penalty, moment)
         down = thin(dense_down + change.T, gram, rank)
         layer.mlp = ThinMlp(gate, up, down, act_fn)

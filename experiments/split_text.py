@@ -1,4 +1,4 @@
-"""The text of a study in three parts: to learn from and choose on, to report on, and unseen sources.
+"""The text of a study in parts: to learn from and choose on, to report on, and unseen sources.
 
 A run keeps a part of what it reads out of training, and choices are made on that part: learning
 rates, recipes, the best checkpoint. What is reported comes from documents that no run reads.
@@ -29,8 +29,8 @@ class Parts:
 
 def documents_of(path: Path) -> Iterator[dict[str, str]]:
     """The lines of a .jsonl or .jsonl.xz file with `text` and perhaps `source`."""
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open()
-    with opened as file:
+    reader = lzma.open if path.suffix == ".xz" else open
+    with reader(path, "rt", encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
 

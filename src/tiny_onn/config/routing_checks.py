@@ -165,9 +165,7 @@ RULES = (
     ),
     Rule(
         "smk.net_gain",
-        lambda c, value: (
-            value and (c.smk.surprise != "gain" or c.experts.compensation != "mean")
-        ),
+        lambda c, value: value and (c.smk.surprise != "gain" or c.experts.compensation != "mean"),
         'false with smk.surprise = "{c.smk.surprise}" and experts.compensation ='
         ' "{c.experts.compensation}"',
         "no mean output is part of this surprise",

@@ -1,21 +1,23 @@
 """The refit of a student's down projections and mean outputs by least squares, layer by layer.
 
-A student that uses half of its experts misses what the others would have added. The neurons that
-are left can stand in for much of it, and the best way is known in closed form: the output is linear
-in the down projections and in the mean outputs, so that their best values for a given routing solve
-a linear regression. The layers are solved from the first to the last, each on the inputs that the
-student's own layers below it give, which are refitted already, so that a layer also repairs a part
-of their errors.
+A student that uses half of its experts misses what the others would have added. What is left can
+stand in for much of it, and the best way is known in closed form: a layer's output is linear in its
+down projections and mean outputs, so that their best values under a given routing solve a linear
+regression. The layers are solved from the first to the last, each on the inputs that the student's
+own layers below it give, which are refitted already, and towards the teacher's output at the same
+token.
 
 The regression pulls toward the weights from before it. How strongly it does so is chosen for each
-layer among `PENALTIES`, by the error on calibration rows that the fit has not seen. The idea of
-repairing what stays by least squares is that of Optimal Brain Surgeon (Hassibi and Stork, 1993) and
-of SparseGPT (arXiv 2301.00774).
+layer among `PENALTIES`, by the error on calibration rows that the fit has not seen. First tokens of
+documents are attention sinks with outputs a thousand times larger; they do not count in the error,
+but the fit is charged for every change at them, so that the sinks stay what they are. The idea of
+repairing by least squares what a cut leaves is that of Optimal Brain Surgeon (Hassibi and Stork,
+1993) and SparseGPT (arXiv 2301.00774).
 
-Cost: a forward pass of the teacher and two of the student, one sum over tokens of products of F + E
-features a layer, and a Cholesky factorisation of an (F + E)-square matrix for every penalty.
-Memory: two matrices of this size in float64, and for every calibration token five vectors of D
-numbers, whatever the number of layers.
+Cost: a forward pass of the teacher, two of the student, and for each layer the products of P
+features over all tokens and a Cholesky factorisation of a P-square matrix for every penalty.
+Memory: six such matrices in float64, and for every calibration token four vectors of D numbers,
+whatever the number of layers.
 
 Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons, P = F + E features.
 """
@@ -42,8 +44,9 @@ from tiny_onn.model.hooks import layer_outputs
 from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.routing.thresholds import exact_threshold
 
-PENALTIES = (0.1, 1.0, 10.0)
-# Every so many rows, one row is kept from the fit to choose the penalty on.
+# Penalties on a change of the weights, in units of the neurons' mean energy.
+PENALTIES = (0.01, 0.1, 1.0, 10.0)
+# One row in so many is kept from the fit, to choose the penalty on.
 CHECK_EVERY = 4
 
 
@@ -54,27 +57,80 @@ class Sample(NamedTuple):
     """The layer's input."""
     target_TD: Float[Tensor, "tokens hidden"]
     """The output to come close to."""
-    token_mask_T: Bool[Tensor, " tokens"]
-    """The tokens that count."""
+    counted_T: Bool[Tensor, " tokens"]
+    """The tokens at which the error counts."""
+    kept_T: Bool[Tensor, " tokens"]
+    """The tokens at which the output should stay as it is."""
 
 
 @dataclass(kw_only=True, slots=True)
-class _Passing:
-    """A row of text on its way through the layers of teacher and student."""
+class Passing:
+    """A row of text on its way through the layers of a dense model and a student of it."""
 
     row: PackedRow
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     """The arguments with which the backbone calls each layer, beside the hidden states."""
     teacher: Tensor
-    """The teacher's hidden states (1, T, D) before the layer in hand."""
+    """The dense model's hidden states (1, T, D) before the layer in hand."""
     student: Tensor
     """The student's."""
+
+    @classmethod
+    def start(cls, dense: PreTrainedModel, row: PackedRow) -> "Passing":
+        """Return a row before the first layer."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first: list[Tensor] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if not first:
+                first.append(hidden)
+            calls.append((args[1:], kwargs))
+
+        with ExitStack() as hooks:
+            for layer in decoder_layers(dense):
+                hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+            last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
+        return cls(row=row, calls=calls, teacher=first[0], student=first[0])
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Return a layer's output on these hidden states."""
         args, kwargs = self.calls[index]
         output = layer(hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
+
+    def teacher_output(self, layer: nn.Module, index: int) -> Float[Tensor, "tokens hidden"]:
+        """Pass through the dense model's layer; return the output of its MLP."""
+        outputs: list[Tensor] = []
+
+        def keep(_: nn.Module, __: object, output: Tensor) -> None:
+            outputs.append(output.flatten(0, -2))
+
+        with layer.get_submodule("mlp").register_forward_hook(keep):
+            self.teacher = self.run(layer, index, self.teacher)
+        return outputs[0]
+
+    def student_input(self, layer: nn.Module, index: int) -> Float[Tensor, "tokens hidden"]:
+        """Return the input of the MLP of the student's layer; the row stays before the layer."""
+        inputs: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.append(args[0].flatten(0, -2))
+
+        with layer.get_submodule("mlp").register_forward_pre_hook(keep):
+            self.run(layer, index, self.student)
+        return inputs[0]
+
+    def sample(self, theirs: nn.Module, ours: nn.Module, index: int) -> Sample:
+        """Pass through the dense model's layer; return what the row asks of the student's."""
+        counted_T = self.row.router_mask[0]
+        return Sample(
+            x_TD=self.student_input(ours, index),
+            target_TD=self.teacher_output(theirs, index),
+            counted_T=counted_T,
+            kept_T=self.row.loss_mask[0] & ~counted_T,
+        )
 
 
 @torch.no_grad()
@@ -83,9 +139,8 @@ def refit(
 ) -> list[float]:
     """Set down projections and mean outputs to the least-squares fit of the teacher, in place.
 
-    A layer's target is the output that its MLP would have to have for the teacher's hidden states
-    to come out of the student's layer. First tokens of documents and padding are left out. A budget
-    that each layer has for itself is met anew on the inputs that the refitted layers below give.
+    A budget that each layer has for itself is met anew on the inputs that the refitted layers below
+    give.
 
     Args:
         student: a converted student, whose gates and thresholds are set.
@@ -93,58 +148,35 @@ def refit(
         rows: calibration text on the models' device, at least one row.
 
     Returns:
-        Per layer, the error on the calibration rows that chose the penalty, relative to the error
-        before the refit. Where there is one row alone, it is that row's own.
+        Per layer, the error on the rows that chose the penalty, relative to the error before. With
+        fewer rows than `CHECK_EVERY` these are the rows of the fit.
 
     Raises:
         UserError: the family's layers cannot be run one by one.
     """
-    banks, errors = student.banks(), []
-    layers = zip(decoder_layers(dense), decoder_layers(backbone_of(student)), strict=True)
+    ours, errors = decoder_layers(backbone_of(student)), []
+    passing = [Passing.start(dense, row) for row in rows]
+    _check_replay(dense, passing[0])
     with eval_mode(student):
-        passing = [_passing(dense, row) for row in rows]
-        _check_replay(dense, passing[0])
-        for index, (theirs, ours) in enumerate(track(list(layers), "refitting, layers")):
-            bank = banks[index]
-            samples = [_sample(item, index, theirs, ours, bank) for item in passing]
-            if bank.router.rule.target_k < bank.router.weight.shape[0]:
-                if MODE == "teacher":
-                    samples = [Sample(t, s.target_TD, s.token_mask_T) for t, s in zip(TX, samples)]
-                TX.clear()
-                _meet_budget(bank, samples)
-                errors.append(fit_bank(bank, samples))
+        for index, theirs in enumerate(track(decoder_layers(dense), "refitting, layers")):
+            bank, layer = student.banks()[index], ours[index]
+            samples = [item.sample(theirs, layer, index) for item in passing]
+            _meet_budget(bank, samples)
+            errors.append(fit_bank(bank, samples))
             for item in passing:
-                item.student = item.run(ours, index, item.student)
+                item.student = item.run(layer, index, item.student)
     return errors
 
-def _passing(dense: PreTrainedModel, row: PackedRow) -> _Passing:
-    """Return a row before the first layer."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    first: list[Tensor] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        if not first:
-            first.append(hidden)
-        calls.append((args[1:], kwargs))
-
-    with ExitStack() as hooks:
-        for layer in decoder_layers(dense):
-            hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
-    return _Passing(row=row, calls=calls, teacher=first[0], student=first[0])
-
-
-def _check_replay(dense: PreTrainedModel, item: _Passing) -> None:
+def _check_replay(dense: PreTrainedModel, item: Passing) -> None:
     """Refuse a family whose layers need more than their arguments to compute what they compute."""
     with layer_outputs(dense) as outputs:
         last_hidden_states(dense, item.row.input_ids, **packed_kwargs(item.row))
     hidden = item.teacher
     for index, layer in enumerate(decoder_layers(dense)):
         hidden = item.run(layer, index, hidden)
-    if not torch.equal(hidden, outputs[-1]):
-        gap = (hidden - outputs[-1]).abs().max().item()
+    gap = (hidden - outputs[-1]).abs().max().item()
+    if not gap <= 1e-3 * outputs[-1].abs().max().item():
         raise UserError(
             f"experts.refit: got true, expected false for architecture {type(dense).__name__}: its"
             f" layers, run one by one, differ from the whole model by {gap:.3g}; set"
@@ -152,39 +184,13 @@ def _check_replay(dense: PreTrainedModel, item: _Passing) -> None:
         )
 
 
-def _sample(
-    item: _Passing, index: int, theirs: nn.Module, ours: nn.Module, bank: ExpertBank
-) -> Sample:
-    """Pass a row through one layer of both models; the student's states stay before the layer."""
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
-    outs = []
-
-    def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.append(args[0].flatten(0, -2))
-
-    def keep_output(_: nn.Module, __: object, output: Tensor) -> None:
-        targets.append(output.flatten(0, -2))
-        TX.append(__[0].flatten(0, -2))
-
-    with theirs.get_submodule("mlp").register_forward_hook(keep_output):
-        item.teacher = item.run(theirs, index, item.teacher)
-    with bank.register_forward_pre_hook(keep_input), bank.register_forward_hook(lambda _m, _a, o: outs.append(o.flatten(0, -2))):
-        mine = item.run(ours, index, item.student)
-    target = targets[0]
-    if MODE == "stream":
-        target = outs[0].float() + (item.teacher - mine).flatten(0, -2).float()
-    return Sample(inputs[0], target, item.row.router_mask[0])
-
-
 def _meet_budget(bank: ExpertBank, samples: Sequence[Sample]) -> None:
     """Set the layer's thresholds to the exact ones on these inputs, where it has its own budget."""
-    rule = bank.router.rule
-    if not rule.has_budget:
+    if not bank.router.rule.has_budget:
         return
     scores_TE = torch.cat([bank.route(sample.x_TD).scores for sample in samples])
-    mask_T = torch.cat([sample.token_mask_T for sample in samples])
-    threshold = exact_threshold(scores_TE, mask_T, rule.target_k)
+    counted_T = torch.cat([sample.counted_T for sample in samples])
+    threshold = exact_threshold(scores_TE, counted_T, bank.router.rule.target_k)
     bank.router.threshold.copy_(threshold)
     bank.router.settled.copy_(threshold)
 
@@ -194,102 +200,85 @@ def fit_bank(bank: ExpertBank, samples: Sequence[Sample]) -> float:
     """Set a bank's down projections and mean outputs to the fit of the targets, in place.
 
     Returns:
-        The error on the samples that chose the penalty, relative to the error before.
+        The error on the samples that chose the penalty, relative to the error before; 1 if there
+        was no error.
     """
-    num_features = bank.experts.num_experts * bank.experts.intermediate_dim
-    fit, check = (_Sums.zeros(bank) for _ in range(2))
+    fit, check = _Sums.zeros(bank), _Sums.zeros(bank)
     for number, sample in enumerate(samples):
-        last = number % CHECK_EVERY == CHECK_EVERY - 1
-        (check if last else fit).add(bank, sample)
-    if not check.error:
-        check = fit
-    changes = [fit.change(penalty, num_features) for penalty in PENALTIES]
-    errors = [check.error_with(change) for change in changes]
+        is_check = number % CHECK_EVERY == CHECK_EVERY - 1
+        (check if is_check else fit).add(bank, sample)
+    judged = check if check.error else fit
+    errors = [judged.error_with(fit.change(penalty)) for penalty in PENALTIES]
     best = min(range(len(PENALTIES)), key=errors.__getitem__)
-    if check is not fit:
-        fit.merge(check)
-    change_PD = fit.change(PENALTIES[best], num_features)
+    if not judged.error or errors[best] >= judged.error:
+        return 1.0
+    fraction = errors[best] / judged.error
+    fit.merge(check)
+    change_PD = fit.change(PENALTIES[best])
     E, D, I = bank.experts.down_proj.shape
-    down_FD, mean_ED = change_PD[: E * I], change_PD[E * I :]
-    down_EDI = bank.experts.down_proj
-    down_EDI.copy_(down_EDI.double() + down_FD.view(E, I, D).mT)
+    change_EDI = change_PD[: E * I].view(E, I, D).mT
+    bank.experts.down_proj.copy_(bank.experts.down_proj.double() + change_EDI)
     if bank.mean_outputs is not None:
-        bank.mean_outputs.copy_(bank.mean_outputs.double() + mean_ED)
-    CHOSEN.append((PENALTIES[best], [round(e/check.error,4) for e in errors]))
-    return errors[best] / check.error if check.error else 1.0
-
-
-MODE = "mlp"
-PEN = "mean"
-WEIGHTED = True
-CHOSEN = []
-TX = []
+        bank.mean_outputs.copy_(bank.mean_outputs.double() + change_PD[E * I :])
+    return fraction
 
 
 @dataclass(kw_only=True, slots=True)
 class _Sums:
-    """The sums over tokens that a regression of the remaining error needs, in float64."""
+    """The sums over tokens that the regression of what is missing needs, in float64."""
 
     gram_PP: Tensor
+    kept_PP: Tensor
+    """The products of features at the tokens whose output should stay."""
     moment_PD: Tensor
-    scale: float = 0.0
+    energy: Tensor
+    """Sum over counted tokens of the mean of the neurons' squared features."""
     error: float = 0.0
     """Sum of the squared error of the weights as they are."""
 
     @classmethod
     def zeros(cls, bank: ExpertBank) -> "_Sums":
+        """Return the sums over no token."""
         E, D, I = bank.experts.down_proj.shape
-        P = E * I + (E if bank.mean_outputs is not None else 0)
+        P = E * I + (0 if bank.mean_outputs is None else E)
         zeros = partial(torch.zeros, dtype=torch.float64, device=bank.experts.down_proj.device)
-        return cls(gram_PP=zeros(P, P), moment_PD=zeros(P, D))
+        return cls(
+            gram_PP=zeros(P, P), kept_PP=zeros(P, P), moment_PD=zeros(P, D), energy=zeros(())
+        )
 
     def add(self, bank: ExpertBank, sample: Sample) -> None:
         """Add a row's tokens."""
-        mask_T1 = sample.token_mask_T[:, None].float()
-        if WEIGHTED == "rel":
-            power = sample.target_TD.float().square().sum(-1, keepdim=True)
-            ref = power[sample.token_mask_T].mean()
-            mask_T1 = (2*ref / (ref + power)).sqrt()
-        features_TP = features(bank, sample.x_TD)
-        if WEIGHTED == "keep":
-            first = features_TP[~sample.token_mask_T]
-            self.gram_PP += first.T @ first
-        features_TP = features_TP * mask_T1
-        self.scale += features_TP[:, :bank.experts.num_experts * bank.experts.intermediate_dim].square().sum().item() / (bank.experts.num_experts * bank.experts.intermediate_dim)
+        E, _, I = bank.experts.down_proj.shape
         weights_PD = bank.experts.down_proj.mT.flatten(0, 1)
         if bank.mean_outputs is not None:
             weights_PD = torch.cat((weights_PD, bank.mean_outputs))
-        residual_TD = sample.target_TD.float() * mask_T1 - features_TP @ weights_PD.float()
+        features_TP = features(bank, sample.x_TD)
+        kept_TP, features_TP = features_TP[sample.kept_T], features_TP[sample.counted_T]
+        missing_TD = sample.target_TD[sample.counted_T].float() - features_TP @ weights_PD.float()
         self.gram_PP += features_TP.T @ features_TP
-        self.moment_PD += features_TP.T @ residual_TD
-        self.error += residual_TD.square().sum(dtype=torch.float64).item()
+        self.kept_PP += kept_TP.T @ kept_TP
+        self.moment_PD += features_TP.T @ missing_TD
+        self.energy += features_TP[:, : E * I].square().mean(-1).double().sum()
+        self.error += missing_TD.square().sum(dtype=torch.float64).item()
 
     def merge(self, other: "_Sums") -> None:
         """Add the tokens of other sums."""
         self.gram_PP += other.gram_PP
+        self.kept_PP += other.kept_PP
         self.moment_PD += other.moment_PD
+        self.energy += other.energy
         self.error += other.error
-        self.scale += other.scale
 
-    def change(self, penalty: float, num_neurons: int) -> Tensor:
-        """Return the change of the weights (P, D) that minimises the penalised error."""
-        diagonal_P = self.gram_PP.diagonal()
-        if PEN == "mean":
-            added_P = torch.full_like(diagonal_P, penalty) * self.scale
-        elif PEN == "block":
-            added_P = torch.full_like(diagonal_P, penalty) * diagonal_P[:num_neurons].mean()
-            added_P[num_neurons:] = penalty * diagonal_P[num_neurons:].mean()
-        elif PEN == "diag":
-            added_P = penalty * diagonal_P + 1e-9 * diagonal_P.mean()
-        elif PEN == "sqrt":
-            added_P = penalty * (diagonal_P * diagonal_P[:num_neurons].mean()).sqrt() + 1e-9 * diagonal_P.mean()
-        factor_PP = torch.linalg.cholesky(self.gram_PP + added_P.diag())
-        return torch.cholesky_solve(self.moment_PD, factor_PP)
+    def change(self, penalty: float) -> Float[Tensor, "features hidden"]:
+        """Return the change of the weights that minimises the error and what the change costs."""
+        cost_PP = self.gram_PP + self.kept_PP
+        cost_PP.diagonal().add_(penalty * self.energy)
+        return torch.cholesky_solve(self.moment_PD, torch.linalg.cholesky(cost_PP))
 
-    def error_with(self, change_PD: Tensor) -> float:
-        """Return the squared error on these tokens with changed weights."""
-        gain = 2 * (change_PD * self.moment_PD).sum()
-        return self.error - (gain - (change_PD * (self.gram_PP @ change_PD)).sum()).item()
+    def error_with(self, change_PD: Float[Tensor, "features hidden"]) -> float:
+        """Return the squared error on the counted tokens with changed weights."""
+        gained = 2 * self.moment_PD - self.gram_PP @ change_PD
+        return self.error - (change_PD * gained).sum().item()
 
 
 def features(
@@ -297,13 +286,11 @@ def features(
 ) -> Float[Tensor, "tokens features"]:
     """Return the numbers that down projections and mean outputs multiply, in float32.
 
-    They are the hidden activations times their expert's routing weight, 0 where the expert is
-    inactive, and for each mean output 1 where it is.
+    They are the hidden activations times the routing weights of their experts, and for each mean
+    output how much of its expert is missing.
     """
     routing = bank.route(x_TD)
-    weights_TE = routing.weights.float()
-    if bank.expert_scale is not None:
-        weights_TE = weights_TE * bank.expert_scale
+    weights_TE = bank.scaled(routing.weights, x_TD)
     E, _, I = bank.experts.down_proj.shape
     gate_up_FD = bank.experts.gate_up_proj.to(x_TD.dtype).flatten(0, 1)
     pre_TE2I = F.linear(x_TD, gate_up_FD).view(-1, E, 2, I).float()
@@ -311,4 +298,4 @@ def features(
     features_TF = (hidden_TEI * weights_TE[..., None]).flatten(1)
     if bank.mean_outputs is None:
         return features_TF
-    return torch.cat((features_TF, (~routing.active).float()), dim=1)
+    return torch.cat((features_TF, bank.missing(routing)), dim=1)

@@ -188,9 +188,7 @@ class ExpertBank(nn.Module):
     def _can_decode(self, x_TD: Tensor) -> bool:
         if self.router.rule.weighting == "ramp":
             return False
-        return self.experts(
-            x_TD, layer=partial(decode.can_decode, activation=self.activation_name)
-        )
+        return self.experts(x_TD, layer=partial(decode.can_decode, activation=self.activation_name))
 
     def _layer(self) -> Callable[..., Tensor]:
         path = self.execution.path
