@@ -339,8 +339,6 @@ def path_refusal(config: RunConfig, path: Literal["grouped", "sparse"]) -> str |
                 'smk.candidates = "all" with smk.lesson_share = 1 needs the surprise of inactive'
                 " experts at every token"
             )
-        if smk.net_gain:
-            return "smk.net_gain = true is known to the dense path only"
         if path == "sparse" and smk.surprise not in SPARSE_SURPRISES:
             return f'smk.surprise = "{smk.surprise}" needs a Gram matrix, which its kernels lack'
     if config.router.objective == "regression":
@@ -352,8 +350,10 @@ def path_refusal(config: RunConfig, path: Literal["grouped", "sparse"]) -> str |
             f'router.objective = "task" with experts.weighting = "{weighting}" needs the gradient'
             " of inactive experts' weights"
         )
-    if config.train.ffn_chunk_tokens:
-        return (
-            f"train.ffn_chunk_tokens = {config.train.ffn_chunk_tokens} works on the dense path only"
-        )
+    for name, value in (
+        ("train.ffn_chunk_tokens", config.train.ffn_chunk_tokens),
+        ("smk.net_gain", smk.net_gain),
+    ):
+        if value:
+            return f"{name} = {json.dumps(value)} works on the dense path only"
     return None

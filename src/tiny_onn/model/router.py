@@ -67,9 +67,7 @@ class RoutingRule:
 
     @property
     def uses_margins(self) -> bool:
-        """True if weights or their gradient depend on how far a probability is from the budget's
-        threshold.
-        """
+        """True if weights or their gradient depend on how far a probability is from a threshold."""
         return self.weighting == "ramp" or self.straight_through == "threshold"
 
     @property
