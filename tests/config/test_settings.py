@@ -69,6 +69,15 @@ def mend_routing(router, experts, smk):
         router["oracle_budget"] = False
     if selection != "budget" and not router["oracle_budget"]:
         router["budget_scope"] = "layer"
+    if router["objective"] != "smk" or smk["surprise"] != "gain":
+        smk["net_gain"] = False
+    smk["net_gain"] &= experts["compensation"] == "mean"
+    has_threshold = selection == "budget" and router["budget_form"] == "threshold"
+    if experts["weighting"] == "ramp" and not has_threshold:
+        experts["weighting"] = "unit"
+    passes = router["objective"] == "task" and experts["weighting"] in ("unit", "mean")
+    if router["straight_through"] == "threshold" and not (has_threshold and passes):
+        router["straight_through"] = "softmax"
     if router["objective"] != "smk" or smk["candidates"] == "all" or experts["num_experts"] == 1:
         smk["explore_fraction"] = 0.0
     if router["objective"] != "smk" or smk["candidates"] == "active":

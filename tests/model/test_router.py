@@ -1,6 +1,7 @@
 """Routing against transformers' routers and per-token loops; the budget's controller on streams."""
 
 import math
+import sys
 from typing import Any, Literal, get_args
 
 import pytest
@@ -177,11 +178,13 @@ def routed_by_hand(logits, rule: RoutingRule, threshold, bias):
     else:
         chosen = order[: int(rule.target_k) - rule.num_shared]
     mass = sum(math.exp(logits[e]) for e in chosen)
+    log_threshold = math.log(max(threshold, sys.float_info.min))
     weight = {
         "unit": lambda e: 1.0,
         "softmax": lambda e: math.exp(logits[e]) / mass,
         "sigmoid": lambda e: 1 / (1 + math.exp(-logits[e])),
         "mean": lambda e: 1 / len(chosen),
+        "ramp": lambda e: math.tanh(max(0.0, 4 * (biased[e] - math.log(total) - log_threshold))),
     }[rule.weighting]
     weights = [0.0] * len(logits)
     for e in range(len(logits)):
@@ -245,9 +248,10 @@ def test_exploration_swaps_no_shared_expert(seed, num_shared, fraction):
 
 @pytest.mark.parametrize("weighting", get_args(Weighting))
 def test_the_main_loss_leaves_shared_logits_alone(weighting):
-    rule = RoutingRule(selection="top_k", weighting=weighting, target_k=5.0, num_shared=S)
+    selection = "budget" if weighting == "ramp" else "top_k"
+    rule = RoutingRule(selection=selection, weighting=weighting, target_k=5.0, num_shared=S)
     logits = normal(20, E).requires_grad_()
-    weights = route(logits, rule, torch.tensor(0.0)).weights
+    weights = route(logits, rule, torch.tensor(0.1)).weights
     (weights * normal(20, E, seed=1)).sum().backward()
     assert logits.grad is not None
     assert torch.equal(logits.grad[:, :S], torch.zeros(20, S))

@@ -89,7 +89,9 @@ def test_what_is_refused_is_what_makes_no_sense():
     }
     top_any = {("top_any", o, w) for o in ("smk", "regression") for w in get_args(Weighting)}
     top_any |= {("top_any", o, w) for o in ("task", "none") for w in ("softmax", "sigmoid")}
-    assert refused == controls | top_any
+    # The ramp rises from the threshold of a budget in its threshold form.
+    ramp = {(selection, objective, "ramp") for selection, objective in PAIRS}
+    assert refused == controls | top_any | ramp
 
 
 ROUTER_MISTAKES = [
@@ -134,6 +136,7 @@ def test_top_any_refuses_a_linear_gate_and_a_frozen_one_that_reseeds():
 OPTIONS = [
     ({"budget_scope": "global"}, {}),
     ({"balance_rate": 0.01, "revive_after_steps": 1}, {}),
+    ({"objective": "task", "budget_form": "threshold", "straight_through": "threshold"}, {}),
     ({}, {"explore_fraction": 0.3}),
     ({}, {"targets": "regress"}),
     ({}, {"targets": "regress", "candidates": "all", "surprise": "gain", "direction": "max"}),

@@ -14,14 +14,14 @@ from tiny_onn.errors import UserError
 _CHANGEABLE_KEYS = MappingProxyType(
     {
         "teacher": "path revision trust_remote_code",
-        "router": "budget_rate load_balancing_coef z_loss_coef diversity_coef balance_rate"
-        " revive_after_steps reseed_every_steps",
-        "smk": "surprise direction candidates lesson_share targets explore_fraction coef",
+        "router": "budget_rate straight_through load_balancing_coef z_loss_coef diversity_coef"
+        " balance_rate revive_after_steps reseed_every_steps",
+        "smk": "surprise direction candidates lesson_share targets net_gain explore_fraction coef",
         "loss": "divergence temperature jsd_beta states_coef chunk_tokens",
         "data": "sources",
         "optim": "expert_lr gate_lr beta1 beta2 eps weight_decay gate_weight_decay clip_norm"
         " warmup_fraction decay_fraction gate_warmup_fraction gate_decay_fraction",
-        "train": "tokens rows_per_step device compile deterministic expert_path checkpointing"
+        "train": "tokens rows_per_step device compile deterministic cuda_graphs expert_path checkpointing"
         " ffn_chunk_tokens eval_every_tokens save_every_tokens keep_checkpoints max_skipped_steps"
         " stop_if_worse log_every_steps stats_every_steps",
     }

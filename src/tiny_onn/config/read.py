@@ -28,6 +28,10 @@ ADDED = MappingProxyType(
         "train.stop_if_worse": False,
         "train.cuda_graphs": False,
         "data.settling_fraction": 0.0,
+        "smk.net_gain": False,
+        "experts.token_scale": False,
+        "experts.refit": False,
+        "router.straight_through": "coupled",
     }
 )
 _MAX_TOML_BYTES = 2**16

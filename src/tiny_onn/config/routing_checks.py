@@ -38,6 +38,10 @@ def _top_any(c: RunConfig) -> bool:
     return c.router.selection == "top_any"
 
 
+def _has_probability_threshold(c: RunConfig) -> bool:
+    return c.router.selection == "budget" and c.router.budget_form == "threshold"
+
+
 def _all_active(c: RunConfig) -> bool:
     return c.router.target_k == c.experts.num_experts
 
@@ -132,7 +136,53 @@ RULES = (
         "only top_any has this option",
         'set router.selection = "top_any" or leave router.reseed_every_steps out',
     ),
+    # These settings need the threshold that a probability has to pass.
+    Rule(
+        "experts.weighting",
+        lambda c, value: value == "ramp" and not _has_probability_threshold(c),
+        'another value with router.selection = "{c.router.selection}" and router.budget_form ='
+        ' "{c.router.budget_form}"',
+        "its weights rise from the threshold that a probability has to pass",
+        'set router.selection = "budget" and router.budget_form = "threshold", or'
+        ' experts.weighting = "unit"',
+    ),
+    Rule(
+        "router.straight_through",
+        lambda c, value: value == "threshold" and not _has_probability_threshold(c),
+        'another value with router.selection = "{c.router.selection}" and router.budget_form ='
+        ' "{c.router.budget_form}"',
+        "its sigmoid lies around the threshold that a probability has to pass",
+        'set router.selection = "budget" and router.budget_form = "threshold", or leave'
+        " router.straight_through out",
+    ),
     # These settings would have no effect.
+    Rule(
+        "smk.net_gain",
+        lambda c, value: value and c.router.objective != "smk",
+        'false with router.objective = "{c.router.objective}"',
+        "surprise does not teach the gate",
+        'set router.objective = "smk" or leave smk.net_gain out',
+    ),
+    Rule(
+        "smk.net_gain",
+        lambda c, value: value and (c.smk.surprise != "gain" or c.experts.compensation != "mean"),
+        'false with smk.surprise = "{c.smk.surprise}" and experts.compensation ='
+        ' "{c.experts.compensation}"',
+        "no mean output is part of this surprise",
+        'set smk.surprise = "gain" and experts.compensation = "mean", or leave smk.net_gain out',
+    ),
+    Rule(
+        "router.straight_through",
+        lambda c, value: (
+            value == "threshold"
+            and (c.router.objective != "task" or c.experts.weighting not in ("unit", "mean"))
+        ),
+        'another value with router.objective = "{c.router.objective}" and experts.weighting ='
+        ' "{c.experts.weighting}"',
+        "no gradient passes straight through the choice of experts",
+        'set router.objective = "task" and experts.weighting = "unit", or leave'
+        " router.straight_through out",
+    ),
     Rule(
         "router.balance_rate router.revive_after_steps",
         lambda c, value: value and c.router.selection in CONTROLS,
@@ -300,8 +350,10 @@ def path_refusal(config: RunConfig, path: Literal["grouped", "sparse"]) -> str |
             f'router.objective = "task" with experts.weighting = "{weighting}" needs the gradient'
             " of inactive experts' weights"
         )
-    if config.train.ffn_chunk_tokens:
-        return (
-            f"train.ffn_chunk_tokens = {config.train.ffn_chunk_tokens} works on the dense path only"
-        )
+    for name, value in (
+        ("train.ffn_chunk_tokens", config.train.ffn_chunk_tokens),
+        ("smk.net_gain", smk.net_gain),
+    ):
+        if value:
+            return f"{name} = {json.dumps(value)} works on the dense path only"
     return None

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Surprise = Literal["parameters", "input", "output", "gain", "magnitude", "relative"]
-Weighting = Literal["unit", "softmax", "sigmoid", "mean"]
+Weighting = Literal["unit", "softmax", "sigmoid", "mean", "ramp"]
+StraightThrough = Literal["softmax", "threshold", "coupled"]
 Selection = Literal["top_k", "top_any", "budget", "static", "random", "oracle"]
 Objective = Literal["smk", "task", "regression", "none"]
 AtLeastOne = Literal["evaluation", "always"]
@@ -79,13 +80,21 @@ class ExpertsConfig:
     weighting: Weighting = "unit"
     """The factor on an active expert's output. `unit`: 1; `softmax`: its softmax probability,
     renormalised over the active experts; `sigmoid`: its sigmoid probability; `mean`: 1/k with k
-    active experts."""
+    active experts; `ramp`: 0 at the threshold of a budget, rising to 1 above it, so that the main
+    loss has a true gradient at the gate."""
     compensation: Compensation = "none"
     """The stand-in for an inactive expert's output. `none`: nothing; `mean`: a vector that starts
     as the mean of the expert's output over calibration tokens that leave it inactive, and is
     trained with the experts."""
     learn_scale: bool = False
     """Multiply each expert's weight by a learned scale that starts at 1."""
+    token_scale: bool = False
+    """Multiply each expert's weight by 1 + tanh(u x), where x is the token's input and u a learned
+    vector of the expert that starts at 0. The main loss has a true gradient at u."""
+    refit: bool = False
+    """Fit the down projections and the mean outputs to the teacher by least squares on calibration
+    text, layer by layer under the routing that the student starts with. The student is closer to
+    its teacher before any training, but no longer equal to it with all experts active."""
     calibration_tokens: int = 8192
     """The number of training tokens read as calibration text: for every `init` but `random`,
     `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge`
@@ -109,6 +118,13 @@ class RouterConfig:
     `smk.targets` names, with no gradient from the main loss; `task`: the main loss; `regression`:
     the log norms of all experts' outputs, with no gradient from the main loss; `none`: nothing, the
     gate is frozen."""
+    straight_through: StraightThrough = "softmax"
+    """The gradient that the objective `task` gives the gate where the experts' weights do not
+    depend on it (weighting `unit` or `mean`). `softmax`: as if the weights were the softmax
+    probabilities times the number of experts; `threshold`: as if an expert became active by a
+    sigmoid around the threshold of a budget; `coupled`: that of `softmax`, which also flows through
+    the gate into the layers below, where it is no gradient of the loss. This is what runs of
+    earlier versions did, and it is kept for them alone."""
     target_k: float = 16.0
     """The number of active experts per token, k: exact for `top_k` and the controls, a mean for
     `budget`. `top_any` finds its own number."""
@@ -178,6 +194,9 @@ class SmkConfig:
     `set`: cross-entropy to the k best; `regress`: squared error to the surprise itself,
     standardised over the token's candidates; `member`: for every expert, whether it is one of the k
     best; `helpful`: for every expert, whether its `gain` is above 0."""
+    net_gain: bool = False
+    """Count in an expert's `gain` what the expert takes away by being active: its mean output,
+    which stands in for it while it is inactive (`experts.compensation = "mean"`)."""
     explore_fraction: float = 0.0
     """The share of tokens that use a random inactive expert in place of their weakest active one,
     so that experts other than the usual ones become `active` candidates."""

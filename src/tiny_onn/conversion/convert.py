@@ -49,6 +49,7 @@ def student_config(
         routing=RoutingRule.of_settings(experts, router),
         compensation=experts.compensation,
         learn_scale=experts.learn_scale,
+        token_scale=experts.token_scale,
         dtype=dense.dtype,
     )
 

@@ -21,6 +21,7 @@ from tiny_onn.conversion.partition import (
     partition_neurons,
     put_first,
 )
+from tiny_onn.conversion.refit import refit
 from tiny_onn.conversion.verify import Conversion, check_conversion, searched_tokens
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows
@@ -58,6 +59,7 @@ def prepare(config: RunConfig) -> Prepared:
         student = make_student(config, inputs)
     with status("Checking the conversion"):
         conversion = check_conversion(config, student, inputs)
+    refit_if_asked(config, student, inputs)
     teacher = teacher_for(inputs.dense, config.teacher)
     return Prepared(
         teacher=teacher,
@@ -146,3 +148,20 @@ def make_student(
         fit_compensation(inputs, banks)
     set_objective(banks, config)
     return student
+
+
+def refit_if_asked(config: RunConfig, student: TinyOnnForCausalLM, inputs: MlpInputs) -> None:
+    """Refit the student if the settings say so, after the checks of its conversion.
+
+    A refitted student no longer equals its teacher with all experts on.
+
+    Args:
+        config: the settings.
+        student: the converted student.
+        inputs: the MLP inputs that it was converted with.
+
+    Raises:
+        UserError: the family's layers cannot be run one by one.
+    """
+    if config.experts.refit:
+        refit(student, inputs.dense, inputs.rows)

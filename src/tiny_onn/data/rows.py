@@ -106,5 +106,6 @@ def needs_text(config: RunConfig) -> bool:
         or config.router.selection == "static"
         or has_budget(config.router)
         or config.experts.compensation == "mean"
+        or config.experts.refit
         or config.train.blockwise_tokens > 0
     )

@@ -151,6 +151,7 @@ def expert_bank(mlp: GatedMlp, config: TinyOnnConfig) -> ExpertBank:
         rule,
         compensated=config.compensation != "none",
         scaled=config.learn_scale,
+        token_scaled=config.token_scale,
     )
 
 

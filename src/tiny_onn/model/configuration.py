@@ -51,7 +51,7 @@ class TinyOnnConfig(PretrainedConfig):
             `expert_dim`. E * I is the dense MLP's width; 0 stands for that width divided by E.
         routing: the options of `RoutingRule`, or the rule itself. It is stored as a table of all
             options; students from before this table have its options among `kwargs`.
-        compensation, learn_scale: see `ExpertsConfig`.
+        compensation, learn_scale, token_scale: see `ExpertsConfig`.
         teacher, teacher_revision: the dense model that the student was cut from: a folder, a hub id
             or `embedded`.
 
@@ -74,6 +74,7 @@ class TinyOnnConfig(PretrainedConfig):
         routing: object = None,
         compensation: Compensation = "none",
         learn_scale: bool = False,
+        token_scale: bool = False,
         teacher: str = "",
         teacher_revision: str = "main",
         **kwargs: Any,  # noqa: ANN401 - whatever transformers stores in a config
@@ -95,6 +96,7 @@ class TinyOnnConfig(PretrainedConfig):
         self.routing: dict[str, Any] = asdict(routing)
         self.compensation: Compensation = compensation
         self.learn_scale = learn_scale
+        self.token_scale = token_scale
         self.teacher_revision = teacher_revision
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.backbone, name, None))

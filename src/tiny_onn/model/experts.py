@@ -38,7 +38,8 @@ class Execution:
     chunk_tokens: int = 0
     """Number of tokens that the dense path processes at once; 0: all."""
     coupled: bool = False
-    """True if the router's input and weights carry the main loss' gradient."""
+    """True if the main loss' gradient reaches the router: its weights, and its input too unless the
+    gradient is that of an estimator, which is meant for the router alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +60,10 @@ class ExpertBank(nn.Module):
     """E experts of width I and their router.
 
     The output is `y = sum_e weight[e] * down_e (act(gate_e x) * up_e x)`, where `weight[e]` is the
-    routing weight and `experts` holds gate, up and down. Two parameters are optional, and change
+    routing weight and `experts` holds gate, up and down. Three parameters are optional, and change
     nothing while all experts are active and scales are 1: `mean_outputs` (E, D), added for inactive
-    experts, and `expert_scale` (E,), a factor of the experts' routing weights.
+    experts, `expert_scale` (E,), a factor of the experts' routing weights, and `token_scale`
+    (E, D), which makes a factor of the input, `1 + tanh(token_scale x)`.
 
     Beside parameters, buffers, the router's rule and the training mode, a call depends on two
     attributes, which this file alone assigns:
@@ -72,6 +74,7 @@ class ExpertBank(nn.Module):
 
     mean_outputs: nn.Parameter | None
     expert_scale: nn.Parameter | None
+    token_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class ExpertBank(nn.Module):
         *,
         compensated: bool = False,
         scaled: bool = False,
+        token_scaled: bool = False,
     ) -> None:
         super().__init__()
         self.experts = Experts(hidden_dim, num_experts, expert_dim, activation)
@@ -90,6 +94,8 @@ class ExpertBank(nn.Module):
         expert_scale = nn.Parameter(torch.ones(num_experts)) if scaled else None
         self.register_parameter("mean_outputs", mean_outputs)
         self.register_parameter("expert_scale", expert_scale)
+        token_scale = nn.Parameter(torch.zeros(num_experts, hidden_dim)) if token_scaled else None
+        self.register_parameter("token_scale", token_scale)
         self.router = Router(hidden_dim, num_experts, rule)
         self.activation = self.experts.act_fn
         self.activation_name = activation
@@ -111,11 +117,13 @@ class ExpertBank(nn.Module):
 
     @torch.no_grad()
     def reset_corrections(self) -> None:
-        """Set the mean outputs to 0 and every scale to 1, so that neither changes the output."""
+        """Set the mean outputs to 0 and every scale to 1, so that none changes the output."""
         if self.mean_outputs is not None:
             self.mean_outputs.zero_()
         if self.expert_scale is not None:
             self.expert_scale.fill_(1)
+        if self.token_scale is not None:
+            self.token_scale.zero_()
 
     def forward(
         self, hidden_states: Float[Tensor, "*batch hidden"]
@@ -126,16 +134,13 @@ class ExpertBank(nn.Module):
         router reads the uncast input, so that autocast does not change the routing.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if not (self.training or torch.is_grad_enabled()) and self.experts(
-            x_TD, layer=partial(decode.can_decode, activation=self.activation_name)
-        ):
+        if not (self.training or torch.is_grad_enabled()) and self._can_decode(x_TD):
             return in_autocast_format(self._decode(x_TD)).view_as(hidden_states)
         execution, row = self.execution, self.row
-        routing = self.route(x_TD if execution.coupled else x_TD.detach())
+        routing = self.route(x_TD if self._reaches_input() else x_TD.detach())
         self._record(x_TD, routing)
         weights_TE = routing.weights if execution.coupled else routing.weights.detach()
-        if self.expert_scale is not None:
-            weights_TE = weights_TE * self.expert_scale
+        weights_TE = self.scaled(weights_TE, x_TD)
         layer = partial(
             self._layer(),
             weights_TE=weights_TE,
@@ -147,9 +152,44 @@ class ExpertBank(nn.Module):
         )
         y_TD = self.experts(x_TD, layer=layer)
         if self.mean_outputs is not None:
-            missing_TE = (~routing.active).to(y_TD.dtype)
+            missing_TE = self.missing(routing).to(y_TD.dtype)
             y_TD = y_TD + missing_TE @ self.mean_outputs.to(y_TD.dtype)
         return y_TD.view_as(hidden_states)
+
+    @without_autocast
+    def scaled(
+        self, weights_TE: Float[Tensor, "tokens experts"], x_TD: Float[Tensor, "tokens hidden"]
+    ) -> Float[Tensor, "tokens experts"]:
+        """Return routing weights times the learned scales."""
+        if self.expert_scale is not None:
+            weights_TE = weights_TE * self.expert_scale
+        if self.token_scale is not None:
+            scale_TE = F.linear(x_TD.float(), self.token_scale.float()).tanh()
+            weights_TE = weights_TE * (1 + scale_TE)
+        return weights_TE
+
+    def missing(self, routing: Routing) -> Float[Tensor, "tokens experts"]:
+        """Return how much of each expert its mean output stands in for: 1 where it is inactive.
+
+        With `ramp` weights it is what the weight lacks to 1, so that an expert comes and goes
+        without a jump. Where unit weights carry an estimator's gradient, the gate also learns what
+        an expert takes away, its mean output.
+        """
+        rule, coupled = self.router.rule, self.execution.coupled
+        if rule.weighting == "ramp":
+            return 1 - (routing.weights if coupled else routing.weights.detach())
+        if coupled and rule.weighting == "unit" and _estimates(rule):
+            return 1 - routing.weights
+        return (~routing.active).float()
+
+    def _reaches_input(self) -> bool:
+        """Return whether the main loss' gradient at the routing weights flows on to the input."""
+        return self.execution.coupled and not _estimates(self.router.rule)
+
+    def _can_decode(self, x_TD: Tensor) -> bool:
+        if self.router.rule.weighting == "ramp":
+            return False
+        return self.experts(x_TD, layer=partial(decode.can_decode, activation=self.activation_name))
 
     def _layer(self) -> Callable[..., Tensor]:
         path = self.execution.path
@@ -173,9 +213,12 @@ class ExpertBank(nn.Module):
             "mean_outputs_ED": self.mean_outputs,
         }
         router = self.router
-        if (rule := selecting(router.rule)) is None or router.follows is not None:
+        rule = selecting(router.rule)
+        if rule is None or router.follows is not None or self.token_scale is not None:
             routing = self.route(x_TD)
-            options |= {"weights_TE": routing.weights, "active_TE": routing.active}
+            weights_TE = self.scaled(routing.weights, x_TD)
+            options |= {"weights_TE": weights_TE, "active_TE": routing.active}
+            options["expert_scale_E"] = None
             y_TD = self.experts(x_TD, layer=partial(decode.expert_layer, **options))
         else:
             gate = decode.Gate(router.weight, router.bias, router.selection_bias, router.settled)
@@ -241,9 +284,20 @@ def recorded_routings(banks: Sequence[ExpertBank]) -> Iterator[list[Routing]]:
             bank._recordings = recordings
 
 
+def _estimates(rule: RoutingRule) -> bool:
+    """Return whether the gradient at the logits is an estimator's, and no derivative of the layer.
+
+    Its way on to the layer's input would add, to every expert of the layers below, a gradient
+    hundreds of times larger than the loss'. `top_any` keeps the way, as its paper has it.
+    """
+    if rule.selection == "top_any" or rule.straight_through == "coupled":
+        return False
+    return rule.weighting in ("unit", "mean")
+
+
 def selecting(rule: RoutingRule) -> decode.Selecting | None:
     """Return the rule as the decoding kernels know it; None where the router has to select."""
-    if rule.selection in ("top_any", "oracle"):
+    if rule.selection in ("top_any", "oracle") or rule.weighting == "ramp":
         return None
     if rule.selection == "budget" and rule.budget_form != "threshold":
         return None

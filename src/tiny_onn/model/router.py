@@ -22,10 +22,18 @@ from torch import Tensor, nn
 
 from tiny_onn.config.checks import shown
 from tiny_onn.config.read import coerce
-from tiny_onn.config.schema import AtLeastOne, ExpertsConfig, RouterConfig, Selection, Weighting
+from tiny_onn.config.schema import (
+    AtLeastOne,
+    ExpertsConfig,
+    RouterConfig,
+    Selection,
+    StraightThrough,
+    Weighting,
+)
 from tiny_onn.errors import UserError, printable
 from tiny_onn.model import dynmoe
 from tiny_onn.model.exploration import Exploration, explore
+from tiny_onn.model.routing_weights import margins, routing_weights
 from tiny_onn.model.sequence_budget import UNMEASURED, Sequences
 from tiny_onn.ops.precision import without_autocast
 from tiny_onn.ops.shared_experts import routed, with_shared
@@ -49,6 +57,7 @@ class RoutingRule:
     budget_form: Literal["cumulative", "threshold"] = "threshold"
     at_least_one: AtLeastOne = "evaluation"
     oracle_budget: bool = False
+    straight_through: StraightThrough = "softmax"
     num_shared: int = 0
     """Number of shared experts: the first ones, always active at weight 1. `target_k` includes
     them."""
@@ -57,6 +66,11 @@ class RoutingRule:
     def has_budget(self) -> bool:
         """True if a threshold decides how many experts a token activates, k on average."""
         return self.selection == "budget" or (self.selection == "oracle" and self.oracle_budget)
+
+    @property
+    def uses_margins(self) -> bool:
+        """True if weights or their gradient depend on how far a probability is from a threshold."""
+        return self.weighting == "ramp" or self.straight_through == "threshold"
 
     @property
     def num_active(self) -> int | None:
@@ -339,7 +353,13 @@ def route(
         active_TR.scatter_(-1, order_TR[:, : round(rule.target_k) - num_shared], True)
     if exploration is not None:
         active_TR = explore(active_TR, selecting_TR, exploration)
-    weights_TR = routing_weights(routed_TR, probs_TR, active_TR, rule.weighting)
+    margin_TR = None
+    if rule.uses_margins:
+        bias_R = 0.0 if selection_bias_E is None else routed(selection_bias_E, num_shared)
+        margin_TR = margins(routed_TR + bias_R, threshold)
+    weights_TR = routing_weights(
+        routed_TR, probs_TR, active_TR, rule.weighting, rule.straight_through, margin_TR
+    )
     return Routing(
         router_logits=logits_TE,
         scores=with_shared(scores_TR, num_shared, math.inf),
@@ -365,27 +385,3 @@ def budget_scores(
         ranked_TE = sorted_TE * (1 - rank_E * TIE_BREAK)
     scores_TE = torch.empty_like(probs_TE).scatter_(-1, order_TE, ranked_TE)
     return scores_TE.scatter_(-1, order_TE[:, :1], float("inf"))
-
-
-def routing_weights(
-    logits_TE: Float[Tensor, "tokens experts"],
-    probs_TE: Float[Tensor, "tokens experts"],
-    active_TE: Bool[Tensor, "tokens experts"],
-    weighting: Weighting,
-) -> Float[Tensor, "tokens experts"]:
-    """Return the active experts' weights: 1, renormalised softmax, sigmoid of the logit, or 1 / k.
-
-    Weights that do not depend on the logits (`unit`, `mean`) pass their gradient straight through
-    to `E * softmax`, for active and inactive experts alike: an expert's logit rises by what the
-    expert would gain beyond the softmax-weighted mean.
-    """
-    if weighting == "softmax":
-        active_probs_TE = probs_TE * active_TE
-        return active_probs_TE / active_probs_TE.sum(-1, keepdim=True)
-    if weighting == "sigmoid":
-        return logits_TE.sigmoid() * active_TE
-    straight_TE = probs_TE.shape[-1] * (probs_TE - probs_TE.detach())
-    weights_TE = active_TE.to(logits_TE.dtype) + straight_TE
-    if weighting == "mean":
-        weights_TE = weights_TE / active_TE.sum(-1, keepdim=True).clamp_min(1)
-    return weights_TE

@@ -54,6 +54,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         "router",
         "mean_outputs",
         "expert_scale",
+        "token_scale",
     ]
 
     def __init__(self, config: TinyOnnConfig) -> None:
@@ -180,6 +181,8 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
                 initialization.zeros_(bank.mean_outputs)
             if bank.expert_scale is not None:
                 initialization.ones_(bank.expert_scale)
+            if bank.token_scale is not None:
+                initialization.zeros_(bank.token_scale)
 
     def banks(self) -> list[ExpertBank]:
         """Return the expert banks, first layer first."""

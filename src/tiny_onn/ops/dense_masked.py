@@ -186,12 +186,16 @@ class _DenseMasked(torch.autograd.Function):
             if smk is not None:
                 kind = smk.rule.surprise
                 x_sq, grad_y_sq = squared_norms(kind, x, grad_y, compiled=options.compiled)
+                if smk.mean_outputs_ED is not None:
+                    dot_TE = dot - to_math_dtype(grad_y @ smk.mean_outputs_ED.to(grad_y.dtype).T)
+                else:
+                    dot_TE = dot
                 terms = SurpriseTerms(
                     x_sq_T1=x_sq,
                     grad_y_sq_T1=grad_y_sq,
                     pre_sq_TE=pre_sq,
                     hidden_sq_TE=hidden_sq,
-                    dot_TE=dot,
+                    dot_TE=dot_TE,
                 )
                 neurons = NeuronState(pre, grad_hidden, options.activation)
                 surprises.append(_surprise(kind, terms, neurons, ExpertWeights(gate_up, down)))

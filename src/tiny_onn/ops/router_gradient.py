@@ -126,6 +126,9 @@ class SmkStep:
     """Number of shared experts: the first ones, which are no candidates and get no gradient."""
     lesson_shift: int | Tensor = 0
     """The `shift` of `lesson_tokens` for a rule that samples them."""
+    mean_outputs_ED: Tensor | None = field(default=None, repr=False)
+    """The mean outputs that stand in for inactive experts, for a gain that counts what an active
+    expert takes away with its own; None: the gain is that of the expert's output alone."""
 
     def lesson_mask(self, num_tokens: int, device: torch.device) -> Bool[Tensor, " tokens"] | None:
         """Return the tokens whose candidates are all experts; None: all tokens are alike."""

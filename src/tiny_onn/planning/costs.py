@@ -51,6 +51,8 @@ class Sizes:
     expert_dim: int
     compensated: bool
     """True if the mean outputs of inactive experts are added."""
+    token_scaled: bool = False
+    """True if the experts' weights have a factor that depends on the token."""
 
     @property
     def neurons(self) -> int:
@@ -205,6 +207,7 @@ def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
         experts=E,
         expert_dim=I,
         compensated=bank.mean_outputs is not None,
+        token_scaled=bank.token_scale is not None,
     )
 
 
@@ -249,7 +252,7 @@ def dense_ffn_flops(layers: int, hidden: int, neurons: int) -> int:
 
 
 def gate_flops(layers: int, hidden: int, experts: int) -> int:
-    """Return the forward FLOPs per token of linear gates, which mean outputs take too."""
+    """Return the forward FLOPs per token of linear gates, as mean outputs and token scales take."""
     return 2 * layers * hidden * experts
 
 
@@ -288,7 +291,7 @@ def token_flops(
         attention_scores_row=score_flops(sizes.layers, sizes.query, row_context),
         attention_scores_documents=score_flops(sizes.layers, sizes.query, document_context),
         ffn_dense=dense,
-        ffn_at_k=dense * target_k / sizes.experts + (gate if sizes.compensated else 0),
+        ffn_at_k=dense * target_k / sizes.experts + (sizes.compensated + sizes.token_scaled) * gate,
         router=gate,
         head=2 * sizes.hidden * sizes.vocab,
     )

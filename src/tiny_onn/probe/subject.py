@@ -52,6 +52,13 @@ def load_subject(  # noqa: PLR0917
                 f"MODEL: got {name}, a student with router.selection = 'oracle', expected one with"
                 " a gate, because surprise is measured through it; probe its teacher instead"
             )
+        options = loaded.config.experts
+        if options.weighting == "ramp" or options.token_scale:
+            raise UserError(
+                f"MODEL: got {name}, a student with experts.weighting = 'ramp' or"
+                " experts.token_scale = true, expected one without, because the weight that an"
+                " inactive expert would have there is not defined; probe its teacher instead"
+            )
         # Differences of losses are smaller than the rounding of bfloat16.
         in_float32 = replace(loaded.config.teacher, dtype="float32")
         loaded = replace(loaded, config=replace(loaded.config, teacher=in_float32))

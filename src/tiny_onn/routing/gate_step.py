@@ -127,8 +127,9 @@ class GateStep:
                     tally=tally,
                     num_shared=config.experts.num_shared,
                     lesson_shift=scales.lesson_shift,
+                    mean_outputs_ED=displaced(bank, config),
                 )
-                for tally in self.tallies
+                for bank, tally in zip(banks, self.tallies, strict=True)
             ]
 
     @contextmanager
@@ -199,6 +200,13 @@ class GateStep:
         text = f"{self._config.train.seed} {self._step} {self._num_rows} {layer}"
         digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
         return Exploration(fraction=fraction, seed=int.from_bytes(digest))
+
+
+def displaced(bank: ExpertBank, config: RunConfig) -> Tensor | None:
+    """Return the mean outputs that a net gain counts, without their graph; None if none are."""
+    if not (config.router.objective == "smk" and config.smk.net_gain) or bank.mean_outputs is None:
+        return None
+    return bank.mean_outputs.detach()
 
 
 def smk_rule(config: RunConfig) -> SmkRule | None:

@@ -22,7 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.config.read import load_config, with_router
 from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.console import say, status
-from tiny_onn.conversion.pipeline import Prepared, make_student, partition, read_inputs
+from tiny_onn.conversion.pipeline import (
+    Prepared,
+    make_student,
+    partition,
+    read_inputs,
+    refit_if_asked,
+)
 from tiny_onn.conversion.verify import Conversion, check_conversion
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.loop import AfterStep, run_distill
@@ -214,6 +220,7 @@ def run_arms(
             with status("Checking the conversion"):
                 # All arms start from the same experts, so that one check holds for all.
                 checked = check_conversion(config, student, shared.inputs)
+        refit_if_asked(arm, student, shared.inputs)
         prepared = Prepared(
             teacher=shared.teacher,
             student=student,

@@ -1,0 +1,225 @@
+r"""Baselines as strong as their authors would make them, beside the recipe, at equal compute.
+
+Every arm starts from the same teacher and text, runs for the same tokens in steps of one row of
+4,096, and may try several learning rates. A rate is chosen on text that a run keeps out of
+training, and what the table says is measured on documents that no run reads, once as deployed and
+once brought to exactly k experts: each student is measured at three budgets around k, and log KL is
+interpolated between their measured mean numbers of experts.
+
+    python -m experiments.arms --text docs.jsonl.xz --tokens 1998848 --device cuda --jobs 4 \
+        --seeds 0 1 2 --arms smk "smk, smallest gain" --out runs/arms
+    python -m experiments.arms --out runs/arms --table
+
+The text is JSON lines with `text` and `source`, also packed by xz. `--unseen-sources` names sources
+to set apart, which are reported on too. `--rates 0.5 1 2` multiplies an arm's learning rate of the
+experts, `--gate-rates` that of the gates. `--teacher` is a folder; the default is the embedded
+model. Every run is a process of its own with a line in OUT/arms.jsonl; the same command goes on
+where it was stopped, from a run's last checkpoint. With `--smoke`: two tiny runs.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT
+from experiments.arms_runs import run, run_low_rank
+from experiments.arms_table import Job, job_of, show, table
+from experiments.blockwise import tiny_teacher
+from experiments.options import parser
+from experiments.split_text import Parts, split
+from tiny_onn.config.read import load_config
+
+RECORDS = "arms.jsonl"
+BASE = (
+    "data.row_tokens=4096",
+    "data.eval_tokens=131072",
+    "experts.init=learned",
+    "experts.compensation=mean",
+    "experts.refit=true",
+    "experts.calibration_tokens=131072",
+    "loss.states_coef=4",
+    "loss.chunk_tokens=1024",
+    "optim.expert_lr=4e-4",
+    "optim.gate_lr=1e-3",
+    "train.eval_every_tokens=0",
+    "train.save_every_tokens=524288",
+    "train.keep_checkpoints=1",
+    "train.stats_every_steps=0",
+    "train.log_every_steps=20",
+    "train.checkpointing=none",
+)
+SMOKE = (
+    "teacher.dtype=float32",
+    "train.compile=false",
+    "data.row_tokens=64",
+    "data.eval_tokens=128",
+    "experts.num_experts=8",
+    "experts.calibration_tokens=256",
+    "router.target_k=4",
+    "train.log_every_steps=1",
+)
+NONE = ("router.objective=none",)
+STATIC = ("router.selection=static", *NONE)
+HALF = ("experts.init=importance", *STATIC)
+# A gate that learns from the main loss takes a lower rate than one with a loss of its own.
+TASK = ("router.objective=task", "optim.gate_lr=3e-4")
+ARMS: dict[str, tuple[str, ...]] = {
+    "smk": (),
+    "smk, not refitted": ("experts.refit=false",),
+    "smk, smallest gain": ("smk.direction=min",),
+    "smk, net gain": ("smk.net_gain=true",),
+    "smk, token scale": ("experts.token_scale=true",),
+    "frozen ridge gate": NONE,
+    "frozen ridge gate, token scale": (*NONE, "experts.token_scale=true"),
+    "regression of norms": ("router.objective=regression",),
+    "task, straight through": TASK,
+    "task, threshold sigmoid": (*TASK, "router.straight_through=threshold"),
+    "task, ramp": (*TASK, "experts.weighting=ramp"),
+    "task, softmax weights": (*TASK, "experts.weighting=softmax"),
+    "half-width": HALF,
+    "half-width, not refitted": (*HALF, "experts.refit=false"),
+    "low-rank": STATIC,
+    "static choice": STATIC,
+    "model card's rule": (
+        "smk.surprise=parameters",
+        "smk.direction=min",
+        "smk.candidates=active",
+    ),
+}
+
+
+def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[str]:
+    """The run's settings over the preset `demo`."""
+    settings = [*BASE, *ARMS[job.arm]]
+    if arguments.smoke:
+        settings += SMOKE
+    settings += [f"train.tokens={arguments.tokens}", *arguments.set]
+    config = load_config(None, "demo", settings)
+    return [
+        *settings,
+        f"optim.expert_lr={config.optim.expert_lr * job.rate!r}",
+        f"optim.gate_lr={config.optim.gate_lr * job.gate_rate!r}",
+        f"train.seed={job.seed}",
+        f"train.device={arguments.device}",
+        f"teacher.path={json.dumps(str(arguments.teacher))}",
+        f"data.sources={json.dumps([str(parts.learn)])}",
+    ]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of the record, none if there is none."""
+    return [*map(json.loads, path.read_text("utf-8").splitlines())] if path.is_file() else []
+
+
+def jobs_left(arguments: argparse.Namespace) -> list[Job]:
+    """The runs that have no line yet, seed by seed."""
+    done = {job_of(record) for record in read_records(arguments.out / RECORDS)}
+    asked = itertools.product(
+        arguments.seeds, arguments.arms, arguments.rates, arguments.gate_rates
+    )
+    jobs = [Job(arm, seed, rate, gate_rate) for seed, arm, rate, gate_rate in asked]
+    return [job for job in jobs if job not in done]
+
+
+def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Make the runs, at most `--jobs` at once, each in a process; the number that failed."""
+    waiting, live, failed = jobs_left(arguments), {}, 0
+    started = time.monotonic()
+    env = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+    (arguments.out / "runs").mkdir(parents=True, exist_ok=True)
+    while waiting or live:
+        in_time = time.monotonic() - started < arguments.seconds
+        while waiting and in_time and len(live) < arguments.jobs:
+            job = waiting.pop(0)
+            log = (arguments.out / "runs" / f"{job.name()}.log").open("a", encoding="utf-8")
+            line = [sys.executable, "-m", "experiments.arms", *argv, "--one"]
+            line.append(json.dumps(asdict(job)))
+            live[job] = subprocess.Popen(line, stdout=log, stderr=log, env=env, cwd=ROOT)
+        for job, process in list(live.items()):
+            if process.poll() is None:
+                continue
+            del live[job]
+            if process.returncode:
+                failed += 1
+                log = arguments.out / "runs" / f"{job.name()}.log"
+                print(f"{job.name()}: failed\n{log.read_text('utf-8')[-2000:]}", file=sys.stderr)
+                continue
+            (record,) = (r for r in read_records(arguments.out / RECORDS) if job_of(r) == job)
+            show(record, time.monotonic() - started)
+        if not in_time and not live:
+            print(f"not started in time: {len(waiting)} runs; the same command goes on with them")
+            break
+        time.sleep(0.5)
+    return failed
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make the runs that have no record yet, and print the table; the exit status."""
+    options = parser(__doc__)
+    options.add_argument("--text", type=Path, help="JSON lines with text and source, also .xz")
+    options.add_argument("--unseen-sources", nargs="*", default=[], help="sources to set apart")
+    options.add_argument("--teacher", default="embedded", help="a folder; default: the embedded")
+    options.add_argument("--tokens", type=int, default=1_998_848, help="of each run")
+    options.add_argument("--report-tokens", type=int, default=131_072)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])
+    options.add_argument("--rates", type=float, nargs="+", default=[1.0])
+    options.add_argument("--gate-rates", type=float, nargs="+", default=[1.0])
+    options.add_argument("--jobs", type=int, default=1, help="runs at once")
+    options.add_argument("--threads", type=int, default=2, help="of each run")
+    options.add_argument("--seconds", type=float, default=1e9, help="then no run is started")
+    options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
+    options.add_argument("--table", action="store_true", help="only print the table")
+    options.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = options.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.smoke:
+            argv = smoke_options(arguments, argv, Path(temporary))
+            arguments = options.parse_args(argv)
+        if arguments.out is None or (arguments.text is None and not arguments.table):
+            options.error("--out and --text are needed, except with --smoke")
+        arguments.out = arguments.out.absolute()
+        if arguments.one:
+            parts = split(arguments.text, arguments.out, arguments.unseen_sources)
+            job = Job(**json.loads(arguments.one))
+            make = run_low_rank if job.arm == "low-rank" else run
+            settings = settings_of(job, arguments, parts)
+            record = make(job, settings, parts, arguments.out, arguments.report_tokens)
+            with (arguments.out / RECORDS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            return 0
+        failed = 0
+        if not arguments.table:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            split(arguments.text, arguments.out, arguments.unseen_sources)
+            failed = run_all(arguments, argv)
+        print("\n".join(table(read_records(arguments.out / RECORDS), [*ARMS])))
+    return failed
+
+
+def smoke_options(arguments: argparse.Namespace, argv: Sequence[str], folder: Path) -> list[str]:
+    """The command line with what a tiny run needs, as far as it is not given."""
+    argv = list(argv)
+    if arguments.text is None:
+        text = folder / "text.jsonl"
+        lines = [f"{n}. The {n % 7} foxes jump over {n % 5} lazy dogs. " * 8 for n in range(400)]
+        text.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+        argv += ["--text", str(text)]
+    if arguments.teacher == "embedded":
+        argv += ["--teacher", str(tiny_teacher(folder / "teacher"))]
+    if arguments.out is None:
+        argv += ["--out", str(folder / "out")]
+    return [*argv, "--report-tokens", "128"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""One run of `arms.py`: a student, or the dense rival of thin matrices, and what is measured."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.common import environment
+from experiments import low_rank
+from experiments.arms_table import Job, at_k
+from experiments.split_text import Parts
+from tiny_onn.config.read import load_config
+from tiny_onn.config.schema import RunConfig
+from tiny_onn.conversion.pipeline import (
+    Prepared,
+    make_student,
+    partition,
+    read_inputs,
+    refit_if_asked,
+)
+from tiny_onn.conversion.verify import check_conversion
+from tiny_onn.data.rows import text_rows, threshold_rows
+from tiny_onn.device import pick_device, prepare_device
+from tiny_onn.distill.loop import run_distill
+from tiny_onn.evaluation.compare import compare, evaluate
+from tiny_onn.model.router import temporary_rules
+from tiny_onn.routing.budgets import fit_eval_thresholds
+from tiny_onn.runs.checkpoint import valid_checkpoints
+from tiny_onn.teacher.held_out import HeldOut
+from tiny_onn.teacher.load import teacher_for
+
+# Budgets around the target at which a student is measured, as shares of the target.
+AROUND = (0.94, 1.06)
+
+
+def ordered(config: RunConfig, folder: Path, find: Callable[[], Any]) -> list[torch.Tensor] | None:
+    """The partition, read from the folder if a run of the same teacher, text and seed left it."""
+    experts = config.experts
+    key = f"{experts.init}-{experts.num_experts}-{experts.calibration_tokens}-{config.train.seed}"
+    path = folder / f"order-{key}.safetensors"
+    if path.is_file():
+        stored = load_file(path)
+        return [stored[str(index)] for index in range(len(stored))]
+    order = find()
+    if order is not None:
+        temporary = path.with_suffix(f".{os.getpid()}")
+        save_file({str(i): o.cpu().contiguous() for i, o in enumerate(order)}, temporary)
+        temporary.rename(path)
+    return order
+
+
+def prepared_for(config: RunConfig, folder: Path) -> Prepared:
+    """What `prepare` makes, with a partition that runs of one seed share."""
+    inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
+    order = ordered(config, folder, lambda: partition(config, inputs))
+    student = make_student(config, inputs, order)
+    conversion = check_conversion(config, student, inputs)
+    refit_if_asked(config, student, inputs)
+    teacher = teacher_for(inputs.dense, config.teacher)
+    return Prepared(
+        teacher=teacher,
+        student=student,
+        tokenizer=tokenizer,
+        conversion=conversion,
+        held_out=HeldOut(teacher, held_out),
+    )
+
+
+def measured(config: RunConfig, prepared: Prepared, path: Path, max_tokens: int) -> dict[str, Any]:
+    """The student on text that nobody learned from or chose on, as deployed and at exactly k."""
+    student, tokenizer = prepared.student, prepared.tokenizer
+    rows = text_rows(path, tokenizer, config.data, max_tokens)
+    held_out = HeldOut(prepared.teacher, rows)
+    deployed = evaluate(student, held_out, config.loss)
+    points = [(deployed.mean_k, deployed.forward_kl, deployed.student_nll)]
+    routers, k = [bank.router for bank in student.banks()], config.router.target_k
+    before = [router.settled.clone() for router in routers]
+    if routers[0].rule.has_budget:
+        settling = threshold_rows(config, tokenizer, student.device)
+        for share in AROUND:
+            rules = [replace(router.rule, target_k=k * share) for router in routers]
+            with temporary_rules(routers, rules):
+                fit_eval_thresholds(student, settling, config.router.budget_scope)
+                other = evaluate(student, held_out, config.loss)
+            points.append((other.mean_k, other.forward_kl, other.student_nll))
+            for router, threshold in zip(routers, before, strict=True):
+                router.settled.copy_(threshold)
+    nll = at_k([(k_, nll) for k_, _, nll in points], k)
+    return {
+        **numbers(deployed.as_dict()),
+        "kl_at_k": at_k([(k_, kl) for k_, kl, _ in points], k),
+        "perplexity_at_k": math.exp(nll),
+        "points": [list(point[:2]) for point in points],
+    }
+
+
+def numbers(evaluation: dict[str, Any]) -> dict[str, float]:
+    """What a record keeps of an evaluation."""
+    keep = ("forward_kl", "top1_agreement", "student_perplexity", "teacher_perplexity", "mean_k")
+    return {name: evaluation[name] for name in (*keep, "ffn_flops", "dense_ffn_flops")}
+
+
+def run_low_rank(
+    job: Job, settings: Sequence[str], parts: Parts, out: Path, report_tokens: int
+) -> dict[str, Any]:
+    """Make a run of the dense rival of thin matrices; its record."""
+    config = prepare_device(load_config(None, "demo", settings))[0]
+    started = time.monotonic()
+    inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
+    dense = inputs.dense
+    share = config.router.target_k / config.experts.num_experts
+    student = low_rank.low_rank_student(dense, inputs.rows, share)
+    converted = time.monotonic() - started
+    choose = HeldOut(dense, held_out)
+    before = compare(student, choose, config.loss)
+    folder = out / "runs" / job.name()
+    started = time.monotonic()
+    tokens = low_rank.train(student, dense, tokenizer, config, folder)
+    seconds = time.monotonic() - started
+
+    def found(rows: HeldOut) -> dict[str, Any]:
+        quality = compare(student, rows, config.loss)
+        return {
+            "forward_kl": quality.forward_kl,
+            "top1_agreement": quality.top1_agreement,
+            "student_perplexity": quality.perplexity,
+            "teacher_perplexity": quality.reference_perplexity,
+            "mean_k": config.router.target_k,
+            "kl_at_k": quality.forward_kl,
+            "perplexity_at_k": quality.perplexity,
+        }
+
+    paths = {"report": parts.report, "unseen": parts.unseen}
+    texts = {
+        name: path and found(HeldOut(dense, text_rows(path, tokenizer, config.data, report_tokens)))
+        for name, path in paths.items()
+    }
+    after = compare(student, choose, config.loss)
+    shutil.rmtree(folder, ignore_errors=True)
+    return {
+        **asdict(job),
+        "target_k": config.router.target_k,
+        "tokens": tokens,
+        "seconds": {"conversion": converted, "training": seconds},
+        "choose": {
+            "before": {"forward_kl": before.forward_kl},
+            "after": {"forward_kl": after.forward_kl},
+        },
+        **texts,
+        "settings": [*settings],
+        "environment": environment(str(dense.device)),
+    }
+
+
+def run(
+    job: Job, settings: Sequence[str], parts: Parts, out: Path, report_tokens: int
+) -> dict[str, Any]:
+    """Make one run, go on with it if it was stopped; its record."""
+    config = prepare_device(load_config(None, "demo", settings))[0]
+    folder = out / "runs" / job.name()
+    begun = bool(valid_checkpoints(folder / "checkpoints"))
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
+    started = time.monotonic()
+    prepared = prepared_for(config, parts.learn.parent)
+    converted = time.monotonic() - started
+    result = run_distill(config, out=folder, resume=begun, prepared=prepared, title=job.name())
+    if result.interrupted or result.after is None:
+        raise KeyboardInterrupt
+    report = measured(config, prepared, parts.report, report_tokens)
+    unseen = parts.unseen and measured(config, prepared, parts.unseen, report_tokens)
+    for name in ("checkpoints", "student"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return {
+        **asdict(job),
+        "target_k": config.router.target_k,
+        "tokens": result.tokens,
+        "seconds": {"conversion": converted, "training": result.seconds},
+        "choose": {
+            "before": result.before and numbers(result.before.as_dict()),
+            "after": numbers(result.after.as_dict()),
+        },
+        "report": report,
+        "unseen": unseen,
+        "settings": [*settings],
+        "environment": environment(str(pick_device(config.train.device))),
+    }
