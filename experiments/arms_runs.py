@@ -26,7 +26,8 @@ from tiny_onn.conversion.pipeline import (
     refit_if_asked,
 )
 from tiny_onn.conversion.verify import check_conversion
-from tiny_onn.data.rows import text_rows, threshold_rows
+from tiny_onn.data.rows import text_rows
+from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.evaluation.compare import compare, evaluate
