@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from tiny_onn.cli import harness
 from tiny_onn.cli.arguments import (
     Checkpoint,
     ComputeDevice,
@@ -25,7 +26,7 @@ from tiny_onn.cli.arguments import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval:
+class Eval(harness.Tasks):
     """Measure a student's quality and cost against its teacher.
 
     Example: tiny-onn eval runs/mine --json > eval.json
@@ -68,6 +69,9 @@ class Eval:
             self.max_tokens,
             "an integer from 1 to 2**31 - 1",
         )
+        if self.tasks is not None:
+            harness.run(self)
+            return
         if self.frontier or self.budget is not None:
             self._frontier()
             return
