@@ -145,6 +145,12 @@ MISTAKES = [
     (["eval", "m", "--max-tokens", "0"], "--max-tokens: got 0, expected an integer from 1"),
     (["eval", "m", "--budget", "x"], "--budget: got x, expected numbers with commas"),
     (["eval", "m", "--budget", "8", "--frontier"], "--frontier: got --budget too"),
+    (["eval", "m", "--limit", "5"], "--limit: got no --tasks, which it is for"),
+    (["eval", "m", "--tasks", "a,,b"], "--tasks: got a,,b, expected names with commas"),
+    (["eval", "m", "--tasks", "a", "--frontier"], "--frontier: got --tasks too"),
+    (["eval", "m", "--tasks", "a", "--budget", "8,4"], "--budget: got 8,4 with --tasks"),
+    (["eval", "m", "--tasks", "a", "--limit", "0"], "--limit: got 0, expected an integer from 1"),
+    (["eval", "m", "--tasks", "a"], "MODEL: got m, expected a run folder"),
     (["probe", "m", "--layers", "1,x"], "--layers: got 1,x, expected integers"),
     (["probe", "m", "--document-tokens", "2"], "--document-tokens: got 2"),
     (["probe", "m", "--loss", "mse"], "--loss: got mse, expected one of auto, forward-kl"),
@@ -357,6 +363,7 @@ def test_eval_as_json_prints_nothing_else(stand_in, capsys):
     ("module", "function", "arguments"),
     [
         ("evaluation.evaluate", "run_eval", ["eval", "m", "--json"]),
+        ("evaluation.harness", "run_tasks", ["eval", "m", "--tasks", "arc", "--json"]),
         ("probe.probe", "run_probe", ["probe", "m", "--json"]),
         ("deploy.generate", "run_generate", ["generate", "m", "--prompt", "x"]),
         ("deploy.chat", "run_chat", ["chat", "m"]),
@@ -391,6 +398,30 @@ def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys, monkeypatch)
     assert calls[1][1]["budgets"] == ()
     assert status_of(["eval", "m", "--frontier", "--teacher", "b/t"]) == 0
     assert [keywords["teacher"] for _, keywords in calls] == [None, None, "b/t"]
+
+
+def test_eval_of_tasks_passes_its_options_and_prints_a_table(stand_in, capsys):
+    row = {"task": "arc", "metric": "acc", "filter": "none", "num_documents": 9}
+    row |= {"student": 0.5, "teacher": 0.75, "difference": -0.25, "interval": [-0.5, 0.125]}
+    other = row | {"metric": "perplexity", "interval": None}
+    calls = stand_in("evaluation.harness", "run_tasks", {"rows": [row, other]})
+    options = ["--tasks-folder", "x", "--limit", "9", "--budget", "8", "--num-fewshot", "0"]
+    assert status_of(["eval", "m", "--tasks", "arc, b", *options]) == 0
+    ((arguments, keywords),) = calls
+    assert (arguments, keywords["budget"]) == (("m",), 8.0)
+    assert keywords["options"] == {
+        "tasks": ["arc", "b"],
+        "tasks_folder": Path("x"),
+        "num_fewshot": 0,
+        "limit": 9,
+        "batch_size": 8,
+        "chat": False,
+    }
+    table = capsys.readouterr().out
+    assert "-0.5 to +0.125" in table
+    assert "-0.25" in table
+    assert status_of(["eval", "m", "--tasks", "arc", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows": [row, other]}
 
 
 def test_probe_passes_its_options(stand_in, capsys):

@@ -69,7 +69,7 @@ class Eval(harness.Tasks):
             self.max_tokens,
             "an integer from 1 to 2**31 - 1",
         )
-        if self.tasks is not None:
+        if harness.asked(self):
             harness.run(self)
             return
         if self.frontier or self.budget is not None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +52,21 @@ class Tasks:
     """Put the questions of --tasks into the tokenizer's chat template."""
 
 
+def asked(verb: Tasks) -> bool:
+    """Return True if tasks are asked for.
+
+    Raises:
+        UserError: an option of tasks is given without them.
+    """
+    if verb.tasks is not None:
+        return True
+    for field in fields(Tasks):
+        if getattr(verb, field.name) != field.default:
+            name = f"--{field.name.replace('_', '-')}"
+            raise UserError(f"{name}: got no --tasks, which it is for; add --tasks or leave it out")
+    return False
+
+
 def run(verb: "Eval") -> None:
     """Run `eval --tasks`.
 
@@ -62,7 +77,11 @@ def run(verb: "Eval") -> None:
 
     assert verb.tasks is not None
     names = [name.strip() for name in verb.tasks.split(",")]
-    require(all(names), "--tasks", verb.tasks, "names with commas between them")  # pyright: ignore[reportArgumentType]
+    if not all(names):
+        raise UserError(
+            f"--tasks: got {verb.tasks}, expected names with commas between them, as in"
+            " arc_easy,hellaswag"
+        )
     for name, given in (("--text", verb.text is not None), ("--frontier", verb.frontier)):
         if given:
             raise UserError(f"{name}: got --tasks too, expected one of them; leave one out")
@@ -111,9 +130,8 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "task", "metric", "documents", "student", "teacher", "difference", "95 % interval"
-    )
+    table = Table("task", "metric", "n", "student", "teacher", "difference")
+    table.add_column("95 % interval", no_wrap=True)
     for row in rows:
         ends = row["interval"]
         metric = row["metric"] + ("" if row["filter"] == "none" else f" ({row['filter']})")
@@ -121,8 +139,8 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             row["task"],
             metric,
             str(row["num_documents"]),
-            *(f"{row[name]:.4f}" for name in ("student", "teacher")),
-            f"{row['difference']:+.4f}",
-            "" if ends is None else f"{ends[0]:+.4f} to {ends[1]:+.4f}",
+            *(f"{row[name]:.4g}" for name in ("student", "teacher")),
+            f"{row['difference']:+.3g}",
+            "" if ends is None else f"{ends[0]:+.3g} to {ends[1]:+.3g}",
         )
     Console().print(table)

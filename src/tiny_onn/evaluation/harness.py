@@ -47,7 +47,7 @@ class TaskOptions(TypedDict):
     batch_size: int
     """The number of texts that a model reads at once."""
     chat: bool
-    """Whether questions are put into the tokenizer's chat template."""
+    """True if questions are put into the tokenizer's chat template."""
 
 
 def require_extra() -> None:
