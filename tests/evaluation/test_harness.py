@@ -16,15 +16,15 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import set_budget
 from tiny_onn.teacher.load import load_dense
 
-HAS_EXTRA = importlib.util.find_spec("lm_eval") is not None
-with_extra = [
-    pytest.mark.skipif(not HAS_EXTRA, reason="the extra lm-eval is not installed"),
+pytestmark = [
     # The harness and its packages warn of each other's old names.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-needs_extra = [pytest.param("", marks=with_extra)]
+with_extra = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval is not installed"
+)
 WORDS = "the quick brown fox jumps over a lazy dog".split()
 TASK = """
 task: {name}
@@ -122,9 +122,9 @@ def accuracy(network, tokenizer, numbers):
     return np.mean(right)
 
 
-@pytest.mark.parametrize("extra", needs_extra)
+@with_extra
 @pytest.mark.parametrize("budget", [None, 2.0, 8.0])
-def test_both_models_get_the_accuracy_that_their_likelihoods_give(models, tasks, budget, extra):
+def test_both_models_get_the_accuracy_that_their_likelihoods_give(models, tasks, budget):
     student, teacher = models
     result = run(student, ["first"], tasks, budget=budget)
     (row,) = result["rows"]
@@ -144,10 +144,8 @@ def test_both_models_get_the_accuracy_that_their_likelihoods_give(models, tasks,
         assert (low, high, row["difference"]) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("extra", needs_extra)
-def test_a_group_pools_its_documents_and_a_perplexity_has_no_interval(
-    models, tasks, tmp_path, extra
-):
+@with_extra
+def test_a_group_pools_its_documents_and_a_perplexity_has_no_interval(models, tasks, tmp_path):
     result = run(models[0], ["both", "text"], tasks, out=tmp_path / "out", limit=10)
     rows = {row["task"]: row for row in result["rows"]}
     assert {name: row["num_documents"] for name, row in rows.items()} == {
@@ -166,7 +164,7 @@ def test_a_group_pools_its_documents_and_a_perplexity_has_no_interval(
     assert np.mean(ours) == rows["second"]["student"]
 
 
-@pytest.mark.parametrize("extra", needs_extra)
+@with_extra
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -174,13 +172,13 @@ def test_a_group_pools_its_documents_and_a_perplexity_has_no_interval(
         ("gone", r"^--tasks: got gone, whose data or definition cannot be loaded \(FileNotFound"),
     ],
 )
-def test_a_task_that_cannot_be_had_is_refused_in_one_line(models, tasks, name, said, extra):
+def test_a_task_that_cannot_be_had_is_refused_in_one_line(models, tasks, name, said):
     with pytest.raises(UserError, match=said):
         run(models[0], [name], tasks)
 
 
-@pytest.mark.parametrize("extra", needs_extra)
-def test_a_folder_without_tasks_and_a_chat_without_a_template_are_refused(models, tasks, extra):
+@with_extra
+def test_a_folder_without_tasks_and_a_chat_without_a_template_are_refused(models, tasks):
     with pytest.raises(UserError, match=r"^--tasks-folder: got .*no, expected a folder"):
         run(models[0], ["first"], tasks / "no")
     with pytest.raises(UserError, match=r"^--chat: got .* no chat template"):
@@ -193,8 +191,8 @@ def test_a_missing_extra_is_said_with_its_remedy(models, tasks, monkeypatch):
         run(models[0], ["first"], tasks)
 
 
-@pytest.mark.parametrize("extra", needs_extra)
-def test_the_interval_is_that_of_the_mean_difference_over_pairs(extra):
+@with_extra
+def test_the_interval_is_that_of_the_mean_difference_over_pairs():
     generator = np.random.default_rng(1)
     theirs = generator.random(400)
     ours = theirs + generator.normal(0.1, 0.02, 400)
