@@ -1,6 +1,7 @@
 """A conversation in the terminal: commands, turns, and what Ctrl-C does."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,15 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(chat, student):
     assert "/quit or Ctrl-D leaves" in said
     assert len(answers(said)) == 1
     assert out
+
+
+def test_a_dense_model_chats_and_has_neither_budget_nor_teacher(chat, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "dense")
+    (tmp_path / "dense" / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    out, said = chat(str(tmp_path / "dense"), "the dog", "/budget 4", "/teacher")
+    assert out
+    for command in ("/budget", "/teacher"):
+        assert f"{command}: got {tmp_path / 'dense'}, a dense model, expected a student" in said
 
 
 def test_a_model_without_a_chat_template_is_refused(chat, teacher):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 
 pytestmark = pytest.mark.usefixtures("quiet")
 CPU = torch.device("cpu")
+GREEDY: Any = {"max_new_tokens": 8, "temperature": 0.0, "seed": 0}
 
 
-def generate(model, prompt="the cat", seed=0, temperature=1.0, **options):
-    options = {"max_new_tokens": 8, "device": "cpu", **options}
+def generate(model, prompt="the cat", seed=0, temperature=1.0, **changes):
+    options: Any = {"max_new_tokens": 8, "device": "cpu", **changes}
     return run_generate(model, prompt=prompt, temperature=temperature, seed=seed, **options)
 
 
@@ -142,11 +144,12 @@ def test_a_token_is_coloured_only_where_there_is_a_terminal_with_colour(student,
     token = Token(id=3, text="word\x1b[2J\n", num_experts=6.0, of_prompt=False)
 
     def shown(**options):
-        console = Console(file=io.StringIO(), force_terminal=True, soft_wrap=True, **options)
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=True, soft_wrap=True, **options)
         colours = RoutingColours.of(speaker, console)
         colours.explain(console)
         print_token(console, token, colours)
-        return console.file.getvalue()
+        return file.getvalue()
 
     coloured = shown(color_system="truecolor")
     assert "\x1b[30;48;2;" in coloured
@@ -169,39 +172,37 @@ def test_colours_go_from_few_experts_to_many(student):
 def test_a_dense_model_has_neither_teacher_nor_experts(teacher, option):
     name = f"--{option.replace('_', '-')}"
     with pytest.raises(UserError, match=f"^{name}: got .*, a dense model, expected a student"):
-        generate(teacher, **{option: True})
+        run_generate(teacher, prompt="x", **GREEDY | {"device": "cpu", option: True})
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_a_full_context_is_said(student, capsys):
     speaker = load_speaker(student, CPU)
-    sampling = {"max_new_tokens": 8, "temperature": 0.0, "seed": 0}
     with pytest.raises(UserError, match=r"got 4096 tokens, expected fewer than .* 4096"):
-        speaker.answer([5] * 4096, sampling)
-    answer = speaker.answer([5] * 4094, sampling)
+        speaker.answer([5] * 4096, GREEDY)
+    answer = speaker.answer([5] * 4094, GREEDY)
     assert len(answer.written) == 2
     assert "context of 4096 tokens is full" in capsys.readouterr().err
 
 
 def test_an_answer_ends_at_the_models_end_token(student):
     speaker = load_speaker(student, CPU)
-    sampling = {"max_new_tokens": 8, "temperature": 0.0, "seed": 0}
-    written = speaker.answer([5, 6], sampling).written
+    written = speaker.answer([5, 6], GREEDY).written
     ended = written[1].id
     speaker.network.generation_config.eos_token_id = ended
-    answer = speaker.answer([5, 6], sampling)
+    answer = speaker.answer([5, 6], GREEDY)
     assert [token.id for token in answer.written] == [written[0].id, ended]
     assert answer.finish == "stop"
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_was_written(student):
-    speaker, seen = load_speaker(student, CPU), []
+    speaker, seen = load_speaker(student, CPU), list[Token]()
 
     def stop(token):
         seen.append(token)
         if len(seen) == 5:
             raise KeyboardInterrupt
 
-    answer = speaker.answer([5, 6], {"max_new_tokens": 50, "temperature": 0.0, "seed": 0}, stop)
+    answer = speaker.answer([5, 6], GREEDY | {"max_new_tokens": 50}, stop)
     assert answer.finish == "interrupted"
     assert 3 <= len(answer.written) < 50
     assert answer.tokens == seen
@@ -209,19 +210,18 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_written(student):
 
 def test_a_student_answers_the_same_after_its_teacher_was_loaded(student):
     speaker = load_speaker(student, CPU)
-    sampling = {"max_new_tokens": 16, "temperature": 0.0, "seed": 0}
-    before = speaker.answer([5, 6, 7], sampling)
-    assert load_teacher_speaker(speaker).answer([5, 6, 7], sampling).mean_k is None
-    assert speaker.answer([5, 6, 7], sampling).tokens == before.tokens
+    before = speaker.answer([5, 6, 7], GREEDY)
+    assert load_teacher_speaker(speaker).answer([5, 6, 7], GREEDY).mean_k is None
+    assert speaker.answer([5, 6, 7], GREEDY).tokens == before.tokens
 
 
 def test_a_dense_model_answers_as_transformers_generates(teacher):
     speaker = load_speaker(teacher, CPU)
     ids = [5, 6, 7]
-    sampling = {"max_new_tokens": 8, "temperature": 0.7, "seed": 3}
-    written = speaker.answer(ids, sampling).written
+    written = speaker.answer(ids, GREEDY | {"temperature": 0.7, "seed": 3}).written
     torch.manual_seed(3)
-    output = speaker.network.generate(
+    network: Any = speaker.network
+    output = network.generate(
         torch.tensor([ids]), max_new_tokens=8, do_sample=True, temperature=0.7
     )
     assert [token.id for token in written] == output[0, 3:].tolist()

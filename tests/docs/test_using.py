@@ -68,7 +68,7 @@ def test_the_examples_of_fine_tuning_run_and_train_what_they_say(tmp_path, monke
 
 def test_the_task_of_the_page_is_one_that_the_harness_reads(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
-    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     monkeypatch.chdir(tmp_path)
     (text,) = YAML

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def models(tmp_path_factory):
 def run(model, names, folder, **changes):
     options = {"num_fewshot": None, "limit": None, "batch_size": 4, "chat": False, **changes}
     keywords = {name: options.pop(name) for name in ("budget", "out") if name in options}
-    asked = {"tasks": names, "tasks_folder": folder, **options}
+    asked: Any = {"tasks": names, "tasks_folder": folder, **options}
     return harness.run_tasks(model, device="cpu", options=asked, **keywords)
 
 
@@ -191,21 +192,27 @@ def test_a_missing_extra_is_said_with_its_remedy(models, tasks, monkeypatch):
         run(models[0], ["first"], tasks)
 
 
+def interval(ours, theirs) -> list[float]:
+    ends = harness.paired_interval(ours, theirs)
+    assert ends is not None
+    return ends
+
+
 @with_extra
 def test_the_interval_is_that_of_the_mean_difference_over_pairs():
     generator = np.random.default_rng(1)
     theirs = generator.random(400)
     ours = theirs + generator.normal(0.1, 0.02, 400)
-    low, high = harness.paired_interval(ours, theirs)
+    low, high = interval(ours, theirs)
     differences = ours - theirs
     half = 1.96 * differences.std() / 20
     assert low == pytest.approx(differences.mean() - half, abs=0.1 * half)
     assert high == pytest.approx(differences.mean() + half, abs=0.1 * half)
-    assert harness.paired_interval(theirs, ours) == pytest.approx([-high, -low], abs=0.1 * half)
+    assert interval(theirs, ours) == pytest.approx([-high, -low], abs=0.1 * half)
     # Documents that are not paired say far less.
-    loose = harness.paired_interval(ours, np.sort(theirs))
+    loose = interval(ours, np.sort(theirs))
     assert loose[1] - loose[0] > 5 * (high - low)
-    assert harness.paired_interval(ours, theirs) == [low, high]
+    assert interval(ours, theirs) == [low, high]
 
 
 def test_there_is_no_interval_without_pairs():

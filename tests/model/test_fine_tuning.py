@@ -29,7 +29,7 @@ def load(folder, **changes) -> Any:
 
 
 def trainer_of(student, folder, rows=None, **options):
-    rows = rows or [{"input_ids": row, "labels": row} for row in make_ids(16)]
+    data: Any = rows or [{"input_ids": row, "labels": row} for row in make_ids(16)]
     arguments = TrainingArguments(
         **{
             "output_dir": str(folder / "out"),
@@ -45,7 +45,7 @@ def trainer_of(student, folder, rows=None, **options):
             **options,
         }
     )
-    return Trainer(model=student, args=arguments, train_dataset=rows, eval_dataset=rows)
+    return Trainer(model=student, args=arguments, train_dataset=data, eval_dataset=data)
 
 
 def train(student, folder, rows=None, **options):
@@ -147,7 +147,8 @@ def test_fine_tuning_routes_by_the_budget_that_was_set(tmp_path):
     set_budget(student, 8.0)
     student.fine_tune()
     with recorded_routings(student.banks()) as routings:
-        student.train(True)(input_ids=make_ids())
+        student.train(True)
+        student(input_ids=make_ids())
     assert all(routing.active.all() for routing in routings)
 
 

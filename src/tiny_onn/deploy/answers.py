@@ -115,6 +115,8 @@ class Speaker:
     """A model that answers, under the name by which it is shown."""
 
     name: Literal["student", "teacher", "model"]
+    source: str
+    """The folder or hub id that the user named."""
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     loaded: LoadedStudent | None = None
@@ -160,6 +162,7 @@ class Speaker:
                 text = self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True
                 )
+                assert isinstance(text, str)
         except TemplateError as error:
             raise UserError(refused.format(error)) from error
         with LoadErrors("--prompt: the tokenizer failed on it ({}); change the text".format):
@@ -251,7 +254,7 @@ class _Stream(BaseStreamer):
         num_layers: int,
         on_token: Callable[[Token], None],
     ) -> None:
-        self._backend = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        self._backend: Any = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._routings, self._num_layers, self._on_token = routings, num_layers, on_token
         self._waiting: list[int] = []
@@ -334,7 +337,11 @@ def load_speaker(
             set_budget(loaded.student, budget)
         loaded.student.round_experts()
         return Speaker(
-            name="student", network=loaded.student, tokenizer=loaded.tokenizer, loaded=loaded
+            name="student",
+            source=model,
+            network=loaded.student,
+            tokenizer=loaded.tokenizer,
+            loaded=loaded,
         )
     refuse_for_dense(model, teacher)
     for name, given in (("--budget", budget is not None), ("--checkpoint", checkpoint != "newest")):
@@ -345,7 +352,7 @@ def load_speaker(
     dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
     # Generation keeps a cache, which the attention for packed rows of training does not handle.
     dense.set_attn_implementation(generation_attention(dense))
-    return Speaker(name="model", network=dense, tokenizer=tokenizer)
+    return Speaker(name="model", source=model, network=dense, tokenizer=tokenizer)
 
 
 def load_teacher_speaker(speaker: Speaker) -> Speaker:

@@ -123,7 +123,7 @@ class Conversation:
             UserError: the value is no number, the student cannot use it, or there is no student.
         """
         if self._speaker.loaded is None:
-            raise needs_student("/budget", self._speaker.network.name_or_path)
+            raise needs_student("/budget", self._speaker.source)
         try:
             budget = float(value)
         except ValueError as error:
@@ -152,7 +152,7 @@ class Conversation:
             UserError: there was no message yet, there is no student, or no teacher to be had.
         """
         if self._speaker.loaded is None:
-            raise needs_student("/teacher", self._speaker.network.name_or_path)
+            raise needs_student("/teacher", self._speaker.source)
         if not self._last_prompt:
             raise UserError("/teacher: got no message yet, expected one to answer; write it first")
         if self._teacher is None:

@@ -184,7 +184,7 @@ def paired_interval(
     if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < 2:
         return None
     # The package comes with lm-evaluation-harness.
-    from scipy.stats import bootstrap  # noqa: PLC0415
+    from scipy.stats import bootstrap  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     interval = bootstrap(
         (ours - theirs,),
@@ -228,7 +228,7 @@ def _task_manager(options: TaskOptions) -> Any:  # noqa: ANN401 - lm_eval may no
         UserError: a task is unknown, or its files are damaged or cannot be had.
     """
     with status("Starting lm-evaluation-harness"), quiet_harness():
-        from lm_eval.tasks import TaskManager  # noqa: PLC0415
+        from lm_eval.tasks import TaskManager  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
         folder, names = options["tasks_folder"], list(options["tasks"])
         manager = None
@@ -270,8 +270,8 @@ def _measure(
 ) -> dict[str, Any]:
     """Return the results of one model, those of every document among them."""
     with quiet_harness():
-        from lm_eval import simple_evaluate  # noqa: PLC0415
-        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+        from lm_eval import simple_evaluate  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
         reader = HFLM(
             pretrained=network,
