@@ -409,6 +409,7 @@ def test_eval_of_tasks_passes_its_options_and_prints_a_table(stand_in, capsys):
     assert status_of(["eval", "m", "--tasks", "arc, b", *options]) == 0
     ((arguments, keywords),) = calls
     assert (arguments, keywords["budget"]) == (("m",), 8.0)
+    assert keywords["out"].name.startswith("tasks-")
     assert keywords["options"] == {
         "tasks": ["arc", "b"],
         "tasks_folder": Path("x"),

@@ -9,11 +9,14 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from tiny import make_student, save_teacher
+from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.deploy.answers import Token, load_speaker, load_teacher_speaker
 from tiny_onn.deploy.generate import run_generate
 from tiny_onn.deploy.showing import RoutingColours, print_token
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.teacher.load import load_dense
 
 pytestmark = pytest.mark.usefixtures("quiet")
 CPU = torch.device("cpu")
@@ -225,3 +228,21 @@ def test_a_dense_model_answers_as_transformers_generates(teacher):
         torch.tensor([ids]), max_new_tokens=8, do_sample=True, temperature=0.7
     )
     assert [token.id for token in written] == output[0, 3:].tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere"])
+def test_with_all_experts_a_student_writes_what_its_teacher_writes(family, tmp_path):
+    teacher = str(save_teacher(tmp_path / "teacher", family))
+    dense, tokenizer = load_dense(TeacherConfig(path=teacher, dtype="float32"), CPU)
+    network = make_student(dense, selection="top_k", target_k=8.0)
+    network.config.teacher = teacher
+    network.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    student = load_speaker(str(tmp_path / "student"), CPU)
+    # The prompt is longer than the sliding window of Gemma 2's layers.
+    prompt = list(range(5, 25))
+    ours, theirs = (
+        [token.id for token in speaker.answer(prompt, GREEDY | {"max_new_tokens": 24}).tokens]
+        for speaker in (student, load_teacher_speaker(student))
+    )
+    assert ours == theirs

@@ -26,7 +26,7 @@ from tiny_onn.cli.arguments import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(harness.Tasks):
+class Eval:
     """Measure a student's quality and cost against its teacher.
 
     Example: tiny-onn eval runs/mine --json > eval.json
@@ -55,8 +55,9 @@ class Eval(harness.Tasks):
     frontier: Annotated[bool, arg(help_behavior_hint="(default: off)")] = False
     """Measure at several budgets, from all experts down to an eighth of them."""
     out: Results = None
-    """Folder for the JSON and the picture of --budget or --frontier."""
+    """Folder for the JSON of --budget, --frontier or --tasks, and for the picture."""
     json: Json = False
+    by_tasks: harness.Options = harness.NO_TASKS
 
     def __call__(self) -> None:
         """Run the verb."""
@@ -69,7 +70,7 @@ class Eval(harness.Tasks):
             self.max_tokens,
             "an integer from 1 to 2**31 - 1",
         )
-        if harness.asked(self):
+        if harness.asked(self.by_tasks):
             harness.run(self)
             return
         if self.frontier or self.budget is not None:

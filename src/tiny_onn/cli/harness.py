@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import require, require_student, starting
+from tiny_onn.cli.arguments import default_out, require, require_student, starting
 from tiny_onn.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ Off = arg(help_behavior_hint="(default: off)")
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """The tasks of lm-evaluation-harness to measure student and teacher on, instead of text."""
+    """Measure on tasks of lm-evaluation-harness instead of text."""
 
     tasks: Annotated[
         str | None,
@@ -52,16 +52,21 @@ class Tasks:
     """Put the questions of --tasks into the tokenizer's chat template."""
 
 
-def asked(verb: Tasks) -> bool:
+# Without a name for the table, its options have no prefix.
+Options = Annotated[Tasks, arg(name="")]
+NO_TASKS = Tasks()
+
+
+def asked(options: Tasks) -> bool:
     """Return True if tasks are asked for.
 
     Raises:
         UserError: an option of tasks is given without them.
     """
-    if verb.tasks is not None:
+    if options.tasks is not None:
         return True
     for field in fields(Tasks):
-        if getattr(verb, field.name) != field.default:
+        if getattr(options, field.name) != field.default:
             name = f"--{field.name.replace('_', '-')}"
             raise UserError(f"{name}: got no --tasks, which it is for; add --tasks or leave it out")
     return False
@@ -75,11 +80,12 @@ def run(verb: "Eval") -> None:
     """
     from tiny_onn.config.checks import parse_budgets
 
-    assert verb.tasks is not None
-    names = [name.strip() for name in verb.tasks.split(",")]
+    options = verb.by_tasks
+    assert options.tasks is not None
+    names = [name.strip() for name in options.tasks.split(",")]
     if not all(names):
         raise UserError(
-            f"--tasks: got {verb.tasks}, expected names with commas between them, as in"
+            f"--tasks: got {options.tasks}, expected names with commas between them, as in"
             " arc_easy,hellaswag"
         )
     for name, given in (("--text", verb.text is not None), ("--frontier", verb.frontier)):
@@ -92,9 +98,9 @@ def run(verb: "Eval") -> None:
             " each"
         )
     for name, value, least in (
-        ("--num-fewshot", verb.num_fewshot, 0),
-        ("--limit", verb.limit, 1),
-        ("--batch-size", verb.batch_size, 1),
+        ("--num-fewshot", options.num_fewshot, 0),
+        ("--limit", options.limit, 1),
+        ("--batch-size", options.batch_size, 1),
     ):
         if value is not None:
             require(least <= value < 2**31, name, value, f"an integer from {least} to 2**31 - 1")
@@ -110,14 +116,14 @@ def run(verb: "Eval") -> None:
             checkpoint=verb.checkpoint,
             teacher=verb.teacher,
             budget=budgets[0] if budgets else None,
-            out=verb.out,
+            out=default_out("tasks") if verb.out is None else verb.out,
             options={
                 "tasks": names,
-                "tasks_folder": verb.tasks_folder,
-                "num_fewshot": verb.num_fewshot,
-                "limit": verb.limit,
-                "batch_size": verb.batch_size,
-                "chat": verb.chat,
+                "tasks_folder": options.tasks_folder,
+                "num_fewshot": options.num_fewshot,
+                "limit": options.limit,
+                "batch_size": options.batch_size,
+                "chat": options.chat,
             },
         )
     if verb.json:
