@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from tiny_onn.cli import harness
 from tiny_onn.cli.arguments import (
     Checkpoint,
     ComputeDevice,
@@ -54,8 +55,9 @@ class Eval:
     frontier: Annotated[bool, arg(help_behavior_hint="(default: off)")] = False
     """Measure at several budgets, from all experts down to an eighth of them."""
     out: Results = None
-    """Folder for the JSON and the picture of --budget or --frontier."""
+    """Folder for the JSON of --budget, --frontier or --tasks, and for the picture."""
     json: Json = False
+    by_tasks: harness.Options = harness.NO_TASKS
 
     def __call__(self) -> None:
         """Run the verb."""
@@ -68,6 +70,9 @@ class Eval:
             self.max_tokens,
             "an integer from 1 to 2**31 - 1",
         )
+        if harness.asked(self.by_tasks):
+            harness.run(self)
+            return
         if self.frontier or self.budget is not None:
             self._frontier()
             return

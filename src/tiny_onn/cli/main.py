@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from tiny_onn.cli.chat import Chat
 from tiny_onn.cli.compare import Compare
 from tiny_onn.cli.config import Config
 from tiny_onn.cli.demo import Demo
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tiny-onn {version('tiny-onn')}")
         return 0
     verb = tyro.cli(
-        Demo | Plan | Distill | Eval | Probe | Report | Compare | Generate | Config,
+        Demo | Plan | Distill | Eval | Probe | Report | Compare | Generate | Chat | Config,
         prog="tiny-onn",
         description="Turn a dense language model into one of many small experts, of which each"
         " token uses a few, by distillation.\n\nExample: tiny-onn demo",
