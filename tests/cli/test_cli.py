@@ -331,7 +331,7 @@ def test_eval_as_json_prints_nothing_else(stand_in, capsys):
     assert json.loads(printed.out) == result
     assert printed.err == "progress\n"
     options = {"text": None, "device": "cpu", "max_tokens": 8192, "checkpoint": "newest"}
-    assert calls == [(("runs/x",), options | {"teacher": None})]
+    assert calls == [(("runs/x",), options | {"stride": None, "teacher": None})]
 
 
 @pytest.mark.parametrize(
@@ -348,13 +348,6 @@ def test_every_verb_that_reads_a_teacher_passes_its_new_place(
     calls = stand_in(module, function, {})
     assert status_of([*arguments, "--teacher", "b/t"]) == 0
     assert calls[0][1]["teacher"] == "b/t"
-
-
-def test_eval_prints_a_line_per_number(stand_in, capsys):
-    stand_in("evaluation.evaluate", "run_eval", {"forward_kl": 0.25, "cost": {"ffn_flops": 3}})
-    assert status_of(["eval", "runs/x"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [["forward_kl", "0.25"], ["cost.ffn_flops", "3"]]
 
 
 def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys, monkeypatch):

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tiny_onn.report.exact_k import at_k, perplexity
 from tiny_onn.report.run_data import Run
 
-# The shares by which k, and the teacher's own loss, of two runs may differ and count as equal.
-EQUAL_K = 1e-3
+# The share by which the teacher's own loss of two runs may differ and count as equal.
 EQUAL_LOSS = 1e-3
 # The share by which a run's k may differ from the comparison's k while the run is still ranked by
 # its KL; runs that differ more are ranked after all others.
@@ -138,29 +138,6 @@ def same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one["num_tokens"] == other["num_tokens"] and close
 
 
-def at_k(points: Sequence[Mapping[str, Any]], mean_k: float) -> dict[str, Any] | None:
-    """Return the numbers at exactly `mean_k`, on the chord between the neighbouring points.
-
-    Args:
-        points: the measured points of a run, from `points_of`.
-        mean_k: the mean number of active experts per token.
-
-    Returns:
-        The numbers, or None if no points lie around `mean_k`.
-    """
-    for point in points:
-        if math.isclose(point["mean_k"], mean_k, rel_tol=EQUAL_K):
-            return dict(point)
-    below = [point for point in points if point["mean_k"] < mean_k]
-    above = [point for point in points if point["mean_k"] > mean_k]
-    if not below or not above:
-        return None
-    low, high = below[-1], above[0]
-    share = (mean_k - low["mean_k"]) / (high["mean_k"] - low["mean_k"])
-    on_chord = {name: low[name] + share * (high[name] - low[name]) for name in NUMBERS}
-    return {**low, **on_chord, "mean_k": mean_k}
-
-
 def common_k(runs: Sequence[Run]) -> float:
     """Return the k at which most of the runs can be read, and among those the nearest to the first.
 
@@ -207,7 +184,7 @@ def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
                 tokens=run.tokens,
                 forward_kl=numbers["forward_kl"],
                 top1_agreement=numbers["top1_agreement"],
-                perplexity=exp(numbers["student_nll"]),
+                perplexity=perplexity(numbers["student_nll"]),
                 ffn_flops=numbers["ffn_flops"],
                 total_flops=numbers["total_flops"],
                 verdict=run.health["verdict"],
@@ -249,8 +226,3 @@ def mflops(flops: float) -> str:
     """Return FLOPs in millions, to four digits or to the unit."""
     millions = flops / 1e6
     return f"{millions:,.0f}" if millions >= 1000 else f"{millions:#.4g}"
-
-
-def exp(nll: float) -> float:
-    """Return the perplexity of a loss, infinite if it is too large for a float."""
-    return math.exp(nll) if nll < 700 else math.inf

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tiny_onn.report.comparing import at_k, differing, exp, mflops, points_of, same_text, setting
+from tiny_onn.report.comparing import differing, mflops, points_of, same_text, setting
+from tiny_onn.report.exact_k import at_k, perplexity
 from tiny_onn.report.run_data import Record, Run
 from tiny_onn.report.sentences import compute_of
 
@@ -71,7 +72,7 @@ def _at_the_controls_k(run: Run, runs: Sequence[Run]) -> list[tuple[str, ...]]:
                     f"{run.name}, read at k = {k:.2f}",
                     f"{point['forward_kl']:.4f}",
                     f"{point['top1_agreement']:.1%}",
-                    f"{exp(point['student_nll']):.2f}",
+                    f"{perplexity(point['student_nll']):.2f}",
                     f"{point['mean_k']:.2f}",
                     compute_of(point),
                     mflops(point["total_flops"]),

@@ -28,6 +28,7 @@ from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import ExpertBank, recorded_routings
 from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.router import temporary_rules
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.thresholds import (
     corrected_targets,
@@ -112,6 +113,22 @@ def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
         )
     for bank in student.banks():
         bank.router.set_budget(budget)
+
+
+@contextmanager
+def at_budget(student: TinyOnnForCausalLM, budget: float | None) -> Iterator[None]:
+    """Let the student use `budget` experts a token within the context, or its own number for None.
+
+    Raises:
+        UserError: `set_budget` refuses the budget.
+    """
+    banks = student.banks()
+    routers = [bank.router for bank in banks]
+    rules = [router.rule for router in routers]
+    with temporary_rules(routers, rules), _restored_eval_thresholds(banks):
+        if budget is not None:
+            set_budget(student, budget)
+        yield
 
 
 @contextmanager
