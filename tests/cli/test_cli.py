@@ -129,7 +129,7 @@ MISTAKES = [
     (["config", "broken.toml"], "broken.toml: got malformed TOML"),
     (["config", "--set", "a\nb.c=1"], 'got unknown section "a\\nb"'),
     (["eval", "m", "--device", "tpu"], '--device: got "tpu", expected auto, cpu, cuda or cuda:N'),
-    (["eval", "m", "--max-tokens", "0"], "--max-tokens: got 0, expected an integer from 1"),
+    (["eval", "m", "--max-tokens", "-1"], "--max-tokens: got -1, expected an integer from 0"),
     (["eval", "m", "--budget", "x"], "--budget: got x, expected numbers with commas"),
     (["eval", "m", "--budget", "8", "--frontier"], "--frontier: got --budget too"),
     (["probe", "m", "--layers", "1,x"], "--layers: got 1,x, expected integers"),

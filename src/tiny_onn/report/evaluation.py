@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tiny_onn.report.comparing import mflops
+from tiny_onn.report.comparing import mflops, shown_end
 
 # The number of domains in the table; the JSON has all of them.
 MAX_DOMAINS = 20
@@ -49,22 +49,13 @@ def shown_interval(interval: Sequence[float] | None, form: str) -> str:
 
 def shown_between(exact: Mapping[str, Any]) -> str:
     """Tell between which two measurements the numbers at exactly a k were read."""
-    ends = [
-        f"k = {end['mean_k']:.3f}{_shown_threshold(end['thresholds'])}" for end in exact["between"]
-    ]
+    ends = [shown_end(end) for end in exact["between"]]
     if len(ends) == 1:
         return f"The numbers at exactly k = {exact['mean_k']:g} are those measured at {ends[0]}."
     return (
         f"The numbers at exactly k = {exact['mean_k']:g} are read between {ends[0]} and {ends[1]}:"
         " the logarithm of a KL on a straight line over k, the other numbers on a straight line."
     )
-
-
-def _shown_threshold(thresholds: Sequence[float] | None) -> str:
-    if thresholds is None:
-        return ""
-    mean = sum(thresholds) / len(thresholds)
-    return f" (threshold {mean:.4g}, mean over layers)"
 
 
 def _numbers(result: Mapping[str, Any], at_k: Mapping[str, Any] | None) -> Table:

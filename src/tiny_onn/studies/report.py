@@ -91,9 +91,8 @@ def run_compare(folders: Sequence[Path], mean_k: float | None = None) -> Compari
 def print_comparison(found: Comparison) -> None:
     """Print a comparison's tables to standard output, for a terminal."""
     console = Console()
-    for number, (header, rows) in enumerate(found.tables()):
-        title = "What differs in the settings" if number else None
-        table = Table(title=title, box=SIMPLE_HEAD)
+    for title, header, rows in found.tables():
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         for column, name in enumerate(header):
             # A number that is cut off misleads, so a narrow terminal wraps it into the next line.
             table.add_column(Text(name), justify="right" if column else "left", overflow="fold")
