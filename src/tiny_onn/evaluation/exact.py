@@ -150,10 +150,18 @@ def _read(ends: Sequence[dict[str, float]], mean_k: float) -> dict[str, float]:
 def _aim(
     points: Sequence[Measured], mean_k: float, beyond: float, limits: tuple[float, float]
 ) -> float:
-    """Return a budget that should give a little more than `mean_k` if points lie below, or less."""
-    nearest = min(points, key=lambda point: abs(point.evaluation.mean_k - mean_k))
-    measured = nearest.evaluation.mean_k
-    budget = mean_k if nearest.budget is None else nearest.budget
-    side = 1 if measured < mean_k else -1
-    aim = budget * mean_k / max(measured, 1e-9) * (1 + side * beyond)
-    return min(limits[1], max(limits[0], round(aim, 4)))
+    """Return a budget that should give a k near `mean_k`, on the side where no point is near."""
+    below = [point for point in points if point.evaluation.mean_k < mean_k]
+    above = [point for point in points if point.evaluation.mean_k > mean_k]
+    low = max(below, key=lambda point: point.evaluation.mean_k, default=None)
+    high = min(above, key=lambda point: point.evaluation.mean_k, default=None)
+    if low is not None and high is not None:
+        first, last = low.evaluation.mean_k, high.evaluation.mean_k
+        share = (mean_k - first) / (last - first)
+        budget = low.target_k + share * (high.target_k - low.target_k)
+        side = 1 if last - mean_k > mean_k - first else -1
+    else:
+        nearest, side = (low, 1) if low is not None else (high, -1)
+        assert nearest is not None
+        budget = nearest.target_k * mean_k / max(nearest.evaluation.mean_k, 1e-9)
+    return min(limits[1], max(limits[0], round(budget * (1 + side * beyond), 4)))

@@ -55,6 +55,7 @@ class Measured:
 
     Attributes:
         budget: the budget that was set; None: the student as it is deployed.
+        target_k: the budget, or that of the deployed student.
         evaluation: the numbers that a run's records hold too.
         tally: the sums that all other numbers follow from.
         thresholds: each layer's threshold; None: the selection has none.
@@ -63,6 +64,7 @@ class Measured:
     """
 
     budget: float | None
+    target_k: float
     evaluation: Evaluation
     tally: Tally
     thresholds: list[float] | None
@@ -137,6 +139,7 @@ class _Arm:
         with at_budget(student, budget):
             routers = [bank.router for bank in banks]
             thresholds = [float(router.settled) for router in routers]
+            self.target_k = float(routers[0].rule.target_k)
         self.budget = budget
         self.thresholds = thresholds if routers[0].rule.has_budget else None
         self.stats, self.oracle = RoutingStats.zeros(banks), OracleStats.zeros(banks)
@@ -202,6 +205,7 @@ class _Arm:
         )
         return Measured(
             budget=self.budget,
+            target_k=self.target_k,
             evaluation=evaluation,
             tally=self.tally,
             thresholds=self.thresholds,

@@ -14,8 +14,8 @@ from tiny_onn.report.comparing import mflops, shown_end
 MAX_DOMAINS = 20
 # Rows of the table: title, field of the student, field or value of the teacher, format.
 ROWS = (
-    ("KL(teacher, student), nats", "forward_kl", "0", "{:.4f}"),
-    ("KL(student, teacher), nats", "reverse_kl", "0", "{:.4f}"),
+    ("KL(teacher, student)", "forward_kl", "0", "{:.4f}"),
+    ("KL(student, teacher)", "reverse_kl", "0", "{:.4f}"),
     ("same first token", "top1_agreement", "100.0%", "{:.1%}"),
     ("same first five tokens", "top5_agreement", "100.0%", "{:.1%}"),
     ("perplexity", "student_perplexity", "teacher_perplexity", "{:.3f}"),
@@ -23,9 +23,9 @@ ROWS = (
     ("bits per byte", "student_bits_per_byte", "teacher_bits_per_byte", "{:.4f}"),
     ("bits per byte - teacher's", "bits_per_byte_difference", "0", "{:.4f}"),
     ("calibration error", "student_calibration_error", "teacher_calibration_error", "{:.4f}"),
-    ("active experts per token", "mean_k", "all", "{:.2f}"),
-    ("FFN MFLOPs per token", "ffn_flops", "dense_ffn_flops", "MFLOPs"),
-    ("total MFLOPs per token", "total_flops", "dense_total_flops", "MFLOPs"),
+    ("active experts", "mean_k", "all", "{:.2f}"),
+    ("FFN MFLOPs", "ffn_flops", "dense_ffn_flops", "MFLOPs"),
+    ("total MFLOPs", "total_flops", "dense_total_flops", "MFLOPs"),
 )
 
 
@@ -69,18 +69,17 @@ def _numbers(result: Mapping[str, Any], at_k: Mapping[str, Any] | None) -> Table
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    columns = ["teacher", "as deployed", "95 %"]
+    # A terminal has room for one interval; the JSON has both.
+    shown = [("deployed", result)]
     if at_k is not None:
-        columns += [f"at exactly k = {at_k['mean_k']:g}", "95 %"]
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right", overflow="fold")
+        shown.append((f"at k = {at_k['mean_k']:g}", at_k))
+    table.add_column("", no_wrap=True)
+    for name in ("teacher", *(name for name, _ in shown), "95 %"):
+        table.add_column(name, justify="right")
     for title, name, teacher, form in ROWS:
         cells = [title, _shown(result.get(teacher, teacher), form)]
-        for numbers in (result, *([] if at_k is None else [at_k])):
-            cells.append(_shown(numbers.get(name), form))
-            cells.append(shown_interval(numbers["intervals"].get(name), form))
-        table.add_row(*cells)
+        cells += [_shown(numbers.get(name), form) for _, numbers in shown]
+        table.add_row(*cells, shown_interval(shown[-1][1]["intervals"].get(name), form))
     return table
 
 
