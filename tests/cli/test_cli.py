@@ -17,7 +17,18 @@ from tiny_onn.errors import UserError
 from tiny_onn.runs.folder import create_run_folder
 
 FINISHED = types.SimpleNamespace(interrupted=False)
-VERBS = ("demo", "plan", "distill", "eval", "probe", "report", "compare", "generate", "config")
+VERBS = (
+    "demo",
+    "plan",
+    "distill",
+    "watch",
+    "eval",
+    "probe",
+    "report",
+    "compare",
+    "generate",
+    "config",
+)
 
 
 def run_cli(*arguments, cwd=None):
@@ -279,7 +290,7 @@ def test_distill_passes_the_resolved_settings(stand_in, tmp_path):
     arguments = ["distill", "--preset", "demo", "--set", "train.seed=1", "--set", "train.tokens=9"]
     assert status_of([*arguments, "--out", out]) == 0
     config = load_config(None, "demo", ["train.seed=1", "train.tokens=9"])
-    options = {"resume": False, "allow_change": (), "argv": sys.argv}
+    options = {"resume": False, "allow_change": (), "track": (), "argv": sys.argv}
     assert calls == [((config,), {"out": Path(out), **options})]
 
 
@@ -302,7 +313,7 @@ def test_resuming_needs_only_the_folder(stand_in, tmp_path):
     create_run_folder(tmp_path / "run", config, argv=[])
     calls = stand_in("distill.loop", "run_distill", FINISHED)
     assert status_of(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
-    options = {"resume": True, "allow_change": (), "argv": sys.argv}
+    options = {"resume": True, "allow_change": (), "track": (), "argv": sys.argv}
     assert calls == [((config,), {"out": tmp_path / "run", **options})]
 
 

@@ -110,7 +110,7 @@ def read_run(folder: Path) -> Run:
     """
     config = read_run_config(folder)
     records = read_metrics(folder / METRICS_NAME) if has_metrics(folder) else []
-    _check_records(folder / METRICS_NAME, records)
+    check_records(folder / METRICS_NAME, records)
     environments = sorted(folder.glob("environment*.json"), key=lambda path: path.stat().st_mtime)
     environments.sort(key=lambda path: (len(path.name), path.name))
     return Run(
@@ -148,7 +148,7 @@ def _frontier_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str
     return None
 
 
-def _check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Refuse records that lack fields of their kinds.
 
     Raises:
