@@ -21,6 +21,7 @@ from tiny_onn.cli.generate import Generate
 from tiny_onn.cli.plan import Plan
 from tiny_onn.cli.probe import Probe
 from tiny_onn.cli.report import Report
+from tiny_onn.cli.watch import Watch
 from tiny_onn.errors import UserError, reason_line
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tiny-onn {version('tiny-onn')}")
         return 0
     verb = tyro.cli(
-        Demo | Plan | Distill | Eval | Probe | Report | Compare | Generate | Chat | Config,
+        Demo | Plan | Distill | Watch | Eval | Probe | Report | Compare | Generate | Chat | Config,
         prog="tiny-onn",
         description="Turn a dense language model into one of many small experts, of which each"
         " token uses a few, by distillation.\n\nExample: tiny-onn demo",
