@@ -39,6 +39,14 @@ class Export:
             help_behavior_hint="(default: all)",
         ),
     ] = None
+    fixed_k: Annotated[
+        bool,
+        arg(
+            help="With --to gguf, give every token the same number of experts, which is faster and"
+            " less like the student.",
+            help_behavior_hint="(default: off)",
+        ),
+    ] = False
     budget: Annotated[
         float | None,
         arg(
@@ -68,6 +76,10 @@ class Export:
                 f"--keep: got {self.keep} with --to {self.to}, expected --to dense; leave --keep"
                 " out, or use --budget"
             )
+        if self.fixed_k and self.to != "gguf":
+            raise UserError(
+                f"--fixed-k: got --to {self.to}, expected --to gguf; leave --fixed-k out"
+            )
         if self.keep is not None:
             require(self.keep >= 1, "--keep", self.keep, "an integer >= 1")
         require_student(self.model)
@@ -79,6 +91,7 @@ class Export:
             to=self.to,
             out=self.out,
             keep=self.keep,
+            fixed_k=self.fixed_k,
             budget=self.budget,
             text=self.text,
             checkpoint=self.checkpoint,

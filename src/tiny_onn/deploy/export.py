@@ -33,6 +33,7 @@ def run_export(
     to: str,
     out: Path,
     keep: int | None = None,
+    fixed_k: bool = False,
     budget: float | None = None,
     text: Path | None = None,
     checkpoint: str = "newest",
@@ -47,6 +48,7 @@ def run_export(
         to: a name in `WRITERS`.
         out: the folder to write, which must not exist, or be empty.
         keep: for `dense`, the number of experts that each layer keeps; None: all.
+        fixed_k: for `gguf`, whether every token gets the same number of experts.
         budget: the mean number of active experts per token; None: as in training.
         text: a file or folder of text, for what has to be measured; None: the run's own text.
         checkpoint: the choice among a run's students, see `load_student`.
@@ -59,7 +61,7 @@ def run_export(
     loaded = load_student(model, torch.device("cpu"), checkpoint, teacher)
     if budget is not None:
         set_budget(loaded.student, budget)
-    job = Job(loaded=loaded, keep=keep, text=text)
+    job = Job(loaded=loaded, keep=keep, fixed_k=fixed_k, text=text)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(

@@ -39,6 +39,8 @@ class Job:
     loaded: LoadedStudent
     keep: int | None = None
     """Number of experts that each layer of a dense export keeps; None: all."""
+    fixed_k: bool = False
+    """True if a GGUF gives every token the same number of experts."""
     text: Path | None = None
     """Text to measure on; None: the run's own."""
 
@@ -102,9 +104,7 @@ def backbone_tensors(job: Job) -> dict[str, Tensor]:
     """
     state = job.backbone.state_dict()
     tied = getattr(job.backbone, "all_tied_weights_keys", None) or {}
-    return {
-        name: tensor for name, tensor in state.items() if not in_mlp(name) and name not in tied
-    }
+    return {name: tensor for name, tensor in state.items() if not in_mlp(name) and name not in tied}
 
 
 def mlp_prefix(job: Job, layer: int) -> str:

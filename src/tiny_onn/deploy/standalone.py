@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.activations import ACT2FN
 
-from tiny_onn.model.router import TIE_BREAK, budget_scores, routing_weights
+from tiny_onn.model.router import budget_scores, routing_weights
 from tiny_onn.ops.shared_experts import routed, with_shared
 
 
@@ -143,7 +143,7 @@ class TinyOnnModel(LlamaModel):
 
     config_class = TinyOnnConfig
     # A threshold on rounded logits would activate other experts.
-    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["router", "expert_scale"]  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:  # noqa: ANN401 - the configuration above
         super().__init__(config)
@@ -155,7 +155,7 @@ class TinyOnnForCausalLM(LlamaForCausalLM):
     """The decoder with the step from hidden states to logits."""
 
     config_class = TinyOnnConfig
-    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["router", "expert_scale"]  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:  # noqa: ANN401 - the configuration above
         super().__init__(config)

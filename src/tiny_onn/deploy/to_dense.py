@@ -91,9 +91,7 @@ def _lost(job: Job, keep: int, *, means: bool, has_bias: bool) -> str:
     kind = job.backbone.config.model_type
     dense = f"a dense {kind} model with MLPs of {keep * width} neurons"
     if keep == num_experts:
-        return (
-            f"{dense}, all experts on for every token: the sparsity is lost, and nothing else"
-        )
+        return f"{dense}, all experts on for every token: the sparsity is lost, and nothing else"
     line = (
         f"{dense}, the same {keep} of {num_experts} experts for every token: the router is lost,"
         " which chose them for each token"
@@ -161,7 +159,7 @@ def usage(job: Job) -> list[Float[Tensor, " experts"]]:
                 last_hidden_states(job.student, row.input_ids, **packed_kwargs(row))
             counted_T = row.router_mask[0]
             num_tokens += int(counted_T.sum())
-            for sum_E, routing in zip(sums, routings, strict=True):
-                sum_E += routing.active[counted_T].float().sum(0)
-                sum_E += 1e-6 * routing.router_logits[counted_T].softmax(-1).sum(0)
+            for layer, routing in enumerate(routings):
+                sums[layer] += routing.active[counted_T].float().sum(0)
+                sums[layer] += 1e-6 * routing.router_logits[counted_T].softmax(-1).sum(0)
     return [sum_E / max(1, num_tokens) for sum_E in sums]
