@@ -22,7 +22,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.runs.students import LoadedStudent
 
 # Numbers of an export are measured on so many tokens.
-MEASURED_TOKENS = 4096
+MEASURED_TOKENS = 8192
 # These entries of a configuration describe the files that it was read from.
 OF_FILES = ("architectures", "auto_map", "transformers_version", "_name_or_path", "dtype")
 WITH_GATE = ("budget", "top_k", "static", "random")

@@ -111,7 +111,7 @@ def mlp_tensors(
     Args:
         bank: the layer's experts.
         experts: the experts to keep.
-        mean: whether their weight is 1 over their number instead of 1.
+        mean: whether the weight of routed experts is 1 over their number instead of 1.
         bias: whether the mean outputs of all other experts become a bias.
     """
     gate_up_KJD = bank.experts.gate_up_proj.detach()[experts].float()
@@ -119,7 +119,9 @@ def mlp_tensors(
     if bank.expert_scale is not None:
         down_KDI = down_KDI * bank.expert_scale.detach()[experts, None, None]
     if mean:
-        down_KDI = down_KDI / len(experts)
+        num_shared = bank.router.rule.num_shared
+        routed_K = torch.tensor(experts) >= num_shared
+        down_KDI[routed_K] /= max(1, int(routed_K.sum()))
     gate_KID, up_KID = gate_up_KJD.chunk(2, dim=1)
     gate_FD = gate_KID.flatten(0, 1)
     tensors = {

@@ -139,7 +139,7 @@ def expert_fields(job: Job, fits: Fits) -> dict[str, Any]:
     """Return the fields of the experts, by the names of the writer's methods."""
     rule, config = fixed_rule(job.rule), job.student.config
     num_shared, k = rule.num_shared, int(rule.target_k)
-    scale = 1.0 if fits.gates else (2.0 / k if rule.weighting == "mean" else 2.0)
+    scale = 1.0 if fits.gates else 2.0 / (k - num_shared if rule.weighting == "mean" else 1)
     return {
         "expert_count": config.num_experts - num_shared,
         "expert_used_count": places(fits.gates) if fits.gates else k - num_shared,
@@ -190,7 +190,10 @@ def expert_tensors(bank: ExpertBank, constant: Constant | None) -> dict[str, Ten
         E = len(gate_EID)
         gate_EID = torch.cat((gate_EID, constant.u.expand(E, 1, -1)), dim=1)
         up_EID = torch.cat((up_EID, constant.v.expand(E, 1, -1)), dim=1)
-        down_EDI = torch.cat((down_EDI, -bank.mean_outputs.float()[..., None]), dim=2)
+        # The weight 1 / k of routed experts is none of their mean outputs'.
+        k = fixed_rule(bank.router.rule).target_k - num_shared
+        factor = k if bank.router.rule.weighting == "mean" else 1
+        down_EDI = torch.cat((down_EDI, -factor * bank.mean_outputs.float()[..., None]), dim=2)
     shared = _shared_tensors(bank, constant, gate_EID, up_EID, down_EDI)
     return {
         "ffn_gate_exps.weight": gate_EID[num_shared:],
@@ -218,9 +221,6 @@ def _shared_tensors(
     if not num_shared:
         for tensor in (gate_SID, up_SID, down_SDI):
             tensor.zero_()
-    if bank.router.rule.weighting == "mean":
-        # Routed experts get 1 / k from the file's factor, the shared one has none.
-        down_SDI /= fixed_rule(bank.router.rule).target_k
     if constant is not None:
         assert bank.mean_outputs is not None
         down_SDI[..., -1] = 0
