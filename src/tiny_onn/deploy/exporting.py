@@ -1,4 +1,4 @@
-"""What all exports share: the student to write, its rule, and text to measure on."""
+"""The student to export, its rule, and text to measure on, which all exports share."""
 
 import copy
 from collections.abc import Iterator

@@ -64,7 +64,7 @@ threshold."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fits:
-    """What is fitted on text, one entry per layer or none."""
+    """The fits on text that an export needs, one entry per layer or none."""
 
     gates: list[SignGate]
     """Threshold gates; empty for fixed ones."""

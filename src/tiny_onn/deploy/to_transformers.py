@@ -56,17 +56,24 @@ def write(job: Job, folder: Path) -> str:
     Raises:
         ExportError: the student's rule or architecture cannot be written so.
     """
+    # `transformers serve` looks this name up among transformers' own classes, and finds this one,
+    # which reads auto_map.
+    _write(job, folder, architecture="AutoModelForCausalLM")
+    return f"for transformers, {EXACT}"
+
+
+def _write(job: Job, folder: Path, *, architecture: str) -> None:
     gated_rule(job)
     code = modelling_code(job)
     with status("Writing the weights"):
         save_torch_state_dict(tensors(job), folder)
     (folder / CODE_FILE).write_text(code, encoding="utf-8")
-    table = json.dumps(config_table(job), indent=2, sort_keys=True)
-    (folder / "config.json").write_text(table + "\n", encoding="utf-8")
+    table = {**config_table(job), "architectures": [architecture]}
+    text = json.dumps(table, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     if job.student.generation_config is not None:
         job.student.generation_config.save_pretrained(folder)
     job.tokenizer.save_pretrained(folder)
-    return f"for transformers, {EXACT}"
 
 
 def write_for_vllm(job: Job, folder: Path) -> str:
@@ -82,7 +89,7 @@ def write_for_vllm(job: Job, folder: Path) -> str:
             f"got a student with the activation {activation!r}, expected silu, which is the only"
             " one of vLLM's transformers backend; export it with --to transformers"
         )
-    write(job, folder)
+    _write(job, folder, architecture="TinyOnnForCausalLM")
     return (
         f"for vLLM's transformers backend, {EXACT}; every token computes"
         f" {largest_k(job)} experts there, those that it does not activate at weight 0"
@@ -113,7 +120,6 @@ def config_table(job: Job) -> dict[str, Any]:
     bank = job.banks[0]
     return {
         **table,
-        "architectures": ["TinyOnnForCausalLM"],
         "auto_map": dict(AUTO_MAP),
         "dtype": str(job.dtype).removeprefix("torch."),
         "model_type": f"tiny_onn_{table['model_type']}",

@@ -1,0 +1,225 @@
+"""What does a student lose in llama.cpp, and how fast is it there beside its dense teacher?
+
+    pip install llama-cpp-python && python -m experiments.gguf RUN [--text FILE] [--tokens 2048]
+
+RUN is a run's folder or a student's. The student is exported twice, with its threshold and with a
+fixed number of experts, and its teacher as the dense GGUF of its own architecture. All read the
+same rows of text, one after another from the first token: perplexity, KL to the student, and
+agreement with it on the likeliest token. Speeds are tokens per second of reading the text and of
+writing, medians of `--repeats` turns in which all files take part. Ends in one JSON line.
+"""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import environment, report
+from experiments.options import parser, results_folder
+from tiny_onn.data.rows import held_out_rows, text_rows
+from tiny_onn.deploy.export import run_export
+from tiny_onn.deploy.exporting import MEASURED_TOKENS
+from tiny_onn.deploy.gguf_files import FORMATS, decoder_tensors, write_gguf
+from tiny_onn.deploy.to_gguf import fixed_rule
+from tiny_onn.errors import UserError
+from tiny_onn.model.router import temporary_rules
+from tiny_onn.runs.students import LoadedStudent, load_student, load_teacher_of
+from tiny_onn.teacher.load import quiet_transformers
+
+WINDOW = 512
+"""Number of tokens that a model reads at once, with nothing before them."""
+WRITTEN = 32
+
+
+def windows(loaded: LoadedStudent, text: Path | None, tokens: int) -> list[list[int]]:
+    """The text as token ids, in pieces of `WINDOW`."""
+    data = loaded.config.data
+    rows = (
+        held_out_rows(data, loaded.tokenizer, data.row_tokens, tokens)
+        if text is None
+        else text_rows(text, loaded.tokenizer, data, tokens)
+    )
+    ids = torch.cat([row.input_ids[0] for row in rows])[:tokens].tolist()
+    pieces = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def write_teacher(folder: Path, loaded: LoadedStudent) -> None:
+    """The student's teacher as the GGUF files of its own architecture."""
+    dense = load_teacher_of(loaded, torch.device("cpu"))
+    config = dense.config
+    arch = {
+        "llama": gguf.MODEL_ARCH.LLAMA,
+        "mistral": gguf.MODEL_ARCH.LLAMA,
+        "qwen2": gguf.MODEL_ARCH.QWEN2,
+        "qwen3": gguf.MODEL_ARCH.QWEN3,
+    }[config.model_type]
+    state = dict(dense.state_dict())
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    if arch == gguf.MODEL_ARCH.LLAMA:
+        # llama.cpp's Llama rotates neighbouring pairs, transformers' the two halves of a head.
+        for name, tensor in state.items():
+            for kind, heads in (
+                ("q_proj", config.num_attention_heads),
+                ("k_proj", config.num_key_value_heads),
+            ):
+                if f"{kind}.weight" in name:
+                    halves = tensor.unflatten(0, (heads, 2, -1))
+                    state[name] = halves.transpose(1, 2).reshape(tensor.shape)
+    tensors = decoder_tensors(arch, config, state)
+    folder.mkdir()
+    for form in FORMATS:
+        path, name = folder / f"model-{form}.gguf", gguf.MODEL_ARCH_NAMES[arch]
+        write_gguf(path, name, config, loaded.tokenizer, tensors, fields={}, form=form)
+
+
+def scores(logits: Tensor, student: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Sums over predictions: loss, KL from the student's, agreement with it."""
+    ours, theirs = student.log_softmax(-1), logits.float().log_softmax(-1)
+    kl = (ours.exp() * (ours - theirs)).sum()
+    agree = (ours.argmax(-1) == theirs.argmax(-1)).sum()
+    return float(F.nll_loss(theirs, labels, reduction="sum")), float(kl), float(agree)
+
+
+def measure(
+    pieces: list[list[int]], student: Callable[[list[int]], Tensor], predict: Any
+) -> dict[str, float]:
+    """Quality of one way to predict, over all pieces."""
+    sums, count = np.zeros(3), 0
+    for ids in pieces:
+        labels = torch.tensor(ids[1:])
+        sums += scores(predict(ids)[:-1], student(ids)[:-1], labels)
+        count += len(labels)
+    loss, kl, agreement = sums / count
+    return {"perplexity": math.exp(loss), "kl": kl, "agreement": agreement}
+
+
+def main() -> None:
+    """Export, measure, print."""
+    options = parser(__doc__)
+    options.add_argument("student", help="a run's folder, or a student's")
+    options.add_argument("--text", type=Path, help="a file or folder of text; default: held-out")
+    options.add_argument(
+        "--fit", type=Path, help="text to fit to; default: the run's training text"
+    )
+    options.add_argument("--tokens", type=int, default=2048)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--repeats", type=int, default=3)
+    arguments = options.parse_args()
+    try:
+        import llama_cpp  # noqa: PLC0415 - no part of this project's environment
+    except ImportError as error:
+        raise SystemExit("this study needs llama.cpp: pip install llama-cpp-python") from error
+    quiet_transformers()
+    torch.set_num_threads(arguments.threads)
+    loaded = load_student(arguments.student, torch.device("cpu"))
+    network = loaded.student
+    pieces = windows(loaded, arguments.text, arguments.tokens)
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, fixed in (("threshold", False), ("fixed k", True)):
+            try:
+                run_export(
+                    arguments.student,
+                    to="gguf",
+                    out=folder / name,
+                    fixed_k=fixed,
+                    text=arguments.fit,
+                )
+            except UserError as error:
+                raise SystemExit(str(error)) from error
+        write_teacher(folder / "dense teacher", loaded)
+        network.round_experts()
+        network.float()
+
+        @torch.no_grad()
+        def ours(ids: list[int]) -> Tensor:
+            return network(torch.tensor([ids])).logits[0]
+
+        memo = {tuple(ids): ours(ids) for ids in pieces}
+
+        def student(ids: list[int]) -> Tensor:
+            return memo[tuple(ids)]
+
+        routers = [bank.router for bank in network.banks()]
+        network.set_attn_implementation("sdpa")
+        rows["student"] = measure(pieces, student, student)
+        with temporary_rules(routers, [fixed_rule(router.rule) for router in routers]):
+            rows["student at fixed k"] = measure(pieces, student, ours)
+        files = {
+            f"{name}, {form}": folder / name / f"model-{form}.gguf"
+            for name in ("threshold", "fixed k", "dense teacher")
+            for form in FORMATS
+        }
+        speeds: dict[str, dict[str, list[float]]] = {
+            name: {"read": [], "write": []} for name in files
+        }
+        for turn in range(arguments.repeats):
+            for name, path in files.items():
+                model = llama_cpp.Llama(
+                    str(path),
+                    n_ctx=WINDOW + WRITTEN,
+                    n_batch=WINDOW,
+                    logits_all=True,
+                    n_threads=arguments.threads,
+                    n_threads_batch=arguments.threads,
+                    verbose=False,
+                )
+
+                def predict(ids: list[int], model: Any = model, name: str = name) -> Tensor:
+                    model.reset()
+                    start = time.perf_counter()
+                    model.eval(ids)
+                    speeds[name]["read"].append(len(ids) / (time.perf_counter() - start))
+                    return torch.tensor(np.array(model.scores[: len(ids)]))
+
+                if turn == 0:
+                    rows[name] = {**measure(pieces, student, predict), "bytes": path.stat().st_size}
+                else:
+                    predict(pieces[0])
+                model.reset()
+                model.eval(pieces[0][:8])
+                start = time.perf_counter()
+                for _ in range(WRITTEN):
+                    model.eval([model.sample(temp=0.0)])
+                speeds[name]["write"].append(WRITTEN / (time.perf_counter() - start))
+                model.close()
+        for name, measured in speeds.items():
+            rows[name] |= {f"{kind} tokens/s": statistics.median(n) for kind, n in measured.items()}
+    table = [{"model": name, **row} for name, row in rows.items()]
+    ratios: dict[str, float | None] = {
+        f"{name} / dense teacher, {form}, {kind}": rows[f"{name}, {form}"][f"{kind} tokens/s"]
+        / rows[f"dense teacher, {form}"][f"{kind} tokens/s"]
+        for name in ("threshold", "fixed k")
+        for form in FORMATS
+        for kind in ("read", "write")
+    }
+    report(
+        "gguf",
+        table,
+        ratios,
+        results_folder(arguments),
+        settings={
+            "tokens": sum(map(len, pieces)),
+            "threads": arguments.threads,
+            "repeats": arguments.repeats,
+            "fitted_tokens": MEASURED_TOKENS,
+            "llama_cpp_python": llama_cpp.__version__,
+        },
+        environment=environment(arguments.device),
+    )
+
+
+if __name__ == "__main__":
+    main()
