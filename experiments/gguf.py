@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from tiny_onn.teacher.load import quiet_transformers
 WINDOW = 512
 """Number of tokens that a model reads at once, with nothing before them."""
 WRITTEN = 32
+# A model: logits (T, V) of the tokens that follow each of T token ids.
+Predict = Callable[[list[int]], Tensor]
 
 
 def windows(loaded: LoadedStudent, text: Path | None, tokens: int) -> list[list[int]]:
@@ -91,9 +94,7 @@ def scores(logits: Tensor, student: Tensor, labels: Tensor) -> tuple[float, floa
     return float(F.nll_loss(theirs, labels, reduction="sum")), float(kl), float(agree)
 
 
-def measure(
-    pieces: list[list[int]], student: Callable[[list[int]], Tensor], predict: Any
-) -> dict[str, float]:
+def measure(pieces: list[list[int]], student: Predict, predict: Predict) -> dict[str, float]:
     """Quality of one way to predict, over all pieces."""
     sums, count = np.zeros(3), 0
     for ids in pieces:
@@ -102,6 +103,105 @@ def measure(
         count += len(labels)
     loss, kl, agreement = sums / count
     return {"perplexity": math.exp(loss), "kl": kl, "agreement": agreement}
+
+
+class Runner:
+    """The GGUF files, run by llama.cpp in turns.
+
+    Args:
+        files: the files by name.
+        threads: number of threads of llama.cpp.
+    """
+
+    def __init__(self, files: dict[str, Path], threads: int) -> None:
+        try:
+            import llama_cpp  # noqa: PLC0415 - no part of this project's environment
+        except ImportError as error:
+            raise SystemExit("this study needs llama.cpp: pip install llama-cpp-python") from error
+        self.files, self.threads, self.library = files, threads, llama_cpp
+        self.speeds = {name: ([], []) for name in files}
+
+    def turn(self, name: str, use: Callable[[Predict], None]) -> None:
+        """Load a file, let `use` read pieces with it, and write some tokens."""
+        model: Any = self.library.Llama(
+            str(self.files[name]),
+            n_ctx=WINDOW + WRITTEN,
+            n_batch=WINDOW,
+            logits_all=True,
+            n_threads=self.threads,
+            n_threads_batch=self.threads,
+            verbose=False,
+        )
+        read, write = self.speeds[name]
+
+        def predict(ids: list[int]) -> Tensor:
+            model.reset()
+            start = time.perf_counter()
+            model.eval(ids)
+            read.append(len(ids) / (time.perf_counter() - start))
+            return torch.tensor(np.array(model.scores[: len(ids)]))
+
+        use(predict)
+        start = time.perf_counter()
+        for _ in range(WRITTEN):
+            model.eval([model.sample(temp=0.0)])
+        write.append(WRITTEN / (time.perf_counter() - start))
+        model.close()
+
+    def medians(self, name: str) -> dict[str, float]:
+        """Median speeds of a file."""
+        kinds = zip(("read", "write"), self.speeds[name], strict=True)
+        return {f"{kind} tokens/s": statistics.median(values) for kind, values in kinds}
+
+
+def export(arguments, loaded: LoadedStudent, folder: Path) -> dict[str, Path]:
+    """Write all files, and return them by name."""
+    for name, fixed in (("threshold", False), ("fixed k", True)):
+        out = folder / name
+        run_export(arguments.student, to="gguf", out=out, fixed_k=fixed, text=arguments.fit)
+    write_teacher(folder / "dense teacher", loaded)
+    names = ("threshold", "fixed k", "dense teacher")
+    return {
+        f"{name}, {form}": folder / name / f"model-{form}.gguf"
+        for name in names
+        for form in FORMATS
+    }
+
+
+def study(arguments, loaded: LoadedStudent, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Measure the student and all files; returns a row for each."""
+    network, pieces = loaded.student, windows(loaded, arguments.text, arguments.tokens)
+    # The files round the experts too, so that what is left is the export's own.
+    network.round_experts()
+    network.float()
+    network.set_attn_implementation("sdpa")
+
+    @torch.no_grad()
+    def ours(ids: list[int]) -> Tensor:
+        return network(torch.tensor([ids])).logits[0]
+
+    kept = {tuple(ids): ours(ids) for ids in pieces}
+
+    def student(ids: list[int]) -> Tensor:
+        return kept[tuple(ids)]
+
+    rows: dict[str, dict[str, Any]] = {"student": measure(pieces, student, student)}
+    routers = [bank.router for bank in network.banks()]
+    with temporary_rules(routers, [fixed_rule(router.rule) for router in routers]):
+        rows["student at fixed k"] = measure(pieces, student, ours)
+    runner = Runner(files, arguments.threads)
+    for turn in range(arguments.repeats):
+        for name, path in files.items():
+
+            def use(predict: Predict, name: str = name, first: bool = turn == 0) -> None:
+                if first:
+                    rows[name] = measure(pieces, student, predict)
+                else:
+                    predict(pieces[0])
+
+            runner.turn(name, use)
+            rows[name] |= {"bytes": path.stat().st_size, **runner.medians(name)}
+    return rows
 
 
 def main() -> None:
@@ -116,88 +216,15 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--repeats", type=int, default=3)
     arguments = options.parse_args()
-    try:
-        import llama_cpp  # noqa: PLC0415 - no part of this project's environment
-    except ImportError as error:
-        raise SystemExit("this study needs llama.cpp: pip install llama-cpp-python") from error
     quiet_transformers()
     torch.set_num_threads(arguments.threads)
-    loaded = load_student(arguments.student, torch.device("cpu"))
-    network = loaded.student
-    pieces = windows(loaded, arguments.text, arguments.tokens)
-    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for name, fixed in (("threshold", False), ("fixed k", True)):
-            try:
-                run_export(
-                    arguments.student,
-                    to="gguf",
-                    out=folder / name,
-                    fixed_k=fixed,
-                    text=arguments.fit,
-                )
-            except UserError as error:
-                raise SystemExit(str(error)) from error
-        write_teacher(folder / "dense teacher", loaded)
-        network.round_experts()
-        network.float()
-
-        @torch.no_grad()
-        def ours(ids: list[int]) -> Tensor:
-            return network(torch.tensor([ids])).logits[0]
-
-        memo = {tuple(ids): ours(ids) for ids in pieces}
-
-        def student(ids: list[int]) -> Tensor:
-            return memo[tuple(ids)]
-
-        routers = [bank.router for bank in network.banks()]
-        network.set_attn_implementation("sdpa")
-        rows["student"] = measure(pieces, student, student)
-        with temporary_rules(routers, [fixed_rule(router.rule) for router in routers]):
-            rows["student at fixed k"] = measure(pieces, student, ours)
-        files = {
-            f"{name}, {form}": folder / name / f"model-{form}.gguf"
-            for name in ("threshold", "fixed k", "dense teacher")
-            for form in FORMATS
-        }
-        speeds: dict[str, dict[str, list[float]]] = {
-            name: {"read": [], "write": []} for name in files
-        }
-        for turn in range(arguments.repeats):
-            for name, path in files.items():
-                model = llama_cpp.Llama(
-                    str(path),
-                    n_ctx=WINDOW + WRITTEN,
-                    n_batch=WINDOW,
-                    logits_all=True,
-                    n_threads=arguments.threads,
-                    n_threads_batch=arguments.threads,
-                    verbose=False,
-                )
-
-                def predict(ids: list[int], model: Any = model, name: str = name) -> Tensor:
-                    model.reset()
-                    start = time.perf_counter()
-                    model.eval(ids)
-                    speeds[name]["read"].append(len(ids) / (time.perf_counter() - start))
-                    return torch.tensor(np.array(model.scores[: len(ids)]))
-
-                if turn == 0:
-                    rows[name] = {**measure(pieces, student, predict), "bytes": path.stat().st_size}
-                else:
-                    predict(pieces[0])
-                model.reset()
-                model.eval(pieces[0][:8])
-                start = time.perf_counter()
-                for _ in range(WRITTEN):
-                    model.eval([model.sample(temp=0.0)])
-                speeds[name]["write"].append(WRITTEN / (time.perf_counter() - start))
-                model.close()
-        for name, measured in speeds.items():
-            rows[name] |= {f"{kind} tokens/s": statistics.median(n) for kind, n in measured.items()}
-    table = [{"model": name, **row} for name, row in rows.items()]
+        try:
+            loaded = load_student(arguments.student, torch.device("cpu"))
+            files = export(arguments, loaded, Path(temporary))
+            rows = study(arguments, loaded, files)
+        except UserError as error:
+            raise SystemExit(str(error)) from error
     ratios: dict[str, float | None] = {
         f"{name} / dense teacher, {form}, {kind}": rows[f"{name}, {form}"][f"{kind} tokens/s"]
         / rows[f"dense teacher, {form}"][f"{kind} tokens/s"]
@@ -207,15 +234,15 @@ def main() -> None:
     }
     report(
         "gguf",
-        table,
+        [{"model": name, **row} for name, row in rows.items()],
         ratios,
         results_folder(arguments),
         settings={
-            "tokens": sum(map(len, pieces)),
+            "tokens": arguments.tokens,
             "threads": arguments.threads,
             "repeats": arguments.repeats,
             "fitted_tokens": MEASURED_TOKENS,
-            "llama_cpp_python": llama_cpp.__version__,
+            "llama_cpp_python": version("llama-cpp-python"),
         },
         environment=environment(arguments.device),
     )

@@ -17,7 +17,10 @@ from tiny_onn.errors import UserError
 from tiny_onn.runs.folder import create_run_folder
 
 FINISHED = types.SimpleNamespace(interrupted=False)
-VERBS = ("demo", "plan", "distill", "eval", "probe", "report", "compare", "generate", "config")
+VERBS = (
+    *("demo", "plan", "distill", "eval", "probe", "report", "compare", "generate", "export"),
+    "config",
+)
 
 
 def run_cli(*arguments, cwd=None):

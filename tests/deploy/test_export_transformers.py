@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from export_cases import logits_of, run_without_package, save_student
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("quiet")
 OPEN = """
 import sys
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -90,6 +92,8 @@ def test_its_fields_are_those_that_engines_read(tmp_path):
     _, folder, lost = export(tmp_path, "llama")
     table = json.loads((folder / "config.json").read_text())
     assert set(table["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    # `transformers serve` asks transformers itself for this class.
+    assert hasattr(transformers, *table["architectures"])
     assert table["hidden_size"] == 32
     assert table["num_experts"] == 8
     assert table["moe_intermediate_size"] == 6
@@ -110,6 +114,7 @@ def test_a_high_threshold_leaves_few_places(tmp_path):
     run_export(str(student), to="vllm", out=tmp_path / "out")
     table = json.loads((tmp_path / "out" / "config.json").read_text())
     assert table["num_experts_per_tok"] == 4
+    assert table["architectures"] == ["TinyOnnForCausalLM"]
     ids = make_ids()
     (got,), _ = opened(tmp_path, [tmp_path / "out"], ids)
     torch.testing.assert_close(got["logits"], logits_of(student, ids), atol=2e-4, rtol=1e-4)
