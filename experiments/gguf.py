@@ -9,6 +9,7 @@ agreement with it on the likeliest token. Speeds are tokens per second of readin
 writing, medians of `--repeats` turns in which all files take part. Ends in one JSON line.
 """
 
+import importlib
 import math
 import statistics
 import tempfile
@@ -115,7 +116,7 @@ class Runner:
 
     def __init__(self, files: dict[str, Path], threads: int) -> None:
         try:
-            import llama_cpp  # noqa: PLC0415 - no part of this project's environment
+            llama_cpp: Any = importlib.import_module("llama_cpp")
         except ImportError as error:
             raise SystemExit("this study needs llama.cpp: pip install llama-cpp-python") from error
         self.files, self.threads, self.library = files, threads, llama_cpp

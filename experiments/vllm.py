@@ -13,6 +13,7 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +48,8 @@ def main() -> None:
     arguments = options.parse_args()
     quiet_transformers()
     loaded = load_student(arguments.student, torch.device("cpu"))
-    student, tokenizer = loaded.student, loaded.tokenizer
+    student: Any = loaded.student
+    tokenizer = loaded.tokenizer
     # The exported folder holds experts in the backbone's number format.
     student.round_experts()
     student.float()
@@ -55,7 +57,7 @@ def main() -> None:
     ours = []
     for ids in prompts:
         options_ = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
-        written = student.generate(torch.tensor([ids]), **options_)  # pyright: ignore[reportCallIssue]
+        written = student.generate(torch.tensor([ids]), **options_)
         ours.append(written[0, len(ids) :].tolist())
     with tempfile.TemporaryDirectory() as temporary:
         folder, program = Path(temporary) / "student", Path(temporary) / "program.py"

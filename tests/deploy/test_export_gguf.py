@@ -1,6 +1,8 @@
 """A GGUF computes our student by the formula of llama.cpp's graph, and in llama.cpp itself."""
 
+import importlib
 from dataclasses import replace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -129,8 +131,7 @@ def test_the_fields_are_those_of_the_rule(tmp_path, family):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("rule", RULES)
 def test_llama_cpp_computes_our_fixed_student(tmp_path, family, rule):
-    from llama_cpp import Llama  # noqa: PLC0415 - an extra
-
+    llama_cpp: Any = importlib.import_module("llama_cpp")
     folder = save_student(tmp_path / "student", family, **RULES[rule])
     run_export(str(folder), to="gguf", out=tmp_path / "out", fixed_k=True)
     loaded = load_student(str(folder), torch.device("cpu"))
@@ -142,7 +143,7 @@ def test_llama_cpp_computes_our_fixed_student(tmp_path, family, rule):
     # Where two logits are nearly equal, rounding swaps their experts; the median token has none.
     for form, tolerance in (("F16", 0.01), ("Q8_0", 0.25)):
         path = str(tmp_path / "out" / f"model-{form}.gguf")
-        model = Llama(path, n_ctx=128, logits_all=True, n_threads=1, verbose=False)
+        model = llama_cpp.Llama(path, n_ctx=128, logits_all=True, n_threads=1, verbose=False)
         model.eval(ids[0].tolist())
         theirs = torch.tensor(np.array(model.scores[:24]))
         sentence = "the quick  brown fox, 12 dogs"

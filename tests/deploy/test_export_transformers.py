@@ -1,6 +1,7 @@
 """An exported folder opens without this package and computes what our student computes."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -80,8 +81,9 @@ def test_they_compute_what_our_students_do(tmp_path):
         ours = load_student(str(student), torch.device("cpu")).student
         with torch.no_grad():
             logits, hidden = ours(ids).logits, last_hidden_states(ours, ids)
-            written = ours.generate(ids[:1, :4], max_new_tokens=6, do_sample=False)
-        close = {"atol": 2e-4, "rtol": 1e-4, "msg": name}
+            model: Any = ours
+            written = model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False)
+        close: dict[str, Any] = {"atol": 2e-4, "rtol": 1e-4, "msg": name}
         torch.testing.assert_close(got["logits"], logits, **close)
         torch.testing.assert_close(got["hidden"], hidden, **close)
         assert torch.equal(got["written"], written), name

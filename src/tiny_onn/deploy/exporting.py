@@ -120,7 +120,7 @@ def reading_documents(student: TinyOnnForCausalLM) -> Iterator[None]:
     try:
         yield
     finally:
-        student.set_attn_implementation(before)
+        student.set_attn_implementation(before or "eager")
 
 
 def measured_rows(job: Job, what: str) -> list[PackedRow]:

@@ -17,7 +17,7 @@ _WORDS = (
 )
 # llama.cpp splits text before BPE by a rule of its own for each of these names (llama-vocab.cpp);
 # the keys are the same rules as tokenizer.json writes them.
-PRE_TOKENIZERS = MappingProxyType(
+PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = MappingProxyType(
     {
         ("ByteLevel",): "gpt-2",
         ("Digits", "ByteLevel"): "smollm",

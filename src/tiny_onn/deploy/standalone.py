@@ -27,7 +27,7 @@ class TinyOnnConfig(LlamaConfig):
 
     num_experts: int = 32
     num_experts_per_tok: int = 32
-    """Largest number of experts that a token can activate; fewer tokens use that many."""
+    """Largest number of experts that a token can activate; most tokens activate fewer."""
     moe_intermediate_size: int = 48
     routing: dict | None = None
     """The rule by which a router selects experts and weighs them."""
@@ -115,6 +115,9 @@ class ExpertBank(nn.Module):
     `expert_scale` (E,) multiplies the experts' weights.
     """
 
+    mean_outputs: nn.Parameter | None
+    expert_scale: nn.Parameter | None
+
     def __init__(self, config: Any) -> None:  # noqa: ANN401 - the configuration above
         super().__init__()
         E, D = config.num_experts, config.hidden_size
@@ -147,7 +150,8 @@ class TinyOnnModel(LlamaModel):
 
     def __init__(self, config: Any) -> None:  # noqa: ANN401 - the configuration above
         super().__init__(config)
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             layer.mlp = ExpertBank(config)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tiny_onn.console import status, track
 from tiny_onn.deploy.exporting import (
@@ -76,7 +76,7 @@ def write(job: Job, folder: Path) -> str:
     return _lost(job, keep, means=means, has_bias=has_bias)
 
 
-def _fill(dense: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+def _fill(dense: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     """Give a model on no device its weights; buffers, which files do not hold, stay without."""
     missing, unexpected = dense.load_state_dict(tensors, strict=False, assign=True)
     dense.tie_weights()
