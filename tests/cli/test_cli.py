@@ -29,6 +29,7 @@ VERBS = (
     "compare",
     "generate",
     "chat",
+    "export",
     "config",
 )
 

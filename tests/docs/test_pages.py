@@ -28,6 +28,7 @@ VERBS = (
     "Compare",
     "Generate",
     "Chat",
+    "Export",
     "Config",
 )
 
