@@ -51,7 +51,7 @@ CHECK_EVERY = 4
 
 
 class Sample(NamedTuple):
-    """What one row of text asks of a layer."""
+    """The inputs of a layer on one row of text, with the outputs to come close to."""
 
     x_TD: Float[Tensor, "tokens hidden"]
     """The layer's input."""
