@@ -16,7 +16,7 @@ from benchmarks.steps import Step, make_step, random_dense, random_rows, setting
 from tiny_onn.config.schema import Checkpointing, Objective
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.distill.checkpointing import checkpoint_layers
-from tiny_onn.distill.step import Clock
+from tiny_onn.distill.clock import Clock
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.planning.costs import (
     StepFlops,

@@ -20,6 +20,7 @@ NAMES = (
     "distill_loss",
     "scaling",
     "full_size",
+    "small_step",
     "partition_time",
     "plan_memory",
     "decode",

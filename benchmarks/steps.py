@@ -14,7 +14,9 @@ from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.device import number_format
 from tiny_onn.distill.assembly import assemble
-from tiny_onn.distill.step import Clock, StepResult, distill_step
+from tiny_onn.distill.clock import Clock
+from tiny_onn.distill.row_graphs import RowGraphs
+from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.student import TinyOnnForCausalLM
@@ -54,17 +56,24 @@ class Step:
     optimizer: torch.optim.Optimizer
     rows: Iterator[PackedRow]
     config: RunConfig
+    graphs: dict[Objective, RowGraphs]
+    """Each objective's captured passes, filled as they are asked for."""
 
     def __call__(
         self, objective: Objective | None = None, *, clock: Clock | None = None
     ) -> StepResult:
-        """One update; the gate learns by `objective`, the settings' own where it is None."""
+        """One update; the gate learns by `objective`, the settings' own where it is None.
+
+        With a clock that waits, it runs without CUDA graphs, whose passes have no phases.
+        """
         config = self.config
         if objective is not None:
             config = replace(config, router=replace(config.router, objective=objective))
             set_objective(self.student.banks(), config)
-        rows = [next(self.rows)]
-        return distill_step(self.student, self.teacher, self.optimizer, rows, config, clock=clock)
+        rows, models = [next(self.rows)], (self.student, self.teacher)
+        name = config.router.objective
+        passes = self.graphs.setdefault(name, RowGraphs(*models)) if clock is None else None
+        return distill_step(*models, self.optimizer, rows, config, clock=clock, passes=passes)
 
 
 class GradientRecorder(torch.optim.Optimizer):
@@ -128,6 +137,7 @@ def make_step(dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRo
         optimizer=training.optimizer,
         rows=itertools.cycle(rows),
         config=training.config,
+        graphs={},
     )
 
 

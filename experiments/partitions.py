@@ -40,8 +40,9 @@ from tiny_onn.data.rows import calibration_rows, held_out_rows
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import gated_mlps, head_of, last_hidden_states
 from tiny_onn.model.experts import ExpertBank, recorded_routings
+from tiny_onn.model.exploration import Exploration
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.model.router import Exploration, Router, Routing, RoutingRule, route, temporary_rules
+from tiny_onn.model.router import Router, Routing, RoutingRule, route, temporary_rules
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.routing.budgets import fit_start_thresholds

@@ -33,7 +33,8 @@ from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Objective, RunConfig, Selection
 from tiny_onn.conversion.pipeline import make_student, partition
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.data.rows import calibration_rows, held_out_rows, threshold_rows, training_rows
+from tiny_onn.data.rows import calibration_rows, held_out_rows, training_rows
+from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device
 from tiny_onn.distill.optim import build_optimizer, lr_factor, set_learning_rates
 from tiny_onn.distill.step import distill_step

@@ -55,11 +55,11 @@ def poison(monkeypatch):
                 values.loss.data[3] = value
             return values
 
-        def clip_gradients(student, clip_norm):
+        def clip_gradients(student, clip_norm, *rest):
             if current["poisoned"] and part == "gradient":
                 bank = student.banks()[1]
                 bank.experts.down_proj.grad.view(-1)[7] = value
-            return REAL_CLIP(student, clip_norm)
+            return REAL_CLIP(student, clip_norm, *rest)
 
         monkeypatch.setattr(step, "distill", distill)
         monkeypatch.setattr(step, "clip_gradients", clip_gradients)

@@ -205,7 +205,12 @@ def test_a_budget_that_is_off_its_target_is_suspicious(config, tmp_path):
 
 
 def test_training_that_harms_is_suspicious(config, tmp_path):
-    changed = change(config, optim={"expert_lr": 0.03, "warmup_fraction": 0.0})
+    changed = change(
+        config,
+        optim={"expert_lr": 0.03, "warmup_fraction": 0.0},
+        # The check of the first steps would end such a run.
+        train={"stop_if_worse": False},
+    )
     records, health = run(changed, tmp_path / "run")
     before, after = records[0]["forward_kl"], records[-1]["forward_kl"]
     assert isinstance(before, float)
@@ -292,3 +297,17 @@ def test_a_long_run_is_judged_by_its_last_steps(well, config):
         watch.observe(record)
     assert codes(watch.verdict()) == {"no_targets"}
     assert len(watch.records) < 50
+
+
+def test_a_budget_missed_by_more_than_chance_is_suspicious(well, config):
+    records, _ = well
+    last = records[-1]
+    for missed, error, found in ((0.03, 0.01, True), (0.03, 0.08, False), (0.01, 0.0, False)):
+        changed = {**last, "mean_k": 4.0 * (1 + missed), "k_error": error}
+        named = {finding.code for finding in diagnose([*records[:-1], changed], config)}
+        assert ("held_out_k" in named) == found, (missed, error)
+    # Runs of before have no such error, and one document gives none.
+    without = {**last, "mean_k": 5.0, "k_error": None}
+    assert diagnose([*records[:-1], without], config) == []
+    del without["k_error"]
+    assert diagnose([*records[:-1], without], config) == []

@@ -317,6 +317,8 @@ def test_device_bounds_without_host_bounds_are_refused_by_the_loop() -> None:
         document_attention(nn.Module(), query, key, value, None, cu_seq_lens_q=bounds)
 
 
+# torch says with every change of this mode that it is a prototype.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the flash kernel runs on CUDA only")
 @pytest.mark.parametrize("window", [None, 1, 50])

@@ -15,7 +15,8 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from tiny import normal
 from tiny_onn.config.schema import Selection, Weighting
-from tiny_onn.model.router import Exploration, Router, RoutingRule, route, routing_weights
+from tiny_onn.model.exploration import Exploration
+from tiny_onn.model.router import Router, RoutingRule, route, routing_weights
 
 BudgetForm = Literal["cumulative", "threshold"]
 FORMS: tuple[BudgetForm, ...] = ("cumulative", "threshold")

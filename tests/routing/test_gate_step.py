@@ -15,7 +15,7 @@ from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import RowState, recorded_routings, row_context
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import RoutingRule, temporary_rules
-from tiny_onn.routing.gate_step import GateStep
+from tiny_onn.routing.gate_step import GateStep, StepScales
 from tiny_onn.routing.statistics import RoutingStats
 
 # Rows of several documents, the last one of them with padding.
@@ -135,7 +135,10 @@ def test_layers_observed_one_by_one_count_as_all_at_once(scope):
         student, _, config = prepared(router={"budget_scope": scope, "revive_after_steps": 1})
         banks = student.banks()
         num_updates = banks[0].router.num_updates.item()
-        gates = GateStep(banks, config, ROWS[:2], 0)
+        scales = StepScales.of_rows(
+            ROWS[:2], config, 0, banks[0].router.weight.device, labelled=False
+        )
+        gates = GateStep(banks, config, scales, 0)
         for row in ROWS[:2]:
             with gates.row(row), torch.no_grad(), recorded_routings(banks) as routings:
                 last_hidden_states(student, row.input_ids, **packed_kwargs(row))

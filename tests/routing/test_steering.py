@@ -14,8 +14,9 @@ from tiny_onn.distill.step import distill_step
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import RowState, recorded_routings
+from tiny_onn.model.exploration import Exploration, explore
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.model.router import Exploration, Router, RoutingRule, explore, route
+from tiny_onn.model.router import Router, RoutingRule, route
 from tiny_onn.routing import thresholds
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.routing.statistics import RoutingStats

@@ -52,7 +52,11 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("a number > 0 and <= 1", lambda value: 0 < value <= 1, "smk.lesson_share"),
     ("a number > 0 and < 1", lambda value: 0 < value < 1, "loss.jsd_beta data.held_out_fraction"),
-    ("a number >= 0 and < 1", lambda value: 0 <= value < 1, "optim.beta1 optim.beta2"),
+    (
+        "a number >= 0 and < 1",
+        lambda value: 0 <= value < 1,
+        "optim.beta1 optim.beta2 data.settling_fraction",
+    ),
     (
         "a number from 0 to 1",
         lambda value: 0 <= value <= 1,
@@ -77,6 +81,12 @@ def validate(config: RunConfig) -> None:
                     f" {to_toml(attrgetter(name)(RunConfig()))}"
                 )
     check_device(config.train.device, "train.device")
+    data = config.data
+    if data.held_out_fraction + data.settling_fraction >= 1:
+        raise UserError(
+            f"data.settling_fraction: got {data.settling_fraction} beside data.held_out_fraction"
+            f" {data.held_out_fraction}, expected a sum below 1; lower one of them"
+        )
     for prefix in ("optim.", "optim.gate_"):
         warmup, decay = attrgetter(f"{prefix}warmup_fraction", f"{prefix}decay_fraction")(config)
         if warmup + decay > 1:

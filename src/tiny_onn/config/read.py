@@ -24,6 +24,10 @@ from tiny_onn.errors import UserError
 ADDED = MappingProxyType(
     {
         "smk.lesson_share": 1.0,
+        "optim.lr_scale": "absolute",
+        "train.stop_if_worse": False,
+        "train.cuda_graphs": False,
+        "data.settling_fraction": 0.0,
         "smk.net_gain": False,
         "experts.token_scale": False,
         "experts.refit": False,

@@ -99,7 +99,8 @@ class ExpertsConfig:
     """The number of training tokens read as calibration text: for every `init` but `random`,
     `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge`
     gates, the `static` control, `keep_massive`, the `mean` compensation and the blockwise stage. A
-    budget reads as many other training tokens before each evaluation, to measure its threshold."""
+    budget settles its thresholds before each evaluation on as many tokens of other text
+    (`data.settling_fraction`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,6 +245,10 @@ class DataConfig:
     held_out_fraction: float = 0.05
     """The share of documents kept out of training for evaluation, chosen by a hash of their text.
     Exact duplicates stay on one side; texts that differ by a single blank may be split."""
+    settling_fraction: float = 0.05
+    """The share of documents kept out of training to settle a budget's evaluation thresholds on,
+    chosen by the same hash. 0, or a share that leaves no document: they are settled on training
+    text, on which a taught gate is surer than on other text."""
     eval_tokens: int = 8192
     """The number of held-out tokens read in each evaluation."""
 
@@ -264,6 +269,11 @@ class OptimConfig:
     """The peak learning rate of the experts."""
     gate_lr: float = 3e-3
     """The peak learning rate of the gates."""
+    lr_scale: Literal["absolute", "rms"] = "absolute"
+    """The unit of the weights, to which learning rates, weight decay, `eps` and `clip_norm` refer.
+    `absolute`: 1; `rms`: each weight's root mean square at the start of the run (for an expert's
+    gate and up weights apart), so that one rate fits teachers of any scale: 0.001 is a change by a
+    thousandth of a weight. Vectors, and weights that start at 0, have the unit 1 in both cases."""
     beta1: float = 0.9
     """The decay of the first moment. Adafactor has no first moment."""
     beta2: float = 0.95
@@ -312,6 +322,9 @@ class TrainConfig:
     compile: bool = True
     """Fuse elementwise work with torch.compile: in the expert layers, and on a GPU also in the loss
     and in the frozen backbone."""
+    cuda_graphs: bool = True
+    """Capture the passes of a row in CUDA graphs and replay them, which spares a GPU waiting for
+    the host. Settings that need the host within a row run without them, and say so once."""
     deterministic: bool = True
     """Use only GPU kernels whose results repeat bit for bit. On a CPU results always do."""
     expert_path: ExpertPath = "auto"
@@ -341,6 +354,9 @@ class TrainConfig:
     max_skipped_steps: int = 5
     """The number of updates in a row, skipped because the loss or a gradient is not finite, that
     ends the run."""
+    stop_if_worse: bool = True
+    """Stop a run, with a checkpoint, whose KL on a held-out row is half as much again as before
+    training after 4, 16, 64 or 256 steps of the global stage."""
     log_every_steps: int = 1
     """The number of steps between metric records."""
     stats_every_steps: int = 100

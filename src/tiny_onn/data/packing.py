@@ -121,6 +121,23 @@ def build_row(
     )
 
 
+def joined(rows: Sequence[PackedRow]) -> PackedRow:
+    """Return one row that holds the fragments of several rows in order."""
+    bounds, offset = [torch.zeros(1, dtype=torch.int32, device=rows[0].cu_seqlens.device)], 0
+    for row in rows:
+        bounds.append(row.cu_seqlens[1:] + offset)
+        offset += row.labels.numel()
+    return PackedRow(
+        input_ids=torch.cat([row.input_ids for row in rows], dim=1),
+        position_ids=torch.cat([row.position_ids for row in rows], dim=1),
+        cu_seqlens=torch.cat(bounds),
+        max_seqlen=max(row.max_seqlen for row in rows),
+        labels=torch.cat([row.labels for row in rows], dim=1),
+        loss_mask=torch.cat([row.loss_mask for row in rows], dim=1),
+        router_mask=torch.cat([row.router_mask for row in rows], dim=1),
+    )
+
+
 class Packer:
     """A packer of documents that come one at a time, resumable between any two rows.
 

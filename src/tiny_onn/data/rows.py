@@ -1,4 +1,4 @@
-"""The choice of the packed rows for calibration, thresholds, training and evaluation."""
+"""The choice of the packed rows for calibration, training and evaluation."""
 
 import itertools
 from itertools import islice
@@ -75,27 +75,12 @@ def calibration_rows(
 
     The list is empty if the conversion reads no text.
     """
-    rows = islice(training_rows(config, tokenizer), _num_calibration_rows(config))
+    rows = islice(training_rows(config, tokenizer), num_calibration_rows(config))
     return [row.to(device) for row in rows] if needs_text(config) else []
 
 
-def threshold_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> list[PackedRow]:
-    """Return the rows on which a budget's evaluation thresholds are measured; none without one.
-
-    They follow the calibration rows in the training text, and are as many. The gate was fitted to
-    the calibration rows and is more confident there, so that a threshold measured on them would not
-    hold on other text.
-    """
-    if not has_budget(config.router):
-        return []
-    num_rows = _num_calibration_rows(config)
-    rows = islice(training_rows(config, tokenizer), num_rows, 2 * num_rows)
-    return [row.to(device) for row in rows]
-
-
-def _num_calibration_rows(config: RunConfig) -> int:
+def num_calibration_rows(config: RunConfig) -> int:
+    """Return the number of packed rows that hold the calibration tokens."""
     return -(-config.experts.calibration_tokens // config.data.row_tokens)
 
 

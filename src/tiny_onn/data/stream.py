@@ -32,7 +32,7 @@ from tiny_onn.data.sources import hub_documents, read_documents
 from tiny_onn.data.tokens import DocumentTokens, document_ends
 from tiny_onn.errors import UserError
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "settling"]
 
 _BATCH_CHARS = 131_072
 
@@ -45,12 +45,22 @@ def is_held_out(digest: bytes, held_out_fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < held_out_fraction * 2**64
 
 
+def side_of(digest: bytes, config: DataConfig) -> Split:
+    """Return the split that a document belongs to: the shares follow each other on one scale."""
+    if is_held_out(digest, config.held_out_fraction):
+        return "held_out"
+    if is_held_out(digest, config.held_out_fraction + config.settling_fraction):
+        return "settling"
+    return "train"
+
+
 class TokenStream:
-    """Packed rows of one side of the split, endless for `train` and one pass for `held_out`.
+    """Packed rows of one side of the split, endless for `train` and one pass for the others.
 
     `train` visits the documents in a new seeded order each epoch, and a row may span two epochs.
     `held_out` visits them in the order of their SHA-256 whatever the seed, so that its beginning is
-    a fair sample of all of them; hub datasets are visited as stored. `DocumentTokens` decides how
+    a fair sample of all of them; hub datasets are visited as stored. `settling` is another such
+    side, which neither trains nor evaluates. `DocumentTokens` decides how
     documents begin and end. Iterating again continues the stream and does not start it over.
 
     Attributes:
@@ -97,7 +107,7 @@ class TokenStream:
                 continue
             if self.packer.num_tokens == 0:
                 raise _empty_split_error(self._config, self._split)
-            if self._split == "held_out":
+            if self._split != "train":
                 if (row := self.packer.finish()) is None:
                     raise StopIteration
                 return row
@@ -141,6 +151,7 @@ class TokenStream:
             "seed": self._seed,
             "row_tokens": self.packer.row_tokens,
             "held_out_fraction": self._config.held_out_fraction,
+            "settling_fraction": self._config.settling_fraction,
             "hub sources": [*self._hub_sources, self._config.split, self._config.text_field],
             "text (sha256)": self._text_sha256,
             **self._tokens.identity(with_chats=self._with_chats),
@@ -154,13 +165,12 @@ class TokenStream:
                 yield token_ids, Origin(document.source, document.index, 0)
 
     def _epoch_documents(self) -> Iterator[Document]:
-        fraction = self._config.held_out_fraction
-        wanted = self._split == "held_out"
-        order = None if wanted else (self._seed, self.epoch)
+        config = self._config
+        order = (self._seed, self.epoch) if self._split == "train" else None
         streams = [self._ordered_local(order)]
         for source in self._hub_sources:
-            stream = hub_documents(source, self._config, order)
-            ours = (doc for doc in stream if is_held_out(doc.digest(), fraction) == wanted)
+            stream = hub_documents(source, config, order)
+            ours = (doc for doc in stream if side_of(doc.digest(), config) == self._split)
             streams.append(map(self._tokens.rendered, ours))
         turns = itertools.zip_longest(*streams)
         return (document for turn in turns for document in turn if document is not None)
@@ -193,7 +203,7 @@ def _local_documents(
         for document in read_documents(source, config.text_field):
             digest = document.digest()
             digests.append(digest)
-            if is_held_out(digest, config.held_out_fraction) == (split == "held_out"):
+            if side_of(digest, config) == split:
                 documents.append((digest, tokens.rendered(document)))
     if not documents and len(local) == len(config.sources):
         if len(set(digests)) == 1:
@@ -208,9 +218,10 @@ def _local_documents(
 
 
 def _empty_split_error(config: DataConfig, split: Split) -> UserError:
-    remedy = "raise it" if split == "held_out" else "lower it"
+    name = "settling_fraction" if split == "settling" else "held_out_fraction"
+    remedy = "lower it" if split == "train" else "raise it"
     return UserError(
-        f"data.held_out_fraction: {config.held_out_fraction} leaves no text for the {split} split,"
+        f"data.{name}: {getattr(config, name)} leaves no text for the {split} split,"
         f" expected a document of two tokens or more; {remedy} or add text"
     )
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.distill.checkpointing import checkpoint_layers
 from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.row_graphs import RowGraphs
 from tiny_onn.model.backbone import head_of
 from tiny_onn.model.compile import compile_backbones
 from tiny_onn.model.student import TinyOnnForCausalLM
@@ -27,6 +28,8 @@ class Training:
     optimizer: Optimizer
     config: RunConfig
     """The settings, with `loss.chunk_tokens` as a number."""
+    passes: RowGraphs
+    """The passes of a row in the global stage."""
 
 
 def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrainedModel) -> Training:
@@ -44,9 +47,11 @@ def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrained
     if config.train.compile:
         compile_backbones(student, teacher)
     chunk_tokens = loss_chunk_tokens(config.loss, head_of(student).weight)
+    config = replace(config, loss=replace(config.loss, chunk_tokens=chunk_tokens))
     return Training(
         student=student,
         teacher=teacher,
         optimizer=build_optimizer(student, config.optim, seed=config.train.seed),
-        config=replace(config, loss=replace(config.loss, chunk_tokens=chunk_tokens)),
+        config=config,
+        passes=RowGraphs(student, teacher),
     )

@@ -30,13 +30,14 @@ from transformers import PreTrainedModel
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.distill.step import Clock, StepResult, undone_if_broken, update
+from tiny_onn.distill.clock import Clock
+from tiny_onn.distill.step import StepResult, undone_if_broken, update
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import decoder_layers, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.hooks import mlp_calls
 from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
-from tiny_onn.routing.gate_step import GateStep
+from tiny_onn.routing.gate_step import GateStep, StepScales
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,7 +127,8 @@ def blockwise_step(
     """
     banks = student.banks()
     device = banks[0].router.weight.device
-    gates = GateStep(banks, config, rows, step)
+    scales = StepScales.of_rows(rows, config, step, device, labelled=False)
+    gates = GateStep(banks, config, scales, step)
     layers = _Layers(gates, power, len(rows))
     clock = clock or Clock(device)
     student.train()
@@ -166,7 +168,7 @@ class _Layers:
             with recorded_routings([bank]) as routings:
                 y_TD = bank(x_TD)
             errors_T = squared_error(y_TD, y_teacher_TD) * (mask_T / self.power[layer])
-            loss = errors_T.sum() / gates.router_tokens
+            loss = errors_T.sum() / gates.scales.router_tokens
             total = loss + gates.loss(routings, row, layer) / self.num_rows
         self.error_L[layer] += loss.detach()
         # A token's loss is the mean of the layers' errors, as the step's loss is.

@@ -15,6 +15,7 @@ This module shrinks the memory that all layers keep together. The expert layer's
 
 from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.backbone import decoder_layers
 from tiny_onn.model.student import TinyOnnForCausalLM
 
+# Nothing in a layer draws random numbers, and a captured graph cannot store a generator's state.
+EXACT = MappingProxyType({"use_reentrant": False, "preserve_rng_state": False})
 # Fused attentions of all devices by their names in torch.ops; a release of torch may lack some.
 ATTENTION_OPS = (
     "aten._scaled_dot_product_flash_attention",
@@ -55,8 +58,8 @@ def checkpoint_layers(student: TinyOnnForCausalLM, mode: Checkpointing) -> None:
     keep_attention = partial(create_selective_checkpoint_contexts, attention_ops())
     recompute = {
         "none": None,
-        "layer": partial(checkpoint, use_reentrant=False),
-        "selective": partial(checkpoint, use_reentrant=False, context_fn=keep_attention),
+        "layer": partial(checkpoint, **EXACT),
+        "selective": partial(checkpoint, context_fn=keep_attention, **EXACT),
         "offload": _checkpoint_offloaded,
     }[mode]
     # The model's own method has one name up to transformers 5.22 and another after it, so the
@@ -85,7 +88,7 @@ def attention_ops() -> list[torch._ops.OpOverload]:
 def _checkpoint_offloaded(function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - a layer's own arguments and result
     # The checkpoint's own hooks handle everything inside the layer; these get its inputs alone.
     with saved_tensors_hooks(to_host, to_device):
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, **EXACT)
 
 
 # `torch.autograd.graph.save_on_cpu(pin_memory=True)` would copy host tensors too, and in older

@@ -23,6 +23,8 @@ Severity = Literal["suspicious", "dead"]
 # The records of the last WINDOW steps are averaged; rates need at least ENOUGH of them.
 WINDOW = 32
 ENOUGH = 16
+# The share by which the mean number of experts on held-out text may miss its budget.
+BUDGET_TOLERANCE = 0.02
 
 
 class Finding(NamedTuple):
@@ -54,6 +56,7 @@ def diagnose(records: Sequence[Record], config: RunConfig) -> list[Finding]:
         last = evaluations[-1]
         findings += _quality(evaluations[0], last)
         findings += _experts(last, config)
+        findings += _held_out_budget(last, config)
     if config.router.selection not in ("static", "random"):
         findings += _gates(steps, config)
     return sorted(findings, key=lambda finding: finding.severity == "suspicious")
@@ -184,6 +187,25 @@ def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
             "dead_experts",
             f"{dead:.0%} of the experts are chosen by no held-out token",
             "their parameters do nothing: lower optim.gate_lr, or balance the load",
+        )
+
+
+def _held_out_budget(last: Record, config: RunConfig) -> Iterator[Finding]:
+    """Yield a finding if held-out text misses its budget by more than chance explains."""
+    error, target = last.get("k_error"), config.router.target_k
+    if error is None or not has_budget(config.router):
+        return
+    missed = abs(last["mean_k"] - target)
+    # Two standard errors of a few documents may be more than the tolerance.
+    if not missed < max(BUDGET_TOLERANCE * target, 2 * error):
+        yield Finding(
+            "suspicious",
+            "held_out_k",
+            f"held-out tokens have {last['mean_k']:.2f} experts on average, with a standard error"
+            f" of {error:.2f} over documents; the target is {target:g}",
+            "the thresholds were settled on other text: raise data.settling_fraction or"
+            " experts.calibration_tokens, or let the student follow each sequence"
+            ' (routing_controller = "sequence")',
         )
 
 

@@ -17,11 +17,13 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say, status
 from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.data.rows import calibration_rows, threshold_rows, training_rows
+from tiny_onn.data.rows import calibration_rows, training_rows
+from tiny_onn.data.settling import threshold_rows
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.assembly import Training, assemble
 from tiny_onn.distill.blockwise import BlockErrors, block_errors, blockwise_step, teacher_power
+from tiny_onn.distill.first_steps import FirstSteps
 from tiny_onn.distill.optim import lr_factor, set_learning_rates
 from tiny_onn.distill.progress import show_conversion
 from tiny_onn.distill.run_log import RunLog, RunResult
@@ -33,12 +35,7 @@ from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
 from tiny_onn.planning.advice import explain_out_of_memory
 from tiny_onn.routing.budgets import fill_threshold_tables
 from tiny_onn.routing.steering import fitted_eval_thresholds
-from tiny_onn.runs.checkpoint import (
-    Checkpointer,
-    take_snapshot,
-    valid_checkpoints,
-    way_on,
-)
+from tiny_onn.runs.checkpoint import Checkpointer, take_snapshot, valid_checkpoints, way_on
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import (
     create_run_folder,
@@ -145,6 +142,7 @@ def _train(
             stream=stream,
             threshold_rows=rows,
             state=state,
+            first_steps=FirstSteps(training.student, prepared.held_out, config),
             log=log,
             writer=writer,
             checkpoints=checkpoints,
@@ -174,6 +172,7 @@ class _Run:
     stream: TokenStream
     threshold_rows: list[PackedRow]
     state: RunState
+    first_steps: FirstSteps
     log: RunLog
     writer: Checkpointer
     checkpoints: Path
@@ -251,10 +250,15 @@ class _Run:
         eval_every, save_every = config.train.eval_every_tokens, config.train.save_every_tokens
         next_eval, next_save = self._next(eval_every), self._next(save_every)
         while state.tokens < (end := run_tokens(state.stage, config)) and not self.stop:
+            self.first_steps.before_step(state)
             started = time.perf_counter()
             rows, result = self._one_step()
             state.seconds += (seconds := time.perf_counter() - started)
             self._record_step(rows, result, seconds)
+            if (error := self.first_steps.after_step(state)) is not None:
+                self._save()
+                self._warn(self.writer.wait())
+                raise error
             after_step(state.step, seconds)
             if state.stage.name == "blockwise" and state.stage.over(state.tokens):
                 state.due = ["switch", "eval"]
@@ -295,7 +299,7 @@ class _Run:
                 assert state.blockwise is not None
                 result = blockwise_step(*inputs, power=state.blockwise.power, **options)
             else:
-                result = distill_step(*inputs, **options)
+                result = distill_step(*inputs, passes=training.passes, **options)
         state.step += 1
         state.tokens += step_tokens(config)
         self.position = None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from tiny_onn.config.schema import OptimConfig
+from tiny_onn.distill.units import Units, in_units_, norm_in_units, out_of_units_, start_units
 from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.teacher.quantize import load_bitsandbytes
@@ -76,7 +77,8 @@ def build_optimizer(
         }
         steppers.append(_adamw(config, group))
     kinds = {p: kind for name, p in named_experts.items() if (kind := name.split(".")[-1]) in KINDS}
-    return SplitOptimizer(steppers, seed, {} if config.name == "adamw" else kinds)
+    units = start_units(named_experts | named_gates) if config.lr_scale == "rms" else {}
+    return SplitOptimizer(steppers, seed, {} if config.name == "adamw" else kinds, units)
 
 
 def _stepper(
@@ -119,10 +121,15 @@ class SplitOptimizer(torch.optim.Optimizer):
     holds weights of one neuron, a factor of Adafactor's belongs to either a gate or an up matrix,
     and checkpoints from before today's stacking of the weights keep their exact state.
 
+    A weight with a unit is divided by it for the time of a step, and its gradient multiplied, which
+    leaves the gradient so. The unit is part of the weight's state from its first step on, so that a
+    resumed run keeps it.
+
     Args:
         steppers: Optimizers of one group each.
         seed: The seed of stochastic rounding.
         kinds: The weights to step neuron by neuron, with their names in `Experts`.
+        units: The units of weights (`units.py`); a weight without one has the unit 1.
     """
 
     def __init__(
@@ -130,11 +137,17 @@ class SplitOptimizer(torch.optim.Optimizer):
         steppers: Sequence[torch.optim.Optimizer],
         seed: int,
         kinds: Mapping[nn.Parameter, str] = MappingProxyType({}),
+        units: Units = MappingProxyType({}),
     ) -> None:
         super().__init__([group for stepper in steppers for group in stepper.param_groups], {})
         self._steppers = tuple(steppers)
         self._seed = seed
         self._kinds = kinds
+        self._units = units
+
+    def unit(self, p: nn.Parameter) -> Tensor | None:
+        """Return a weight's unit, the one in its state if there is one; None without a unit."""
+        return self.state[p].get("unit", self._units.get(p)) if p in self._units else None
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -155,7 +168,7 @@ class SplitOptimizer(torch.optim.Optimizer):
                 elif p.grad is not None:
                     plain.append(p)
             if plain:
-                _step(stepper, group, plain, [self.state[p] for p in plain])
+                self._step_in_units(stepper, group, plain)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,6 +185,22 @@ class SplitOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
 
+    def _step_in_units(
+        self, stepper: torch.optim.Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]
+    ) -> None:
+        """Step parameters in place; those with a unit as multiples of it."""
+        units = [(p, unit) for p in parameters if (unit := self.unit(p)) is not None]
+        states = [self.state[p] for p in parameters]
+        for p, unit in units:
+            assert p.grad is not None
+            in_units_(p, p.grad, unit)
+        for state in states:
+            state.pop("unit", None)
+        _step(stepper, group, parameters, states)
+        for p, unit in units:
+            out_of_units_(p, unit)
+            self.state[p]["unit"] = unit
+
     def _step_of_copy(
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
     ) -> None:
@@ -180,13 +209,18 @@ class SplitOptimizer(torch.optim.Optimizer):
         weight, grad = (t if kind is None else by_neuron(kind, t) for t in (p.data, p.grad))
         master = nn.Parameter(weight.float().contiguous())
         master.grad = grad.float().contiguous()
-        state = self.state[p]
+        state, unit = self.state[p], self.unit(p)
+        state.pop("unit", None)
+        num_roundings = int(state.pop("num_roundings", 0))
+        if unit is not None:
+            in_units_(master.data, master.grad, unit)
+        _step(stepper, group, [master], [state])
+        if unit is not None:
+            out_of_units_(master.data, unit)
+            state["unit"] = unit
         if p.dtype != torch.bfloat16:
-            _step(stepper, group, [master], [state])
             weight.copy_(master)
             return
-        num_roundings = int(state.pop("num_roundings", 0))
-        _step(stepper, group, [master], [state])
         digest = hashlib.blake2b(f"{place} {num_roundings}".encode(), digest_size=7).digest()
         generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest))
         weight.copy_(stochastic_round(master.data, generator))
@@ -282,22 +316,38 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: LrFactor) -> No
 
 
 def clip_gradients(
-    student: TinyOnnForCausalLM, clip_norm: float
+    student: TinyOnnForCausalLM, clip_norm: float, optimizer: torch.optim.Optimizer | None = None
 ) -> tuple[Tensor | float, Tensor | float]:
     """Clip the gradients of experts and of gates apart, each by its global L2 norm.
+
+    Args:
+        student: The model with its gradients.
+        clip_norm: The largest norm.
+        optimizer: The student's optimizer; gradients of weights to which it gives a unit count, and
+            are measured, as those of the weight in units.
 
     Returns:
         The norms before clipping, of the experts and of the gates; float32 in every format.
     """
-    experts, gates = split_parameters(student)
-    return _clip(list(experts.values()), clip_norm), _clip(list(gates.values()), clip_norm)
+    unit_of = optimizer.unit if isinstance(optimizer, SplitOptimizer) else lambda _: None
+    experts, gates = (list(system.values()) for system in split_parameters(student))
+    return _clip(experts, clip_norm, unit_of), _clip(gates, clip_norm, unit_of)
 
 
-def _clip(parameters: list[nn.Parameter], clip_norm: float) -> Tensor | float:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
+def _clip(
+    parameters: list[nn.Parameter],
+    clip_norm: float,
+    unit_of: Callable[[nn.Parameter], Tensor | None],
+) -> Tensor | float:
+    pairs = [(p.grad, unit_of(p)) for p in parameters if p.grad is not None]
+    if not pairs:
         return 0.0
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.float32)[None]
+        if unit is None
+        else norm_in_units(g, unit)
+        for g, unit in pairs
+    ]
+    norm = torch.linalg.vector_norm(torch.cat(norms))
     nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
     return norm

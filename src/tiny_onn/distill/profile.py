@@ -23,8 +23,9 @@ from tiny_onn.data.rows import calibration_rows, training_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.assembly import assemble
 from tiny_onn.distill.blockwise import blockwise_step, teacher_power
+from tiny_onn.distill.clock import Clock
 from tiny_onn.distill.stages import step_tokens
-from tiny_onn.distill.step import Clock, distill_step
+from tiny_onn.distill.step import distill_step
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import create_run_folder
 

@@ -38,6 +38,8 @@ class RunState:
     """The errors of the blockwise stage; None if the run has no such stage."""
     best: dict[str, Any] | None = None
     """Step, tokens and KL of the best evaluation; None before the first one."""
+    first_kl: float | None = None
+    """The KL before the global stage that its first steps are compared with; None: they are not."""
 
     @staticmethod
     def new(config: RunConfig) -> "RunState":
@@ -59,6 +61,7 @@ class RunState:
             before=Evaluation(**saved["before"]) if saved["before"] else None,
             blockwise=BlockErrors(**saved["blocks"]) if saved["blocks"] else None,
             best=saved["best"],
+            first_kl=saved.get("first_kl"),
         )
         state.guard.load_state_dict(saved["guard"])
         return state
@@ -76,6 +79,7 @@ class RunState:
             "before": asdict(self.before) if self.before else None,
             "blocks": asdict(self.blockwise) if self.blockwise else None,
             "best": self.best,
+            "first_kl": self.first_kl,
         }
 
     def summary(self, after: Evaluation, config: RunConfig, checkpoints: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.planning.costs import forward_flops
+from tiny_onn.routing.document_k import DocumentK
 from tiny_onn.routing.statistics import OracleStats, RoutingStats, RoutingSummary
 from tiny_onn.teacher.held_out import HeldOut
 
@@ -66,6 +67,8 @@ class Evaluation(RoutingSummary):
     documents, and the head."""
     dense_total_flops: float
     """FLOPs of the teacher, counted in the same way."""
+    k_error: float | None = None
+    """Standard error of `mean_k` over documents; None with fewer than two documents."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers by field name."""
@@ -162,12 +165,13 @@ def evaluate_layers(
     The first row passes through the student once more, to compare its routing with the oracle's.
     """
     banks, rows = student.banks(), held_out.rows
-    stats, oracle = RoutingStats.zeros(banks), OracleStats.zeros(banks)
+    stats, oracle, document_k = RoutingStats.zeros(banks), OracleStats.zeros(banks), DocumentK()
     with eval_mode(student):
         with recorded_routings(banks) as routings:
 
             def count(row: PackedRow) -> None:
                 stats.add(routings, row)
+                document_k.add(routings, row)
                 routings.clear()
 
             quality = compare(student, held_out, loss, count)
@@ -189,6 +193,7 @@ def evaluate_layers(
         tau=quality.entropy,
         uniform_nll=math.log(len(head_of(student).weight)),
         unigram_nll=unigram_nll(torch.cat([row.labels[row.loss_mask] for row in rows])),
+        k_error=document_k.standard_error(),
         **summary,
         **forward_flops(student, summary["mean_k"], mean_context),
     )

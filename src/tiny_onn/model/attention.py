@@ -183,9 +183,8 @@ def varlen_attention(
 
     Bounds count through the batch's rows laid end to end, and are on the device.
     """
+    # The kernel takes fewer key heads than query heads; newer releases want to be told.
     options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
-    if not options:
-        key, value = _expand_heads(query, key, value)
     q_THC, k_TGC, v_TGC = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out_THC = varlen_attn(
         q_THC,

@@ -1,13 +1,15 @@
 """The frozen backbone's own elementwise work, fused by torch.compile on a GPU.
 
 transformers writes RMSNorm and rotary embeddings as chains of small operations, which at 32,768
-tokens cost a GPU more time than the matrix products. Every child of a decoder layer but its `mlp`
-is compiled in place: no module is replaced, and names and state stay as they are. Attention itself
+tokens cost a GPU more time than the matrix products. Every child of a decoder layer is compiled in
+place, but for expert banks, which compile parts of themselves, and quantised MLPs: no module is
+replaced, and names and state stay as they are. Attention itself
 stays a call of its own (`attention.document_attention`), so that rows with other documents do not
 compile anew. On a CPU these operations cost little and compiling costs much, so nothing is done.
 """
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from tiny_onn.model.attention import DOCUMENT_ATTENTION, document_attention
@@ -29,9 +31,15 @@ def compile_backbones(*models: PreTrainedModel) -> None:
 def _compile(backbone: PreTrainedModel) -> None:
     for layer in decoder_layers(backbone):
         for name, child in layer.named_children():
-            if name != "mlp":
+            if name != "mlp" or _is_plain(child):
                 child.compile()
     # The decoder's other children are the embeddings and the list of layers.
     norm = getattr(backbone.base_model, "norm", None)
     if norm is not None:
         norm.compile()
+
+
+def _is_plain(mlp: nn.Module) -> bool:
+    """Return True if all parts of an MLP that hold weights are torch's own linear layers."""
+    holders = {type(part) for part in mlp.modules() if list(part.parameters(recurse=False))}
+    return holders == {nn.Linear}

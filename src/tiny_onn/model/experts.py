@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tiny_onn.model.expert_weights import Experts
-from tiny_onn.model.router import TIE_BREAK, Exploration, Router, Routing, RoutingRule
+from tiny_onn.model.exploration import Exploration
+from tiny_onn.model.router import TIE_BREAK, Router, Routing, RoutingRule
 from tiny_onn.ops import decode, dense_masked, grouped, sparse
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
@@ -213,7 +214,7 @@ class ExpertBank(nn.Module):
         }
         router = self.router
         rule = selecting(router.rule)
-        if rule is None or self.token_scale is not None:
+        if rule is None or router.follows is not None or self.token_scale is not None:
             routing = self.route(x_TD)
             weights_TE = self.scaled(routing.weights, x_TD)
             options |= {"weights_TE": weights_TE, "active_TE": routing.active}

@@ -32,7 +32,9 @@ from tiny_onn.config.schema import (
 )
 from tiny_onn.errors import UserError, printable
 from tiny_onn.model import dynmoe
+from tiny_onn.model.exploration import Exploration, explore
 from tiny_onn.model.routing_weights import margins, routing_weights
+from tiny_onn.model.sequence_budget import UNMEASURED, Sequences
 from tiny_onn.ops.precision import without_autocast
 from tiny_onn.ops.shared_experts import routed, with_shared
 
@@ -111,16 +113,6 @@ class RoutingRule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Exploration:
-    """The tokens that try an expert which they did not choose, by random draws."""
-
-    fraction: float
-    """Share of tokens that try one."""
-    seed: int
-    """Seed of the draws: layers that are computed again use it again and repeat the draws."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
     """The routing of one layer's tokens."""
 
@@ -158,7 +150,8 @@ class Router(nn.Module):
             sum of the inputs that activated no expert.
 
     Two attributes change only within `temporary_rules`: `rule`, and `annealing`, which says whether
-    thresholds move all the way (`thresholds.update_thresholds`).
+    thresholds move all the way (`thresholds.update_thresholds`). `follows` holds the call's
+    sequences and the layer's number while the budget follows them (`sequence_budget.py`).
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, rule: RoutingRule) -> None:
@@ -178,6 +171,7 @@ class Router(nn.Module):
             self.window_loads = nn.Buffer(torch.empty(num_experts))
             self.idle_input = nn.Buffer(torch.empty(hidden_dim))
         self.annealing = False
+        self.follows: tuple[Sequences, int] | None = None
         self.reset(None)
 
     @torch.no_grad()
@@ -225,6 +219,11 @@ class Router(nn.Module):
             logits_TE = F.linear(x_TD.float(), self.weight.float(), self.bias.float())
         threshold = self.threshold if self.training else self.settled
         exploration = exploration if self.training else None
+        if self.follows is not None and not self.training and self.rule.has_budget:
+            scores_TE = route(logits_TE, self.rule, threshold, self.selection_bias).scores
+            sequences, layer = self.follows
+            budget = self.threshold_table, self.rule.target_k
+            threshold = sequences.thresholds(layer, scores_TE, *budget)
         return route(logits_TE, self.rule, threshold, self.selection_bias, exploration)
 
     def _top_any(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:
@@ -255,6 +254,11 @@ class Router(nn.Module):
         self.window_loads += passed_TE.sum(0)
         self.idle_input += idle_T.float() @ x_TD.float()
 
+    @property
+    def has_table(self) -> bool:
+        """True if the thresholds of all budgets were measured: such a table ends at -1, not 0."""
+        return bool(self.threshold_table[-1] != 0)
+
     @torch.no_grad()
     def set_budget(self, budget: float) -> None:
         """Use `budget` experts a token, S + 1 to E: exactly, or on average by measured thresholds.
@@ -264,8 +268,7 @@ class Router(nn.Module):
         Raises:
             UserError: the thresholds were never measured.
         """
-        # A measured table ends at -1 (every expert passes); 0 means that none was measured.
-        if self.rule.has_budget and self.threshold_table[-1] == 0:
+        if self.rule.has_budget and not self.has_table:
             raise UserError(
                 "--budget: got a student without measured thresholds (from the middle of its run),"
                 " expected a finished one; take the run's newest, or finish it with `tiny-onn"
@@ -277,6 +280,18 @@ class Router(nn.Module):
         below = math.floor(budget)
         low, high = (self.threshold_table[k - 1] for k in (below, math.ceil(budget)))
         self.settled.copy_(low + (budget - below) * (high - low))
+
+
+def follow_sequences(routers: Sequence[Router], sequences: Sequences | None) -> None:
+    """Let routers follow the sequences of a call, or none, in evaluation mode.
+
+    Raises:
+        UserError: their thresholds were never measured.
+    """
+    if sequences is not None and not routers[0].has_table:
+        raise UserError(UNMEASURED)
+    for layer, router in enumerate(routers):
+        router.follows = None if sequences is None else (sequences, layer)
 
 
 @contextmanager
@@ -304,7 +319,7 @@ def temporary_rules(
 def route(
     logits_TE: Float[Tensor, "tokens experts"],
     rule: RoutingRule,
-    threshold: Float[Tensor, ""],
+    threshold: Float[Tensor, ""] | Float[Tensor, "tokens 1"],
     selection_bias_E: Float[Tensor, " experts"] | None = None,
     exploration: Exploration | None = None,
 ) -> Routing:
@@ -351,26 +366,6 @@ def route(
         active=with_shared(active_TR, num_shared, value=True),
         weights=with_shared(weights_TR, num_shared, 1.0),
     )
-
-
-def explore(
-    active_TE: Bool[Tensor, "tokens experts"],
-    logits_TE: Float[Tensor, "tokens experts"],
-    exploration: Exploration,
-) -> Bool[Tensor, "tokens experts"]:
-    """Swap the weakest active expert of some tokens for a random inactive one.
-
-    The draws depend on the seed alone, the number of a token's experts does not change, and a
-    token that uses all experts or none stays as it is.
-    """
-    generator = torch.Generator(active_TE.device).manual_seed(exploration.seed)
-    draws_TE = torch.rand(active_TE.shape, generator=generator, device=active_TE.device)
-    chance_T = torch.rand(len(active_TE), generator=generator, device=active_TE.device)
-    some_T = active_TE.any(-1) & ~active_TE.all(-1) & (chance_T < exploration.fraction)
-    weakest_T1 = logits_TE.masked_fill(~active_TE, float("inf")).argmin(-1, keepdim=True)
-    stranger_T1 = draws_TE.masked_fill(active_TE, -1.0).argmax(-1, keepdim=True)
-    swapped_TE = active_TE.scatter(-1, weakest_T1, False).scatter(-1, stranger_T1, True)
-    return torch.where(some_T[:, None], swapped_TE, active_TE)
 
 
 def budget_scores(

@@ -6,10 +6,12 @@ replaced by an `ExpertBank`. Saving, loading, generation and caches are transfor
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,11 +23,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tiny_onn.errors import UserError
 from tiny_onn.model.backbone import decoder_layers, expert_bank, gated_mlps, generation_attention
 from tiny_onn.model.backbone_mode import in_mlp, set_backbone_mode
 from tiny_onn.model.configuration import TinyOnnConfig
 from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.old_layout import register_old_layout
+from tiny_onn.model.router import follow_sequences
+from tiny_onn.model.sequence_budget import UNMEASURED, Controller, follow
 
 
 class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
@@ -60,6 +65,8 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         mlps = gated_mlps(self.backbone)
         for layer, mlp in zip(decoder_layers(self.backbone), mlps, strict=True):
             layer.mlp = expert_bank(mlp, config)
+        self._controller_hooks: tuple[RemovableHandle, ...] = ()
+        self._install_controller()
         self.post_init()
 
     def forward(  # noqa: D102, PLR0917 - transformers' contract
@@ -86,6 +93,40 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    @property
+    def routing_controller(self) -> Controller:
+        """The control of a budget in evaluation mode: `none`, or `sequence`, which adapts it.
+
+        With `none` a layer's threshold is the same for all text. With `sequence` it adapts along
+        each sequence to the tokens before (`sequence_budget.py`), so that each sequence comes close
+        to the budget. It needs a cache that this student fills: no beams, no assisted decoding.
+
+        Raises:
+            UserError: when it is set, the value is unknown, or the student has no measured table.
+        """
+        return getattr(self.config, "routing_controller", "none")
+
+    @routing_controller.setter
+    def routing_controller(self, controller: str) -> None:
+        """Set the control."""
+        if controller not in get_args(Controller):
+            raise UserError(
+                f"routing_controller: got {controller!r}, expected one of"
+                f" {', '.join(get_args(Controller))}; choose one"
+            )
+        if controller == "sequence" and not self.banks()[0].router.has_table:
+            raise UserError(UNMEASURED)
+        self.config.routing_controller = controller
+        self._install_controller()
+
+    def _install_controller(self) -> None:
+        for handle in self._controller_hooks:
+            handle.remove()
+        routers = [bank.router for bank in self.banks()]
+        follows = self.routing_controller == "sequence"
+        hand_over = partial(follow_sequences, routers)
+        self._controller_hooks = follow(self.backbone.base_model, hand_over) if follows else ()
 
     def train(self, mode: bool = True) -> "TinyOnnForCausalLM":
         """Set the mode of experts and routers, and of the backbone only where it is trained too.

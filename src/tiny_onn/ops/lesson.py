@@ -102,8 +102,7 @@ def _in_one_launch(  # noqa: PLR0917
             grad_TE,
             counts_B4,
             tallies_B4E,
-            float(smk.grad_scale),
-            float(smk.loss_scale),
+            _scales(smk, x_TD.device),
             T,
             D=D,
             E=E,
@@ -118,3 +117,10 @@ def _in_one_launch(  # noqa: PLR0917
         smk.tally.counts_4.add_(counts_B4.sum(0))
         smk.tally.sums_4E.add_(tallies_B4E.sum(0))
     return grad_TE
+
+
+def _scales(smk: SmkStep, device: torch.device) -> Float[Tensor, " 2"]:
+    """Return both scales in the device's memory, from which a captured graph reads them anew."""
+    scales = (smk.grad_scale, smk.loss_scale)
+    on_device = [torch.as_tensor(scale, dtype=torch.float32, device=device) for scale in scales]
+    return torch.stack(on_device)

@@ -83,8 +83,7 @@ def lesson_kernel(
     grad,  # (T, E) float32, written: the gradient at the logits
     counts,  # (B, 4) float32, written
     tallies,  # (B, 4, E) float32, written
-    grad_scale,
-    loss_scale,
+    scales,  # (2,) float32: of the gradient, and of surprise
     T,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -110,7 +109,7 @@ def lesson_kernel(
     weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
     counted_t = tl.load(token_mask + t, mask=inside_t, other=0).to(tl.int1)
     candidate = on
-    surprise *= loss_scale
+    surprise *= tl.load(scales + 1)
     if ALL:
         taught = tl.load(lesson + t, mask=inside_t, other=0).to(tl.int1)[:, None]
         candidate = (on | taught) & inside
@@ -131,7 +130,7 @@ def lesson_kernel(
     powers = tl.exp(values - tl.max(values, axis=1)[:, None])
     softmax = powers / tl.sum(powers, axis=1)[:, None]
     gradient = tl.where(told[:, None], softmax, 0.0) - share
-    tl.store(grad + at, gradient * grad_scale, mask=inside)
+    tl.store(grad + at, gradient * tl.load(scales), mask=inside)
     pick = tl.argmax(tl.where(candidate, values, float("-inf")), axis=1)
     picked = (e[None, :] == pick[:, None]) & told[:, None]
     choices = tl.maximum(tl.sum(candidate.to(tl.float32), axis=1), 1.0)

@@ -114,9 +114,9 @@ class SmkStep:
 
     rule: SmkRule
     """The rule by which surprise points at targets."""
-    grad_scale: float
+    grad_scale: float | Tensor
     """Factor of the router's gradient: the loss' coefficient over the tokens of the step."""
-    loss_scale: float = 1.0
+    loss_scale: float | Tensor = 1.0
     """Factor of surprise: the number of tokens by which the loss was divided, taken back here."""
     tally: SurpriseTally | None = None
     """Statistics to add to; None: none are kept."""
@@ -124,7 +124,7 @@ class SmkStep:
     """List that receives whole (tokens, experts) surprise tensors, for probing; None: none."""
     num_shared: int = 0
     """Number of shared experts: the first ones, which are no candidates and get no gradient."""
-    lesson_shift: int = 0
+    lesson_shift: int | Tensor = 0
     """The `shift` of `lesson_tokens` for a rule that samples them."""
     mean_outputs_ED: Tensor | None = field(default=None, repr=False)
     """The mean outputs that stand in for inactive experts, for a gain that counts what an active
@@ -136,8 +136,12 @@ class SmkStep:
             return None
         return lesson_tokens(num_tokens, self.rule.lesson_share, self.lesson_shift, device)
 
-    def num_lesson_tokens(self, num_tokens: int) -> int:
-        """Return how many tokens have all experts as candidates, where the rule's are `all`."""
+    def num_lesson_tokens(self, num_tokens: int) -> int | None:
+        """Return how many tokens have all experts as candidates, where the rule's are `all`.
+
+        Returns:
+            The number; None if it depends on a shift that is a tensor.
+        """
         if not self.rule.samples_lesson:
             return num_tokens
         return num_lesson_tokens(num_tokens, self.rule.lesson_share, self.lesson_shift)

@@ -117,7 +117,8 @@ def expert_layer(
         raise ValueError(f"smk.rule.surprise: got {smk.rule.surprise!r}, expected one of {KINDS}")
     active_TE, token_mask_T = routing_masks(weights_TE, active_TE, token_mask_T)
     T = len(x_TD)
-    listed_TE, lesson_T, num_taught = active_TE, None, 0
+    num_taught: int | None = 0
+    listed_TE, lesson_T = active_TE, None
     if smk is not None and smk.rule.candidates == "all":
         lesson_T, num_taught = smk.lesson_mask(T, x_TD.device), smk.num_lesson_tokens(T)
         if lesson_T is None:
@@ -125,7 +126,7 @@ def expert_layer(
         listed_TE = active_TE | lesson_T[:, None]
     num_pairs = None
     if not dense_sums:
-        if num_active is None:
+        if num_active is None or num_taught is None:
             num_pairs = int(listed_TE.sum())
         else:
             num_pairs = T * num_active + num_taught * (E - num_active)

@@ -54,7 +54,7 @@ class SmkRule:
 
 
 def lesson_tokens(
-    num_tokens: int, share: float, shift: int, device: torch.device | str = "cpu"
+    num_tokens: int, share: float, shift: int | Tensor, device: torch.device | str = "cpu"
 ) -> Bool[Tensor, " tokens"]:
     """Return the tokens that belong to a lesson on a share of them, evenly spaced.
 
@@ -72,9 +72,17 @@ def lesson_tokens(
     return (torch.arange(num_tokens, device=device) + shift % d) * n % d < n
 
 
-def num_lesson_tokens(num_tokens: int, share: float, shift: int) -> int:
-    """Return how many tokens `lesson_tokens` chooses, without a device."""
+def num_lesson_tokens(num_tokens: int, share: float, shift: int | Tensor) -> int | None:
+    """Return how many tokens `lesson_tokens` chooses, without reading a device.
+
+    Returns:
+        The number; None if it depends on a shift that is a tensor.
+    """
     part = _fraction(share)
+    if num_tokens * part.numerator % part.denominator == 0:
+        return num_tokens * part.numerator // part.denominator
+    if isinstance(shift, Tensor):
+        return None
     first = shift % part.denominator
     return int((first + num_tokens - 1) * part // 1) - int((first - 1) * part // 1)
 

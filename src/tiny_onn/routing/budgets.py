@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tiny_onn.config.schema import BudgetScope
 from tiny_onn.console import track
-from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.packing import PackedRow, joined
 from tiny_onn.errors import UserError
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
@@ -36,7 +36,7 @@ from tiny_onn.routing.thresholds import (
     update_thresholds,
 )
 
-TABLE_TOKENS = 1024
+TABLE_TOKENS = 16_384
 # Each pass sets all layers to one of these shares of the experts; other k use the nearest pass.
 PASSES = (0.75, 0.5, 0.375, 0.25, 0.125)
 
@@ -57,7 +57,7 @@ def fill_threshold_tables(
     banks = student.banks()
     if not banks[0].router.rule.has_budget:
         return
-    row = _concatenate(rows).to(banks[0].router.weight.device)
+    row = joined(_first(rows)).to(banks[0].router.weight.device)
     num_experts = banks[0].router.weight.shape[0]
     least = banks[0].router.rule.num_shared + 1
     passes = sorted({max(least, round(num_experts * share)) for share in PASSES})
@@ -114,6 +114,14 @@ def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
         bank.router.set_budget(budget)
 
 
+def _first(rows: Sequence[PackedRow]) -> list[PackedRow]:
+    """Return the first rows, which hold `TABLE_TOKENS` tokens or more if there are so many."""
+    taken: list[PackedRow] = []
+    while len(taken) < len(rows) and sum(r.labels.numel() for r in taken) < TABLE_TOKENS:
+        taken.append(rows[len(taken)])
+    return taken
+
+
 @contextmanager
 def _filled_table(
     bank: ExpertBank, k: int, nearest: Sequence[int], mask_T: Tensor
@@ -159,26 +167,6 @@ def _restored_eval_thresholds(banks: Sequence[ExpertBank]) -> Iterator[None]:
     finally:
         for bank, threshold in zip(banks, before, strict=True):
             bank.router.settled.copy_(threshold)
-
-
-def _concatenate(rows: Sequence[PackedRow]) -> PackedRow:
-    """Return one row of the first rows laid end to end, of `TABLE_TOKENS` tokens if there are."""
-    taken: list[PackedRow] = []
-    while len(taken) < len(rows) and sum(r.labels.numel() for r in taken) < TABLE_TOKENS:
-        taken.append(rows[len(taken)])
-    bounds, offset = [torch.zeros(1, dtype=torch.int32, device=taken[0].cu_seqlens.device)], 0
-    for row in taken:
-        bounds.append(row.cu_seqlens[1:] + offset)
-        offset += row.labels.numel()
-    return PackedRow(
-        input_ids=torch.cat([row.input_ids for row in taken], dim=1),
-        position_ids=torch.cat([row.position_ids for row in taken], dim=1),
-        cu_seqlens=torch.cat(bounds),
-        max_seqlen=max(row.max_seqlen for row in taken),
-        labels=torch.cat([row.labels for row in taken], dim=1),
-        loss_mask=torch.cat([row.loss_mask for row in taken], dim=1),
-        router_mask=torch.cat([row.router_mask for row in taken], dim=1),
-    )
 
 
 @torch.no_grad()

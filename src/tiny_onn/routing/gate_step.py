@@ -6,19 +6,79 @@ The experts learn from the main loss, in `step.distill_step` and `blockwise.bloc
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.experts import ExpertBank, RowState, row_context
-from tiny_onn.model.router import Exploration, Routing
+from tiny_onn.model.exploration import Exploration
+from tiny_onn.model.router import Routing
 from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally
 from tiny_onn.ops.shared_experts import routed
 from tiny_onn.ops.surprise import SmkRule
 from tiny_onn.routing.losses import gate_losses, load_balancing_loss, z_loss
 from tiny_onn.routing.statistics import RoutingStats
 from tiny_onn.routing.steering import Steering
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepScales:
+    """The numbers of a step by which sums over its rows become means.
+
+    On a GPU they are tensors, which a captured graph reads anew at each replay.
+    """
+
+    loss_tokens: float | Tensor
+    """Number of tokens over which the main loss is a mean, at least 1."""
+    router_tokens: float | Tensor
+    """Number of tokens that count in targets and statistics, at least 1."""
+    grad_scale: float | Tensor
+    """Factor of the routers' gradient: the coefficient of the SMK loss over `router_tokens`."""
+    lesson_shift: int | Tensor
+    """Number of steps before this one, by which a sampled lesson moves."""
+
+    @staticmethod
+    def of_rows(
+        rows: Sequence[PackedRow],
+        config: RunConfig,
+        step: int,
+        device: torch.device,
+        *,
+        labelled: bool,
+    ) -> "StepScales":
+        """Return the scales of a step on some rows, which should lie on the host.
+
+        Args:
+            rows: The rows of the update.
+            config: The settings.
+            step: Number of updates before this one.
+            device: The banks' device.
+            labelled: Whether the main loss is a mean over the tokens with a label; otherwise it is
+                one over `router_tokens`.
+        """
+        router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
+        loss_tokens = router_tokens
+        if labelled:
+            loss_tokens = max(1, sum(int(row.loss_mask.sum()) for row in rows))
+        coef = config.smk.coef if config.router.objective == "smk" else 1.0
+        grad_scale = coef / router_tokens
+        if device.type != "cuda":
+            return StepScales(
+                loss_tokens=float(loss_tokens),
+                router_tokens=float(router_tokens),
+                grad_scale=grad_scale,
+                lesson_shift=step,
+            )
+        floats = torch.tensor([loss_tokens, router_tokens, grad_scale], device=device).unbind()
+        return StepScales(
+            loss_tokens=floats[0],
+            router_tokens=floats[1],
+            grad_scale=floats[2],
+            lesson_shift=torch.tensor(step, device=device),
+        )
 
 
 class GateStep:
@@ -35,44 +95,38 @@ class GateStep:
         stats: Routing statistics of the rows so far.
         tallies: Each layer's surprise, to which backward passes add; empty if no gate is taught by
             surprise.
-        router_tokens: Number of tokens in all the rows that count in targets and statistics, at
-            least 1.
+        scales: The numbers that make means of the rows' sums.
 
     Args:
         banks: The layers.
         config: The settings.
-        rows: The rows of the update.
+        scales: The scales of all the rows of the update.
         step: Number of updates before this one.
-        loss_tokens: Number of tokens over which the main loss is a mean; None: `router_tokens`.
     """
 
     def __init__(
         self,
         banks: Sequence[ExpertBank],
         config: RunConfig,
-        rows: Sequence[PackedRow],
+        scales: StepScales,
         step: int,
-        *,
-        loss_tokens: int | None = None,
     ) -> None:
-        self.banks, self.stats = banks, RoutingStats.zeros(banks)
-        self.router_tokens = max(1, sum(int(row.router_mask.sum()) for row in rows))
+        self.banks, self.stats, self.scales = banks, RoutingStats.zeros(banks), scales
         self.tallies: list[SurpriseTally] = []
         self._config, self._step, self._num_rows = config, step, 0
-        self._steering = Steering(banks, config.router, self.router_tokens, step)
+        self._steering = Steering(banks, config.router, scales.router_tokens, step)
         self._smk: list[SmkStep | None] = [None] * len(banks)
         if (rule := smk_rule(config)) is not None:
             num_experts, device = banks[0].experts.num_experts, banks[0].router.weight.device
             self.tallies = SurpriseTally.of_layers(len(banks), num_experts, device)
-            coef = config.smk.coef if config.router.objective == "smk" else 1.0
             self._smk = [
                 SmkStep(
                     rule=rule,
-                    grad_scale=coef / self.router_tokens,
-                    loss_scale=float(loss_tokens or self.router_tokens),
+                    grad_scale=scales.grad_scale,
+                    loss_scale=scales.loss_tokens,
                     tally=tally,
                     num_shared=config.experts.num_shared,
-                    lesson_shift=step,
+                    lesson_shift=scales.lesson_shift,
                     mean_outputs_ED=displaced(bank, config),
                 )
                 for bank, tally in zip(banks, self.tallies, strict=True)
@@ -122,6 +176,16 @@ class GateStep:
         balance = load_balancing_loss(logits, top_k, row.router_mask[0])
         penalty = z_loss(logits, row.router_mask[0])
         return router.load_balancing_coef * balance + router.z_loss_coef * penalty
+
+    def add(self, row: "GateStep") -> None:
+        """Add the sums of a row that was counted apart."""
+        self.stats.add_stats(row.stats)
+        if self.tallies:
+            totals, parts = (
+                [t for tally in of for t in tally] for of in (self.tallies, row.tallies)
+            )
+            torch._foreach_add_(totals, parts)
+        self._steering.add(row._steering)
 
     def finish(self, *, updated: bool) -> None:
         """Update what routers change without a gradient; undo the step if it did not update."""

@@ -13,7 +13,7 @@ Legend: T tokens, D hidden, E experts, L layers, K = E + 1 possible numbers of a
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -104,6 +104,13 @@ class RoutingStats:
         assert len(routings) == len(self.load_LE)
         self.add_tokens(row)
         self.add_layers(routings, row)
+
+    @torch.no_grad()
+    def add_stats(self, other: "RoutingStats") -> None:
+        """Add the counts and sums of other rows."""
+        for field in fields(self):
+            if isinstance(total := getattr(self, field.name), Tensor):
+                total.add_(getattr(other, field.name))
 
     @torch.no_grad()
     def add_tokens(self, row: PackedRow) -> None:

@@ -37,12 +37,16 @@ class Steering:
     Args:
         banks: The layers.
         router: The settings.
-        router_tokens: Number of tokens of the step that count.
+        router_tokens: Number of tokens of the step that count, a tensor on a GPU.
         step: Number of steps before this one.
     """
 
     def __init__(
-        self, banks: Sequence[ExpertBank], router: RouterConfig, router_tokens: int, step: int
+        self,
+        banks: Sequence[ExpertBank],
+        router: RouterConfig,
+        router_tokens: float | Tensor,
+        step: int,
     ) -> None:
         self.banks, self.router, self.step, self._tokens = banks, router, step, router_tokens
         first, L = banks[0].router, len(banks)
@@ -86,6 +90,12 @@ class Steering:
         targets_L = corrected_targets([bank.router for bank in self.banks[layers]])
         thresholds_L = exact_thresholds(scores, token_mask_T, targets_L, self.router.budget_scope)
         self._threshold_L[layers] += token_mask_T.sum() / self._tokens * thresholds_L
+
+    @torch.no_grad()
+    def add(self, row: "Steering") -> None:
+        """Add what another instance observed of a row, all of its layers."""
+        self._threshold_L += row._threshold_L
+        self._lift_LE.copy_(row._lift_LE)
 
     @torch.no_grad()
     def undo(self) -> None:

@@ -1,0 +1,77 @@
+"""The check of a run's first steps: is the student on its way to its teacher, or away from it?
+
+A rate that is too high for a teacher shows within steps, while the losses of different texts
+differ too much to tell. The check therefore measures one and the same held-out row before the first
+step and after a few.
+"""
+
+from dataclasses import dataclass, field
+
+from tiny_onn.config.schema import RunConfig
+from tiny_onn.distill.run_state import RunState
+from tiny_onn.distill.stages import step_tokens
+from tiny_onn.errors import UserError
+from tiny_onn.evaluation.compare import compare
+from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
+from tiny_onn.runs.checkpoint import checkpoint_name
+from tiny_onn.teacher.held_out import HeldOut
+
+# The row is measured after so many steps of the global stage. Adam's first steps may do harm that
+# the next ones repair, and warm-up hides a high rate for a while.
+CHECKED_STEPS = (4, 16, 64, 256)
+# A run is stopped if the KL is above the start's by this factor, and by so many nats.
+LARGEST_RATIO, LEAST_RISE = 1.5, 0.1
+
+
+@dataclass(slots=True)
+class FirstSteps:
+    """The measure of a run's first steps.
+
+    Args:
+        student: The model that learns.
+        held_out: The held-out rows, of which the first one is read.
+        config: The run's settings.
+    """
+
+    student: TinyOnnForCausalLM
+    held_out: HeldOut
+    config: RunConfig
+    _first_row: HeldOut = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._first_row = HeldOut(self.held_out.teacher, self.held_out.rows[:1])
+
+    def before_step(self, state: RunState) -> None:
+        """Measure the start, if the next step is the global stage's first."""
+        if self._steps(state) == 0:
+            state.first_kl = self._measure()
+
+    def after_step(self, state: RunState) -> UserError | None:
+        """Return the error that ends the run, if it is time to check and the student is worse."""
+        if state.first_kl is None or self._steps(state) not in CHECKED_STEPS:
+            return None
+        limit = max(LARGEST_RATIO * state.first_kl, state.first_kl + LEAST_RISE)
+        if (kl := self._measure()) <= limit:
+            return None
+        unit = (
+            ""
+            if self.config.optim.lr_scale == "rms"
+            else ' or set optim.lr_scale = "rms" with rates near 0.002,'
+        )
+        return UserError(
+            f"step {state.step}: got a KL of {kl:.3f} nats on a held-out row, expected less than"
+            f" {limit:.3f} after {state.first_kl:.3f} before training; the steps harm the student,"
+            f" so start again with another --out and lower optim.expert_lr and optim.gate_lr,{unit}"
+            f" or go on from {checkpoint_name(state.step)} with --resume --set"
+            " train.stop_if_worse=false --allow-change train.stop_if_worse"
+        )
+
+    def _steps(self, state: RunState) -> int | None:
+        """Return the number of steps of the global stage; None if there is nothing to check."""
+        if not self.config.train.stop_if_worse or state.stage.name != "global":
+            return None
+        return (state.tokens - state.stage.begin) // step_tokens(self.config)
+
+    def _measure(self) -> float:
+        with eval_mode(self.student):
+            return compare(self.student, self._first_row, self.config.loss).forward_kl
