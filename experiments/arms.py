@@ -48,8 +48,9 @@ BASE = (
     "experts.calibration_tokens=131072",
     "loss.states_coef=4",
     "loss.chunk_tokens=1024",
-    "optim.expert_lr=4e-4",
-    "optim.gate_lr=1e-3",
+    "optim.lr_scale=rms",
+    "optim.expert_lr=2.1e-3",
+    "optim.gate_lr=7.7e-3",
     "train.eval_every_tokens=0",
     "train.save_every_tokens=524288",
     "train.keep_checkpoints=1",
@@ -71,7 +72,7 @@ NONE = ("router.objective=none",)
 STATIC = ("router.selection=static", *NONE)
 HALF = ("experts.init=importance", *STATIC)
 # A gate that learns from the main loss takes a lower rate than one with a loss of its own.
-TASK = ("router.objective=task", "optim.gate_lr=3e-4")
+TASK = ("router.objective=task", "optim.gate_lr=2.3e-3")
 ARMS: dict[str, tuple[str, ...]] = {
     "smk": (),
     "smk, not refitted": ("experts.refit=false",),

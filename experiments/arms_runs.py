@@ -26,7 +26,8 @@ from tiny_onn.conversion.pipeline import (
     refit_if_asked,
 )
 from tiny_onn.conversion.verify import check_conversion
-from tiny_onn.data.rows import text_rows, threshold_rows
+from tiny_onn.data.rows import text_rows
+from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.evaluation.compare import compare, evaluate
@@ -169,7 +170,7 @@ def run(
     if not begun:
         shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
-    prepared = prepared_for(config, parts.learn.parent)
+    prepared = prepared_for(config, parts.folder)
     converted = time.monotonic() - started
     result = run_distill(config, out=folder, resume=begun, prepared=prepared, title=job.name())
     if result.interrupted or result.after is None:

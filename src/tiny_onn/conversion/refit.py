@@ -253,7 +253,8 @@ class _Sums:
         if bank.mean_outputs is not None:
             weights_PD = torch.cat((weights_PD, bank.mean_outputs))
         features_TP = features(bank, sample.x_TD)
-        kept_TP, features_TP = features_TP[sample.kept_T], features_TP[sample.counted_T]
+        # The few sinks are so large that the rounding of float32 products would be seen elsewhere.
+        kept_TP, features_TP = features_TP[sample.kept_T].double(), features_TP[sample.counted_T]
         missing_TD = sample.target_TD[sample.counted_T].float() - features_TP @ weights_PD.float()
         self.gram_PP += features_TP.T @ features_TP
         self.kept_PP += kept_TP.T @ kept_TP
