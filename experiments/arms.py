@@ -54,6 +54,7 @@ BASE = (
     "train.eval_every_tokens=0",
     "train.save_every_tokens=524288",
     "train.keep_checkpoints=1",
+    "train.stop_if_worse=false",
     "train.stats_every_steps=0",
     "train.log_every_steps=20",
     "train.checkpointing=none",
