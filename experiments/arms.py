@@ -14,7 +14,8 @@ The text is JSON lines with `text` and `source`, also packed by xz. `--unseen-so
 to set apart, which are reported on too. `--rates 0.5 1 2` multiplies an arm's learning rate of the
 experts, `--gate-rates` that of the gates. `--teacher` is a folder; the default is the embedded
 model. Every run is a process of its own with a line in OUT/arms.jsonl; the same command goes on
-where it was stopped, from a run's last checkpoint. With `--smoke`: two tiny runs.
+where it was stopped, from a run's last checkpoint. Other settings (`--set`) need another OUT. With
+`--smoke` the runs are tiny.
 """
 
 import argparse
@@ -30,7 +31,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT
 from experiments.arms_runs import run, run_low_rank
 from experiments.arms_table import Job, job_of, show, table
 from experiments.blockwise import tiny_teacher
@@ -48,11 +48,13 @@ BASE = (
     "experts.calibration_tokens=131072",
     "loss.states_coef=4",
     "loss.chunk_tokens=1024",
+    "optim.lr_scale=rms",
     "optim.expert_lr=2.1e-3",
     "optim.gate_lr=7.7e-3",
     "train.eval_every_tokens=0",
     "train.save_every_tokens=524288",
     "train.keep_checkpoints=1",
+    "train.stop_if_worse=false",
     "train.stats_every_steps=0",
     "train.log_every_steps=20",
     "train.checkpointing=none",
@@ -102,7 +104,7 @@ def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[s
     settings = [*BASE, *ARMS[job.arm]]
     if arguments.smoke:
         settings += SMOKE
-    settings += [f"train.tokens={arguments.tokens}", *arguments.set]
+    settings += [f"train.tokens={job.asked_tokens}", *arguments.set]
     config = load_config(None, "demo", settings)
     return [
         *settings,
@@ -124,9 +126,9 @@ def jobs_left(arguments: argparse.Namespace) -> list[Job]:
     """The runs that have no line yet, seed by seed."""
     done = {job_of(record) for record in read_records(arguments.out / RECORDS)}
     asked = itertools.product(
-        arguments.seeds, arguments.arms, arguments.rates, arguments.gate_rates
+        arguments.seeds, arguments.rates, arguments.gate_rates, arguments.arms
     )
-    jobs = [Job(arm, seed, rate, gate_rate) for seed, arm, rate, gate_rate in asked]
+    jobs = [Job(arm, arguments.tokens, *others) for *others, arm in asked]
     return [job for job in jobs if job not in done]
 
 
@@ -143,7 +145,7 @@ def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             log = (arguments.out / "runs" / f"{job.name()}.log").open("a", encoding="utf-8")
             line = [sys.executable, "-m", "experiments.arms", *argv, "--one"]
             line.append(json.dumps(asdict(job)))
-            live[job] = subprocess.Popen(line, stdout=log, stderr=log, env=env, cwd=ROOT)
+            live[job] = subprocess.Popen(line, stdout=log, stderr=log, env=env)
         for job, process in list(live.items()):
             if process.poll() is None:
                 continue
@@ -187,9 +189,9 @@ def main(argv: Sequence[str]) -> int:
             arguments = options.parse_args(argv)
         if arguments.out is None or (arguments.text is None and not arguments.table):
             options.error("--out and --text are needed, except with --smoke")
-        arguments.out = arguments.out.absolute()
+        arguments.out, text = arguments.out.absolute(), Path(arguments.text or "")
         if arguments.one:
-            parts = split(arguments.text, arguments.out, arguments.unseen_sources)
+            parts = split(text, arguments.out, arguments.unseen_sources)
             job = Job(**json.loads(arguments.one))
             make = run_low_rank if job.arm == "low-rank" else run
             settings = settings_of(job, arguments, parts)
@@ -200,7 +202,7 @@ def main(argv: Sequence[str]) -> int:
         failed = 0
         if not arguments.table:
             arguments.out.mkdir(parents=True, exist_ok=True)
-            split(arguments.text, arguments.out, arguments.unseen_sources)
+            split(text, arguments.out, arguments.unseen_sources)
             failed = run_all(arguments, argv)
         print("\n".join(table(read_records(arguments.out / RECORDS), [*ARMS])))
     return failed

@@ -170,7 +170,7 @@ def run(
     if not begun:
         shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
-    prepared = prepared_for(config, parts.learn.parent)
+    prepared = prepared_for(config, parts.folder)
     converted = time.monotonic() - started
     result = run_distill(config, out=folder, resume=begun, prepared=prepared, title=job.name())
     if result.interrupted or result.after is None:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,6 +13,7 @@ class Job:
     """One run."""
 
     arm: str
+    asked_tokens: int
     seed: int
     rate: float
     gate_rate: float
@@ -20,12 +21,12 @@ class Job:
     def name(self) -> str:
         """The name of its folder."""
         words = "".join(c if c.isalnum() else "-" for c in self.arm)
-        return f"{words}-x{self.rate:g}-g{self.gate_rate:g}-s{self.seed}"
+        return f"{words}-{self.asked_tokens}-x{self.rate:g}-g{self.gate_rate:g}-s{self.seed}"
 
 
 def job_of(record: dict[str, Any]) -> Job:
     """The job that left a record."""
-    return Job(record["arm"], record["seed"], record["rate"], record["gate_rate"])
+    return Job(**{field.name: record[field.name] for field in fields(Job)})
 
 
 def at_k(points: Sequence[tuple[float, float]], k: float) -> float:

@@ -8,9 +8,12 @@ import hashlib
 import json
 import lzma
 import os
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 REPORTED_SHARE = 0.05
 
@@ -19,8 +22,10 @@ REPORTED_SHARE = 0.05
 class Parts:
     """The files of a study's text."""
 
+    folder: Path
+    """The folder of all of them."""
     learn: Path
-    """What runs read; each keeps its own held-out part of it to choose on."""
+    """What runs read, a file for each source; each keeps a part of it to choose on."""
     report: Path
     """What final numbers are measured on, of the same sources."""
     unseen: Path | None
@@ -44,32 +49,32 @@ def split(path: Path, folder: Path, unseen_sources: Sequence[str] = ()) -> Parts
     names = hashlib.sha256(json.dumps([path.name, sorted(unseen_sources)]).encode()).hexdigest()
     target = folder / f"text-{names[:8]}"
     parts = Parts(
-        learn=target / "learn.jsonl",
+        folder=target,
+        learn=target / "learn",
         report=target / "report.jsonl",
         unseen=target / "unseen.jsonl" if unseen_sources else None,
     )
     if target.is_dir():
         return parts
     temporary = target.with_name(f"{target.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    files = {
-        name: (temporary / f"{name}.jsonl").open("w", encoding="utf-8")
-        for name in ("learn", "report", "unseen")
-    }
-    for document in documents_of(path):
-        digest = hashlib.sha256(document["text"].encode()).digest()
-        part = "report" if is_reported(digest) else "learn"
-        part = "unseen" if document.get("source") in unseen_sources else part
-        files[part].write(json.dumps({"text": document["text"]}) + "\n")
-    for file in files.values():
-        file.close()
+    (temporary / "learn").mkdir(parents=True)
+    with ExitStack() as files:
+        opened: dict[str, TextIO] = {}
+        for document in documents_of(path):
+            digest = hashlib.sha256(document["text"].encode()).digest()
+            source = document.get("source", "")
+            words = "".join(c if c.isalnum() else "-" for c in source) or "text"
+            part = "report" if is_reported(digest) else f"learn/{words}"
+            part = "unseen" if source in unseen_sources else part
+            if part not in opened:
+                file = (temporary / f"{part}.jsonl").open("w", encoding="utf-8")
+                opened[part] = files.enter_context(file)
+            opened[part].write(json.dumps({"text": document["text"]}) + "\n")
     try:
         temporary.rename(target)
     except OSError:
         # Another process was faster, and wrote the same.
-        for file in temporary.iterdir():
-            file.unlink()
-        temporary.rmdir()
+        shutil.rmtree(temporary)
     return parts
 
 

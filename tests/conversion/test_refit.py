@@ -7,7 +7,7 @@ from torch import nn
 from tiny import CONFIG, FAMILIES, change, make_dense, make_rows, normal
 from tiny_onn.conversion import refit as module
 from tiny_onn.conversion.pipeline import make_student, refit_if_asked
-from tiny_onn.conversion.refit import CHECK_EVERY, PENALTIES, Sample, fit_bank, refit
+from tiny_onn.conversion.refit import PENALTIES, Sample, fit_bank, refit
 from tiny_onn.data.rows import needs_text
 from tiny_onn.errors import UserError
 from tiny_onn.model.attention import packed_kwargs
@@ -86,12 +86,15 @@ def test_a_layers_fit_is_the_penalised_least_squares_solution():
             total += (Y[counted] - Z[counted] @ weights).square().sum()
         return float(total)
 
-    check = [n for n in range(6) if n % CHECK_EVERY == CHECK_EVERY - 1]
-    fit = [n for n in range(6) if n not in check]
+    # Each row is two samples: what is fitted, and what chooses the penalty.
+    whole = samples
+    samples = [part for sample in whole for part in sample.parts()]
+    features = by_hand(bank, samples)
+    fit, check = range(0, 12, 2), range(1, 12, 2)
     costs = [cost(check, solve(fit, penalty)) for penalty in PENALTIES]
     best = costs.index(min(costs))
-    expected = solve(range(6), PENALTIES[best])
-    fraction = fit_bank(bank, samples)
+    expected = solve(range(12), PENALTIES[best])
+    fraction = fit_bank(bank, whole)
     assert fraction == pytest.approx(costs[best] / cost(check, start), rel=1e-4)
     got = torch.cat((bank.experts.down_proj.mT.flatten(0, 1), bank.mean_outputs))
     torch.testing.assert_close(got, expected.float(), atol=1e-5, rtol=1e-4)

@@ -36,8 +36,8 @@ def test_what_is_reported_is_read_by_no_run(tmp_path):
     assert split_text.split(text, tmp_path / "out", ["s3"]) == parts
     assert parts.unseen is not None
     learn, report, unseen = (
-        {d["text"] for d in split_text.documents_of(path)}
-        for path in (parts.learn, parts.report, parts.unseen)
+        {d["text"] for path in paths for d in split_text.documents_of(path)}
+        for paths in (parts.learn.glob("*.jsonl"), [parts.report], [parts.unseen])
     )
     assert learn | report | unseen == {d["text"] for d in documents}
     assert len(learn) + len(report) + len(unseen) == 500

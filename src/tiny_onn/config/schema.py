@@ -89,8 +89,8 @@ class ExpertsConfig:
     learn_scale: bool = False
     """Multiply each expert's weight by a learned scale that starts at 1."""
     token_scale: bool = False
-    """Multiply each expert's weight by 1 + tanh(u x), where x is the token's input and u a learned
-    vector of the expert that starts at 0. The main loss has a true gradient at u."""
+    """Multiply each expert's weight by 1 + tanh(u x / |x|), where x is the token's input and u a
+    learned vector of the expert that starts at 0. The main loss has a true gradient at u."""
     refit: bool = False
     """Fit the down projections and the mean outputs to the teacher by least squares on calibration
     text, layer by layer under the routing that the student starts with. The student is closer to

@@ -8,7 +8,7 @@ own layers below it give, which are refitted already, and towards the teacher's 
 token.
 
 The regression pulls toward the weights from before it. How strongly it does so is chosen for each
-layer among `PENALTIES`, by the error on calibration rows that the fit has not seen. First tokens of
+layer among `PENALTIES`, by the error on calibration text that the fit has not seen. First tokens of
 documents are attention sinks with outputs a thousand times larger; they do not count in the error,
 but the fit is charged for every change at them, so that the sinks stay what they are. The idea of
 repairing by least squares what a cut leaves is that of Optimal Brain Surgeon (Hassibi and Stork,
@@ -46,12 +46,12 @@ from tiny_onn.routing.thresholds import exact_threshold
 
 # Penalties on a change of the weights, in units of the neurons' mean energy.
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
-# One row in so many is kept from the fit, to choose the penalty on.
-CHECK_EVERY = 4
+# The last tokens of every row, this share of it, are kept from the fit to choose the penalty on.
+CHECKED_SHARE = 0.25
 
 
 class Sample(NamedTuple):
-    """What one row of text asks of a layer."""
+    """The inputs of a layer on one row of text, with the outputs to come close to."""
 
     x_TD: Float[Tensor, "tokens hidden"]
     """The layer's input."""
@@ -61,6 +61,11 @@ class Sample(NamedTuple):
     """The tokens at which the error counts."""
     kept_T: Bool[Tensor, " tokens"]
     """The tokens at which the output should stay as it is."""
+
+    def parts(self) -> tuple["Sample", "Sample"]:
+        """Return the row in two parts, to fit on and to choose the penalty on."""
+        cut = round(len(self.x_TD) * (1 - CHECKED_SHARE))
+        return Sample(*(t[:cut] for t in self)), Sample(*(t[cut:] for t in self))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -148,8 +153,7 @@ def refit(
         rows: calibration text on the models' device, at least one row.
 
     Returns:
-        Per layer, the error on the rows that chose the penalty, relative to the error before. With
-        fewer rows than `CHECK_EVERY` these are the rows of the fit.
+        Per layer, the error on the tokens that chose the penalty, relative to the error before.
 
     Raises:
         UserError: the family's layers cannot be run one by one.
@@ -200,19 +204,18 @@ def fit_bank(bank: ExpertBank, samples: Sequence[Sample]) -> float:
     """Set a bank's down projections and mean outputs to the fit of the targets, in place.
 
     Returns:
-        The error on the samples that chose the penalty, relative to the error before; 1 if there
-        was no error.
+        The error on the tokens that chose the penalty, relative to the error before; 1 if no
+        penalty lowers it, and nothing was changed.
     """
     fit, check = _Sums.zeros(bank), _Sums.zeros(bank)
-    for number, sample in enumerate(samples):
-        is_check = number % CHECK_EVERY == CHECK_EVERY - 1
-        (check if is_check else fit).add(bank, sample)
-    judged = check if check.error else fit
-    errors = [judged.error_with(fit.change(penalty)) for penalty in PENALTIES]
+    for sample in samples:
+        for sums, part in zip((fit, check), sample.parts(), strict=True):
+            sums.add(bank, part)
+    errors = [check.error_with(fit.change(penalty)) for penalty in PENALTIES]
     best = min(range(len(PENALTIES)), key=errors.__getitem__)
-    if not judged.error or errors[best] >= judged.error:
+    if not errors[best] < check.error:
         return 1.0
-    fraction = errors[best] / judged.error
+    fraction = errors[best] / check.error
     fit.merge(check)
     change_PD = fit.change(PENALTIES[best])
     E, D, I = bank.experts.down_proj.shape
@@ -253,7 +256,8 @@ class _Sums:
         if bank.mean_outputs is not None:
             weights_PD = torch.cat((weights_PD, bank.mean_outputs))
         features_TP = features(bank, sample.x_TD)
-        kept_TP, features_TP = features_TP[sample.kept_T], features_TP[sample.counted_T]
+        # The few sinks are so large that the rounding of float32 products would be seen elsewhere.
+        kept_TP, features_TP = features_TP[sample.kept_T].double(), features_TP[sample.counted_T]
         missing_TD = sample.target_TD[sample.counted_T].float() - features_TP @ weights_PD.float()
         self.gram_PP += features_TP.T @ features_TP
         self.kept_PP += kept_TP.T @ kept_TP

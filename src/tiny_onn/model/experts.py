@@ -63,7 +63,7 @@ class ExpertBank(nn.Module):
     routing weight and `experts` holds gate, up and down. Three parameters are optional, and change
     nothing while all experts are active and scales are 1: `mean_outputs` (E, D), added for inactive
     experts, `expert_scale` (E,), a factor of the experts' routing weights, and `token_scale`
-    (E, D), which makes a factor of the input, `1 + tanh(token_scale x)`.
+    (E, D), which makes a factor of the input, `1 + tanh(token_scale x / |x|)`.
 
     Beside parameters, buffers, the router's rule and the training mode, a call depends on two
     attributes, which this file alone assigns:
@@ -164,7 +164,8 @@ class ExpertBank(nn.Module):
         if self.expert_scale is not None:
             weights_TE = weights_TE * self.expert_scale
         if self.token_scale is not None:
-            scale_TE = F.linear(x_TD.float(), self.token_scale.float()).tanh()
+            direction_TD = F.normalize(x_TD.float(), dim=-1)
+            scale_TE = F.linear(direction_TD, self.token_scale.float()).tanh()
             weights_TE = weights_TE * (1 + scale_TE)
         return weights_TE
 
