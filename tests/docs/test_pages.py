@@ -22,6 +22,7 @@ VERBS = (
     "Demo",
     "Plan",
     "Distill",
+    "Watch",
     "Eval",
     "Probe",
     "Report",
