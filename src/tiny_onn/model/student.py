@@ -211,7 +211,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             for weight in (*bank.experts.parameters(), bank.mean_outputs):
                 if weight is not None:
                     weight.data = weight.data.to(self.dtype)
-            bank.experts.store_by_neuron()
+            bank.experts.store_for_generation()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters of experts and routers, which distillation trains, by name."""
