@@ -187,7 +187,7 @@ CONFIG = change(
         "targets": "single",
         "coef": 1.0,
     },
-    data={"row_tokens": 32},
+    data={"row_tokens": 32, "settling_fraction": 0.0},
     optim={"expert_lr": 3e-3, "gate_lr": 3e-3},
     train={"device": "cpu", "compile": False, "checkpointing": "none"},
 )

@@ -40,6 +40,7 @@ def config(tmp_path_factory) -> RunConfig:
             "row_tokens": 64,
             "eval_tokens": 256,
             "held_out_fraction": 0.2,
+            "settling_fraction": 0.05,
         },
         optim={"expert_lr": 3e-3, "gate_lr": 3e-3},
         train={"tokens": STEPS * 64, "eval_every_tokens": 0, "save_every_tokens": 0},
