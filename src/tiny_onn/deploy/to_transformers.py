@@ -29,7 +29,7 @@ from tiny_onn.deploy.exporting import (
     mlp_prefix,
 )
 from tiny_onn.model import router
-from tiny_onn.model.backbone import activation_name
+from tiny_onn.model.backbone import activation_name, generation_attention
 from tiny_onn.ops import shared_experts
 
 CODE_FILE = "modeling_tiny_onn.py"
@@ -182,6 +182,11 @@ def modelling_code(job: Job) -> str:
     for name, own in classes.items():
         source = re.sub(rf"\b{name}\b", own, source)
     source = source.replace("tiny_onn_llama", f"tiny_onn_{config.model_type}")
+    if generation_attention(backbone) == "eager":
+        # Some versions of transformers would take torch's attention, which has no softcap.
+        source = re.sub(
+            r"(\n    _keep_in_fp32_modules_strict)", r"\n    _supports_sdpa = False\1", source
+        )
     names = sorted(classes.values())
     source = re.sub(
         r"from transformers import .*\n", f"from transformers import {', '.join(names)}\n", source
