@@ -1,5 +1,6 @@
 """The command line: help, exit statuses, and one line for every mistake."""
 
+import io
 import json
 import os
 import subprocess
@@ -17,7 +18,20 @@ from tiny_onn.errors import UserError
 from tiny_onn.runs.folder import create_run_folder
 
 FINISHED = types.SimpleNamespace(interrupted=False)
-VERBS = ("demo", "plan", "distill", "eval", "probe", "report", "compare", "generate", "config")
+VERBS = (
+    "demo",
+    "plan",
+    "distill",
+    "watch",
+    "eval",
+    "probe",
+    "report",
+    "compare",
+    "generate",
+    "chat",
+    "export",
+    "config",
+)
 
 
 def run_cli(*arguments, cwd=None):
@@ -100,8 +114,9 @@ MALFORMED = [
     ["distill", "--optim.lr", "3"],
     ["eval"],
     ["eval", "model", "--max-tokens", "1.5"],
-    ["generate", "model"],
     ["generate", "model", "--prompt", "x", "--seed", "x"],
+    ["chat"],
+    ["chat", "model", "--prompt", "x"],
     ["config", "--json"],
 ]
 
@@ -129,9 +144,15 @@ MISTAKES = [
     (["config", "broken.toml"], "broken.toml: got malformed TOML"),
     (["config", "--set", "a\nb.c=1"], 'got unknown section "a\\nb"'),
     (["eval", "m", "--device", "tpu"], '--device: got "tpu", expected auto, cpu, cuda or cuda:N'),
-    (["eval", "m", "--max-tokens", "0"], "--max-tokens: got 0, expected an integer from 1"),
+    (["eval", "m", "--max-tokens", "-1"], "--max-tokens: got -1, expected an integer from 0"),
     (["eval", "m", "--budget", "x"], "--budget: got x, expected numbers with commas"),
     (["eval", "m", "--budget", "8", "--frontier"], "--frontier: got --budget too"),
+    (["eval", "m", "--limit", "5"], "--limit: got no --tasks, which it is for"),
+    (["eval", "m", "--tasks", "a,,b"], "--tasks: got a,,b, expected names with commas"),
+    (["eval", "m", "--tasks", "a", "--frontier"], "--frontier: got --tasks too"),
+    (["eval", "m", "--tasks", "a", "--budget", "8,4"], "--budget: got 8,4 with --tasks"),
+    (["eval", "m", "--tasks", "a", "--limit", "0"], "--limit: got 0, expected an integer from 1"),
+    (["eval", "m", "--tasks", "a"], "MODEL: got m, expected a run folder"),
     (["probe", "m", "--layers", "1,x"], "--layers: got 1,x, expected integers"),
     (["probe", "m", "--document-tokens", "2"], "--document-tokens: got 2"),
     (["probe", "m", "--loss", "mse"], "--loss: got mse, expected one of auto, forward-kl"),
@@ -147,7 +168,13 @@ MISTAKES = [
     (["generate", "m", "--prompt", "x", "--temperature", "nan"], "--temperature: got nan"),
     (["generate", "m", "--prompt", "x", "--seed", "-1"], "--seed: got -1"),
     (["generate", "m", "--prompt", "x", "--seed", "9" * 30], "--seed: got 999"),
+    (["generate", "m", "--prompt", "x", "--top-p", "0"], "--top-p: got 0.0, expected a number"),
+    (["generate", "m", "--prompt", "x", "--top-k", "-1"], "--top-k: got -1, expected an integer"),
+    (["generate", "m", "--prompt", "x", "--repetition-penalty", "0"], "--repetition-penalty: got"),
+    (["generate", "m", "--prompt", "x", "--device", "tpu"], '--device: got "tpu"'),
     (["generate", "m", "--prompt", ""], "--prompt: got an empty text"),
+    (["chat", "m", "--temperature", "-1"], "--temperature: got -1.0"),
+    (["chat", "./m"], "MODEL: got ./m, expected a folder with a model"),
     (["generate", "./m", "--prompt", "x"], "MODEL: got ./m, expected a folder with a model"),
     (["probe", "./m"], "MODEL: got ./m, expected a folder with a model"),
     (["eval", "m"], "MODEL: got m, expected a run folder"),
@@ -279,7 +306,7 @@ def test_distill_passes_the_resolved_settings(stand_in, tmp_path):
     arguments = ["distill", "--preset", "demo", "--set", "train.seed=1", "--set", "train.tokens=9"]
     assert status_of([*arguments, "--out", out]) == 0
     config = load_config(None, "demo", ["train.seed=1", "train.tokens=9"])
-    options = {"resume": False, "allow_change": (), "argv": sys.argv}
+    options = {"resume": False, "allow_change": (), "track": (), "argv": sys.argv}
     assert calls == [((config,), {"out": Path(out), **options})]
 
 
@@ -302,7 +329,7 @@ def test_resuming_needs_only_the_folder(stand_in, tmp_path):
     create_run_folder(tmp_path / "run", config, argv=[])
     calls = stand_in("distill.loop", "run_distill", FINISHED)
     assert status_of(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
-    options = {"resume": True, "allow_change": (), "argv": sys.argv}
+    options = {"resume": True, "allow_change": (), "track": (), "argv": sys.argv}
     assert calls == [((config,), {"out": tmp_path / "run", **options})]
 
 
@@ -331,15 +358,17 @@ def test_eval_as_json_prints_nothing_else(stand_in, capsys):
     assert json.loads(printed.out) == result
     assert printed.err == "progress\n"
     options = {"text": None, "device": "cpu", "max_tokens": 8192, "checkpoint": "newest"}
-    assert calls == [(("runs/x",), options | {"teacher": None})]
+    assert calls == [(("runs/x",), options | {"stride": None, "teacher": None})]
 
 
 @pytest.mark.parametrize(
     ("module", "function", "arguments"),
     [
         ("evaluation.evaluate", "run_eval", ["eval", "m", "--json"]),
+        ("evaluation.harness", "run_tasks", ["eval", "m", "--tasks", "arc", "--json"]),
         ("probe.probe", "run_probe", ["probe", "m", "--json"]),
         ("deploy.generate", "run_generate", ["generate", "m", "--prompt", "x"]),
+        ("deploy.chat", "run_chat", ["chat", "m"]),
     ],
 )
 def test_every_verb_that_reads_a_teacher_passes_its_new_place(
@@ -348,13 +377,6 @@ def test_every_verb_that_reads_a_teacher_passes_its_new_place(
     calls = stand_in(module, function, {})
     assert status_of([*arguments, "--teacher", "b/t"]) == 0
     assert calls[0][1]["teacher"] == "b/t"
-
-
-def test_eval_prints_a_line_per_number(stand_in, capsys):
-    stand_in("evaluation.evaluate", "run_eval", {"forward_kl": 0.25, "cost": {"ffn_flops": 3}})
-    assert status_of(["eval", "runs/x"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [["forward_kl", "0.25"], ["cost.ffn_flops", "3"]]
 
 
 def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys, monkeypatch):
@@ -373,6 +395,31 @@ def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys, monkeypatch)
     assert [keywords["teacher"] for _, keywords in calls] == [None, None, "b/t"]
 
 
+def test_eval_of_tasks_passes_its_options_and_prints_a_table(stand_in, capsys):
+    row = {"task": "arc", "metric": "acc", "filter": "none", "num_documents": 9}
+    row |= {"student": 0.5, "teacher": 0.75, "difference": -0.25, "interval": [-0.5, 0.125]}
+    other = row | {"metric": "perplexity", "interval": None}
+    calls = stand_in("evaluation.harness", "run_tasks", {"rows": [row, other]})
+    options = ["--tasks-folder", "x", "--limit", "9", "--budget", "8", "--num-fewshot", "0"]
+    assert status_of(["eval", "m", "--tasks", "arc, b", *options]) == 0
+    ((arguments, keywords),) = calls
+    assert (arguments, keywords["budget"]) == (("m",), 8.0)
+    assert keywords["out"].name.startswith("tasks-")
+    assert keywords["options"] == {
+        "tasks": ["arc", "b"],
+        "tasks_folder": Path("x"),
+        "num_fewshot": 0,
+        "limit": 9,
+        "batch_size": 8,
+        "chat": False,
+    }
+    table = capsys.readouterr().out
+    assert "-0.5 to +0.125" in table
+    assert "-0.25" in table
+    assert status_of(["eval", "m", "--tasks", "arc", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows": [row, other]}
+
+
 def test_probe_passes_its_options(stand_in, capsys):
     calls = stand_in("probe.probe", "run_probe", {"layers": {}})
     assert status_of(["probe", "m", "--layers", "4,15", "--loss", "next-token", "--json"]) == 0
@@ -387,6 +434,33 @@ def test_generate_passes_its_options(stand_in):
     ((arguments, keywords),) = calls
     assert arguments == ("m",)
     assert (keywords["prompt"], keywords["temperature"], keywords["seed"]) == ("x y", 0.0, 0)
+
+
+@pytest.mark.parametrize("prompt", [[], ["--prompt", "-"]], ids=str)
+def test_generate_reads_a_prompt_from_standard_input(stand_in, monkeypatch, prompt):
+    calls = stand_in("deploy.generate", "run_generate")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("h\u00e9\n\n".encode())))
+    assert status_of(["generate", "m", *prompt]) == 0
+    assert calls[0][1]["prompt"] == "h\u00e9\n"
+
+
+def test_generate_without_a_prompt_names_the_ways_to_give_one(stand_in, monkeypatch, capsys):
+    terminal = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert status_of(["generate", "m"]) == 2
+    assert "--prompt: got none, expected a text; give one, or" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
+    assert status_of(["generate", "m"]) == 2
+    assert "a byte that is not UTF-8 at 1" in capsys.readouterr().err
+
+
+def test_chat_passes_its_options(stand_in):
+    calls = stand_in("deploy.chat", "run_chat")
+    assert status_of(["chat", "m", "--budget", "8", "--system", "be brief", "--top-k", "5"]) == 0
+    ((arguments, keywords),) = calls
+    assert (arguments, keywords["budget"], keywords["system"]) == (("m",), 8.0, "be brief")
+    assert (keywords["top_k"], keywords["top_p"], keywords["temperature"]) == (5, None, 0.7)
 
 
 def test_interrupt_exits_with_130_and_one_line(stand_in, capsys):

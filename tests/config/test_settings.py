@@ -102,6 +102,9 @@ def config_of(tables):
         optim = tables["optim"]
         if optim[f"{prefix}warmup_fraction"] + optim[f"{prefix}decay_fraction"] > 1:
             optim[f"{prefix}decay_fraction"] = 0.0
+    data = tables["data"]
+    if data["held_out_fraction"] + data["settling_fraction"] >= 1:
+        data["settling_fraction"] = 0.0
     sections = get_type_hints(RunConfig)
     return RunConfig(**{name: cls(**tables[name]) for name, cls in sections.items()})
 

@@ -82,3 +82,33 @@ def test_an_adapter_is_saved_and_put_on_a_loaded_student(tmp_path):
     with torch.no_grad():
         expected, got = (each.eval()(input_ids=make_ids()).logits for each in (model, again))
     assert torch.equal(got, expected)
+
+
+def test_gates_learn_beside_adapters_and_are_saved_with_them(tmp_path):
+    make_student(make_dense()).save_pretrained(tmp_path / "student")
+    student: Any = TinyOnnForCausalLM.from_pretrained(tmp_path / "student")
+    student.fine_tune(gates=True)
+    settings = LoraConfig(
+        r=2, target_modules=[], target_parameters=EXPERTS, modules_to_save=["router"]
+    )
+    model: Any = get_peft_model(student, settings)
+    gates = [p for n, p in model.named_parameters() if ".router." in n and p.requires_grad]
+    before = [gate.detach().clone() for gate in gates]
+    train(model)
+    assert len(gates) == 4
+    assert not any(torch.equal(*pair) for pair in zip(gates, before, strict=True))
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        TinyOnnForCausalLM.from_pretrained(tmp_path / "student"), tmp_path / "adapter"
+    )
+    with torch.no_grad():
+        expected, got = (each.eval()(input_ids=make_ids()).logits for each in (model, again))
+    assert torch.equal(got, expected)
+
+
+def test_adapters_in_the_trainer_say_that_they_alone_learn(capsys):
+    model = adapted(make_student(make_dense()))
+    model.train()
+    model(input_ids=make_ids(), labels=make_ids())
+    said = capsys.readouterr().err
+    assert "parameters that train: experts (2,624 of 11,840); frozen: gates (528)" in said

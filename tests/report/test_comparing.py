@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -11,7 +11,8 @@ from tiny import CONFIG, change
 from tiny_onn.cli import main as cli
 from tiny_onn.distill.records import EvaluationRecord
 from tiny_onn.errors import UserError
-from tiny_onn.report.comparing import at_k, common_k, compare, points_of
+from tiny_onn.report.comparing import common_k, compare, points_of
+from tiny_onn.report.exact_k import at_k, between
 from tiny_onn.studies.report import print_comparison, read_run, run_compare
 
 
@@ -70,24 +71,46 @@ def test_a_run_is_read_at_exactly_the_k_of_its_control(make_run):
     assert found.mean_k == 4.0
     first, second = found.rows
     assert (first.name, second.name) == ("student", "static")
-    # The chord from (3, 0.6) to (4.2, 0.3), the run's own evaluation.
-    assert first.forward_kl == pytest.approx(0.6 - 0.3 / 1.2)
+    # Between (3, 0.6) and (4.2, 0.3), the run's own evaluation, where log KL falls evenly.
+    assert first.forward_kl == pytest.approx(0.6 * 0.5 ** (1 / 1.2))
+    assert (first.deployed_kl, first.deployed_perplexity) == (0.30, pytest.approx(math.exp(2.3)))
+    assert [end["mean_k"] for end in first.between] == [3.0, 4.2]
+    assert "student k = 3.000 and k = 4.200" in found.caption()
     assert first.ffn_flops == pytest.approx(40.0)
     assert first.perplexity == pytest.approx(math.exp(2.35))
     assert (first.mean_k, first.measured_k, first.equal) == (4.0, 4.2, True)
     assert second.settings == {"router.selection": "static", "router.objective": "none"}
 
 
-def test_reading_between_measurements_never_flatters(make_run):
-    def convex(k):
+def test_a_kl_that_each_expert_lowers_by_the_same_share_is_read_exactly(make_run):
+    def even(k):
         return math.exp(-k / 2)
 
-    curve = [(k, convex(k)) for k in (2.0, 3.0, 6.0, 8.0)]
-    points = points_of(make_run("student", 8.0, convex(8.0), curve))
+    curve = [(k, even(k)) for k in (2.0, 3.0, 6.0, 8.0)]
+    points = points_of(make_run("student", 8.0, even(8.0), curve))
     for k in (2.5, 4.0, 5.5, 7.0):
         point = at_k(points, k)
         assert point is not None
-        assert point["forward_kl"] >= convex(k)
+        assert point["forward_kl"] == pytest.approx(even(k))
+
+
+def test_a_kl_of_zero_or_none_at_all_is_read_on_a_straight_line():
+    low, high = {"mean_k": 2.0, "forward_kl": 0.4}, {"mean_k": 4.0, "forward_kl": 0.0}
+    assert between(low, high, 3.0)["forward_kl"] == pytest.approx(0.2)
+    assert math.isnan(between(low, {**high, "forward_kl": math.nan}, 3.0)["forward_kl"])
+
+
+def test_an_interval_at_the_compared_k_is_shown_with_the_thresholds_read_between(make_run):
+    run = make_run("student", 4.2, 0.30, [(6.0, 0.1), (3.0, 0.6)])
+    frontier = {
+        "points": [point | {"thresholds": [0.1, 0.3]} for point in run.frontier["points"]],
+        "exact": [{"mean_k": 4.0, "intervals": {"forward_kl": [0.25, 0.45]}}],
+    }
+    control = make_run("static", 4.0, 0.5, config=CONTROL)
+    found = compare([replace(run, frontier=frontier), control], 4.0)
+    assert found.rows[0].interval == [0.25, 0.45]
+    assert "0.2500 to 0.4500" in found.markdown()
+    assert "k = 3.000 (threshold 0.2, mean over layers)" in found.caption()
 
 
 def test_nothing_is_read_beyond_the_measurements(make_run):
@@ -147,8 +170,9 @@ def test_the_verb_prints_a_table_json_or_markdown(make_run, tmp_path, capsys):
     assert [row["name"] for row in found["rows"]] == ["c", "a|b"]
     assert cli.main(["compare", *folders, "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| run | k | KL |")
-    assert "a\\|b" in lines[5]
+    assert lines[2] == "At equal compute:"
+    assert lines[4].startswith("| run | k | KL |")
+    assert "a\\|b" in lines[7]
 
 
 def test_markup_in_a_name_is_printed_as_it_is(make_run, capsys):

@@ -6,7 +6,7 @@ breaks of a docstring under a field.
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -171,13 +171,3 @@ def require(accepted: bool, name: str, value: int | float, expected: str) -> Non
     """
     if not accepted:
         raise UserError(f"{name}: got {value}, expected {expected}; leave it out for the default")
-
-
-def print_table(result: Mapping[str, object], prefix: str = "") -> None:
-    """Print a nested dictionary, one line per number, with names joined by dots."""
-    for key, value in result.items():
-        if isinstance(value, Mapping):
-            print_table(value, f"{prefix}{key}.")
-        else:
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            print(f"{prefix + key:40} {shown}")

@@ -41,6 +41,16 @@ class Distill:
             help="A setting that a resumed run may change.",
         ),
     ] = ()
+    track: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(
+            metavar="NAME",
+            help="Write the run's records to an experiment tracker too: tensorboard (into the run's"
+            " folder), wandb, mlflow or trackio, each of which must be installed. A resumed run"
+            " goes on in the trackers that it had. docs/watching.md says more.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = ()
     profile: Annotated[
         bool,
         arg(
@@ -73,6 +83,9 @@ class Distill:
                 "distill: got neither RUN.toml nor --preset, expected one; try --preset demo, or"
                 " write a file with `tiny-onn config > RUN.toml`"
             )
+        from tiny_onn.runs.trackers import check_trackers
+
+        check_trackers(self.track)
         if self.resume and self.out is not None:
             config = self._resumed(self.out, named=named)
         else:
@@ -89,7 +102,12 @@ class Distill:
             from tiny_onn.distill.loop import run_distill
 
         result = run_distill(
-            config, out=out, resume=self.resume, allow_change=self.allow_change, argv=sys.argv
+            config,
+            out=out,
+            resume=self.resume,
+            allow_change=self.allow_change,
+            track=self.track,
+            argv=sys.argv,
         )
         if result.interrupted:
             print(

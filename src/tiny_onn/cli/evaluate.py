@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from tiny_onn.cli import harness
 from tiny_onn.cli.arguments import (
     Checkpoint,
     ComputeDevice,
@@ -17,7 +18,6 @@ from tiny_onn.cli.arguments import (
     Results,
     Teacher,
     default_out,
-    print_table,
     require,
     require_student,
     starting,
@@ -29,6 +29,10 @@ class Eval:
     """Measure a student's quality and cost against its teacher.
 
     Example: tiny-onn eval runs/mine --json > eval.json
+
+    The numbers are given twice: as the student is deployed, and at exactly the mean number of
+    active experts that its budget asks for, so that students compare at equal compute. They come
+    with 95 % intervals over documents, and by domain. docs/evaluation.md explains each of them.
     """
 
     model: Model
@@ -41,7 +45,16 @@ class Eval:
     """A file, or a folder of files, with text to measure on."""
     device: ComputeDevice = "auto"
     max_tokens: int = 8192
-    """Maximum number of tokens to read."""
+    """Maximum number of tokens to read; 0 reads the whole text."""
+    stride: Annotated[
+        int | None,
+        arg(
+            metavar="INT",
+            help="Read documents in overlapping windows that begin so many tokens apart; each token"
+            " then sees more of the text before it, and reading takes longer.",
+            help_behavior_hint="(default: windows do not overlap)",
+        ),
+    ] = None
     budget: Annotated[
         str | None,
         arg(
@@ -54,8 +67,9 @@ class Eval:
     frontier: Annotated[bool, arg(help_behavior_hint="(default: off)")] = False
     """Measure at several budgets, from all experts down to an eighth of them."""
     out: Results = None
-    """Folder for the JSON and the picture of --budget or --frontier."""
+    """Folder for the JSON of --budget, --frontier or --tasks, and for the picture."""
     json: Json = False
+    by_tasks: harness.Options = harness.NO_TASKS
 
     def __call__(self) -> None:
         """Run the verb."""
@@ -63,17 +77,23 @@ class Eval:
 
         check_device(self.device, "--device")
         require(
-            1 <= self.max_tokens < 2**31,
+            0 <= self.max_tokens < 2**31,
             "--max-tokens",
             self.max_tokens,
-            "an integer from 1 to 2**31 - 1",
+            "an integer from 0 to 2**31 - 1",
         )
+        if harness.asked(self.by_tasks):
+            harness.run(self)
+            return
         if self.frontier or self.budget is not None:
             self._frontier()
             return
         require_student(self.model)
+        from rich.console import Console
+
         with starting():
             from tiny_onn.evaluation.evaluate import run_eval
+            from tiny_onn.report.evaluation import eval_tables
 
         # Standard output holds the result alone, so that it can be piped.
         with contextlib.redirect_stdout(sys.stderr):
@@ -82,13 +102,14 @@ class Eval:
                 text=self.text,
                 device=self.device,
                 max_tokens=self.max_tokens,
+                stride=self.stride,
                 checkpoint=self.checkpoint,
                 teacher=self.teacher,
             )
         if self.json:
             print(json.dumps(result, indent=2))
         else:
-            print_table(result)
+            Console().print(eval_tables(result))
 
     def _frontier(self) -> None:
         from tiny_onn.config.checks import parse_budgets
@@ -111,6 +132,7 @@ class Eval:
                 text=self.text,
                 device=self.device,
                 max_tokens=self.max_tokens,
+                stride=self.stride,
                 out=default_out("frontier") if self.out is None else self.out,
                 checkpoint=self.checkpoint,
                 teacher=self.teacher,

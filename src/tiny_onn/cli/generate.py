@@ -1,66 +1,76 @@
 """The verb `generate`."""
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import Checkpoint, Model, Teacher, require, require_model, starting
+from tiny_onn.cli.arguments import Json, starting
+from tiny_onn.cli.sampling import Writing, prompt_or_input
 
-# Logits divided by a lower temperature overflow.
-MIN_TEMPERATURE = 0.01
+Off = arg(help_behavior_hint="(default: off)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
-    """Continue a text with a student or a dense model.
+class Prompted:
+    """The prompt, and the way in which its answer is shown; help lists them first."""
 
-    Example: tiny-onn generate runs/mine --prompt "The sea is"
-    """
-
-    model: Model
-    """The folder of a run, a student or a dense model; `embedded`; or a hub id."""
-    checkpoint: Checkpoint = "newest"
-    teacher: Teacher = None
-    prompt: str
-    """Text to continue."""
-    max_new_tokens: int = 128
-    """Maximum number of tokens to write."""
-    temperature: float = 0.7
-    """Randomness of the choice of tokens; 0 always takes the most probable token."""
-    seed: int = 0
-    """Seed of the sampling."""
-    budget: Annotated[
-        float | None,
+    prompt: Annotated[
+        str | None,
         arg(
-            metavar="K",
-            help="Mean number of active experts per token to run a student at.",
-            help_behavior_hint="(default: the number in training)",
+            metavar="TEXT",
+            help="Message to answer, or text to continue.",
+            help_behavior_hint="(default: standard input)",
         ),
     ] = None
+    raw: Annotated[bool, Off] = False
+    """Continue the prompt, even if the tokenizer has a chat template."""
+    with_teacher: Annotated[bool, Off] = False
+    """Let the student's teacher answer too, and show both side by side."""
+    show_routing: Annotated[
+        bool,
+        arg(
+            help="Colour each token by its number of active experts, or print the number after it"
+            " where there is no terminal.",
+            help_behavior_hint="(default: off)",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Writing, Prompted):
+    """Answer a prompt with a student or a dense model.
+
+    A model whose tokenizer has a chat template answers the prompt as a message. Others, and all
+    with --raw, continue it.
+
+    Example: tiny-onn generate runs/mine --prompt "What is a list?"
+    """
+
+    json: Json = False
 
     def __call__(self) -> None:
         """Run the verb."""
         from tiny_onn.config.checks import check_prompt
 
-        tokens, temperature, seed = self.max_new_tokens, self.temperature, self.seed
-        require(1 <= tokens < 2**31, "--max-new-tokens", tokens, "an integer from 1 to 2**31 - 1")
-        accepted = temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf
-        require(accepted, "--temperature", temperature, f"0, or a number >= {MIN_TEMPERATURE}")
-        require(0 <= seed < 2**63, "--seed", seed, "an integer from 0 to 2**63 - 1")
-        check_prompt(self.prompt)
-        require_model(self.model)
+        sampling = self.sampling()
+        prompt = prompt_or_input(self.prompt)
+        check_prompt(prompt)
+        self.check_model()
         with starting():
             from tiny_onn.deploy.generate import run_generate
 
         run_generate(
             self.model,
-            prompt=self.prompt,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            seed=seed,
+            prompt=prompt,
+            raw=self.raw,
+            system=self.system,
+            device=self.device,
             budget=self.budget,
             checkpoint=self.checkpoint,
             teacher=self.teacher,
+            with_teacher=self.with_teacher,
+            show_routing=self.show_routing,
+            as_json=self.json,
+            **sampling,
         )

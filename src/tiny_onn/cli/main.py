@@ -11,15 +11,18 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from tiny_onn.cli.chat import Chat
 from tiny_onn.cli.compare import Compare
 from tiny_onn.cli.config import Config
 from tiny_onn.cli.demo import Demo
 from tiny_onn.cli.distill import Distill
 from tiny_onn.cli.evaluate import Eval
+from tiny_onn.cli.export import Export
 from tiny_onn.cli.generate import Generate
 from tiny_onn.cli.plan import Plan
 from tiny_onn.cli.probe import Probe
 from tiny_onn.cli.report import Report
+from tiny_onn.cli.watch import Watch
 from tiny_onn.errors import UserError, reason_line
 
 
@@ -39,7 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tiny-onn {version('tiny-onn')}")
         return 0
     verb = tyro.cli(
-        Demo | Plan | Distill | Eval | Probe | Report | Compare | Generate | Config,
+        Demo
+        | Plan
+        | Distill
+        | Watch
+        | Eval
+        | Probe
+        | Report
+        | Compare
+        | Generate
+        | Chat
+        | Export
+        | Config,
         prog="tiny-onn",
         description="Turn a dense language model into one of many small experts, of which each"
         " token uses a few, by distillation.\n\nExample: tiny-onn demo",

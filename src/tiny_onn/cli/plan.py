@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
@@ -42,6 +43,10 @@ class Plan:
         int | None, arg(metavar="INT", help_behavior_hint="(default: 2048)")
     ] = None
     """Mean length, over tokens, of the document that a token belongs to."""
+    html: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: no page)")] = (
+        None
+    )
+    """File for a page with the plan's memory and time in pictures."""
     json: Json = False
 
     def __call__(self) -> None:
@@ -68,6 +73,10 @@ class Plan:
                 DOCUMENT_TOKENS if self.document_tokens is None else self.document_tokens
             ),
         )
+        if self.html is not None:
+            from tiny_onn.planning.pictures import write_plan_page
+
+            write_plan_page(planned, self.html)
         if self.json:
             print(json.dumps(planned.as_dict(), indent=2))
         else:

@@ -61,7 +61,7 @@ def massive_activations(inputs: MlpInputs) -> list[MassiveActivation]:
         if len(token_U) == 0:
             return
         sizes_UD = sizes_TD[token_U]
-        ratio_UD = sizes_UD / sizes_UD.median(dim=1, keepdim=True).values.clamp_min(1e-30)
+        ratio_UD = sizes_UD / _median(sizes_UD).clamp_min(1e-30)
         ratio_UD = torch.where(sizes_UD > MIN_VALUE, ratio_UD, 0.0)
         ratio, place = ratio_UD.max(), int(ratio_UD.argmax())
         if ratio < MIN_RATIO or (index in found and found[index].ratio >= ratio):
@@ -109,3 +109,8 @@ def massive_neurons(
                 " or set experts.keep_massive = false"
             )
     return [neurons.get(layer, ()) for layer in range(num_layers)]
+
+
+def _median(values_UD: Tensor) -> Tensor:
+    """Return the lower median of each row, (U, 1); a GPU's own median does not repeat its bits."""
+    return values_UD.sort(dim=1).values[:, (values_UD.shape[1] - 1) // 2, None]

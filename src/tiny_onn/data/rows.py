@@ -47,7 +47,7 @@ def text_rows(
     try:
         rows = list(islice(packed, max(1, max_tokens // data.row_tokens)))
     except UserError as error:
-        raise UserError(_reworded_for_text(str(error))) from error
+        raise UserError(reworded_for_text(str(error))) from error
     if not rows:
         raise UserError(
             f"--text: got {path} without a document of two tokens or more, expected some text; "
@@ -56,7 +56,7 @@ def text_rows(
     return rows
 
 
-def _reworded_for_text(problem: str) -> str:
+def reworded_for_text(problem: str) -> str:
     """Return a reader's message with --text in place of the settings that usually name text."""
     if problem.startswith("data.text_field: "):
         mistake = problem.removeprefix("data.text_field: ").rpartition("; ")[0]

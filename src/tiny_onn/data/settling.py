@@ -6,6 +6,9 @@ therefore settled on short fragments of many documents. None of them is trained 
 gate is surer on the text that taught it.
 """
 
+from collections.abc import Iterable
+from itertools import islice
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -51,18 +54,22 @@ def threshold_rows(
 
 
 def _settling_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[PackedRow]:
-    """Return fragments of the settling split, in rows of about the length of training's.
-
-    Every n-th fragment is taken of those sorted by their source, so that each source has its share
-    of the text (systematic sampling).
-    """
+    """Return fragments of the settling split, in rows of about the length of training's."""
     row_tokens = config.data.row_tokens
     length = min(FRAGMENT_TOKENS, row_tokens)
     stream = TokenStream(config.data, tokenizer, split="settling", seed=0, row_tokens=length)
-    number = -(-config.experts.calibration_tokens // length)
-    fragments = [row for row, _ in zip(stream, range(SPREAD * number), strict=False)]
-    fragments.sort(key=lambda row: row.origins[0].source)
-    every = max(1.0, len(fragments) / number)
-    taken = [fragments[int(i * every)] for i in range(min(number, len(fragments)))]
+    taken = spread(stream, -(-config.experts.calibration_tokens // length))
     size = max(1, row_tokens // length)
     return [joined(taken[start : start + size]) for start in range(0, len(taken), size)]
+
+
+def spread(rows: Iterable[PackedRow], number: int) -> list[PackedRow]:
+    """Return so many of the rows, or all if they are fewer, spread over their sources.
+
+    Every n-th row is taken of `SPREAD` times as many, sorted by their source, so that each source
+    has its share of the text (systematic sampling).
+    """
+    first = list(islice(rows, SPREAD * number))
+    first.sort(key=lambda row: row.origins[0].source)
+    every = max(1.0, len(first) / number)
+    return [first[int(i * every)] for i in range(min(number, len(first)))]

@@ -157,6 +157,13 @@ class TokenStream:
             **self._tokens.identity(with_chats=self._with_chats),
         }
 
+    def documents(self) -> Iterator[tuple[list[int], Origin]]:
+        """Return token ids and origins of this epoch's documents that no row has begun yet.
+
+        The stream itself does not move, so that each call yields the same documents.
+        """
+        return self._tokenise()
+
     def _tokenise(self) -> Iterator[tuple[list[int], Origin]]:
         """Yield token ids and origins of this epoch's documents from the current position on."""
         documents = itertools.islice(self._epoch_documents(), self._position, None)

@@ -1,92 +1,159 @@
-"""Text from a student or a dense model, streamed to standard output."""
+"""The verb `generate`: one prompt, answered by a student, by its teacher, or by both."""
 
-from dataclasses import replace
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Unpack
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from rich.console import Console
+from rich.live import Live
 
 from tiny_onn.config.checks import check_prompt
-from tiny_onn.config.schema import TeacherConfig
-from tiny_onn.data.tokens import DocumentTokens
+from tiny_onn.console import say
+from tiny_onn.deploy.answers import (
+    Answer,
+    SamplingOptions,
+    Speaker,
+    Token,
+    load_speaker,
+    load_teacher_speaker,
+    needs_student,
+    opening,
+)
+from tiny_onn.deploy.showing import RoutingColours, columns, print_token, summary_line
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
-from tiny_onn.model.backbone import generation_attention
-from tiny_onn.routing.budgets import set_budget
-from tiny_onn.runs.recorded_teacher import refuse_for_dense
-from tiny_onn.runs.students import is_student, load_student
-from tiny_onn.teacher.load import load_dense
-from tiny_onn.teacher.model_paths import find_model
 
 
 def run_generate(
     model: str,
     *,
     prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    raw: bool = False,
+    system: str | None = None,
     device: str = "auto",
     budget: float | None = None,
     checkpoint: str = "newest",
     teacher: str | None = None,
+    with_teacher: bool = False,
+    show_routing: bool = False,
+    as_json: bool = False,
+    **sampling: Unpack[SamplingOptions],
 ) -> str:
-    """Print a prompt and its continuation token by token, and return the whole text.
+    """Print an answer token by token, and return the text that was printed.
+
+    With a chat template the prompt is a user's message and the answer is printed alone; otherwise
+    the model continues the prompt, and both are printed.
 
     Args:
         model: a run folder, a student's folder, `embedded`, a dense model's folder or hub id.
-        prompt: the text to continue.
-        max_new_tokens: the maximum number of tokens to write.
-        temperature: the temperature of the sampling; 0 always takes the most probable token.
-        seed: the seed of the sampling.
+        prompt: the message or the text to continue.
+        raw: whether the prompt is continued even if the tokenizer has a chat template.
+        system: a system message before the prompt; None: none is given.
         device: the device to run on.
         budget: the mean number of active experts per token of a student; None: as in training.
         checkpoint: the choice among a run's students, see `load_student`.
         teacher: the place of the student's teacher, see `load_student`.
+        with_teacher: whether the teacher answers too, beside the student.
+        show_routing: whether each token is shown with its number of active experts.
+        as_json: whether one JSON object is printed in place of text.
+        sampling: see `SamplingOptions`.
 
     Raises:
-        UserError: there is no such model or checkpoint, or the prompt is empty.
+        UserError: there is no such model or checkpoint, the prompt is empty or too long, or an
+            option needs a student or a chat template.
+        KeyboardInterrupt: Ctrl-C ended the answer, which was printed as far as it was written.
     """
     check_prompt(prompt)
-    network, tokenizer = _load(model, pick_device(device), budget, checkpoint, teacher)
-    # The sampling of transformers takes no generator, so the global seed is set.
-    torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    first = load_speaker(
+        model, pick_device(device), budget=budget, checkpoint=checkpoint, teacher=teacher
     )
-    input_ids = torch.tensor([DocumentTokens(tokenizer).prompt(prompt)], device=network.device)
-    stop = getattr(network.generation_config, "eos_token_id", None)
-    output = network.generate(  # pyright: ignore[reportCallIssue]
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
-        **sampling,
-    )
-    text = tokenizer.decode(output[0], skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    for name, given in (("--with-teacher", with_teacher), ("--show-routing", show_routing)):
+        if given and first.loaded is None:
+            raise needs_student(name, model)
+    speakers = [first, load_teacher_speaker(first)] if with_teacher else [first]
+    chat = first.has_chat_template and not raw
+    if system is not None and not chat:
+        why = "--raw too" if raw else "a tokenizer without a chat template"
+        raise UserError(
+            f"--system: got {why}, expected a chat, which alone has a system message; leave"
+            f" {'one of them' if raw else '--system'} out"
+        )
+    prompt_ids = first.chat_ids(opening(system, prompt)) if chat else first.prompt_ids(prompt)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    colours = RoutingColours.of(first, console) if show_routing else None
+    if as_json:
+        answers = [speaker.answer(prompt_ids, sampling) for speaker in speakers]
+        by_name = {
+            speaker.name: answer.as_dict(with_tokens=show_routing)
+            for speaker, answer in zip(speakers, answers, strict=True)
+        }
+        given = {"prompt": prompt, "chat": chat, "system": system, "budget": budget}
+        result = {"model": model, **given, "sampling": sampling, "answers": by_name}
+        print(json.dumps(result, indent=2))
+    elif len(speakers) > 1:
+        answers = _side_by_side(speakers, prompt_ids, sampling, console, colours)
+    else:
+        answers = [_streamed(first, prompt_ids, sampling, console, colours, with_prompt=not chat)]
+    if any(answer.finish == "interrupted" for answer in answers):
+        raise KeyboardInterrupt
+    text = answers[0].text
+    return text if chat else "".join(token.text for token in answers[0].tokens)
 
 
-def _load(
-    model: str, device: torch.device, budget: float | None, checkpoint: str, teacher: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if is_student(model):
-        loaded = load_student(model, device, checkpoint, teacher)
-        if budget is not None:
-            set_budget(loaded.student, budget)
-        loaded.student.round_experts()
-        return loaded.student, loaded.tokenizer
-    refuse_for_dense(model, teacher)
-    for name, given in (("--budget", budget is not None), ("--checkpoint", checkpoint != "newest")):
-        if given:
-            raise UserError(
-                f"{name}: got {model}, a dense model, expected a student; leave {name} out"
-            )
-    if model != "embedded":
-        find_model(model, "MODEL")
-    dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
-    # Generation keeps a cache, which the attention for packed rows of training does not handle.
-    dense.set_attn_implementation(generation_attention(dense))
-    return dense, tokenizer
+def _streamed(
+    speaker: Speaker,
+    prompt_ids: list[int],
+    sampling: SamplingOptions,
+    console: Console,
+    colours: RoutingColours | None,
+    *,
+    with_prompt: bool,
+) -> Answer:
+    """Print an answer as it is written, and then a line about its speed on standard error."""
+    if colours is not None:
+        colours.explain(console)
+
+    def show(token: Token) -> None:
+        if with_prompt or not token.of_prompt:
+            print_token(console, token, colours)
+
+    answer = speaker.answer(prompt_ids, sampling, show)
+    console.print()
+    say(summary_line(answer))
+    return answer
+
+
+def _side_by_side(
+    speakers: Sequence[Speaker],
+    prompt_ids: list[int],
+    sampling: SamplingOptions,
+    console: Console,
+    colours: RoutingColours | None,
+) -> list[Answer]:
+    """Print the answers in one column each, on a terminal as they are written."""
+    answers: list[Answer] = []
+    tokens: list[list[Token]] = [[] for _ in speakers]
+    names = [speaker.name for speaker in speakers]
+    if colours is not None:
+        colours.explain(console)
+    with ExitStack() as stack:
+        # Without a terminal nothing is shown before the end.
+        live = Live(console=console, transient=True) if console.is_terminal else None
+        if live is not None:
+            stack.enter_context(live)
+        for speaker, written in zip(speakers, tokens, strict=True):
+
+            def show(token: Token, written: list[Token] = written) -> None:
+                if not token.of_prompt:
+                    written.append(token)
+                    if live is not None:
+                        live.update(columns(names, tokens, colours))
+
+            answers.append(speaker.answer(prompt_ids, sampling, show))
+            if answers[-1].finish == "interrupted":
+                break
+    console.print(columns(names, tokens, colours))
+    for name, answer in zip(names, answers, strict=False):
+        say(f"{name}: {summary_line(answer)}")
+    return answers

@@ -47,6 +47,7 @@ from tiny_onn.runs.folder import (
 from tiny_onn.runs.lock import run_lock
 from tiny_onn.runs.signals import Stopped, StopRequest, stop_on_signal
 from tiny_onn.runs.students import save_student
+from tiny_onn.runs.trackers import check_trackers
 
 AfterStep = Callable[[int, float], None]
 # A stopped run still evaluates its last step if the evaluation before took no longer.
@@ -60,6 +61,7 @@ def run_distill(
     resume: bool = False,
     allow_change: Sequence[str] = (),
     argv: Sequence[str] = (),
+    track: Sequence[str] = (),
     prepared: Prepared | None = None,
     title: str = "distill",
     evaluate_first: bool = True,
@@ -73,6 +75,7 @@ def run_distill(
         resume: Whether to continue from the folder's newest checkpoint.
         allow_change: Names of settings that may differ from the run's when it is resumed.
         argv: The command line, which is recorded.
+        track: Names of experiment trackers that get the records too, see `runs.trackers`.
         prepared: A teacher and student from the caller; None: they are made from the settings.
         title: The word with which the run's lines begin.
         evaluate_first: Whether to evaluate the untrained student.
@@ -83,6 +86,7 @@ def run_distill(
             folder, or too many updates in a row are not finite.
         KeyboardInterrupt: A signal came before the first step, or a second one came.
     """
+    check_trackers(track)
     if resume:
         # Taking the lock creates the folder, so a missing run is refused first.
         config = with_number_format_of(read_run_config(out), config)
@@ -100,6 +104,7 @@ def run_distill(
             prepared,
             out=out,
             resume=resume,
+            track=track,
             title=title,
             evaluate_first=evaluate_first,
             after_step=after_step,
@@ -113,6 +118,7 @@ def _train(
     *,
     out: Path,
     resume: bool,
+    track: Sequence[str],
     title: str,
     evaluate_first: bool,
     after_step: AfterStep,
@@ -121,7 +127,6 @@ def _train(
     """Run the loop of a prepared run; write the student if there is a last evaluation."""
     training = assemble(config, prepared.student, prepared.teacher)
     stream = training_rows(config, prepared.tokenizer)
-    rows = threshold_rows(config, prepared.tokenizer, training.student.device)
     state, checkpoints = RunState.new(config), out / "checkpoints"
     if resume:
         is_chosen = config.loss.chunk_tokens == 0
@@ -133,14 +138,14 @@ def _train(
         explain_out_of_memory(
             config, training.student, training.teacher.config, partial(way_on, checkpoints)
         ),
-        RunLog(out, config, title, span, state.metrics_offset) as log,
+        RunLog(out, config, title, span, state, track) as log,
         Checkpointer(checkpoints, config.train.keep_checkpoints) as writer,
     ):
         run = _Run(
             training=training,
             prepared=prepared,
             stream=stream,
-            threshold_rows=rows,
+            threshold_rows=threshold_rows(config, prepared.tokenizer, training.student.device),
             state=state,
             first_steps=FirstSteps(training.student, prepared.held_out, config),
             log=log,
@@ -347,20 +352,19 @@ class _Run:
     def _evaluate(self, kind: Literal["start", "eval", "end"]) -> Evaluation:
         state, config, student = self.state, self.training.config, self.training.student
         start = time.perf_counter()
+        fitted = fitted_eval_thresholds(student, self.threshold_rows, config.router.budget_scope)
         # A stopped run gets here only for a last evaluation that it can wait for.
-        breakable = nullcontext() if self.stop else self.stop.breakable()
-        scope = config.router.budget_scope
-        with breakable, fitted_eval_thresholds(student, self.threshold_rows, scope):
+        with nullcontext() if self.stop else self.stop.breakable(), fitted:
             result, layers = evaluate_layers(student, self.prepared.held_out, config.loss)
             self.stop.commit()
         self.eval_seconds = time.perf_counter() - start
-        self.log.evaluation(kind, result, layers, step=state.step, tokens=state.tokens)
+        position = {"step": state.step, "tokens": state.tokens}
+        self.log.evaluation(kind, result, layers, **position)
         best_kl = state.best["forward_kl"] if state.best else math.inf
         # An undisturbed run has no evaluation where a stopped one ends, so that is never the best.
         extra = kind == "end" and state.tokens < run_tokens(state.stage, config)
         if kind != "start" and not extra and result.forward_kl < best_kl:
-            measured = {"tokens": state.tokens, "forward_kl": result.forward_kl}
-            state.best = {"step": state.step, **measured}
+            state.best = {**position, "forward_kl": result.forward_kl}
             self._mark_best()
         return result
 

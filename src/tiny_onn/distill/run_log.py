@@ -14,10 +14,12 @@ from tiny_onn.distill.anomalies import Guard, provenance
 from tiny_onn.distill.health import HealthWatch
 from tiny_onn.distill.progress import RunProgress, show_blocks, show_evaluation
 from tiny_onn.distill.records import blocks_record, evaluation_record, step_record
+from tiny_onn.distill.run_state import RunState
 from tiny_onn.distill.stages import step_tokens
 from tiny_onn.distill.step import StepResult
 from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.runs.metrics import METRICS_NAME, MetricsWriter, read_metrics
+from tiny_onn.runs.trackers import Trackers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,16 +47,28 @@ class RunLog(ExitStack):
         config: The settings.
         title: The word with which the run's lines begin.
         span: Numbers of tokens at which the bar begins and ends.
-        offset: Number of bytes of an existing metrics file to keep.
+        state: The progress so far, of which it takes the steps, and the number of bytes of an
+            existing metrics file to keep.
+        track: Names of experiment trackers that get the records too.
     """
 
-    def __init__(
-        self, out: Path, config: RunConfig, title: str, span: tuple[int, int], offset: int
+    def __init__(  # noqa: PLR0917
+        self,
+        out: Path,
+        config: RunConfig,
+        title: str,
+        span: tuple[int, int],
+        state: RunState,
+        track: Sequence[str],
     ) -> None:
         super().__init__()
         self._config, self._title = config, title
-        self.metrics = self.enter_context(closing(MetricsWriter(out / METRICS_NAME, offset)))
-        self._health = HealthWatch(config, title, read_metrics(out / METRICS_NAME))
+        self._trackers = self.enter_context(Trackers(out, track, config, state.step))
+        path, offset = out / METRICS_NAME, state.metrics_offset
+        self.metrics = self.enter_context(closing(MetricsWriter(path, offset)))
+        kept = read_metrics(path)
+        self._trackers.replay(kept)
+        self._health = HealthWatch(config, title, kept)
         done_tokens, total_tokens = span
         self._progress = self.enter_context(RunProgress(title, total_tokens, done_tokens))
 
@@ -141,4 +155,5 @@ class RunLog(ExitStack):
 
     def _write(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)
+        self._trackers.log(record)
         self._health.observe(record)

@@ -21,7 +21,7 @@ from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.planning.costs import forward_flops
 from tiny_onn.routing.document_k import DocumentK
 from tiny_onn.routing.statistics import OracleStats, RoutingStats, RoutingSummary
-from tiny_onn.teacher.held_out import HeldOut
+from tiny_onn.teacher.held_out import HeldOut, TaughtText
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +95,7 @@ class Comparison:
 @torch.no_grad()
 def compare(
     model: PreTrainedModel,
-    held_out: HeldOut,
+    held_out: TaughtText,
     loss: LossConfig,
     after_row: Callable[[PackedRow], None] = lambda _: None,
 ) -> Comparison:
@@ -208,8 +208,14 @@ def unigram_nll(labels: Int[Tensor, " labels"]) -> float:
     the same labels. Source: Miller, "Note on the bias of information estimates", 1955.
     """
     _, counts = labels.unique(return_counts=True)
-    share = counts.double() / max(1, len(labels))
-    bias = (len(counts) - 1) / max(1, 2 * len(labels))
+    return frequency_nll(counts)
+
+
+def frequency_nll(counts: Int[Tensor, " distinct"]) -> float:
+    """Return `unigram_nll` from how often each token that occurs is a label."""
+    total = int(counts.sum())
+    share = counts.double() / max(1, total)
+    bias = (len(counts) - 1) / max(1, 2 * total)
     return float(torch.special.entr(share).sum()) + bias
 
 

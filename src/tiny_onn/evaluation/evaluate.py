@@ -1,21 +1,29 @@
-"""The verb `eval`: a student's quality and cost on held-out text, compared with its teacher's."""
+"""The verb `eval`: a student's quality and cost on text, compared with its teacher's."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NotRequired, TypedDict, Unpack
+from typing import Any, NotRequired, TypedDict, Unpack
+
+from transformers import PreTrainedModel
 
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RouterConfig
 from tiny_onn.console import status
-from tiny_onn.data.rows import held_out_rows, text_rows
+from tiny_onn.data.passages import Passages, held_out_passages, text_passages
 from tiny_onn.device import pick_device
-from tiny_onn.evaluation.compare import compare, evaluate
+from tiny_onn.errors import UserError
+from tiny_onn.evaluation.compare import compare
+from tiny_onn.evaluation.document_sums import CONFIDENCE, NUM_RESAMPLES
+from tiny_onn.evaluation.exact import at_exactly, missing, surround
+from tiny_onn.evaluation.measure import Measured, measure
 from tiny_onn.runs.students import LoadedStudent, load_student, load_teacher_of
-from tiny_onn.teacher.held_out import HeldOut
+from tiny_onn.teacher.held_out import TaughtText
 from tiny_onn.teacher.load import teacher_for
 
 # The share by which a mean number of experts may miss its budget before it is off target.
 BUDGET_TOLERANCE = 0.02
+# The seed of all resamples, so that intervals at several budgets come from the same draws.
+SEED = 0
 
 
 def budget_report(mean_k: float, router: RouterConfig) -> dict[str, float | bool] | None:
@@ -49,14 +57,66 @@ class EvalOptions(TypedDict):
     device: str
     """The device to run on."""
     max_tokens: int
-    """The maximum number of tokens to read."""
+    """The maximum number of tokens to read; 0: the whole text."""
+    stride: NotRequired[int | None]
+    """The distance of overlapping windows; None: windows do not overlap."""
     checkpoint: NotRequired[str]
     """The choice among a run's students; see `load_student`."""
     teacher: NotRequired[str | None]
     """The place of the student's teacher; see `load_student`."""
 
 
-def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, object]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """A student, its teacher and the text to measure both on."""
+
+    loaded: LoadedStudent
+    dense: PreTrainedModel
+    passages: Passages
+    source: str
+    """The description of the text in messages."""
+    text: TaughtText
+
+    def measure(self, budgets: list[float | None]) -> list[Measured]:
+        """Measure the student at budgets; None stands for the student as it is deployed.
+
+        Raises:
+            UserError: the text cannot be read, or the student cannot run at a budget.
+        """
+        shown = [f"{budget:g}" for budget in budgets if budget is not None]
+        at = f" with {', '.join(shown)} experts per token" if shown else ""
+        with status(f"Evaluating on {self.source}{at}"):
+            return measure(
+                self.loaded.student,
+                self.text,
+                self.loaded.tokenizer,
+                budgets,
+                sources=self.passages.sources,
+            )
+
+    def surround(self, points: list[Measured], wanted: list[float]) -> list[Measured]:
+        """Measure at budgets around the asked k, see `exact.surround`."""
+        config = self.loaded.student.config
+        least = float(config.routing_rule().num_shared + 1)
+        limits = (least, float(config.num_experts))
+        return surround(points, wanted, lambda budgets: self.measure([*budgets]), limits)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was measured, on which text, and how the intervals are made."""
+        return {
+            "step": self.loaded.step,
+            "teacher": self.loaded.config.teacher.path,
+            "text": self.source,
+            "windows": {"tokens": self.passages.row_tokens, "stride": self.passages.stride},
+            "intervals_are": {
+                "confidence": CONFIDENCE,
+                "resamples": NUM_RESAMPLES,
+                "method": "paired bootstrap of documents",
+            },
+        }
+
+
+def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, Any]:
     """Compare a student with its teacher, on a text or on the held-out text of its run.
 
     The teacher is the dense model without quantisation. If the run quantised its teacher,
@@ -66,24 +126,47 @@ def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, object]:
         model: a run folder or a student's folder.
         options: see `EvalOptions`.
 
+    Returns:
+        The numbers of the student as it is deployed with their `intervals`; `domains`, the same by
+        domain; `budget`; and `at_k`, the numbers at exactly the target (`exact.at_exactly`), or
+        None, and then `at_k_missing` is the reason.
+
     Raises:
         UserError: there is no such model or text, or the teacher cannot be had or is another model.
     """
-    loaded, held_out, source = load_for_eval(model, **options)
-    with status(f"Evaluating on {source}"):
-        result = evaluate(loaded.student, held_out, loaded.config.loss)
-    measured: dict[str, object] = dict(asdict(result))
-    if loaded.config.teacher.quantization != "none":
-        settings = replace(loaded.config.teacher, placement="separate")
-        quantised = teacher_for(held_out.teacher, settings)
-        measured["quantised_teacher"] = asdict(compare(quantised, held_out, loaded.config.loss))
-    subject = {"model": model, "step": loaded.step, "teacher": loaded.config.teacher.path}
-    budget = budget_report(result.mean_k, loaded.config.router)
-    return {**subject, "text": source, **measured, "budget": budget}
+    bench = load_for_eval(model, **options)
+    router = bench.loaded.config.router
+    (deployed,) = bench.measure([None])
+    result: dict[str, Any] = {"model": model, **bench.facts(), **deployed.numbers()}
+    result["intervals"] = deployed.intervals(SEED)
+    result["budget"] = budget_report(deployed.evaluation.mean_k, router)
+    result |= _at_target(bench, deployed, router)
+    result["domains"] = deployed.domains(SEED)
+    if bench.loaded.config.teacher.quantization != "none":
+        settings = replace(bench.loaded.config.teacher, placement="separate")
+        quantised = teacher_for(bench.dense, settings)
+        compared = compare(quantised, bench.text, bench.loaded.config.loss)
+        result["quantised_teacher"] = asdict(compared)
+    return result
 
 
-def load_for_eval(model: str, **options: Unpack[EvalOptions]) -> tuple[LoadedStudent, HeldOut, str]:
-    """Load a student, its teacher with the rows to measure on, and a description of these rows.
+def _at_target(bench: Bench, deployed: Measured, router: RouterConfig) -> dict[str, Any]:
+    """Return `at_k`, and `at_k_missing` where there is nothing to read."""
+    target = router.target_k if has_budget(router) else deployed.evaluation.mean_k
+    points = [deployed]
+    if missing(points, [target]):
+        try:
+            points += bench.surround(points, [target])
+        except UserError as error:
+            return {"at_k": None, "at_k_missing": str(error).removeprefix("--budget: ")}
+    found = at_exactly(points, target, SEED)
+    if found is None:
+        return {"at_k": None, "at_k_missing": "no budget gave a mean k beyond the target"}
+    return {"at_k": found}
+
+
+def load_for_eval(model: str, **options: Unpack[EvalOptions]) -> Bench:
+    """Load a student and its teacher, and find the text to measure them on.
 
     Args:
         model: a run folder or a student's folder.
@@ -97,11 +180,18 @@ def load_for_eval(model: str, **options: Unpack[EvalOptions]) -> tuple[LoadedStu
     loaded = load_student(model, device, checkpoint, options.get("teacher"))
     with status(f"Loading the teacher, {loaded.config.teacher.path}"):
         dense = load_teacher_of(loaded, device)
-    data = loaded.config.data
-    rows = (
-        held_out_rows(data, loaded.tokenizer, data.row_tokens, options["max_tokens"])
+    data, tokenizer = loaded.config.data, loaded.tokenizer
+    limits = {"stride": options.get("stride"), "max_tokens": options["max_tokens"]}
+    passages = (
+        held_out_passages(data, tokenizer, **limits)
         if text is None
-        else text_rows(text, loaded.tokenizer, data, options["max_tokens"])
+        else text_passages(text, data, tokenizer, **limits)
     )
     source = "held-out text of " + ", ".join(data.sources) if text is None else str(text)
-    return loaded, HeldOut(dense, rows), source
+    return Bench(
+        loaded=loaded,
+        dense=dense,
+        passages=passages,
+        source=source,
+        text=TaughtText(dense, passages),
+    )

@@ -1,16 +1,16 @@
 """The verb `eval` at several budgets: one student's quality as a function of its FFN FLOPs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from tiny_onn.console import say, status
+from tiny_onn.console import say
 from tiny_onn.errors import UserError
-from tiny_onn.evaluation.compare import evaluate
-from tiny_onn.evaluation.evaluate import EvalOptions, load_for_eval
+from tiny_onn.evaluation.evaluate import SEED, Bench, EvalOptions, load_for_eval
+from tiny_onn.evaluation.exact import at_exactly
+from tiny_onn.evaluation.measure import Measured
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.report.frontier import html_page
-from tiny_onn.routing.budgets import set_budget
 from tiny_onn.runs.files import write_json
 
 # The default budgets, as shares of the number of experts.
@@ -31,26 +31,47 @@ def run_frontier(
     Raises:
         UserError: there is no such model or text, or the student cannot run at a budget.
     """
-    loaded, held_out, source = load_for_eval(model, **options)
-    student = loaded.student
-    budgets = budgets or default_budgets(student)
-    for budget in budgets:
-        # All budgets are checked before the first one is measured, which takes long.
-        set_budget(student, budget)
-    points = []
-    for budget in budgets:
-        with status(f"Evaluating with {budget:g} experts per token"):
-            set_budget(student, budget)
-            result = evaluate(student, held_out, loaded.config.loss)
-        points.append({"budget": float(budget), **result.as_dict()})
-    frontier = {
-        "model": model,
-        "step": loaded.step,
-        "teacher": loaded.config.teacher.path,
-        "text": source,
+    bench = load_for_eval(model, **options)
+    frontier = {"model": model, **measure_frontier(bench, budgets)}
+    write_frontier(frontier, out)
+    return frontier
+
+
+def measure_frontier(bench: Bench, budgets: Sequence[float] = ()) -> dict[str, Any]:
+    """Evaluate a student at several budgets, and read its numbers at exactly these mean k.
+
+    Args:
+        bench: the student and the text.
+        budgets: mean numbers of active experts per token; empty: `default_budgets`.
+
+    Returns:
+        The numbers of `Bench.facts`; `points`, one for each budget, with `intervals`; `beside`, the
+        further points that were measured to have some around each budget; and `exact`, the numbers
+        at exactly each budget, see `exact.at_exactly`, without those that no points lie around.
+
+    Raises:
+        UserError: the text cannot be read, or the student cannot run at a budget.
+    """
+    student = bench.loaded.student
+    wanted = [float(k) for k in budgets or default_budgets(student)]
+    measured = bench.measure([*wanted])
+    beside = bench.surround(measured, wanted)
+    exact = [at_exactly([*measured, *beside], k, SEED) for k in wanted]
+    return {
+        **bench.facts(),
         "num_experts": student.config.num_experts,
-        "points": points,
+        "points": [_point(point) for point in measured],
+        "beside": [_point(point) for point in beside],
+        "exact": [found for found in exact if found is not None],
     }
+
+
+def write_frontier(frontier: Mapping[str, Any], out: Path) -> None:
+    """Write `frontier.json` and `frontier.html`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "frontier.json", frontier)
@@ -60,7 +81,11 @@ def run_frontier(
         raise UserError(
             f"--out: got {out}, expected a folder to write to ({error.strerror}); choose another"
         ) from error
-    return frontier
+
+
+def _point(measured: Measured) -> dict[str, Any]:
+    intervals = measured.intervals(SEED)
+    return {"budget": measured.budget, **measured.numbers(), "intervals": intervals}
 
 
 def default_budgets(student: TinyOnnForCausalLM) -> list[float]:

@@ -64,12 +64,17 @@ def view_of_run(run: Path, device: str, teacher: str | None = None) -> dict[str,
     kept = kept_view(run)
     if kept is not None:
         return kept
-    loaded, held_out, _ = load_for_eval(
+    bench = load_for_eval(
         str(run), text=None, device=device, max_tokens=VIEW_TOKENS, teacher=teacher
     )
+    loaded = bench.loaded
     with status("Measuring single tokens"):
         view = measure_view(
-            loaded.student, held_out.teacher, loaded.tokenizer, held_out.rows, loaded.config.loss
+            loaded.student,
+            bench.dense,
+            loaded.tokenizer,
+            list(bench.passages),
+            loaded.config.loss,
         )
     return keep_view(run, view)
 

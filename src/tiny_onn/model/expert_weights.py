@@ -82,6 +82,17 @@ class Experts(nn.Module):
         """
         self.down_proj.data = self.down_proj.data.mT.contiguous().mT
 
+    @torch.no_grad()
+    def store_for_generation(self) -> None:
+        """Keep both weights in memory as generation reads them; their shapes and values stay.
+
+        The decoding kernels of a GPU read `gate_up_proj` row by row. A CPU reads it column by
+        column, because it then computes all active experts in one call (`ops/active_experts.py`).
+        """
+        self.store_by_neuron()
+        if self.gate_up_proj.device.type == "cpu":
+            self.gate_up_proj.data = self.gate_up_proj.data.mT.contiguous().mT
+
     def forward(
         self,
         hidden_states: Float[Tensor, "tokens hidden"],

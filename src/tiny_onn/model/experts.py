@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tiny_onn.model.expert_weights import Experts
 from tiny_onn.model.exploration import Exploration
 from tiny_onn.model.router import TIE_BREAK, Router, Routing, RoutingRule
-from tiny_onn.ops import decode, dense_masked, grouped, sparse
+from tiny_onn.ops import active_experts, decode, dense_masked, grouped, sparse
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.router_gradient import SmkStep
@@ -32,7 +32,8 @@ class Execution:
     """`dense` computes every expert on every token and masks the inactive ones, `grouped` computes
     each expert on its own tokens, `sparse` does so by Triton kernels, which need a GPU. While
     torch.compile traces a bank, `dense` stands in for `sparse`. In evaluation mode and without
-    gradients, a few tokens on a GPU with triton take `ops/decode.py` whatever the path."""
+    gradients, whatever the path, all tokens on a CPU take `ops/active_experts.py` and a few tokens
+    on a GPU with triton take `ops/decode.py`."""
     compiled: bool = False
     """True if the elementwise regions are compiled."""
     chunk_tokens: int = 0
@@ -134,22 +135,25 @@ class ExpertBank(nn.Module):
         router reads the uncast input, so that autocast does not change the routing.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if not (self.training or torch.is_grad_enabled()) and self._can_decode(x_TD):
+        evaluating = not (self.training or torch.is_grad_enabled())
+        if evaluating and self._can_decode(x_TD):
             return in_autocast_format(self._decode(x_TD)).view_as(hidden_states)
         execution, row = self.execution, self.row
         routing = self.route(x_TD if self._reaches_input() else x_TD.detach())
         self._record(x_TD, routing)
         weights_TE = routing.weights if execution.coupled else routing.weights.detach()
-        weights_TE = self.scaled(weights_TE, x_TD)
-        layer = partial(
-            self._layer(),
-            weights_TE=weights_TE,
-            router_logits_TE=routing.router_logits,
-            active_TE=routing.active,
-            token_mask_T=row.token_mask,
-            smk=row.smk,
-            compiled=execution.compiled,
-        )
+        routed = {"weights_TE": self.scaled(weights_TE, x_TD), "active_TE": routing.active}
+        if evaluating and active_experts.can_compute(x_TD):
+            layer = partial(active_experts.expert_layer, activation=self.activation, **routed)
+        else:
+            layer = partial(
+                self._layer(),
+                router_logits_TE=routing.router_logits,
+                token_mask_T=row.token_mask,
+                smk=row.smk,
+                compiled=execution.compiled,
+                **routed,
+            )
         y_TD = self.experts(x_TD, layer=layer)
         if self.mean_outputs is not None:
             missing_TE = self.missing(routing).to(y_TD.dtype)

@@ -23,11 +23,13 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.model.backbone import decoder_layers, expert_bank, gated_mlps, generation_attention
 from tiny_onn.model.backbone_mode import in_mlp, set_backbone_mode
 from tiny_onn.model.configuration import TinyOnnConfig
 from tiny_onn.model.experts import ExpertBank
+from tiny_onn.model.fine_tuning import describe_learning, set_learning
 from tiny_onn.model.old_layout import register_old_layout
 from tiny_onn.model.router import follow_sequences
 from tiny_onn.model.sequence_budget import UNMEASURED, Controller, follow
@@ -67,6 +69,7 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             layer.mlp = expert_bank(mlp, config)
         self._controller_hooks: tuple[RemovableHandle, ...] = ()
         self._install_controller()
+        self._described = False
         self.post_init()
 
     def forward(  # noqa: D102, PLR0917 - transformers' contract
@@ -81,6 +84,14 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,  # noqa: ANN401 - the backbone's own arguments
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        if (
+            labels is not None
+            and self.training
+            and not self._described
+            and not torch.compiler.is_compiling()
+        ):
+            self._described = True
+            say(self.describe_learning())
         # The arguments are spelled out because `generate` passes only those that a signature names.
         return self.backbone(
             input_ids=input_ids,
@@ -200,21 +211,58 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             for weight in (*bank.experts.parameters(), bank.mean_outputs):
                 if weight is not None:
                     weight.data = weight.data.to(self.dtype)
-            bank.experts.store_by_neuron()
+            bank.experts.store_for_generation()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters of experts and routers, which distillation trains, by name."""
         return {name: p for name, p in self.named_parameters() if in_mlp(name)}
 
-    def freeze_backbone(self) -> None:
-        """Freeze all but the experts, for training loops other than this package's.
+    def fine_tune(
+        self, *, experts: bool = True, gates: bool = False, backbone: bool = False
+    ) -> str:
+        """Choose what learns in a training loop other than this package's; freeze the rest.
 
-        Every parameter of a loaded student is trainable. Routers never get a gradient from the loss
-        of another loop, so they are frozen too, and go on routing as they do.
+        Call this method after loading and after `set_budget`, and before PEFT or `Trainer`. It also
+        makes training route by the thresholds of evaluation.
+
+        Args:
+            experts: whether the experts learn, and their mean outputs and scales if they have any.
+            gates: whether the gates learn: the loss' gradient reaches them through the routing
+                weights, straight through where an active expert's weight is always 1. The
+                thresholds stay, so that the mean number of experts can drift.
+            backbone: whether all else learns: embeddings, attention, norms and the head.
+
+        Returns:
+            The line of `describe_learning`.
+
+        Raises:
+            UserError: the gates shall learn, and the student's selection does not read them.
         """
-        self.requires_grad_(False)
-        for name, parameter in self.trainable().items():
-            parameter.requires_grad_(".router." not in name)
+        chosen = {"experts": experts, "gates": gates, "backbone": backbone}
+        kinds = {kind for kind, learns in chosen.items() if learns}
+        set_learning(self.banks(), self.named_parameters(), kinds)
+        self.train(self.training)
+        return self.describe_learning()
+
+    def describe_learning(self) -> str:
+        """Return a line that says which parameters learn, and what becomes of the gates.
+
+        The first forward pass with labels in training mode prints this line.
+        """
+        return describe_learning(self.banks(), self.named_parameters())
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Load a student as transformers does, its gates frozen until `fine_tune` lets them learn.
+
+        No other training loop's loss would reach them, and data-parallel training refuses
+        parameters that require a gradient and get none.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        student = loaded[0] if isinstance(loaded, tuple) else loaded
+        for bank in student.banks():
+            bank.router.requires_grad_(False)
+        return loaded
 
 
 class TinyOnnModel(TinyOnnForCausalLM):

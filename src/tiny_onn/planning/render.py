@@ -8,6 +8,7 @@ from rich.table import Table
 
 from tiny_onn.planning.costs import StepFlops
 from tiny_onn.planning.memory import RUNTIME_BYTES
+from tiny_onn.planning.pictures import RUNTIME, memory_stacks, time_stacks
 from tiny_onn.planning.plan import Plan, card_lines
 from tiny_onn.planning.sources import GIB
 
@@ -22,6 +23,10 @@ def render(plan: Plan) -> Group:
         *([_card_table(plan)] if card_lines(plan) else []),
         _flops_table(plan),
         _memory_table(plan),
+        memory_stacks(plan),
+        "",
+        time_stacks(plan),
+        "",
         *_time_lines(plan),
     )
 
@@ -97,9 +102,7 @@ def _memory_table(plan: Plan) -> Table:
     table = _table(f"Memory at the peak of a step ({plan.peak.name})", "", "GiB")
     for name, number in plan.peak.parts.items():
         table.add_row(name, f"{number / GIB:,.3f}")
-    table.add_row(
-        "interpreter, libraries, context", f"{RUNTIME_BYTES[plan.device.type] / GIB:,.3f}"
-    )
+    table.add_row(RUNTIME, f"{RUNTIME_BYTES[plan.device.type] / GIB:,.3f}")
     has = plan.device.memory_bytes / GIB
     verdict = "fits" if plan.fits else "does not fit"
     total = f"[bold]{plan.peak_bytes / GIB:,.3f}[/bold]"

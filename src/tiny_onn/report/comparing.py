@@ -1,27 +1,29 @@
 """Comparison of runs at equal compute, with the differences of their settings.
 
-A budget is met within a few percent only, and a few percent of the experts change the KL. So a run
-that was measured at several budgets (`frontier.json`) is read at exactly the k of the other runs,
-on the chord between the two measurements around that k. The KL usually falls ever more slowly with
-k, so that chords lie above the curve, and reading between measurements does not flatter a run.
+A budget is met within a few percent only, and a few percent of the experts change the KL. So each
+run has two sets of numbers: those of its own last evaluation, as it is deployed, and those at
+exactly the k of the comparison, which `exact_k` reads between two measurements at several budgets
+(`frontier.json`).
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from tiny_onn.report.exact_k import EQUAL_K, at_k, neighbours, perplexity
 from tiny_onn.report.run_data import Run
 
-# The shares by which k, and the teacher's own loss, of two runs may differ and count as equal.
-EQUAL_K = 1e-3
+# The share by which the teacher's own loss of two runs may differ and count as equal.
 EQUAL_LOSS = 1e-3
 # The share by which a run's k may differ from the comparison's k while the run is still ranked by
 # its KL; runs that differ more are ranked after all others.
 NEAR_K = 0.02
 # The marks of numbers at another k, and of numbers on another text.
 OTHER_K, OTHER_TEXT = " *", " #"
+# What is told of a measurement that numbers were read from.
+ENDS = ("mean_k", "forward_kl", "thresholds")
 NUMBERS = ("forward_kl", "top1_agreement", "student_nll", "ffn_flops", "total_flops")
 
 
@@ -45,9 +47,25 @@ class Row:
     perplexity: float
     ffn_flops: float
     total_flops: float
+    deployed_kl: float
+    """The KL of the run's own last evaluation, at `measured_k`."""
+    deployed_perplexity: float
+    interval: Sequence[float] | None
+    """The 95 % interval of `forward_kl` over documents, if `eval` measured it at this k."""
+    between: Sequence[Mapping[str, Any]]
+    """The measurements that were read between, with `mean_k` and `thresholds` if those are known;
+    one if the k itself was measured, none if the run cannot be read at that k."""
     verdict: str
     settings: Mapping[str, Any]
     """The settings that differ between the runs, by name."""
+
+
+class NamedTable(NamedTuple):
+    """A table as text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +80,16 @@ class Comparison:
         """Return the comparison as indented JSON."""
         return json.dumps(asdict(self), indent=2)
 
-    def tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-        """Return header and rows, as text, of the numbers, and of the settings if some differ."""
-        header = ("run", "k", "KL", "agree", "perplexity", "MFLOPs", "tokens", "health")
-        numbers = [
+    def tables(self) -> list[NamedTable]:
+        """Return the numbers at equal compute, those as deployed, and the settings that differ."""
+        with_interval = any(row.interval is not None for row in self.rows)
+        header = ("run", "k", "KL", *(["95 %"] * with_interval), "agree", "perplexity", "MFLOPs")
+        at_k = [
             (
                 row.name,
                 f"{row.mean_k:.2f}{'' if row.equal else OTHER_K}",
                 f"{row.forward_kl:.4f}{'' if row.same_text else OTHER_TEXT}",
+                *([_shown_interval(row)] * with_interval),
                 f"{row.top1_agreement:.1%}",
                 f"{row.perplexity:.2f}",
                 mflops(row.ffn_flops),
@@ -78,20 +98,34 @@ class Comparison:
             )
             for row in self.rows
         ]
+        deployed = [
+            (
+                row.name,
+                f"{row.measured_k:.2f}",
+                f"{row.deployed_kl:.4f}{'' if row.same_text else OTHER_TEXT}",
+                f"{row.deployed_perplexity:.2f}",
+            )
+            for row in self.rows
+        ]
+        tables = [
+            NamedTable("At equal compute", (*header, "tokens", "health"), [*at_k]),
+            NamedTable("As deployed", ("run", "k", "KL", "perplexity"), [*deployed]),
+        ]
         names = list(self.rows[0].settings) if self.rows else []
         settings = [(name, *(shown(row.settings[name]) for row in self.rows)) for name in names]
-        tables: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [(header, [*numbers])]
         if settings:
-            tables.append((("setting", *(row.name for row in self.rows)), settings))
+            header = ("setting", *(row.name for row in self.rows))
+            tables.append(NamedTable("What differs in the settings", header, [*settings]))
         return tables
 
     def markdown(self) -> str:
         """Return the tables in Markdown, under a line on how to read them."""
         escape = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;"})
         parts = [self.caption()]
-        for header, rows in self.tables():
+        for title, header, rows in self.tables():
             lines = [[cell.translate(escape) for cell in row] for row in (header, *rows)]
             lines.insert(1, ["---"] * len(header))
+            parts.append(f"{title}:")
             parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
         return "\n\n".join(parts) + "\n"
 
@@ -101,6 +135,14 @@ class Comparison:
             f"Held-out KL to the teacher at {self.mean_k:.2f} active experts per token, the"
             " smallest first; FFN MFLOPs per token."
         )
+        read = [row for row in self.rows if len(row.between) > 1]
+        if read:
+            text += (
+                " Between two measurements the logarithm of the KL is read on a straight line over"
+                " k, and the other numbers on a straight line: "
+                + "; ".join(f"{row.name} {_ends(row)}" for row in read)
+                + "."
+            )
         if any(not row.equal for row in self.rows):
             text += (
                 f" {OTHER_K.strip()} marks a run that was not measured around that k:"
@@ -114,6 +156,23 @@ class Comparison:
         return text
 
 
+def _shown_interval(row: Row) -> str:
+    return "" if row.interval is None else "{:.4f} to {:.4f}".format(*row.interval)
+
+
+def _ends(row: Row) -> str:
+    return " and ".join(shown_end(end) for end in row.between)
+
+
+def shown_end(end: Mapping[str, Any]) -> str:
+    """Describe a measurement by its k, and by the mean of its layers' thresholds if it has any."""
+    thresholds = end.get("thresholds")
+    if not thresholds:
+        return f"k = {end['mean_k']:.3f}"
+    mean = sum(thresholds) / len(thresholds)
+    return f"k = {end['mean_k']:.3f} (threshold {mean:.4g}, mean over layers)"
+
+
 def shown(value: object) -> str:
     """Return a setting's value as TOML and JSON write it."""
     return json.dumps(value)
@@ -124,41 +183,34 @@ def points_of(run: Run) -> list[dict[str, Any]]:
 
     The last evaluation counts as a point of the frontier if it was made on the same text.
     """
-    measured: list[Mapping[str, Any]] = list(run.frontier["points"]) if run.frontier else []
+    measured: list[Mapping[str, Any]] = []
+    if run.frontier:
+        # Runs of an earlier version have no points beside their budgets.
+        measured += [*run.frontier["points"], *run.frontier.get("beside", ())]
     if run.last is not None and (not measured or same_text(measured[0], run.last)):
         measured.append(run.last)
     names = ("mean_k", "num_tokens", "teacher_nll", "dense_ffn_flops", *NUMBERS)
-    points = {point["mean_k"]: {name: point[name] for name in names} for point in measured}
+    points: dict[float, dict[str, Any]] = {}
+    for point in measured:
+        optional = {name: point[name] for name in ("thresholds", "intervals") if name in point}
+        # An evaluation of the run at the k of a point adds nothing to that point.
+        points.setdefault(point["mean_k"], {**{name: point[name] for name in names}, **optional})
     return [points[k] for k in sorted(points)]
+
+
+def interval_at(run: Run, mean_k: float) -> Sequence[float] | None:
+    """Return the 95 % interval of the KL at exactly `mean_k`; None if `eval` gave none there."""
+    exact = run.frontier.get("exact", ()) if run.frontier else ()
+    for found in exact:
+        if math.isclose(found["mean_k"], mean_k, rel_tol=EQUAL_K):
+            return found["intervals"]["forward_kl"]
+    return None
 
 
 def same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return True if two evaluations agree in their size and the teacher's loss on the text."""
     close = math.isclose(one["teacher_nll"], other["teacher_nll"], rel_tol=EQUAL_LOSS)
     return one["num_tokens"] == other["num_tokens"] and close
-
-
-def at_k(points: Sequence[Mapping[str, Any]], mean_k: float) -> dict[str, Any] | None:
-    """Return the numbers at exactly `mean_k`, on the chord between the neighbouring points.
-
-    Args:
-        points: the measured points of a run, from `points_of`.
-        mean_k: the mean number of active experts per token.
-
-    Returns:
-        The numbers, or None if no points lie around `mean_k`.
-    """
-    for point in points:
-        if math.isclose(point["mean_k"], mean_k, rel_tol=EQUAL_K):
-            return dict(point)
-    below = [point for point in points if point["mean_k"] < mean_k]
-    above = [point for point in points if point["mean_k"] > mean_k]
-    if not below or not above:
-        return None
-    low, high = below[-1], above[0]
-    share = (mean_k - low["mean_k"]) / (high["mean_k"] - low["mean_k"])
-    on_chord = {name: low[name] + share * (high[name] - low[name]) for name in NUMBERS}
-    return {**low, **on_chord, "mean_k": mean_k}
 
 
 def common_k(runs: Sequence[Run]) -> float:
@@ -197,6 +249,8 @@ def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
         assert last is not None
         at_equal_k = at_k(points, k)
         numbers: Mapping[str, Any] = last if at_equal_k is None else at_equal_k
+        low, high = neighbours(points, k) or (None, None)
+        ends = [] if low is None or high is None else [low] if low is high else [low, high]
         rows.append(
             Row(
                 name=run.name,
@@ -207,9 +261,20 @@ def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
                 tokens=run.tokens,
                 forward_kl=numbers["forward_kl"],
                 top1_agreement=numbers["top1_agreement"],
-                perplexity=exp(numbers["student_nll"]),
+                perplexity=perplexity(numbers["student_nll"]),
                 ffn_flops=numbers["ffn_flops"],
                 total_flops=numbers["total_flops"],
+                deployed_kl=last["forward_kl"],
+                deployed_perplexity=perplexity(last["student_nll"]),
+                interval=interval_at(run, k) if same_text(points[0], last) else None,
+                between=[
+                    {
+                        name: end[name]
+                        for name in ("mean_k", "forward_kl", "thresholds")
+                        if name in end
+                    }
+                    for end in ends
+                ],
                 verdict=run.health["verdict"],
                 settings={name: setting(run.config, name) for name in names},
             )
@@ -249,8 +314,3 @@ def mflops(flops: float) -> str:
     """Return FLOPs in millions, to four digits or to the unit."""
     millions = flops / 1e6
     return f"{millions:,.0f}" if millions >= 1000 else f"{millions:#.4g}"
-
-
-def exp(nll: float) -> float:
-    """Return the perplexity of a loss, infinite if it is too large for a float."""
-    return math.exp(nll) if nll < 700 else math.inf

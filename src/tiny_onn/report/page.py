@@ -77,36 +77,45 @@ def report_page(runs: Sequence[Run]) -> str:
     passages = {
         key: {"num_experts": view["num_experts"], **view["passage"]} for key, view in views.items()
     }
-    environment = Environment(
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            title=", ".join(run.name for run in runs),
+            runs=runs,
+            details=details,
+            training=training,
+            frontier=frontier,
+            headline=tables.headline(runs),
+            against=sentences.against_controls(runs),
+            differences=tables.differences(runs),
+            settings=tables.settings(runs),
+            provenance=tables.provenance(runs),
+            style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
+            script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
+            library=Markup(library()),
+            data=script_json(
+                {
+                    "charts": charts.specs,
+                    "passages": passages,
+                    "themes": {theme: vega_config(theme) for theme in THEMES},
+                }
+            ),
+        )
+    )
+
+
+def environment() -> Environment:
+    """Return the templates of this folder, which escape all text."""
+    found = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["code"] = code
-    return environment.get_template("page.html").render(
-        title=", ".join(run.name for run in runs),
-        runs=runs,
-        details=details,
-        training=training,
-        frontier=frontier,
-        headline=tables.headline(runs),
-        against=sentences.against_controls(runs),
-        differences=tables.differences(runs),
-        settings=tables.settings(runs),
-        provenance=tables.provenance(runs),
-        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-        script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
-        library=Markup(library()),
-        data=script_json(
-            {
-                "charts": charts.specs,
-                "passages": passages,
-                "themes": {theme: vega_config(theme) for theme in THEMES},
-            }
-        ),
-    )
+    found.filters["code"] = code
+    return found
 
 
 def code(text: str) -> Markup:

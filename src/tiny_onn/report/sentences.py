@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from tiny_onn.report.comparing import EQUAL_K, at_k, mflops, points_of, same_text
+from tiny_onn.report.comparing import mflops, points_of, same_text
+from tiny_onn.report.exact_k import EQUAL_K, at_k
 from tiny_onn.report.run_data import Record, Run
 
 # The number of last steps over which a sentence averages.

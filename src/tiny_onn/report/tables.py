@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tiny_onn.report.comparing import at_k, differing, exp, mflops, points_of, same_text, setting
+from tiny_onn.report.comparing import (
+    differing,
+    interval_at,
+    mflops,
+    points_of,
+    same_text,
+    setting,
+)
+from tiny_onn.report.exact_k import at_k, perplexity
 from tiny_onn.report.run_data import Record, Run
 from tiny_onn.report.sentences import compute_of
 
@@ -36,7 +44,11 @@ class TextTable:
 
 
 def headline(runs: Sequence[Run]) -> TextTable:
-    """Return the teacher, then every run untrained, after training, and at the controls' k."""
+    """Return the teacher, then every run untrained, as deployed, and at exactly the asked k.
+
+    The asked k are the run's own target and the k of the controls, as far as the run was measured
+    around them.
+    """
     measured = [run for run in runs if run.last is not None]
     rows: list[tuple[str, ...]] = []
     strong = []
@@ -53,30 +65,36 @@ def headline(runs: Sequence[Run]) -> TextTable:
             strong.append(len(rows))
         control = run.is_control and run.selection not in run.name
         rows.append(_row(f"{run.name} ({run.selection})" if control else run.name, last, run))
-        rows += _at_the_controls_k(run, measured)
+        rows += _at_exactly(run, measured)
     return TextTable(header=HEADLINE, rows=rows, strong=strong)
 
 
-def _at_the_controls_k(run: Run, runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Return the rows of a student at exactly the k of each control, if budgets were measured."""
-    if run.is_control or not run.frontier:
+def _at_exactly(run: Run, runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Return the rows of a student at exactly its target and the controls' k, if it has those."""
+    if run.is_control or not run.frontier or run.last is None:
         return []
-    wanted = {round(c.last["mean_k"], 2): c.last for c in runs if c.is_control and c.last}
+    controls = [c.last for c in runs if c.is_control and c.last and same_text(c.last, run.last)]
+    wanted = {round(last["mean_k"], 2): last["mean_k"] for last in controls}
+    if run.target_k is not None:
+        wanted[round(run.target_k, 2)] = run.target_k
     found = []
-    for k, last in sorted(wanted.items()):
-        point = at_k(points_of(run), last["mean_k"])
-        if point is not None and run.last is not None and same_text(last, run.last):
-            found.append(
-                (
-                    f"{run.name}, read at k = {k:.2f}",
-                    f"{point['forward_kl']:.4f}",
-                    f"{point['top1_agreement']:.1%}",
-                    f"{exp(point['student_nll']):.2f}",
-                    f"{point['mean_k']:.2f}",
-                    compute_of(point),
-                    mflops(point["total_flops"]),
-                )
+    for k, mean_k in sorted(wanted.items()):
+        point = at_k(points_of(run), mean_k)
+        if point is None:
+            continue
+        interval = interval_at(run, mean_k)
+        shown = "" if interval is None else " ({:.4f} to {:.4f})".format(*interval)
+        found.append(
+            (
+                f"{run.name}, at exactly k = {k:g}",
+                f"{point['forward_kl']:.4f}{shown}",
+                f"{point['top1_agreement']:.1%}",
+                f"{perplexity(point['student_nll']):.2f}",
+                f"{point['mean_k']:.2f}",
+                compute_of(point),
+                mflops(point["total_flops"]),
             )
+        )
     return found
 
 

@@ -28,6 +28,7 @@ from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import ExpertBank, recorded_routings
 from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.router import temporary_rules
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.thresholds import (
     corrected_targets,
@@ -120,6 +121,22 @@ def _first(rows: Sequence[PackedRow]) -> list[PackedRow]:
     while len(taken) < len(rows) and sum(r.labels.numel() for r in taken) < TABLE_TOKENS:
         taken.append(rows[len(taken)])
     return taken
+
+
+@contextmanager
+def at_budget(student: TinyOnnForCausalLM, budget: float | None) -> Iterator[None]:
+    """Let the student use `budget` experts a token within the context, or its own number for None.
+
+    Raises:
+        UserError: `set_budget` refuses the budget.
+    """
+    banks = student.banks()
+    routers = [bank.router for bank in banks]
+    rules = [router.rule for router in routers]
+    with temporary_rules(routers, rules), _restored_eval_thresholds(banks):
+        if budget is not None:
+            set_budget(student, budget)
+        yield
 
 
 @contextmanager

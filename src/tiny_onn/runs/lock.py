@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
 
@@ -56,6 +58,19 @@ def run_lock(folder: Path) -> Iterator[None]:
         # finds afterwards that it is no longer the folder's (`_is_current`).
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def is_held(folder: Path) -> bool:
+    """Return True if a run uses the folder, as far as that can be told without touching its lock.
+
+    A lock of another host counts as held, because its process cannot be asked for.
+    """
+    try:
+        holder = json.loads((folder / LOCK_NAME).read_text(encoding="utf-8"))
+        pid, host = int(holder["pid"]), holder["host"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return host != socket.gethostname() or psutil.pid_exists(pid)
 
 
 # The library `filelock` is not used, because up to its release 4.2.0 it empties the file that it

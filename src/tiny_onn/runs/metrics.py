@@ -100,6 +100,50 @@ class MetricsWriter:
         self.close()
 
 
+class MetricsTail:
+    """A reader of a metrics file that another process writes: each poll returns what is new.
+
+    A line that is not complete yet waits for its rest. A resumed run cuts records off that it had
+    written after its checkpoint; then reading begins again.
+
+    Args:
+        path: the file, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._number, self._last = path, 0, 0, b""
+
+    def poll(self) -> tuple[list[dict[str, object]], bool]:
+        """Return the records since the last poll, and True if they are the first of the file.
+
+        Raises:
+            UserError: the file cannot be read, or a complete line is no record.
+        """
+        try:
+            with self._path.open("rb") as file:
+                # The last line that was read must still stand before the offset.
+                file.seek(max(0, self._offset - len(self._last)))
+                anew = self._offset == 0 or file.read(len(self._last)) != self._last
+                file.seek(0 if anew else self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            return [], False
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+        if anew:
+            self._offset, self._number = 0, 0
+        lines = text.split(b"\n")[:-1]
+        records = [
+            _record(self._path, line, self._number + number)
+            for number, line in enumerate(lines, start=1)
+        ]
+        if lines:
+            self._offset += sum(len(line) + 1 for line in lines)
+            self._number += len(lines)
+            self._last = lines[-1] + b"\n"
+        return records, anew
+
+
 def read_metrics(path: Path) -> list[dict[str, object]]:
     """Return the records of a metrics file in order.
 
@@ -111,20 +155,24 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
+        raise _unreadable(path, error) from error
+    return [_record(path, line, number) for number, line in enumerate(lines, start=1)]
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot read it ({error.strerror}), expected the metrics of a run; check the path"
+    )
+
+
+def _record(path: Path, line: bytes, number: int) -> dict[str, object]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
         raise UserError(
-            f"{path}: cannot read it ({error.strerror}), expected the metrics of a run; check the"
-            " path"
-        ) from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{path}: got no JSON object in line {number}, expected one metric record per line;"
-                " restore the file or delete the line"
-            )
-        records.append(record)
-    return records
+            f"{path}: got no JSON object in line {number}, expected one metric record per line;"
+            " restore the file or delete the line"
+        )
+    return record

@@ -91,9 +91,8 @@ def run_compare(folders: Sequence[Path], mean_k: float | None = None) -> Compari
 def print_comparison(found: Comparison) -> None:
     """Print a comparison's tables to standard output, for a terminal."""
     console = Console()
-    for number, (header, rows) in enumerate(found.tables()):
-        title = "What differs in the settings" if number else None
-        table = Table(title=title, box=SIMPLE_HEAD)
+    for title, header, rows in found.tables():
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         for column, name in enumerate(header):
             # A number that is cut off misleads, so a narrow terminal wraps it into the next line.
             table.add_column(Text(name), justify="right" if column else "left", overflow="fold")
@@ -111,7 +110,7 @@ def read_run(folder: Path) -> Run:
     """
     config = read_run_config(folder)
     records = read_metrics(folder / METRICS_NAME) if has_metrics(folder) else []
-    _check_records(folder / METRICS_NAME, records)
+    check_records(folder / METRICS_NAME, records)
     environments = sorted(folder.glob("environment*.json"), key=lambda path: path.stat().st_mtime)
     environments.sort(key=lambda path: (len(path.name), path.name))
     return Run(
@@ -149,7 +148,7 @@ def _frontier_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str
     return None
 
 
-def _check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Refuse records that lack fields of their kinds.
 
     Raises:

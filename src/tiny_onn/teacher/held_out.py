@@ -1,15 +1,16 @@
-"""Held-out rows with their teacher's hidden states, which are computed once for all students.
+"""Text with its teacher's hidden states, which are computed once for all students.
 
 Legend: T tokens, D hidden.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import length_hint
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny_onn.console import track
+from tiny_onn.console import Bar
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
@@ -18,20 +19,22 @@ CACHED_BYTES = 2**30
 """Largest total size of hidden states that stay in host memory between evaluations."""
 
 
-class HeldOut:
-    """Rows to evaluate students on, and the teacher's last hidden states on them.
+class TaughtText:
+    """Text to evaluate students on, and the teacher's last hidden states on it.
 
-    The states are computed at the first evaluation. If they take at most `CACHED_BYTES`, they stay
-    in host memory, in the teacher's number format, so that later evaluations read the same bits.
+    The states are computed at the first evaluation. Those of the first rows, up to `CACHED_BYTES`,
+    stay in host memory, in the teacher's number format, so that later evaluations read the same
+    bits.
 
     Args:
         teacher: the reference model, whose weights must not change.
-        rows: packed text.
+        rows: packed text, which can be iterated several times and may be read anew each time.
     """
 
-    def __init__(self, teacher: PreTrainedModel, rows: Sequence[PackedRow]) -> None:
-        self.teacher, self.rows = teacher, rows
+    def __init__(self, teacher: PreTrainedModel, rows: Iterable[PackedRow]) -> None:
+        self.teacher, self._rows = teacher, rows
         self._cached: dict[int, Tensor] = {}
+        self._cached_bytes = 0
 
     @torch.no_grad()
     def visit(self, text: str) -> Iterator[tuple[PackedRow, Tensor]]:
@@ -41,11 +44,31 @@ class HeldOut:
             text: the text of the progress bar.
         """
         device = self.teacher.device
-        for index, row in track(list(enumerate(self.rows)), text):
-            row = row.to(device)  # noqa: PLW2901
-            hidden_TD = self._cached.get(index)
-            if hidden_TD is None:
-                hidden_TD = last_hidden_states(self.teacher, row.input_ids, **packed_kwargs(row))[0]
-                if hidden_TD.nbytes * len(self.rows) <= CACHED_BYTES:
-                    self._cached[index] = hidden_TD.cpu()
-            yield row, hidden_TD.to(device)
+        with Bar(text, length_hint(self._rows) or None) as bar:
+            for index, row in enumerate(self._rows):
+                row = row.to(device)  # noqa: PLW2901
+                hidden_TD = self._cached.get(index)
+                if hidden_TD is None:
+                    hidden_TD = self._hidden_states(index, row)
+                yield row, hidden_TD.to(device)
+                bar.update()
+
+    def _hidden_states(self, index: int, row: PackedRow) -> Tensor:
+        hidden_TD = last_hidden_states(self.teacher, row.input_ids, **packed_kwargs(row))[0]
+        if self._cached_bytes + hidden_TD.nbytes <= CACHED_BYTES:
+            self._cached[index] = hidden_TD.cpu()
+            self._cached_bytes += hidden_TD.nbytes
+        return hidden_TD
+
+
+class HeldOut(TaughtText):
+    """The held-out rows of a run, which are in memory.
+
+    Args:
+        teacher: the reference model, whose weights must not change.
+        rows: packed text.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, rows: Sequence[PackedRow]) -> None:
+        super().__init__(teacher, rows)
+        self.rows = rows

@@ -1,0 +1,104 @@
+"""The verb `export`: a student written for programs other than this one, one module per target."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError
+
+from tiny_onn.console import say, status
+from tiny_onn.deploy import to_dense, to_gguf, to_transformers
+from tiny_onn.deploy.exporting import ExportError, Job
+from tiny_onn.errors import UserError, reason_line
+from tiny_onn.publish import publish
+from tiny_onn.routing.budgets import set_budget
+from tiny_onn.runs.students import load_student
+
+# A target's writer fills a folder and returns what the export loses, in one sentence.
+WRITERS: MappingProxyType[str, Callable[[Job, Path], str]] = MappingProxyType(
+    {
+        "transformers": to_transformers.write,
+        "vllm": to_transformers.write_for_vllm,
+        "gguf": to_gguf.write,
+        "dense": to_dense.write,
+    }
+)
+
+
+def run_export(
+    model: str,
+    *,
+    to: str,
+    out: Path,
+    keep: int | None = None,
+    fixed_k: bool = False,
+    budget: float | None = None,
+    text: Path | None = None,
+    checkpoint: str = "newest",
+    teacher: str | None = None,
+) -> str:
+    """Write a student for another program into a new folder, and return what that loses.
+
+    The folder appears whole or not at all.
+
+    Args:
+        model: a run folder or a student's folder.
+        to: a name in `WRITERS`.
+        out: the folder to write, which must not exist, or be empty.
+        keep: for `dense`, the number of experts that each layer keeps; None: all.
+        fixed_k: for `gguf`, whether every token gets the same number of experts.
+        budget: the mean number of active experts per token; None: as in training.
+        text: a file or folder of text, for what has to be measured; None: the run's own text.
+        checkpoint: the choice among a run's students, see `load_student`.
+        teacher: the place of the student's teacher, see `load_student`.
+
+    Raises:
+        UserError: there is no such student, the target cannot hold it, or the disk refuses.
+    """
+    check_destination(out)
+    loaded = load_student(model, torch.device("cpu"), checkpoint, teacher)
+    if budget is not None:
+        set_budget(loaded.student, budget)
+    job = Job(loaded=loaded, keep=keep, fixed_k=fixed_k, text=text)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True
+        ) as temporary:
+            folder = Path(temporary) / "export"
+            folder.mkdir()
+            lost = WRITERS[to](job, folder)
+            with status(f"Writing {out}"):
+                publish(folder, out)
+    except ExportError as error:
+        raise UserError(f"--to {to}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or reason_line(error)
+        raise UserError(
+            f"--out: cannot write {out} ({reason}), expected free disk and permission; free some"
+            " space or name another folder"
+        ) from error
+    say(f"{out}: {lost}")
+    return lost
+
+
+def check_destination(out: Path) -> None:
+    """Refuse a destination that exists, unless it is an empty folder.
+
+    Raises:
+        UserError: something is there.
+    """
+    try:
+        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise UserError(
+            f"--out: got {out}, which cannot be read ({error.strerror}), expected a new folder;"
+            " name another one"
+        ) from error
+    if taken:
+        raise UserError(
+            f"--out: got {out}, which exists already, expected a new folder; name another one or"
+            " remove it"
+        )

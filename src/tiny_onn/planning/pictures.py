@@ -1,0 +1,106 @@
+"""A plan in pictures: memory and time by part, for the terminal and as a page."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from tiny_onn.errors import UserError
+from tiny_onn.planning.costs import StepFlops
+from tiny_onn.planning.memory import RUNTIME_BYTES, Moment
+from tiny_onn.planning.plan import Plan
+from tiny_onn.planning.sources import GIB
+from tiny_onn.report.plan_page import Section, plan_page
+from tiny_onn.report.stacks import Stacks
+
+RUNTIME = "interpreter, libraries, context"
+
+
+def memory_stacks(plan: Plan) -> Stacks:
+    """Return the memory of a step's phases by part, in GiB, with the device's memory.
+
+    The bar of a phase is its largest moment, as the backward pass has several for each layer.
+    """
+    runtime = RUNTIME_BYTES[plan.device.type]
+    largest: dict[str, Moment] = {}
+    for moment in plan.moments:
+        phase = moment.name.partition(" of layer ")[0]
+        if phase not in largest or moment.total > largest[phase].total:
+            largest[phase] = moment
+    bars = {
+        moment.name: {
+            name: size / GIB for name, size in {**moment.parts, RUNTIME: runtime}.items() if size
+        }
+        for moment in largest.values()
+    }
+    return Stacks(
+        title=f"Memory in each phase of a step, at its largest; the peak: {plan.peak.name}",
+        unit="GiB",
+        bars=bars,
+        limit=(plan.device.name, plan.device.memory_bytes / GIB),
+    )
+
+
+def time_stacks(plan: Plan) -> Stacks:
+    """Return the time of a step by phase: seconds, or TFLOPs if the device's rate is unknown."""
+    rows = {f"a document of {plan.config.data.row_tokens:,} tokens": plan.whole_rows}
+    if plan.document_tokens < plan.config.data.row_tokens:
+        rows[f"documents of {plan.document_tokens:,}"] = plan.packed
+    unit, rate = "TFLOPs", 1e12
+    if plan.has_rate:
+        unit, rate = "s", plan.device.bf16_tflops * 1e12 * plan.efficiency
+    bars: Mapping[str, Mapping[str, float]] = {
+        name: {
+            item.name.replace("_", " "): getattr(step, item.name) / rate
+            for item in fields(StepFlops)
+            if getattr(step, item.name)
+        }
+        for name, step in rows.items()
+    }
+    return Stacks(title="Time of one step by part", unit=unit, bars=bars, form="{:,.3g}")
+
+
+def write_plan_page(plan: Plan, path: Path) -> None:
+    """Write the page of a plan, which holds everything that it needs.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    fits = "fits" if plan.fits else "does not fit"
+    rate = f"{plan.device.bf16_tflops:,.4g} TFLOP/s x {plan.efficiency:g}"
+    memory = Section(
+        key="memory",
+        heading="Does it fit?",
+        answer=(
+            f"It {fits}: the peak is {plan.peak_bytes / GIB:,.2f} GiB of"
+            f" {plan.device.memory_bytes / GIB:,.2f} GiB, at: {plan.peak.name}."
+        ),
+        stacks=memory_stacks(plan),
+        caption=(
+            "A bar is the largest moment of a phase, and its parts are the tensors alive then. The"
+            " dashed line is the device's memory."
+        ),
+    )
+    time = Section(
+        key="time",
+        heading="Where does the time go?",
+        answer=(
+            f"A step reads {plan.config.train.rows_per_step} x {plan.config.data.row_tokens:,}"
+            f" tokens; the run takes {plan.steps:,} steps."
+        ),
+        stacks=time_stacks(plan),
+        caption=(
+            f"The parts of a step by their FLOPs, at {rate}. Work without matrix products is left"
+            " out, as is usual; the efficiency stands for it."
+            if plan.has_rate
+            else "The parts of a step by their FLOPs. The device's rate is for bfloat16, and the"
+            " run computes in float32, so that no time can be given."
+        ),
+    )
+    page = plan_page(f"{plan.model} on {plan.device.name}", [memory, time])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(
+            f"--html: got {path}, expected a file to write to ({error.strerror}); choose another"
+        ) from error

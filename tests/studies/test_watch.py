@@ -1,0 +1,129 @@
+"""A run followed from outside: partial lines, resumption, and runs that wait, train or end."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from run_records import send, write_records
+from tiny import CONFIG, write_run
+from tiny_onn.cli import main as cli
+from tiny_onn.distill.loop import run_distill
+from tiny_onn.errors import UserError
+from tiny_onn.report.live import BLOCKS, Heatmap, sparkline
+from tiny_onn.runs.metrics import MetricsTail, read_metrics
+from tiny_onn.studies.watch import Follower, run_watch
+
+
+def shown(renderable, **options):
+    """Return what a terminal shows, as words with single spaces between them."""
+    console = Console(file=io.StringIO(), width=100, **options)
+    console.print(renderable)
+    return " ".join(console.file.getvalue().split())
+
+
+def test_a_line_that_is_being_written_waits_for_its_rest(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(path)
+    assert tail.poll() == ([], False)
+    path.write_bytes(b'{"step": 1}\n{"st')
+    assert tail.poll() == ([{"step": 1}], True)
+    assert tail.poll() == ([], False)
+    with path.open("ab") as file:
+        file.write(b'ep": 2}\n')
+    assert tail.poll() == ([{"step": 2}], False)
+
+
+@pytest.mark.parametrize("after", [b"", b'{"step": 3}\n{"step": 4}\n{"step": 5}\n'])
+def test_records_that_a_resumed_run_cut_off_are_forgotten(tmp_path, after):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 9}\n')
+    tail = MetricsTail(path)
+    tail.poll()
+    path.write_bytes(b'{"step": 1}\n' + after)
+    assert tail.poll() == (read_metrics(path), True)
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n')
+    tail = MetricsTail(path)
+    tail.poll()
+    path.write_bytes(b'{"step": 1}\nnonsense\n')
+    with pytest.raises(UserError, match="no JSON object in line 2"):
+        tail.poll()
+
+
+def test_a_run_is_followed_from_before_its_start_to_its_end(tmp_path, capsys):
+    out = tmp_path / "run"
+    follower = Follower(out)
+    assert "waiting for it to begin" in shown(follower.view())
+    assert not follower.ended
+    seen = []
+
+    def look(_step, _seconds):
+        seen.append(shown(follower.view()))
+        assert not follower.ended
+
+    config = write_run(tmp_path, train={"tokens": 3 * 64, "stats_every_steps": 1})
+    run_distill(config, out=out, after_step=look)
+    assert ["step 1," in seen[0], "step 3," in seen[2]] == [True, True]
+    for part in ("it trains", "KL, held out", "active experts", "target 4", "Share of tokens"):
+        assert part in seen[2]
+    assert "too early for a verdict" in seen[2]
+    assert follower.ended
+    capsys.readouterr()
+    run_watch(out, interval_s=0.01, once=False)
+    view = " ".join(capsys.readouterr().out.split())
+    assert "it has finished" in view
+    assert "Verdict: " in view
+    assert any(block in view for block in BLOCKS)
+
+
+def test_an_interrupted_and_a_killed_run_name_the_way_on(tmp_path):
+    config = write_run(tmp_path, train={"tokens": 4 * 64})
+    out = tmp_path / "run"
+    run_distill(config, out=out, after_step=lambda step, _: send(2) if step == 1 else None)
+    assert "it was interrupted; `tiny-onn distill --resume" in shown(Follower(out).view())
+    (out / "summary.json").unlink()
+    assert "it was stopped before its end" in shown(Follower(out).view())
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    lock = {"pid": gone.pid, "host": os.uname().nodename, "since_utc": "now"}
+    (out / "lock").write_text(json.dumps(lock))
+    follower = Follower(out)
+    assert "its process has ended without saving" in shown(follower.view())
+    assert follower.ended
+
+
+def test_the_verb_shows_a_run_once_and_refuses_what_is_none(tmp_path, capsys):
+    write_records(tmp_path / "young", CONFIG, [])
+    assert cli.main(["watch", str(tmp_path / "young"), "--once"]) == 0
+    assert "stopped before its end" in capsys.readouterr().out
+    assert cli.main(["watch", str(tmp_path / "none"), "--once"]) == 2
+    assert "where no run has begun, expected the folder of a run" in capsys.readouterr().err
+    assert cli.main(["watch", "x", "--interval", "0"]) == 2
+    assert "--interval: got 0.0, expected a number of seconds" in capsys.readouterr().err
+
+
+def test_sparklines_rise_with_their_values_and_survive_what_is_not_finite():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 80) == BLOCKS
+    assert sparkline(list(range(800)), 8) == BLOCKS
+    assert sparkline([1.0, float("nan"), 2.0], 3) == f"{BLOCKS[0]} {BLOCKS[-1]}"
+    assert sparkline([float("inf")], 3) == ""
+    # Each value is ten times the one before, so that heights are even only in logarithms.
+    assert sparkline([10.0**n for n in range(8)], 8) == BLOCKS
+
+
+def test_a_heatmap_fits_its_terminal_with_and_without_colours():
+    load = [[(layer + expert) % 10 / 10 for expert in range(300)] for layer in range(90)]
+    for options in ({"color_system": None}, {"color_system": "truecolor", "force_terminal": True}):
+        console = Console(file=io.StringIO(), width=60, **options)
+        console.print(Heatmap(load))
+        lines = console.file.getvalue().splitlines()
+        assert len(lines) == (32 if options["color_system"] is None else 16)
+    assert shown(Heatmap([[0.0, 0.55, 1.0]]), color_system=None) == "0 +@"
