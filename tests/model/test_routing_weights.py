@@ -70,6 +70,14 @@ def test_a_ramp_starts_at_the_threshold_and_ends_at_1():
         torch.testing.assert_close(weights, (sign * distance / WIDTH).relu().tanh())
 
 
+def test_a_ramp_rises_from_each_tokens_own_threshold():
+    logits, thresholds = normal(6, 8), torch.linspace(0.05, 0.3, 6)[:, None]
+    together = route(logits, RAMP, thresholds).weights
+    for t in range(6):
+        alone = route(logits[t : t + 1], RAMP, thresholds[t, 0]).weights[0]
+        torch.testing.assert_close(together[t], alone)
+
+
 def test_a_ramps_gradient_is_the_derivative_of_the_layer():
     student = make_student(
         make_dense("llama"), selection="budget", weighting="ramp", compensation="mean"

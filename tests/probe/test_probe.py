@@ -170,6 +170,17 @@ def test_an_oracle_has_no_gate_to_probe(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("experts", [{"weighting": "ramp"}, {"token_scale": True}])
+def test_weights_that_an_inactive_expert_lacks_are_not_probed(experts, tmp_path):
+    config = write_run(
+        tmp_path, experts=experts, router={"budget_form": "threshold"}, train={"tokens": 64}
+    )
+    run_distill(config, out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"^MODEL: got .*, expected one without, .*; probe its"):
+        probed(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_documents_are_beginnings_and_the_fit_reads_others():
     rows = make_rows([20, 30, 25, 40, 9, 31], 64)
     probed_ids, fitted_ids = sample_documents(rows, 8, 20, 30)

@@ -212,7 +212,8 @@ def test_gain_of_own_losses_is_the_truth_to_first_order():
     torch.testing.assert_close(gain_TE, truth_TE, rtol=0.1, atol=1e-2 * truth_TE.abs().max().item())
 
 
-@pytest.mark.parametrize("weighting", get_args(Weighting))
+# The probe refuses `ramp`, where an expert that joins below the threshold would have weight 0.
+@pytest.mark.parametrize("weighting", sorted({*get_args(Weighting)} - {"ramp"}))
 def test_an_experts_would_be_weight_is_the_one_it_would_have(weighting):
     rule = RoutingRule(selection="top_k", weighting=weighting, target_k=4.0, num_shared=S)
     bank = ExpertBank(3, E, 2, "silu", rule)

@@ -4,8 +4,10 @@ A student that uses half of its experts misses what the others would have added.
 stand in for much of it, and the best way is known in closed form: a layer's output is linear in its
 down projections and mean outputs, so that their best values under a given routing solve a linear
 regression. The layers are solved from the first to the last, each on the inputs that the student's
-own layers below it give, which are refitted already, and towards the teacher's output at the same
-token.
+own layers below it give, which are refitted already, and towards what the teacher's MLP makes of
+the same inputs. The teacher's output on the teacher's own inputs would be a worse target: inputs
+that carry the errors of the layers below predict it less well, so that the fit would shrink the
+output, and each layer more than the one before.
 
 The regression pulls toward the weights from before it. How strongly it does so is chosen for each
 layer among `PENALTIES`, by the error on calibration text that the fit has not seen. First tokens of
@@ -14,7 +16,7 @@ but the fit is charged for every change at them, so that the sinks stay what the
 repairing by least squares what a cut leaves is that of Optimal Brain Surgeon (Hassibi and Stork,
 1993) and SparseGPT (arXiv 2301.00774).
 
-Cost: a forward pass of the teacher, two of the student, and for each layer the products of P
+Cost: a forward pass of the teacher and two of the student, for each layer the products of P
 features over all tokens and a Cholesky factorisation of a P-square matrix for every penalty.
 Memory: six such matrices in float64, and for every calibration token four vectors of D numbers,
 whatever the number of layers.
@@ -70,15 +72,13 @@ class Sample(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Passing:
-    """A row of text on its way through the layers of a dense model and a student of it."""
+    """A row of text on its way through the layers of a student of a dense model."""
 
     row: PackedRow
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     """The arguments with which the backbone calls each layer, beside the hidden states."""
-    teacher: Tensor
-    """The dense model's hidden states (1, T, D) before the layer in hand."""
     student: Tensor
-    """The student's."""
+    """The student's hidden states (1, T, D) before the layer in hand."""
 
     @classmethod
     def start(cls, dense: PreTrainedModel, row: PackedRow) -> "Passing":
@@ -97,24 +97,13 @@ class Passing:
             for layer in decoder_layers(dense):
                 hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
-        return cls(row=row, calls=calls, teacher=first[0], student=first[0])
+        return cls(row=row, calls=calls, student=first[0])
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Return a layer's output on these hidden states."""
         args, kwargs = self.calls[index]
         output = layer(hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
-
-    def teacher_output(self, layer: nn.Module, index: int) -> Float[Tensor, "tokens hidden"]:
-        """Pass through the dense model's layer; return the output of its MLP."""
-        outputs: list[Tensor] = []
-
-        def keep(_: nn.Module, __: object, output: Tensor) -> None:
-            outputs.append(output.flatten(0, -2))
-
-        with layer.get_submodule("mlp").register_forward_hook(keep):
-            self.teacher = self.run(layer, index, self.teacher)
-        return outputs[0]
 
     def student_input(self, layer: nn.Module, index: int) -> Float[Tensor, "tokens hidden"]:
         """Return the input of the MLP of the student's layer; the row stays before the layer."""
@@ -128,11 +117,11 @@ class Passing:
         return inputs[0]
 
     def sample(self, theirs: nn.Module, ours: nn.Module, index: int) -> Sample:
-        """Pass through the dense model's layer; return what the row asks of the student's."""
-        counted_T = self.row.router_mask[0]
+        """Return what the row asks of the student's layer in place of the dense model's."""
+        counted_T, x_TD = self.row.router_mask[0], self.student_input(ours, index)
         return Sample(
-            x_TD=self.student_input(ours, index),
-            target_TD=self.teacher_output(theirs, index),
+            x_TD=x_TD,
+            target_TD=theirs.get_submodule("mlp")(x_TD[None])[0],
             counted_T=counted_T,
             kept_T=self.row.loss_mask[0] & ~counted_T,
         )
@@ -176,7 +165,7 @@ def _check_replay(dense: PreTrainedModel, item: Passing) -> None:
     """Refuse a family whose layers need more than their arguments to compute what they compute."""
     with layer_outputs(dense) as outputs:
         last_hidden_states(dense, item.row.input_ids, **packed_kwargs(item.row))
-    hidden = item.teacher
+    hidden = item.student
     for index, layer in enumerate(decoder_layers(dense)):
         hidden = item.run(layer, index, hidden)
     gap = (hidden - outputs[-1]).abs().max().item()

@@ -15,7 +15,8 @@ WIDTH = 0.25
 
 
 def margins(
-    logits_TE: Float[Tensor, "tokens experts"], threshold: Float[Tensor, ""]
+    logits_TE: Float[Tensor, "tokens experts"],
+    threshold: Float[Tensor, ""] | Float[Tensor, "tokens 1"],
 ) -> Float[Tensor, "tokens experts"]:
     """Return `(log p - log theta) / WIDTH`, positive where a budget's threshold form activates.
 
