@@ -23,6 +23,7 @@ NAMES = (
     "partition_time",
     "plan_memory",
     "decode",
+    "cpu_inference",
     "gpu",
 )
 
