@@ -13,11 +13,11 @@ expert takes all tokens at weight 0 for those that did not choose it, as a dense
 number format, storage and share of active pairs decide (`LIMITS`); the ways differ by rounding.
 
 While experts are skipped, no weight is copied: one in another number format than the input is cast
-one expert at a time. Buffers are made once per call and used for every expert, because fresh ones cost page faults.
-Sums run in a fixed order, in float32, so that results repeat bit for bit.
+one expert at a time. Buffers are made once per call and used for every expert, because fresh ones
+cost page faults. Sums run in a fixed order, in float32, so that results repeat bit for bit.
 
-Legend: T tokens, R active pairs of token and expert, D hidden, E experts, I expert width,
-J = 2 * I gate and up rows, N tokens of an expert, M rows of its matrix products.
+Legend: T tokens, R active pairs of token and expert, D hidden, E experts, I expert width, J = 2 * I
+gate and up rows, N tokens of an expert, M rows of its matrix products.
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ from tiny_onn.ops.layout import joined_down
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.regions import Activation, to_math_dtype
 
-# Bags read an expert's weights for each of its pairs. A dense layer reads all of them, and computes,
-# in about the time in which bags read them twice.
+# Bags read an expert's weights for each of its pairs, a dense layer reads each weight once. Bags
+# were faster up to about so many reads of all weights.
 MAX_READS = 2
 # From so many tokens on, a product for every expert is faster than one batched product in bfloat16.
 LOOP_TOKENS = 64
@@ -43,7 +43,7 @@ ROUND_ROWS = 32
 
 
 class Limits(NamedTuple):
-    """What was measured fastest on two cores for one number format."""
+    """The bounds between the ways as they were measured on one thread, for one number format."""
 
     least_tokens: int
     """The number of tokens from which gathering an expert's tokens pays."""
@@ -95,7 +95,7 @@ def expert_layer(
     limits = LIMITS.get(x_TD.dtype, LIMITS[torch.float32])
     if pairs <= MAX_READS * E:
         way = _by_bags if stored and gate_up_EJD.mT.is_contiguous() else _by_expert
-    elif T >= limits.least_tokens and pairs <= limits.most * T * E:
+    elif limits.least_tokens <= T and pairs <= limits.most * T * E:
         # Down projections that are not stored so would be copied to be joined.
         way = _joined if stored and pairs > limits.least_joined * T * E else _by_expert
     else:
@@ -113,11 +113,16 @@ def _by_bags(  # noqa: PLR0917
     activation: Activation,
 ) -> Tensor:
     token_R, expert_R = active_TE.nonzero().unbind(1)
-    pre_RJ = _bags(gate_up_EJD.mT, expert_R, x_TD[token_R])
-    weights_R = weights_TE[token_R, expert_R]
+    one = len(x_TD) == 1
+    # A view for the one token spares calls, which take most of a small layer's time.
+    x_RD = x_TD.expand(len(expert_R), -1) if one else x_TD[token_R]
+    weights_R = weights_TE[0, expert_R] if one else weights_TE[token_R, expert_R]
+    pre_RJ = _bags(gate_up_EJD.mT, expert_R, x_RD)
     hidden_RI = _hidden(pre_RJ, weights_R, activation).to(x_TD.dtype)
     out_RD = to_math_dtype(_bags(down_EDI.mT, expert_R, hidden_RI))
-    y_TD = out_RD.new_zeros(x_TD.shape).index_add_(0, token_R, out_RD)
+    y_TD = out_RD.sum(0, keepdim=True) if one else torch.zeros_like(x_TD, dtype=out_RD.dtype)
+    if not one:
+        y_TD.index_add_(0, token_R, out_RD)
     return y_TD.to(x_TD.dtype)
 
 
