@@ -10,7 +10,7 @@ More tokens, and weights that are stored otherwise or in another number format, 
 the expert's tokens are gathered, pass two matrix products, and are added to the output. Where so
 many pairs are active, or so few tokens are there, that gathering costs more than it saves, an
 expert takes all tokens at weight 0 for those that did not choose it, as a dense MLP would. Shape,
-number format, storage and share of active pairs decide (`LIMITS`); the ways differ by rounding.
+number format, storage and share of active pairs decide (`Limits`); the ways differ by rounding.
 
 While experts are skipped, no weight is copied: one in another number format than the input is cast
 one expert at a time. Buffers are made once per call and used for every expert, because fresh ones
@@ -53,7 +53,8 @@ class Limits(NamedTuple):
     """The share from which one product of all down projections costs less than one per expert."""
 
 
-LIMITS = {torch.float32: Limits(64, 0.9, 0.8), torch.bfloat16: Limits(256, 0.6, 0.4)}
+FLOAT32_LIMITS = Limits(64, 0.9, 0.8)
+BFLOAT16_LIMITS = Limits(256, 0.6, 0.4)
 
 
 def can_compute(x_TD: Float[Tensor, "tokens hidden"]) -> bool:
@@ -92,7 +93,7 @@ def expert_layer(
     x_TD = in_autocast_format(x_TD)
     E, T, pairs = len(down_EDI), len(x_TD), int(active_TE.sum())
     stored = gate_up_EJD.dtype == down_EDI.dtype == x_TD.dtype and down_EDI.mT.is_contiguous()
-    limits = LIMITS.get(x_TD.dtype, LIMITS[torch.float32])
+    limits = BFLOAT16_LIMITS if x_TD.dtype == torch.bfloat16 else FLOAT32_LIMITS
     if pairs <= MAX_READS * E:
         way = _by_bags if stored and gate_up_EJD.mT.is_contiguous() else _by_expert
     elif limits.least_tokens <= T and pairs <= limits.most * T * E:
