@@ -16,7 +16,7 @@ time, because other processes' load moves them less. Ends in one JSON line.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def measured(
     return rows, checks
 
 
-def in_turns(calls: list[Callable[[], object]], repeats: int) -> dict[str, float]:
+def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> dict[str, float]:
     """Medians of both calls' times, milliseconds, and of the turns' speed-ups."""
     for call in calls:
         call()

@@ -32,8 +32,8 @@ def case(tokens, dtype, *, stored, share=0.5):
 
 
 def defined(x, gate_up, down, weights, active):
-    tensors = (tensor.double() for tensor in (x, gate_up, down, weights * active))
-    return reference.expert_layer(*tensors, silu)
+    x, gate_up, down, weights = (v.double() for v in (x, gate_up, down, weights * active))
+    return reference.expert_layer(x, gate_up, down, weights, silu)
 
 
 def gap(got, want):
