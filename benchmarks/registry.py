@@ -24,6 +24,7 @@ NAMES = (
     "partition_time",
     "plan_memory",
     "decode",
+    "cpu_inference",
     "gpu",
 )
 
