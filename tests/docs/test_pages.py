@@ -18,7 +18,18 @@ PAGES = (
 )
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in PAGES}
 BLOCK = re.compile(r"```(?:\w*)\n(.*?)```|((?:^    .+\n)+)", re.DOTALL | re.MULTILINE)
-VERBS = ("Demo", "Plan", "Distill", "Eval", "Probe", "Report", "Compare", "Generate", "Config")
+VERBS = (
+    "Demo",
+    "Plan",
+    "Distill",
+    "Watch",
+    "Eval",
+    "Probe",
+    "Report",
+    "Compare",
+    "Generate",
+    "Config",
+)
 
 each_page = pytest.mark.parametrize("name", PAGES)
 

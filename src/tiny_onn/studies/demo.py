@@ -8,9 +8,10 @@ the largest mean output norm on calibration text), or by a frozen random gate.
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -24,16 +25,19 @@ from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.console import say, status
 from tiny_onn.conversion.pipeline import Prepared, make_student, partition, read_inputs
 from tiny_onn.conversion.verify import Conversion, check_conversion
+from tiny_onn.data.passages import held_out_passages
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.loop import AfterStep, run_distill
 from tiny_onn.distill.run_log import RunResult
 from tiny_onn.distill.stages import step_tokens
 from tiny_onn.evaluation.compare import Evaluation
-from tiny_onn.evaluation.evaluate import budget_report, shown_k
+from tiny_onn.evaluation.evaluate import Bench, budget_report, shown_k
+from tiny_onn.evaluation.frontier import measure_frontier, write_frontier
 from tiny_onn.evaluation.run_view import keep_view, measure_view
 from tiny_onn.model.expert_path import choose_path
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.runs.files import write_json
+from tiny_onn.runs.students import LoadedStudent
 from tiny_onn.studies.report import run_report
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import teacher_for
@@ -41,6 +45,8 @@ from tiny_onn.teacher.load import teacher_for
 NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
 STUDENT = "student"
 CONTROLS = (("static choice", "static"), ("random routing", "random"))
+# The budgets of the student's frontier, as shares of the number of experts.
+FRONTIER_SHARES = (0.75, 0.5, 0.25)
 # The seconds in which the demo should end, and the numbers of steps per arm to choose from if it
 # would take longer.
 DEADLINE_S = 360.0
@@ -116,6 +122,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     if fewer:
         shutil.rmtree(out / STUDENT)
         results = run_arms(with_tokens(config, fewer), shared, out, no_watch)
+    frontier = student_frontier(out / STUDENT, results[STUDENT], config)
     seconds = time.perf_counter() - started
     tokens = results[STUDENT].tokens
     summary: dict[str, object] = {
@@ -128,12 +135,13 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
             for name, r in results.items()
         },
         "budget": budget_report(after_of(results[STUDENT]).mean_k, config.router),
+        "at_k": frontier["exact"],
         "dtype": config.teacher.dtype,
         "seconds": seconds,
         "seed": config.train.seed,
     }
     write_json(out / "demo.json", summary)
-    Console().print(comparison(results, config.router))
+    Console().print(comparison(results, config.router, frontier["exact"]))
     page = _report(out, results[STUDENT], config)
     Console().print(
         f"Each arm learned from {tokens:,} tokens, seed {config.train.seed}, in "
@@ -146,6 +154,41 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         soft_wrap=True,
     )
     return summary
+
+
+def student_frontier(folder: Path, result: RunResult, config: RunConfig) -> dict[str, Any]:
+    """Measure the student in memory at several budgets, for its report and at exactly its target.
+
+    Args:
+        folder: the student's run folder, which gets the files of `tiny-onn eval --frontier`.
+        result: the student's run.
+        config: the student's settings.
+
+    Returns:
+        The frontier, see `measure_frontier`.
+    """
+    prepared = result.prepared
+    bench = Bench(
+        loaded=LoadedStudent(
+            student=prepared.student,
+            tokenizer=prepared.tokenizer,
+            config=config,
+            step=-(-result.tokens // step_tokens(config)),
+            of_run=True,
+            named_teacher=None,
+        ),
+        dense=prepared.teacher,
+        passages=held_out_passages(
+            config.data, prepared.tokenizer, stride=None, max_tokens=config.data.eval_tokens
+        ),
+        source="held-out text of " + ", ".join(config.data.sources),
+        text=prepared.held_out,
+    )
+    budgets = [float(round(share * config.experts.num_experts)) for share in FRONTIER_SHARES]
+    exact = [config.router.target_k]
+    frontier = {"model": str(folder), **measure_frontier(bench, budgets, exact)}
+    write_frontier(frontier, folder)
+    return frontier
 
 
 def _report(out: Path, student: RunResult, config: RunConfig) -> Path:
@@ -272,8 +315,18 @@ def after_of(result: RunResult) -> Evaluation:
     return result.after
 
 
-def comparison(results: dict[str, RunResult], router: RouterConfig) -> Table:
-    """Return the table of teacher, student before and after training, and controls after it."""
+def comparison(
+    results: dict[str, RunResult],
+    router: RouterConfig,
+    exact: Sequence[Mapping[str, Any]] = (),
+) -> Table:
+    """Return the table of teacher, student before and after training, and controls after it.
+
+    Args:
+        results: the runs by arm, the student's first.
+        router: the student's settings.
+        exact: the student's numbers at exactly some mean k, see `exact.at_exactly`.
+    """
     tokens = next(iter(results.values())).tokens
     table = Table(
         title=f"Held-out text after {tokens:,} training tokens per arm: distance to the teacher;"
@@ -297,6 +350,16 @@ def comparison(results: dict[str, RunResult], router: RouterConfig) -> Table:
         table.add_row("student, untrained", *_cells(first.before, router))
     for name, result in results.items():
         table.add_row(name, *_cells(after_of(result), router if result is first else None))
+        for numbers in exact if result is first else ():
+            table.add_row(
+                f"{name}, at exactly k = {numbers['mean_k']:g}",
+                f"{numbers['forward_kl']:.4f}",
+                f"{numbers['top1_agreement']:.1%}",
+                f"{numbers['student_perplexity']:.2f}",
+                f"{numbers['mean_k']:.2f}",
+                f"{numbers['ffn_flops'] / 1e6:.1f}",
+                f"{numbers['total_flops'] / 1e6:.1f}",
+            )
     return table
 
 
