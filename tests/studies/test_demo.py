@@ -68,6 +68,9 @@ def test_a_slow_machine_begins_again_with_fewer_steps_and_says_so(
     assert isinstance(arms, dict)
     assert {arm["tokens"] for arm in arms.values()} == {ROW}
     said = "".join(capsys.readouterr().err.split())
+    assert "notmeasuredatotherbudgets" in said
+    assert found["at_k"] == []
+    assert not (tmp_path / "demo" / "student" / "frontier.json").exists()
     assert f"with{ROW}trainingtokensperarminsteadof{5 * ROW}" in said
 
 
