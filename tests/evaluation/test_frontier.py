@@ -30,9 +30,9 @@ def run(tmp_path_factory):
 
 def render(group):
     """Return what a wide terminal shows."""
-    console = Console(width=200, file=io.StringIO())
-    console.print(group)
-    return console.file.getvalue()
+    out = io.StringIO()
+    Console(width=200, file=out).print(group)
+    return out.getvalue()
 
 
 def frontier(run, tmp_path, budgets=()):

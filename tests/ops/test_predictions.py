@@ -1,6 +1,7 @@
 """Two models' predictions compared in chunks are those from all logits at once."""
 
 import torch
+from torch import Tensor
 
 from tiny import normal
 from tiny_onn.ops.distillation_loss import Head
@@ -9,14 +10,14 @@ from tiny_onn.ops.predictions import compare_predictions
 T, D, V = 37, 12, 50
 
 
-def inputs():
+def inputs() -> tuple[Tensor, Tensor, Head, Head, Tensor]:
     """Hidden states and heads of two models, and labels of which some are missing."""
     labels_T = torch.randint(V, (T,), generator=torch.Generator().manual_seed(0))
     labels_T[::7] = -100
-    states = [normal(T, D, seed=seed, dtype=torch.float64) for seed in (1, 2)]
-    heads = [Head(weight=normal(V, D, seed=seed, dtype=torch.float64)) for seed in (3, 4)]
-    heads[1] = Head(weight=heads[1].weight, scale=0.5, softcap=3.0)
-    return *states, *heads, labels_T
+    s_TD, q_TD = (normal(T, D, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    s_VD, q_VD = (normal(V, D, seed=seed, dtype=torch.float64) for seed in (3, 4))
+    heads = Head(weight=s_VD), Head(weight=q_VD, scale=0.5, softcap=3.0)
+    return s_TD, q_TD, *heads, labels_T
 
 
 def test_every_value_has_its_definition():

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -21,11 +22,11 @@ def planned():
     return plan(config, config.teacher.path, "RTX 3060")
 
 
-def shown(renderable, **options):
+def shown(renderable, **options: Any) -> list[str]:
     """Return the lines that a terminal of 80 columns shows."""
-    console = Console(file=io.StringIO(), width=80, **options)
-    console.print(renderable)
-    return console.file.getvalue().splitlines()
+    out = io.StringIO()
+    Console(file=out, width=80, **options).print(renderable)
+    return out.getvalue().splitlines()
 
 
 def test_bars_of_memory_end_at_the_peak_and_those_of_time_at_the_step(planned):

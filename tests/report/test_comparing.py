@@ -104,11 +104,12 @@ def test_an_interval_at_the_compared_k_is_shown_with_the_thresholds_read_between
     run = make_run("student", 4.2, 0.30, [(6.0, 0.1), (3.0, 0.6)])
     frontier = {
         "points": [point | {"thresholds": [0.1, 0.3]} for point in run.frontier["points"]],
-        "exact": [{"mean_k": 4.0, "intervals": {"forward_kl": [0.25, 0.45]}}],
+        "exact": [{"mean_k": 4.0, "forward_kl": 0.33, "intervals": {"forward_kl": [0.25, 0.45]}}],
     }
     control = make_run("static", 4.0, 0.5, config=CONTROL)
     found = compare([replace(run, frontier=frontier), control], 4.0)
-    assert found.rows[0].interval == [0.25, 0.45]
+    # What eval read at that k counts, and not what the run's other points would give.
+    assert (found.rows[0].forward_kl, found.rows[0].interval) == (0.33, [0.25, 0.45])
     assert "0.2500 to 0.4500" in found.markdown()
     assert "k = 3.000 (threshold 0.2, mean over layers)" in found.caption()
 

@@ -46,6 +46,16 @@ def test_the_demo_compares_arms_of_equal_length_and_says_how_long(overrides, tmp
     for text in ("student,", "untrained", "static", "random", "k / target", " / 4"):
         assert text in shown
     assert f"learned from {3 * ROW:,} tokens" in shown
+    at_k = found["at_k"]
+    assert isinstance(at_k, list)
+    assert [numbers["mean_k"] for numbers in at_k] == [4]
+    frontier = json.loads((tmp_path / "demo" / "student" / "frontier.json").read_text())
+    assert [point["budget"] for point in frontier["points"]] == [6, 4, 2]
+    after = arms["student"]["after"]
+    assert frontier["points"][0]["teacher_nll"] == pytest.approx(after["teacher_nll"], rel=1e-5)
+    report = (tmp_path / "demo" / "report.html").read_text()
+    assert "Quality at every cost" in report
+    assert "student, at exactly k = 4" in report
 
 
 def test_a_slow_machine_begins_again_with_fewer_steps_and_says_so(
@@ -58,6 +68,9 @@ def test_a_slow_machine_begins_again_with_fewer_steps_and_says_so(
     assert isinstance(arms, dict)
     assert {arm["tokens"] for arm in arms.values()} == {ROW}
     said = "".join(capsys.readouterr().err.split())
+    assert "notmeasuredatotherbudgets" in said
+    assert found["at_k"] == []
+    assert not (tmp_path / "demo" / "student" / "frontier.json").exists()
     assert f"with{ROW}trainingtokensperarminsteadof{5 * ROW}" in said
 
 

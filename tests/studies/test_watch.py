@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -19,11 +20,16 @@ from tiny_onn.runs.metrics import MetricsTail, read_metrics
 from tiny_onn.studies.watch import Follower, run_watch
 
 
-def shown(renderable, **options):
-    """Return what a terminal shows, as words with single spaces between them."""
-    console = Console(file=io.StringIO(), width=100, **options)
-    console.print(renderable)
-    return " ".join(console.file.getvalue().split())
+def shown(renderable, *, width=100, **options: Any) -> str:
+    """Return what a terminal shows."""
+    out = io.StringIO()
+    Console(file=out, width=width, **options).print(renderable)
+    return out.getvalue()
+
+
+def words(renderable, **options: Any) -> str:
+    """Return what a terminal shows, with single spaces between the words."""
+    return " ".join(shown(renderable, **options).split())
 
 
 def test_a_line_that_is_being_written_waits_for_its_rest(tmp_path):
@@ -61,12 +67,12 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
 def test_a_run_is_followed_from_before_its_start_to_its_end(tmp_path, capsys):
     out = tmp_path / "run"
     follower = Follower(out)
-    assert "waiting for it to begin" in shown(follower.view())
+    assert "waiting for it to begin" in words(follower.view())
     assert not follower.ended
     seen = []
 
     def look(_step, _seconds):
-        seen.append(shown(follower.view()))
+        seen.append(words(follower.view()))
         assert not follower.ended
 
     config = write_run(tmp_path, train={"tokens": 3 * 64, "stats_every_steps": 1})
@@ -88,15 +94,15 @@ def test_an_interrupted_and_a_killed_run_name_the_way_on(tmp_path):
     config = write_run(tmp_path, train={"tokens": 4 * 64})
     out = tmp_path / "run"
     run_distill(config, out=out, after_step=lambda step, _: send(2) if step == 1 else None)
-    assert "it was interrupted; `tiny-onn distill --resume" in shown(Follower(out).view())
+    assert "it was interrupted; `tiny-onn distill --resume" in words(Follower(out).view())
     (out / "summary.json").unlink()
-    assert "it was stopped before its end" in shown(Follower(out).view())
+    assert "it was stopped before its end" in words(Follower(out).view())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     lock = {"pid": gone.pid, "host": os.uname().nodename, "since_utc": "now"}
     (out / "lock").write_text(json.dumps(lock))
     follower = Follower(out)
-    assert "its process has ended without saving" in shown(follower.view())
+    assert "its process has ended without saving" in words(follower.view())
     assert follower.ended
 
 
@@ -121,9 +127,7 @@ def test_sparklines_rise_with_their_values_and_survive_what_is_not_finite():
 
 def test_a_heatmap_fits_its_terminal_with_and_without_colours():
     load = [[(layer + expert) % 10 / 10 for expert in range(300)] for layer in range(90)]
-    for options in ({"color_system": None}, {"color_system": "truecolor", "force_terminal": True}):
-        console = Console(file=io.StringIO(), width=60, **options)
-        console.print(Heatmap(load))
-        lines = console.file.getvalue().splitlines()
-        assert len(lines) == (32 if options["color_system"] is None else 16)
-    assert shown(Heatmap([[0.0, 0.55, 1.0]]), color_system=None) == "0 +@"
+    plain = shown(Heatmap(load), width=60, color_system=None)
+    coloured = shown(Heatmap(load), width=60, color_system="truecolor", force_terminal=True)
+    assert [len(text.splitlines()) for text in (plain, coloured)] == [32, 16]
+    assert words(Heatmap([[0.0, 0.55, 1.0]]), color_system=None) == "0 +@"

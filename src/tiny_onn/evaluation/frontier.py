@@ -37,17 +37,20 @@ def run_frontier(
     return frontier
 
 
-def measure_frontier(bench: Bench, budgets: Sequence[float] = ()) -> dict[str, Any]:
+def measure_frontier(
+    bench: Bench, budgets: Sequence[float] = (), exact: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Evaluate a student at several budgets, and read its numbers at exactly these mean k.
 
     Args:
         bench: the student and the text.
         budgets: mean numbers of active experts per token; empty: `default_budgets`.
+        exact: the mean k to read the student at; None: those of the budgets.
 
     Returns:
         The numbers of `Bench.facts`; `points`, one for each budget, with `intervals`; `beside`, the
-        further points that were measured to have some around each budget; and `exact`, the numbers
-        at exactly each budget, see `exact.at_exactly`, without those that no points lie around.
+        further points that were measured to have some around each exact k; and `exact`, the numbers
+        at exactly these k, see `exact.at_exactly`, without those that no points lie around.
 
     Raises:
         UserError: the text cannot be read, or the student cannot run at a budget.
@@ -55,14 +58,15 @@ def measure_frontier(bench: Bench, budgets: Sequence[float] = ()) -> dict[str, A
     student = bench.loaded.student
     wanted = [float(k) for k in budgets or default_budgets(student)]
     measured = bench.measure([*wanted])
-    beside = bench.surround(measured, wanted)
-    exact = [at_exactly([*measured, *beside], k, SEED) for k in wanted]
+    asked = wanted if exact is None else [float(k) for k in exact]
+    beside = bench.surround(measured, asked)
+    found = [at_exactly([*measured, *beside], k, SEED) for k in asked]
     return {
         **bench.facts(),
         "num_experts": student.config.num_experts,
         "points": [_point(point) for point in measured],
         "beside": [_point(point) for point in beside],
-        "exact": [found for found in exact if found is not None],
+        "exact": [numbers for numbers in found if numbers is not None],
     }
 
 

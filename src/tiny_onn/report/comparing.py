@@ -198,13 +198,28 @@ def points_of(run: Run) -> list[dict[str, Any]]:
     return [points[k] for k in sorted(points)]
 
 
-def interval_at(run: Run, mean_k: float) -> Sequence[float] | None:
-    """Return the 95 % interval of the KL at exactly `mean_k`; None if `eval` gave none there."""
-    exact = run.frontier.get("exact", ()) if run.frontier else ()
-    for found in exact:
-        if math.isclose(found["mean_k"], mean_k, rel_tol=EQUAL_K):
-            return found["intervals"]["forward_kl"]
-    return None
+def read_at(run: Run, mean_k: float) -> dict[str, Any] | None:
+    """Return a run's numbers at exactly `mean_k`; None if it was not measured around it.
+
+    What `eval` read there counts, with its `intervals`; where it read nothing, the run's points do.
+    `between` holds the measurements that were read between, see `ENDS`.
+    """
+    points = points_of(run)
+    ends = list(neighbours(points, mean_k) or ())
+    if ends and ends[0] is ends[1]:
+        del ends[1]
+    found = at_k(points, mean_k)
+    numbers = None if found is None else {**found, "intervals": {}, "between": ends}
+    if run.frontier and (run.last is None or same_text(run.frontier["points"][0], run.last)):
+        for exact in run.frontier.get("exact", ()):
+            if math.isclose(exact["mean_k"], mean_k, rel_tol=EQUAL_K):
+                return {**(numbers or points[0]), **exact}
+    return numbers
+
+
+def interval_at(numbers: Mapping[str, Any]) -> Sequence[float] | None:
+    """Return the 95 % interval of the KL that `read_at` found, if `eval` measured one."""
+    return numbers.get("intervals", {}).get("forward_kl")
 
 
 def same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -247,10 +262,9 @@ def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
     for run in measured:
         last, points = run.last, points_of(run)
         assert last is not None
-        at_equal_k = at_k(points, k)
+        at_equal_k = read_at(run, k)
         numbers: Mapping[str, Any] = last if at_equal_k is None else at_equal_k
-        low, high = neighbours(points, k) or (None, None)
-        ends = [] if low is None or high is None else [low] if low is high else [low, high]
+        ends = numbers.get("between", ())
         rows.append(
             Row(
                 name=run.name,
@@ -266,7 +280,7 @@ def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
                 total_flops=numbers["total_flops"],
                 deployed_kl=last["forward_kl"],
                 deployed_perplexity=perplexity(last["student_nll"]),
-                interval=interval_at(run, k) if same_text(points[0], last) else None,
+                interval=interval_at(numbers),
                 between=[
                     {
                         name: end[name]

@@ -28,7 +28,7 @@ def between(low: Mapping[str, Any], high: Mapping[str, Any], mean_k: float) -> d
     share = (mean_k - low["mean_k"]) / (high["mean_k"] - low["mean_k"])
     found: dict[str, float] = {}
     for name, start in low.items():
-        end = high.get(name)
+        end: Any = high.get(name)
         if not (_is_number(start) and _is_number(end)):
             continue
         if start == end:

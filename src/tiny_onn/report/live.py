@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group
@@ -20,7 +21,7 @@ BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 UPPER_HALF = "\u2580"
 # The same shares where a terminal has no colours.
 SHADES = " .:-=+*#%@"
-VERDICT_STYLES = {"healthy": "green", "suspicious": "yellow", "dead": "bold red"}
+VERDICT_STYLES = MappingProxyType({"healthy": "green", "suspicious": "yellow", "dead": "bold red"})
 MAX_HEAT_LINES = 16
 # Values that span more than this factor are drawn by their logarithms.
 LOG_FACTOR = 20
@@ -125,7 +126,7 @@ def _time(seconds: float) -> str:
 
 
 def _curves(run: Run) -> list[tuple[str, list[float], str, str]]:
-    """Return of each curve its name, values, newest value, and what to hold beside it."""
+    """Return the curves: the name, the values, the newest value, and what to hold beside it."""
     steps, evaluations = run.of_kind("step"), run.evaluations
     trained = [record for record in evaluations if record["step"] > 0]
     best = min((record["forward_kl"] for record in trained), default=None)
@@ -172,7 +173,7 @@ class _Spark:
     def __init__(self, values: Sequence[float]) -> None:
         self._values = values
 
-    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Text]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         yield Text(sparkline(self._values, options.max_width), style="cyan", no_wrap=True)
 
 

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from tiny_onn.report.comparing import mflops, points_of, same_text
-from tiny_onn.report.exact_k import EQUAL_K, at_k
+from tiny_onn.report.comparing import mflops, read_at, same_text
+from tiny_onn.report.exact_k import EQUAL_K
 from tiny_onn.report.run_data import Record, Run
 
 # The number of last steps over which a sentence averages.
@@ -94,7 +94,7 @@ def _against(student: Run, control: Run) -> str:
             f"{student.name} and {control.name} cannot be compared, because they were evaluated on"
             " different texts."
         )
-    point = at_k(points_of(student), theirs["mean_k"]) or ours
+    point = read_at(student, theirs["mean_k"]) or ours
     kl, control_kl = point["forward_kl"], theirs["forward_kl"]
     surplus = point["mean_k"] / theirs["mean_k"] - 1
     equal = abs(surplus) <= EQUAL_K

@@ -58,8 +58,9 @@ class Stacks:
     @property
     def end(self) -> float:
         """The value at the end of the axis: the longest bar or the limit."""
-        totals = [sum(bar.values()) for bar in self.bars.values()]
-        return max([*totals, *([] if self.limit is None else [self.limit[1]])], default=0.0)
+        totals = [float(sum(bar.values())) for bar in self.bars.values()]
+        limit = 0.0 if self.limit is None else self.limit[1]
+        return max(limit, *totals)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         yield Text(self.title, style="italic")

@@ -9,11 +9,11 @@ from tiny_onn.report.comparing import (
     differing,
     interval_at,
     mflops,
-    points_of,
+    read_at,
     same_text,
     setting,
 )
-from tiny_onn.report.exact_k import at_k, perplexity
+from tiny_onn.report.exact_k import perplexity
 from tiny_onn.report.run_data import Record, Run
 from tiny_onn.report.sentences import compute_of
 
@@ -79,10 +79,10 @@ def _at_exactly(run: Run, runs: Sequence[Run]) -> list[tuple[str, ...]]:
         wanted[round(run.target_k, 2)] = run.target_k
     found = []
     for k, mean_k in sorted(wanted.items()):
-        point = at_k(points_of(run), mean_k)
+        point = read_at(run, mean_k)
         if point is None:
             continue
-        interval = interval_at(run, mean_k)
+        interval = interval_at(point)
         shown = "" if interval is None else " ({:.4f} to {:.4f})".format(*interval)
         found.append(
             (

@@ -8,9 +8,10 @@ the largest mean output norm on calibration text), or by a frozen random gate.
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -30,16 +31,19 @@ from tiny_onn.conversion.pipeline import (
     refit_if_asked,
 )
 from tiny_onn.conversion.verify import Conversion, check_conversion
+from tiny_onn.data.passages import held_out_passages
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.loop import AfterStep, run_distill
 from tiny_onn.distill.run_log import RunResult
 from tiny_onn.distill.stages import step_tokens
 from tiny_onn.evaluation.compare import Evaluation
-from tiny_onn.evaluation.evaluate import budget_report, shown_k
+from tiny_onn.evaluation.evaluate import Bench, budget_report, shown_k
+from tiny_onn.evaluation.frontier import measure_frontier, write_frontier
 from tiny_onn.evaluation.run_view import keep_view, measure_view
 from tiny_onn.model.expert_path import choose_path
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.runs.files import write_json
+from tiny_onn.runs.students import LoadedStudent
 from tiny_onn.studies.report import run_report
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import teacher_for
@@ -47,6 +51,8 @@ from tiny_onn.teacher.load import teacher_for
 NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
 STUDENT = "student"
 CONTROLS = (("static choice", "static"), ("random routing", "random"))
+# The budgets of the student's frontier, as shares of the number of experts.
+FRONTIER_SHARES = (0.75, 0.5, 0.25)
 # The seconds in which the demo should end, and the numbers of steps per arm to choose from if it
 # would take longer.
 DEADLINE_S = 360.0
@@ -54,6 +60,8 @@ STEPS_LADDER = (4, 3, 2, 1)
 # Work besides training, in units of a step: the evaluations, gates and saving that come after the
 # first steps, and the work that is repeated when the arms start again.
 OTHER_STEPS, RESTART_STEPS = 10, 4
+# The time of the student's frontier, in units of a step: five or six passes over the held-out rows.
+FRONTIER_STEPS = 6
 
 
 class TooSlow(Exception):  # noqa: N818 - it ends an arm, and is no error
@@ -122,6 +130,15 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     if fewer:
         shutil.rmtree(out / STUDENT)
         results = run_arms(with_tokens(config, fewer), shared, out, no_watch)
+    late = time.perf_counter() - started + FRONTIER_STEPS * step_seconds(results[STUDENT], config)
+    if late > DEADLINE_S:
+        say(
+            "The student is not measured at other budgets, so that the demo ends in time; `tiny-onn"
+            f" eval {out / STUDENT} --frontier --out {out / STUDENT}` does that"
+        )
+        exact: list[dict[str, Any]] = []
+    else:
+        exact = student_frontier(out / STUDENT, results[STUDENT], config)["exact"]
     seconds = time.perf_counter() - started
     tokens = results[STUDENT].tokens
     summary: dict[str, object] = {
@@ -134,12 +151,13 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
             for name, r in results.items()
         },
         "budget": budget_report(after_of(results[STUDENT]).mean_k, config.router),
+        "at_k": exact,
         "dtype": config.teacher.dtype,
         "seconds": seconds,
         "seed": config.train.seed,
     }
     write_json(out / "demo.json", summary)
-    Console().print(comparison(results, config.router))
+    Console().print(comparison(results, config.router, exact))
     page = _report(out, results[STUDENT], config)
     Console().print(
         f"Each arm learned from {tokens:,} tokens, seed {config.train.seed}, in "
@@ -152,6 +170,51 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
         soft_wrap=True,
     )
     return summary
+
+
+def num_steps(result: RunResult, config: RunConfig) -> int:
+    """Return the number of steps of an arm."""
+    return -(-result.tokens // step_tokens(config))
+
+
+def step_seconds(result: RunResult, config: RunConfig) -> float:
+    """Return the mean time of an arm's steps."""
+    return result.seconds / max(1, num_steps(result, config))
+
+
+def student_frontier(folder: Path, result: RunResult, config: RunConfig) -> dict[str, Any]:
+    """Measure the student in memory at several budgets, for its report and at exactly its target.
+
+    Args:
+        folder: the student's run folder, which gets the files of `tiny-onn eval --frontier`.
+        result: the student's run.
+        config: the student's settings.
+
+    Returns:
+        The frontier, see `measure_frontier`.
+    """
+    prepared = result.prepared
+    bench = Bench(
+        loaded=LoadedStudent(
+            student=prepared.student,
+            tokenizer=prepared.tokenizer,
+            config=config,
+            step=num_steps(result, config),
+            of_run=True,
+            named_teacher=None,
+        ),
+        dense=prepared.teacher,
+        passages=held_out_passages(
+            config.data, prepared.tokenizer, stride=None, max_tokens=config.data.eval_tokens
+        ),
+        source="held-out text of " + ", ".join(config.data.sources),
+        text=prepared.held_out,
+    )
+    budgets = [float(round(share * config.experts.num_experts)) for share in FRONTIER_SHARES]
+    exact = [config.router.target_k]
+    frontier = {"model": str(folder), **measure_frontier(bench, budgets, exact)}
+    write_frontier(frontier, folder)
+    return frontier
 
 
 def _report(out: Path, student: RunResult, config: RunConfig) -> Path:
@@ -279,8 +342,18 @@ def after_of(result: RunResult) -> Evaluation:
     return result.after
 
 
-def comparison(results: dict[str, RunResult], router: RouterConfig) -> Table:
-    """Return the table of teacher, student before and after training, and controls after it."""
+def comparison(
+    results: dict[str, RunResult],
+    router: RouterConfig,
+    exact: Sequence[Mapping[str, Any]] = (),
+) -> Table:
+    """Return the table of teacher, student before and after training, and controls after it.
+
+    Args:
+        results: the runs by arm, the student's first.
+        router: the student's settings.
+        exact: the student's numbers at exactly some mean k, see `exact.at_exactly`.
+    """
     tokens = next(iter(results.values())).tokens
     table = Table(
         title=f"Held-out text after {tokens:,} training tokens per arm: distance to the teacher;"
@@ -304,6 +377,16 @@ def comparison(results: dict[str, RunResult], router: RouterConfig) -> Table:
         table.add_row("student, untrained", *_cells(first.before, router))
     for name, result in results.items():
         table.add_row(name, *_cells(after_of(result), router if result is first else None))
+        for numbers in exact if result is first else ():
+            table.add_row(
+                f"{name}, at exactly k = {numbers['mean_k']:g}",
+                f"{numbers['forward_kl']:.4f}",
+                f"{numbers['top1_agreement']:.1%}",
+                f"{numbers['student_perplexity']:.2f}",
+                f"{numbers['mean_k']:.2f}",
+                f"{numbers['ffn_flops'] / 1e6:.1f}",
+                f"{numbers['total_flops'] / 1e6:.1f}",
+            )
     return table
 
 
