@@ -28,7 +28,7 @@ from tiny_onn.distill.optim import lr_factor, set_learning_rates
 from tiny_onn.distill.progress import show_conversion
 from tiny_onn.distill.run_log import RunLog, RunResult
 from tiny_onn.distill.run_state import RunState, restore
-from tiny_onn.distill.stages import annealed, run_tokens, stage_named, step_tokens
+from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
 from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
@@ -230,8 +230,8 @@ class _Run:
         if not self.state.step:
             return self.state.before
         if self.stop and self.eval_seconds > EVALUATION_PATIENCE_S:
-            patience = f"more than {EVALUATION_PATIENCE_S:g} s"
-            say(f"{self.title}: the last evaluation is left out, because it may take {patience}")
+            why = f"because it may take more than {EVALUATION_PATIENCE_S:g} s"
+            say(f"{self.title}: the last evaluation is left out, {why}")
             return None
         try:
             return self._evaluate("end")
@@ -253,7 +253,7 @@ class _Run:
     def _steps(self, after_step: AfterStep) -> None:
         state, config = self.state, self.training.config
         eval_every, save_every = config.train.eval_every_tokens, config.train.save_every_tokens
-        next_eval, next_save = self._next(eval_every), self._next(save_every)
+        next_eval, next_save = (next_due(state.tokens, every) for every in (eval_every, save_every))
         while state.tokens < (end := run_tokens(state.stage, config)) and not self.stop:
             self.first_steps.before_step(state)
             started = time.perf_counter()
@@ -271,12 +271,12 @@ class _Run:
                 state.due = ["eval"]
             if state.due:
                 self._do_what_is_due()
-                next_eval = self._next(eval_every)
+                next_eval = next_due(state.tokens, eval_every)
             is_best = state.best is not None and state.best["step"] == state.step
-            save_is_due = is_best or state.tokens >= next_save
             # The state after a skipped update may be no better, so the last good checkpoint stays.
-            if save_is_due and state.tokens < end and not state.guard.skipped_in_row:
-                next_save = self._next(save_every)
+            good = state.tokens < end and not state.guard.skipped_in_row
+            if good and (is_best or state.tokens >= next_save):
+                next_save = next_due(state.tokens, save_every)
                 self._save()
             self._warn(self.writer.poll())
 
@@ -371,10 +371,6 @@ class _Run:
     def _mark_best(self) -> None:
         """Let the writer keep the checkpoint of the best evaluation."""
         self.writer.best = self.state.best["step"] if self.state.best else None
-
-    def _next(self, every: int) -> int | float:
-        """Return the next multiple of `every` tokens; infinity if that is 0."""
-        return (self.state.tokens // every + 1) * every if every else math.inf
 
     def _save(self) -> None:
         """Begin to write a checkpoint, unless this step has one."""

@@ -5,6 +5,7 @@ each in whole steps. A checkpoint stores the stage's name and the token at which
 follows from the settings and the number of tokens read.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -63,6 +64,11 @@ def run_tokens(stage: Stage, config: RunConfig) -> int:
         return stage.begin + stage.tokens
     step = step_tokens(config)
     return stage.begin + -(-stage.tokens // step) * step + config.train.tokens
+
+
+def next_due(tokens: int, every: int) -> int | float:
+    """Return the next multiple of `every` after so many tokens; infinity if `every` is 0."""
+    return (tokens // every + 1) * every if every else math.inf
 
 
 def annealed_k(progress: float, fraction: float, num_experts: int, target_k: float) -> float:

@@ -211,15 +211,12 @@ class _WithGradient(torch.autograd.Function):
 def _distill_chunks(
     student: _Side, teacher: _Side, labels: Tensor, settings: _Settings
 ) -> tuple[DistillValues, Tensor]:
-    """Return all values, and the gradient at the student's hidden states without factors.
-
-    The missing factors, temperature and scale, are constant.
-    """
+    """Return all values, and the gradient at the student's states without temperature and scale."""
     (s_TD, s_head), (q_TD, q_head) = student, teacher
     T, V = len(labels), len(s_head.weight)
     values = _unfilled_values(labels, _math_dtype(s_TD.dtype, q_TD.dtype))
     grad_TD = s_TD.new_empty(s_TD.shape if settings.need_grad else 0)
-    # All chunks share one allocation: on a CPU, faulting in fresh pages costs more than the maths.
+    # All chunks share one allocation: faulting in fresh pages costs a CPU more than the maths.
     C = min(settings.chunk_tokens, T)
     s_buffer_CV, q_buffer_CV = s_TD.new_empty(C, V), q_TD.new_empty(C, V)
     maps = (s_head.map(), q_head.map())
@@ -392,10 +389,9 @@ def _check_tensors(student: _Side, teacher: _Side, labels: Tensor) -> None:
             f"tokens: got {counts} of student, teacher and labels, expected equal numbers; "
             "run both models on the same rows"
         )
-    # A graph that is being captured cannot be read; its first row ran without one.
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    if bool(((labels != IGNORED_LABEL) & ((labels < 0) | (labels >= V))).any()):
+    # A graph cannot be read while it is captured.
+    capturing = labels.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not capturing and bool(((labels != IGNORED_LABEL) & ((labels < 0) | (labels >= V))).any()):
         raise UserError(
             f"labels: got values from {labels.min().item()} to {labels.max().item()}, expected "
             f"{IGNORED_LABEL} or 0 to {V - 1}; use the tokenizer that belongs to the head"

@@ -1,7 +1,7 @@
 """The demonstration: convert, distill, and compare with two controls that train equally long.
 
-All three arms start from the same experts, see the same text in the same order with the same
-optimizer, and are measured on the same held-out rows at the same mean number of active experts.
+All arms start from the same experts, see the same text in the same order with the same optimizer,
+and are measured on the same held-out rows at the same mean number of active experts.
 Only the selection of experts differs: by the trained router, always the same experts (the k with
 the largest mean output norm on calibration text), or by a frozen random gate.
 """
@@ -53,14 +53,13 @@ STUDENT = "student"
 CONTROLS = (("static choice", "static"), ("random routing", "random"))
 # The budgets of the student's frontier, as shares of the number of experts.
 FRONTIER_SHARES = (0.75, 0.5, 0.25)
-# The seconds in which the demo should end, and the numbers of steps per arm to choose from if it
-# would take longer.
+# The demo should end in so many seconds; where it would not, an arm takes fewer steps.
 DEADLINE_S = 360.0
 STEPS_LADDER = (4, 3, 2, 1)
-# Work besides training, in units of a step: the evaluations, gates and saving that come after the
-# first steps, and the work that is repeated when the arms start again.
+# Work besides training, in units of a step: evaluations, gates and saving after the first steps,
+# and what is repeated when the arms start again.
 OTHER_STEPS, RESTART_STEPS = 10, 4
-# The time of the student's frontier, in units of a step: five or six passes over the held-out rows.
+# The student's frontier takes five or six passes over the held-out rows.
 FRONTIER_STEPS = 6
 
 
