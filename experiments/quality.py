@@ -30,10 +30,11 @@ from typing import Any
 
 from benchmarks.common import ROOT, environment
 from docs.tools import pages
+from experiments import arms_table
 from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS, parser
 
-RECORDS = RESULTS / "quality.jsonl"
+RECORDS, MIXED = RESULTS / "quality.jsonl", RESULTS / "arms.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 
@@ -297,6 +298,7 @@ def sections() -> dict[str, str]:
         "small": final_table(groups["small"]),
         "partitions": partition_table(groups["partitions"]),
         "untrained": untrained_table(rows),
+        "mixed": arms_table.table(read_records(MIXED), ("smk", "frozen ridge gate")),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
 
