@@ -31,7 +31,7 @@ from tiny_onn.cli import main as cli
 from tiny_onn.config.template import config_template
 from tiny_onn.data import sources
 from tiny_onn.distill import loop as train
-from tiny_onn.distill import step
+from tiny_onn.distill import passes, step
 from tiny_onn.runs import checkpoint
 from tiny_onn.runs.checkpoint import valid_checkpoints
 from tiny_onn.runs.metrics import MetricsWriter
@@ -526,24 +526,24 @@ def bad_gradient(original: Callable[..., Any], student: Any, *args: Any, value: 
     return original(student, *args)
 
 
-INJECTED: dict[str, tuple[str, Callable[..., Any], int]] = {
-    # The function of step.py, what it does instead, calls of it per step.
-    "loss": ("distill", bad_loss, 1),
-    "gradient": ("clip_gradients", bad_gradient, 1),
-    "teacher's output": ("last_hidden_states", bad_hidden, 2),
+INJECTED: dict[str, tuple[Any, str, Callable[..., Any], int]] = {
+    # The module, its function, what that does instead, calls of it per step.
+    "loss": (passes, "distill", bad_loss, 1),
+    "gradient": (step, "clip_gradients", bad_gradient, 1),
+    "teacher's output": (passes, "last_hidden_states", bad_hidden, 2),
 }
 
 
 def not_finite(lab: Lab, where: str, value: float) -> Outcome:
     """One step with a number that is not finite: it is skipped, counted, and the run goes on."""
     out, outcome = lab.new(), Outcome()
-    name, action, per_step = INJECTED[where]
+    module, name, action, per_step = INJECTED[where]
     number = per_step * (lab.random.randint(2, STEPS) - 1) + 1
 
     def bad(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return action(original, *args, value=value, **kwargs)
 
-    ended = lab.run(out, lambda: wrapped(step, name, number, bad))
+    ended = lab.run(out, lambda: wrapped(module, name, number, bad))
     told(ended, outcome, status=0)
     if ended.status == 0:
         summary = json.loads((out / "summary.json").read_text())
@@ -566,7 +566,7 @@ def never_finite(lab: Lab) -> Outcome:
     begin = lab.random.randint(SAVE_STEPS + 1, STEPS - 11)
 
     def arm() -> None:
-        original, calls = step.distill, [0]
+        original, calls = passes.distill, [0]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
@@ -574,7 +574,7 @@ def never_finite(lab: Lab) -> Outcome:
                 return original(*args, **kwargs)
             return bad_loss(original, *args, value=float("nan"), **kwargs)
 
-        step.distill = call  # pyright: ignore[reportAttributeAccessIssue]
+        passes.distill = call  # pyright: ignore[reportAttributeAccessIssue]
 
     told(lab.run(out, arm), outcome)
     # What was skipped is no work; the records of it are cut off by the resumption.

@@ -257,7 +257,6 @@ README_ROWS = (
     "decode, Qwen3-0.6B, k = 16, tokens/s",
     "loss, 32,768 tokens",
     "expert layer, bfloat16, k = 16",
-    "step with SMK",
     "whole step, tokens/s",
 )
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import CONFIG, change, make_dense, make_rows, write_run
 from tiny_onn.conversion import pipeline as prepare
 from tiny_onn.data.packing import Origin, Packer
-from tiny_onn.distill import step
+from tiny_onn.distill import passes, step
 from tiny_onn.distill.anomalies import MIN_WINDOW, SPIKE_MADS, WINDOW, Guard, provenance
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.distill.optim import build_optimizer
@@ -23,7 +23,7 @@ from tiny_onn.runs.checkpoint import student_tensors
 from tiny_onn.runs.metrics import read_metrics
 
 ROWS = make_rows((20, 13, 30, 40, 9), 32)
-REAL_DISTILL, REAL_CLIP = step.distill, step.clip_gradients
+REAL_DISTILL, REAL_CLIP = passes.distill, step.clip_gradients
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def poison(monkeypatch):
                 bank.experts.down_proj.grad.view(-1)[7] = value
             return REAL_CLIP(student, clip_norm, *rest)
 
-        monkeypatch.setattr(step, "distill", distill)
+        monkeypatch.setattr(passes, "distill", distill)
         monkeypatch.setattr(step, "clip_gradients", clip_gradients)
 
     return arrange

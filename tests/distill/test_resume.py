@@ -115,10 +115,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, case):
 
 
 FIXED = [
-    *("data.eval_tokens", "data.held_out_fraction", "data.row_tokens", "data.split"),
+    *("data.eval_tokens", "data.held_out_fraction", "data.row_tokens"),
+    *("data.settling_fraction", "data.split"),
     *("data.text_field", "experts.calibration_tokens", "experts.compensation"),
     *("experts.expert_dim", "experts.gate_init", "experts.init", "experts.keep_massive"),
-    *("experts.learn_scale", "experts.num_experts", "experts.num_shared", "experts.weighting"),
+    *("experts.learn_scale", "experts.num_experts", "experts.num_shared", "experts.refit"),
+    *("experts.token_scale", "experts.weighting", "optim.lr_scale"),
     *("optim.master_dtype", "optim.name"),
     *("router.anneal_fraction", "router.at_least_one", "router.blockwise_anneal_fraction"),
     *("router.budget_form", "router.budget_scope", "router.objective", "router.oracle_budget"),

@@ -82,7 +82,12 @@ def overshot(tmp_path_factory):
     config = write_run(
         folder,
         optim={"expert_lr": 0.3, "warmup_fraction": 1.0, "decay_fraction": 0.0},
-        train={"tokens": 8 * 64, "eval_every_tokens": 64, "save_every_tokens": 2 * 64},
+        train={
+            "tokens": 8 * 64,
+            "eval_every_tokens": 64,
+            "save_every_tokens": 2 * 64,
+            "stop_if_worse": False,
+        },
     )
     run_distill(config, out=folder / "run")
     return folder / "run"

@@ -175,6 +175,7 @@ UNUSUAL = {
     "at_least_one": "always",
     "oracle_budget": True,
     "num_shared": 2,
+    "straight_through": "threshold",
 }
 
 

@@ -11,6 +11,7 @@ from run_records import assert_same_run, records
 from tiny import change, write_run
 from tiny_onn.distill import blockwise as blockwise_module
 from tiny_onn.distill import loop as train_module
+from tiny_onn.distill import passes as passes_module
 from tiny_onn.distill import step as step_module
 from tiny_onn.distill.loop import run_distill
 
@@ -70,9 +71,9 @@ def signal_in(monkeypatch):
 # their two rows.
 INSIDE = {
     "a block's forward pass": (blockwise_module, "squared_error", 11, 1),
-    "the teacher's forward pass": (step_module, "last_hidden_states", 5, 3),
-    "the student's forward pass": (step_module, "last_hidden_states", 8, 3),
-    "the loss": (step_module, "distill", 4, 3),
+    "the teacher's forward pass": (passes_module, "last_hidden_states", 5, 3),
+    "the student's forward pass": (passes_module, "last_hidden_states", 8, 3),
+    "the loss": (passes_module, "distill", 4, 3),
     "the backward pass": (torch.Tensor, "backward", 12, 3),
     "the block errors at the change of stage": (train_module, "block_errors", 2, 2),
     "the evaluation at the change of stage": (train_module, "evaluate_layers", 2, 2),
@@ -107,7 +108,7 @@ def test_work_in_hand_is_given_up_and_the_run_goes_on_to_the_same_bits(
 
 def test_a_stopped_run_with_a_quick_evaluation_ends_with_one(config, whole, tmp_path, signal_in):
     out = tmp_path / "run"
-    signal_in(step_module, "distill", 5)
+    signal_in(passes_module, "distill", 5)
     result = run_distill(config, out=out)
     assert result.interrupted
     assert result.after is not None
@@ -120,7 +121,7 @@ def test_a_slow_last_evaluation_is_left_out_and_told(
     config, tmp_path, signal_in, monkeypatch, capsys
 ):
     monkeypatch.setattr(train_module, "EVALUATION_PATIENCE_S", 0.0)
-    signal_in(step_module, "distill", 5)
+    signal_in(passes_module, "distill", 5)
     assert run_distill(config, out=tmp_path / "run").after is None
     assert "the last evaluation is left out" in capsys.readouterr().err
 
@@ -159,7 +160,7 @@ def test_a_second_signal_inside_a_step_ends_without_saving(config, tmp_path, sig
     out = tmp_path / "run"
     # The first snapshot is that of the evaluation at the change of stage.
     signal_in(train_module, "take_snapshot", 2)
-    signal_in(step_module, "distill", 5)
+    signal_in(passes_module, "distill", 5)
     with pytest.raises(KeyboardInterrupt):
         run_distill(change(config, train={"eval_every_tokens": 0}), out=out)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"]

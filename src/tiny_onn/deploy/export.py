@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from tiny_onn.console import say, status
 from tiny_onn.deploy import to_dense, to_gguf, to_transformers
-from tiny_onn.deploy.exporting import ExportError, Job
+from tiny_onn.deploy.exporting import ExportError, Job, refuse_what_no_export_has
 from tiny_onn.errors import UserError, reason_line
 from tiny_onn.publish import publish
 from tiny_onn.routing.budgets import set_budget
@@ -69,6 +69,7 @@ def run_export(
         ) as temporary:
             folder = Path(temporary) / "export"
             folder.mkdir()
+            refuse_what_no_export_has(job)
             lost = WRITERS[to](job, folder)
             with status(f"Writing {out}"):
                 publish(folder, out)

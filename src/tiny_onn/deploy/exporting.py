@@ -75,12 +75,35 @@ class Job:
         return self.loaded.student.dtype
 
 
+def refuse_what_no_export_has(job: Job) -> None:
+    """Refuse a student with parts that only this package computes.
+
+    Raises:
+        ExportError: the student has such a part.
+    """
+    if job.banks[0].token_scale is not None:
+        raise ExportError(
+            "got a student with experts.token_scale, expected one without; its weights depend on"
+            " the token, so use it with this package"
+        )
+    if job.student.routing_controller != "none":
+        raise ExportError(
+            f"got a student with routing_controller = {job.student.routing_controller!r}, expected"
+            " 'none'; set student.routing_controller = 'none', save the student, and export that"
+        )
+
+
 def gated_rule(job: Job) -> RoutingRule:
     """Return the student's rule if a linear gate alone selects the experts.
 
     Raises:
         ExportError: something else selects.
     """
+    if job.rule.weighting == "ramp":
+        raise ExportError(
+            "got a student with experts.weighting = 'ramp', expected another one; its weights need"
+            " the distance from the threshold, so use it with this package"
+        )
     if job.rule.selection not in WITH_GATE:
         raise ExportError(
             f"got a student with router.selection = {job.rule.selection!r}, expected"

@@ -208,6 +208,6 @@ COPIED = (
 
 def _copied(function: Any) -> str:  # noqa: ANN401 - any function
     """Return a function's source with plain types in the place of this package's."""
-    source = inspect.getsource(function).rstrip()
+    source = re.sub(r" {2}# noqa:.*", "", inspect.getsource(function).rstrip())
     source = re.sub(r"\b(Float|Bool|Int)\[Tensor, \"[^\"]*\"\]", "Tensor", source)
-    return re.sub(r"\bLiteral\[[^\]]*\]|\bWeighting\b", "str", source)
+    return re.sub(r"\bLiteral\[[^\]]*\]|\b(Weighting|StraightThrough)\b", "str", source)

@@ -34,6 +34,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.ops.predictions import compare_predictions
 from tiny_onn.planning.costs import forward_flops
 from tiny_onn.routing.budgets import at_budget
+from tiny_onn.routing.document_k import DocumentK
 from tiny_onn.routing.statistics import OracleStats, RoutingStats
 from tiny_onn.teacher.held_out import TaughtText
 
@@ -143,6 +144,7 @@ class _Arm:
         self.budget = budget
         self.thresholds = thresholds if routers[0].rule.has_budget else None
         self.stats, self.oracle = RoutingStats.zeros(banks), OracleStats.zeros(banks)
+        self.document_k = DocumentK()
         self.tally = Tally(domain_of=partial(domain_of, sources=sources))
 
     def add(
@@ -165,6 +167,7 @@ class _Arm:
             ours_TD, hidden_TD, head_of(student), head_of(text.teacher), row.labels[0]
         )
         self.stats.add(routings, row)
+        self.document_k.add(routings, row)
         self.tally.add(row, routings, predictions, num_bytes)
 
     def measured(
@@ -196,6 +199,7 @@ class _Arm:
             tau=means["student_entropy"],
             uniform_nll=math.log(len(head_of(student).weight)),
             unigram_nll=frequency_nll(label_counts[label_counts > 0]),
+            k_error=self.document_k.standard_error(),
             **summary,
             **forward_flops(student, summary["mean_k"], mean_context),
         )

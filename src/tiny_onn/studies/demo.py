@@ -1,9 +1,9 @@
 """The demonstration: convert, distill, and compare with two controls that train equally long.
 
 All arms start from the same experts, see the same text in the same order with the same optimizer,
-and are measured on the same held-out rows at the same mean number of active experts.
-Only the selection of experts differs: by the trained router, always the same experts (the k with
-the largest mean output norm on calibration text), or by a frozen random gate.
+and are measured on the same held-out rows at the same mean number of active experts. Only the
+selection differs: by the trained router, always the same experts (the k with the largest mean
+output norm on calibration text), or by a frozen random gate.
 """
 
 import shutil
@@ -23,13 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.config.read import load_config, with_router
 from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.console import say, status
-from tiny_onn.conversion.pipeline import (
-    Prepared,
-    make_student,
-    partition,
-    read_inputs,
-    refit_if_asked,
-)
+from tiny_onn.conversion import pipeline
+from tiny_onn.conversion.pipeline import Prepared, make_student, partition, read_inputs
 from tiny_onn.conversion.verify import Conversion, check_conversion
 from tiny_onn.data.passages import held_out_passages
 from tiny_onn.device import prepare_device
@@ -282,7 +277,7 @@ def run_arms(
             with status("Checking the conversion"):
                 # All arms start from the same experts, so that one check holds for all.
                 checked = check_conversion(config, student, shared.inputs)
-        refit_if_asked(arm, student, shared.inputs)
+        pipeline.refit_if_asked(arm, student, shared.inputs)
         prepared = Prepared(
             teacher=shared.teacher,
             student=student,
