@@ -53,17 +53,8 @@ def profiled(step: Step, device: str) -> dict[str, Any]:
         step(clock=Clock(torch.device(device)))
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
-    with profile(activities=activities) as whole:
-        step()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize()
-    spans = [e.time_range for e in whole.events() if e.device_type.name == "CUDA"]
-    if spans:
-        end = max(span.end for span in spans) - min(span.start for span in spans)
-        total = sum(e.device_time_total for e in whole.events() if e.device_type.name == "CUDA")
-        print(f"as in a run: {total / 1e3:.1f} ms busy of {end / 1e3:.1f} ms")
     kernels: dict[str, list[float]] = {}
-    for event in profiler.events():
+    for event in profiler.events() or []:
         if event.device_type.name == "CUDA":
             times = kernels.setdefault(event.name[:90], [0.0, 0])
             times[0] += event.device_time_total / 1e3

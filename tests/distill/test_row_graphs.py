@@ -49,7 +49,8 @@ def train(settings, rows, rows_per_step, graphs):
         intermediate_size=128,
         head_dim=16,
         max_position_embeddings=TOKENS,
-    ).to(device)
+    )
+    torch.nn.Module.to(dense, device)
     generator = torch.Generator().manual_seed(0)
     student = convert(dense, config.experts, config.router, generator=generator)
     teacher = replace(config.teacher, dtype="bfloat16")

@@ -77,6 +77,7 @@ def test_a_rate_is_a_share_of_each_weights_own_scale(name):
     student = make_student(make_dense("llama"), compensation="mean")
     bank = student.banks()[0]
     by_neuron("gate_up_proj", bank.experts.gate_up_proj.data)[1].mul_(8)
+    assert bank.mean_outputs is not None
     bank.mean_outputs.data.normal_(generator=torch.Generator().manual_seed(0))
     config = OptimConfig(name=name, lr_scale="rms", expert_lr=1e-3, gate_lr=1e-3)
     optimizer = build_optimizer(student, config)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_the_task_of_the_page_is_one_that_the_harness_reads(tmp_path, monkeypatc
     line = '{"question": "Is snow cold?", "choices": ["yes", "no"], "answer": 0}\n'
     (folder / "facts.jsonl").write_text(line)
     name = yaml.safe_load(text)["task"]
-    task = TaskManager(include_path=str(folder), include_defaults=False).load([name])["tasks"][name]
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    task: Any = manager.load([name])["tasks"][name]
     (document,) = task.test_docs()
     assert task.doc_to_text(document) == "Question: Is snow cold?\nAnswer:"
     assert task.doc_to_choice(document) == ["yes", "no"]

@@ -13,7 +13,7 @@ This module shrinks the memory that all layers keep together. The expert layer's
 (`ops/dense_masked.py`) shrink the memory in use while one layer is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +30,7 @@ from tiny_onn.model.backbone import decoder_layers
 from tiny_onn.model.student import TinyOnnForCausalLM
 
 # Nothing in a layer draws random numbers, and a captured graph cannot store a generator's state.
-EXACT = MappingProxyType({"use_reentrant": False, "preserve_rng_state": False})
+EXACT: Mapping[str, Any] = MappingProxyType({"use_reentrant": False, "preserve_rng_state": False})
 # Fused attentions of all devices by their names in torch.ops; a release of torch may lack some.
 ATTENTION_OPS = (
     "aten._scaled_dot_product_flash_attention",

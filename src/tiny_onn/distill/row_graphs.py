@@ -233,7 +233,7 @@ def _attention_obstacle(student: TinyOnnForCausalLM) -> str | None:
         return "attention with a softcap loops over documents on the host"
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    dtype = student.get_input_embeddings().weight.dtype
+    dtype = student.backbone.dtype
     query = torch.empty(1, 1, 1, head_dim, device=student.device, dtype=dtype)
     if not varlen_supported(query, query):
         return f"attention in {dtype} loops over documents on the host"

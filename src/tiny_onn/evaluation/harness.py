@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict
@@ -270,17 +271,17 @@ def _measure(
 ) -> dict[str, Any]:
     """Return the results of one model, those of every document among them."""
     with quiet_harness():
-        from lm_eval import simple_evaluate  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-
-        reader = HFLM(
+        # The package is optional, and its decorators hide the signatures.
+        harness: Any = import_module("lm_eval")
+        models: Any = import_module("lm_eval.models.huggingface")
+        reader = models.HFLM(
             pretrained=network,
-            tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
+            tokenizer=tokenizer,
             backend="causal",
             batch_size=options["batch_size"],
         )
         try:
-            result = simple_evaluate(
+            result = harness.simple_evaluate(
                 model=reader,
                 tasks=list(options["tasks"]),
                 task_manager=manager,

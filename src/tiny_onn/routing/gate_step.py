@@ -184,7 +184,7 @@ class GateStep:
             totals, parts = (
                 [t for tally in of for t in tally] for of in (self.tallies, row.tallies)
             )
-            torch._foreach_add_(totals, parts)
+            torch._foreach_add_(totals, parts)  # pyright: ignore[reportPrivateImportUsage]
         self._steering.add(row._steering)
 
     def finish(self, *, updated: bool) -> None:
