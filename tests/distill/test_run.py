@@ -75,8 +75,8 @@ def test_the_summary_says_what_the_run_brought(whole):
     assert summary["before"] == result.before.as_dict()
     assert summary["after"] == result.after.as_dict()
     assert (summary["steps"], summary["tokens"], summary["interrupted"]) == (8, 512, False)
-    # Measured: from 0.130 to 0.115.
-    assert result.after.forward_kl < 0.95 * result.before.forward_kl
+    # Measured: from 0.128 to 0.115, and to 0.121 where sums have the order of AVX-512.
+    assert result.after.forward_kl < 0.97 * result.before.forward_kl
     rows = read_metrics(out / "metrics.jsonl")
     assert summary["before"]["forward_kl"] == rows[0]["forward_kl"]
     assert summary["after"]["forward_kl"] == rows[-1]["forward_kl"]
