@@ -156,7 +156,7 @@ def test_the_base_of_a_comparison_is_the_package_of_its_commit(tmp_path):
     assert "this tree / HEAD, this tree's benchmark;" in done.stdout
     record = json.loads((tmp_path / "distill_loss.json").read_text())
     ratios = {row["loss"]: row["p50_ms"] for row in record["base"]["ratios"]}
-    # The working copy sleeps 0.2 s a call; a busy machine takes a tenth of that for the unchanged one.
+    # The working copy sleeps 0.2 s a call; a busy machine takes a tenth of that without.
     assert ratios["ours"] > 2
     left = subprocess.run(
         ["git", "-C", str(root), "worktree", "list"], capture_output=True, text=True, check=True
