@@ -4,8 +4,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,23 @@ from experiments.arms_table import Job, at_k
 from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.conversion.pipeline import (
-    Prepared,
-    make_student,
-    partition,
-    read_inputs,
-    refit_if_asked,
-)
-from tiny_onn.conversion.verify import check_conversion
+from tiny_onn.conversion.pipeline import Prepared, partition, prepare, read_inputs
 from tiny_onn.data.rows import text_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.evaluation.compare import compare, evaluate
+from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import temporary_rules
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import valid_checkpoints
 from tiny_onn.teacher.held_out import HeldOut
-from tiny_onn.teacher.load import teacher_for
 
 # Budgets around the target at which a student is measured, as shares of the target.
 AROUND = (0.94, 1.06)
 
 
-def ordered(config: RunConfig, folder: Path, find: Callable[[], Any]) -> list[torch.Tensor] | None:
+def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Tensor] | None:
     """The partition, read from the folder if a run of the same teacher, text and seed left it."""
     experts = config.experts
     key = f"{experts.init}-{experts.num_experts}-{experts.calibration_tokens}-{config.train.seed}"
@@ -49,29 +43,12 @@ def ordered(config: RunConfig, folder: Path, find: Callable[[], Any]) -> list[to
     if path.is_file():
         stored = load_file(path)
         return [stored[str(index)] for index in range(len(stored))]
-    order = find()
+    order = partition(config, inputs)
     if order is not None:
         temporary = path.with_suffix(f".{os.getpid()}")
         save_file({str(i): o.cpu().contiguous() for i, o in enumerate(order)}, temporary)
         temporary.rename(path)
     return order
-
-
-def prepared_for(config: RunConfig, folder: Path) -> Prepared:
-    """What `prepare` makes, with a partition that runs of one seed share."""
-    inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
-    order = ordered(config, folder, lambda: partition(config, inputs))
-    student = make_student(config, inputs, order)
-    conversion = check_conversion(config, student, inputs)
-    refit_if_asked(config, student, inputs)
-    teacher = teacher_for(inputs.dense, config.teacher)
-    return Prepared(
-        teacher=teacher,
-        student=student,
-        tokenizer=tokenizer,
-        conversion=conversion,
-        held_out=HeldOut(teacher, held_out),
-    )
 
 
 def measured(config: RunConfig, prepared: Prepared, path: Path, max_tokens: int) -> dict[str, Any]:
@@ -170,7 +147,7 @@ def run(
     if not begun:
         shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
-    prepared = prepared_for(config, parts.folder)
+    prepared = prepare(config, partial(ordered, parts.folder))
     converted = time.monotonic() - started
     result = run_distill(config, out=folder, resume=begun, prepared=prepared, title=job.name())
     if result.interrupted or result.after is None:

@@ -25,12 +25,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from benchmarks.common import ROOT, environment
 from docs.tools import pages
 from experiments import arms_table
+from experiments.arms_table import spread
 from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS, parser
 
@@ -222,13 +223,6 @@ def show(record: dict[str, Any], seconds: float) -> None:
         f" k {after['mean_k']:.2f}, {record['tokens']:,} tokens",
         flush=True,
     )
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample standard deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
 def final_table(records: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -33,7 +33,7 @@ def config(tmp_path_factory):
         teacher={"dtype": "bfloat16"},
         experts={"init": "importance", "gate_init": "ridge"},
         # So low that the held-out loss falls to the end: the best checkpoint is the last.
-        optim={"expert_lr": 5e-4, "gate_lr": 1e-4},
+        optim={"expert_lr": 1e-3, "gate_lr": 1e-4},
         train={
             "tokens": 8 * 64,
             "eval_every_tokens": 4 * 64,
@@ -75,8 +75,7 @@ def test_the_summary_says_what_the_run_brought(whole):
     assert summary["before"] == result.before.as_dict()
     assert summary["after"] == result.after.as_dict()
     assert (summary["steps"], summary["tokens"], summary["interrupted"]) == (8, 512, False)
-    # Measured: from 0.128 to 0.115, and to 0.121 where sums have the order of AVX-512.
-    assert result.after.forward_kl < 0.97 * result.before.forward_kl
+    assert result.after.forward_kl < 0.95 * result.before.forward_kl
     rows = read_metrics(out / "metrics.jsonl")
     assert summary["before"]["forward_kl"] == rows[0]["forward_kl"]
     assert summary["after"]["forward_kl"] == rows[-1]["forward_kl"]

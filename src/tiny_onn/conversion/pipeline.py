@@ -1,6 +1,6 @@
 """The pipeline that makes a student, its teacher and its text from the settings of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,8 @@ from tiny_onn.routing.budgets import fit_start_thresholds
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import load_dense, teacher_for
 
+FindOrder = Callable[[RunConfig, MlpInputs], Sequence[Tensor] | None]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
@@ -48,15 +50,20 @@ class Prepared:
     """The rows that the student is evaluated on, with the teacher."""
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, find_order: FindOrder | None = None) -> Prepared:
     """Load the teacher, convert it, and calibrate the student on the first training rows.
+
+    Args:
+        config: the settings.
+        find_order: finds the order of neurons in the place of `partition`, such as from a file.
 
     Raises:
         UserError: something is wrong with the teacher, the text or the sizes.
     """
     inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
     with status("Converting"):
-        student = make_student(config, inputs)
+        order = None if find_order is None else find_order(config, inputs)
+        student = make_student(config, inputs, order)
     with status("Checking the conversion"):
         conversion = check_conversion(config, student, inputs)
     refit_if_asked(config, student, inputs)

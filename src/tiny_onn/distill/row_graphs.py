@@ -103,6 +103,7 @@ class _RowGraph:
 
     def __init__(self, student: TinyOnnForCausalLM, row: PackedRow, scales: StepScales) -> None:
         self.student, self.graph = student, torch.cuda.CUDAGraph()
+        self.parameters = list(student.trainable().values())
         self.row = replace(
             row, **{name: tensor.clone() for name, tensor in _tensors(row).items()}, origins=()
         )
@@ -119,9 +120,8 @@ class _RowGraph:
         pool: Any,  # noqa: ANN401 - torch's handle of a memory pool
     ) -> None:
         """Record the passes, which run only when they are replayed."""
-        parameters = list(self.student.trainable().values())
-        before = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
+        before = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
             parameter.grad = None
         # A collection inside the capture could free other graphs, which would break it.
         collects = gc.isenabled()
@@ -138,11 +138,11 @@ class _RowGraph:
                     num_rows=num_rows,
                     attention=attention_kwargs(self.row),
                 )
-            self.gradients = [parameter.grad for parameter in parameters]
+            self.gradients = [parameter.grad for parameter in self.parameters]
         finally:
             if collects:
                 gc.enable()
-            for parameter, gradient in zip(parameters, before, strict=True):
+            for parameter, gradient in zip(self.parameters, before, strict=True):
                 parameter.grad = gradient
 
     def replay(self, row: PackedRow, gates: GateStep, *, keep: bool) -> RowValues:
@@ -160,8 +160,7 @@ class _RowGraph:
                 getattr(into, name).copy_(tensor)
         self.graph.replay()
         gates.add(self.gates)
-        parameters = list(self.student.trainable().values())
-        for parameter, gradient in zip(parameters, self.gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if gradient is None:
                 continue
             if parameter.grad is None:

@@ -29,16 +29,7 @@ MAX_ROUNDS = 3
 NEAR = 0.1
 # The numbers that are given at exactly a k, as far as `between` finds them.
 AT_K = (
-    "forward_kl",
-    "reverse_kl",
-    "top1_agreement",
-    "top5_agreement",
-    "student_nll",
-    "student_perplexity",
-    "nll_difference",
-    "perplexity_ratio",
-    "student_bits_per_byte",
-    "bits_per_byte_difference",
+    *(name for name in WITH_INTERVAL if name != "mean_k"),
     "student_calibration_error",
     "ffn_flops",
     "total_flops",
