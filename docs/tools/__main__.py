@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.common import ROOT
-from docs.tools import figures, performance, probe_docs
+from docs.tools import exports, figures, performance, probe_docs
 from experiments import quality, routing_rules
 from reliability import harness
 from tiny_onn.distill.record_docs import metrics_docs
@@ -22,6 +22,8 @@ def generators() -> Iterator[tuple[Path, Callable[[str], str]]]:
     """Yield each page or picture with the function that makes its text from its present one."""
     for page in performance.PAGES:
         yield page, performance.filled
+    for page in exports.PAGES:
+        yield page, exports.filled
     yield quality.PAGE, quality.filled
     yield routing_rules.PAGE, routing_rules.filled
     yield probe_docs.PAGE, probe_docs.filled
