@@ -20,6 +20,7 @@ from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, partition, prepare, read_inputs
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import text_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
@@ -51,8 +52,17 @@ def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Te
     return order
 
 
-def measured(config: RunConfig, prepared: Prepared, path: Path, max_tokens: int) -> dict[str, Any]:
-    """The student on text that nobody learned from or chose on, as deployed and at exactly k."""
+def measured(
+    config: RunConfig,
+    prepared: Prepared,
+    path: Path,
+    max_tokens: int,
+    settling: Sequence[PackedRow],
+) -> dict[str, Any]:
+    """The student on text that nobody learned from or chose on, as deployed and at exactly k.
+
+    `settling` is the text on which thresholds are settled.
+    """
     student, tokenizer = prepared.student, prepared.tokenizer
     rows = text_rows(path, tokenizer, config.data, max_tokens)
     held_out = HeldOut(prepared.teacher, rows)
@@ -61,7 +71,6 @@ def measured(config: RunConfig, prepared: Prepared, path: Path, max_tokens: int)
     routers, k = [bank.router for bank in student.banks()], config.router.target_k
     before = [router.settled.clone() for router in routers]
     if routers[0].rule.has_budget:
-        settling = threshold_rows(config, tokenizer, student.device)
         for share in AROUND:
             rules = [replace(router.rule, target_k=k * share) for router in routers]
             with temporary_rules(routers, rules):
@@ -152,15 +161,22 @@ def run(
     result = run_distill(config, out=folder, resume=begun, prepared=prepared, title=job.name())
     if result.interrupted or result.after is None:
         raise KeyboardInterrupt
-    report = measured(config, prepared, parts.report, report_tokens)
-    unseen = parts.unseen and measured(config, prepared, parts.unseen, report_tokens)
+    started = time.monotonic()
+    settling = threshold_rows(config, prepared.tokenizer, prepared.student.device)
+    report = measured(config, prepared, parts.report, report_tokens, settling)
+    unseen = parts.unseen and measured(config, prepared, parts.unseen, report_tokens, settling)
+    measuring = time.monotonic() - started
     for name in ("checkpoints", "student"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return {
         **asdict(job),
         "target_k": config.router.target_k,
         "tokens": result.tokens,
-        "seconds": {"conversion": converted, "training": result.seconds},
+        "seconds": {
+            "conversion": converted,
+            "training": result.seconds,
+            "measuring": measuring,
+        },
         "choose": {
             "before": result.before and numbers(result.before.as_dict()),
             "after": numbers(result.after.as_dict()),

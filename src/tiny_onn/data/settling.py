@@ -4,9 +4,14 @@ The mean k at one threshold differs between documents far more than between toke
 of twenty projects its standard deviation over documents is about 0.9 experts of 16. A threshold is
 therefore settled on short fragments of many documents. None of them is trained on, because a taught
 gate is surer on the text that taught it.
+
+Tokens with little text before them activate more experts: a student of the demo had a mean k of
+17.0 over the first 64 tokens of a fragment, and of 16.6 behind them up to 1,500. Short fragments
+have more of such tokens than rows do, so that only as many of them are counted as rows have.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -21,6 +26,7 @@ from tiny_onn.data.stream import TokenStream
 from tiny_onn.errors import UserError
 
 FRAGMENT_TOKENS = 256
+LEAD_TOKENS = 64
 # The fragments are spread over so many times their number.
 SPREAD = 16
 
@@ -60,7 +66,21 @@ def _settling_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     stream = TokenStream(config.data, tokenizer, split="settling", seed=0, row_tokens=length)
     taken = spread(stream, -(-config.experts.calibration_tokens // length))
     size = max(1, row_tokens // length)
-    return [joined(taken[start : start + size]) for start in range(0, len(taken), size)]
+    parts = [taken[start : start + size] for start in range(0, len(taken), size)]
+    # A row of training text goes on with a document only where it begins.
+    return [joined([part[0], *map(without_lead, part[1:])]) for part in parts]
+
+
+def without_lead(row: PackedRow) -> PackedRow:
+    """Return the row with the first tokens of a fragment that goes on with a document not counted.
+
+    Only a row's first fragment goes on with one.
+    """
+    if row.origins[0].token == 0:
+        return row
+    mask = row.router_mask.clone()
+    mask[:, : min(LEAD_TOKENS, int(row.cu_seqlens[1]))] = False
+    return replace(row, router_mask=mask)
 
 
 def spread(rows: Iterable[PackedRow], number: int) -> list[PackedRow]:
