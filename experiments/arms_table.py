@@ -66,7 +66,10 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def table(records: Sequence[dict[str, Any]], order: Sequence[str]) -> Iterator[str]:
-    """Each arm at the rates that did best on the text to choose on, by tokens."""
+    """Each arm at the rates that did best on the text to choose on, by tokens.
+
+    An arm that ends farther from its teacher than it began has diverged, and has no numbers.
+    """
     yield (
         "| tokens | arm | rates | seeds | KL, deployed | mean k | KL at k | perplexity at k |"
         " teacher's | KL at k, unseen sources |"
@@ -82,21 +85,27 @@ def table(records: Sequence[dict[str, Any]], order: Sequence[str]) -> Iterator[s
         best = min(by_rate, key=lambda rates: chosen_by(by_rate[rates]))
         runs = by_rate[best]
         reports, unseen = ([r[part] for r in runs] for part in ("report", "unseen"))
-        cells = (
-            f"{tokens:,}",
-            arm,
-            f"{best[0]:g}, {best[1]:g} of {len(by_rate)}",
-            str(len(runs)),
+        cells = [f"{tokens:,}", arm, f"{best[0]:g}, {best[1]:g} of {len(by_rate)}", str(len(runs))]
+        if any(map(has_diverged, runs)):
+            yield f"| {' | '.join([*cells, 'diverged', '', '', '', '', ''])} |"
+            continue
+        cells += [
             spread([r["forward_kl"] for r in reports], 4),
             spread([r["mean_k"] for r in reports], 2),
             spread([r["kl_at_k"] for r in reports], 4),
             spread([r["perplexity_at_k"] for r in reports], 2),
             f"{reports[0]['teacher_perplexity']:.2f}",
             spread([u["kl_at_k"] for u in unseen], 4) if all(unseen) else "",
-        )
+        ]
         yield f"| {' | '.join(cells)} |"
 
 
 def chosen_by(records: Sequence[dict[str, Any]]) -> float:
     """What a rate is chosen by: the mean KL on the text that runs keep out of training."""
     return fmean(record["choose"]["after"]["forward_kl"] for record in records)
+
+
+def has_diverged(record: dict[str, Any]) -> bool:
+    """Whether a run ended farther from its teacher than it began."""
+    before, after = (record["choose"][name] for name in ("before", "after"))
+    return before is not None and after["forward_kl"] > before["forward_kl"]

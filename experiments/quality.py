@@ -30,12 +30,14 @@ from typing import Any
 
 from benchmarks.common import ROOT, environment
 from docs.tools import pages
-from experiments import arms_table
+from experiments import arms, arms_table
 from experiments.arms_table import spread
 from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS, parser
 
 RECORDS, MIXED = RESULTS / "quality.jsonl", RESULTS / "arms.jsonl"
+# One seed of all arms, on a text without three of the sources.
+CONTROLS = RESULTS / "arms_controls.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 
@@ -292,7 +294,8 @@ def sections() -> dict[str, str]:
         "small": final_table(groups["small"]),
         "partitions": partition_table(groups["partitions"]),
         "untrained": untrained_table(rows),
-        "mixed": arms_table.table(read_records(MIXED), ("smk", "frozen ridge gate")),
+        "mixed": arms_table.table(read_records(MIXED), [*arms.ARMS]),
+        "controls": arms_table.table(read_records(CONTROLS), [*arms.ARMS]),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
 

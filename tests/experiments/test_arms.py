@@ -49,25 +49,32 @@ def test_what_is_reported_is_read_by_no_run(tmp_path):
     assert not is_held_out(last, 0.05)
 
 
-def test_a_rate_is_chosen_on_other_text_than_it_is_reported_on():
-    def record(rate, chosen, reported):
-        report = {
-            "forward_kl": reported,
-            "mean_k": 16.1,
-            "kl_at_k": reported,
-            "perplexity_at_k": 9.0,
-            "teacher_perplexity": 8.0,
-        }
-        return {
-            "arm": "smk",
-            "tokens": 9,
-            "rate": rate,
-            "gate_rate": 1.0,
-            "choose": {"after": {"forward_kl": chosen}},
-            "report": report,
-            "unseen": None,
-        }
+def record(rate, chosen, reported):
+    report = {
+        "forward_kl": reported,
+        "mean_k": 16.1,
+        "kl_at_k": reported,
+        "perplexity_at_k": 9.0,
+        "teacher_perplexity": 8.0,
+    }
+    return {
+        "arm": "smk",
+        "tokens": 9,
+        "rate": rate,
+        "gate_rate": 1.0,
+        "choose": {"before": {"forward_kl": 1.0}, "after": {"forward_kl": chosen}},
+        "report": report,
+        "unseen": None,
+    }
 
+
+def test_an_arm_that_ends_farther_than_it_began_has_no_numbers():
+    (*_, line) = table([record(1.0, 1.5, 1.4)], [*arms.ARMS])
+    assert "| diverged |" in line
+    assert "1.4" not in line
+
+
+def test_a_rate_is_chosen_on_other_text_than_it_is_reported_on():
     lines = [*table([record(1.0, 0.2, 0.5), record(2.0, 0.1, 0.6)], [*arms.ARMS])]
     assert len(lines) == 3
     assert "| 2, 1 of 2 | 1 | 0.6000 |" in lines[-1]
