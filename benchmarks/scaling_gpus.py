@@ -176,8 +176,8 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[s
 
 def losses_apart(losses: Mapping[int, float]) -> bool:
     """Whether first losses of the same batch, by number of GPUs, differ too much."""
-    low, high = min(losses.values()), max(losses.values())
-    return not high - low <= LOSS_GAP * low
+    first = next(iter(losses.values()))
+    return not all(abs(loss - first) <= LOSS_GAP * first for loss in losses.values())
 
 
 def numbers_of_gpus(asked: Sequence[int], device: str) -> list[int]:

@@ -66,8 +66,8 @@ def sharded(whole: Plan) -> Plan:
 def sweep() -> str:
     """Return the modelled table."""
     lines = [
-        "| model | GPUs | tokens a step | tokens/s | share of linear | days for 1T tokens | with"
-        " `optimizer` | GiB a GPU | with `optimizer` |",
+        "| model | GPUs | tokens a step | tokens/s | share of linear | days for 1T tokens"
+        " | GiB a GPU | share with `optimizer` | GiB with `optimizer` |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS:
@@ -82,8 +82,8 @@ def sweep() -> str:
                 f"{whole.tokens_per_s(whole.packed):,.0f}",
                 f"{whole.share_of_linear(whole.packed):.1%}",
                 f"{days:,.1f}",
-                f"{other.share_of_linear(other.packed):.1%}",
                 f"{whole.peak_bytes / 2**30:.1f}",
+                f"{other.share_of_linear(other.packed):.1%}",
                 f"{other.peak_bytes / 2**30:.1f}",
             )
             lines.append(f"| {' | '.join(cells)} |")

@@ -63,7 +63,8 @@ def test_gradients_that_are_exchanged_are_those_of_the_student(overrides, tmp_pa
     given = ("teacher.dtype=bfloat16", "train.compile=false", "train.device=cpu")
     sizes = ("experts.num_experts=4", "router.target_k=2", "train.rows_per_step=2")
     config = load_config(None, None, [*given, *sizes, *overrides])
-    student = convert(dense, config.experts, config.router)
+    generator = torch.Generator().manual_seed(0)
+    student = convert(dense, config.experts, config.router, generator=generator)
     for bank in student.banks():
         bank.router.requires_grad_(config.router.objective != "none")
     training = assemble(config, student, teacher_for(dense, config.teacher))
@@ -89,8 +90,9 @@ def test_nodes_add_the_time_of_their_network():
     assert four.bytes == one.bytes
     assert four.seconds - one.seconds == pytest.approx(network_s)
     (slow,) = planned(32, network_gbps=320.0).collectives
-    (single,) = planned(32, gpus_per_node=32).collectives
-    assert slow.seconds > four.seconds > single.seconds
+    assert slow.seconds - four.seconds == pytest.approx(
+        9 * 2 * 3 / 4 * four.bytes / (LINK_SHARE * 3200e9 / 8)
+    )
 
 
 def test_each_gpu_computes_its_rows_and_the_exchange_comes_on_top():
@@ -188,7 +190,6 @@ MISTAKES = [
     (["--gpus", "0"], "--gpus: got 0, expected an integer >= 1"),
     (["--gpus", "2"], "train.rows_per_step: got 1, expected a multiple of the 2 GPUs"),
     (["--gpus", "12"], "--gpus: got 12, expected a multiple of the 8 GPUs of a node"),
-    (["--gpus", "2", "--shard", "half"], "--shard"),
     (["--gpus", "2", "--gpus-per-node", "0"], "--gpus-per-node: got 0, expected an integer"),
     (["--gpus", "2", "--network-gbps", "0"], "--network-gbps: got 0, expected a node's Gbit/s"),
 ]

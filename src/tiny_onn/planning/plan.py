@@ -104,7 +104,7 @@ class Plan:
     @property
     def communication_s(self) -> float:
         """The seconds of a step in which the GPUs exchange tensors."""
-        return sum(collective.seconds for collective in self.collectives)
+        return sum((collective.seconds for collective in self.collectives), 0.0)
 
     def step_seconds(self, step: StepFlops) -> float | None:
         """Return the time of such a step; None if the rate is for another number format."""
@@ -113,8 +113,9 @@ class Plan:
 
     def seconds(self, step: StepFlops) -> float | None:
         """Return the time of a run of such steps; None if the rate is for another number format."""
-        seconds = self.step_seconds(step)
-        return None if seconds is None else self.steps * seconds
+        rate = self.device.bf16_tflops * 1e12 * self.efficiency
+        communication_s = self.steps * self.communication_s
+        return self.steps * step.total / rate + communication_s if self.has_rate else None
 
     def tokens_per_s(self, step: StepFlops) -> float | None:
         """Return the tokens that all GPUs together read in a second; None if it is unknown."""
