@@ -31,7 +31,7 @@ from tiny_onn.evaluation.compare import evaluate_layers
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.parallel import World
 from tiny_onn.routing.budgets import fit_eval_thresholds
-from tiny_onn.runs.checkpoint import optimizer_tensors
+from tiny_onn.runs.checkpoint import optimizer_tensors, student_tensors
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import quiet_transformers
 
@@ -125,7 +125,7 @@ def steps(
             for name, value in values.items()
             if value is not None
         }
-    return found | {f"student {n}": t.clone() for n, t in student.state_dict().items()}
+    return found | {f"student {n}": t.clone() for n, t in student_tensors(student).items()}
 
 
 def evaluation(world: World) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ def optimizer_steps(world: World, *, name: str, master: str, shard: str) -> dict
     for number in range(STEPS):
         distill_step(student, dense, optimizer, ROWS[:2], config, step=number, world=world)
         state = optimizer_tensors(student, optimizer)
-        held = sum(tensor.nbytes for tensor in state.values())
+        held = sum(tensor.nbytes for key, tensor in state.items() if ".experts." in key)
         if shard == "optimizer":
             state = world.gather(state)
         found |= {
@@ -210,7 +210,7 @@ def poisoned(world: World, *, rank: int) -> dict[str, Tensor]:
     return {
         "finite": torch.tensor([result.finite, after.finite]),
         "unchanged": torch.tensor(unchanged),
-        **{f"student {name}": tensor for name, tensor in student.state_dict().items()},
+        **{f"student {name}": tensor for name, tensor in student_tensors(student).items()},
     }
 
 
