@@ -127,7 +127,7 @@ def predicted(
     case: Mapping[str, Any],
     row: Mapping[str, Any],
     one_row_s: float | None,
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """What the plan says of one row, by the speed of one GPU on one row."""
     device, config = Device(**record["device"]), settings_of(case)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_onn.parallel import World
 from torch import Tensor
 
 from benchmarks.common import environment, resident_bytes
@@ -23,6 +22,7 @@ from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.row_graphs import RowGraphs
 from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.errors import UserError
+from tiny_onn.parallel import World
 from tiny_onn.planning.sources import find_device
 
 # Activations are kept where they fit.

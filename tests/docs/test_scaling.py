@@ -21,8 +21,8 @@ def test_the_tables_are_those_of_plan_and_records():
 
 def test_the_sweep_holds_what_plan_says():
     _, eight, *_ = scaling.swept("SmolLM2-135M")
-    for found, shard in ((eight, "none"), (scaling.sharded(eight), "optimizer")):
-        cluster = Cluster(gpus=8, shard=shard)
+    clusters = (Cluster(gpus=8), Cluster(gpus=8, shard="optimizer"))
+    for found, cluster in zip((eight, scaling.sharded(eight)), clusters, strict=True):
         expected = plan(found.config, "SmolLM2-135M", "H100", cluster=cluster)
         assert found.as_dict() == expected.as_dict()
 
@@ -43,13 +43,13 @@ def test_what_a_launcher_starts_is_a_command_of_distill(launcher, monkeypatch):
         assert cli.main(command) == 0
         rows = next(word for word in command if word.startswith("train.rows_per_step="))
         processes = _option(words, "--nproc-per-node", "--num_processes")
-        assert int(rows.partition("=")[2]) == processes * _option(words, "--nnodes", default=1)
+        assert int(rows.partition("=")[2]) == processes * _option(words, "--nnodes")
     assert len(started) == len(lines)
 
 
-def _option(words, *names, default=None):
-    found = [int(words[words.index(name) + 1]) for name in names if name in words]
-    return found[0] if found else default
+def _option(words, *names):
+    """The number after one of these options, 1 if none of them is there."""
+    return next((int(words[words.index(name) + 1]) for name in names if name in words), 1)
 
 
 def record(gpus, rows, **more):

@@ -147,7 +147,7 @@ class Plan:
         derived = ("backbone", "gates", "trainable", "student_total", "dense_total")
         token_shares = {name: getattr(self.token, name) for name in ("ffn_saved", "model_saved")}
         k_share = self.config.router.target_k / self.sizes.experts
-        return {
+        numbers: dict[str, object] = {
             "model": self.model,
             "device": asdict(self.device),
             "teacher_dtype": self.config.teacher.dtype,
@@ -183,7 +183,8 @@ class Plan:
                 "dense": self.decode_tokens_per_s(1.0),
                 "student": self.decode_tokens_per_s(k_share),
             },
-        } | ({"cluster": self._cluster_as_dict()} if self.cluster.gpus > 1 else {})
+        }
+        return numbers | ({"cluster": self._cluster_as_dict()} if self.cluster.gpus > 1 else {})
 
     def _cluster_as_dict(self) -> dict[str, object]:
         steps = (("whole_rows", self.whole_rows), ("packed", self.packed))
