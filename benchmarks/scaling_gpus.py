@@ -181,9 +181,16 @@ def losses_apart(losses: Mapping[int, float]) -> bool:
 
 
 def numbers_of_gpus(asked: Sequence[int], device: str) -> list[int]:
-    """The numbers of GPUs that were asked for and are there; on a CPU all of them."""
+    """The numbers of GPUs that were asked for and are there; on a CPU all of them.
+
+    Raises:
+        SystemExit: None of them is there.
+    """
     there = torch.cuda.device_count() if torch.device(device).type == "cuda" else max(asked)
-    return [number for number in sorted(set(asked)) if number <= there]
+    numbers = [number for number in sorted(set(asked)) if 1 <= number <= there]
+    if not numbers:
+        raise SystemExit(f"--gpus: got {asked}, expected numbers of the {there} GPUs that are here")
+    return numbers
 
 
 @benchmark(
@@ -195,7 +202,7 @@ def numbers_of_gpus(asked: Sequence[int], device: str) -> list[int]:
     preset=Option("recommended", "the recipe"),
     tokens=Option(32_768, "the tokens of a row", smoke=64),
     repeats=Option(12, "timed steps of each row", smoke=2),
-    seconds=Option(200.0, "limit of each torchrun"),
+    seconds=Option(130.0, "limit of each torchrun"),
     set=Option([""], "further settings, as section.key=value"),
 )
 def run(arguments: argparse.Namespace) -> Result:
@@ -211,7 +218,7 @@ def run(arguments: argparse.Namespace) -> Result:
             case = {"model": model, "gpus": gpus, **shared}
             record = launch(case, arguments.seconds)
             one_row_s = one_row_s or _seconds_of_one_row(record)
-            if (loss := _first_loss(record)) is not None:
+            if (loss := _first_loss(record, case["rows"])) is not None:
                 losses[gpus] = loss
             if losses and losses_apart(losses):
                 losses.pop(gpus)
@@ -241,9 +248,10 @@ def _seconds_of_one_row(record: Mapping[str, Any]) -> float | None:
     return times[0] if times else None
 
 
-def _first_loss(record: Mapping[str, Any]) -> float | None:
-    """The first loss of the batch that all numbers of GPUs read, if the record has it."""
-    return record["rows"][0].get("first_loss") if record["rows"] else None
+def _first_loss(record: Mapping[str, Any], num_rows: int) -> float | None:
+    """The loss of the untrained student on the batch of so many rows, if the record has it."""
+    first = record["rows"][0] if record["rows"] else {}
+    return first.get("first_loss") if first.get("rows_per_step") == num_rows else None
 
 
 def _write(folder: Path | None, record: Mapping[str, Any]) -> None:

@@ -51,7 +51,7 @@ def worker(case: dict[str, Any]) -> dict[str, Any]:
         known = {"environment": environment(device), "document_tokens": mean_length}
         _say(world, case, known | {"device": _as_planned(device, config)})
         step = make_step(dense, config, pool)
-        for shard, rows in _ways(case):
+        for shard, rows in ways(case):
             labels = {"shard": shard, "rows_per_step": rows}
             try:
                 row = _measured(step, pool, labels, case, world)
@@ -80,10 +80,12 @@ def settings_of(case: Mapping[str, Any]) -> RunConfig:
     )
 
 
-def _ways(case: Mapping[str, Any]) -> list[tuple[str, int]]:
+def ways(case: Mapping[str, Any]) -> list[tuple[str, int]]:
     """The ways to take a step: how it is sharded, and its rows; the same global batch first."""
-    rows = sorted({case["rows"], case["gpus"]}, reverse=True)
-    return [(shard, number) for shard in SHARDS[: 1 + (case["gpus"] > 1)] for number in rows]
+    gpus = case["gpus"]
+    rows = sorted({case["rows"], gpus}, reverse=True)
+    even = [number for number in rows if number % gpus == 0]
+    return [(shard, number) for shard in SHARDS[: 1 + (gpus > 1)] for number in even]
 
 
 def _measured(
@@ -115,13 +117,15 @@ def _measured(
     first_s = time.perf_counter() - start
     for _ in range(WARMUP):
         take()
-    seconds = []
+    seconds, finite = [], True
     for _ in range(case["repeats"]):
         _wait(device)
         start = time.perf_counter()
-        take()
+        finite &= take().finite
         _wait(device)
         seconds.append(time.perf_counter() - start)
+    if not finite:
+        return {"error": "a step skipped its update, which was not finite; no time is reported"}
     clock = Clock(device, wait=True)
     for _ in range(3):
         take(clock)

@@ -13,7 +13,7 @@ from benchmarks.scaling_gpus import (
     scaling,
     with_plan,
 )
-from benchmarks.scaling_gpus_worker import settings_of
+from benchmarks.scaling_gpus_worker import settings_of, ways
 from tiny_onn.planning.sources import find_device
 
 CASE = {
@@ -55,6 +55,12 @@ def test_two_processes_measure_every_way_to_take_a_step():
     # Without a GPU there is no plan to hold them to.
     assert record["device"] is None
     assert with_plan(record, CASE, None)[0] == {"model": "tiny", "gpus": 2, **record["rows"][0]}
+
+
+def test_rows_that_do_not_divide_over_the_gpus_are_left_out():
+    assert ways({"gpus": 1, "rows": 8}) == [("none", 8), ("none", 1)]
+    assert ways({"gpus": 3, "rows": 8}) == [("none", 3), ("optimizer", 3)]
+    assert ways({"gpus": 8, "rows": 8}) == [("none", 8), ("optimizer", 8)]
 
 
 def test_a_failure_and_a_limit_leave_an_error_and_what_was_measured():
@@ -106,6 +112,8 @@ def test_first_losses_of_the_same_batch_must_agree(losses, apart):
 
 def test_on_a_cpu_every_number_of_processes_is_there():
     assert numbers_of_gpus([2, 1, 2], "cpu") == [1, 2]
+    with pytest.raises(SystemExit, match="--gpus: got .0., expected numbers of the 0 GPUs"):
+        numbers_of_gpus([0], "cpu")
 
 
 def test_the_plan_takes_its_efficiency_from_one_gpu_and_its_scaling_from_the_model():

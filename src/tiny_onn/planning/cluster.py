@@ -123,7 +123,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One kind of exchange in a step."""
+    """The exchanges of one kind in a step."""
 
     name: str
     bytes: int
