@@ -112,7 +112,7 @@ def test_first_losses_of_the_same_batch_must_agree(losses, apart):
 
 def test_on_a_cpu_every_number_of_processes_is_there():
     assert numbers_of_gpus([2, 1, 2], "cpu") == [1, 2]
-    with pytest.raises(SystemExit, match="--gpus: got .0., expected numbers of the 0 GPUs"):
+    with pytest.raises(SystemExit, match=r"--gpus: got \[0\], expected numbers of the 0 GPUs"):
         numbers_of_gpus([0], "cpu")
 
 
