@@ -25,6 +25,7 @@ NAMES = (
     "plan_memory",
     "decode",
     "cpu_inference",
+    "scaling_gpus",
     "gpu",
 )
 

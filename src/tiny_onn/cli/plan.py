@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -28,7 +28,8 @@ class Plan:
         arg(
             metavar="NAME",
             help="Device of the run: auto (this machine's), cpu, RTX 3060, RTX 4060 Ti, RTX 4090,"
-            " RTX 5090, A100, H100, or the numbers MEMORY_GIB,TFLOPS,GB_PER_S of another GPU.",
+            " RTX 5090, A100, H100, H200, or the numbers MEMORY_GIB,TFLOPS,GB_PER_S of another"
+            " GPU.",
         ),
     ] = "auto"
     tokens: Annotated[
@@ -43,6 +44,22 @@ class Plan:
         int | None, arg(metavar="INT", help_behavior_hint="(default: 2048)")
     ] = None
     """Mean length, over tokens, of the document that a token belongs to."""
+    gpus: Annotated[int, arg(metavar="INT")] = 1
+    """Number of GPUs that divide the rows of a step."""
+    gpus_per_node: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 8)")] = (
+        None
+    )
+    """Number of GPUs of a node."""
+    network_gbps: Annotated[
+        float | None, arg(metavar="GBIT_PER_S", help_behavior_hint="(default: 3200)")
+    ] = None
+    """Rate of a node's network in one direction, in Gbit/s."""
+    shard: Annotated[
+        Literal["none", "optimizer", "full"] | None,
+        arg(metavar="none|optimizer|full", help_behavior_hint="(default: train.shard)"),
+    ] = None
+    """Division of memory between GPUs, as in train.shard; full, which distill does not know,
+    plans what cutting every tensor of teacher, student and optimizer would need."""
     html: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: no page)")] = (
         None
     )
@@ -61,6 +78,7 @@ class Plan:
         from rich.console import Console
 
         with starting():
+            from tiny_onn.planning.cluster import GPUS_PER_NODE, NETWORK_GBPS, Cluster
             from tiny_onn.planning.plan import DOCUMENT_TOKENS, EFFICIENCY, plan
             from tiny_onn.planning.render import render
 
@@ -71,6 +89,12 @@ class Plan:
             efficiency=EFFICIENCY if self.efficiency is None else self.efficiency,
             document_tokens=(
                 DOCUMENT_TOKENS if self.document_tokens is None else self.document_tokens
+            ),
+            cluster=Cluster(
+                gpus=self.gpus,
+                gpus_per_node=(GPUS_PER_NODE if self.gpus_per_node is None else self.gpus_per_node),
+                network_gbps=NETWORK_GBPS if self.network_gbps is None else self.network_gbps,
+                shard=self.shard or config.train.shard,
             ),
         )
         if self.html is not None:

@@ -15,6 +15,11 @@ from tiny_onn.report.stacks import Stacks
 RUNTIME = "interpreter, libraries, context"
 
 
+def name_of_devices(plan: Plan) -> str:
+    """Return the device's name, with the number of GPUs if there are several."""
+    return f"{plan.cluster.gpus:,} x " * (plan.cluster.gpus > 1) + plan.device.name
+
+
 def memory_stacks(plan: Plan) -> Stacks:
     """Return the memory of a step's phases by part, in GiB, with the device's memory.
 
@@ -54,6 +59,7 @@ def time_stacks(plan: Plan) -> Stacks:
             for item in fields(StepFlops)
             if getattr(step, item.name)
         }
+        | {part.name: part.seconds for part in plan.collectives if plan.has_rate}
         for name, step in rows.items()
     }
     return Stacks(title="Time of one step by part", unit=unit, bars=bars, form="{:,.3g}")
@@ -85,18 +91,18 @@ def write_plan_page(plan: Plan, path: Path) -> None:
         heading="Where does the time go?",
         answer=(
             f"A step reads {plan.config.train.rows_per_step} x {plan.config.data.row_tokens:,}"
-            f" tokens; the run takes {plan.steps:,} steps."
+            f" tokens; the run takes {plan.steps:,} steps.{_speed(plan)}"
         ),
         stacks=time_stacks(plan),
         caption=(
             f"The parts of a step by their FLOPs, at {rate}. Work without matrix products is left"
-            " out, as is usual; the efficiency stands for it."
+            f" out, as is usual; the efficiency stands for it.{_exchanges(plan)}"
             if plan.has_rate
             else "The parts of a step by their FLOPs. The device's rate is for bfloat16, and the"
             " run computes in float32, so that no time can be given."
         ),
     )
-    page = plan_page(f"{plan.model} on {plan.device.name}", [memory, time])
+    page = plan_page(f"{plan.model} on {name_of_devices(plan)}", [memory, time])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8", newline="\n")
@@ -104,3 +110,18 @@ def write_plan_page(plan: Plan, path: Path) -> None:
         raise UserError(
             f"--html: got {path}, expected a file to write to ({error.strerror}); choose another"
         ) from error
+
+
+def _speed(plan: Plan) -> str:
+    """Return a sentence on the speed of several GPUs; nothing for one."""
+    rate, share = plan.tokens_per_s(plan.packed), plan.share_of_linear(plan.packed)
+    if not plan.collectives or rate is None or share is None:
+        return ""
+    return f" The GPUs read {rate:,.0f} tokens a second together, {share:.1%} of linear."
+
+
+def _exchanges(plan: Plan) -> str:
+    """Return a sentence on the parts in which GPUs exchange tensors; nothing for one GPU."""
+    if not plan.collectives:
+        return ""
+    return " Each GPU computes its own rows, and the exchanges come after it; nothing overlaps."

@@ -2,7 +2,7 @@
 
 Only a hub id's config.json is downloaded, and no weight is read. `costs.py` counts parameters and
 FLOPs, `memory.py` the peak memory, and `devices.toml` holds devices with the source of every
-number. Time is FLOPs / (peak rate * efficiency).
+number. Time is FLOPs / (peak rate * efficiency), and on several GPUs also that of `cluster.py`.
 """
 
 import math
@@ -11,6 +11,13 @@ from pathlib import Path
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
+from tiny_onn.planning.cluster import (
+    Cluster,
+    Collective,
+    collectives,
+    link_of,
+    moments_of_rank,
+)
 from tiny_onn.planning.costs import (
     Parameters,
     Sizes,
@@ -32,6 +39,7 @@ NLG 530B reached 30.2 % of its GPUs' rate (PaLM, arXiv 2204.02311, table 3); sma
 less."""
 DOCUMENT_TOKENS = 2048
 """Tokens of a document, an assumption that `--document-tokens` replaces."""
+ONE_GPU = Cluster(gpus=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +66,14 @@ class Plan:
     parameters: Parameters
     token: TokenFlops
     whole_rows: StepFlops
-    """FLOPs of a step whose rows are one document each."""
+    """FLOPs of a step, on each GPU, whose rows are one document each."""
     packed: StepFlops
-    """FLOPs of a step whose rows hold documents of `document_tokens`, kept apart by attention."""
+    """FLOPs of a step, on each GPU, whose rows hold documents of `document_tokens`, kept apart by
+    attention."""
     moments: tuple[Moment, ...]
+    cluster: Cluster
+    collectives: tuple[Collective, ...]
+    """The exchanges of a step; empty for one GPU."""
 
     @property
     def peak(self) -> Moment:
@@ -89,10 +101,32 @@ class Plan:
         """True if the device's rate is one for the run's number format."""
         return self.device.type == "cpu" or self.config.teacher.dtype == "bfloat16"
 
+    @property
+    def communication_s(self) -> float:
+        """The seconds of a step in which the GPUs exchange tensors."""
+        return sum((collective.seconds for collective in self.collectives), 0.0)
+
+    def step_seconds(self, step: StepFlops) -> float | None:
+        """Return the time of such a step; None if the rate is for another number format."""
+        rate = self.device.bf16_tflops * 1e12 * self.efficiency
+        return step.total / rate + self.communication_s if self.has_rate else None
+
     def seconds(self, step: StepFlops) -> float | None:
         """Return the time of a run of such steps; None if the rate is for another number format."""
         rate = self.device.bf16_tflops * 1e12 * self.efficiency
-        return self.steps * step.total / rate if self.has_rate else None
+        communication_s = self.steps * self.communication_s
+        return self.steps * step.total / rate + communication_s if self.has_rate else None
+
+    def tokens_per_s(self, step: StepFlops) -> float | None:
+        """Return the tokens that all GPUs together read in a second; None if it is unknown."""
+        seconds = self.step_seconds(step)
+        tokens = self.config.train.rows_per_step * self.config.data.row_tokens
+        return None if seconds is None else tokens / seconds
+
+    def share_of_linear(self, step: StepFlops) -> float | None:
+        """Return the speed as a share of what the GPUs would reach without exchanging anything."""
+        seconds = self.step_seconds(step)
+        return None if seconds is None else 1 - self.communication_s / seconds
 
     def decode_tokens_per_s(self, share_of_ffn: float) -> float:
         """Return an upper bound on the tokens a second of decoding one sequence.
@@ -113,7 +147,7 @@ class Plan:
         derived = ("backbone", "gates", "trainable", "student_total", "dense_total")
         token_shares = {name: getattr(self.token, name) for name in ("ffn_saved", "model_saved")}
         k_share = self.config.router.target_k / self.sizes.experts
-        return {
+        numbers: dict[str, object] = {
             "model": self.model,
             "device": asdict(self.device),
             "teacher_dtype": self.config.teacher.dtype,
@@ -150,6 +184,19 @@ class Plan:
                 "student": self.decode_tokens_per_s(k_share),
             },
         }
+        return numbers | ({"cluster": self._cluster_as_dict()} if self.cluster.gpus > 1 else {})
+
+    def _cluster_as_dict(self) -> dict[str, object]:
+        steps = (("whole_rows", self.whole_rows), ("packed", self.packed))
+        return asdict(self.cluster) | {
+            "nodes": self.cluster.nodes,
+            "link": asdict(link_of(self.device)),
+            "rows_per_gpu": self.cluster.of_one_gpu(self.config).train.rows_per_step,
+            "collectives": [asdict(collective) for collective in self.collectives],
+            "communication_s": self.communication_s,
+            "tokens_per_s": {name: self.tokens_per_s(step) for name, step in steps},
+            "share_of_linear": {name: self.share_of_linear(step) for name, step in steps},
+        }
 
 
 def plan(
@@ -159,8 +206,9 @@ def plan(
     *,
     efficiency: float = EFFICIENCY,
     document_tokens: int = DOCUMENT_TOKENS,
+    cluster: Cluster = ONE_GPU,
 ) -> Plan:
-    """Plan the distillation of a teacher by these settings on a device.
+    """Plan the distillation of a teacher by these settings on a device, or on several of a kind.
 
     Args:
         config: the settings, whose `teacher.path` is not used.
@@ -168,6 +216,7 @@ def plan(
         device: `auto`, `cpu` (measured now), a name of `devices.toml`, or numbers.
         efficiency: share of the device's peak rate that a step reaches, in (0, 1].
         document_tokens: tokens of a document, the mean over tokens.
+        cluster: the GPUs that divide a step's rows.
 
     Raises:
         UserError: there is no such teacher or device, the architecture cannot be converted, or the
@@ -187,6 +236,7 @@ def plan(
     device = find_device(device, config.teacher.dtype) if isinstance(device, str) else device
     if config.teacher.dtype == "auto":
         config = replace(config, teacher=replace(config.teacher, dtype=device.auto_dtype))
+    cluster.check(config, device)
     dense, student = meta_models(config, dense_config)
     sizes, parameters = sizes_of(student), count_parameters(dense, student)
     document_tokens = min(document_tokens, config.data.row_tokens)
@@ -196,6 +246,8 @@ def plan(
         row_context=document_context(config.data.row_tokens),
         document_context=document_context(document_tokens),
     )
+    mine = cluster.of_one_gpu(config)
+    held = moments(mine, sizes, parameters, device.type, device.memory_bytes)
     return Plan(
         model=model,
         config=config,
@@ -205,9 +257,11 @@ def plan(
         sizes=sizes,
         parameters=parameters,
         token=token,
-        whole_rows=step_flops(config, sizes, token, packed=False),
-        packed=step_flops(config, sizes, token, packed=True),
-        moments=tuple(moments(config, sizes, parameters, device.type, device.memory_bytes)),
+        whole_rows=step_flops(mine, sizes, token, packed=False),
+        packed=step_flops(mine, sizes, token, packed=True),
+        moments=moments_of_rank(held, mine, sizes, parameters, cluster),
+        cluster=cluster,
+        collectives=collectives(mine, sizes, parameters, cluster, device),
     )
 
 

@@ -6,16 +6,17 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from tiny_onn.planning.cluster import link_of
 from tiny_onn.planning.costs import StepFlops
 from tiny_onn.planning.memory import RUNTIME_BYTES
-from tiny_onn.planning.pictures import RUNTIME, memory_stacks, time_stacks
+from tiny_onn.planning.pictures import RUNTIME, memory_stacks, name_of_devices, time_stacks
 from tiny_onn.planning.plan import Plan, card_lines
 from tiny_onn.planning.sources import GIB
 
 
 def render(plan: Plan) -> Group:
     """Return the plan as tables for a terminal."""
-    title = f"{plan.model} on {plan.device.name}"
+    title = f"{plan.model} on {name_of_devices(plan)}"
     return Group(
         f"[bold]{title}[/bold]: {plan.sizes.experts} experts of {plan.sizes.expert_dim} neurons in"
         f" each of {plan.sizes.layers} layers",
@@ -27,6 +28,7 @@ def render(plan: Plan) -> Group:
         "",
         time_stacks(plan),
         "",
+        *([_communication_table(plan)] if plan.collectives else []),
         *_time_lines(plan),
     )
 
@@ -110,6 +112,32 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
+def _communication_table(plan: Plan) -> Table:
+    link, cluster = link_of(plan.device), plan.cluster
+    between = f", {cluster.nodes} nodes of {cluster.network_gbps:,g} Gbit/s" * (cluster.nodes > 1)
+    title = f"Communication of a step ({link.name}, {link.gb_s:g} GB/s{between})"
+    table = _table(title, "", "GB", "calls", "ms")
+    for part in plan.collectives:
+        table.add_row(
+            part.name, f"{part.bytes / 1e9:,.3f}", f"{part.calls:,}", f"{1e3 * part.seconds:,.2f}"
+        )
+    return table
+
+
+def _cluster_lines(plan: Plan) -> list[str]:
+    """Return the speed of all GPUs together; nothing for one GPU."""
+    step = plan.packed
+    rate, share = plan.tokens_per_s(step), plan.share_of_linear(step)
+    if not plan.collectives or rate is None or share is None:
+        return []
+    rows = plan.config.train.rows_per_step // plan.cluster.gpus
+    return [
+        f"{plan.cluster.gpus:,} GPUs, {rows} x {plan.config.data.row_tokens:,} tokens of a step"
+        f" each: {rate:,.0f} tokens/s, {share:.1%} of linear, in documents of"
+        f" {plan.document_tokens:,}"
+    ]
+
+
 def _time_lines(plan: Plan) -> list[str]:
     device, tokens = plan.device, plan.config.train.tokens
     rate = f"{device.bf16_tflops:,.4g} TFLOP/s x {plan.efficiency:g}"
@@ -123,6 +151,7 @@ def _time_lines(plan: Plan) -> list[str]:
     share = plan.config.router.target_k / plan.sizes.experts
     dense, student = plan.decode_tokens_per_s(1.0), plan.decode_tokens_per_s(share)
     return [
+        *_cluster_lines(plan),
         f"Time of {tokens:,} tokens ({plan.steps:,} steps) at {rate}: {time}",
         f"Decoding at {device.bandwidth_gb_s:,.4g} GB/s, at most: {student:,.0f} tokens/s, "
         f"dense {dense:,.0f}",

@@ -1,0 +1,307 @@
+"""Several GPUs of a run: what they exchange in a step, how long that takes, and what each holds.
+
+Time is that of rings: of a tensor that n members reduce or gather, each sends (n - 1) / n, member
+by member. Members are first the GPUs of a node and then the nodes, whose GPUs exchange a part of
+the tensor each. Nothing overlaps, because `distill` reduces gradients after all backward passes.
+Full sharding, which could overlap, is planned in the same way, and so by its slowest case.
+
+Collectives of some numbers (counts of routing, losses, norms) are left out, and so is the waiting
+for a slower GPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal, NamedTuple
+
+from tiny_onn.config.schema import RunConfig
+from tiny_onn.errors import UserError
+from tiny_onn.parallel import LARGE_BYTES
+from tiny_onn.planning.costs import Parameters, Sizes
+from tiny_onn.planning.device_names import device_rows
+from tiny_onn.planning.memory import Moment, state_bytes, weight_bytes
+from tiny_onn.planning.sources import Device
+
+PlannedShard = Literal["none", "optimizer", "full"]
+"""The values of `train.shard`, and `full`: every tensor is cut, as FSDP2 does (`fully_shard`)."""
+
+GPUS_PER_NODE = 8
+NETWORK_GBPS = 3200.0
+"""Rate of a node's network, Gbit/s: eight adapters of 400 Gbit/s, as a DGX H100 has."""
+LINK_SHARE = 0.8
+"""Share of a link's rate that a collective reaches. NCCL's own cost model (src/graph/topo.h) counts
+18 x 20.6 GB/s for the 450 GB/s of an H100's NVLink, and 12 x 20 for the 300 of an A100's."""
+CALL_S = 8.4e-6
+"""Seconds that a collective takes at least. This and the seconds of each hop are those of rings
+with NCCL's Simple protocol in its cost model (src/graph/tuning.cc)."""
+NVLINK_HOP_S, PCIE_HOP_S, NETWORK_HOP_S = 3.4e-6, 5.7e-6, 14e-6
+SHARDED_PARTS = (
+    "backbone weights",
+    "teacher's weights",
+    "expert weights to train",
+    "gates",
+    "optimizer state",
+    "gradients",
+)
+"""The parts of memory of which a GPU keeps a share if everything is sharded."""
+PCIE_GB_S = 32.0
+"""Rate of PCIe 4.0 x16, assumed for GPUs that `devices.toml` does not name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """The GPUs of a run, all of one kind, and how the run is divided over them."""
+
+    gpus: int
+    gpus_per_node: int = GPUS_PER_NODE
+    network_gbps: float = NETWORK_GBPS
+    """Rate of a node's network in one direction, Gbit/s."""
+    shard: PlannedShard = "none"
+
+    @property
+    def nodes(self) -> int:
+        """The number of nodes."""
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def gpus_of_node(self) -> int:
+        """The number of GPUs that a node uses."""
+        return min(self.gpus, self.gpus_per_node)
+
+    def check(self, config: RunConfig, device: Device) -> None:
+        """Refuse what cannot be planned.
+
+        Raises:
+            UserError: a number is out of range, the GPUs do not fill their nodes, the rows of a
+                step do not divide over the GPUs, or the device is a CPU.
+        """
+        if self.gpus < 1:
+            raise UserError(f"--gpus: got {self.gpus}, expected an integer >= 1, such as 8")
+        if self.gpus_per_node < 1:
+            raise UserError(
+                f"--gpus-per-node: got {self.gpus_per_node}, expected an integer >= 1; leave it"
+                f" out for {GPUS_PER_NODE}"
+            )
+        if not 0 < self.network_gbps < 1e6:
+            raise UserError(
+                f"--network-gbps: got {self.network_gbps:g}, expected a node's Gbit/s, a number"
+                f" > 0; leave it out for {NETWORK_GBPS:g}"
+            )
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise UserError(
+                f"--gpus: got {self.gpus}, expected a multiple of the {self.gpus_per_node} GPUs of"
+                " a node; give the number of a node's as --gpus-per-node"
+            )
+        if self.gpus > 1 and device.type == "cpu":
+            raise UserError(
+                f"--gpus: got {self.gpus} with a CPU as the device, expected 1; name a GPU as"
+                " --device"
+            )
+        rows = config.train.rows_per_step
+        if rows % self.gpus:
+            raise UserError(
+                f"train.rows_per_step: got {rows}, expected a multiple of the {self.gpus} GPUs over"
+                f" which a step's rows are divided, such as --set train.rows_per_step={self.gpus}"
+            )
+
+    def of_one_gpu(self, config: RunConfig) -> RunConfig:
+        """Return the settings with the rows that one GPU reads in a step."""
+        rows = config.train.rows_per_step // self.gpus
+        return replace(config, train=replace(config.train, rows_per_step=rows))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """The way between the GPUs of a node."""
+
+    name: str
+    gb_s: float
+    """Peak rate in one direction."""
+    hop_s: float
+    """Seconds that a part of a tensor takes from one GPU to the next beside its transfer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """The exchanges of one kind in a step."""
+
+    name: str
+    bytes: int
+    """Bytes of the whole tensors, of all calls."""
+    calls: int
+    seconds: float
+
+
+def link_of(device: Device) -> Link:
+    """Return the link between GPUs of a kind, by the kind's name."""
+    words = f" {device.name.replace('-', ' ')} "
+    for name, row in device_rows().items():
+        if f" {name} " in words and " pcie " not in words.lower():
+            hop_s = NVLINK_HOP_S if row["link"].startswith("NVLink") else PCIE_HOP_S
+            return Link(name=row["link"], gb_s=float(row["link_gb_s"]), hop_s=hop_s)
+    return Link(name="PCIe 4.0 x16, assumed", gb_s=PCIE_GB_S, hop_s=PCIE_HOP_S)
+
+
+class _Wires:
+    """The seconds of collectives on a cluster."""
+
+    def __init__(self, cluster: Cluster, link: Link) -> None:
+        self.gpus, self.nodes = cluster.gpus_of_node, cluster.nodes
+        self.link_rate = LINK_SHARE * link.gb_s * 1e9
+        self.network_rate = LINK_SHARE * cluster.network_gbps / 8 * 1e9
+        self.hops_s = (self.gpus - 1) * link.hop_s + (self.nodes - 1) * NETWORK_HOP_S
+
+    def gather(self, num_bytes: int, calls: int = 1) -> float:
+        """Return the seconds of all-gathers or reduce-scatters of so many bytes altogether."""
+        inside = (self.gpus - 1) / self.gpus * num_bytes / self.link_rate
+        between = (self.nodes - 1) / self.nodes * num_bytes / self.network_rate
+        return inside + between + calls * (CALL_S + self.hops_s)
+
+    def all_reduce(self, num_bytes: int, calls: int) -> float:
+        """Return the seconds of all-reduces, each a reduce-scatter and an all-gather in one."""
+        return 2 * self.gather(num_bytes, calls) - calls * CALL_S
+
+    def broadcast(self, num_bytes: int, calls: int) -> float:
+        """Return the seconds of broadcasts one after the other, of so many bytes altogether."""
+        rate = self.link_rate if self.gpus > 1 else self.network_rate
+        if self.nodes > 1:
+            rate = min(rate, self.network_rate)
+        return num_bytes / rate + calls * (CALL_S + self.hops_s)
+
+
+def collectives(
+    config: RunConfig, sizes: Sizes, parameters: Parameters, cluster: Cluster, device: Device
+) -> tuple[Collective, ...]:
+    """Return what the GPUs exchange in a step; nothing if there is one GPU.
+
+    Args:
+        config: the settings, with the rows that one GPU reads in a step.
+        sizes: the student's sizes.
+        parameters: the numbers of parameters.
+        cluster: the GPUs.
+        device: their kind.
+    """
+    if cluster.gpus == 1:
+        return ()
+    wires = _Wires(cluster, link_of(device))
+    tensors = _trained_tensors(config, sizes, parameters)
+    trained = sum(tensor.bytes for tensor in tensors)
+    if cluster.shard == "full":
+        return _of_full_sharding(config, sizes, parameters, wires, trained)
+    # Large gradients are added up each on its own, small ones in one message.
+    calls = sum(tensor.bytes >= LARGE_BYTES for tensor in tensors) + 1
+    seconds = wires.all_reduce(trained, calls)
+    gradients = Collective("all-reduce of gradients", trained, calls, seconds)
+    if cluster.shard == "none":
+        return (gradients,)
+    owned = [tensor.bytes for tensor in tensors if not tensor.of_gate]
+    seconds = wires.broadcast(sum(owned), len(owned))
+    return (gradients, Collective("broadcast of experts", sum(owned), len(owned), seconds))
+
+
+def _of_full_sharding(
+    config: RunConfig, sizes: Sizes, parameters: Parameters, wires: _Wires, trained: int
+) -> tuple[Collective, ...]:
+    """Return the exchanges if every layer of teacher and student is gathered where it is used.
+
+    A row needs the teacher's layers once and the student's twice, in the forward and the backward
+    pass, and its gradients are scattered at once.
+    """
+    rows, layers = config.train.rows_per_step, sizes.layers
+    weights = weight_bytes(config, sizes, parameters)
+    gathered = {
+        "all-gather of the teacher": (weights.total(), 1),
+        "all-gather of the student": (weights["backbone weights"] + trained, 2),
+    }
+    found = []
+    for name, (once, times) in gathered.items():
+        num_bytes, calls = rows * times * once, rows * times * layers
+        found.append(Collective(name, num_bytes, calls, wires.gather(num_bytes, calls)))
+    num_bytes, calls = rows * trained, rows * layers
+    seconds = wires.gather(num_bytes, calls)
+    return (*found, Collective("reduce-scatter of gradients", num_bytes, calls, seconds))
+
+
+def moments_of_rank(
+    moments: Sequence[Moment],
+    config: RunConfig,
+    sizes: Sizes,
+    parameters: Parameters,
+    cluster: Cluster,
+) -> tuple[Moment, ...]:
+    """Return the moments of a step on the GPU that holds most, from those of a GPU that holds all.
+
+    Args:
+        moments: the moments of `planning.memory.moments`.
+        config: the settings, with the rows that one GPU reads in a step.
+        sizes: the student's sizes.
+        parameters: the numbers of parameters.
+        cluster: the GPUs.
+    """
+    if cluster.gpus == 1 or cluster.shard == "none":
+        return tuple(moments)
+    if cluster.shard == "optimizer":
+        tensors = _trained_tensors(config, sizes, parameters)
+        held = state_of_rank(tensors, cluster.gpus)
+        return tuple(replace(m, parts={**m.parts, "optimizer state": held}) for m in moments)
+    trained = sum(tensor.bytes for tensor in _trained_tensors(config, sizes, parameters))
+    backbone = weight_bytes(config, sizes, parameters)["backbone weights"]
+    outer = parameters.embeddings + parameters.output_head
+    outer_bytes = backbone * outer // parameters.backbone
+    layer_bytes = (backbone - outer_bytes + trained) // sizes.layers
+    # The next layer is gathered while one is used, whose gradients are whole until they are sent.
+    gathered = outer_bytes + 2 * layer_bytes + trained // sizes.layers
+    return tuple(
+        replace(
+            moment,
+            parts={
+                name: -(-size // cluster.gpus) if name in SHARDED_PARTS else size
+                for name, size in moment.parts.items()
+            }
+            | {"gathered weights and gradients": gathered},
+        )
+        for moment in moments
+    )
+
+
+class Trained(NamedTuple):
+    """A tensor that learns: its bytes, which are those of its gradient, and those of its state."""
+
+    bytes: int
+    state_bytes: int
+    of_gate: bool = False
+
+
+def state_of_rank(tensors: Sequence[Trained], num_ranks: int) -> int:
+    """Return the most bytes of optimizer state that a rank holds.
+
+    Each of the experts' tensors goes, largest first, to the rank that has least so far. The state
+    of gates is on all ranks.
+    """
+    loads, states = [0] * num_ranks, [0] * num_ranks
+    experts = [tensor for tensor in tensors if not tensor.of_gate]
+    for tensor in sorted(experts, key=lambda tensor: tensor.bytes, reverse=True):
+        rank = loads.index(min(loads))
+        loads[rank] += tensor.bytes
+        states[rank] += tensor.state_bytes
+    return max(states) + sum(tensor.state_bytes for tensor in tensors if tensor.of_gate)
+
+
+def _trained_tensors(config: RunConfig, sizes: Sizes, parameters: Parameters) -> list[Trained]:
+    """Return the tensors that learn, layer by layer."""
+    E, I, D = sizes.experts, sizes.expert_dim, sizes.hidden
+    master = 2 if config.optim.master_dtype == "bfloat16" else 4
+    shapes = [(2, E, I, D), (E, I, D)]
+    # Mean outputs and scales have a number of values for each expert.
+    others = parameters.experts // sizes.layers - sum(prod(shape) for shape in shapes)
+    shapes += [(E, others // E)] if others else []
+    # Paged state lies in the memory of the host.
+    paged = config.optim.name == "paged_adamw8bit"
+    layer = [
+        Trained(master * prod(shape), 0 if paged else state_bytes(config.optim.name, shape))
+        for shape in shapes
+    ]
+    if config.router.objective != "none":
+        for size in (parameters.gate_weights, parameters.gate_biases):
+            layer.append(Trained(4 * size // sizes.layers, 8 * size // sizes.layers, True))
+    return layer * sizes.layers
