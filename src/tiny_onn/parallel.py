@@ -16,11 +16,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    rendezvous,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from tiny_onn.config.launcher import launcher_number, num_processes
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import silenced
-from tiny_onn.errors import RankError, UserError
+from tiny_onn.errors import RankError, UserError, reason_of
 
 Item = TypeVar("Item")
 
@@ -62,13 +66,10 @@ class World:
             return
         rank, local_rank = launcher_number("RANK"), launcher_number("LOCAL_RANK")
         on_gpu = _choose_gpu(device, size, local_rank)
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
-        store = dist.PrefixStore(
-            f"tiny_onn {launcher_number('TORCHELASTIC_RESTART_COUNT', 0)}", store
-        )
+        store = _store(rank, size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
             timeout=TIMEOUT,
@@ -117,6 +118,7 @@ class World:
                 for tensor, part in zip(some, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
             for work in works:
+                assert work is not None
                 work.wait()
 
     def broadcast(self, tensors: Sequence[Tensor], sources: Sequence[int] | None = None) -> None:
@@ -234,6 +236,20 @@ def check_world(config: RunConfig, world: World) -> None:
             f" {world.size}, since every process takes as many rows of a step; write"
             f" {-(-rows // world.size) * world.size}, or start as many processes as divide it"
         )
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    """Return the launcher's table of keys and values, by which the processes find each other."""
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"WORLD_SIZE: got {size} processes that do not find each other"
+            f" ({reason_of(error)}), expected the address and the port that a launcher sets; start"
+            " them with torchrun"
+        ) from error
+    # Processes that are started again do not meet what the ones before them left.
+    return PrefixStore(f"tiny_onn {launcher_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _choose_gpu(device: str, size: int, local_rank: int) -> bool:

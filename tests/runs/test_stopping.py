@@ -11,8 +11,8 @@ from run_records import assert_same_run, records
 from tiny import change, write_run
 from tiny_onn.distill import blockwise as blockwise_module
 from tiny_onn.distill import loop as train_module
-from tiny_onn.distill import saving as saving_module
 from tiny_onn.distill import passes as passes_module
+from tiny_onn.distill import saving as saving_module
 from tiny_onn.distill import step as step_module
 from tiny_onn.distill.loop import run_distill
 

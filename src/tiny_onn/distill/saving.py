@@ -1,13 +1,12 @@
 """The checkpoints of a run: what they hold, and what happens when one cannot be written."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from tiny_onn.console import say
-from tiny_onn.data.stream import TokenStream
 from tiny_onn.distill.assembly import Training
+from tiny_onn.distill.feed import RowFeed
 from tiny_onn.distill.run_log import RunLog
 from tiny_onn.distill.run_state import RunState
 from tiny_onn.errors import UserError
@@ -20,7 +19,7 @@ class Saver:
     """The checkpoints of a run, which the first process writes for all."""
 
     training: Training
-    stream: TokenStream
+    feed: RowFeed
     state: RunState
     log: RunLog
     writer: Checkpointer
@@ -28,8 +27,6 @@ class Saver:
     world: World
     saved_step: int
     """The step of the last checkpoint that is written or in flight; -1 if there is none."""
-    position: dict[str, Any] | None = None
-    """The text's state before the step in hand; None outside of steps."""
 
     def __post_init__(self) -> None:
         self.mark_best()
@@ -50,7 +47,7 @@ class Saver:
         saved = {
             **state.as_dict(),
             "loss_chunk_tokens": training.config.loss.chunk_tokens,
-            "stream": self.position or self.stream.state_dict(),
+            "stream": self.feed.state_dict(),
         }
         gather = world.gather if sharded else dict[str, Tensor]
         models = training.student, training.optimizer
