@@ -33,8 +33,10 @@ LEARNING_ROUNDS = 16
 DIRECTIONS = 512
 LAYER_BYTES = 2**31
 """Bytes for the tables, (T, F) in float32, of the layers that are learned at the same time."""
-TABLES = 4
-"""Tables (T, F) that one layer holds while it is learned."""
+TABLES = 2
+"""Tables (T, F) that one layer holds while it is learned, at most."""
+CHUNK_TOKENS = 512
+"""Tokens whose neurons are computed at once, so that elementwise work finds them in the cache."""
 
 
 @torch.no_grad()
@@ -134,8 +136,14 @@ def neuron_energy(
     On a CPU the whole computation is in float32, because many CPUs emulate products in bfloat16.
     """
     dtype = torch.float32 if x_TD.device.type == "cpu" else x_TD.dtype
-    hidden_TF = mlp.hidden(x_TD.to(dtype), activation).float()
-    return hidden_TF.square_().mul_(mlp.down_proj.weight.float().square().sum(0))
+    down_sq_F = mlp.down_proj.weight.float().square().sum(0)
+    energy_TF = down_sq_F.new_empty(len(x_TD), len(down_sq_F))
+    for chunk_CD, out_CF in zip(
+        x_TD.split(CHUNK_TOKENS), energy_TF.split(CHUNK_TOKENS), strict=True
+    ):
+        hidden_CF = mlp.hidden(chunk_CD.to(dtype), activation).float()
+        torch.mul(hidden_CF.square_(), down_sq_F, out=out_CF)
+    return energy_TF
 
 
 def by_importance(
