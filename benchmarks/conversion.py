@@ -1,7 +1,7 @@
 """How long a dense model takes to become a student, phase by phase, and what its experts hold.
 
     python -m benchmarks conversion [--shape Qwen3-0.6B] [--threads 16]
-        [--calibration-tokens 8192] [--base COMMIT] [--smoke]
+        [--calibration-tokens 8192] [--no-gates] [--base COMMIT] [--smoke]
 
 The embedded teacher, SmolLM2-135M, on its text, or a bundled shape with random weights on random
 tokens; the preset `demo`, float32, on a CPU. Phases: the model's pass over the calibration text,
@@ -135,6 +135,7 @@ def model_and_text(
     shape=Option(None, "random weights of this shape; default: the embedded teacher", smoke="tiny"),
     calibration_tokens=Option(6144, "the default is the demo's", smoke=512),
     threads=Option(2),
+    gates=Option(True, "also time gates, budgets and means"),
 )
 @torch.no_grad()
 def run(arguments: argparse.Namespace) -> Result:
@@ -158,7 +159,8 @@ def run(arguments: argparse.Namespace) -> Result:
     with timed_parts() as parts:
         settings = (inputs, config.experts, config.router.target_k, generator)
         orders = phase("learned partition", lambda: partition.partition_neurons(*settings))
-    phase("gates, budgets and means", lambda: make_student(config, inputs, orders))
+    if arguments.gates:
+        phase("gates, budgets and means", lambda: make_student(config, inputs, orders))
     shares = quality(config, dense, inputs, orders)
     rows.append({"phase": "held share of the energy", "share": sum(shares) / len(shares)})
     learned = rows[2]["seconds"]
