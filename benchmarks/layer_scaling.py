@@ -43,7 +43,6 @@ CHECKED_TOKENS = 256
 WITHIN = 0.1
 FEWEST_POINTS = 3
 WAYS = ("MLP", "dense", "sparse")
-SWEEPS = ("tokens", "experts", "k")
 
 
 def points(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -52,11 +51,12 @@ def points(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base = {"tokens": arguments.base_tokens, "experts": E, "k": E // 2, "rule": first}
     for tokens in arguments.tokens:
         yield {"sweep": "tokens", **base, "tokens": tokens}
-    for experts in arguments.experts:
-        yield {"sweep": "experts", **base, "experts": experts, "k": experts // 2}
     for rule in arguments.rule:
         for k in arguments.k:
             yield {"sweep": "k", **base, "k": k, "rule": rule}
+    # These come last: once the number of experts changes, the compiler makes code for any number.
+    for experts in arguments.experts:
+        yield {"sweep": "experts", **base, "experts": experts, "k": experts // 2}
 
 
 def paths(layer: Layer, *, compiled: bool, reason: str | None) -> dict[str, Callable[..., Any]]:
