@@ -14,6 +14,7 @@ from typing import Any
 import vl_convert
 
 from benchmarks.common import RESULTS, ROOT
+from docs.tools import layer_scaling
 from experiments import quality
 from tiny_onn.report.theme import THEMES, colours, vega_config
 
@@ -45,6 +46,7 @@ def figures() -> Iterator[tuple[str, Spec]]:
     yield "controls", controls(runs, arms)
     yield "training", training(runs, arms)
     yield "step-time", step_time(read_lines(GPU))
+    yield from layer_scaling.charts(layer_scaling.read())
 
 
 def mean_of(runs: Sequence[dict[str, Any]], arm: str, when: str) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.common import RESULTS, ROOT
-from docs.tools import pages
+from docs.tools import layer_scaling, pages
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BEGIN, END = "<!-- performance: {name} -->", "<!-- end -->"
@@ -204,12 +204,20 @@ def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
             ratio = f"{ours / micro[peer]:.2f}"
             yield Row(label, us(ours), f"{us(micro[peer])} {name}", ratio, "")
             label = ""
-    model = [r for r in records if r["kind"] == "model" and "tokens_per_s" in r]
-    for name, rate in model[-1]["tokens_per_s"].items() if model else ():
-        if name != "dense":
-            dense = model[-1]["tokens_per_s"]["dense"]
-            label = f"decode, Qwen3-0.6B, {name}, tokens/s"
-            yield Row(label, f"{rate:,.0f}", f"{dense:,.0f} dense", f"{rate / dense:.2f}", "> 1")
+    models = {
+        r.get("batch", 1): r["tokens_per_s"]
+        for r in records
+        if r["kind"] == "model" and "tokens_per_s" in r
+    }
+    for batch, rates in models.items():
+        many = "" if batch == 1 else f", {batch} sequences at once"
+        for name in filter(lambda name: name != "dense", rates):
+            rate, dense = rates[name], rates["dense"]
+            label, goal = (
+                f"decode, Qwen3-0.6B, {name}{many}, tokens/s",
+                "> 1" if batch == 1 else ">= 1",
+            )
+            yield Row(label, f"{rate:,.0f}", f"{dense:,.0f} dense", f"{rate / dense:.2f}", goal)
 
 
 def us(value: float) -> str:
@@ -276,7 +284,10 @@ def sections() -> dict[str, str]:
         f"Measured on {place}:\n\n{table(filter(in_readme, rows))}"
         for place, rows in ((on_gpu, gpu_rows(gpu)), (on_cpu, cpu_rows()))
     )
+    scaling = layer_scaling.read()
+    on_scaled = "" if scaling is None else where(scaling["environment"])
     return {
+        "scaling": layer_scaling.section(scaling, on_scaled),
         "cpu": f"Measured on {on_cpu}.\n\n{table(cpu_rows())}",
         "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows(gpu))}",
         "readme": "\n".join(short),

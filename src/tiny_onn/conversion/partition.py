@@ -29,12 +29,14 @@ from tiny_onn.routing.thresholds import exact_threshold
 
 SAMPLED_TOKENS = 8192
 KMEANS_ROUNDS = 15
-LEARNING_ROUNDS = 16
+LEARNING_ROUNDS, LEAST_GAIN = 16, 2e-4
+FIRST_ROUNDS, FIRST_GAIN = 6, 1e-3
+"""Rounds on every second token, and their least gain, before those on all tokens."""
 DIRECTIONS = 512
-LAYER_BYTES = 2**31
-"""Bytes for the tables, (T, F) in float32, of the layers that are learned at the same time."""
-TABLES = 4
-"""Tables (T, F) that one layer holds while it is learned."""
+LAYER_BYTES = 2**32
+"""Bytes for the energies and inputs, float32, of the layers that are learned at the same time."""
+CHUNK_TOKENS = 512
+"""Tokens whose neurons are computed at once, so that elementwise work finds them in the cache."""
 
 
 @torch.no_grad()
@@ -96,7 +98,9 @@ def partition_neurons(
     layers = list(zip(mlps, samples, first_neurons, strict=True))
     # Co-activation draws random directions, and layers must draw them in a fixed order.
     parallel = experts.init == "learned" and inputs.dense.device.type == "cpu"
-    max_layers = LAYER_BYTES // (TABLES * 4 * max(1, len(samples[0])) * width) if parallel else 1
+    # A layer holds its energies, once more without those of shared experts, and its inputs twice.
+    layer_bytes = 4 * max(1, len(samples[0])) * (width * (2 if S else 1) + 2 * samples[0].shape[1])
+    max_layers = LAYER_BYTES // layer_bytes if parallel else 1
     return _map_layers(order, layers, max_layers, f"{experts.init} partition, layers")
 
 
@@ -134,8 +138,14 @@ def neuron_energy(
     On a CPU the whole computation is in float32, because many CPUs emulate products in bfloat16.
     """
     dtype = torch.float32 if x_TD.device.type == "cpu" else x_TD.dtype
-    hidden_TF = mlp.hidden(x_TD.to(dtype), activation).float()
-    return hidden_TF.square_().mul_(mlp.down_proj.weight.float().square().sum(0))
+    down_sq_F = mlp.down_proj.weight.float().square().sum(0)
+    energy_TF = down_sq_F.new_empty(len(x_TD), len(down_sq_F))
+    for chunk_CD, out_CF in zip(
+        x_TD.split(CHUNK_TOKENS), energy_TF.split(CHUNK_TOKENS), strict=True
+    ):
+        hidden_CF = mlp.hidden(chunk_CD.to(dtype), activation).float()
+        torch.mul(hidden_CF.square_(), down_sq_F, out=out_CF)
+    return energy_TF
 
 
 def by_importance(
@@ -201,7 +211,8 @@ def learn_partition(
     2. Neurons move: neuron f contributes `sum_t active[t, e] * energy[t, f]` in expert e, and the
        balanced assignment maximises the total. It starts from the prices of the previous round.
 
-    Energies are divided by their token's total, so that every token counts the same.
+    Energies are divided by their token's total, so that every token counts the same. The first
+    rounds, in which many neurons move, read every second token, if these are enough for the gates.
 
     Args:
         energy_TF: energies of the neurons.
@@ -210,15 +221,39 @@ def learn_partition(
         num_experts: experts of the partition.
         target_k: active experts per token, the mean.
     """
-    share_TF = energy_TF / energy_TF.sum(1, keepdim=True).clamp_min(1e-30)
-    counted_T = torch.ones(len(share_TF), dtype=torch.bool, device=share_TF.device)
+    prices_E = torch.zeros(num_experts, dtype=torch.float64)
+    some_TF, some_TD = energy_TF[::2], x_TD[::2]
+    # A gate of the first rounds is fitted to half of these tokens.
+    if len(some_TD) >= 3 * some_TD.shape[1]:
+        first = (FIRST_ROUNDS, FIRST_GAIN)
+        expert_F = _alternate(some_TF, some_TD, expert_F, prices_E, target_k, *first)
+    last = (LEARNING_ROUNDS, LEAST_GAIN)
+    return _alternate(energy_TF, x_TD, expert_F, prices_E, target_k, *last)
+
+
+def _alternate(  # noqa: PLR0917
+    energy_TF: Tensor,
+    x_TD: Tensor,
+    expert_F: Tensor,
+    prices_E: Tensor,
+    target_k: float,
+    max_rounds: int,
+    least_gain: float,
+) -> Tensor:
+    """Return the best partition of some rounds of `learn_partition`; `prices_E` changes in place.
+
+    A token's total divides sums over neurons, and choices that are summed over tokens, so that no
+    second table of energies is made.
+    """
+    num_experts = len(prices_E)
+    scale_T1 = energy_TF.sum(1, keepdim=True).clamp_min(1e-30).reciprocal()
+    counted_T = torch.ones(len(energy_TF), dtype=torch.bool, device=energy_TF.device)
     halves = (slice(0, None, 2), slice(1, None, 2))
     inputs = [x_TD[half].float() for half in halves]
     gates = [Ridge(x_TD) for x_TD in inputs]
-    prices_E = torch.zeros(num_experts, dtype=torch.float64)
     best, best_F = -1.0, expert_F
-    for _ in range(LEARNING_ROUNDS):
-        energy_TE = share_TF @ _members(expert_F, num_experts, share_TF).T
+    for _ in range(max_rounds):
+        energy_TE = (energy_TF @ _members(expert_F, num_experts, energy_TF).T).mul_(scale_T1)
         target_TE = energy_TE.clamp_min(1e-12).log()
         logits_TE = torch.empty_like(target_TE)
         for own, other in ((0, 1), (1, 0)):
@@ -227,10 +262,12 @@ def learn_partition(
         probs_TE = logits_TE.softmax(-1)
         active_TE = (probs_TE > exact_threshold(probs_TE, counted_T, target_k)).float()
         captured = (energy_TE * active_TE).sum().item() / len(energy_TE)
-        if captured <= best + 1e-4:
+        gain = captured - best
+        if gain > 0:
+            best, best_F = captured, expert_F
+        if gain <= least_gain:
             break
-        best, best_F = captured, expert_F
-        expert_F = balanced_assignment(share_TF.T @ active_TE, prices_E)
+        expert_F = balanced_assignment(energy_TF.T @ (active_TE * scale_T1), prices_E)
     return best_F
 
 
