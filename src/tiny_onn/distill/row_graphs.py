@@ -127,7 +127,8 @@ class _RowGraph:
         collects = gc.isenabled()
         gc.disable()
         try:
-            with torch.cuda.graph(self.graph, pool=pool):
+            # Other threads may use the GPU: NCCL watches its kernels from one.
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 self.gates = GateStep(self.student.banks(), config, self.scales, 0)
                 self.values = row_passes(
                     self.student,
