@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.stream import TokenStream
 from tiny_onn.distill.checkpointing import checkpoint_layers
 from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.row_graphs import RowGraphs
@@ -17,6 +19,7 @@ from tiny_onn.model.backbone import head_of
 from tiny_onn.model.compile import compile_backbones
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
+from tiny_onn.teacher.cache import TeacherCache, open_cache
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,6 +33,17 @@ class Training:
     """The settings, with `loss.chunk_tokens` as a number."""
     passes: RowGraphs
     """The passes of a row in the global stage."""
+    cache: TeacherCache | None
+    """The teacher's hidden states on the training rows; None: the teacher computes them."""
+
+    def next_rows(self, stream: TokenStream) -> list[PackedRow]:
+        """Return the rows of the next step, with the teacher's hidden states if there is a cache.
+
+        Raises:
+            UserError: the cache does not hold a row, or is damaged.
+        """
+        rows = [next(stream) for _ in range(self.config.train.rows_per_step)]
+        return rows if self.cache is None else [self.cache.taught(row) for row in rows]
 
 
 def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrainedModel) -> Training:
@@ -41,7 +55,8 @@ def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrained
         teacher: The dense model, changed in place if its layers are compiled.
 
     Raises:
-        UserError: The backbone cannot recompute its layers, or an optimizer is not installed.
+        UserError: The backbone cannot recompute its layers, an optimizer is not installed, or the
+            teacher's cache is not whole.
     """
     checkpoint_layers(student, config.train.checkpointing)
     if config.train.compile:
@@ -54,4 +69,5 @@ def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrained
         optimizer=build_optimizer(student, config.optim, seed=config.train.seed),
         config=config,
         passes=RowGraphs(student, teacher),
+        cache=open_cache(config),
     )

@@ -298,7 +298,7 @@ class _Run:
         options: dict[str, Any] = {"step": state.step, "commit": self.stop.commit}
         banks = training.student.banks()
         with self.stop.breakable(), annealed(banks, config, state.stage, state.tokens):
-            rows = [next(self.stream) for _ in range(config.train.rows_per_step)]
+            rows = training.next_rows(self.stream)
             inputs = (training.student, training.teacher, training.optimizer, rows, config)
             if state.stage.name == "blockwise":
                 assert state.blockwise is not None
