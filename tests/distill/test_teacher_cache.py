@@ -1,6 +1,7 @@
 """A teacher's hidden states, written once and read by runs in place of its forward pass."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -425,6 +426,23 @@ def test_a_full_disk_is_told_before_the_work_begins(config, tmp_path, monkeypatc
         write_cache(config, out=tmp_path / "cache")
     assert "12 rows of 64 tokens take 49.5 kB, 64 bytes a token" in capsys.readouterr().err
     assert not list((tmp_path / "cache").glob("shard-*"))
+
+
+def test_a_disk_that_fills_on_the_way_leaves_whole_shards(config, cache, tmp_path):
+    options: dict[str, Any] = {"states_format": "float32", "shard_bytes": SHARD_BYTES}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A shard of two rows fits under this limit of a file's size, and one of five does not.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(
+            UserError, match=rf"{shard_name(0)}: cannot write it .* free some space"
+        ):
+            write_cache(config, out=tmp_path, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+    write_cache(config, out=tmp_path, **options)
+    assert files_of(tmp_path) == files_of(cache)
 
 
 def test_states_that_are_not_finite_are_refused(config, tmp_path):

@@ -41,7 +41,7 @@ _WRITE_AGAIN = "run `tiny-onn cache` with its settings again, which writes that 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One file of a cache."""
+    """A file of a cache, as the manifest records it."""
 
     rows: int
     bytes: int
