@@ -116,8 +116,8 @@ def test_graphs_change_no_bit(recipe, checkpointing, monkeypatch):
 def test_graphs_read_the_stored_states_of_every_row(states_format, monkeypatch):
     rows = []
     for seed, row in enumerate(rows_of(*ROWS)):
-        states_TD, scales_T = encoded(normal(TOKENS, 64, seed=seed), states_format)
-        rows.append(replace(row, teacher_states=states_TD, teacher_scales=scales_T))
+        states_TD, scales = encoded(normal(TOKENS, 64, seed=seed), states_format)
+        rows.append(replace(row, teacher_states=states_TD, teacher_scales=scales))
     assert_graphs_change_no_bit(RECIPES["card"], rows, monkeypatch)
 
 

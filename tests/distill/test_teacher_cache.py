@@ -135,15 +135,20 @@ def test_other_states_in_the_cache_teach_something_else(config, copy, live, tmp_
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 99), st.floats(1e-6, 1e6))
-def test_eight_bits_are_within_half_a_step_of_each_tokens_scale(seed, size):
-    hidden_TD = normal(7, 33, seed=seed) * size
-    hidden_TD[3] = 0
-    states_TD, scales_T = encoded(hidden_TD, "int8")
-    assert scales_T is not None
-    assert states_TD.dtype == torch.int8
-    error_TD = (decoded(states_TD, scales_T, torch.float32) - hidden_TD).abs()
-    assert (error_TD <= scales_T[:, None] * 0.5001).all()
-    assert torch.equal(scales_T, hidden_TD.abs().amax(1) / 127)
+def test_eight_bits_are_within_half_a_step_of_each_blocks_scale(seed, size):
+    # 96 numbers are three blocks of 32, and 36 are nine of 4, the largest that divides them.
+    for hidden_dim, block in ((96, 32), (36, 4), (33, 1)):
+        hidden_TD = normal(7, hidden_dim, seed=seed) * size
+        hidden_TD[3] = 0
+        # A single large number takes the levels of its own block alone.
+        hidden_TD[:, 0] *= 1000
+        states_TD, scales = encoded(hidden_TD, "int8")
+        assert scales is not None
+        assert (states_TD.dtype, scales.shape) == (torch.int8, (7, hidden_dim // block))
+        largest = hidden_TD.unflatten(1, (-1, block)).abs().amax(2) / 127
+        torch.testing.assert_close(scales.float(), largest, rtol=0.01, atol=1e-30)
+        error_TD = (decoded(states_TD, scales, torch.float32) - hidden_TD).abs()
+        assert (error_TD <= scales.float().repeat_interleave(block, 1) * 0.5001).all()
 
 
 def test_a_shard_holds_what_the_manifest_says_and_the_size_that_was_told(config, cache, capsys):

@@ -39,7 +39,7 @@ class Cache:
         arg(
             metavar="|".join(FORMATS),
             help="Number format of the stored states: bfloat16 (exact for a teacher in bfloat16),"
-            " int8 (half the size, with one scale per token) or float32.",
+            " int8 (half the size, with a scale for every 32 numbers) or float32.",
         ),
     ] = "bfloat16"
 

@@ -70,8 +70,8 @@ class PackedRow:
     """The row's place among all rows of its packer, from 0; -1 if it is unknown."""
     teacher_states: Shaped[Tensor, "tokens hidden"] | None = None
     """The teacher's last hidden states as a cache stores them; None: the teacher computes them."""
-    teacher_scales: Float[Tensor, " tokens"] | None = None
-    """The scale of each token's stored states, if they are 8-bit integers."""
+    teacher_scales: Float[Tensor, "tokens blocks"] | None = None
+    """The scales of each token's stored states, if they are 8-bit integers."""
 
     @property
     def num_documents(self) -> int:

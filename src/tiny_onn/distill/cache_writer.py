@@ -242,10 +242,10 @@ def _stored(
                 f"teacher.path: its hidden states are not finite in row {row.number:,} of the"
                 " text, expected finite numbers; set teacher.dtype=float32"
             )
-        states_TD, scales_T = encoded(hidden_TD, states_format)
+        states_TD, scales = encoded(hidden_TD, states_format)
         parts["states"].append(states_TD.cpu())
-        if scales_T is not None:
-            parts["scales"].append(scales_T.cpu())
+        if scales is not None:
+            parts["scales"].append(scales.cpu())
         parts["row_sha256"].append(torch.tensor(list(row_sha256(row)), dtype=torch.uint8))
         bar.update()
     return {name: torch.stack(tensors) for name, tensors in parts.items() if tensors}

@@ -4,7 +4,7 @@ A cache is a folder:
 
     manifest.json              the identity of text and teacher, the format, each shard's SHA-256
     shard-000000.safetensors   some rows in order: `states` (rows, T, D), `row_sha256` (rows, 32),
-                               and `scales` (rows, T) if states are 8-bit integers
+                               and `scales` (rows, T, blocks) if states are 8-bit integers
 
 Hidden states are those after the final norm, which the output head reads. `distill/cache_writer.py`
 writes a cache; a run asks a `TeacherCache` for rows by their number in the text stream. Every shard
@@ -18,11 +18,12 @@ import hashlib
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from math import gcd
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import BFloat16, Float, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +35,9 @@ from tiny_onn.errors import UserError, printable
 
 MANIFEST = "manifest.json"
 VERSION = 1
-# A stored integer of this size stands for a token's largest magnitude.
+BLOCK = 32
+"""Numbers of 8-bit states that share a scale."""
+# A stored integer of this size stands for the largest magnitude of its block.
 _LEVELS = 127
 _WRITE_AGAIN = "run `tiny-onn cache` with its settings again, which writes that shard anew"
 
@@ -74,8 +77,8 @@ class Manifest:
     def row_bytes(self) -> int:
         """The number of bytes that a row takes in its shard."""
         per_number = {"bfloat16": 2, "int8": 1, "float32": 4}[self.format]
-        scale = 4 if self.format == "int8" else 0
-        return self.row_tokens * (self.hidden_dim * per_number + scale) + 32
+        scales = 2 * num_blocks(self.hidden_dim) if self.format == "int8" else 0
+        return self.row_tokens * (self.hidden_dim * per_number + scales) + 32
 
     def rows_of_shard(self, index: int) -> int:
         """Return the number of rows of a shard once the cache is finished."""
@@ -100,29 +103,38 @@ def rows_of_run(config: RunConfig) -> int:
 
 def encoded(
     hidden_TD: Float[Tensor, "tokens hidden"], states_format: StatesFormat
-) -> tuple[Shaped[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
-    """Return hidden states as a cache stores them, and each token's scale if they are integers.
+) -> tuple[Shaped[Tensor, "tokens hidden"], BFloat16[Tensor, "tokens blocks"] | None]:
+    """Return hidden states as a cache stores them, and the blocks' scales if they are integers.
 
-    An 8-bit integer q stands for q * scale, where a token's scale is its largest magnitude / 127.
+    An 8-bit integer q stands for q * scale. `BLOCK` neighbouring numbers share a scale, their
+    largest magnitude / 127, as in the format Q8_0 of llama.cpp: a few hidden dimensions are so
+    large that one scale per token would leave few levels for the others.
     """
     if states_format != "int8":
         return hidden_TD.to(getattr(torch, states_format)), None
-    hidden_TD = hidden_TD.float()
-    scales_T = hidden_TD.abs().amax(-1) / _LEVELS
-    # A token whose states are all 0 has the scale 0.
-    divisor_T1 = scales_T.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    return (hidden_TD / divisor_T1).round().to(torch.int8), scales_T
+    blocks = hidden_TD.float().unflatten(-1, (num_blocks(hidden_TD.shape[-1]), -1))
+    # A scale that was rounded down would make the largest number overflow.
+    scales = (blocks.abs().amax(-1) / _LEVELS * (1 + 2**-8)).bfloat16()
+    # Blocks whose numbers are all 0 have the scale 0.
+    divisors = scales.float().clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    return (blocks / divisors).round().to(torch.int8).flatten(-2), scales
 
 
 def decoded(
     states_TD: Shaped[Tensor, "tokens hidden"],
-    scales_T: Float[Tensor, " tokens"] | None,
+    scales: BFloat16[Tensor, "tokens blocks"] | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "tokens hidden"]:
     """Return the hidden states that `encoded` stored, in the number format `dtype`."""
-    if scales_T is None:
+    if scales is None:
         return states_TD.to(dtype)
-    return (states_TD * scales_T[:, None]).to(dtype)
+    blocks = states_TD.unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]
+    return blocks.flatten(-2).to(dtype)
+
+
+def num_blocks(hidden_dim: int) -> int:
+    """Return the number of scales per token of 8-bit states, one for `BLOCK` numbers or fewer."""
+    return hidden_dim // gcd(hidden_dim, BLOCK)
 
 
 def row_sha256(row: PackedRow) -> bytes:
