@@ -457,7 +457,8 @@ def test_states_that_are_not_finite_are_refused(config, tmp_path):
         identity={}, format="int8", hidden_dim=32, row_tokens=64, num_rows=1, rows_per_shard=1
     )
     with torch.no_grad():
-        dense.base_model.norm.weight[0] = float("inf")
+        norm: Any = dense.base_model.norm
+        norm.weight[0] = float("inf")
     with pytest.raises(UserError, match="hidden states are not finite in row 0 of the text"):
         cache_writer.write_shards(tmp_path, manifest, [0], rows, dense)
     assert list(tmp_path.iterdir()) == []

@@ -139,8 +139,8 @@ def num_blocks(hidden_dim: int) -> int:
 
 def row_sha256(row: PackedRow) -> bytes:
     """Return the SHA-256 of a row's token ids and document bounds, which lie on the host."""
-    digest = hashlib.sha256(row.input_ids.contiguous().numpy())
-    digest.update(row.cu_seqlens.contiguous().numpy())
+    digest = hashlib.sha256(row.input_ids.numpy().tobytes())
+    digest.update(row.cu_seqlens.numpy().tobytes())
     return digest.digest()
 
 
@@ -188,7 +188,7 @@ def _weights_sha256(dense: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(dense.named_parameters(remove_duplicate=False)):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -196,10 +196,8 @@ def difference(manifest: Manifest, identity: dict[str, Any]) -> str | None:
     """Describe how a cache's identity differs from another one, or return None."""
     saved = manifest.identity
     names = [name for name in saved | identity if saved.get(name) != identity.get(name)]
-    if not names:
-        return None
-    values = (f"{saved.get(name)} for {identity.get(name)}" for name in names)
-    return "; ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    values = (f"{name} {saved.get(name)} for {identity.get(name)}" for name in names)
+    return "; ".join(values) or None
 
 
 def read_manifest(folder: Path) -> Manifest:
