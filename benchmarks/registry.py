@@ -23,6 +23,7 @@ NAMES = (
     "full_size",
     "small_step",
     "conversion",
+    "teacher_cache",
     "plan_memory",
     "decode",
     "cpu_inference",

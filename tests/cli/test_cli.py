@@ -22,6 +22,7 @@ FINISHED = types.SimpleNamespace(interrupted=False)
 VERBS = (
     "demo",
     "plan",
+    "cache",
     "distill",
     "watch",
     "eval",
@@ -142,6 +143,13 @@ MISTAKES = [
     (["distill", "--preset", "demo", "--set", "train.sed=1"], "did you mean train.seed?"),
     (["distill", "--preset", "demo", "--set", "seed"], "expected SECTION.KEY=VALUE"),
     (["distill", "--resume", "--out", "nowhere"], "config.json: cannot read it"),
+    (["cache", "--out", "x"], "cache: got neither RUN.toml nor --preset"),
+    (["cache", "--preset", "model-card"], "--out: got none, expected the folder of the cache"),
+    (["cache", "--preset", "demo", "--out", "x"], "loss.states_coef: got 4.0 with a cache"),
+    (
+        ["cache", "--preset", "demo", "--format", "int4"],
+        "--format: got int4, expected one of bfloat16",
+    ),
     (["config", "broken.toml"], "broken.toml: got malformed TOML"),
     (["config", "--set", "a\nb.c=1"], 'got unknown section "a\\nb"'),
     (["eval", "m", "--device", "tpu"], '--device: got "tpu", expected auto, cpu, cuda or cuda:N'),

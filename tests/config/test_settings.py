@@ -98,6 +98,8 @@ def config_of(tables):
     if tables["smk"]["targets"] == "helpful":
         tables["smk"] |= {"surprise": "gain", "direction": "max"}
     tables["train"]["expert_path"] = "auto"
+    if tables["loss"]["states_coef"] or tables["train"]["blockwise_tokens"]:
+        tables["teacher"]["cache"] = "none"
     for prefix in ("", "gate_"):
         optim = tables["optim"]
         if optim[f"{prefix}warmup_fraction"] + optim[f"{prefix}decay_fraction"] > 1:
@@ -182,6 +184,8 @@ def test_override_is_a_toml_value_or_a_bare_word(override, section, key, expecte
 
 
 MISTAKES = [
+    (["teacher.cache=x", "loss.states_coef=1"], "loss.states_coef: got 1.0 .* hidden states of ea"),
+    (["teacher.cache=x", "train.blockwise_tokens=9"], "blockwise_tokens: got 9 .* expected 0, "),
     (["router.target_kk=3"], 'unknown setting "router.target_kk".* did you mean router.target_k?'),
     (["train.expert_lr=1"], "did you mean optim.expert_lr?"),
     (["optimizer.eps=1"], 'unknown section "optimizer".* did you mean optim?'),

@@ -27,7 +27,8 @@ def fragments_of(row: PackedRow) -> list[list[int]]:
 def equal(left: PackedRow | None, right: PackedRow | None) -> bool:
     if left is None or right is None:
         return left is right
-    return left.max_seqlen == right.max_seqlen and all(
+    plain = (left.max_seqlen, left.number) == (right.max_seqlen, right.number)
+    return plain and all(
         torch.equal(getattr(left, name), getattr(right, name))
         for name in (
             "input_ids", "position_ids", "cu_seqlens", "labels", "loss_mask", "router_mask",
@@ -117,6 +118,8 @@ def test_counts_add_up(documents: list[list[int]], row_tokens: int):
         rows.append(row)
     if (row := packer.finish()) is not None:
         rows.append(row)
+    assert [row.number for row in rows] == list(range(len(rows)))
+    assert packer.num_rows == len(rows)
     assert packer.num_documents + packer.num_skipped == len(documents)
     assert packer.num_tokens + packer.num_padding == len(rows) * row_tokens
     assert packer.num_padding == sum(int((row.input_ids == PAD).sum()) for row in rows)

@@ -17,7 +17,8 @@ def make_stream(tmp_path_factory):
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_feed_gives_the_streams_rows_and_the_state_after_each_finished_step(make_stream, ahead):
-    plain, feed = make_stream(), RowFeed(make_stream(), 2)
+    plain, stream = make_stream(), make_stream()
+    feed = RowFeed(stream, lambda: [next(stream) for _ in range(2)])
     for _ in range(20):
         before = plain.state_dict()
         expected = [next(plain).input_ids.tolist() for _ in range(2)]

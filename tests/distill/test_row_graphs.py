@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tiny import VOCAB, make_dense
+from tiny import VOCAB, make_dense, normal
 from tiny_onn.config.read import load_config
 from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import build_row
@@ -15,9 +15,11 @@ from tiny_onn.distill.assembly import assemble
 from tiny_onn.distill.row_graphs import MIN_BOUNDS, MIN_LENGTH, rounded
 from tiny_onn.distill.step import distill_step
 from tiny_onn.model.expert_path import set_objective
+from tiny_onn.teacher.cache import encoded
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOKENS = 512
+ROWS = ([100, 200, 212], [512], [90, 300, 122], [512], [200, 200, 112], [512], [512], [512])
 
 
 def rows_of(*documents):
@@ -102,20 +104,35 @@ RECIPES = {
 def test_graphs_change_no_bit(recipe, checkpointing, monkeypatch):
     if recipe.startswith("sparse"):
         pytest.importorskip("triton")
+    assert_graphs_change_no_bit(
+        [f"train.checkpointing={checkpointing}", *RECIPES[recipe]],
+        list(rows_of(*ROWS)),
+        monkeypatch,
+    )
+
+
+@gpu
+@pytest.mark.parametrize("states_format", ["bfloat16", "int8"])
+def test_graphs_read_the_stored_states_of_every_row(states_format, monkeypatch):
+    rows = []
+    for seed, row in enumerate(rows_of(*ROWS)):
+        states_TD, scales = encoded(normal(TOKENS, 64, seed=seed), states_format)
+        rows.append(replace(row, teacher_states=states_TD, teacher_scales=scales))
+    assert_graphs_change_no_bit(RECIPES["card"], rows, monkeypatch)
+
+
+def assert_graphs_change_no_bit(recipe, rows, monkeypatch):
+    """Steps of one row and of two give the same bits with graphs and without."""
     settings = [
         "experts.num_experts=4",
         "experts.init=slices",
         "experts.gate_init=random",
         "router.target_k=2.0",
         f"data.row_tokens={TOKENS}",
-        f"train.checkpointing={checkpointing}",
         "train.compile=false",
         "loss.chunk_tokens=128",
-        *RECIPES[recipe],
+        *recipe,
     ]
-    rows = list(
-        rows_of([100, 200, 212], [512], [90, 300, 122], [512], [200, 200, 112], [512], [512], [512])
-    )
     for rows_per_step in (1, 2):
         with monkeypatch.context() as patch:
             patch.setattr(row_graphs, "MAX_GRAPHS", 0)

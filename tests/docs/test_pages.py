@@ -21,6 +21,7 @@ BLOCK = re.compile(r"```(?:\w*)\n(.*?)```|((?:^    .+\n)+)", re.DOTALL | re.MULT
 VERBS = (
     "Demo",
     "Plan",
+    "Cache",
     "Distill",
     "Watch",
     "Eval",

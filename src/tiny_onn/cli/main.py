@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from tiny_onn.cli.cache import Cache
 from tiny_onn.cli.chat import Chat
 from tiny_onn.cli.compare import Compare
 from tiny_onn.cli.config import Config
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = tyro.cli(
         Demo
         | Plan
+        | Cache
         | Distill
         | Watch
         | Eval

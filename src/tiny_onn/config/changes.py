@@ -13,7 +13,7 @@ from tiny_onn.errors import UserError
 # Settings of each section that a resumed run can adopt from its next step on.
 _CHANGEABLE_KEYS = MappingProxyType(
     {
-        "teacher": "path revision trust_remote_code",
+        "teacher": "path revision trust_remote_code cache",
         "router": "budget_rate straight_through load_balancing_coef z_loss_coef diversity_coef"
         " balance_rate revive_after_steps reseed_every_steps",
         "smk": "surprise direction candidates lesson_share targets net_gain explore_fraction coef",
@@ -120,9 +120,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         source if source == "embedded" or source.startswith(HUB_PREFIX) else _absolute(source)
         for source in config.data.sources
     )
+    cache = (
+        config.teacher.cache if config.teacher.cache == "none" else _absolute(config.teacher.cache)
+    )
     return replace(
         config,
-        teacher=replace(config.teacher, path=teacher),
+        teacher=replace(config.teacher, path=teacher, cache=cache),
         data=replace(config.data, sources=sources),
     )
 

@@ -96,6 +96,26 @@ def validate(config: RunConfig) -> None:
             )
     check_routing(config)
     check_path(config)
+    if config.teacher.cache != "none":
+        check_cacheable(config)
+
+
+def check_cacheable(config: RunConfig) -> None:
+    """Refuse settings that need more of the teacher than its last hidden states.
+
+    Raises:
+        UserError: the settings match hidden states of each layer, or have a blockwise stage.
+    """
+    for name, value, needed in (
+        ("loss.states_coef", config.loss.states_coef, "hidden states of each layer"),
+        ("train.blockwise_tokens", config.train.blockwise_tokens, "MLP inputs and outputs"),
+    ):
+        if value:
+            raise UserError(
+                f"{name}: got {value} with a cache of the teacher, expected 0, because it needs the"
+                f" teacher's {needed} and a cache holds the last hidden states; set {name}=0, or"
+                " train with teacher.cache=none"
+            )
 
 
 def check_device(device: str, name: str) -> None:

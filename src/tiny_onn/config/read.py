@@ -33,6 +33,7 @@ ADDED = MappingProxyType(
         "experts.refit": False,
         "router.straight_through": "coupled",
         "train.shard": "none",
+        "teacher.cache": "none",
     }
 )
 _MAX_TOML_BYTES = 2**16

@@ -23,6 +23,8 @@ TeacherDType = Literal["auto", "float32", "bfloat16"]
 ExpertPath = Literal["auto", "dense", "grouped", "sparse"]
 Checkpointing = Literal["none", "layer", "selective", "offload"]
 Shard = Literal["none", "optimizer"]
+# The number format in which `tiny-onn cache` stores a teacher's hidden states.
+StatesFormat = Literal["bfloat16", "int8", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,9 @@ class TeacherConfig:
     trust_remote_code: bool = False
     """Run the Python code that a hub repository brings for its model. Turn this on only for authors
     whom you trust."""
+    cache: str = "none"
+    """A folder that `tiny-onn cache` wrote, from which training steps read the teacher's last
+    hidden states. `none`: the teacher computes them at each step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,7 @@ from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import fit_start_thresholds
+from tiny_onn.teacher.cache import check_cache
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import load_dense, teacher_for
 
@@ -58,9 +59,10 @@ def prepare(config: RunConfig, find_order: FindOrder | None = None) -> Prepared:
         find_order: finds the order of neurons in the place of `partition`, such as from a file.
 
     Raises:
-        UserError: something is wrong with the teacher, the text or the sizes.
+        UserError: something is wrong with the teacher, its cache, the text or the sizes.
     """
     inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
+    check_cache(config, inputs.dense, tokenizer)
     with status("Converting"):
         order = None if find_order is None else find_order(config, inputs)
         student = make_student(config, inputs, order)

@@ -19,11 +19,11 @@ Shapes: "tokens" is T, a row's length; a row is a batch of one.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tiny_onn.errors import UserError
@@ -66,6 +66,12 @@ class PackedRow:
     """False on the first token of each fragment (the attention sink) and on padding."""
     origins: tuple[Origin, ...] = ()
     """The origin of each fragment in order, padding left out."""
+    number: int = -1
+    """The row's place among all rows of its packer, from 0; -1 if it is unknown."""
+    teacher_states: Shaped[Tensor, "tokens hidden"] | None = None
+    """The teacher's last hidden states as a cache stores them; None: the teacher computes them."""
+    teacher_scales: Float[Tensor, "tokens blocks"] | None = None
+    """The scales of each token's stored states, if they are 8-bit integers."""
 
     @property
     def num_documents(self) -> int:
@@ -83,7 +89,14 @@ class PackedRow:
             loss_mask=self.loss_mask.to(device),
             router_mask=self.router_mask.to(device),
             origins=self.origins,
+            number=self.number,
+            teacher_states=_on(self.teacher_states, device),
+            teacher_scales=_on(self.teacher_scales, device),
         )
+
+
+def _on(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def build_row(
@@ -230,10 +243,18 @@ class Packer:
         self.num_tokens = state["num_tokens"]
         self.num_padding = state["num_padding"]
 
+    @property
+    def num_rows(self) -> int:
+        """The number of rows that are closed."""
+        waiting = sum(len(document) for document, _ in self._pending) - self._offset
+        open_tokens = self.row_tokens - self._room()
+        return (self.num_tokens + self.num_padding - waiting - open_tokens) // self.row_tokens
+
     def _room(self) -> int:
         return self.row_tokens - sum(len(fragment) for fragment, _ in self._row)
 
     def _close(self) -> PackedRow:
+        number = self.num_rows
         self.num_padding += self._room()
         row = build_row(
             [fragment for fragment, _ in self._row],
@@ -242,7 +263,7 @@ class Packer:
             origins=[origin for _, origin in self._row],
         )
         self._row = []
-        return row
+        return replace(row, number=number)
 
 
 def pack(

@@ -119,7 +119,7 @@ class TokenStream:
     def state_dict(self) -> dict[str, Any]:
         """Return everything on which the next rows depend, as JSON values."""
         return {
-            "identity": self._identity(),
+            "identity": self.identity(),
             "epoch": self.epoch,
             "position": self._position,
             "packer": self.packer.state_dict(),
@@ -131,7 +131,7 @@ class TokenStream:
         Raises:
             UserError: the text, the tokenizer or a setting differs from that of the saved stream.
         """
-        for name, value in self._identity().items():
+        for name, value in self.identity().items():
             # A value that an earlier version did not save counts as unchanged.
             saved = state["identity"].get(name, value)
             if value != saved:
@@ -144,7 +144,7 @@ class TokenStream:
         self.packer.load_state_dict(state["packer"])
         self._token_ids = self._tokenise()
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Return the values that must be equal for a saved state to mean the same rows."""
         return {
             "split": self._split,

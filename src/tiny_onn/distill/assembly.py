@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.stream import TokenStream
 from tiny_onn.distill.checkpointing import checkpoint_layers
 from tiny_onn.distill.optim import SplitOptimizer, build_optimizer
 from tiny_onn.distill.row_graphs import RowGraphs
@@ -17,6 +19,7 @@ from tiny_onn.model.compile import compile_backbones
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.parallel import ALONE, World
+from tiny_onn.teacher.cache import TeacherCache, open_cache
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,6 +33,20 @@ class Training:
     """The settings, with `loss.chunk_tokens` as a number."""
     passes: RowGraphs
     """The passes of a row in the global stage."""
+    cache: TeacherCache | None
+    """The teacher's hidden states on the training rows; None: the teacher computes them."""
+
+    def next_rows(self, stream: TokenStream, world: World = ALONE) -> list[PackedRow]:
+        """Return the rows of the next step; this process's with the teacher's states of a cache.
+
+        Raises:
+            UserError: the cache does not hold a row, or is damaged.
+        """
+        rows = [next(stream) for _ in range(self.config.train.rows_per_step)]
+        if self.cache is not None:
+            for number in world.mine(range(len(rows))):
+                rows[number] = self.cache.taught(rows[number])
+        return rows
 
 
 def assemble(
@@ -47,7 +64,8 @@ def assemble(
         world: The processes of the run, which agree on the chunks.
 
     Raises:
-        UserError: The backbone cannot recompute its layers, or an optimizer is not installed.
+        UserError: The backbone cannot recompute its layers, an optimizer is not installed, or the
+            teacher's cache is not whole.
     """
     checkpoint_layers(student, config.train.checkpointing)
     if config.train.compile:
@@ -62,4 +80,5 @@ def assemble(
         ),
         config=config,
         passes=RowGraphs(student, teacher),
+        cache=open_cache(config),
     )

@@ -5,6 +5,7 @@ their number. The host's time for a row would therefore count as often as there 
 GPU waited for it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from tiny_onn.data.packing import PackedRow
@@ -16,11 +17,11 @@ class RowFeed:
 
     Args:
         stream: The training text.
-        rows_per_step: Number of rows of a step.
+        read: Takes the rows of a step from the text.
     """
 
-    def __init__(self, stream: TokenStream, rows_per_step: int) -> None:
-        self._stream, self._rows_per_step = stream, rows_per_step
+    def __init__(self, stream: TokenStream, read: Callable[[], list[PackedRow]]) -> None:
+        self._stream, self._read = stream, read
         self._state = stream.state_dict()
         self._ahead: tuple[dict[str, Any], list[PackedRow]] | None = None
 
@@ -40,7 +41,7 @@ class RowFeed:
     def read_ahead(self) -> None:
         """Read the rows of the next step."""
         state = self._stream.state_dict()
-        self._ahead = state, [next(self._stream) for _ in range(self._rows_per_step)]
+        self._ahead = state, self._read()
 
     def finish(self) -> None:
         """Count the rows taken last as read, because their step is finished."""

@@ -153,7 +153,7 @@ def _train(
         RunLog(out, config, title, span, state, track, world) as log,
         Checkpointer(checkpoints, config.train.keep_checkpoints) as writer,
     ):
-        feed = RowFeed(stream, config.train.rows_per_step)
+        feed = RowFeed(stream, partial(training.next_rows, stream, world))
         saver = Saver(
             training=training,
             feed=feed,

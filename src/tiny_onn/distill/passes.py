@@ -19,6 +19,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import DistillValues, distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.routing.gate_step import GateStep
+from tiny_onn.teacher.cache import decoded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +50,8 @@ def row_passes(
     Args:
         student: A converted model in training mode.
         teacher: The dense model.
-        row: Packed text on the models' device.
+        row: Packed text on the models' device, with the teacher's hidden states if a cache has
+            them.
         gates: The gates' side of the update.
         config: The settings.
         num_rows: Number of rows of the update, over which losses that are no sums over tokens are
@@ -64,7 +66,11 @@ def row_passes(
     states_error = None
     outputs = layer_outputs(teacher, match_states)
     with clock.phase("teacher forward"), torch.no_grad(), outputs as teacher_states:
-        teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
+        if row.teacher_states is None:
+            teacher_hidden_TD = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
+        else:
+            stored = (row.teacher_states, row.teacher_scales)
+            teacher_hidden_TD = decoded(*stored, teacher.dtype)
     with gates.row(row):
         outputs, recorded = layer_outputs(student, match_states), recorded_routings(banks)
         with clock.phase("student forward"), outputs as states, recorded as routings:

@@ -9,7 +9,6 @@ ends by waiting for the device, so that its time is its own; a run does not wait
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
@@ -114,7 +113,7 @@ def profile_steps(config: RunConfig, prepared: Prepared, trace: Path) -> StepPro
         acc_events=True,
     ) as profiler:
         for _ in range(WARMUP_STEPS + PROFILED_STEPS):
-            rows = list(islice(stream, config.train.rows_per_step))
+            rows = training.next_rows(stream)
             clock, start = Clock(device, wait=True), perf_counter()
             inputs = (training.student, training.teacher, training.optimizer, rows)
             run_step(*inputs, training.config, clock=clock)
