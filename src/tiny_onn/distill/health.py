@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
+from tiny_onn.report.run_data import token_blind_layers
 
 Record = dict[str, Any]
 Severity = Literal["suspicious", "dead"]
@@ -157,12 +158,7 @@ def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
         )
     if config.router.selection in ("static", "random") or num_routed == 1:
         return
-    # If every token has the same k experts, the entropy of the load is log k.
-    same = [
-        i
-        for i, (entropy, k) in enumerate(zip(layers["load_entropy"], layers["mean_k"], strict=True))
-        if k - S < 0.95 * num_routed and not math.exp(entropy) > 1.02 * (k - S)
-    ]
+    same = token_blind_layers(layers, S, config.experts.num_experts)
     if same:
         yield Finding(
             "dead" if 2 * len(same) >= len(layers["load"]) else "suspicious",
