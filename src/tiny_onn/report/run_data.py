@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 Record = Mapping[str, Any]
 
@@ -25,6 +25,7 @@ class Run:
         health: the verdict and its findings, as `summary.json` has them.
         conversion: `conversion.json`; None: the file is missing.
         summary: `summary.json`; None: the run has not finished.
+        process: "ended", "trains", or "lost" if the run's process ended without saving.
         frontier: `frontier.json`; None: the file is missing.
         view: measurements of the student itself, see `evaluation/run_view.py`; None: there are
             none.
@@ -38,6 +39,7 @@ class Run:
     health: Mapping[str, Any]
     conversion: Mapping[str, Any] | None = None
     summary: Mapping[str, Any] | None = None
+    process: Literal["ended", "trains", "lost"] = "ended"
     frontier: Mapping[str, Any] | None = None
     view: Mapping[str, Any] | None = None
     view_missing: str = ""
@@ -86,7 +88,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """True if the run came to its end."""
-        return self.summary is not None and not self.summary.get("interrupted")
+        ended = self.summary is not None and self.process == "ended"
+        return ended and not (self.summary or {}).get("interrupted")
 
     @property
     def selection(self) -> str:

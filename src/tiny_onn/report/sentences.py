@@ -29,15 +29,13 @@ def state_of(run: Run) -> str:
         return f"The run finished after {run.tokens:,} training tokens."
     share = run.tokens / max(1, run.planned_tokens)
     done = f"{run.tokens:,} of {run.planned_tokens:,} training tokens ({share:.0%})"
-    resume = (
-        f"`tiny-onn distill --resume --out FOLDER`, where FOLDER is the run's folder {run.name}"
+    if run.process == "trains":
+        return f"The run still trains: {done} were recorded when this page was written."
+    what = "'s process ended without saving" if run.process == "lost" else " was interrupted"
+    return (
+        f"The run{what} after {done}. To go on: `tiny-onn distill --resume --out FOLDER`, where"
+        f" FOLDER is the run's folder {run.name}."
     )
-    if run.summary is None:
-        return (
-            f"The run has not ended: it recorded {done}. Either it still trains, or it was killed;"
-            f" {resume}, continues a run that was killed."
-        )
-    return f"The run was interrupted after {done}. {resume}, continues it."
 
 
 def status_of(run: Run) -> str:
@@ -51,9 +49,8 @@ def health_of(run: Run) -> str:
     """Tell the verdict of the health check, after the state of an unfinished run."""
     if run.finished or run.is_control:
         return _verdict_of(run)
-    state = "Not finished" if run.summary is None else "Interrupted"
-    verdict = _verdict_of(run)
-    return f"{state}. {'So far: ' if run.was_judged else ''}{verdict}"
+    state = {"ended": "Interrupted", "trains": "Still training", "lost": "Killed"}[run.process]
+    return f"{state}. {'So far: ' if run.was_judged else ''}{_verdict_of(run)}"
 
 
 def _verdict_of(run: Run) -> str:
@@ -178,8 +175,8 @@ def routing_of(run: Run) -> str:
     return (
         f"{_choice_of(run, last)} On held-out text {unused}; eight experts in ten serve between"
         f" {low:.0%} and {high:.0%} of the tokens. A token has {last['mean_k']:.2f} active experts"
-        f" on average (of {run.num_experts}), give or take {last['std_k']:.2f} within a layer; the layers' means"
-        f" go from {last['min_layer_k']:.2f} to {last['max_layer_k']:.2f}."
+        f" on average (of {run.num_experts}), give or take {last['std_k']:.2f} within a"
+        f" layer; the layers' means go from {last['min_layer_k']:.2f} to {last['max_layer_k']:.2f}."
     )
 
 
