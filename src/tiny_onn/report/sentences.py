@@ -33,16 +33,17 @@ def state_of(run: Run) -> str:
         return f"The run still trains: {done} were recorded when this page was written."
     what = "'s process ended without saving" if run.process == "lost" else " was interrupted"
     return (
-        f"The run{what} after {done}. To go on: `tiny-onn distill --resume --out FOLDER`, where"
-        f" FOLDER is the run's folder {run.name}."
+        f"The run{what} after {done}. To go on: `tiny-onn distill --resume --out FOLDER`, with the"
+        f" path of this run's folder, `{run.name}`."
     )
 
 
 def status_of(run: Run) -> str:
-    """Return the colour of a run's verdict: that of a control, of an early run, or of a verdict."""
+    """Return the name of a verdict's colour, in which only a finished run is healthy."""
     if run.is_control:
         return "control"
-    return run.health["verdict"] if run.was_judged else "early"
+    called = run.health["verdict"]
+    return "early" if called == "healthy" and not (run.finished and run.was_judged) else called
 
 
 def health_of(run: Run) -> str:
@@ -50,7 +51,8 @@ def health_of(run: Run) -> str:
     if run.finished or run.is_control:
         return _verdict_of(run)
     state = {"ended": "Interrupted", "trains": "Still training", "lost": "Killed"}[run.process]
-    return f"{state}. {'So far: ' if run.was_judged else ''}{_verdict_of(run)}"
+    verdict = _verdict_of(run)
+    return f"{state}. {verdict.replace(':', ' so far:', 1) if run.was_judged else verdict}"
 
 
 def _verdict_of(run: Run) -> str:
@@ -99,8 +101,9 @@ def against_controls(runs: Sequence[Run]) -> list[str]:
         return []
     if not controls:
         return [
-            "There is no control to compare with: name also the folder of a run with"
-            ' router.selection = "static" or "random", to see what the trained gate is worth.'
+            "There is no control to compare with, so that this page cannot tell. A control is a run"
+            " with the same settings but `--set router.selection=static --set"
+            " router.objective=none`, or random for static. `tiny-onn report RUN CONTROL` compares."
         ]
     return [_against(student, control) for student in students for control in controls]
 
