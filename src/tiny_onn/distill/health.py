@@ -130,7 +130,10 @@ def _quality(first: Record, last: Record) -> Iterator[Finding]:
             "above_unigram",
             f"the student's loss is {student:.3f} nats, token frequencies alone have {unigram:.3f}"
             f" and the teacher {teacher:.3f}",
-            "the student uses no context: train longer, or start from the teacher's neurons"
+            "the student used context before training and lost it: lower optim.expert_lr and"
+            " optim.gate_lr"
+            if first["student_nll"] < unigram
+            else "the student uses no context: train longer, or start from the teacher's neurons"
             ' (experts.init = "importance")',
         )
     before, after = first["forward_kl"], last["forward_kl"]
@@ -286,7 +289,8 @@ def _gates(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
             yield Finding(
                 "suspicious",
                 "k_off_target",
-                f"tokens have {mean_k:.2f} experts on average, the target is {target:g}",
+                f"tokens have {mean_k:.2f} experts on average in the last {len(steps)} steps, the"
+                f" target is {target:g}",
                 "the student does not cost what was asked for: lower optim.gate_lr, or raise"
                 " router.budget_rate",
             )

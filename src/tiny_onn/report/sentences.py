@@ -9,6 +9,8 @@ from tiny_onn.report.run_data import Record, Run, token_blind_layers
 
 # The number of last steps over which a sentence averages.
 WINDOW = 32
+# A gate that meets its targets less often than this many times another token's knows little.
+LITTLE = 1.2
 # A spread of k below this is a rounding of equal numbers.
 FIXED_K = 0.005
 KINDS = (
@@ -217,7 +219,8 @@ def gate_of(run: Run) -> str:
     # Two standard errors of a share of independent tokens, as the health check takes them.
     known = agreement > shuffled + 2 * math.sqrt(max(0.0, shuffled * (1 - shuffled)) / total)
     knowledge = (
-        "The gates know something about the token."
+        f"The gates know {'something' if agreement > LITTLE * shuffled else 'little'} about the"
+        " token."
         if known
         else "The gates know how popular experts are, and nothing about the token."
     )

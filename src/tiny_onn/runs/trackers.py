@@ -7,6 +7,7 @@ the tracker's own id of the run, so that a resumed run goes on in the same one.
 
 import importlib.util
 import json
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,40 +26,47 @@ PROJECT = "tiny-onn"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
+Settings = dict[str, bool | int | float | str]
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of tracker.
 
     Attributes:
         packages: the packages that it needs, of which any one will do.
-        options: a function from the run's folder, the tracker's id of the run (None for a new one)
-            and the last step before this start to the arguments of accelerate's class.
+        options: a function from the run's folder, the tracker's id of the run (None for a new one),
+            the last step before this start and the settings to the arguments of accelerate's class.
         id_of: a function from accelerate's tracker to the id by which the run is found again.
     """
 
     packages: tuple[str, ...]
-    options: Callable[[Path, str | None, int], dict[str, Any]]
+    options: Callable[[Path, str | None, int, Settings], dict[str, Any]]
     id_of: Callable[[Any], str]
 
 
-def _tensorboard(folder: Path, _: str | None, step: int) -> dict[str, Any]:
+def _tensorboard(folder: Path, _: str | None, step: int, __: Settings) -> dict[str, Any]:
     # A resumed run does the steps after its checkpoint again, and the last evaluation at it. So
     # everything from the checkpoint's step on is hidden, and `replay` shows what the run keeps.
     purge = {"purge_step": step} if step else {}
     return {"run_name": TENSORBOARD_FOLDER, "logging_dir": folder, **purge}
 
 
-def _wandb(folder: Path, run_id: str | None, _: int) -> dict[str, Any]:
+def _wandb(folder: Path, run_id: str | None, _: int, __: Settings) -> dict[str, Any]:
     resumed = {} if run_id is None else {"id": run_id, "resume": "allow"}
     return {"run_name": PROJECT, "name": folder.name, "dir": str(folder), **resumed}
 
 
-def _mlflow(folder: Path, run_id: str | None, _: int) -> dict[str, Any]:
+def _mlflow(folder: Path, run_id: str | None, _: int, __: Settings) -> dict[str, Any]:
     return {"experiment_name": PROJECT, "run_id": run_id, "run_name": folder.name}
 
 
-def _trackio(folder: Path, run_id: str | None, _: int) -> dict[str, Any]:
-    return {"run_name": PROJECT, "name": run_id or folder.name, "resume": "allow"}
+def _trackio(folder: Path, run_id: str | None, _: int, settings: Settings) -> dict[str, Any]:
+    # trackio finds a run by its name, which folders of other places may share. It takes settings
+    # only when it starts, and forgets them at a start without any.
+    name = run_id or f"{folder.name}-{uuid.uuid4().hex[:8]}"
+    resume = "never" if run_id is None else "allow"
+    return {"run_name": PROJECT, "name": name, "resume": resume, "config": settings}
 
 
 KINDS = MappingProxyType(
@@ -149,7 +157,8 @@ class Trackers:
         ids: dict[str, str] = {}
         for name in wanted:
             kind = KINDS[name]
-            tracker = LOGGER_TYPE_TO_CLASS[name](**kind.options(folder, known.get(name), step))
+            options = kind.options(folder, known.get(name), step, flat_settings(config))
+            tracker = LOGGER_TYPE_TO_CLASS[name](**options)
             try:
                 tracker.start()
             except (OSError, RuntimeError, ValueError, ImportError) as error:
@@ -216,17 +225,18 @@ def numbers_in(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", value
 
 
+def flat_settings(config: RunConfig) -> Settings:
+    """Return the settings by the names `section.key`, in types that trackers take."""
+    return {
+        f"{section}.{key}": value if isinstance(value, bool | int | float) else str(value)
+        for section, values in json.loads(resolved_json(config)).items()
+        for key, value in values.items()
+    }
+
+
 def _record_settings(name: str, tracker: Any, config: RunConfig) -> None:  # noqa: ANN401 - accelerate's trackers share no type
-    settings = resolved_json(config)
     if name == "tensorboard":
         # Its own form for settings makes a second run out of each start.
-        tracker.log({"settings": f"```json\n{settings}\n```"}, step=0)
-        return
-    sections = json.loads(settings)
-    tracker.store_init_configuration(
-        {
-            f"{section}.{key}": value if isinstance(value, bool | int | float) else str(value)
-            for section, values in sections.items()
-            for key, value in values.items()
-        }
-    )
+        tracker.log({"settings": f"```json\n{resolved_json(config)}\n```"}, step=0)
+    elif name != "trackio":
+        tracker.store_init_configuration(flat_settings(config))
