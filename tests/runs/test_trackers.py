@@ -59,6 +59,13 @@ def test_a_new_run_in_trackio_never_goes_on_in_one_of_the_same_name(tmp_path):
     assert again["config"]["train.tokens"] == settings["train.tokens"]
 
 
+def test_a_tracker_that_cannot_begin_is_refused_in_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none://nowhere")
+    with pytest.raises(UserError, match="--track: mlflow cannot begin"):
+        Trackers(tmp_path, ["mlflow"], write_run(tmp_path), 0)
+
+
 def test_nothing_is_tracked_by_default(tmp_path):
     config = write_run(tmp_path, train={"tokens": 64})
     run_distill(config, out=tmp_path / "run")

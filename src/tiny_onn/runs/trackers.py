@@ -5,6 +5,7 @@ that everything else reads. The run folder notes in `trackers.json` which tracke
 the tracker's own id of the run, so that a resumed run goes on in the same one.
 """
 
+import importlib
 import importlib.util
 import json
 import uuid
@@ -26,6 +27,8 @@ PROJECT = "tiny-onn"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
+# What trackers raise where a service or a file fails, beside errors of their own.
+ERRORS = (OSError, RuntimeError, ValueError, ImportError)
 Settings = dict[str, bool | int | float | str]
 
 
@@ -38,11 +41,13 @@ class Kind:
         options: a function from the run's folder, the tracker's id of the run (None for a new one),
             the last step before this start and the settings to the arguments of accelerate's class.
         id_of: a function from accelerate's tracker to the id by which the run is found again.
+        error: the module and name of the package's own error, if it is none of `ERRORS`.
     """
 
     packages: tuple[str, ...]
     options: Callable[[Path, str | None, int, Settings], dict[str, Any]]
     id_of: Callable[[Any], str]
+    error: tuple[str, str] | None = None
 
 
 def _tensorboard(folder: Path, _: str | None, step: int, __: Settings) -> dict[str, Any]:
@@ -74,8 +79,18 @@ KINDS = MappingProxyType(
         "tensorboard": Kind(
             ("tensorboard", "tensorboardX"), _tensorboard, lambda _: TENSORBOARD_FOLDER
         ),
-        "wandb": Kind(("wandb",), _wandb, lambda tracker: str(tracker.tracker.id)),
-        "mlflow": Kind(("mlflow",), _mlflow, lambda tracker: str(tracker.tracker.info.run_id)),
+        "wandb": Kind(
+            ("wandb",),
+            _wandb,
+            lambda tracker: str(tracker.tracker.id),
+            ("wandb.errors", "Error"),
+        ),
+        "mlflow": Kind(
+            ("mlflow",),
+            _mlflow,
+            lambda tracker: str(tracker.tracker.info.run_id),
+            ("mlflow.exceptions", "MlflowException"),
+        ),
         "trackio": Kind(("trackio",), _trackio, lambda tracker: str(tracker.tracker.name)),
     }
 )
@@ -98,6 +113,12 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(
                 f"--track: got {name}, which is not installed; `pip install {packages[0]}`"
             )
+
+
+def errors_of(name: str) -> tuple[type[Exception], ...]:
+    """Return the errors that an installed tracker raises where a service or a file fails."""
+    own = KINDS[name].error
+    return ERRORS if own is None else (*ERRORS, getattr(importlib.import_module(own[0]), own[1]))
 
 
 def recorded_trackers(folder: Path) -> dict[str, str]:
@@ -161,7 +182,7 @@ class Trackers:
             tracker = LOGGER_TYPE_TO_CLASS[name](**options)
             try:
                 tracker.start()
-            except (OSError, RuntimeError, ValueError, ImportError) as error:
+            except errors_of(name) as error:
                 raise UserError(
                     f"--track: {name} cannot begin ({reason_of(error)}); leave it out, or set it up"
                 ) from error
@@ -189,7 +210,7 @@ class Trackers:
                 continue
             try:
                 tracker.log(values, step=record["step"])
-            except (OSError, RuntimeError, ValueError) as error:
+            except errors_of(name) as error:
                 say(f"{name}: the run goes on without it: {reason_of(error)}")
                 del self._open[name]
 
