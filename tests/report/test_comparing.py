@@ -152,6 +152,21 @@ def test_the_common_k_is_one_that_most_runs_can_be_read_at(make_run):
     assert compare([wide, static], mean_k=3.0).mean_k == 3.0
 
 
+def test_a_run_on_other_text_has_no_say_in_the_common_k(make_run):
+    student = make_run("student", 4.2, 0.30, [(6.0, 0.1), (3.0, 0.6)])
+    control = make_run("static", 4.0, 0.5, config=CONTROL)
+    others = [make_run(name, 4.2, 0.3, teacher_nll=2.5) for name in ("x", "y")]
+    assert compare([student, control, *others]).mean_k == compare([student, control]).mean_k == 4.0
+
+
+def test_a_run_that_did_not_finish_is_marked(make_run):
+    run = make_run("a", 4.0, 0.5)
+    done = replace(run, summary={"interrupted": False}, name="b")
+    assert [row.finished for row in compare([run, done]).rows] == [False, True]
+    table = compare([run, done]).tables()[0]
+    assert [row[-1].endswith(", unfinished") for row in table.rows] == [True, False]
+
+
 def test_a_diverged_run_comes_last(make_run):
     runs = [make_run("bad", 4.0, float("nan")), make_run("good", 4.0, 0.5)]
     found = compare(runs)

@@ -1,4 +1,4 @@
-"""The report in a real Chromium: it draws, it answers, and nothing of it errs.
+"""The pages of reports and plans in a real Chromium: they draw, answer, and err nowhere.
 
 `make browser` runs this; it needs a Chromium on the machine (Debian: `apt-get install chromium`).
 """
@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import pytest
 
 from report_runs import write_runs
+from tiny_onn.config.read import load_config
+from tiny_onn.planning.pictures import write_plan_page
+from tiny_onn.planning.plan import plan
 from tiny_onn.studies.report import run_report
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("quiet")]
@@ -35,8 +38,16 @@ def file(tmp_path_factory):
     return run_report([write_runs(tmp_path_factory.mktemp("browser"))])
 
 
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "plan.html"
+    config = load_config(None, "model-card", ["teacher.dtype=bfloat16"])
+    write_plan_page(plan(config, config.teacher.path, "RTX 3060"), path)
+    return path
+
+
 @contextmanager
-def opened(chromium, file, *, width=1280, scheme="light"):
+def opened(chromium, file, *, width=1280, scheme="light", plots=12):
     """The page with all charts drawn; afterwards nothing was said, thrown or asked of a network."""
     context = chromium.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
@@ -49,15 +60,15 @@ def opened(chromium, file, *, width=1280, scheme="light"):
     page.goto(f"file://{file}")
     assert wrong == [f"file://{file}"]
     wrong.clear()
-    draw_all(page)
+    draw_all(page, plots)
     yield page
     assert wrong == []
     context.close()
 
 
-def draw_all(page):
+def draw_all(page, number_of_plots=12):
     plots = page.locator(".plot")
-    assert plots.count() == 13
+    assert plots.count() == number_of_plots
     for number in range(plots.count()):
         plots.nth(number).scroll_into_view_if_needed()
         page.wait_for_function(
@@ -78,7 +89,7 @@ def test_every_chart_is_drawn_in_light_and_in_dark_and_colours_differ(chromium, 
     for scheme in ("light", "dark"):
         with opened(chromium, file, scheme=scheme) as page:
             seen[scheme] = (colour(page, "body", "backgroundColor"), canvas_of(page, "load-0"))
-            assert page.locator(".plot svg").count() + page.locator(".plot canvas").count() == 13
+            assert page.locator(".plot svg").count() + page.locator(".plot canvas").count() == 12
     for light, dark in zip(seen["light"], seen["dark"], strict=True):
         assert light != dark
 
@@ -97,12 +108,13 @@ def test_scrubbing_shows_another_moment_and_moves_its_twin(chromium, file):
         slider = page.locator("[data-scrubs=load-0]")
         slider.scroll_into_view_if_needed()
         last = page.locator("[data-frame-of=load-0]").inner_text()
-        assert last.startswith("384 tokens")
+        assert last == "After 384 training tokens, on held-out text"
         before = canvas_of(page, "load-0")
         slider.focus()
         slider.press("Home")
         for key in ("load-0", "histogram-0"):
-            assert page.locator(f"[data-frame-of={key}]").inner_text() == "0 tokens (held-out)"
+            frame = page.locator(f"[data-frame-of={key}]").inner_text()
+            assert frame == "After 0 training tokens, on held-out text"
         page.wait_for_timeout(200)
         assert canvas_of(page, "load-0") != before
         slider.press("End")
@@ -111,7 +123,7 @@ def test_scrubbing_shows_another_moment_and_moves_its_twin(chromium, file):
         other = page.locator("[data-scrubs=pairs-0]")
         other.focus()
         other.press("End")
-        assert page.locator("[data-frame-of=pairs-0]").inner_text() == "layer 1"
+        assert page.locator("[data-frame-of=pairs-0]").inner_text() == "Layer 1"
 
 
 def test_hovering_a_chart_tells_its_numbers(chromium, file):
@@ -167,3 +179,29 @@ def test_nothing_is_wider_than_a_phone(chromium, file):
         page.set_viewport_size({"width": 740, "height": 360})
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") == 740
+
+
+def test_a_plan_is_drawn_in_both_themes_and_tells_its_numbers(chromium, plan_file):
+    seen = {}
+    for scheme in ("light", "dark"):
+        with opened(chromium, plan_file, scheme=scheme, plots=2) as page:
+            bar = page.locator("[data-chart=memory] .mark-rect path").first
+            seen[scheme] = (colour(page, "body", "backgroundColor"), bar.get_attribute("fill"))
+            bar.hover()
+            page.wait_for_selector("#vg-tooltip-element.visible")
+            assert "GiB" in page.locator("#vg-tooltip-element").inner_text()
+    for light, dark in zip(seen["light"], seen["dark"], strict=True):
+        assert light != dark
+
+
+def test_a_plan_fits_a_phone_with_its_legends(chromium, plan_file):
+    with opened(chromium, plan_file, width=360, plots=2) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        for svg in page.locator(".plot svg").all():
+            box = svg.bounding_box()
+            assert box is not None
+            for label in svg.locator(".role-legend-label text, .role-axis-label text").all():
+                inner = label.bounding_box()
+                assert inner is not None
+                assert box["x"] <= inner["x"]
+                assert inner["x"] + inner["width"] <= box["x"] + box["width"]

@@ -9,7 +9,7 @@ from tiny import write_run
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.runs.metrics import read_metrics
-from tiny_onn.runs.trackers import Trackers, check_trackers, numbers_in
+from tiny_onn.runs.trackers import KINDS, Trackers, check_trackers, flat_settings, numbers_in
 
 
 def scalars(folder):
@@ -46,6 +46,24 @@ def test_tensorboard_shows_what_the_metrics_hold_and_a_resumed_run_goes_on(tmp_p
         assert [value for _, value in shown[name]] == pytest.approx(values)
     assert "train/smk/agreement" in shown
     assert "train/lr/0" in shown
+
+
+def test_a_new_run_in_trackio_never_goes_on_in_one_of_the_same_name(tmp_path):
+    options = KINDS["trackio"].options
+    settings = flat_settings(write_run(tmp_path))
+    one, two = (options(tmp_path / name / "run", None, 0, settings) for name in "ab")
+    assert one["name"] != two["name"]
+    assert one["resume"] == two["resume"] == "never"
+    again = options(tmp_path / "a" / "run", one["name"], 4, settings)
+    assert again == {**one, "resume": "allow"}
+    assert again["config"]["train.tokens"] == settings["train.tokens"]
+
+
+def test_a_tracker_that_cannot_begin_is_refused_in_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none://nowhere")
+    with pytest.raises(UserError, match="--track: mlflow cannot begin"):
+        Trackers(tmp_path, ["mlflow"], write_run(tmp_path), 0)
 
 
 def test_nothing_is_tracked_by_default(tmp_path):

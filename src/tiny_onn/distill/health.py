@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
+from tiny_onn.report.run_data import token_blind_layers
 
 Record = dict[str, Any]
 Severity = Literal["suspicious", "dead"]
@@ -129,7 +130,10 @@ def _quality(first: Record, last: Record) -> Iterator[Finding]:
             "above_unigram",
             f"the student's loss is {student:.3f} nats, token frequencies alone have {unigram:.3f}"
             f" and the teacher {teacher:.3f}",
-            "the student uses no context: train longer, or start from the teacher's neurons"
+            "the student used context before training and lost it: lower optim.expert_lr and"
+            " optim.gate_lr"
+            if first["student_nll"] < unigram
+            else "the student uses no context: train longer, or start from the teacher's neurons"
             ' (experts.init = "importance")',
         )
     before, after = first["forward_kl"], last["forward_kl"]
@@ -157,12 +161,7 @@ def _experts(last: Record, config: RunConfig) -> Iterator[Finding]:
         )
     if config.router.selection in ("static", "random") or num_routed == 1:
         return
-    # If every token has the same k experts, the entropy of the load is log k.
-    same = [
-        i
-        for i, (entropy, k) in enumerate(zip(layers["load_entropy"], layers["mean_k"], strict=True))
-        if k - S < 0.95 * num_routed and not math.exp(entropy) > 1.02 * (k - S)
-    ]
+    same = token_blind_layers(layers, S, config.experts.num_experts)
     if same:
         yield Finding(
             "dead" if 2 * len(same) >= len(layers["load"]) else "suspicious",
@@ -290,7 +289,8 @@ def _gates(steps: Sequence[Record], config: RunConfig) -> Iterator[Finding]:
             yield Finding(
                 "suspicious",
                 "k_off_target",
-                f"tokens have {mean_k:.2f} experts on average, the target is {target:g}",
+                f"tokens have {mean_k:.2f} experts on average in the last {len(steps)} steps, the"
+                f" target is {target:g}",
                 "the student does not cost what was asked for: lower optim.gate_lr, or raise"
                 " router.budget_rate",
             )

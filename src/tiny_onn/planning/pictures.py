@@ -65,6 +65,25 @@ def time_stacks(plan: Plan) -> Stacks:
     return Stacks(title="Time of one step by part", unit=unit, bars=bars, form="{:,.3g}")
 
 
+def time_of_run(plan: Plan) -> str:
+    """Tell how long the whole run takes, or why that is unknown."""
+    whole, packed = plan.seconds(plan.whole_rows), plan.seconds(plan.packed)
+    if whole is None or packed is None:
+        return "unknown: the device's rate is for bfloat16, teacher.dtype is float32"
+    if plan.document_tokens == plan.config.data.row_tokens:
+        return _duration(whole)
+    documents = f"in documents of {plan.document_tokens:,} tokens"
+    return f"{_duration(whole)}, or {_duration(packed)} {documents}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
 def write_plan_page(plan: Plan, path: Path) -> None:
     """Write the page of a plan, which holds everything that it needs.
 
@@ -78,7 +97,7 @@ def write_plan_page(plan: Plan, path: Path) -> None:
         heading="Does it fit?",
         answer=(
             f"It {fits}: the peak is {plan.peak_bytes / GIB:,.2f} GiB of"
-            f" {plan.device.memory_bytes / GIB:,.2f} GiB, at: {plan.peak.name}."
+            f" {plan.device.memory_bytes / GIB:,.2f} GiB, in the phase {plan.peak.name!r}."
         ),
         stacks=memory_stacks(plan),
         caption=(
@@ -91,7 +110,7 @@ def write_plan_page(plan: Plan, path: Path) -> None:
         heading="Where does the time go?",
         answer=(
             f"A step reads {plan.config.train.rows_per_step} x {plan.config.data.row_tokens:,}"
-            f" tokens; the run takes {plan.steps:,} steps.{_speed(plan)}"
+            f" tokens. The time of all {plan.steps:,} steps: {time_of_run(plan)}.{_speed(plan)}"
         ),
         stacks=time_stacks(plan),
         caption=(

@@ -9,7 +9,13 @@ from rich.table import Table
 from tiny_onn.planning.cluster import link_of
 from tiny_onn.planning.costs import StepFlops
 from tiny_onn.planning.memory import RUNTIME_BYTES
-from tiny_onn.planning.pictures import RUNTIME, memory_stacks, name_of_devices, time_stacks
+from tiny_onn.planning.pictures import (
+    RUNTIME,
+    memory_stacks,
+    name_of_devices,
+    time_of_run,
+    time_stacks,
+)
 from tiny_onn.planning.plan import Plan, card_lines
 from tiny_onn.planning.sources import GIB
 
@@ -141,29 +147,14 @@ def _cluster_lines(plan: Plan) -> list[str]:
 def _time_lines(plan: Plan) -> list[str]:
     device, tokens = plan.device, plan.config.train.tokens
     rate = f"{device.bf16_tflops:,.4g} TFLOP/s x {plan.efficiency:g}"
-    whole, packed = plan.seconds(plan.whole_rows), plan.seconds(plan.packed)
-    if whole is None or packed is None:
-        time = "unknown: the device's rate is for bfloat16, teacher.dtype is float32"
-    else:
-        time = _duration(whole)
-        if plan.document_tokens < plan.config.data.row_tokens:
-            time += f", or {_duration(packed)} in documents of {plan.document_tokens:,} tokens"
     share = plan.config.router.target_k / plan.sizes.experts
     dense, student = plan.decode_tokens_per_s(1.0), plan.decode_tokens_per_s(share)
     return [
         *_cluster_lines(plan),
-        f"Time of {tokens:,} tokens ({plan.steps:,} steps) at {rate}: {time}",
+        f"Time of {tokens:,} tokens ({plan.steps:,} steps) at {rate}: {time_of_run(plan)}",
         f"Decoding at {device.bandwidth_gb_s:,.4g} GB/s, at most: {student:,.0f} tokens/s, "
         f"dense {dense:,.0f}",
         f"MLP FLOPs saved when deployed: {plan.token.ffn_saved:.2%}; of all matmul FLOPs: "
         f"{plan.token.model_saved:.2%}",
         f"Device: {device.source}; teacher.dtype = {plan.config.teacher.dtype}",
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

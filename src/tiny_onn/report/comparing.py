@@ -56,6 +56,8 @@ class Row:
     """The measurements that were read between, with `mean_k` and `thresholds` if those are known;
     one if the k itself was measured, none if the run cannot be read at that k."""
     verdict: str
+    finished: bool
+    """True if the run came to its end."""
     settings: Mapping[str, Any]
     """The settings that differ between the runs, by name."""
 
@@ -94,7 +96,7 @@ class Comparison:
                 f"{row.perplexity:.2f}",
                 mflops(row.ffn_flops),
                 f"{row.tokens:,}",
-                row.verdict,
+                row.verdict if row.finished else f"{row.verdict}, unfinished",
             )
             for row in self.rows
         ]
@@ -231,13 +233,16 @@ def same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def common_k(runs: Sequence[Run]) -> float:
     """Return the k at which most of the runs can be read, and among those the nearest to the first.
 
+    Runs that were evaluated on another text than the first do not count.
+
     Args:
         runs: the runs, each with an evaluation.
     """
-    curves = [points_of(run) for run in runs]
     wanted = runs[0].last
     assert wanted is not None
-    candidates = [run.last["mean_k"] for run in runs if run.last is not None]
+    alike = [run for run in runs if run.last is not None and same_text(wanted, run.last)]
+    curves = [points_of(run) for run in alike]
+    candidates = [run.last["mean_k"] for run in alike if run.last is not None]
 
     def reach(k: float) -> tuple[int, float]:
         return sum(at_k(points, k) is not None for points in curves), -abs(k - wanted["mean_k"])
@@ -289,7 +294,8 @@ def compare(runs: Sequence[Run], mean_k: float | None = None) -> Comparison:
                     }
                     for end in ends
                 ],
-                verdict=run.health["verdict"],
+                verdict=run.health["verdict"] if run.was_judged else "unknown",
+                finished=run.finished,
                 settings={name: setting(run.config, name) for name in names},
             )
         )

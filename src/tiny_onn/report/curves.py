@@ -88,6 +88,8 @@ def rates_spec(runs: Sequence[Run]) -> Spec:
             "symbolType": "stroke",
             "symbolSize": 300,
             "symbolStrokeColor": "gray",
+            "symbolStrokeWidth": 2,
+            "symbolFillColor": "transparent",
         },
     }
     y = {**quantity("learning rate", [row["value"] for row in rows]), "axis": {"format": "~e"}}

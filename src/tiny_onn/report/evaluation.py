@@ -36,7 +36,7 @@ def eval_tables(result: Mapping[str, Any]) -> Group:
     parts += [Text(line) for line in (*_spread(result), *_how(result, at_k))]
     domains = result["domains"]
     if len(domains) > 1:
-        parts.append(_domains(domains))
+        parts.append(domain_table(domains))
     return Group(*parts)
 
 
@@ -114,23 +114,31 @@ def _how(result: Mapping[str, Any], at_k: Mapping[str, Any] | None) -> list[str]
     return [shown_between(at_k)]
 
 
-def _domains(domains: Mapping[str, Mapping[str, Any]]) -> Table:
+def domain_table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the numbers of each domain, the first `MAX_DOMAINS` of them."""
     left_out = len(domains) - MAX_DOMAINS
     more = f", the {MAX_DOMAINS} largest of {len(domains)}" if left_out > 0 else ""
-    table = Table(title=f"By domain{more}, as deployed", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("domain", overflow="fold")
-    for name in (
+    # Ten columns in a terminal of 80 leave room for short names and one space between them only.
+    table = Table(
+        title=f"By domain{more}, as deployed",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("domain", overflow="fold", min_width=8)
+    names = (
         "tokens",
-        "documents",
+        "docs",
         "KL",
         "95 %",
-        "agreement",
-        "perplexity",
-        "teacher's",
-        "bits per byte",
+        "agree",
+        "ppl",
+        "teacher ppl",
+        "bits / byte",
         "k",
-    ):
-        table.add_column(name, justify="right", overflow="fold")
+    )
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold", min_width=5)
     for name, numbers in list(domains.items())[:MAX_DOMAINS]:
         table.add_row(
             Text(name or "unknown"),

@@ -6,7 +6,7 @@ A heatmap over training holds one frame per record; the parameter `frame` is the
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tiny_onn.report.run_data import Record, Run
+from tiny_onn.report.run_data import EVALUATIONS, Record, Run
 
 Spec = dict[str, Any]
 Table = Sequence[Sequence[int | float]]
@@ -96,7 +96,7 @@ def coactivation_frames(view: Record) -> Frames:
         diverging=True,
         height=320,
     )
-    return Frames(spec, [f"layer {layer['layer']}" for layer in layers])
+    return Frames(spec, [f"Layer {layer['layer']}" for layer in layers])
 
 
 def heatmap(
@@ -190,8 +190,8 @@ def chosen(records: Sequence[Record], table: Any, cells: int) -> list[Record]:  
 
 
 def _when(record: Record) -> str:
-    text = "held-out" if record["kind"] in ("start", "eval", "end") else "training step"
-    return f"{record['tokens']:,} tokens ({text})"
+    text = "held-out text" if record["kind"] in EVALUATIONS else "the step's own text"
+    return f"After {record['tokens']:,} training tokens, on {text}"
 
 
 def _rounded(table: Table, factor: float) -> list[list[float]]:

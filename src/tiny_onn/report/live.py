@@ -108,7 +108,8 @@ def _progress(run: Run) -> Table:
     total = max(run.planned_tokens, run.tokens)
     last = run.steps[-1:]
     speed = last[0]["tokens_per_s"] if last else 0.0
-    left = "" if not speed or run.tokens >= total else f", {_time((total - run.tokens) / speed)}"
+    stands = not speed or run.process != "trains" or run.tokens >= total
+    left = "" if stands else f", {_time((total - run.tokens) / speed)}"
     text = f"{run.tokens:,} of {total:,} tokens"
     if last:
         text = f"step {last[0]['step']:,}, {text}, {speed:,.0f} tokens/s{left}"

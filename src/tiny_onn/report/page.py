@@ -160,9 +160,14 @@ def _training(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
     """Draw the curves over training, of all runs together."""
     if not any(run.steps for run in runs):
         return []
-    losses, states, blocks = (
+    losses, kls, states, blocks = (
         {run.name: curves.curve(run.of_kind(kind), name) for run in runs}
-        for kind, name in (("step", "loss"), ("step", "states_error"), ("blockwise", "loss"))
+        for kind, name in (
+            ("step", "loss"),
+            ("step", "forward_kl"),
+            ("step", "states_error"),
+            ("blockwise", "loss"),
+        )
     )
     return [
         *charts.add(
@@ -183,10 +188,10 @@ def _training(charts: Charts, runs: Sequence[Run]) -> list[Figure]:
         ),
         *charts.add(
             "loss",
-            curves.line_spec("loss, nats", losses),
+            curves.line_spec("loss, nats", losses) if losses != kls else None,
             "The loss that training minimises",
-            "The line is the distillation loss of each step, in nats per token. It equals the KL"
-            " above unless another divergence or temperature is set. It should fall without jumps.",
+            "The line is the distillation loss of each step, in nats per token, which another"
+            " divergence or temperature makes unequal to the KL. It should fall without jumps.",
         ),
         *charts.add(
             "states",
@@ -298,6 +303,7 @@ def _details(charts: Charts, number: int, run: Run, cells: int) -> dict[str, Any
         "key": f"run-{number}",
         "run": run,
         "kind": sentences.kind_of(run),
+        "status": sentences.status_of(run),
         "health": sentences.health_of(run),
         "state": sentences.state_of(run),
         "learning": sentences.learning_of(run),

@@ -1,9 +1,10 @@
 """The content of a run's folder as the report reads it, as plain dictionaries."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 Record = Mapping[str, Any]
 
@@ -24,6 +25,7 @@ class Run:
         health: the verdict and its findings, as `summary.json` has them.
         conversion: `conversion.json`; None: the file is missing.
         summary: `summary.json`; None: the run has not finished.
+        process: "ended", "trains", or "lost" if the run's process ended without saving.
         frontier: `frontier.json`; None: the file is missing.
         view: measurements of the student itself, see `evaluation/run_view.py`; None: there are
             none.
@@ -37,6 +39,7 @@ class Run:
     health: Mapping[str, Any]
     conversion: Mapping[str, Any] | None = None
     summary: Mapping[str, Any] | None = None
+    process: Literal["ended", "trains", "lost"] = "ended"
     frontier: Mapping[str, Any] | None = None
     view: Mapping[str, Any] | None = None
     view_missing: str = ""
@@ -67,6 +70,11 @@ class Run:
         return self.evaluations[-1] if self.evaluations else None
 
     @property
+    def was_judged(self) -> bool:
+        """True if the student was evaluated after its training began."""
+        return self.last is not None and self.last["step"] > 0
+
+    @property
     def tokens(self) -> int:
         """The number of training tokens that were recorded."""
         return max((record["tokens"] for record in self.records), default=0)
@@ -80,7 +88,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """True if the run came to its end."""
-        return self.summary is not None and not self.summary.get("interrupted")
+        ended = self.summary is not None and self.process == "ended"
+        return ended and not (self.summary or {}).get("interrupted")
 
     @property
     def selection(self) -> str:
@@ -98,6 +107,11 @@ class Run:
         return self.config["experts"]["num_experts"]
 
     @property
+    def num_shared(self) -> int:
+        """The number of experts of a layer that every token has."""
+        return self.config["experts"].get("num_shared", 0)
+
+    @property
     def target_k(self) -> float | None:
         """The mean number of active experts that a budget holds; None without a budget."""
         router = self.config["router"]
@@ -113,6 +127,23 @@ class Run:
             for record in self.records
             if record["kind"] in (*STEPS, *EVALUATIONS) and record.get("layers")
         )
+
+
+def token_blind_layers(layers: Mapping[str, Any], num_shared: int, num_experts: int) -> list[int]:
+    """Return the layers in which every token has the same experts, although it has not nearly all.
+
+    Args:
+        layers: `layers` of an evaluation's record.
+        num_shared: the number of experts that every token has.
+        num_experts: the number of experts of a layer.
+    """
+    num_routed = num_experts - num_shared
+    # If every token has the same k experts, the entropy of the load is log k.
+    return [
+        i
+        for i, (entropy, k) in enumerate(zip(layers["load_entropy"], layers["mean_k"], strict=True))
+        if k - num_shared < 0.95 * num_routed and not math.exp(entropy) > 1.02 * (k - num_shared)
+    ]
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:

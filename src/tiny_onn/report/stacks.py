@@ -16,6 +16,8 @@ REST = "everything else"
 MARKS = "#=+:o."
 FULL = "\u2588"
 BAR_HEIGHT = 34
+# True in Vega where the page gives a chart the width of a phone.
+NARROW = "containerSize()[0] < 500"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +39,12 @@ class Stacks:
     form: str = "{:,.2f}"
 
     def parts(self) -> list[str]:
-        """Return the names of the parts that are told apart, the largest of any bar first."""
-        largest: dict[str, float] = {}
+        """Return the names of the parts that are told apart, the largest over all bars first."""
+        total: dict[str, float] = {}
         for bar in self.bars.values():
             for name, value in bar.items():
-                largest[name] = max(value, largest.get(name, 0.0))
-        names = sorted(largest, key=lambda name: -largest[name])
+                total[name] = total.get(name, 0.0) + value
+        names = sorted(total, key=lambda name: -total[name])
         if len(names) <= MAX_PARTS:
             return names
         return [*names[: MAX_PARTS - 1], REST]
@@ -115,17 +117,20 @@ class Stacks:
         ]
         y = {"field": "bar", "type": "nominal", "sort": list(self.bars), "title": None}
         x = {"field": "value", "type": "quantitative", "title": self.unit, "stack": "zero"}
+        columns = {"expr": f"{NARROW} ? 1 : 3"}
         colour = {
             "field": "part",
             "type": "nominal",
             "scale": {"domain": order},
-            "legend": {"title": None, "orient": "top", "columns": 3, "labelLimit": 260},
+            "legend": {"title": None, "orient": "top", "columns": columns, "labelLimit": 260},
         }
+        # On a phone a long name takes two lines.
+        label = f"{NARROW} ? split(datum.label, ' of ') : datum.label"
         bars = {
             "mark": {"type": "bar"},
             "encoding": {
                 "x": x,
-                "y": {**y, "axis": {"labelLimit": 220}},
+                "y": {**y, "axis": {"labelLimit": 220, "labelExpr": label}},
                 "color": colour,
                 "order": {"field": "order", "type": "quantitative"},
                 "tooltip": tips,
@@ -149,7 +154,7 @@ class Stacks:
             )
         return {
             "width": "container",
-            "height": {"step": BAR_HEIGHT},
+            "height": BAR_HEIGHT * len(self.bars),
             "autosize": {"type": "fit-x", "contains": "padding"},
             "data": {"values": rows},
             "layer": layers,

@@ -64,7 +64,8 @@ def headline(runs: Sequence[Run]) -> TextTable:
         if not run.is_control:
             strong.append(len(rows))
         control = run.is_control and run.selection not in run.name
-        rows.append(_row(f"{run.name} ({run.selection})" if control else run.name, last, run))
+        name = f"{run.name} ({run.selection})" if control else run.name
+        rows.append(_row(name if run.was_judged else f"{name}, untrained", last, run))
         rows += _at_exactly(run, measured)
     return TextTable(header=HEADLINE, rows=rows, strong=strong)
 
@@ -83,7 +84,7 @@ def _at_exactly(run: Run, runs: Sequence[Run]) -> list[tuple[str, ...]]:
         if point is None:
             continue
         interval = interval_at(point)
-        shown = "" if interval is None else " ({:.4f} to {:.4f})".format(*interval)
+        shown = "" if interval is None else " (95 %: {:.4f} to {:.4f})".format(*interval)
         found.append(
             (
                 f"{run.name}, at exactly k = {k:g}",
@@ -166,8 +167,9 @@ def _provenance(run: Run) -> dict[str, str]:
                 if name in environment
             ),
             f"commit{after}": _commit(environment),
-            f"command{after}": " ".join(map(str, environment.get("command", []))),
         }
+        if environment.get("command"):
+            found[f"command{after}"] = " ".join(map(str, environment["command"]))
         if environment.get("changes"):
             found[f"changes{after}"] = "; ".join(map(str, environment["changes"]))
     if run.conversion:

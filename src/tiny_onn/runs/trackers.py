@@ -5,8 +5,10 @@ that everything else reads. The run folder notes in `trackers.json` which tracke
 the tracker's own id of the run, so that a resumed run goes on in the same one.
 """
 
+import importlib
 import importlib.util
 import json
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,40 +27,51 @@ PROJECT = "tiny-onn"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
+# What trackers raise where a service or a file fails, beside errors of their own.
+ERRORS = (OSError, RuntimeError, ValueError, ImportError)
+Settings = dict[str, bool | int | float | str]
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of tracker.
 
     Attributes:
         packages: the packages that it needs, of which any one will do.
-        options: a function from the run's folder, the tracker's id of the run (None for a new one)
-            and the last step before this start to the arguments of accelerate's class.
+        options: a function from the run's folder, the tracker's id of the run (None for a new one),
+            the last step before this start and the settings to the arguments of accelerate's class.
         id_of: a function from accelerate's tracker to the id by which the run is found again.
+        error: the module and name of the package's own error, if it is none of `ERRORS`.
     """
 
     packages: tuple[str, ...]
-    options: Callable[[Path, str | None, int], dict[str, Any]]
+    options: Callable[[Path, str | None, int, Settings], dict[str, Any]]
     id_of: Callable[[Any], str]
+    error: tuple[str, str] | None = None
 
 
-def _tensorboard(folder: Path, _: str | None, step: int) -> dict[str, Any]:
+def _tensorboard(folder: Path, _: str | None, step: int, __: Settings) -> dict[str, Any]:
     # A resumed run does the steps after its checkpoint again, and the last evaluation at it. So
     # everything from the checkpoint's step on is hidden, and `replay` shows what the run keeps.
     purge = {"purge_step": step} if step else {}
     return {"run_name": TENSORBOARD_FOLDER, "logging_dir": folder, **purge}
 
 
-def _wandb(folder: Path, run_id: str | None, _: int) -> dict[str, Any]:
+def _wandb(folder: Path, run_id: str | None, _: int, __: Settings) -> dict[str, Any]:
     resumed = {} if run_id is None else {"id": run_id, "resume": "allow"}
     return {"run_name": PROJECT, "name": folder.name, "dir": str(folder), **resumed}
 
 
-def _mlflow(folder: Path, run_id: str | None, _: int) -> dict[str, Any]:
+def _mlflow(folder: Path, run_id: str | None, _: int, __: Settings) -> dict[str, Any]:
     return {"experiment_name": PROJECT, "run_id": run_id, "run_name": folder.name}
 
 
-def _trackio(folder: Path, run_id: str | None, _: int) -> dict[str, Any]:
-    return {"run_name": PROJECT, "name": run_id or folder.name, "resume": "allow"}
+def _trackio(folder: Path, run_id: str | None, _: int, settings: Settings) -> dict[str, Any]:
+    # trackio finds a run by its name, which folders of other places may share. It takes settings
+    # only when it starts, and forgets them at a start without any.
+    name = run_id or f"{folder.name}-{uuid.uuid4().hex[:8]}"
+    resume = "never" if run_id is None else "allow"
+    return {"run_name": PROJECT, "name": name, "resume": resume, "config": settings}
 
 
 KINDS = MappingProxyType(
@@ -66,8 +79,18 @@ KINDS = MappingProxyType(
         "tensorboard": Kind(
             ("tensorboard", "tensorboardX"), _tensorboard, lambda _: TENSORBOARD_FOLDER
         ),
-        "wandb": Kind(("wandb",), _wandb, lambda tracker: str(tracker.tracker.id)),
-        "mlflow": Kind(("mlflow",), _mlflow, lambda tracker: str(tracker.tracker.info.run_id)),
+        "wandb": Kind(
+            ("wandb",),
+            _wandb,
+            lambda tracker: str(tracker.tracker.id),
+            ("wandb.errors", "Error"),
+        ),
+        "mlflow": Kind(
+            ("mlflow",),
+            _mlflow,
+            lambda tracker: str(tracker.tracker.info.run_id),
+            ("mlflow.exceptions", "MlflowException"),
+        ),
         "trackio": Kind(("trackio",), _trackio, lambda tracker: str(tracker.tracker.name)),
     }
 )
@@ -90,6 +113,12 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(
                 f"--track: got {name}, which is not installed; `pip install {packages[0]}`"
             )
+
+
+def errors_of(name: str) -> tuple[type[Exception], ...]:
+    """Return the errors that an installed tracker raises where a service or a file fails."""
+    own = KINDS[name].error
+    return ERRORS if own is None else (*ERRORS, getattr(importlib.import_module(own[0]), own[1]))
 
 
 def recorded_trackers(folder: Path) -> dict[str, str]:
@@ -149,10 +178,11 @@ class Trackers:
         ids: dict[str, str] = {}
         for name in wanted:
             kind = KINDS[name]
-            tracker = LOGGER_TYPE_TO_CLASS[name](**kind.options(folder, known.get(name), step))
+            options = kind.options(folder, known.get(name), step, flat_settings(config))
+            tracker = LOGGER_TYPE_TO_CLASS[name](**options)
             try:
                 tracker.start()
-            except (OSError, RuntimeError, ValueError, ImportError) as error:
+            except errors_of(name) as error:
                 raise UserError(
                     f"--track: {name} cannot begin ({reason_of(error)}); leave it out, or set it up"
                 ) from error
@@ -180,7 +210,7 @@ class Trackers:
                 continue
             try:
                 tracker.log(values, step=record["step"])
-            except (OSError, RuntimeError, ValueError) as error:
+            except errors_of(name) as error:
                 say(f"{name}: the run goes on without it: {reason_of(error)}")
                 del self._open[name]
 
@@ -216,17 +246,18 @@ def numbers_in(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", value
 
 
+def flat_settings(config: RunConfig) -> Settings:
+    """Return the settings by the names `section.key`, in types that trackers take."""
+    return {
+        f"{section}.{key}": value if isinstance(value, bool | int | float) else str(value)
+        for section, values in json.loads(resolved_json(config)).items()
+        for key, value in values.items()
+    }
+
+
 def _record_settings(name: str, tracker: Any, config: RunConfig) -> None:  # noqa: ANN401 - accelerate's trackers share no type
-    settings = resolved_json(config)
     if name == "tensorboard":
         # Its own form for settings makes a second run out of each start.
-        tracker.log({"settings": f"```json\n{settings}\n```"}, step=0)
-        return
-    sections = json.loads(settings)
-    tracker.store_init_configuration(
-        {
-            f"{section}.{key}": value if isinstance(value, bool | int | float) else str(value)
-            for section, values in sections.items()
-            for key, value in values.items()
-        }
-    )
+        tracker.log({"settings": f"```json\n{resolved_json(config)}\n```"}, step=0)
+    elif name != "trackio":
+        tracker.store_init_configuration(flat_settings(config))

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,6 +21,7 @@ from tiny_onn.report.comparing import Comparison, compare
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
 from tiny_onn.runs.folder import has_metrics, read_run_config, runs_in
+from tiny_onn.runs.lock import LOCK_NAME, is_held
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
 
 REPORT_NAME = "report.html"
@@ -121,9 +122,17 @@ def read_run(folder: Path) -> Run:
         health=verdict(diagnose(records, config)),
         conversion=_object(folder / "conversion.json"),
         summary=_object(folder / "summary.json"),
+        process=process_of(folder),
         frontier=_frontier_of(folder, records),
         view_missing="The report was asked not to load the models.",
     )
+
+
+def process_of(folder: Path) -> Literal["ended", "trains", "lost"]:
+    """Return what became of the process of the run in a folder, see `Run.process`."""
+    if is_held(folder):
+        return "trains"
+    return "lost" if (folder / LOCK_NAME).exists() else "ended"
 
 
 def _with_view(run: Run, folder: Path, device: str, teacher: str | None) -> Run:

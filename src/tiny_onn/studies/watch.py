@@ -18,7 +18,7 @@ from tiny_onn.report.run_data import STEPS, Run
 from tiny_onn.runs.folder import read_run_config
 from tiny_onn.runs.lock import LOCK_NAME, is_held
 from tiny_onn.runs.metrics import METRICS_NAME, MetricsTail
-from tiny_onn.studies.report import check_records
+from tiny_onn.studies.report import check_records, process_of
 
 
 class Follower:
@@ -76,6 +76,7 @@ class Follower:
             environments=(),
             records=self._records,
             health=verdict(diagnose(self._records, config)),
+            process=process_of(self._folder),
         )
 
     def view(self) -> Any:  # noqa: ANN401 - whatever rich prints
