@@ -30,7 +30,9 @@ def label(way: str, rule: str) -> str:
 
 def charts(record: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield a picture for each sweep by its name, with a line for each way."""
-    for sweep, title in SWEEPS.items() if record is not None else ():
+    if record is None:
+        return
+    for sweep, title in SWEEPS.items():
         rows = [row for row in record["rows"] if row["sweep"] == sweep]
         lines = dict.fromkeys(label(way, row["rule"]) for row in rows for way in WAYS if way in row)
         values = {

@@ -88,6 +88,29 @@ def cpu_rows() -> Iterator[Row]:
     )
     growth = load("scaling")["ratios"]["memory per token / saved inputs"]
     yield Row("memory per further token of a row", f"{growth:.2f}", "1 = saved inputs", "", "~ 1")
+    if (RESULTS / "conversion.json").is_file():
+        yield from conversion_rows(load("conversion"))
+
+
+def conversion_rows(record: dict[str, Any]) -> Iterator[Row]:
+    """Yield the learned partition's time and what it holds, beside another commit's if it ran."""
+    found, base = (
+        {row["phase"]: row for row in part.get("rows", ())}
+        for part in (record, record.get("base", {}))
+    )
+    name, held = "learned partition", "held share of the energy"
+    seconds, share = found[name]["seconds"], found[held]["share"]
+    peers = ("", "")
+    ratios = ("", "")
+    if base:
+        before = base[name]["seconds"], base[held]["share"]
+        peers = (f"{before[0]:.1f} s before", f"{before[1]:.4f} before")
+        ratios = (f"{seconds / before[0]:.2f}", f"{share / before[1]:.4f}")
+    threads = record["settings"]["threads"]
+    label = f"learned partition, SmolLM2-135M, {threads} threads"
+    yield Row(label, f"{seconds:.1f} s", peers[0], ratios[0], "<= 30 s")
+    yield Row("share of the energy that its active experts hold", f"{share:.4f}", peers[1],
+              ratios[1], ">= 1")  # fmt: skip
 
 
 def gpu_rows(name: str) -> Iterator[Row]:
