@@ -161,7 +161,7 @@ def test_a_run_reads_the_text_of_one_process_whatever_number_goes_on(folder, who
 
 @pytest.mark.parametrize("name", ["two", "chain"])
 def test_a_run_ends_as_in_one_process_whatever_number_goes_on(folder, whole, name):
-    # Sums of four rows in another order, through eight steps of Adam. Measured: 2e-6.
+    # Sums of four rows in another order, through eight steps of Adam. Measured: 9e-8.
     got, expected = records(folder / name), records(whole)
     # A stopped run evaluates where it stopped, and its next part writes that record again.
     assert [(row["kind"], row["step"]) for row in got] == [
@@ -169,7 +169,7 @@ def test_a_run_ends_as_in_one_process_whatever_number_goes_on(folder, whole, nam
     ]
     for ours, theirs in zip(got, expected, strict=True):
         for key in theirs.keys() & {"loss", "forward_kl", "mean_k"}:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), ours["step"]
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), ours["step"]
 
 
 def test_a_sharded_run_leaves_checkpoints_that_one_process_goes_on_with(folder, whole):
