@@ -103,6 +103,13 @@ def test_with_two_rows_each_two_processes_give_the_steps_of_one(folder, recipe, 
     assert close >= 0.999 * moved
 
 
+def test_tensors_of_every_size_and_format_are_added_up(folder):
+    expected = JOBS["sums"](ALONE)
+    for rank in results(folder, "sums"):
+        for name, tensor in expected.items():
+            assert torch.equal(rank[name], 3 * tensor), name
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_in_both(folder, rank):
     first, second = results(folder, f"poisoned {rank}")
