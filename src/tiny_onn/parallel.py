@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import (
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
     rendezvous,  # pyright: ignore[reportPrivateImportUsage]
 )
 
@@ -138,6 +139,7 @@ class World:
                 for tensor, rank in zip(sent, ranks, strict=True)
             ]
             for work in works:
+                assert work is not None
                 work.wait()
         for tensor, copy in zip(tensors, sent, strict=True):
             if copy is not tensor:
@@ -238,7 +240,7 @@ def check_world(config: RunConfig, world: World) -> None:
         )
 
 
-def _store(rank: int, size: int) -> dist.Store:
+def _store(rank: int, size: int) -> Store:
     """Return the launcher's table of keys and values, by which the processes find each other."""
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
