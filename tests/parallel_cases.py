@@ -29,7 +29,7 @@ from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.evaluation.compare import evaluate_layers
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.parallel import LARGE_BYTES, World
+from tiny_onn.parallel import MESSAGE_BYTES, World
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import optimizer_tensors, student_tensors
 from tiny_onn.teacher.held_out import HeldOut
@@ -216,11 +216,12 @@ def poisoned(world: World, *, rank: int) -> dict[str, Tensor]:
 
 def sums(world: World) -> dict[str, Tensor]:
     """Tensors of many sizes and formats, large ones among them, multiplied by 1, 2, ... by rank."""
-    large = torch.arange(LARGE_BYTES, dtype=torch.float32)
+    # A message holds so many numbers of 4 bytes.
+    large = torch.arange(MESSAGE_BYTES // 4).remainder(1000).float()
     tensors = {
         "large": large.clone(),
         "large, transposed": large.view(2, -1).clone().T,
-        "large count": torch.arange(LARGE_BYTES),
+        "large count": torch.arange(MESSAGE_BYTES // 8),
         "count": torch.arange(5),
         "bfloat16": torch.arange(6.0).bfloat16().view(2, 3).T,
         "one": torch.ones(()),

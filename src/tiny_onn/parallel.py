@@ -29,8 +29,8 @@ from tiny_onn.errors import RankError, UserError, reason_of
 
 Item = TypeVar("Item")
 
-# Tensors of so many bytes are sent as they are; smaller ones travel together in one message.
-LARGE_BYTES = 2**20
+# Tensors travel together in messages of up to so many bytes, because each message takes time.
+MESSAGE_BYTES = 2**26
 # The others may wait so long while one process converts the model or writes a checkpoint.
 TIMEOUT = timedelta(hours=2)
 
@@ -104,23 +104,24 @@ class World:
         """
         if self.size == 1:
             return
-        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         with self._explained():
-            works = []
-            for tensor in tensors:
-                if tensor.nbytes >= LARGE_BYTES and tensor.is_contiguous():
-                    works.append(dist.all_reduce(tensor, group=self.group, async_op=True))
-                else:
-                    small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-            for some in small.values():
-                flat = torch.cat([tensor.reshape(-1) for tensor in some])
-                dist.all_reduce(flat, group=self.group)
-                parts = flat.split([tensor.numel() for tensor in some])
-                for tensor, part in zip(some, parts, strict=True):
-                    tensor.copy_(part.view_as(tensor))
-            for work in works:
-                assert work is not None
-                work.wait()
+            for kind in kinds.values():
+                for numbers in messages([tensor.nbytes for tensor in kind]):
+                    self._sum_together([kind[number] for number in numbers])
+
+    def _sum_together(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one format by their sums over all processes, in one message."""
+        if len(tensors) == 1 and tensors[0].is_contiguous():
+            dist.all_reduce(tensors[0], group=self.group)
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, group=self.group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def broadcast(self, tensors: Sequence[Tensor], sources: Sequence[int] | None = None) -> None:
         """Replace each tensor by that of one process.
@@ -223,6 +224,22 @@ class World:
 
 ALONE = World()
 """The world of one process."""
+
+
+def messages(sizes: Sequence[int]) -> list[list[int]]:
+    """Return the numbers of the tensors that travel together, by the tensors' bytes, in order.
+
+    A tensor of `MESSAGE_BYTES` or more travels alone.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        if not groups or size > room:
+            groups.append([])
+            room = MESSAGE_BYTES
+        groups[-1].append(number)
+        room -= size
+    return groups
 
 
 def check_world(config: RunConfig, world: World) -> None:

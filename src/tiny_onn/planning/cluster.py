@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.parallel import LARGE_BYTES
+from tiny_onn.parallel import messages
 from tiny_onn.planning.costs import Parameters, Sizes
 from tiny_onn.planning.device_names import device_rows
 from tiny_onn.planning.memory import Moment, state_bytes, weight_bytes
@@ -188,8 +188,7 @@ def collectives(
     trained = sum(tensor.bytes for tensor in tensors)
     if cluster.shard == "full":
         return _of_full_sharding(config, sizes, parameters, wires, trained)
-    # Large gradients are added up each on its own, small ones in one message.
-    calls = sum(tensor.bytes >= LARGE_BYTES for tensor in tensors) + 1
+    calls = len(messages([tensor.bytes for tensor in tensors]))
     seconds = wires.all_reduce(trained, calls)
     gradients = Collective("all-reduce of gradients", trained, calls, seconds)
     if cluster.shard == "none":
