@@ -60,7 +60,6 @@ def engines(record: dict[str, Any]) -> str:
             "| vLLM, `vllm` | exact | vary by need, all computed | not measured |",
             f"| llama.cpp, `gguf` | approximate | vary by need | {speeds['threshold']} |",
             f"| llama.cpp, `gguf --fixed-k` | approximate | fixed | {speeds['fixed k']} |",
-            "| what runs the teacher, `dense` | exact | all | 1, 1 |",
             "",
         ]
     )

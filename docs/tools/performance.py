@@ -280,14 +280,11 @@ def table(rows: Iterable[Row]) -> str:
 # The README shows these rows only.
 README_ROWS = (
     "card's step, packed rows, tokens/s",
-    "card's step, packed rows, share of the measured matmul peak",
     "card's step, memory with the context",
     "step, SmolLM2-135M, keep activations, tokens/s",
     "expert layer, 32,768 tokens, k = 16",
-    "decode, one layer, k = 16",
     "decode, Qwen3-0.6B, k = 16, tokens/s",
     "loss, 32,768 tokens",
-    "expert layer, bfloat16, k = 16",
     "whole step, tokens/s",
 )
 

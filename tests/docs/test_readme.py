@@ -26,7 +26,7 @@ COMMANDS = [
 # `make demo` runs the verb `demo`.
 VERBS = {
     *("plan", "distill", "watch", "eval", "probe", "report", "compare"),
-    *("generate", "chat", "export", "config"),
+    *("generate", "chat", "export", "config", "cache"),
 }
 
 
