@@ -102,16 +102,13 @@ class Layer:
         """Output and gradients of one input, the next one if none is named."""
         n = next(self.turn) % NUM_INPUTS if number is None else number
         leaves, T = self.leaves(n), self.shape[0]
-        scales = {"grad_scale": 1 / T, "loss_scale": float(T)}
-        if self.gate_up.is_cuda:
+        grad_scale, loss_scale = 1 / T, float(T)
+        if (device := self.gate_up.device).type == "cuda":
             # As in training: a captured graph reads them from the device.
-            filled = {
-                name: torch.full((), value, device=self.gate_up.device)
-                for name, value in scales.items()
-            }
-            smk = SmkStep(rule=RULES[rule], **filled)
-        else:
-            smk = SmkStep(rule=RULES[rule], **scales)
+            grad_scale, loss_scale = (
+                torch.full((), scale, device=device) for scale in (grad_scale, loss_scale)
+            )
+        smk = SmkStep(rule=RULES[rule], grad_scale=grad_scale, loss_scale=loss_scale)
         y = layer(*leaves, active_TE=self.actives[n], smk=smk)
         return [y.detach(), *torch.autograd.grad(y, leaves, self.grads[n])]
 
