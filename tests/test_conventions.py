@@ -22,7 +22,7 @@ LAYERS = (
     ("errors", "publish"),
     ("console",),
     ("config",),
-    ("device",),
+    ("device", "parallel"),
     ("data", "ops", "report"),
     ("model",),
     ("routing", "teacher"),

@@ -36,6 +36,17 @@ def say(text: str) -> None:
 
 
 @contextmanager
+def silenced(silent: bool) -> Iterator[None]:
+    """Print nothing within the context if asked to, as all but one of several processes are."""
+    before = console().quiet
+    console().quiet = before or silent
+    try:
+        yield
+    finally:
+        console().quiet = before
+
+
+@contextmanager
 def status(text: str) -> Iterator[None]:
     """Show the text beside a spinner and the time on a terminal, or as one line elsewhere."""
     if not console().is_terminal:

@@ -79,3 +79,7 @@ class UserError(ValueError):
 
     The CLI prints the line and exits with 2.
     """
+
+
+class RankError(UserError):
+    """A `UserError` that a process other than the first one found, and tells for all of them."""

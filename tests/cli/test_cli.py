@@ -15,6 +15,7 @@ from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.config.template import config_template
 from tiny_onn.errors import UserError
+from tiny_onn.parallel import World
 from tiny_onn.runs.folder import create_run_folder
 
 FINISHED = types.SimpleNamespace(interrupted=False)
@@ -307,6 +308,7 @@ def test_distill_passes_the_resolved_settings(stand_in, tmp_path):
     assert status_of([*arguments, "--out", out]) == 0
     config = load_config(None, "demo", ["train.seed=1", "train.tokens=9"])
     options = {"resume": False, "allow_change": (), "track": (), "argv": sys.argv}
+    options["world"] = World()
     assert calls == [((config,), {"out": Path(out), **options})]
 
 
@@ -330,6 +332,7 @@ def test_resuming_needs_only_the_folder(stand_in, tmp_path):
     calls = stand_in("distill.loop", "run_distill", FINISHED)
     assert status_of(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
     options = {"resume": True, "allow_change": (), "track": (), "argv": sys.argv}
+    options["world"] = World()
     assert calls == [((config,), {"out": tmp_path / "run", **options})]
 
 

@@ -62,6 +62,7 @@ class Distill:
 
     def __call__(self) -> None:
         """Run the verb."""
+        from tiny_onn.config.launcher import is_first, num_processes, was_restarted
         from tiny_onn.config.read import load_config
         from tiny_onn.errors import UserError
 
@@ -83,6 +84,13 @@ class Distill:
                 "distill: got neither RUN.toml nor --preset, expected one; try --preset demo, or"
                 " write a file with `tiny-onn config > RUN.toml`"
             )
+        if (number := num_processes()) > 1 and (self.out is None or self.profile):
+            got, remedy = (
+                ("--profile", "profile one process, without a launcher")
+                if self.profile
+                else ("no --out", "add --out FOLDER, by which all of them name the run")
+            )
+            raise UserError(f"distill: got {got} with {number} processes; {remedy}")
         from tiny_onn.runs.trackers import check_trackers
 
         check_trackers(self.track)
@@ -100,21 +108,29 @@ class Distill:
             return
         with starting():
             from tiny_onn.distill.loop import run_distill
+            from tiny_onn.parallel import World
 
-        result = run_distill(
-            config,
-            out=out,
-            resume=self.resume,
-            allow_change=self.allow_change,
-            track=self.track,
-            argv=sys.argv,
-        )
-        if result.interrupted:
+        with World.from_environment(config.train.device) as world:
+            # A launcher starts the same command again after a process has failed.
+            begun = was_restarted() and world.any_true(
+                world.first and (out / "config.json").is_file()
+            )
+            result = run_distill(
+                config,
+                out=out,
+                resume=self.resume or begun,
+                allow_change=self.allow_change,
+                track=self.track,
+                argv=sys.argv,
+                world=world,
+            )
+        if result.interrupted and is_first():
             print(
                 f"tiny-onn: the run is saved; resume it with `tiny-onn distill --resume --out"
                 f" {out}`",
                 file=sys.stderr,
             )
+        if result.interrupted:
             raise KeyboardInterrupt
 
     def _resumed(self, out: Path, *, named: bool) -> "RunConfig":

@@ -23,7 +23,8 @@ from tiny_onn.cli.plan import Plan
 from tiny_onn.cli.probe import Probe
 from tiny_onn.cli.report import Report
 from tiny_onn.cli.watch import Watch
-from tiny_onn.errors import UserError, reason_line
+from tiny_onn.config.launcher import is_first, num_processes
+from tiny_onn.errors import RankError, UserError, reason_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(verb)
     except KeyboardInterrupt:
-        print("tiny-onn: interrupted", file=sys.stderr)
+        if is_first():
+            print("tiny-onn: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of standard output has left, as in `tiny-onn config | head`. Python flushes it
@@ -74,9 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: Callable[[], None]) -> int:
     try:
+        if (number := num_processes()) > 1 and not isinstance(verb, Distill):
+            raise UserError(
+                f"{type(verb).__name__.lower()}: got {number} processes, expected one, because"
+                " distill alone runs in several; start it without a launcher"
+            )
         verb()
         sys.stdout.flush()
     except UserError as error:
-        print(f"tiny-onn: error: {reason_line(error)}", file=sys.stderr)
+        if is_first() or isinstance(error, RankError):
+            print(f"tiny-onn: error: {reason_line(error)}", file=sys.stderr)
         return 2
     return 0

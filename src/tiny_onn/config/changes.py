@@ -21,7 +21,7 @@ _CHANGEABLE_KEYS = MappingProxyType(
         "data": "sources",
         "optim": "expert_lr gate_lr beta1 beta2 eps weight_decay gate_weight_decay clip_norm"
         " warmup_fraction decay_fraction gate_warmup_fraction gate_decay_fraction",
-        "train": "tokens rows_per_step device compile deterministic cuda_graphs expert_path"
+        "train": "tokens rows_per_step device shard compile deterministic cuda_graphs expert_path"
         " checkpointing"
         " ffn_chunk_tokens eval_every_tokens save_every_tokens keep_checkpoints max_skipped_steps"
         " stop_if_worse log_every_steps stats_every_steps",

@@ -32,6 +32,7 @@ ADDED = MappingProxyType(
         "experts.token_scale": False,
         "experts.refit": False,
         "router.straight_through": "coupled",
+        "train.shard": "none",
     }
 )
 _MAX_TOML_BYTES = 2**16

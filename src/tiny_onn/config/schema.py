@@ -22,6 +22,7 @@ DType = Literal["float32", "bfloat16"]
 TeacherDType = Literal["auto", "float32", "bfloat16"]
 ExpertPath = Literal["auto", "dense", "grouped", "sparse"]
 Checkpointing = Literal["none", "layer", "selective", "offload"]
+Shard = Literal["none", "optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,6 +326,10 @@ class TrainConfig:
     cuda_graphs: bool = True
     """Capture the passes of a row in CUDA graphs and replay them, which spares a GPU waiting for
     the host. Settings that need the host within a row run without them, and say so once."""
+    shard: Shard = "none"
+    """The division of memory between the processes of a run. `none`: each holds everything;
+    `optimizer`: the optimizer's state of each expert tensor lies in one process, which steps the
+    tensor and hands it to the others. The results are the same to the bit."""
     deterministic: bool = True
     """Use only GPU kernels whose results repeat bit for bit. On a CPU results always do."""
     expert_path: ExpertPath = "auto"

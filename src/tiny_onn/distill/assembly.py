@@ -6,17 +6,17 @@ of the program that trains.
 
 from dataclasses import dataclass, replace
 
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.distill.checkpointing import checkpoint_layers
-from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.optim import SplitOptimizer, build_optimizer
 from tiny_onn.distill.row_graphs import RowGraphs
 from tiny_onn.model.backbone import head_of
 from tiny_onn.model.compile import compile_backbones
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
+from tiny_onn.parallel import ALONE, World
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,20 +25,26 @@ class Training:
 
     student: TinyOnnForCausalLM
     teacher: PreTrainedModel
-    optimizer: Optimizer
+    optimizer: SplitOptimizer
     config: RunConfig
     """The settings, with `loss.chunk_tokens` as a number."""
     passes: RowGraphs
     """The passes of a row in the global stage."""
 
 
-def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrainedModel) -> Training:
+def assemble(
+    config: RunConfig,
+    student: TinyOnnForCausalLM,
+    teacher: PreTrainedModel,
+    world: World = ALONE,
+) -> Training:
     """Set up checkpointing and compilation, size the chunks of the loss, and build the optimizer.
 
     Args:
         config: The settings.
         student: A converted model, changed in place.
         teacher: The dense model, changed in place if its layers are compiled.
+        world: The processes of the run, which agree on the chunks.
 
     Raises:
         UserError: The backbone cannot recompute its layers, or an optimizer is not installed.
@@ -46,12 +52,14 @@ def assemble(config: RunConfig, student: TinyOnnForCausalLM, teacher: PreTrained
     checkpoint_layers(student, config.train.checkpointing)
     if config.train.compile:
         compile_backbones(student, teacher)
-    chunk_tokens = loss_chunk_tokens(config.loss, head_of(student).weight)
+    chunk_tokens = world.least(loss_chunk_tokens(config.loss, head_of(student).weight))
     config = replace(config, loss=replace(config.loss, chunk_tokens=chunk_tokens))
     return Training(
         student=student,
         teacher=teacher,
-        optimizer=build_optimizer(student, config.optim, seed=config.train.seed),
+        optimizer=build_optimizer(
+            student, config.optim, seed=config.train.seed, world=world, shard=config.train.shard
+        ),
         config=config,
         passes=RowGraphs(student, teacher),
     )

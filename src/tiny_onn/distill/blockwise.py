@@ -31,12 +31,13 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.distill.clock import Clock
-from tiny_onn.distill.step import StepResult, undone_if_broken, update
+from tiny_onn.distill.step import StepResult, add_up, undone_if_broken, update
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import decoder_layers, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.hooks import mlp_calls
 from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.routing.gate_step import GateStep, StepScales
 
 
@@ -77,12 +78,15 @@ def teacher_power(teacher: PreTrainedModel, rows: Sequence[PackedRow]) -> list[f
 
 @torch.no_grad()
 def block_errors(
-    student: TinyOnnForCausalLM, teacher: PreTrainedModel, rows: Sequence[PackedRow]
+    student: TinyOnnForCausalLM,
+    teacher: PreTrainedModel,
+    rows: Sequence[PackedRow],
+    world: World = ALONE,
 ) -> list[float]:
     """Return each layer's `sum |bank(x) - mlp(x)|^2 / sum |mlp(x)|^2` over the counted tokens.
 
     x is the teacher's MLP input. At 0 the layer equals its teacher; at 1 it is no better than an
-    output of zeros.
+    output of zeros. Each of the processes measures its share of the rows.
     """
     banks = student.banks()
     sums_2L = torch.zeros(2, len(banks), device=teacher.device, dtype=torch.float64)
@@ -92,9 +96,11 @@ def block_errors(
         sums_2L[:, layer] += (torch.stack((error_T, power_T)) * mask_T).double().sum(-1)
 
     with eval_mode(student), mlp_calls(teacher, add_errors):
-        for row in (row.to(teacher.device) for row in track(rows, "block errors, rows")):
+        mine = track(world.mine(rows), "block errors, rows")
+        for row in (row.to(teacher.device) for row in mine):
             mask_T = row.router_mask[0]
             last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
+    world.all_reduce_sum([sums_2L])
     return (sums_2L[0] / sums_2L[1]).tolist()
 
 
@@ -109,6 +115,7 @@ def blockwise_step(
     step: int = 0,
     clock: Clock | None = None,
     commit: Callable[[], None] = lambda: None,
+    world: World = ALONE,
 ) -> StepResult:
     """Update every layer once from some rows, or none if a loss or gradient is not finite.
 
@@ -124,19 +131,22 @@ def blockwise_step(
         step: Number of steps before this one, on which exploration and re-seeding depend.
         clock: Adds up the phases' times; None: a clock that does not wait for a GPU.
         commit: Called right before the update, after which the step can no longer be undone.
+        world: The processes, of which each gets all rows, runs its share, and makes the update.
     """
     banks = student.banks()
     device = banks[0].router.weight.device
     scales = StepScales.of_rows(rows, config, step, device, labelled=False)
-    gates = GateStep(banks, config, scales, step)
+    gates = GateStep(banks, config, scales, step, world)
     layers = _Layers(gates, power, len(rows))
     clock = clock or Clock(device)
     student.train()
     with undone_if_broken(gates, optimizer), clock.phase("blocks"), torch.no_grad():
-        for row in (row.to(device) for row in rows):
+        for row in (row.to(device) for row in world.mine(rows)):
             with gates.row(row), mlp_calls(teacher, layers.row_learner(row)):
                 last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
         commit()
+    with clock.phase("all-reduce"):
+        add_up(world, student, gates, [layers.error_L])
     loss = layers.error_L.mean()
     with clock.phase("optimizer"):
         result = update(student, optimizer, loss, gates, config)

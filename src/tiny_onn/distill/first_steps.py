@@ -13,6 +13,7 @@ from tiny_onn.distill.stages import step_tokens
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import compare
 from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.runs.checkpoint import checkpoint_name
 from tiny_onn.teacher.held_out import HeldOut
 
@@ -31,11 +32,13 @@ class FirstSteps:
         student: The model that learns.
         held_out: The held-out rows, of which the first one is read.
         config: The run's settings.
+        world: The processes, to which one of them tells the measure.
     """
 
     student: TinyOnnForCausalLM
     held_out: HeldOut
     config: RunConfig
+    world: World = ALONE
     _first_row: HeldOut = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,4 +77,6 @@ class FirstSteps:
 
     def _measure(self) -> float:
         with eval_mode(self.student):
-            return compare(self.student, self._first_row, self.config.loss).forward_kl
+            return compare(
+                self.student, self._first_row, self.config.loss, world=self.world
+            ).forward_kl

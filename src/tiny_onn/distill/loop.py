@@ -16,6 +16,7 @@ from tiny_onn.config.changes import with_absolute_paths, with_number_format_of
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say, status
 from tiny_onn.conversion.pipeline import Prepared, prepare
+from tiny_onn.conversion.sharing import order_of_first, share_student
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, training_rows
 from tiny_onn.data.settling import threshold_rows
@@ -28,14 +29,15 @@ from tiny_onn.distill.optim import lr_factor, set_learning_rates
 from tiny_onn.distill.progress import show_conversion
 from tiny_onn.distill.run_log import RunLog, RunResult
 from tiny_onn.distill.run_state import RunState, restore
+from tiny_onn.distill.saving import Saver
 from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
 from tiny_onn.distill.step import StepResult, distill_step
-from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
+from tiny_onn.parallel import ALONE, World, check_world
 from tiny_onn.planning.advice import explain_out_of_memory
 from tiny_onn.routing.budgets import fill_threshold_tables
 from tiny_onn.routing.steering import fitted_eval_thresholds
-from tiny_onn.runs.checkpoint import Checkpointer, take_snapshot, valid_checkpoints, way_on
+from tiny_onn.runs.checkpoint import Checkpointer, valid_checkpoints, way_on
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import (
     create_run_folder,
@@ -66,6 +68,7 @@ def run_distill(
     title: str = "distill",
     evaluate_first: bool = True,
     after_step: AfterStep = lambda _step, _seconds: None,
+    world: World = ALONE,
 ) -> RunResult:
     """Distill into a run folder as the settings say; Ctrl-C gives up the step in hand and saves.
 
@@ -80,6 +83,7 @@ def run_distill(
         title: The word with which the run's lines begin.
         evaluate_first: Whether to evaluate the untrained student.
         after_step: Called after each step with its number and seconds; an exception ends the run.
+        world: The processes of the run, all of which make this call.
 
     Raises:
         UserError: Settings, text, teacher, folder, disk or memory are unfit, another run uses the
@@ -87,17 +91,22 @@ def run_distill(
         KeyboardInterrupt: A signal came before the first step, or a second one came.
     """
     check_trackers(track)
+    check_world(config, world)
     if resume:
         # Taking the lock creates the folder, so a missing run is refused first.
         config = with_number_format_of(read_run_config(out), config)
     config = with_absolute_paths(prepare_device(config)[0])
-    with stop_on_signal() as stop, run_lock(out):
-        if resume:
+    first = world.first
+    with stop_on_signal(world) as stop, run_lock(out) if first else nullcontext():
+        if resume and first:
             resume_run_folder(out, config, argv=argv, allow_change=allow_change)
-        else:
+        elif first:
             create_run_folder(out, config, argv=argv)
-        prepared = prepared or prepare(config)
-        record_conversion(out / "conversion.json", asdict(prepared.conversion))
+        world.barrier()
+        prepared = prepared or prepare(config, order_of_first(world))
+        share_student(prepared.student, world)
+        if first:
+            record_conversion(out / "conversion.json", asdict(prepared.conversion))
         show_conversion(title, prepared.student, prepared.conversion)
         return _train(
             config,
@@ -109,6 +118,7 @@ def run_distill(
             evaluate_first=evaluate_first,
             after_step=after_step,
             stop=stop,
+            world=world,
         )
 
 
@@ -123,41 +133,55 @@ def _train(
     evaluate_first: bool,
     after_step: AfterStep,
     stop: StopRequest,
+    world: World,
 ) -> RunResult:
     """Run the loop of a prepared run; write the student if there is a last evaluation."""
-    training = assemble(config, prepared.student, prepared.teacher)
+    training = assemble(config, prepared.student, prepared.teacher, world)
     stream = training_rows(config, prepared.tokenizer)
     state, checkpoints = RunState.new(config), out / "checkpoints"
     if resume:
         is_chosen = config.loss.chunk_tokens == 0
         state = restore(training, stream, checkpoints, title, chunk_is_chosen=is_chosen)
-        keep_settings(out, config)
+        if world.first:
+            keep_settings(out, config)
     config = training.config
     span = (state.tokens, run_tokens(state.stage, config))
     with (
         explain_out_of_memory(
             config, training.student, training.teacher.config, partial(way_on, checkpoints)
         ),
-        RunLog(out, config, title, span, state, track) as log,
+        RunLog(out, config, title, span, state, track, world) as log,
         Checkpointer(checkpoints, config.train.keep_checkpoints) as writer,
     ):
+        saver = Saver(
+            training=training,
+            stream=stream,
+            state=state,
+            log=log,
+            writer=writer,
+            title=title,
+            world=world,
+            saved_step=state.step or -1,
+        )
         run = _Run(
             training=training,
             prepared=prepared,
             stream=stream,
             threshold_rows=threshold_rows(config, prepared.tokenizer, training.student.device),
             state=state,
-            first_steps=FirstSteps(training.student, prepared.held_out, config),
+            first_steps=FirstSteps(training.student, prepared.held_out, config, world),
             log=log,
-            writer=writer,
+            saver=saver,
             checkpoints=checkpoints,
             title=title,
             stop=stop,
-            saved_step=state.step or -1,
+            world=world,
         )
         after = run.loop(evaluate_first, after_step)
     if after is not None:
         run.finish(out, after)
+    # A launcher ends the first process while it writes if another one has ended.
+    world.barrier()
     return RunResult(
         prepared=prepared,
         before=state.before,
@@ -179,19 +203,13 @@ class _Run:
     state: RunState
     first_steps: FirstSteps
     log: RunLog
-    writer: Checkpointer
+    saver: Saver
     checkpoints: Path
     title: str
     stop: StopRequest
-    saved_step: int
-    """The step of the last checkpoint that is written or in flight; -1 if there is none."""
-    position: dict[str, Any] | None = None
-    """The text's state before the step in hand; None outside of steps."""
+    world: World
     eval_seconds: float = math.inf
     """Time that the last evaluation took; unknown before the first one."""
-
-    def __post_init__(self) -> None:
-        self._mark_best()
 
     def loop(self, evaluate_first: bool, after_step: AfterStep) -> Evaluation | None:
         """Step until the token budget is spent or a signal comes, then evaluate and save.
@@ -207,12 +225,10 @@ class _Run:
         self.stop.graceful = True
         self._until_stopped(after_step)
         # Saving begins before the last evaluation, whose record a resumed run writes again.
-        self._save()
+        self.saver.save()
         after = self._last_evaluation()
         with status(f"{self.title}: saving step {state.step}"):
-            if (error := self.writer.wait()) is not None:
-                raise UserError(error)
-            self.writer.tidy()
+            self.saver.finish()
         return after
 
     def finish(self, out: Path, after: Evaluation) -> None:
@@ -221,6 +237,8 @@ class _Run:
         student.train(False)
         with status(f"{self.title}: saving the student"):
             fill_threshold_tables(student, self.threshold_rows, scope)
+            if not self.world.first:
+                return
             save_student(out / "student", self.prepared)
             summary = self.state.summary(after, self.training.config, self.checkpoints)
             write_json(out / "summary.json", {**summary, "health": self.log.verdict()})
@@ -229,7 +247,8 @@ class _Run:
         """Evaluate after the last step; return None if a stopped run leaves it out."""
         if not self.state.step:
             return self.state.before
-        if self.stop and self.eval_seconds > EVALUATION_PATIENCE_S:
+        too_long = self.world.any_true(self.eval_seconds > EVALUATION_PATIENCE_S)
+        if self.stop.agreed() and too_long:
             why = f"because it may take more than {EVALUATION_PATIENCE_S:g} s"
             say(f"{self.title}: the last evaluation is left out, {why}")
             return None
@@ -254,15 +273,15 @@ class _Run:
         state, config = self.state, self.training.config
         eval_every, save_every = config.train.eval_every_tokens, config.train.save_every_tokens
         next_eval, next_save = (next_due(state.tokens, every) for every in (eval_every, save_every))
-        while state.tokens < (end := run_tokens(state.stage, config)) and not self.stop:
+        while state.tokens < (end := run_tokens(state.stage, config)) and not self.stop.agreed():
             self.first_steps.before_step(state)
             started = time.perf_counter()
             rows, result = self._one_step()
             state.seconds += (seconds := time.perf_counter() - started)
             self._record_step(rows, result, seconds)
             if (error := self.first_steps.after_step(state)) is not None:
-                self._save()
-                self._warn(self.writer.wait())
+                self.saver.save()
+                self.saver.warn(self.saver.writer.wait())
                 raise error
             after_step(state.step, seconds)
             if state.stage.name == "blockwise" and state.stage.over(state.tokens):
@@ -277,8 +296,8 @@ class _Run:
             good = state.tokens < end and not state.guard.skipped_in_row
             if good and (is_best or state.tokens >= next_save):
                 next_save = next_due(state.tokens, save_every)
-                self._save()
-            self._warn(self.writer.poll())
+                self.saver.save()
+            self.saver.warn(self.saver.writer.poll())
 
     def _do_what_is_due(self) -> None:
         """Do the change of stage and the evaluation that follow a step."""
@@ -291,11 +310,12 @@ class _Run:
 
     def _one_step(self) -> tuple[list[PackedRow], StepResult]:
         state, training, config = self.state, self.training, self.training.config
-        self.position = self.stream.state_dict()
+        self.saver.position = self.stream.state_dict()
         # The rates are those at the step's middle, so that neither the first nor the last is 0.
         progress = state.stage.progress(state.tokens + step_tokens(config) / 2)
         set_learning_rates(training.optimizer, lr_factor(progress, config.optim))
         options: dict[str, Any] = {"step": state.step, "commit": self.stop.commit}
+        options["world"] = self.world
         banks = training.student.banks()
         with self.stop.breakable(), annealed(banks, config, state.stage, state.tokens):
             rows = [next(self.stream) for _ in range(config.train.rows_per_step)]
@@ -307,7 +327,7 @@ class _Run:
                 result = distill_step(*inputs, passes=training.passes, **options)
         state.step += 1
         state.tokens += step_tokens(config)
-        self.position = None
+        self.saver.position = None
         return rows, result
 
     def _first_block_errors(self) -> BlockErrors:
@@ -321,7 +341,8 @@ class _Run:
         """Measure the held-out error of every layer, record it and show it."""
         training = self.training
         with self.stop.breakable():
-            errors = block_errors(training.student, training.teacher, self.prepared.held_out.rows)
+            rows = self.prepared.held_out.rows
+            errors = block_errors(training.student, training.teacher, rows, self.world)
         self.log.blocks(errors, step=self.state.step, tokens=self.state.tokens)
         return errors
 
@@ -345,17 +366,18 @@ class _Run:
                 lr = [group["lr"] for group in self.training.optimizer.param_groups]
                 self.log.step(result, **position, lr=lr, seconds=seconds)
         elif guard.skipped_in_row >= train.max_skipped_steps:
-            self._warn(self.writer.wait())
+            self.saver.warn(self.saver.writer.wait())
             intact = valid_checkpoints(self.checkpoints)
             raise guard.error(self.state.step, measured, intact[0].name if intact else None)
 
     def _evaluate(self, kind: Literal["start", "eval", "end"]) -> Evaluation:
         state, config, student = self.state, self.training.config, self.training.student
         start = time.perf_counter()
-        fitted = fitted_eval_thresholds(student, self.threshold_rows, config.router.budget_scope)
+        scope, world = config.router.budget_scope, self.world
+        fitted = fitted_eval_thresholds(student, self.threshold_rows, scope, world)
         # A stopped run gets here only for a last evaluation that it can wait for.
         with nullcontext() if self.stop else self.stop.breakable(), fitted:
-            result, layers = evaluate_layers(student, self.prepared.held_out, config.loss)
+            result, layers = evaluate_layers(student, self.prepared.held_out, config.loss, world)
             self.stop.commit()
         self.eval_seconds = time.perf_counter() - start
         position = {"step": state.step, "tokens": state.tokens}
@@ -365,36 +387,5 @@ class _Run:
         extra = kind == "end" and state.tokens < run_tokens(state.stage, config)
         if kind != "start" and not extra and result.forward_kl < best_kl:
             state.best = {**position, "forward_kl": result.forward_kl}
-            self._mark_best()
+            self.saver.mark_best()
         return result
-
-    def _mark_best(self) -> None:
-        """Let the writer keep the checkpoint of the best evaluation."""
-        self.writer.best = self.state.best["step"] if self.state.best else None
-
-    def _save(self) -> None:
-        """Begin to write a checkpoint, unless this step has one."""
-        state, training = self.state, self.training
-        if self.saved_step == state.step:
-            return
-        state.metrics_offset = self.log.metrics.offset
-        saved = {
-            **state.as_dict(),
-            "loss_chunk_tokens": training.config.loss.chunk_tokens,
-            "stream": self.position or self.stream.state_dict(),
-        }
-        try:
-            # The checkpoint stores `metrics_offset`, so the metrics must be on disk before it.
-            self.log.metrics.sync()
-        except UserError as error:
-            self._warn(str(error))
-            return
-        snapshot = take_snapshot(state.step, training.student, training.optimizer, saved)
-        self._warn(self.writer.save(snapshot))
-        self.saved_step = state.step
-
-    def _warn(self, error: str | None) -> None:
-        """Report a checkpoint that could not be written; the next interval tries again."""
-        if error is not None:
-            self.saved_step = -1
-            say(f"{self.title}: the run goes on, but {error}")

@@ -24,10 +24,11 @@ from jaxtyping import BFloat16, Float32
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from tiny_onn.config.schema import OptimConfig
+from tiny_onn.config.schema import OptimConfig, Shard
 from tiny_onn.distill.units import Units, in_units_, norm_in_units, out_of_units_, start_units
 from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.teacher.quantize import load_bitsandbytes
 
 
@@ -39,8 +40,13 @@ class LrFactor(NamedTuple):
 
 
 def build_optimizer(
-    student: TinyOnnForCausalLM, config: OptimConfig, *, seed: int = 0
-) -> torch.optim.Optimizer:
+    student: TinyOnnForCausalLM,
+    config: OptimConfig,
+    *,
+    seed: int = 0,
+    world: World = ALONE,
+    shard: Shard = "none",
+) -> "SplitOptimizer":
     """Return the optimizer of experts and gates, in that order of groups.
 
     Experts are cast to `config.master_dtype` first, in place; gates keep their number format.
@@ -49,6 +55,8 @@ def build_optimizer(
         student: The model, whose parameters that require a gradient learn.
         config: The settings.
         seed: The seed of stochastic rounding.
+        world: The processes that step the student.
+        shard: The setting `train.shard`, which says what each process holds.
 
     Raises:
         UserError: The setting needs bitsandbytes, which is not installed.
@@ -78,7 +86,21 @@ def build_optimizer(
         steppers.append(_adamw(config, group))
     kinds = {p: kind for name, p in named_experts.items() if (kind := name.split(".")[-1]) in KINDS}
     units = start_units(named_experts | named_gates) if config.lr_scale == "rms" else {}
-    return SplitOptimizer(steppers, seed, {} if config.name == "adamw" else kinds, units)
+    owners = owners_of(experts, world.size) if shard == "optimizer" and world.size > 1 else {}
+    kinds = {} if config.name == "adamw" else kinds
+    return SplitOptimizer(steppers, seed, kinds, units, owners=owners, world=world)
+
+
+def owners_of(parameters: Sequence[nn.Parameter], size: int) -> dict[nn.Parameter, int]:
+    """Return the rank of the process that steps each parameter, so that all hold about as much.
+
+    The largest parameters come first, each to the process that has least so far.
+    """
+    loads, owners = [0] * size, dict.fromkeys(parameters, 0)
+    for parameter in sorted(parameters, key=nn.Parameter.numel, reverse=True):
+        owners[parameter] = loads.index(min(loads))
+        loads[owners[parameter]] += parameter.numel()
+    return owners
 
 
 def _stepper(
@@ -125,11 +147,18 @@ class SplitOptimizer(torch.optim.Optimizer):
     leaves the gradient so. The unit is part of the weight's state from its first step on, so that a
     resumed run keeps it.
 
+    In several processes a parameter may have an owner, which alone holds its state, steps it and
+    hands it to the others (ZeRO-1: Rajbhandari et al., arXiv 1910.02054, section 5.1).
+    `torch.distributed.optim.ZeroRedundancyOptimizer` does not fit, because it builds one class of
+    optimizer for all groups from parameters of their own number format, and pickles their state.
+
     Args:
         steppers: Optimizers of one group each.
         seed: The seed of stochastic rounding.
         kinds: The weights to step neuron by neuron, with their names in `Experts`.
         units: The units of weights (`units.py`); a weight without one has the unit 1.
+        owners: The ranks of the processes that own parameters; every process steps the others.
+        world: The processes.
     """
 
     def __init__(
@@ -138,12 +167,26 @@ class SplitOptimizer(torch.optim.Optimizer):
         seed: int,
         kinds: Mapping[nn.Parameter, str] = MappingProxyType({}),
         units: Units = MappingProxyType({}),
+        *,
+        owners: Mapping[nn.Parameter, int] = MappingProxyType({}),
+        world: World = ALONE,
     ) -> None:
         super().__init__([group for stepper in steppers for group in stepper.param_groups], {})
         self._steppers = tuple(steppers)
         self._seed = seed
         self._kinds = kinds
         self._units = units
+        self._owners, self._world = owners, world
+
+    def is_mine(self, p: nn.Parameter) -> bool:
+        """Return True if this process holds a weight's state and steps it."""
+        return self._owners.get(p, self._world.rank) == self._world.rank
+
+    def forget_others(self) -> None:
+        """Drop the state of weights that another process owns, all but their units."""
+        for p in self._owners:
+            if not self.is_mine(p):
+                self.state[p] = {n: v for n, v in self.state[p].items() if n == "unit"}
 
     def unit(self, p: nn.Parameter) -> Tensor | None:
         """Return a weight's unit, the one in its state if there is one; None without a unit."""
@@ -163,12 +206,16 @@ class SplitOptimizer(torch.optim.Optimizer):
         ):
             plain = []
             for number, p in enumerate(group["params"]):
+                if not self.is_mine(p):
+                    continue
                 if p.grad is not None and (p.dtype == torch.bfloat16 or p in self._kinds):
                     self._step_of_copy(stepper, group, p, f"{self._seed} {index} {number}")
                 elif p.grad is not None:
                     plain.append(p)
             if plain:
                 self._step_in_units(stepper, group, plain)
+        stepped = [p for p in self._owners if p.grad is not None]
+        self._world.broadcast([p.data for p in stepped], [self._owners[p] for p in stepped])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
 from tiny_onn.conversion.pipeline import Prepared
@@ -18,6 +21,7 @@ from tiny_onn.distill.run_state import RunState
 from tiny_onn.distill.stages import step_tokens
 from tiny_onn.distill.step import StepResult
 from tiny_onn.evaluation.compare import Evaluation
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.runs.metrics import METRICS_NAME, MetricsWriter, read_metrics
 from tiny_onn.runs.trackers import Trackers
 
@@ -42,6 +46,8 @@ class RunResult:
 class RunLog(ExitStack):
     """Writes each record, shows it, and lets the health watch see it. A context manager.
 
+    Of several processes the first one alone writes and shows; the others count anomalies too.
+
     Args:
         out: The run folder.
         config: The settings.
@@ -50,6 +56,7 @@ class RunLog(ExitStack):
         state: The progress so far, of which it takes the steps, and the number of bytes of an
             existing metrics file to keep.
         track: Names of experiment trackers that get the records too.
+        world: The processes of the run.
     """
 
     def __init__(  # noqa: PLR0917
@@ -60,14 +67,17 @@ class RunLog(ExitStack):
         span: tuple[int, int],
         state: RunState,
         track: Sequence[str],
+        world: World = ALONE,
     ) -> None:
         super().__init__()
-        self._config, self._title = config, title
-        self._trackers = self.enter_context(Trackers(out, track, config, state.step))
-        path, offset = out / METRICS_NAME, state.metrics_offset
-        self.metrics = self.enter_context(closing(MetricsWriter(path, offset)))
-        kept = read_metrics(path)
-        self._trackers.replay(kept)
+        self._config, self._title, self._world = config, title, world
+        kept: list[dict[str, Any]] = []
+        if world.first:
+            self._trackers = self.enter_context(Trackers(out, track, config, state.step))
+            path, offset = out / METRICS_NAME, state.metrics_offset
+            self._metrics = self.enter_context(closing(MetricsWriter(path, offset)))
+            kept = read_metrics(path)
+            self._trackers.replay(kept)
         self._health = HealthWatch(config, title, kept)
         done_tokens, total_tokens = span
         self._progress = self.enter_context(RunProgress(title, total_tokens, done_tokens))
@@ -110,7 +120,7 @@ class RunLog(ExitStack):
 
     def blocks(self, errors: Sequence[float], *, step: int, tokens: int) -> None:
         """Record every layer's held-out error and show it in a line."""
-        self.metrics.write(blocks_record(list(errors), step=step, tokens=tokens))
+        self._record(blocks_record(list(errors), step=step, tokens=tokens))
         show_blocks(self._title, tokens, errors)
 
     def anomaly(
@@ -141,8 +151,8 @@ class RunLog(ExitStack):
             "gate_grad_norm": float(result.gate_grad_norm),
         }
         position = {"kind": kind, "step": step, "tokens": tokens}
-        documents = provenance(rows, result.token_losses)
-        self.metrics.write({**position, **measured, **extra, "rows": documents})
+        documents = provenance(rows, gathered_losses(result.token_losses, rows, self._world))
+        self._record({**position, **measured, **extra, "rows": documents})
         if result.finite:
             return None
         measured_text = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
@@ -153,7 +163,43 @@ class RunLog(ExitStack):
         """Return the verdict on the run's health so far."""
         return self._health.verdict()
 
+    @property
+    def offset(self) -> int:
+        """Number of bytes of the metrics file so far."""
+        return self._metrics.offset
+
+    def sync(self) -> None:
+        """Wait until the disk has every record that this process writes.
+
+        Raises:
+            UserError: The file system refuses.
+        """
+        if self._world.first:
+            self._metrics.sync()
+
     def _write(self, record: dict[str, Any]) -> None:
-        self.metrics.write(record)
-        self._trackers.log(record)
+        self._record(record)
+        if self._world.first:
+            self._trackers.log(record)
         self._health.observe(record)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self._world.first:
+            self._metrics.write(record)
+
+
+def gathered_losses(
+    own: Sequence[Tensor], rows: Sequence[PackedRow], world: World
+) -> Sequence[Tensor]:
+    """Return the losses of all rows' tokens from those of this process's share of the rows."""
+    if world.size == 1:
+        return own
+    shares, device = iter(own), own[0].device
+    everyone = [
+        next(shares)
+        if number % world.size == world.rank
+        else torch.zeros(row.labels.numel(), device=device)
+        for number, row in enumerate(rows)
+    ]
+    world.all_reduce_sum(everyone)
+    return everyone

@@ -138,6 +138,7 @@ def restore(
         # All steps of a run use one number, however much memory is free at a resumption.
         loss = replace(training.config.loss, chunk_tokens=saved["loss_chunk_tokens"])
         training.config = replace(training.config, loss=loss)
+    training.optimizer.forget_others()
     stream.load_state_dict(saved["stream"])
     state = RunState.from_dict(saved, training.config)
     say(f"{title}: going on after step {state.step:,}, {state.tokens:,} tokens")

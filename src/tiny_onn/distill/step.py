@@ -17,6 +17,7 @@ from tiny_onn.distill.optim import clip_gradients
 from tiny_onn.distill.passes import RowValues, row_passes
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.router_gradient import SurpriseTally
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.routing.gate_step import GateStep, StepScales
 from tiny_onn.routing.statistics import RoutingStats
 
@@ -39,7 +40,7 @@ class StepResult:
     gate_grad_norm: Tensor | float
     stats: RoutingStats
     token_losses: list[Tensor] = field(default_factory=list)
-    """Every token's loss, one tensor per row; 0 at tokens without a label."""
+    """Every token's loss, one tensor per row of this process; 0 at tokens without a label."""
     finite: bool = True
     """True if loss and gradients are finite; otherwise nothing was updated."""
     tallies: list[SurpriseTally] = field(default_factory=list)
@@ -57,6 +58,7 @@ def distill_step(
     clock: Clock | None = None,
     commit: Callable[[], None] = lambda: None,
     passes: Callable[..., RowValues] | None = None,
+    world: World = ALONE,
 ) -> StepResult:
     """Update the student once, by the mean loss over all tokens with a label in some rows.
 
@@ -77,30 +79,35 @@ def distill_step(
         clock: Adds up the phases' times; None: a clock that does not wait for a GPU.
         commit: Called right before the update, after which the step can no longer be undone.
         passes: Runs a row's passes as `row_passes` does, such as a `RowGraphs`; None: `row_passes`.
+        world: The processes, of which each gets all rows, runs its share, and makes the update.
     """
     device = student.banks()[0].router.weight.device
     scales = StepScales.of_rows(rows, config, step, device, labelled=True)
-    gates = GateStep(student.banks(), config, scales, step)
+    gates = GateStep(student.banks(), config, scales, step, world)
     sums_4, measured = torch.zeros(4, device=device), []
     clock = clock or Clock(device)
     run_passes = passes or partial(row_passes, student, teacher)
     student.train()
     with undone_if_broken(gates, optimizer):
-        for row in (row.to(device) for row in rows):
+        for row in (row.to(device) for row in world.mine(rows)):
             values = run_passes(row, gates, config, num_rows=len(rows), clock=clock)
             sums_4 += values.sums_4
             measured.append(values)
         commit()
+    errors = [values.states_error for values in measured if values.states_error is not None]
+    # Every process has as many rows, so that the sum of these shares is the mean over all rows.
+    mean_errors = [torch.stack(errors).mean() / world.size] if errors else []
+    with clock.phase("all-reduce"):
+        add_up(world, student, gates, [sums_4, *mean_errors])
     loss, forward_kl, agreement, student_entropy = sums_4 / scales.loss_tokens
     with clock.phase("optimizer"):
         result = update(student, optimizer, loss, gates, config)
-    errors = [values.states_error for values in measured if values.states_error is not None]
     return replace(
         result,
         forward_kl=forward_kl,
         agreement=agreement,
         student_entropy=student_entropy,
-        states_error=torch.stack(errors).mean() if errors else None,
+        states_error=mean_errors[0] if mean_errors else None,
         token_losses=[values.token_losses_T for values in measured],
         seconds=clock.seconds,
     )
@@ -117,6 +124,16 @@ def undone_if_broken(gates: GateStep, optimizer: torch.optim.Optimizer) -> Itera
         if not completed:
             gates.finish(updated=False)
             optimizer.zero_grad(set_to_none=True)
+
+
+def add_up(
+    world: World, student: TinyOnnForCausalLM, gates: GateStep, measured: Sequence[Tensor]
+) -> None:
+    """Replace gradients, counts and measurements by their sums over all processes, in place."""
+    if world.size == 1:
+        return
+    gradients = [p.grad for p in student.trainable().values() if p.grad is not None]
+    world.all_reduce_sum([*gradients, *gates.sums(), *measured])
 
 
 def _all_finite(*values: Tensor | float) -> bool:

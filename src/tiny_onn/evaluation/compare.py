@@ -18,6 +18,7 @@ from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.ops.distillation_loss import distill
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.planning.costs import forward_flops
 from tiny_onn.routing.document_k import DocumentK
 from tiny_onn.routing.statistics import OracleStats, RoutingStats, RoutingSummary
@@ -98,6 +99,8 @@ def compare(
     held_out: TaughtText,
     loss: LossConfig,
     after_row: Callable[[PackedRow], None] = lambda _: None,
+    *,
+    world: World = ALONE,
 ) -> Comparison:
     """Compare a model's next-token distributions with the teacher's on held-out rows.
 
@@ -106,12 +109,13 @@ def compare(
         held_out: the rows, and the teacher that the model should equal.
         loss: the settings of the loss, for the number of tokens whose logits exist at once.
         after_row: a function called after each row, with the row on the device.
+        world: the processes, of which each compares its share of the rows.
     """
     device, reference = held_out.teacher.device, held_out.teacher
     sums = torch.zeros(6, device=device, dtype=torch.float64)
     num_tokens = torch.zeros((), device=device, dtype=torch.int64)
     chunk_tokens = loss_chunk_tokens(loss, head_of(model).weight)
-    for row, reference_hidden_TD in held_out.visit("evaluating, rows"):
+    for row, reference_hidden_TD in held_out.visit("evaluating, rows", world):
         values = distill(
             last_hidden_states(model, row.input_ids, **packed_kwargs(row))[0],
             reference_hidden_TD,
@@ -136,6 +140,7 @@ def compare(
         for index, value_T in enumerate(measured):
             sums[index] += value_T[mask_T].double().sum()
         after_row(row)
+    world.all_reduce_sum([sums, num_tokens])
     means = (sums / num_tokens.clamp_min(1)).tolist()
     kl, agreement, nll, reference_nll, entropy, reference_entropy = means
     return Comparison(
@@ -158,11 +163,12 @@ def evaluate(student: TinyOnnForCausalLM, held_out: HeldOut, loss: LossConfig) -
 
 @torch.no_grad()
 def evaluate_layers(
-    student: TinyOnnForCausalLM, held_out: HeldOut, loss: LossConfig
+    student: TinyOnnForCausalLM, held_out: HeldOut, loss: LossConfig, world: World = ALONE
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluate like `evaluate`, and also return the routing statistics of each layer.
 
-    The first row passes through the student once more, to compare its routing with the oracle's.
+    Each of the processes evaluates its share of the rows. The first row passes through the student
+    once more, to compare its routing with the oracle's.
     """
     banks, rows = student.banks(), held_out.rows
     stats, oracle, document_k = RoutingStats.zeros(banks), OracleStats.zeros(banks), DocumentK()
@@ -174,7 +180,9 @@ def evaluate_layers(
                 document_k.add(routings, row)
                 routings.clear()
 
-            quality = compare(student, held_out, loss, count)
+            quality = compare(student, held_out, loss, count, world=world)
+        world.all_reduce_sum(stats.tensors())
+        document_k.add_up(rows, world, student.device)
         row = rows[0].to(student.device)
         with oracle.watch(banks, row.router_mask[0]):
             last_hidden_states(student, row.input_ids, **packed_kwargs(row))

@@ -30,6 +30,7 @@ from tiny_onn.model.experts import ExpertBank, recorded_routings
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import temporary_rules
 from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.routing.thresholds import (
     corrected_targets,
     exact_threshold,
@@ -216,15 +217,18 @@ def fit_start_thresholds(
 
 @torch.no_grad()
 def fit_eval_thresholds(
-    student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
+    student: TinyOnnForCausalLM,
+    rows: Sequence[PackedRow],
+    scope: BudgetScope = "layer",
+    world: World = ALONE,
 ) -> None:
     """Set the evaluation thresholds to those that meet the target on all these rows together.
 
     Training's thresholds follow the last batches: they lag behind the gate and carry the batches'
     noise. Here the gate does not change. Training's thresholds stay as they are.
 
-    The rows are read once. Each layer is measured on the inputs that the layers below give with
-    their old thresholds.
+    The rows are read once, each by one of the processes. Each layer is measured on the inputs that
+    the layers below give with their old thresholds.
     """
     banks = student.banks()
     if not rows or not banks[0].router.rule.has_budget:
@@ -232,7 +236,12 @@ def fit_eval_thresholds(
     was_training = student.training
     student.train(False)
     scores: list[list[Tensor]] = [[] for _ in banks]
-    for row in track(rows, "measuring budgets, rows"):
+    for number, row in enumerate(track(rows, "measuring budgets, rows")):
+        if number % world.size != world.rank:
+            for bank, layer_scores in zip(banks, scores, strict=True):
+                weight = bank.router.weight
+                layer_scores.append(weight.new_zeros(row.labels.numel(), len(weight)))
+            continue
         with recorded_routings(banks) as routings:
             last_hidden_states(student, row.input_ids, **packed_kwargs(row))
         for routing, layer_scores in zip(routings, scores, strict=True):
@@ -242,6 +251,8 @@ def fit_eval_thresholds(
     target_k = banks[0].router.rule.target_k
     targets_L = torch.full((len(banks),), target_k, device=mask_T.device)
     pooled = [torch.cat(layer_scores) for layer_scores in scores]
+    # Every process now gets the same scores to the bit, since a sum with zeros is exact.
+    world.all_reduce_sum(pooled)
     for bank, threshold in zip(
         banks, exact_thresholds(pooled, mask_T, targets_L, scope), strict=True
     ):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tiny_onn.data.packing import NO_ORIGIN, PackedRow
 from tiny_onn.model.router import Routing
+from tiny_onn.parallel import World
 
 
 class DocumentK:
@@ -36,14 +37,31 @@ class DocumentK:
         ends = row.cu_seqlens.long()
         sums_2T = torch.stack([mask_T.double(), k_T * mask_T]).cumsum(-1)
         upto_2N = torch.nn.functional.pad(sums_2T, (1, 0)).index_select(-1, ends)
-        self._sums.append(upto_2N.diff(dim=-1))
+        self._append(upto_2N.diff(dim=-1), row)
+
+    def _append(self, sums_2N: Tensor, row: PackedRow) -> None:
+        """Append a row's sums by fragment, and the fragments' documents."""
+        self._sums.append(sums_2N)
         origins = row.origins or (NO_ORIGIN,) * row.num_documents
-        for number in range(len(ends) - 1):
+        for number in range(len(row.cu_seqlens) - 1):
             # Padding comes last, has no origin and no counted token.
             origin = origins[number] if number < len(origins) else NO_ORIGIN
             known = origin.source != NO_ORIGIN.source
             place = (len(self._sums), number)
             self._documents.append((origin.source, origin.document) if known else place)
+
+    def add_up(self, rows: Sequence[PackedRow], world: World, device: torch.device) -> None:
+        """Replace the counts of this process's share of some rows, on a device, by those of all."""
+        if world.size == 1:
+            return
+        own = iter(self._sums)
+        self._sums, self._documents = [], []
+        for number, row in enumerate(rows):
+            is_mine = number % world.size == world.rank
+            empty_2N = torch.zeros(2, len(row.cu_seqlens) - 1, dtype=torch.float64, device=device)
+            self._append(next(own) if is_mine else empty_2N, row)
+        # A sum with zeros is exact.
+        world.all_reduce_sum(self._sums)
 
     def standard_error(self) -> float | None:
         """Return the standard error of the mean over documents; None with fewer than two."""

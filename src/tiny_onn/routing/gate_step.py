@@ -19,6 +19,7 @@ from tiny_onn.model.router import Routing
 from tiny_onn.ops.router_gradient import SmkStep, SurpriseTally
 from tiny_onn.ops.shared_experts import routed
 from tiny_onn.ops.surprise import SmkRule
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.routing.losses import gate_losses, load_balancing_loss, z_loss
 from tiny_onn.routing.statistics import RoutingStats
 from tiny_onn.routing.steering import Steering
@@ -102,6 +103,7 @@ class GateStep:
         config: The settings.
         scales: The scales of all the rows of the update.
         step: Number of updates before this one.
+        world: The processes, of which each counts its share of the rows.
     """
 
     def __init__(
@@ -110,10 +112,13 @@ class GateStep:
         config: RunConfig,
         scales: StepScales,
         step: int,
+        world: World = ALONE,
     ) -> None:
         self.banks, self.stats, self.scales = banks, RoutingStats.zeros(banks), scales
         self.tallies: list[SurpriseTally] = []
-        self._config, self._step, self._num_rows = config, step, 0
+        self._config, self._step, self._world = config, step, world
+        # This is the row's number in the step, from 1, whichever process has it.
+        self._row_number = world.rank + 1 - world.size
         self._steering = Steering(banks, config.router, scales.router_tokens, step)
         self._smk: list[SmkStep | None] = [None] * len(banks)
         if (rule := smk_rule(config)) is not None:
@@ -139,7 +144,7 @@ class GateStep:
         Args:
             row: The row whose forward and backward pass run in the context, on the banks' device.
         """
-        self._num_rows += 1
+        self._row_number += self._world.size
         self.stats.add_tokens(row)
         states = [
             RowState(
@@ -187,6 +192,11 @@ class GateStep:
             torch._foreach_add_(totals, parts)  # pyright: ignore[reportPrivateImportUsage]
         self._steering.add(row._steering)
 
+    def sums(self) -> list[Tensor]:
+        """Return the tensors whose sums over all processes are those of the whole step."""
+        tallies = [tensor for tally in self.tallies for tensor in tally]
+        return [*self.stats.tensors(), *tallies, *self._steering.sums(self._world)]
+
     def finish(self, *, updated: bool) -> None:
         """Update what routers change without a gradient; undo the step if it did not update."""
         if updated:
@@ -197,7 +207,7 @@ class GateStep:
     def _exploration(self, layer: int) -> Exploration | None:
         if not (fraction := self._config.smk.explore_fraction):
             return None
-        text = f"{self._config.train.seed} {self._step} {self._num_rows} {layer}"
+        text = f"{self._config.train.seed} {self._step} {self._row_number} {layer}"
         digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
         return Exploration(fraction=fraction, seed=int.from_bytes(digest))
 

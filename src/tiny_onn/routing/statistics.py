@@ -108,9 +108,13 @@ class RoutingStats:
     @torch.no_grad()
     def add_stats(self, other: "RoutingStats") -> None:
         """Add the counts and sums of other rows."""
-        for field in fields(self):
-            if isinstance(total := getattr(self, field.name), Tensor):
-                total.add_(getattr(other, field.name))
+        for total, part in zip(self.tensors(), other.tensors(), strict=True):
+            total.add_(part)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the counts and sums, which add up over rows and over processes."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if isinstance(value, Tensor)]
 
     @torch.no_grad()
     def add_tokens(self, row: PackedRow) -> None:

@@ -22,6 +22,7 @@ from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.router import Router, Routing
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.shared_experts import routed, with_shared
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.routing.thresholds import corrected_targets, exact_thresholds, update_thresholds
 
@@ -96,6 +97,27 @@ class Steering:
         """Add what another instance observed of a row, all of its layers."""
         self._threshold_L += row._threshold_L
         self._lift_LE.copy_(row._lift_LE)
+
+    @torch.no_grad()
+    def sums(self, world: World) -> list[Tensor]:
+        """Return what is a sum over several processes; add up their windows of re-seeding at once.
+
+        The lifts are those of the step's last row, which the last process has.
+        """
+        if world.rank < world.size - 1:
+            self._lift_LE.zero_()
+        if self._windows:
+            windows = [(b.router.window_loads, b.router.idle_input) for b in self.banks]
+            pairs = [
+                pair
+                for now, before in zip(windows, self._windows, strict=True)
+                for pair in zip(now, before, strict=True)
+            ]
+            added = [now - before for now, before in pairs]
+            world.all_reduce_sum(added)
+            for (now, before), sum_of_all in zip(pairs, added, strict=True):
+                now.copy_(before + sum_of_all)
+        return [self._threshold_L, self._lift_LE]
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -190,7 +212,10 @@ def reseed(router: Router) -> None:
 
 @contextmanager
 def fitted_eval_thresholds(
-    student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
+    student: TinyOnnForCausalLM,
+    rows: Sequence[PackedRow],
+    scope: BudgetScope = "layer",
+    world: World = ALONE,
 ) -> Iterator[None]:
     """Fit the evaluation thresholds for an evaluation in the context; they stay afterwards.
 
@@ -200,7 +225,7 @@ def fitted_eval_thresholds(
     routers = [bank.router for bank in student.banks()]
     before, completed = [router.settled.clone() for router in routers], False
     try:
-        fit_eval_thresholds(student, rows, scope)
+        fit_eval_thresholds(student, rows, scope, world)
         yield
         completed = True
     finally:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ def take_snapshot(
     student: TinyOnnForCausalLM,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    gather: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
 ) -> Snapshot:
     """Copy everything that the rest of the run depends on, after waiting for a GPU's kernels.
 
@@ -72,6 +73,7 @@ def take_snapshot(
         student: the model.
         optimizer: the optimizer of the model's parameters.
         state: the state of the loop, of JSON values; a stage keeps its own state under `stage`.
+        gather: returns the optimizer's state of all processes from that of this one.
     """
     if next(student.parameters()).is_cuda:
         # Paged optimizer state lies in host memory that kernels in flight may still write to.
@@ -79,7 +81,7 @@ def take_snapshot(
     return Snapshot(
         step=step,
         student=_to_host(student_tensors(student)),
-        optimizer=_to_host(optimizer_tensors(student, optimizer)),
+        optimizer=_to_host(gather(optimizer_tensors(student, optimizer))),
         state=json.dumps({"format": FORMAT, **state}, indent=2) + "\n",
     )
 

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tiny_onn.config.changes import check_changes, with_absolute_paths
+from tiny_onn.config.launcher import num_processes
 from tiny_onn.config.read import config_from_json, resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
@@ -205,6 +206,7 @@ def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
         "transformers": version("transformers"),
         "platform": platform.platform(),
         "device": device_name(pick_device(device)),
+        "processes": num_processes(),
         "cpu_count": os.cpu_count(),
         "git_commit": commit,
         "git_dirty": dirty,

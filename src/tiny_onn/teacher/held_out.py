@@ -14,6 +14,7 @@ from tiny_onn.console import Bar
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
+from tiny_onn.parallel import ALONE, World
 
 CACHED_BYTES = 2**30
 """Largest total size of hidden states that stay in host memory between evaluations."""
@@ -37,15 +38,18 @@ class TaughtText:
         self._cached_bytes = 0
 
     @torch.no_grad()
-    def visit(self, text: str) -> Iterator[tuple[PackedRow, Tensor]]:
+    def visit(self, text: str, world: World = ALONE) -> Iterator[tuple[PackedRow, Tensor]]:
         """Yield each row on the teacher's device, with the teacher's last hidden states (T, D).
 
         Args:
             text: the text of the progress bar.
+            world: the processes, of which each gets its share of the rows.
         """
         device = self.teacher.device
         with Bar(text, length_hint(self._rows) or None) as bar:
             for index, row in enumerate(self._rows):
+                if index % world.size != world.rank:
+                    continue
                 row = row.to(device)  # noqa: PLW2901
                 hidden_TD = self._cached.get(index)
                 if hidden_TD is None:

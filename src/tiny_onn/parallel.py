@@ -1,0 +1,254 @@
+"""The processes that train one student together, and what they add up.
+
+A launcher (torchrun, accelerate) starts one process per device and tells each its rank by
+environment variables. Each process computes its share of a step's rows; a `World` adds up
+gradients and counts, after which every process holds the same bits and decides the same. Without a
+launcher the world is one process, in which every operation here does nothing.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tiny_onn.config.launcher import launcher_number, num_processes
+from tiny_onn.config.schema import RunConfig
+from tiny_onn.console import silenced
+from tiny_onn.errors import RankError, UserError
+
+Item = TypeVar("Item")
+
+# Tensors of so many bytes are sent as they are; smaller ones travel together in one message.
+LARGE_BYTES = 2**20
+# The others may wait so long while one process converts the model or writes a checkpoint.
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """The processes of a run, seen from one of them."""
+
+    rank: int = 0
+    """The number of this process, from 0. The first process alone writes files and lines."""
+    size: int = 1
+    """The number of processes."""
+    group: dist.ProcessGroup | None = None
+    """The group of torch's collectives; None in one process."""
+
+    @staticmethod
+    @contextmanager
+    def from_environment(device: str) -> "Iterator[World]":
+        """Join the processes that a launcher started, within the context.
+
+        The first process alone prints, and a mistake that several find is told by one of them.
+
+        Args:
+            device: The setting `train.device`: cuda (or auto, on a machine with GPUs) gives each
+                process the GPU of its local rank.
+
+        Raises:
+            UserError: The environment is incomplete, or there are too few GPUs.
+            SystemExit: Another process has told the mistake.
+        """
+        size = num_processes()
+        if size == 1:
+            yield World()
+            return
+        rank, local_rank = launcher_number("RANK"), launcher_number("LOCAL_RANK")
+        on_gpu = _choose_gpu(device, size, local_rank)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+        store = dist.PrefixStore(
+            f"tiny_onn {launcher_number('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=TIMEOUT,
+        )
+        try:
+            with silenced(rank > 0):
+                yield World(rank=rank, size=size, group=dist.group.WORLD)
+        except UserError as error:
+            told = 0
+            with suppress(RuntimeError):
+                told = store.add("told", 1) - 1
+            if told:
+                raise SystemExit(2) from error
+            raise (RankError(f"process {rank}: {error}") if rank else error) from error
+        dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """True in the process that writes files and lines for all."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's share of some items: those numbered rank, rank + size, ..."""
+        return items[self.rank :: self.size]
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, which has the same bits in all.
+
+        Args:
+            tensors: Tensors of any shapes and formats, in the same order in every process.
+        """
+        if self.size == 1:
+            return
+        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        with self._explained():
+            works = []
+            for tensor in tensors:
+                if tensor.nbytes >= LARGE_BYTES and tensor.is_contiguous():
+                    works.append(dist.all_reduce(tensor, group=self.group, async_op=True))
+                else:
+                    small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            for some in small.values():
+                flat = torch.cat([tensor.reshape(-1) for tensor in some])
+                dist.all_reduce(flat, group=self.group)
+                parts = flat.split([tensor.numel() for tensor in some])
+                for tensor, part in zip(some, parts, strict=True):
+                    tensor.copy_(part.view_as(tensor))
+            for work in works:
+                work.wait()
+
+    def broadcast(self, tensors: Sequence[Tensor], sources: Sequence[int] | None = None) -> None:
+        """Replace each tensor by that of one process.
+
+        Args:
+            tensors: Tensors of any shapes and formats, in the same order in every process.
+            sources: The rank of the process that has each tensor; None: the first one has all.
+        """
+        if self.size == 1:
+            return
+        ranks = sources or [0] * len(tensors)
+        sent = [tensor.contiguous() for tensor in tensors]
+        with self._explained():
+            works = [
+                dist.broadcast(tensor, group=self.group, group_src=rank, async_op=True)
+                for tensor, rank in zip(sent, ranks, strict=True)
+            ]
+            for work in works:
+                work.wait()
+        for tensor, copy in zip(tensors, sent, strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
+
+    def any_true(self, flag: bool) -> bool:
+        """Return True if the flag is true in any process; a GPU is not waited for."""
+        if self.size == 1:
+            return flag
+        count = torch.tensor([int(flag)])
+        self.all_reduce_sum([count])
+        return bool(count)
+
+    def least(self, number: int) -> int:
+        """Return the smallest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        numbers = torch.zeros(self.size, dtype=torch.int64)
+        numbers[self.rank] = number
+        self.all_reduce_sum([numbers])
+        return int(numbers.min())
+
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the named tensors of all processes to the first one, in host memory.
+
+        Args:
+            tensors: This process's tensors; those of one name are equal in all that have them.
+
+        Returns:
+            In the first process all tensors, its own ones on their device; in the others their own.
+        """
+        gathered = dict(tensors)
+        with self._explained():
+            for rank in range(1, self.size) if self.first else ():
+                gathered.update(self._received(rank))
+            if not self.first:
+                self._send(tensors)
+        return gathered
+
+    def _send(self, tensors: dict[str, Tensor]) -> None:
+        """Send named tensors to the first process: what they are, and then their bytes."""
+        what = [[name, str(t.dtype)[6:], list(t.shape)] for name, t in tensors.items()]
+        header = torch.frombuffer(bytearray(json.dumps(what).encode()), dtype=torch.uint8)
+        dist.send(torch.tensor([len(header)]), group=self.group, group_dst=0)
+        dist.send(header, group=self.group, group_dst=0)
+        for tensor in tensors.values():
+            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+            dist.send(data, group=self.group, group_dst=0)
+
+    def _received(self, rank: int) -> dict[str, Tensor]:
+        """Return what another process sends."""
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.recv(length, group=self.group, group_src=rank)
+        header = torch.empty(int(length), dtype=torch.uint8)
+        dist.recv(header, group=self.group, group_src=rank)
+        tensors = {}
+        for name, dtype, shape in json.loads(header.numpy().tobytes()):
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+            data = tensors[name].reshape(-1).view(torch.uint8)
+            dist.recv(data, group=self.group, group_src=rank)
+        return tensors
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.any_true(False)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn a lost connection into the line that says what to do."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"got an end of another process of this run or of its connection, expected all"
+                f" {self.size} processes until the end; see what the launcher says about it, and go"
+                " on with --resume"
+            ) from error
+
+
+ALONE = World()
+"""The world of one process."""
+
+
+def check_world(config: RunConfig, world: World) -> None:
+    """Refuse settings whose steps cannot be divided evenly over the processes.
+
+    Raises:
+        UserError: `train.rows_per_step` is no multiple of the number of processes.
+    """
+    rows = config.train.rows_per_step
+    if rows % world.size:
+        raise UserError(
+            f"train.rows_per_step: got {rows} with {world.size} processes, expected a multiple of"
+            f" {world.size}, since every process takes as many rows of a step; write"
+            f" {-(-rows // world.size) * world.size}, or start as many processes as divide it"
+        )
+
+
+def _choose_gpu(device: str, size: int, local_rank: int) -> bool:
+    """Let this process use the GPU of its local rank; return False if it uses the CPU."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return False
+    if device not in ("auto", "cuda"):
+        raise UserError(
+            f"train.device: got {device} with {size} processes, expected auto, cuda or cpu; each"
+            " process takes the GPU of its local rank"
+        )
+    if local_rank >= (found := torch.cuda.device_count()):
+        raise UserError(
+            f"train.device: got local rank {local_rank} on a machine with {found} CUDA devices,"
+            " expected a device per process; lower --nproc-per-node"
+        )
+    torch.cuda.set_device(local_rank)
+    return True
