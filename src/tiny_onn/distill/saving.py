@@ -1,23 +1,23 @@
 """The checkpoints of a run: what they hold, and what happens when one cannot be written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from tiny_onn.console import say
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.distill.assembly import Training
+from tiny_onn.distill.optim import owners_of
 from tiny_onn.distill.run_log import RunLog
 from tiny_onn.distill.run_state import RunState
 from tiny_onn.errors import UserError
 from tiny_onn.parallel import World
-from tiny_onn.runs.checkpoint import Checkpointer, optimizer_tensors, take_snapshot
+from tiny_onn.runs.checkpoint import take_snapshot
+from tiny_onn.runs.checkpointer import Checkpointer
 
 
 @dataclass(kw_only=True, slots=True)
 class Saver:
-    """The checkpoints of a run, which the first process writes for all."""
+    """The checkpoints of a run, of which every process writes a part."""
 
     training: Training
     stream: TokenStream
@@ -31,31 +31,36 @@ class Saver:
     position: dict[str, Any] | None = None
     """The text's state before the step in hand; None outside of steps."""
 
+    _saved_by: dict[str, int] = field(init=False)
+    """The ranks that save the weights; the first process saves the student's other tensors."""
+
     def __post_init__(self) -> None:
         self.mark_best()
+        named, optimizer = self.training.student.trainable(), self.training.optimizer
+        ranks = owners_of(list(named.values()), self.world.size) | optimizer.owners
+        self._saved_by = {name: ranks[p] for name, p in named.items()}
 
     def save(self) -> None:
         """Begin to write a checkpoint, unless this step has one; call it in every process."""
         state, training, world = self.state, self.training, self.world
-        # The first process alone knows whether writing failed, and gathering needs all of them.
+        # Some processes may not know yet that writing failed, and all of them write.
         if not world.any_true(self.saved_step != state.step) or world.any_true(not self._synced()):
             return
-        self.saved_step = state.step
-        sharded = training.config.train.shard == "optimizer"
-        if not world.first:
-            if sharded:
-                world.gather(optimizer_tensors(training.student, training.optimizer))
-            return
-        state.metrics_offset = self.log.offset
+        if world.first:
+            state.metrics_offset = self.log.offset
         saved = {
             **state.as_dict(),
             "loss_chunk_tokens": training.config.loss.chunk_tokens,
             "stream": self.position or self.stream.state_dict(),
         }
-        gather = world.gather if sharded else dict[str, Tensor]
         models = training.student, training.optimizer
-        self.warn(self.writer.save(take_snapshot(state.step, *models, saved, gather)))
+        is_mine = self._is_mine if world.size > 1 else None
+        self.warn(self.writer.save(take_snapshot(state.step, *models, saved, is_mine)))
         self.saved_step = state.step
+
+    def _is_mine(self, name: str) -> bool:
+        """Return True if this process saves a tensor of the student and its optimizer's state."""
+        return self._saved_by.get(name, 0) == self.world.rank
 
     def _synced(self) -> bool:
         """Return True once the disk has the metrics up to the offset that a checkpoint stores."""
