@@ -35,6 +35,7 @@ from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import (
     load_checkpoint,
     optimizer_tensors,
+    student_tensors,
     take_snapshot,
     write_checkpoint,
 )
@@ -132,7 +133,7 @@ def steps(
             for name, value in values.items()
             if value is not None
         }
-    return found | {f"student {n}": t.clone() for n, t in student.state_dict().items()}
+    return found | {f"student {n}": t.clone() for n, t in student_tensors(student).items()}
 
 
 def evaluation(world: World) -> dict[str, Tensor]:
@@ -166,10 +167,11 @@ def optimizer_steps(world: World, *, name: str, master: str, shard: Shard) -> di
     for number in range(STEPS):
         distill_step(student, dense, optimizer, ROWS[:2], config, step=number, world=world)
         state = optimizer_tensors(student, optimizer)
+        held = sum(tensor.nbytes for key, tensor in state.items() if ".experts." in key)
         found |= {
             f"student {number} {n}": p.detach().clone() for n, p in student.trainable().items()
         }
-        found[f"bytes {number}"] = torch.tensor(sum(tensor.nbytes for tensor in state.values()))
+        found[f"bytes {number}"] = torch.tensor(held)
         everything = None if world.size == 1 else (lambda _: True)
         snapshot = take_snapshot(number, student, optimizer, {"step": number}, everything)
         path = write_checkpoint(folder, snapshot, keep=1, partial=folder / ".partial", world=world)
@@ -216,7 +218,7 @@ def poisoned(world: World, *, rank: int) -> dict[str, Tensor]:
     return {
         "finite": torch.tensor([result.finite, after.finite]),
         "unchanged": torch.tensor(unchanged),
-        **{f"student {name}": tensor for name, tensor in student.state_dict().items()},
+        **{f"student {name}": tensor for name, tensor in student_tensors(student).items()},
     }
 
 

@@ -62,6 +62,11 @@ def test_with_a_row_each_two_processes_give_the_bits_of_one(folder, recipe, stag
         for key, tensor in expected.items():
             torch.testing.assert_close(first[key], tensor, rtol=0, atol=1e-5)
         return
+    # With a sampled lesson a row adds to a tally twice: for the lesson and for its other tokens.
+    twice = "all candidates" in recipe
+    for key in [key for key in expected if twice and "sums_4E" in key]:
+        bound = float(8 * EPS * expected[key].abs().max())
+        torch.testing.assert_close(first.pop(key), expected.pop(key), rtol=0, atol=bound)
     assert_equal(first, expected)
 
 
@@ -134,10 +139,9 @@ def test_a_sharded_optimizer_gives_the_same_bits_and_holds_its_share(folder, opt
     for number in range(3):
         del alone[f"bytes {number}"]
     assert_equal(whole[0], alone)
-    # Both layers have as many weights; gates, which are small, are in both processes.
+    # Both layers have as many weights. The gates' state, which is small, is in both processes.
     (all_of_it, _), (first, second) = held
-    assert first + second < 1.2 * all_of_it
-    assert max(first, second) < 0.62 * all_of_it
+    assert (first + second, 2 * first) == pytest.approx((all_of_it, all_of_it), rel=0.02)
 
 
 def state_of(run, step):
@@ -152,8 +156,7 @@ def test_a_run_reads_the_text_of_one_process_whatever_number_goes_on(folder, who
     for step in (2, 4, 6, 8):
         ours, expected = state_of(folder / name, step), state_of(whole, step)
         assert ours["stream"] == expected["stream"]
-        for key in ("step", "tokens", "stage", "due"):
-            assert ours[key] == expected[key]
+        assert (ours["step"], ours["tokens"]) == (expected["step"], expected["tokens"])
 
 
 @pytest.mark.parametrize("name", ["two", "chain"])
@@ -165,8 +168,8 @@ def test_a_run_ends_as_in_one_process_whatever_number_goes_on(folder, whole, nam
         (row["kind"], row["step"]) for row in expected
     ]
     for ours, theirs in zip(got, expected, strict=True):
-        for key in ("loss", "forward_kl", "mean_k"):
-            assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-4), ours["step"]
+        for key in theirs.keys() & {"loss", "forward_kl", "mean_k"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), ours["step"]
 
 
 def test_a_sharded_run_leaves_checkpoints_that_one_process_goes_on_with(folder, whole):
