@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from reliability.harness import in_child, wait_for
 from tiny import CONFIG, change, save_teacher, write_corpus
 from tiny_onn.cli import main as cli
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.config.template import config_template
 from tiny_onn.data import sources
 from tiny_onn.distill import loop as train
@@ -69,7 +70,19 @@ class Lab:
         self.number = 0
         self.teacher = save_teacher(folder / "teacher")
         self.corpus = write_corpus(folder / "corpus")
-        self.config = change(
+        self.config = self.settings()
+        self.toml = folder / "run.toml"
+        self.toml.write_text(config_template(self.config))
+        self.reference = folder / "reference"
+        started = time.monotonic()
+        ended = self.run(self.reference)
+        self.seconds = time.monotonic() - started
+        assert ended.status == 0, ended.output
+        self.want = result_of(self.reference)
+
+    def settings(self) -> RunConfig:
+        """The settings of the runs."""
+        return change(
             CONFIG,
             teacher={"path": str(self.teacher)},
             data={
@@ -84,14 +97,6 @@ class Lab:
                 "eval_every_tokens": 2 * SAVE_TOKENS,
             },
         )
-        self.toml = folder / "run.toml"
-        self.toml.write_text(config_template(self.config))
-        self.reference = folder / "reference"
-        started = time.monotonic()
-        ended = self.run(self.reference)
-        self.seconds = time.monotonic() - started
-        assert ended.status == 0, ended.output
-        self.want = result_of(self.reference)
 
     def new(self) -> Path:
         """A folder for a trial's run."""
@@ -158,7 +163,7 @@ class Lab:
             outcome.problems.append(f"traceback: {tail(ended)}")
         got = result_of(out)
         outcome.problems += [
-            f"another {name}" for name in self.want if got[name] != self.want[name]
+            f"another {name}" for name in self.want if got.get(name) != self.want[name]
         ]
 
 
@@ -183,11 +188,8 @@ def told(ended: Ended, outcome: Outcome, *, status: int = 2) -> None:
 def result_of(out: Path) -> dict[str, Any]:
     """What must be equal bit for bit: student, last checkpoint, metrics without times."""
     newest = valid_checkpoints(out / "checkpoints")[0]
-    parts = {
-        "student": out / "student" / "model.safetensors",
-        "checkpoint's student": newest / "student.safetensors",
-        "optimizer state": newest / "optimizer.safetensors",
-    }
+    parts = {"student": out / "student" / "model.safetensors"}
+    parts |= {f"checkpoint's {path.name}": path for path in newest.glob("*.safetensors")}
     found: dict[str, Any] = {
         name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in parts.items()
     }
@@ -409,7 +411,13 @@ DAMAGED_FILES = ("student.safetensors", "optimizer.safetensors", "state.json", "
 def damaged(lab: Lab, kind: str) -> Outcome:
     """A stopped run, a file of whose newest checkpoint is damaged, then resumed."""
     out, outcome = half_run(lab), Outcome()
-    path = valid_checkpoints(out / "checkpoints")[0] / lab.random.choice(DAMAGED_FILES)
+    damage(lab, valid_checkpoints(out / "checkpoints")[0] / lab.random.choice(DAMAGED_FILES), kind)
+    lab.finish(out, outcome, intervals=3)
+    return outcome
+
+
+def damage(lab: Lab, path: Path, kind: str) -> None:
+    """Damage a file."""
     content = bytearray(path.read_bytes())
     if kind == "a bit flipped":
         # A flip in a manifest's spaces or name of a step would change nothing.
@@ -420,8 +428,6 @@ def damaged(lab: Lab, kind: str) -> Outcome:
         path.write_bytes(content[: lab.random.randrange(len(content))])
     else:
         path.unlink()
-    lab.finish(out, outcome, intervals=3)
-    return outcome
 
 
 # --- disk ---
