@@ -6,13 +6,14 @@ of the trials starts the command `torchrun` itself.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import psutil
@@ -49,6 +50,9 @@ ROWS_PER_STEP = 4
 STEP_TOKENS = ROWS_PER_STEP * ROW
 SAVE_TOKENS = SAVE_STEPS * STEP_TOKENS
 STEPS = 24
+GOES_ON = re.compile(r"(?:going on after step (\d+)|no checkpoint yet)")
+# torch's agent logs how its workers ended, which is not what a user is told.
+AGENT_LINE = re.compile(r"[EWI]\d{4} .* torch/distributed/")
 
 
 class RankLab(Lab):
@@ -79,6 +83,14 @@ class RankLab(Lab):
                 "eval_every_tokens": 2 * SAVE_TOKENS,
             },
         )
+
+    @cached_property
+    def command_seconds(self) -> float:
+        """The time of an undisturbed run under the command torchrun."""
+        started, outcome, out = time.monotonic(), Outcome(), self.new()
+        check(self, out, self.start(out, command=True), outcome)
+        assert not outcome.problems, outcome.problems
+        return time.monotonic() - started
 
     def start(
         self, out: Path, arm: Arm | None = None, toml: Path | None = None, *, command: bool = False
@@ -159,9 +171,10 @@ class Kills:
 def killed_at_random(lab: RankLab, *, command: bool = False) -> Kills:
     """One run, of which a random process is killed at random instants, and which nobody resumes."""
     out, outcome, number = lab.new(), Outcome(), 0
+    longest = lab.command_seconds if command else lab.seconds
     agent = lab.start(out, command=command)
     while number < lab.restarts and not ended(agent):
-        until = time.monotonic() + lab.random.uniform(0, lab.seconds)
+        until = time.monotonic() + lab.random.uniform(0, longest)
         while time.monotonic() < until and not ended(agent):
             time.sleep(0.002)
         alive = [w for w in workers(agent) if w.status() != psutil.STATUS_ZOMBIE]
@@ -185,7 +198,8 @@ def killed_at_random(lab: RankLab, *, command: bool = False) -> Kills:
 def check(lab: RankLab, out: Path, agent: int, outcome: Outcome, *, intervals: int = 2) -> None:
     """Wait for the run's end, and hold it against the undisturbed one."""
     how = lab.end(out, agent)
-    if "Traceback" in how.output:
+    said = [line for line in how.output.splitlines() if not AGENT_LINE.match(line)]
+    if any("Traceback" in line for line in said):
         outcome.problems.append(f"traceback: {how.output[-2000:]}")
     if how.status != 0:
         outcome.problems.append(f"ended with {how.status}: {tail(how)}")
@@ -227,10 +241,14 @@ def of_rank(rank: int, arm: Arm) -> None:
 def killed_in_stage(lab: RankLab, stage: str) -> Kills:
     """A run of which a process dies in a stage of saving, once."""
     out, outcome, number = lab.new(), Outcome(), lab.random.randint(1, 3)
-    agent = lab.start(out, partial(STAGES[stage], number))
+    agent, done, said = lab.start(out, partial(STAGES[stage], number)), 0, ""
+    while not (ways := GOES_ON.findall(said)) and not ended(agent):
+        time.sleep(0.002)
+        done = max(done, tokens_done(out))
+        said = lab.log(out).read_text(errors="replace") if lab.log(out).exists() else ""
+    outcome.lost_tokens = done - int(ways[0] or 0) * STEP_TOKENS if ways else 0
     check(lab, out, agent, outcome)
-    said = lab.log(out).read_text(errors="replace")
-    if said.count("going on after step") + said.count("no checkpoint yet") != 1:
+    if len(GOES_ON.findall(lab.log(out).read_text(errors="replace"))) != 1:
         outcome.problems.append("was not started again exactly once")
     return Kills(outcome=outcome, number=1)
 

@@ -90,7 +90,7 @@ def save_shards(
     """
     try:
         dcp.save(
-            dict(tensors),
+            dict(sorted(tensors.items())),
             storage_writer=_Writer(folder, begin, finish),
             planner=DefaultSavePlanner(flatten_state_dict=False),
             process_group=world.saving,
