@@ -13,6 +13,7 @@ import pytest
 from parallel_cases import free_port
 from run_records import records
 from tiny import change, write_run
+from tiny_onn.cli.main import main
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.runs.folder import create_run_folder
 from tiny_onn.runs.metrics import read_metrics
@@ -42,38 +43,43 @@ def config(tmp_path_factory):
     return write_run(folder, train={"rows_per_step": 2, "tokens": 4 * 2 * 64})
 
 
-def test_two_processes_make_the_run_of_one(config, tmp_path):
-    # Two rows have one sum, so that nothing may differ.
-    create_run_folder(tmp_path / "two", config, argv=[])
-    process = launch("distill", "--resume", "--out", tmp_path / "two")
-    _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, err
-    assert err.count("2 layers x 8 experts") == 1
-    run_distill(config, out=tmp_path / "one")
-    kept = {"step": ("loss", "mean_k", "forward_kl"), "end": ("forward_kl", "mean_k")}
-    pairs = zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True)
-    for ours, theirs in pairs:
-        for name in kept.get(ours["kind"], ()):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
-
-
+@pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["report", "runs/x"], "report: got 2 processes, expected one, because distill alone"),
-        (["distill", "--preset", "demo"], "distill: got no --out with 2 processes"),
+        (["distill", "--preset", "demo"], "distill: got no --out with 2 processes; add --out"),
         (
-            ["distill", "--preset", "demo", "--set", "train.rows_per_step=1", "--out", "OUT"],
-            "train.rows_per_step: got 1 with 2 processes, expected a multiple of 2",
+            ["distill", "--preset", "demo", "--profile", "--out", "x"],
+            "distill: got --profile with 2 processes; profile one process",
         ),
     ],
 )
-def test_a_mistake_is_told_once(arguments, told, tmp_path):
-    arguments = [str(tmp_path / "run") if text == "OUT" else text for text in arguments]
-    process = launch(*arguments)
+def test_what_several_processes_cannot_do_is_told_by_the_first(
+    arguments, told, rank, monkeypatch, capsys
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert (told in error) == (rank == "0")
+    assert bool(error) == (rank == "0")
+
+
+def test_a_launcher_that_names_no_number_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert main(["report", "runs/x"]) == 2
+    assert "WORLD_SIZE: got two in the environment, expected the number" in capsys.readouterr().err
+
+
+def test_a_mistake_of_all_processes_is_told_once(tmp_path):
+    rows = ["--set", "train.rows_per_step=3"]
+    process = launch("distill", "--preset", "demo", *rows, "--out", tmp_path / "run")
     (line,) = lines_of(process)
-    assert told in line
+    assert "train.rows_per_step: got 3 with 2 processes, expected a multiple of 2" in line
+    assert "write 4" in line
     assert process.returncode == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_to_one_process_stops_all_and_saves(config, tmp_path):
@@ -90,9 +96,10 @@ def test_a_signal_to_one_process_stops_all_and_saves(config, tmp_path):
     first = json.loads((out / "lock").read_text())["pid"]
     (other,) = [child for child in psutil.Process(process.pid).children() if child.pid != first]
     other.send_signal(signal.SIGTERM)
-    assert lines_of(process)[:1] == [
-        f"tiny-onn: the run is saved; resume it with `tiny-onn distill --resume --out {out}`"
-    ]
+    _, error = process.communicate(timeout=SECONDS)
+    assert error.count("2 layers x 8 experts") == 1
+    assert error.count("the run is saved; resume it with `tiny-onn distill --resume --out") == 1
+    assert json.loads((out / "environment-1.json").read_text())["processes"] == 2
     steps = [row["step"] for row in read_metrics(metrics) if row["kind"] == "step"]
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{steps[-1]:07d}"

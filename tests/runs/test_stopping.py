@@ -12,6 +12,7 @@ from tiny import change, write_run
 from tiny_onn.distill import blockwise as blockwise_module
 from tiny_onn.distill import loop as train_module
 from tiny_onn.distill import passes as passes_module
+from tiny_onn.distill import saving as saving_module
 from tiny_onn.distill import step as step_module
 from tiny_onn.distill.loop import run_distill
 
@@ -159,7 +160,7 @@ def test_a_signal_in_the_first_evaluation_says_that_there_is_nothing_to_save(
 def test_a_second_signal_inside_a_step_ends_without_saving(config, tmp_path, signal_in):
     out = tmp_path / "run"
     # The first snapshot is that of the evaluation at the change of stage.
-    signal_in(train_module, "take_snapshot", 2)
+    signal_in(saving_module, "take_snapshot", 2)
     signal_in(passes_module, "distill", 5)
     with pytest.raises(KeyboardInterrupt):
         run_distill(change(config, train={"eval_every_tokens": 0}), out=out)

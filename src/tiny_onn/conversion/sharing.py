@@ -1,4 +1,4 @@
-"""One conversion for all processes of a run, whatever their hardware would make of it."""
+"""The conversion that all processes of a run share, whatever their hardware would make of it."""
 
 from collections.abc import Sequence
 

@@ -20,10 +20,10 @@ from tiny_onn.conversion.sharing import order_of_first, share_student
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, training_rows
 from tiny_onn.data.settling import threshold_rows
-from tiny_onn.data.stream import TokenStream
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.assembly import Training, assemble
 from tiny_onn.distill.blockwise import BlockErrors, block_errors, blockwise_step, teacher_power
+from tiny_onn.distill.feed import RowFeed
 from tiny_onn.distill.first_steps import FirstSteps
 from tiny_onn.distill.optim import lr_factor, set_learning_rates
 from tiny_onn.distill.progress import show_conversion
@@ -154,9 +154,10 @@ def _train(
         RunLog(out, config, title, span, state, track, world) as log,
         Checkpointer(checkpoints, config.train.keep_checkpoints, world) as writer,
     ):
+        feed = RowFeed(stream, config.train.rows_per_step)
         saver = Saver(
             training=training,
-            stream=stream,
+            feed=feed,
             state=state,
             log=log,
             writer=writer,
@@ -167,7 +168,7 @@ def _train(
         run = _Run(
             training=training,
             prepared=prepared,
-            stream=stream,
+            feed=feed,
             threshold_rows=threshold_rows(config, prepared.tokenizer, training.student.device),
             state=state,
             first_steps=FirstSteps(training.student, prepared.held_out, config, world),
@@ -199,7 +200,7 @@ class _Run:
 
     training: Training
     prepared: Prepared
-    stream: TokenStream
+    feed: RowFeed
     threshold_rows: list[PackedRow]
     state: RunState
     first_steps: FirstSteps
@@ -311,15 +312,13 @@ class _Run:
 
     def _one_step(self) -> tuple[list[PackedRow], StepResult]:
         state, training, config = self.state, self.training, self.training.config
-        self.saver.position = self.stream.state_dict()
         # The rates are those at the step's middle, so that neither the first nor the last is 0.
         progress = state.stage.progress(state.tokens + step_tokens(config) / 2)
         set_learning_rates(training.optimizer, lr_factor(progress, config.optim))
-        options: dict[str, Any] = {"step": state.step, "commit": self.stop.commit}
-        options["world"] = self.world
+        options: dict[str, Any] = {"step": state.step, "world": self.world, "commit": self._commit}
         banks = training.student.banks()
         with self.stop.breakable(), annealed(banks, config, state.stage, state.tokens):
-            rows = [next(self.stream) for _ in range(config.train.rows_per_step)]
+            rows = self.feed.take()
             inputs = (training.student, training.teacher, training.optimizer, rows, config)
             if state.stage.name == "blockwise":
                 assert state.blockwise is not None
@@ -328,8 +327,16 @@ class _Run:
                 result = distill_step(*inputs, passes=training.passes, **options)
         state.step += 1
         state.tokens += step_tokens(config)
-        self.saver.position = None
+        self.feed.finish()
         return rows, result
+
+    def _commit(self) -> None:
+        """Let no signal break the step any more; a GPU has its work by now, so read on."""
+        self.stop.commit()
+        state, config = self.state, self.training.config
+        # The run may end before text that cannot be read.
+        if state.tokens + step_tokens(config) < run_tokens(state.stage, config):
+            self.feed.read_ahead()
 
     def _first_block_errors(self) -> BlockErrors:
         """Measure the blockwise stage's unit of errors, and the errors before it."""

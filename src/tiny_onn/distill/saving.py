@@ -1,18 +1,35 @@
 """The checkpoints of a run: what they hold, and what happens when one cannot be written."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from tiny_onn.console import say
-from tiny_onn.data.stream import TokenStream
 from tiny_onn.distill.assembly import Training
-from tiny_onn.distill.optim import owners_of
+from tiny_onn.distill.feed import RowFeed
+from tiny_onn.distill.optim import SplitOptimizer, owners_of
 from tiny_onn.distill.run_log import RunLog
 from tiny_onn.distill.run_state import RunState
 from tiny_onn.errors import UserError
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.parallel import World
 from tiny_onn.runs.checkpoint import take_snapshot
 from tiny_onn.runs.checkpointer import Checkpointer
+
+
+def saving_ranks(
+    student: TinyOnnForCausalLM, optimizer: SplitOptimizer, size: int
+) -> dict[str, int]:
+    """Return the rank of the process that saves each weight and its optimizer's state, by name.
+
+    It is the weight's owner if there is one; other weights are divided by their sizes.
+
+    Args:
+        student: The model.
+        optimizer: The optimizer of the model's parameters.
+        size: The number of processes.
+    """
+    named = student.trainable()
+    ranks = owners_of(list(named.values()), size) | optimizer.owners
+    return {name: ranks[parameter] for name, parameter in named.items()}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,7 +37,7 @@ class Saver:
     """The checkpoints of a run, of which every process writes a part."""
 
     training: Training
-    stream: TokenStream
+    feed: RowFeed
     state: RunState
     log: RunLog
     writer: Checkpointer
@@ -28,17 +45,13 @@ class Saver:
     world: World
     saved_step: int
     """The step of the last checkpoint that is written or in flight; -1 if there is none."""
-    position: dict[str, Any] | None = None
-    """The text's state before the step in hand; None outside of steps."""
-
     _saved_by: dict[str, int] = field(init=False)
     """The ranks that save the weights; the first process saves the student's other tensors."""
 
     def __post_init__(self) -> None:
         self.mark_best()
-        named, optimizer = self.training.student.trainable(), self.training.optimizer
-        ranks = owners_of(list(named.values()), self.world.size) | optimizer.owners
-        self._saved_by = {name: ranks[p] for name, p in named.items()}
+        models = self.training.student, self.training.optimizer
+        self._saved_by = saving_ranks(*models, self.world.size)
 
     def save(self) -> None:
         """Begin to write a checkpoint, unless this step has one; call it in every process."""
@@ -51,7 +64,7 @@ class Saver:
         saved = {
             **state.as_dict(),
             "loss_chunk_tokens": training.config.loss.chunk_tokens,
-            "stream": self.position or self.stream.state_dict(),
+            "stream": self.feed.state_dict(),
         }
         models = training.student, training.optimizer
         is_mine = self._is_mine if world.size > 1 else None

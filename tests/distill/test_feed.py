@@ -1,0 +1,31 @@
+"""Rows that are read ahead are the ones that follow, and count as read when their step is over."""
+
+import pytest
+
+from tiny import make_tokenizer, write_corpus
+from tiny_onn.config.schema import DataConfig
+from tiny_onn.data.stream import TokenStream
+from tiny_onn.distill.feed import RowFeed
+
+
+@pytest.fixture(scope="module")
+def make_stream(tmp_path_factory):
+    corpus = write_corpus(tmp_path_factory.mktemp("feed") / "corpus", num_files=4)
+    config, tokenizer = DataConfig(sources=(str(corpus),)), make_tokenizer()
+    return lambda: TokenStream(config, tokenizer, split="train", seed=0, row_tokens=32)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_feed_gives_the_streams_rows_and_the_state_after_each_finished_step(make_stream, ahead):
+    plain, feed = make_stream(), RowFeed(make_stream(), 2)
+    for _ in range(20):
+        before = plain.state_dict()
+        expected = [next(plain).input_ids.tolist() for _ in range(2)]
+        assert [row.input_ids.tolist() for row in feed.take()] == expected
+        assert feed.state_dict() == before
+        if ahead:
+            feed.read_ahead()
+            # A step that is given up now is done again from here.
+            assert feed.state_dict() == before
+        feed.finish()
+        assert feed.state_dict() == plain.state_dict()
