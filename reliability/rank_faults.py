@@ -60,36 +60,33 @@ def tried(name: str, trial: Callable[[], Kills], kills: int) -> dict[str, Any]:
 def rows_of(lab: RankLab, kills: int, few: int) -> list[dict[str, Any]]:
     """The rows of some processes."""
     who = f"{lab.processes} processes"
-    rows = [
-        tried(
-            f"SIGKILL of one of {who} at a random instant",
-            partial(trials.killed_at_random, lab),
-            kills,
-        ),
-        tried(
-            f"SIGKILL of one of {who} at a random instant, under the command torchrun",
+    at_random = f"SIGKILL of one of {who} at a random instant"
+    faults: list[tuple[str, Callable[[], Kills], int]] = [
+        (at_random, partial(trials.killed_at_random, lab), kills),
+        (
+            f"{at_random}, under the command torchrun",
             partial(trials.killed_at_random, lab, command=True),
             few,
         ),
     ]
-    if lab.processes > 2:
-        return rows
-    rows += [
-        tried(
-            f"SIGKILL while {who} save: {stage}",
-            partial(trials.killed_in_stage, lab, stage=stage),
-            few,
-        )
-        for stage in STAGES
-    ]
-    return rows + [
-        tried(f"Newest checkpoint of {who}: {text}", partial(trials.damaged, lab, kind=kind), few)
-        for kind, text in (
-            ("a bit flipped", "a bit of a file flipped"),
-            ("truncated", "a file truncated"),
-            ("gone", "a file gone"),
-        )
-    ]
+    if lab.processes == 2:
+        faults += [
+            (
+                f"SIGKILL while {who} save: {stage}",
+                partial(trials.killed_in_stage, lab, stage=stage),
+                few,
+            )
+            for stage in STAGES
+        ]
+        faults += [
+            (f"Newest checkpoint of {who}: {text}", partial(trials.damaged, lab, kind=kind), few)
+            for kind, text in (
+                ("a bit flipped", "a bit of a file flipped"),
+                ("truncated", "a file truncated"),
+                ("gone", "a file gone"),
+            )
+        ]
+    return [tried(*fault) for fault in faults if fault[2]]
 
 
 def main() -> int:

@@ -2,7 +2,8 @@
 
 Every process writes the tensors that it holds into a safetensors file of its own; of a tensor that
 several hold, one writes it. Any number of processes can read the files. torch's writer and reader
-for this format are used, because its other writer pickles the list of the tensors.
+for this format are used, because its other writer pickles the list of the tensors. While a file is
+written, the writer holds its bytes in memory once more.
 
 The folder must be one that all processes see.
 """
