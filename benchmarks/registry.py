@@ -21,6 +21,7 @@ NAMES = (
     "scaling",
     "full_size",
     "small_step",
+    "data_parallel",
     "partition_time",
     "plan_memory",
     "decode",

@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -18,11 +18,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    rendezvous,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from tiny_onn.config.launcher import launcher_number, num_processes
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import silenced
-from tiny_onn.errors import RankError, UserError
+from tiny_onn.errors import RankError, UserError, reason_of
 
 Item = TypeVar("Item")
 
@@ -39,7 +43,7 @@ class World:
     """The processes of a run, seen from one of them."""
 
     rank: int = 0
-    """The number of this process, from 0. The first process alone writes files and lines."""
+    """The number of this process, from 0. The first process alone writes records and lines."""
     size: int = 1
     """The number of processes."""
     group: dist.ProcessGroup | None = None
@@ -68,25 +72,20 @@ class World:
             return
         rank, local_rank = launcher_number("RANK"), launcher_number("LOCAL_RANK")
         on_gpu = _choose_gpu(device, size, local_rank)
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
-        store = dist.PrefixStore(
-            f"tiny_onn {launcher_number('TORCHELASTIC_RESTART_COUNT', 0)}", store
-        )
+        store = _store(rank, size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
             timeout=TIMEOUT,
         )
         try:
             with silenced(rank > 0):
-                yield World(
-                    rank=rank,
-                    size=size,
-                    group=dist.group.WORLD,
-                    saving=dist.new_group(backend="gloo", timeout=TIMEOUT),
-                )
+                world = World(rank=rank, size=size, group=dist.group.WORLD)
+                with world._explained():
+                    saving = dist.new_group(backend="gloo", timeout=TIMEOUT)
+                yield replace(world, saving=saving)
         except UserError as error:
             told = 0
             with suppress(RuntimeError):
@@ -98,7 +97,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """True in the process that writes files and lines for all."""
+        """True in the process that writes records and lines for all."""
         return self.rank == 0
 
     def mine(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -128,6 +127,7 @@ class World:
                 for tensor, part in zip(some, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
             for work in works:
+                assert work is not None
                 work.wait()
 
     def broadcast(self, tensors: Sequence[Tensor], sources: Sequence[int] | None = None) -> None:
@@ -243,6 +243,20 @@ def _digest(file: Path) -> int:
         return int.from_bytes(hashlib.blake2b(file.read_bytes(), digest_size=7).digest())
     except OSError:
         return 0
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    """Return the launcher's table of keys and values, by which the processes find each other."""
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"WORLD_SIZE: got {size} processes that do not find each other"
+            f" ({reason_of(error)}), expected the address and the port that a launcher sets; start"
+            " them with torchrun"
+        ) from error
+    # Processes that are started again do not meet what the ones before them left.
+    return PrefixStore(f"tiny_onn {launcher_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _choose_gpu(device: str, size: int, local_rank: int) -> bool:

@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from parallel_cases import free_port
 from run_records import records
@@ -70,6 +71,28 @@ def test_a_launcher_that_names_no_number_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert main(["report", "runs/x"]) == 2
     assert "WORLD_SIZE: got two in the environment, expected the number" in capsys.readouterr().err
+
+
+def test_processes_without_an_address_are_refused(monkeypatch, tmp_path, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["distill", "--preset", "demo", "--out", str(tmp_path / "run")]) == 2
+    told = "WORLD_SIZE: got 2 processes that do not find each other"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [("cuda:1", "got cuda:1 with 2 processes, expected auto, cuda or cpu"), ("cuda", "local rank")],
+)
+def test_every_process_wants_a_gpu_of_its_own(device, told, monkeypatch, tmp_path, capsys):
+    count = torch.cuda.device_count()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": str(count)}.items():
+        monkeypatch.setenv(name, value)
+    arguments = ["--set", f"train.device={device}", "--out", str(tmp_path / "run")]
+    assert main(["distill", "--preset", "demo", *arguments]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_mistake_of_all_processes_is_told_once(tmp_path):
