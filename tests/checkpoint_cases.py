@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn as spawn_processes
 
 from parallel_cases import ROWS, free_port, prepared
 from tiny_onn import parallel
@@ -265,4 +266,4 @@ def work(rank: int, port: int, folder: str) -> None:
 
 def spawn(folder: Path) -> None:
     """Do all cases in four processes, which write what they saw to a folder."""
-    multiprocessing.spawn(work, (free_port(), str(folder)), nprocs=4)
+    spawn_processes(work, (free_port(), str(folder)), nprocs=4)

@@ -14,13 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -31,7 +36,7 @@ from tiny_onn.runs.files import FileEntry, file_entry, refusal
 Entries = dict[str, FileEntry]
 
 
-class _Writer(dcp.HuggingFaceStorageWriter):
+class _Writer(HuggingFaceStorageWriter):
     """Writes safetensors files, and hands their sizes and hashes to the first process.
 
     Args:
@@ -90,7 +95,7 @@ def save_shards(
         OSError: the file system refuses, or another process has ended.
     """
     try:
-        dcp.save(
+        save(
             dict(sorted(tensors.items())),
             storage_writer=_Writer(folder, begin, finish),
             planner=DefaultSavePlanner(flatten_state_dict=False),
@@ -109,7 +114,7 @@ def load_shards(
     folder: Path, is_wanted: Callable[[str], bool], device: str = "cpu"
 ) -> dict[str, Tensor]:
     """Return the tensors in a folder that `save_shards` wrote, those whose names are wanted."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     tensors = {
         name: torch.empty(found.size, dtype=found.properties.dtype, device=device)
         for name, found in reader.read_metadata().state_dict_metadata.items()
@@ -119,5 +124,5 @@ def load_shards(
         # Each process reads on its own, which torch takes for a mistake.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         planner = DefaultLoadPlanner(flatten_state_dict=False)
-        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=True)
+        load(tensors, storage_reader=reader, planner=planner, no_dist=True)
     return tensors
