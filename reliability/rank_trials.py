@@ -8,6 +8,7 @@ of the trials starts the command `torchrun` itself.
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -103,6 +104,9 @@ class RankLab(Lab):
             return self._torchrun(out, arguments)
 
         def worker() -> None:
+            # Up to here the agent's own handlers, which a fork inherits, answer a signal.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            (self.folder / f"ready-{os.getpid()}").touch()
             torch.set_num_threads(1)
             os.chdir(self.folder)
             sys.argv = ["tiny-onn", *arguments]
@@ -130,6 +134,12 @@ class RankLab(Lab):
             return 0
 
         return in_child(agent, self.log(out))
+
+    def all_begun(self, agent: int) -> bool:
+        """Whether all forks of an agent have begun their work."""
+        pids = [w.pid for w in workers(agent)]
+        begun = [(self.folder / f"ready-{pid}").exists() for pid in pids]
+        return len(begun) == self.processes and all(begun)
 
     def _torchrun(self, out: Path, arguments: list[str]) -> int:
         options = [f"--nproc-per-node={self.processes}", f"--max-restarts={self.restarts}"]
@@ -174,6 +184,8 @@ def killed_at_random(lab: RankLab, *, command: bool = False) -> Kills:
     longest = lab.command_seconds if command else lab.seconds
     agent = lab.start(out, command=command)
     while number < lab.restarts and not ended(agent):
+        while not command and not lab.all_begun(agent) and not ended(agent):
+            time.sleep(0.002)
         until = time.monotonic() + lab.random.uniform(0, longest)
         while time.monotonic() < until and not ended(agent):
             time.sleep(0.002)
