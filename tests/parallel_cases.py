@@ -30,7 +30,7 @@ from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.evaluation.compare import evaluate_layers
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.parallel import World
+from tiny_onn.parallel import LARGE_BYTES, World
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import (
     load_checkpoint,
@@ -222,9 +222,26 @@ def poisoned(world: World, *, rank: int) -> dict[str, Tensor]:
     }
 
 
+def sums(world: World) -> dict[str, Tensor]:
+    """Tensors of many sizes and formats, large ones among them, multiplied by 1, 2, ... by rank."""
+    large = torch.arange(LARGE_BYTES, dtype=torch.float32)
+    tensors = {
+        "large": large.clone(),
+        "large, transposed": large.view(2, -1).clone().T,
+        "large count": torch.arange(LARGE_BYTES),
+        "count": torch.arange(5),
+        "bfloat16": torch.arange(6.0).bfloat16().view(2, 3).T,
+        "one": torch.ones(()),
+    }
+    for tensor in tensors.values():
+        tensor.mul_(world.rank + 1)
+    world.all_reduce_sum(list(tensors.values()))
+    return tensors
+
+
 def pair_jobs() -> dict[str, Job]:
     """The jobs of two processes."""
-    jobs: dict[str, Job] = {"evaluation": evaluation}
+    jobs: dict[str, Job] = {"evaluation": evaluation, "sums": sums}
     for name, changes in RECIPES.items():
         for stage in STAGES:
             for rows in (2, 4):

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import (
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
     rendezvous,  # pyright: ignore[reportPrivateImportUsage]
 )
 
@@ -147,6 +148,7 @@ class World:
                 for tensor, rank in zip(sent, ranks, strict=True)
             ]
             for work in works:
+                assert work is not None
                 work.wait()
         for tensor, copy in zip(tensors, sent, strict=True):
             if copy is not tensor:
@@ -245,7 +247,7 @@ def _digest(file: Path) -> int:
         return 0
 
 
-def _store(rank: int, size: int) -> dist.Store:
+def _store(rank: int, size: int) -> Store:
     """Return the launcher's table of keys and values, by which the processes find each other."""
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))

@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: the first one makes a run stop its work and save, the second one ends it.
 
 Several processes of a run agree on a stop between two steps, since a process that left its work on
-its own would leave the others waiting. A second signal ends them too late to matter, because their
-launcher kills them 30 seconds after the first one.
+its own would leave the others waiting. A second signal then changes nothing; torchrun kills
+processes that have not ended 30 seconds after it was asked to stop.
 """
 
 import signal
