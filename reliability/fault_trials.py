@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from reliability.harness import in_child, wait_for
 from tiny import CONFIG, change, save_teacher, write_corpus
 from tiny_onn.cli import main as cli
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.config.template import config_template
 from tiny_onn.data import sources
 from tiny_onn.distill import loop as train
@@ -35,6 +37,7 @@ from tiny_onn.distill import passes, step
 from tiny_onn.runs import checkpoint
 from tiny_onn.runs.checkpoint import valid_checkpoints
 from tiny_onn.runs.metrics import MetricsWriter
+from tiny_onn.runs.sharded_files import load_shards
 
 ROW, STEPS, SAVE_STEPS = 64, 24, 4
 SAVE_TOKENS = SAVE_STEPS * ROW
@@ -69,7 +72,19 @@ class Lab:
         self.number = 0
         self.teacher = save_teacher(folder / "teacher")
         self.corpus = write_corpus(folder / "corpus")
-        self.config = change(
+        self.config = self.settings()
+        self.toml = folder / "run.toml"
+        self.toml.write_text(config_template(self.config))
+        self.reference = folder / "reference"
+        started = time.monotonic()
+        ended = self.run(self.reference)
+        self.seconds = time.monotonic() - started
+        assert ended.status == 0, ended.output
+        self.want = result_of(self.reference)
+
+    def settings(self) -> RunConfig:
+        """The settings of the runs."""
+        return change(
             CONFIG,
             teacher={"path": str(self.teacher)},
             data={
@@ -84,14 +99,6 @@ class Lab:
                 "eval_every_tokens": 2 * SAVE_TOKENS,
             },
         )
-        self.toml = folder / "run.toml"
-        self.toml.write_text(config_template(self.config))
-        self.reference = folder / "reference"
-        started = time.monotonic()
-        ended = self.run(self.reference)
-        self.seconds = time.monotonic() - started
-        assert ended.status == 0, ended.output
-        self.want = result_of(self.reference)
 
     def new(self) -> Path:
         """A folder for a trial's run."""
@@ -158,7 +165,7 @@ class Lab:
             outcome.problems.append(f"traceback: {tail(ended)}")
         got = result_of(out)
         outcome.problems += [
-            f"another {name}" for name in self.want if got[name] != self.want[name]
+            f"another {name}" for name in self.want if got.get(name) != self.want[name]
         ]
 
 
@@ -184,18 +191,29 @@ def result_of(out: Path) -> dict[str, Any]:
     """What must be equal bit for bit: student, last checkpoint, metrics without times."""
     newest = valid_checkpoints(out / "checkpoints")[0]
     parts = {
-        "student": out / "student" / "model.safetensors",
-        "checkpoint's student": newest / "student.safetensors",
-        "optimizer state": newest / "optimizer.safetensors",
+        "student": load_file(out / "student" / "model.safetensors"),
+        "checkpoint's student": saved_tensors(newest, "student"),
+        "optimizer state": saved_tensors(newest, "optimizer"),
     }
-    found: dict[str, Any] = {
-        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in parts.items()
-    }
+    found: dict[str, Any] = {name: digest_of(tensors) for name, tensors in parts.items()}
     state = json.loads((newest / "state.json").read_text())
     found["data position"] = state["stream"]
     lines = (out / "metrics.jsonl").read_text().splitlines()
     found["metrics"] = [without_times(json.loads(line)) for line in lines]
     return found
+
+
+def saved_tensors(checkpoint: Path, part: str) -> dict[str, Tensor]:
+    """The student's tensors or the optimizer's state in a checkpoint of any number of processes."""
+    if (checkpoint / f"{part}.safetensors").exists():
+        return load_file(checkpoint / f"{part}.safetensors")
+    return load_shards(checkpoint, lambda name: ("|" in name) == (part == "optimizer"))
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """A hash of tensors with their names, formats and shapes."""
+    # The files themselves would not do: torch's writer leaves the order of a header to chance.
+    return hashlib.sha256(save(dict(sorted(tensors.items())))).hexdigest()
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
@@ -409,7 +427,13 @@ DAMAGED_FILES = ("student.safetensors", "optimizer.safetensors", "state.json", "
 def damaged(lab: Lab, kind: str) -> Outcome:
     """A stopped run, a file of whose newest checkpoint is damaged, then resumed."""
     out, outcome = half_run(lab), Outcome()
-    path = valid_checkpoints(out / "checkpoints")[0] / lab.random.choice(DAMAGED_FILES)
+    damage(lab, valid_checkpoints(out / "checkpoints")[0] / lab.random.choice(DAMAGED_FILES), kind)
+    lab.finish(out, outcome, intervals=3)
+    return outcome
+
+
+def damage(lab: Lab, path: Path, kind: str) -> None:
+    """Damage a file."""
     content = bytearray(path.read_bytes())
     if kind == "a bit flipped":
         # A flip in a manifest's spaces or name of a step would change nothing.
@@ -420,8 +444,6 @@ def damaged(lab: Lab, kind: str) -> Outcome:
         path.write_bytes(content[: lab.random.randrange(len(content))])
     else:
         path.unlink()
-    lab.finish(out, outcome, intervals=3)
-    return outcome
 
 
 # --- disk ---

@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
-FAULTS, FUZZ = "faults", "fuzz"
+FAULTS, RANKS, FUZZ = "faults", "ranks", "fuzz"
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "hypothesis")
 
 
@@ -83,13 +83,10 @@ def _origin(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def faults_part(record: dict[str, Any]) -> str:
-    """What the document says of a run of `faults.py`."""
-    rows = record["rows"]
+def _faults_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of faults with its first line."""
     total, survived = (sum(row[key] for row in rows) for key in ("tried", "survived"))
-    lines = [
-        *_origin(record),
-        f"Runs of {record['run']}. Disk: {record['disk']}. Permission: {record['permission']}.",
+    return [
         "",
         f"**{survived} of {total} survived.**",
         "",
@@ -97,11 +94,31 @@ def faults_part(record: dict[str, Any]) -> str:
             ("fault", "tried", "survived", "work lost at most, tokens"),
             [(row["fault"], row["tried"], row["survived"], row["lost_tokens"]) for row in rows],
         ),
+    ]
+
+
+def faults_part(record: dict[str, Any]) -> str:
+    """What the document says of a run of `faults.py`."""
+    rows = record["rows"]
+    lines = [
+        *_origin(record),
+        f"Runs of {record['run']}. Disk: {record['disk']}. Permission: {record['permission']}.",
+        *_faults_table(rows),
         "",
         *table_lines(
             ("fault", "what the user is told, for example"),
             [(row["fault"], row["told"].replace("|", "\\|")) for row in rows if row["told"]],
         ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def ranks_part(record: dict[str, Any]) -> str:
+    """What the document says of a run of `rank_faults.py`."""
+    lines = [
+        *_origin(record),
+        f"Runs of {record['run']}; {record['shard']}.",
+        *_faults_table(record["rows"]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -122,15 +139,15 @@ def fuzz_part(record: dict[str, Any]) -> str:
 def document_with(document: str, name: str, record: dict[str, Any]) -> str:
     """The document with the part that a script writes replaced."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    part = (faults_part if name == FAULTS else fuzz_part)(record)
+    part = {FAULTS: faults_part, RANKS: ranks_part, FUZZ: fuzz_part}[name](record)
     head, _, rest = document.partition(begin)
     _, _, foot = rest.partition(end)
     return f"{head}{begin}\n{part}{end}{foot}"
 
 
 def filled(document: str) -> str:
-    """The document with both parts as the committed records say."""
-    for name in (FAULTS, FUZZ):
+    """The document with its parts as the committed records say."""
+    for name in (FAULTS, RANKS, FUZZ):
         record = json.loads(results_file(name).read_text(encoding="utf-8"))
         document = document_with(document, name, record)
     return document

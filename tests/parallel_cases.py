@@ -7,6 +7,7 @@ of two for half of the jobs, then all four are one world for the rest.
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor, multiprocessing
 from run_records import at_step, send
 from tiny import CONFIG, change, make_dense, make_rows, write_run
 from tiny_onn.config.checks import validate
-from tiny_onn.config.schema import RunConfig
+from tiny_onn.config.schema import RunConfig, Shard
 from tiny_onn.conversion import pipeline
 from tiny_onn.distill.blockwise import block_errors, blockwise_step, teacher_power
 from tiny_onn.distill.loop import run_distill
@@ -31,7 +32,14 @@ from tiny_onn.evaluation.compare import evaluate_layers
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.parallel import MESSAGE_BYTES, World
 from tiny_onn.routing.budgets import fit_eval_thresholds
-from tiny_onn.runs.checkpoint import optimizer_tensors, student_tensors
+from tiny_onn.runs.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    student_tensors,
+    take_snapshot,
+    write_checkpoint,
+)
+from tiny_onn.runs.sharded_files import load_shards
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import quiet_transformers
 
@@ -146,8 +154,8 @@ def evaluation(world: World) -> dict[str, Tensor]:
     }
 
 
-def optimizer_steps(world: World, *, name: str, master: str, shard: str) -> dict[str, Tensor]:
-    """The student and the gathered optimizer state after a step, and after two more.
+def optimizer_steps(world: World, *, name: str, master: str, shard: Shard) -> dict[str, Tensor]:
+    """The student and the optimizer's saved state after a step, and after two more.
 
     The state of the first step goes through a new optimizer, as in a resumed run.
     """
@@ -155,40 +163,40 @@ def optimizer_steps(world: World, *, name: str, master: str, shard: str) -> dict
     student, dense, config = prepared({"optim": optim}, 2, intermediate_size=96)
     options: dict[str, Any] = {"world": world, "shard": shard}
     optimizer, found = build_optimizer(student, config.optim, **options), {}
+    folder = folder_of(world) / f"{name}, {master}, {shard}"
     for number in range(STEPS):
         distill_step(student, dense, optimizer, ROWS[:2], config, step=number, world=world)
         state = optimizer_tensors(student, optimizer)
         held = sum(tensor.nbytes for key, tensor in state.items() if ".experts." in key)
-        if shard == "optimizer":
-            state = world.gather(state)
         found |= {
             f"student {number} {n}": p.detach().clone() for n, p in student.trainable().items()
         }
-        if world.first:
-            found |= {f"state {number} {n}": tensor.clone() for n, tensor in state.items()}
         found[f"bytes {number}"] = torch.tensor(held)
+        everything = None if world.size == 1 else (lambda _: True)
+        snapshot = take_snapshot(number, student, optimizer, {"step": number}, everything)
+        path = write_checkpoint(folder, snapshot, keep=1, partial=folder / ".partial", world=world)
+        world.barrier()
+        if world.first:
+            saved = saved_state(path)
+            found |= {f"state {number} {n}": tensor.clone() for n, tensor in saved.items()}
         if number == 0:
-            everyone = spread(state, world)
             optimizer = build_optimizer(student, config.optim, **options)
-            for key, p in student.trainable().items():
-                entries = {n: t for n, t in everyone.items() if n.startswith(f"{key}|")}
-                optimizer.state[p] = {n.rpartition("|")[2]: t for n, t in entries.items()}
-            optimizer.forget_others()
+            load_checkpoint(folder, student, optimizer, is_mine=optimizer.is_mine, world=world)
+        world.barrier()
     return found
 
 
-def spread(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """The first process's tensors in every process, through a file as a checkpoint is."""
-    path = Path(os.environ.get("TINY_ONN_TEST_FOLDER", "/tmp")) / f"spread-{os.getppid()}"
-    if world.size == 1:
-        return {name: tensor.clone() for name, tensor in tensors.items()}
-    path = path.with_name(f"{path.name}-{dist.get_rank() // 2}")
-    if world.first:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
-    world.barrier()
-    loaded = load_file(path)
-    world.barrier()
-    return loaded
+def folder_of(world: World) -> Path:
+    """A folder for the checkpoints of a world."""
+    folder = Path(os.environ.get("TINY_ONN_TEST_FOLDER", tempfile.gettempdir()))
+    return folder / f"checkpoints-{os.getppid()}-{world.size}"
+
+
+def saved_state(path: Path) -> dict[str, Tensor]:
+    """The optimizer's state in a checkpoint."""
+    if (path / "optimizer.safetensors").is_file():
+        return load_file(path / "optimizer.safetensors")
+    return load_shards(path, lambda name: "|" in name)
 
 
 def poisoned(world: World, *, rank: int) -> dict[str, Tensor]:
@@ -290,9 +298,10 @@ def work(rank: int, port: int, folder: str, config: RunConfig) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     quiet_transformers()
     with World.from_environment("cpu") as four:
-        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        groups = [[dist.new_group(ranks) for ranks in ([0, 1], [2, 3])] for _ in range(2)]
         half = rank // 2
-        pair = replace(four, rank=rank % 2, size=2, group=groups[half])
+        group, saving = (each[half] for each in groups)
+        pair = replace(four, rank=rank % 2, size=2, group=group, saving=saving)
         for name, job in list(pair_jobs().items())[half::2]:
             save_file(
                 {n: t.contiguous() for n, t in job(pair).items()},

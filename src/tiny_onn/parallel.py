@@ -6,11 +6,13 @@ gradients and counts, after which every process holds the same bits and decides 
 launcher the world is one process, in which every operation here does nothing.
 """
 
-import json
+import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -33,6 +35,8 @@ Item = TypeVar("Item")
 MESSAGE_BYTES = 2**26
 # The others may wait so long while one process converts the model or writes a checkpoint.
 TIMEOUT = timedelta(hours=2)
+# A network file system may show a new file to another machine after some seconds.
+SHOWN_AFTER_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,11 +44,13 @@ class World:
     """The processes of a run, seen from one of them."""
 
     rank: int = 0
-    """The number of this process, from 0. The first process alone writes files and lines."""
+    """The number of this process, from 0. The first process alone writes records and lines."""
     size: int = 1
     """The number of processes."""
     group: dist.ProcessGroup | None = None
     """The group of torch's collectives; None in one process."""
+    saving: dist.ProcessGroup | None = None
+    """A group of the same processes for the thread that writes checkpoints."""
 
     @staticmethod
     @contextmanager
@@ -77,7 +83,10 @@ class World:
         )
         try:
             with silenced(rank > 0):
-                yield World(rank=rank, size=size, group=dist.group.WORLD)
+                world = World(rank=rank, size=size, group=dist.group.WORLD)
+                with world._explained():
+                    saving = dist.new_group(backend="gloo", timeout=TIMEOUT)
+                yield replace(world, saving=saving)
         except UserError as error:
             told = 0
             with suppress(RuntimeError):
@@ -89,7 +98,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """True in the process that writes files and lines for all."""
+        """True in the process that writes records and lines for all."""
         return self.rank == 0
 
     def mine(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -163,45 +172,13 @@ class World:
         self.all_reduce_sum([numbers])
         return int(numbers.min())
 
-    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the named tensors of all processes to the first one, in host memory.
-
-        Args:
-            tensors: This process's tensors; those of one name are equal in all that have them.
-
-        Returns:
-            In the first process all tensors, its own ones on their device; in the others their own.
-        """
-        gathered = dict(tensors)
-        with self._explained():
-            for rank in range(1, self.size) if self.first else ():
-                gathered.update(self._received(rank))
-            if not self.first:
-                self._send(tensors)
-        return gathered
-
-    def _send(self, tensors: dict[str, Tensor]) -> None:
-        """Send named tensors to the first process: what they are, and then their bytes."""
-        what = [[name, str(t.dtype)[6:], list(t.shape)] for name, t in tensors.items()]
-        header = torch.frombuffer(bytearray(json.dumps(what).encode()), dtype=torch.uint8)
-        dist.send(torch.tensor([len(header)]), group=self.group, group_dst=0)
-        dist.send(header, group=self.group, group_dst=0)
-        for tensor in tensors.values():
-            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-            dist.send(data, group=self.group, group_dst=0)
-
-    def _received(self, rank: int) -> dict[str, Tensor]:
-        """Return what another process sends."""
-        length = torch.zeros(1, dtype=torch.int64)
-        dist.recv(length, group=self.group, group_src=rank)
-        header = torch.empty(int(length), dtype=torch.uint8)
-        dist.recv(header, group=self.group, group_src=rank)
-        tensors = {}
-        for name, dtype, shape in json.loads(header.numpy().tobytes()):
-            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-            data = tensors[name].reshape(-1).view(torch.uint8)
-            dist.recv(data, group=self.group, group_src=rank)
-        return tensors
+    def of_first(self, number: int) -> int:
+        """Return the first process's number, in every process."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor([number])
+        self.broadcast([numbers])
+        return int(numbers)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -255,6 +232,36 @@ def check_world(config: RunConfig, world: World) -> None:
             f" {world.size}, since every process takes as many rows of a step; write"
             f" {-(-rows // world.size) * world.size}, or start as many processes as divide it"
         )
+
+
+def check_shared(file: Path, world: World) -> None:
+    """Refuse a run folder that not every process sees.
+
+    Args:
+        file: A file in the folder that the first process has just written, with its own text.
+        world: The processes, all of which make this call.
+
+    Raises:
+        UserError: A process sees no such file, or another one.
+    """
+    if world.size == 1:
+        return
+    expected, until = world.of_first(_digest(file)), time.monotonic() + SHOWN_AFTER_S
+    while _digest(file) != expected and time.monotonic() < until:
+        time.sleep(0.1)
+    if world.any_true(_digest(file) != expected):
+        raise UserError(
+            f"{file.parent}: got a folder that only some of {world.size} processes see, expected"
+            " one on a file system that all of them share; choose another --out"
+        )
+
+
+def _digest(file: Path) -> int:
+    """Return a number that depends on a file's text, or 0 if there is no such file."""
+    try:
+        return int.from_bytes(hashlib.blake2b(file.read_bytes(), digest_size=7).digest())
+    except OSError:
+        return 0
 
 
 def _store(rank: int, size: int) -> Store:

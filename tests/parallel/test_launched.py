@@ -15,6 +15,7 @@ from parallel_cases import free_port
 from run_records import records
 from tiny import change, write_run
 from tiny_onn.cli.main import main
+from tiny_onn.config.template import config_template
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.runs.folder import create_run_folder
 from tiny_onn.runs.metrics import read_metrics
@@ -147,3 +148,16 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_undisturbed(confi
     assert process.returncode == 0, err
     run_distill(longer, out=whole)
     assert records(out) == records(whole)
+
+
+def test_a_restart_does_not_resume_a_run_that_was_there_before(config, tmp_path):
+    run_distill(config, out=tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (tmp_path / "run.toml").write_text(config_template(config))
+    command = ("distill", tmp_path / "run.toml", "--out", tmp_path / "run")
+    process = launch(*command, options=["--max-restarts=1"])
+    lines = lines_of(process)
+    assert process.returncode == 1
+    assert len(lines) == 2
+    assert all("got a folder that is not empty, expected a new one" in line for line in lines)
+    assert before == {path: path.read_bytes() for path in before}

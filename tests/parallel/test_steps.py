@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import parallel_cases
-from parallel_cases import OPTIMIZERS, RECIPES, STAGES, pair_jobs
+from parallel_cases import OPTIMIZERS, RECIPES, STAGES, pair_jobs, saved_state
 from run_records import records
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.parallel import ALONE
@@ -182,8 +182,7 @@ def test_a_run_ends_as_in_one_process_whatever_number_goes_on(folder, whole, nam
 def test_a_sharded_run_leaves_checkpoints_that_one_process_goes_on_with(folder, whole):
     for step in (1, 8):
         ours, theirs = (
-            load_file(run / "checkpoints" / f"step-{step:07d}" / "optimizer.safetensors")
-            for run in (folder / "two", whole)
+            saved_state(run / "checkpoints" / f"step-{step:07d}") for run in (folder / "two", whole)
         )
         assert {n: (t.dtype, t.shape) for n, t in ours.items()} == {
             n: (t.dtype, t.shape) for n, t in theirs.items()

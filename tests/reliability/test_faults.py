@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from reliability.harness import FAULTS, FUZZ, PAGE, document_with, results_file
+from reliability.harness import FAULTS, FUZZ, PAGE, RANKS, document_with, results_file
 from repository import run_module
 
 
@@ -16,7 +16,15 @@ def test_a_run_survives_each_kind_of_fault(tmp_path):
     assert all(row["survived"] == row["tried"] >= 1 for row in rows)
 
 
-@pytest.mark.parametrize("name", [FAULTS, FUZZ])
+@pytest.mark.timeout(600)
+def test_a_run_of_two_processes_survives_the_death_of_one(tmp_path):
+    options = ("--kills", 2, "--few", 0, "--processes", 2)
+    run_module("reliability.rank_faults", *options, "--out", tmp_path / "f.json")
+    (row,) = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert row["survived"] == row["tried"] >= 2
+
+
+@pytest.mark.parametrize("name", [FAULTS, RANKS, FUZZ])
 def test_the_document_says_what_was_measured(name):
     record = json.loads(results_file(name).read_text(encoding="utf-8"))
     document = PAGE.read_text(encoding="utf-8")
@@ -24,9 +32,15 @@ def test_the_document_says_what_was_measured(name):
 
 
 def test_the_long_forms_were_run_and_nothing_was_lost():
-    faults, fuzz = (json.loads(results_file(name).read_text()) for name in (FAULTS, FUZZ))
+    faults, ranks, fuzz = (
+        json.loads(results_file(name).read_text()) for name in (FAULTS, RANKS, FUZZ)
+    )
     kills = [row for row in faults["rows"] if row["fault"].startswith("SIGKILL at a random")]
     assert sum(row["tried"] for row in kills) >= 100
-    assert all(row["tried"] == row["survived"] for row in faults["rows"])
+    for processes in (2, 4):
+        name = f"SIGKILL of one of {processes} processes at a random instant"
+        assert sum(row["tried"] for row in ranks["rows"] if row["fault"] == name) >= 40
+    for row in (*faults["rows"], *ranks["rows"]):
+        assert row["tried"] == row["survived"] > 0
     assert fuzz["cases"] >= 10_000
     assert fuzz["failed"] == 0

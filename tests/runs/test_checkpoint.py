@@ -26,13 +26,14 @@ from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.runs import checkpoint as checkpoint_module
+from tiny_onn.runs import checkpointer as checkpointer_module
 from tiny_onn.runs.checkpoint import (
-    Checkpointer,
     load_checkpoint,
     take_snapshot,
     valid_checkpoints,
     write_checkpoint,
 )
+from tiny_onn.runs.checkpointer import Checkpointer
 
 ROWS = make_rows((20, 13, 30, 40, 9), 32)
 
@@ -317,7 +318,7 @@ def test_one_write_is_in_flight_at_most_and_leaving_waits_for_it(config, tmp_pat
         writing.pop()
         return path
 
-    monkeypatch.setattr(checkpoint_module, "write_checkpoint", counted)
+    monkeypatch.setattr(checkpointer_module, "write_checkpoint", counted)
     with Checkpointer(tmp_path, keep=3) as writer:
         for step in range(1, 5):
             assert writer.save(snapshot(session, step)) is None
@@ -379,6 +380,6 @@ def test_a_checkpoint_of_another_format_is_refused_by_name(config, tmp_path, mon
     session.save(tmp_path, 1)
     monkeypatch.undo()
     with pytest.raises(
-        UserError, match="step-0000001: got a checkpoint of format 1, expected 3 or 4"
+        UserError, match="step-0000001: got a checkpoint of format 1, expected 3, 4 or 5"
     ):
         session.load(tmp_path)

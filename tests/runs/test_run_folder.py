@@ -17,7 +17,12 @@ from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.runs.files import write_json
-from tiny_onn.runs.folder import create_run_folder, read_run_config, resume_run_folder
+from tiny_onn.runs.folder import (
+    create_run_folder,
+    read_run_config,
+    resume_run_folder,
+    was_begun_by_this_launch,
+)
 from tiny_onn.runs.metrics import MetricsWriter, read_metrics
 
 
@@ -301,3 +306,22 @@ def test_records_that_waited_follow_once_there_is_space(tmp_path):
     # The third line was cut in its middle.
     assert done.stdout.split() == ["30", "True"], done.stderr
     assert [record["step"] for record in read_metrics(path)] == list(range(6))
+
+
+@pytest.mark.parametrize("name", ["none", "job 7"])
+def test_a_launch_knows_the_run_that_it_began_and_no_other(tmp_path, monkeypatch, name):
+    for folder in ("plain", "other"):
+        create_run_folder(tmp_path / folder, RunConfig(), argv=[])
+        assert not was_begun_by_this_launch(tmp_path / folder)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    create_run_folder(tmp_path / "ours", RunConfig(), argv=[])
+    resume_run_folder(tmp_path / "other", RunConfig(), argv=[])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert was_begun_by_this_launch(tmp_path / "ours")
+    assert was_begun_by_this_launch(tmp_path / "other")
+    assert not was_begun_by_this_launch(tmp_path / "plain")
+    (tmp_path / "ours" / "config.json").unlink()
+    assert not was_begun_by_this_launch(tmp_path / "ours")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 8")
+    assert not was_begun_by_this_launch(tmp_path / "other")

@@ -109,11 +109,13 @@ class Distill:
         with starting():
             from tiny_onn.distill.loop import run_distill
             from tiny_onn.parallel import World
+            from tiny_onn.runs.folder import was_begun_by_this_launch
 
         with World.from_environment(config.train.device) as world:
-            # A launcher starts the same command again after a process has failed.
+            # A launcher starts the same command again after a process has failed. A run that it
+            # found in the folder is not resumed unasked.
             begun = was_restarted() and world.any_true(
-                world.first and (out / "config.json").is_file()
+                world.first and was_begun_by_this_launch(out)
             )
             result = run_distill(
                 config,

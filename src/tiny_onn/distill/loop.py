@@ -33,11 +33,12 @@ from tiny_onn.distill.saving import Saver
 from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
 from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
-from tiny_onn.parallel import ALONE, World, check_world
+from tiny_onn.parallel import ALONE, World, check_shared, check_world
 from tiny_onn.planning.advice import explain_out_of_memory
 from tiny_onn.routing.budgets import fill_threshold_tables
 from tiny_onn.routing.steering import fitted_eval_thresholds
-from tiny_onn.runs.checkpoint import Checkpointer, valid_checkpoints, way_on
+from tiny_onn.runs.checkpoint import valid_checkpoints, way_on
+from tiny_onn.runs.checkpointer import Checkpointer
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import (
     create_run_folder,
@@ -46,7 +47,7 @@ from tiny_onn.runs.folder import (
     record_conversion,
     resume_run_folder,
 )
-from tiny_onn.runs.lock import run_lock
+from tiny_onn.runs.lock import LOCK_NAME, run_lock
 from tiny_onn.runs.signals import Stopped, StopRequest, stop_on_signal
 from tiny_onn.runs.students import save_student
 from tiny_onn.runs.trackers import check_trackers
@@ -102,7 +103,7 @@ def run_distill(
             resume_run_folder(out, config, argv=argv, allow_change=allow_change)
         elif first:
             create_run_folder(out, config, argv=argv)
-        world.barrier()
+        check_shared(out / LOCK_NAME, world)
         prepared = prepared or prepare(config, order_of_first(world))
         share_student(prepared.student, world)
         if first:
@@ -141,7 +142,7 @@ def _train(
     state, checkpoints = RunState.new(config), out / "checkpoints"
     if resume:
         is_chosen = config.loss.chunk_tokens == 0
-        state = restore(training, stream, checkpoints, title, chunk_is_chosen=is_chosen)
+        state = restore(training, stream, checkpoints, title, world, chunk_is_chosen=is_chosen)
         if world.first:
             keep_settings(out, config)
     config = training.config
@@ -151,7 +152,7 @@ def _train(
             config, training.student, training.teacher.config, partial(way_on, checkpoints)
         ),
         RunLog(out, config, title, span, state, track, world) as log,
-        Checkpointer(checkpoints, config.train.keep_checkpoints) as writer,
+        Checkpointer(checkpoints, config.train.keep_checkpoints, world) as writer,
     ):
         feed = RowFeed(stream, partial(training.next_rows, stream, world))
         saver = Saver(

@@ -176,17 +176,11 @@ class SplitOptimizer(torch.optim.Optimizer):
         self._seed = seed
         self._kinds = kinds
         self._units = units
-        self._owners, self._world = owners, world
+        self.owners, self._world = dict(owners), world
 
     def is_mine(self, p: nn.Parameter) -> bool:
         """Return True if this process holds a weight's state and steps it."""
-        return self._owners.get(p, self._world.rank) == self._world.rank
-
-    def forget_others(self) -> None:
-        """Drop the state of weights that another process owns, all but their units."""
-        for p in self._owners:
-            if not self.is_mine(p):
-                self.state[p] = {n: v for n, v in self.state[p].items() if n == "unit"}
+        return self.owners.get(p, self._world.rank) == self._world.rank
 
     def unit(self, p: nn.Parameter) -> Tensor | None:
         """Return a weight's unit, the one in its state if there is one; None without a unit."""
@@ -214,8 +208,8 @@ class SplitOptimizer(torch.optim.Optimizer):
                     plain.append(p)
             if plain:
                 self._step_in_units(stepper, group, plain)
-        stepped = [p for p in self._owners if p.grad is not None]
-        self._world.broadcast([p.data for p in stepped], [self._owners[p] for p in stepped])
+        stepped = [p for p in self.owners if p.grad is not None]
+        self._world.broadcast([p.data for p in stepped], [self.owners[p] for p in stepped])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

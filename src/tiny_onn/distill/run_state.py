@@ -13,6 +13,7 @@ from tiny_onn.distill.blockwise import BlockErrors
 from tiny_onn.distill.stages import Stage, run_tokens, stage_named
 from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.evaluation.evaluate import budget_report
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.runs.checkpoint import checkpoint_name, load_checkpoint, valid_checkpoints
 
 
@@ -115,6 +116,7 @@ def restore(
     stream: TokenStream,
     checkpoints: Path,
     title: str,
+    world: World = ALONE,
     *,
     chunk_is_chosen: bool,
 ) -> RunState:
@@ -125,12 +127,16 @@ def restore(
         stream: The training text.
         checkpoints: The folder of checkpoints.
         title: The word with which the run's lines begin.
+        world: The processes of the run.
         chunk_is_chosen: Whether `loss.chunk_tokens` was sized by the memory that is free now.
 
     Returns:
         The progress at the checkpoint, or of a new run.
     """
-    saved = load_checkpoint(checkpoints, training.student, training.optimizer)
+    optimizer = training.optimizer
+    saved = load_checkpoint(
+        checkpoints, training.student, optimizer, is_mine=optimizer.is_mine, world=world
+    )
     if saved is None:
         say(f"{checkpoints.parent}: no checkpoint yet, starting from the first step")
         return RunState.new(training.config)
@@ -138,7 +144,6 @@ def restore(
         # All steps of a run use one number, however much memory is free at a resumption.
         loss = replace(training.config.loss, chunk_tokens=saved["loss_chunk_tokens"])
         training.config = replace(training.config, loss=loss)
-    training.optimizer.forget_others()
     stream.load_state_dict(saved["stream"])
     state = RunState.from_dict(saved, training.config)
     say(f"{title}: going on after step {state.step:,}, {state.tokens:,} tokens")

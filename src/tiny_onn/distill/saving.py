@@ -1,22 +1,40 @@
 """The checkpoints of a run: what they hold, and what happens when one cannot be written."""
 
-from dataclasses import dataclass
-
-from torch import Tensor
+from dataclasses import dataclass, field
 
 from tiny_onn.console import say
 from tiny_onn.distill.assembly import Training
 from tiny_onn.distill.feed import RowFeed
+from tiny_onn.distill.optim import SplitOptimizer, owners_of
 from tiny_onn.distill.run_log import RunLog
 from tiny_onn.distill.run_state import RunState
 from tiny_onn.errors import UserError
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.parallel import World
-from tiny_onn.runs.checkpoint import Checkpointer, optimizer_tensors, take_snapshot
+from tiny_onn.runs.checkpoint import take_snapshot
+from tiny_onn.runs.checkpointer import Checkpointer
+
+
+def saving_ranks(
+    student: TinyOnnForCausalLM, optimizer: SplitOptimizer, size: int
+) -> dict[str, int]:
+    """Return the rank of the process that saves each weight and its optimizer's state, by name.
+
+    It is the weight's owner if there is one; other weights are divided by their sizes.
+
+    Args:
+        student: The model.
+        optimizer: The optimizer of the model's parameters.
+        size: The number of processes.
+    """
+    named = student.trainable()
+    ranks = owners_of(list(named.values()), size) | optimizer.owners
+    return {name: ranks[parameter] for name, parameter in named.items()}
 
 
 @dataclass(kw_only=True, slots=True)
 class Saver:
-    """The checkpoints of a run, which the first process writes for all."""
+    """The checkpoints of a run, of which every process writes a part."""
 
     training: Training
     feed: RowFeed
@@ -27,32 +45,35 @@ class Saver:
     world: World
     saved_step: int
     """The step of the last checkpoint that is written or in flight; -1 if there is none."""
+    _saved_by: dict[str, int] = field(init=False)
+    """The ranks that save the weights; the first process saves the student's other tensors."""
 
     def __post_init__(self) -> None:
         self.mark_best()
+        models = self.training.student, self.training.optimizer
+        self._saved_by = saving_ranks(*models, self.world.size)
 
     def save(self) -> None:
         """Begin to write a checkpoint, unless this step has one; call it in every process."""
         state, training, world = self.state, self.training, self.world
-        # The first process alone knows whether writing failed, and gathering needs all of them.
+        # Some processes may not know yet that writing failed, and all of them write.
         if not world.any_true(self.saved_step != state.step) or world.any_true(not self._synced()):
             return
-        self.saved_step = state.step
-        sharded = training.config.train.shard == "optimizer"
-        if not world.first:
-            if sharded:
-                world.gather(optimizer_tensors(training.student, training.optimizer))
-            return
-        state.metrics_offset = self.log.offset
+        if world.first:
+            state.metrics_offset = self.log.offset
         saved = {
             **state.as_dict(),
             "loss_chunk_tokens": training.config.loss.chunk_tokens,
             "stream": self.feed.state_dict(),
         }
-        gather = world.gather if sharded else dict[str, Tensor]
         models = training.student, training.optimizer
-        self.warn(self.writer.save(take_snapshot(state.step, *models, saved, gather)))
+        is_mine = self._is_mine if world.size > 1 else None
+        self.warn(self.writer.save(take_snapshot(state.step, *models, saved, is_mine)))
         self.saved_step = state.step
+
+    def _is_mine(self, name: str) -> bool:
+        """Return True if this process saves a tensor of the student and its optimizer's state."""
+        return self._saved_by.get(name, 0) == self.world.rank
 
     def _synced(self) -> bool:
         """Return True once the disk has the metrics up to the offset that a checkpoint stores."""

@@ -4,16 +4,16 @@ A checkpoint is a folder `step-N` of safetensors and JSON with a manifest of siz
 hashes. It is written under another name and then renamed, so that it is complete or absent. A run
 resumes from the newest checkpoint whose files agree with its manifest.
 
-Saving overlaps training: between two steps the tensors are copied to host memory (a `Snapshot`),
-and a thread writes the copy while the next steps run (`Checkpointer`).
+One process writes the experts and gates into `student.safetensors` and the optimizer's state into
+`optimizer.safetensors`. Of several processes each one writes a part of both (`sharded_files.py`),
+and the first one renames the folder when all parts are written. Any number of processes resumes
+from either.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,15 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.old_layout import today_state, today_tensors
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.publish import publish
-from tiny_onn.runs.files import write_json
+from tiny_onn.runs.files import FileEntry, file_entry, refusal, write_json
 
-FILES = ("student.safetensors", "optimizer.safetensors", "state.json")
+STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
 MANIFEST = "manifest.json"
-# The format of `state.json` that is written, and the formats that can be read.
-FORMAT = 4
-READABLE = (3, FORMAT)
+# The formats of `state.json` that one and several processes write, and those that can be read.
+FORMAT, SHARDED_FORMAT = 4, 5
+READABLE = (3, FORMAT, SHARDED_FORMAT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +65,7 @@ def take_snapshot(
     student: TinyOnnForCausalLM,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    gather: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
+    is_mine: Callable[[str], bool] | None = None,
 ) -> Snapshot:
     """Copy everything that the rest of the run depends on, after waiting for a GPU's kernels.
 
@@ -73,121 +74,97 @@ def take_snapshot(
         student: the model.
         optimizer: the optimizer of the model's parameters.
         state: the state of the loop, of JSON values; a stage keeps its own state under `stage`.
-        gather: returns the optimizer's state of all processes from that of this one.
+        is_mine: returns True for the names in the student whose tensors, and whose optimizer state,
+            this one of several processes copies; None: there is one process.
     """
     if next(student.parameters()).is_cuda:
         # Paged optimizer state lies in host memory that kernels in flight may still write to.
         torch.cuda.synchronize()
+    number = FORMAT if is_mine is None else SHARDED_FORMAT
+    copied = [
+        {
+            key: tensor.to("cpu", copy=True)
+            for key, tensor in tensors.items()
+            if is_mine is None or is_mine(key.partition("|")[0])
+        }
+        for tensors in (student_tensors(student), optimizer_tensors(student, optimizer))
+    ]
     return Snapshot(
         step=step,
-        student=_to_host(student_tensors(student)),
-        optimizer=_to_host(gather(optimizer_tensors(student, optimizer))),
-        state=json.dumps({"format": FORMAT, **state}, indent=2) + "\n",
+        student=copied[0],
+        optimizer=copied[1],
+        state=json.dumps({"format": number, **state}, indent=2) + "\n",
     )
 
 
-def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
 def write_checkpoint(
-    folder: Path, snapshot: Snapshot, *, keep: int, best: int | None = None
+    folder: Path,
+    snapshot: Snapshot,
+    *,
+    keep: int,
+    best: int | None = None,
+    partial: Path | None = None,
+    world: World = ALONE,
 ) -> Path:
     """Write `folder/step-N`, and remove all but the newest `keep` and the one of step `best`.
+
+    Args:
+        folder: the folder of the checkpoints.
+        snapshot: the state of the run; of several processes each one has a part of it.
+        keep: the number of newest checkpoints to keep.
+        best: the step of a checkpoint to keep besides; None: no step.
+        partial: the name of the folder until it is complete, the same one in all processes; None:
+            one of this process.
+        world: the processes, all of which make this call.
 
     Raises:
         UserError: the disk refuses; earlier checkpoints then stay as they are.
     """
     target = folder / snapshot.name
-    partial = folder / f".partial-{os.getpid()}"
-    try:
+    partial = partial or folder / f".partial-{os.getpid()}"
+
+    def begin() -> None:
         # A process that was killed while it wrote left these folders.
         for stale in folder.glob(".partial-*"):
             shutil.rmtree(stale)
         partial.mkdir(parents=True)
-        save_file(snapshot.student, partial / "student.safetensors")
-        save_file(snapshot.optimizer, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(snapshot.state, encoding="utf-8")
-        manifest = {
-            name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
-            for name in FILES
-        }
-        write_json(partial / MANIFEST, manifest)
+
+    def finish(entries: Mapping[str, FileEntry]) -> None:
+        (partial / STATE).write_text(snapshot.state, encoding="utf-8")
+        for name, entry in entries.items():
+            if (got := (partial / name).stat().st_size) != entry.bytes:
+                raise OSError(f"got {got} bytes of {name}, expected {entry.bytes}")
+        entries = {**entries, STATE: file_entry(partial / STATE)}
+        write_json(partial / MANIFEST, {name: e._asdict() for name, e in entries.items()})
         publish(partial, target, over_folder=True)
+
+    try:
+        if world.size > 1:
+            # Loading this part of torch takes a second.
+            from tiny_onn.runs.sharded_files import save_shards  # noqa: PLC0415
+
+            save_shards(partial, {**snapshot.student, **snapshot.optimizer}, world, begin, finish)
+        else:
+            begin()
+            save_file(snapshot.student, partial / STUDENT)
+            save_file(snapshot.optimizer, partial / OPTIMIZER)
+            finish({name: file_entry(partial / name) for name in (STUDENT, OPTIMIZER)})
     except (OSError, SafetensorError, UserError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if world.first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{target}: cannot write the checkpoint ({_reason(error)}), expected free disk and"
+            f"{target}: cannot write the checkpoint ({refusal(error)}), expected free disk and"
             f" permission; {_what_is_left(folder)}"
         ) from error
-    _remove_old(folder, snapshot.step, keep, best)
+    if world.first:
+        remove_old(folder, snapshot.step, keep, best)
     return target
-
-
-class Checkpointer:
-    """A context manager that writes snapshots in a thread of its own, one at a time.
-
-    At the end of the context the write in flight is waited for, and its error is ignored.
-
-    Args:
-        folder: the folder of the checkpoints.
-        keep: the number of newest checkpoints to keep, the best one not counted.
-
-    Attributes:
-        best: the step of the best checkpoint, which is kept besides the newest; None: no step.
-    """
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.best: int | None = None
-        self._folder, self._keep = folder, keep
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[Path] | None = None
-
-    def save(self, snapshot: Snapshot) -> str | None:
-        """Wait for the previous write, begin this one, and return the previous one's error."""
-        error = self.wait()
-        self._writing = self._executor.submit(
-            write_checkpoint, self._folder, snapshot, keep=self._keep, best=self.best
-        )
-        return error
-
-    def poll(self) -> str | None:
-        """Return the error of a write that has failed since the last call, or None."""
-        done = self._writing is not None and self._writing.done()
-        return self.wait() if done else None
-
-    def wait(self) -> str | None:
-        """Wait for the write in flight, if there is one, and return its error or None."""
-        writing, self._writing = self._writing, None
-        if writing is None:
-            return None
-        try:
-            writing.result()
-        except UserError as error:
-            return str(error)
-        return None
-
-    def tidy(self) -> None:
-        """Remove checkpoints that are neither newest nor best; no write may be in flight."""
-        if newest := valid_checkpoints(self._folder):
-            _remove_old(self._folder, step_of(newest[0]), self._keep, self.best)
-
-    def __enter__(self) -> "Checkpointer":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._executor.shutdown(wait=True)
 
 
 def step_of(path: Path) -> int:
     """Return the step in the name of a checkpoint's folder, or -1 if the name holds none."""
     number = path.name.removeprefix("step-")
     return int(number) if number.isascii() and number.isdigit() else -1
-
-
-def _reason(error: BaseException) -> str:
-    error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
-    return str(getattr(error, "strerror", None) or error)
 
 
 def _what_is_left(folder: Path) -> str:
@@ -208,7 +185,7 @@ def way_on(folder: Path) -> str:
     )
 
 
-def _remove_old(folder: Path, newest: int, keep: int, best: int | None) -> None:
+def remove_old(folder: Path, newest: int, keep: int, best: int | None) -> None:
     """Remove steps up to `newest`, except the `keep` newest complete ones and `best`.
 
     Checkpoints of later steps stay, since the run will write those steps again.
@@ -227,40 +204,82 @@ def valid_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer
+    folder: Path,
+    student: TinyOnnForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    *,
+    is_mine: Callable[[torch.nn.Parameter], bool] = lambda _: True,
+    world: World = ALONE,
 ) -> dict[str, Any] | None:
     """Restore the newest intact checkpoint, and return its loop state, or None without one.
 
-    Damaged checkpoints are named on the terminal and skipped.
+    Damaged checkpoints are named on the terminal and skipped. All processes restore the same one.
+
+    Args:
+        folder: the folder of the checkpoints.
+        student: the model.
+        optimizer: the optimizer of the model's parameters.
+        is_mine: returns True for the parameters whose optimizer state this process holds.
+        world: the processes, all of which make this call.
 
     Raises:
         UserError: there are checkpoints, but none is intact, or the newest intact one has a format
             that cannot be read.
     """
-    whole = valid_checkpoints(folder)
-    found = sorted(folder.glob("step-*"), key=step_of, reverse=True)
-    for path in found:
-        if path not in whole or not _hashes_hold(path):
-            say(f"{path}: this checkpoint is damaged and is skipped")
-            continue
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if (got := state.pop("format", None)) not in READABLE:
-            expected = " or ".join(map(str, READABLE))
-            raise UserError(
-                f"{path}: got a checkpoint of format {got}, expected {expected}; resume with the"
-                " version of tiny-onn that environment.json names, or start a new run"
-            )
-        device = str(next(student.parameters()).device)
-        optimizer_state = today_state(load_file(path / "optimizer.safetensors", device=device))
-        _restore_student(student, _read_student(path, device))
-        _restore_optimizer(student, optimizer, optimizer_state)
-        return state
-    if found:
+    found = sorted((step_of(path) for path in folder.glob("step-*")), reverse=True)
+    for number in range(world.of_first(len(found))):
+        path = folder / checkpoint_name(world.of_first(found[number] if world.first else 0))
+        if not world.any_true(not _is_intact(path, world)):
+            return _restore(path, student, optimizer, is_mine)
+        say(f"{path}: this checkpoint is damaged and is skipped")
+    if world.any_true(bool(found)):
         raise UserError(
             f"{folder}: got {len(found)} checkpoints, all of them damaged, expected an intact one; "
             "restore one from a copy, or start a new run with another --out"
         )
     return None
+
+
+def _restore(
+    path: Path,
+    student: TinyOnnForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    is_mine: Callable[[torch.nn.Parameter], bool],
+) -> dict[str, Any]:
+    """Restore an intact checkpoint, and return its loop state."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if (got := state.pop("format", None)) not in READABLE:
+        expected = ", ".join(map(str, READABLE[:-1]))
+        raise UserError(
+            f"{path}: got a checkpoint of format {got}, expected {expected} or {READABLE[-1]};"
+            " resume with the version of tiny-onn that environment.json names, or start a new run"
+        )
+    device = str(next(student.parameters()).device)
+    mine = {n for group in split_parameters(student) for n, p in group.items() if is_mine(p)}
+
+    def is_wanted(key: str) -> bool:
+        # The unit of a weight scales its gradient in every process.
+        name, _, entry = key.partition("|")
+        return name in mine or entry == "unit"
+
+    optimizer_state = _read(path, OPTIMIZER, device, is_wanted)
+    _restore_student(student, _read(path, STUDENT, device))
+    _restore_optimizer(student, optimizer, optimizer_state)
+    return state
+
+
+def _read(
+    path: Path, file: str, device: str, is_wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, Tensor]:
+    """Return the student's or the optimizer's tensors of a checkpoint, those that are wanted."""
+    of_optimizer = file == OPTIMIZER
+    if (path / file).is_file():
+        tensors = load_file(path / file, device=device)
+        tensors = today_state(tensors) if of_optimizer else today_tensors(tensors)
+        return {key: tensor for key, tensor in tensors.items() if is_wanted(key)}
+    from tiny_onn.runs.sharded_files import load_shards  # noqa: PLC0415
+
+    return load_shards(path, lambda key: ("|" in key) == of_optimizer and is_wanted(key), device)
 
 
 def restore_student(path: Path, student: TinyOnnForCausalLM) -> None:
@@ -270,12 +289,12 @@ def restore_student(path: Path, student: TinyOnnForCausalLM) -> None:
         UserError: the checkpoint is damaged, or lacks a tensor of the student.
     """
     device = str(next(student.parameters()).device)
-    if not _hashes_hold(path):
+    if not _is_intact(path):
         raise UserError(
             f"{path}: got a damaged checkpoint, expected an intact one; remove it to use the"
             " previous one"
         )
-    tensors = _read_student(path, device)
+    tensors = _read(path, STUDENT, device)
     if lacking := sorted(student_tensors(student).keys() - tensors.keys()):
         raise UserError(
             f"{path}: got no {lacking[0]}, expected all of the student's tensors; use the version"
@@ -305,10 +324,6 @@ def optimizer_tensors(
     return tensors
 
 
-def _read_student(path: Path, device: str) -> dict[str, Tensor]:
-    return today_tensors(load_file(path / "student.safetensors", device=device))
-
-
 @torch.no_grad()
 def _restore_student(student: TinyOnnForCausalLM, tensors: dict[str, Tensor]) -> None:
     for name, tensor in student_tensors(student).items():
@@ -328,27 +343,26 @@ def _restore_optimizer(
             }
 
 
-def _manifest(path: Path) -> dict[str, tuple[int, str]]:
+def _manifest(path: Path) -> dict[str, FileEntry]:
     """Return the size and SHA-256 of each file, or nothing if the manifest cannot be read."""
     try:
         entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in FILES}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = {name: FileEntry(e["bytes"], e["sha256"]) for name, e in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    return found if STATE in found and len(found) > 1 else {}
 
 
 def _sizes_hold(path: Path) -> bool:
     manifest = _manifest(path)
-    files = [path / name for name in FILES]
+    files = [path / name for name in manifest]
     return bool(manifest) and all(
-        file.is_file() and file.stat().st_size == manifest[file.name][0] for file in files
+        file.is_file() and file.stat().st_size == manifest[file.name].bytes for file in files
     )
 
 
-def _hashes_hold(path: Path) -> bool:
-    return all(_sha256(path / name) == sha256 for name, (_, sha256) in _manifest(path).items())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_intact(path: Path, world: World = ALONE) -> bool:
+    """Return True if all sizes, and the hashes of this process's share of the files, hold."""
+    if not _sizes_hold(path):
+        return False
+    return all(file_entry(path / n) == e for n, e in world.mine(sorted(_manifest(path).items())))

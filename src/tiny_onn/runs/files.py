@@ -1,13 +1,38 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and their hashes."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tiny_onn.errors import UserError
 from tiny_onn.publish import publish
+
+
+class FileEntry(NamedTuple):
+    """The size and hash of a file, as the manifest of a checkpoint stores them."""
+
+    bytes: int
+    sha256: str
+
+
+def file_entry(file: Path) -> FileEntry:
+    """Return the size and hash of a file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with file.open("rb") as opened:
+        return FileEntry(file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest())
+
+
+def refusal(error: BaseException) -> str:
+    """Return why the file system refused, in words, from the error or from its cause."""
+    error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+    return str(getattr(error, "strerror", None) or error)
 
 
 def write_json(path: Path, obj: object) -> None:

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tiny_onn.config.changes import check_changes, with_absolute_paths
-from tiny_onn.config.launcher import num_processes
+from tiny_onn.config.launcher import launch_name, num_processes
 from tiny_onn.config.read import config_from_json, resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
@@ -108,6 +108,13 @@ def resume_run_folder(
         number += 1
     environment = {**_environment(config.train.device, argv), "changes": changes}
     write_json(path / f"environment-{number}.json", environment)
+
+
+def was_begun_by_this_launch(path: Path) -> bool:
+    """Return True if processes of this launch of torchrun began, or resumed, the run in `path`."""
+    records = path.glob("environment*.json") if (path / "config.json").is_file() else ()
+    launches = [json.loads(file.read_text(encoding="utf-8")).get("launch") for file in records]
+    return launch_name() in launches and launch_name() is not None
 
 
 def keep_settings(path: Path, config: RunConfig) -> None:
@@ -207,6 +214,7 @@ def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
         "platform": platform.platform(),
         "device": device_name(pick_device(device)),
         "processes": num_processes(),
+        **({} if (launch := launch_name()) is None else {"launch": launch}),
         "cpu_count": os.cpu_count(),
         "git_commit": commit,
         "git_dirty": dirty,

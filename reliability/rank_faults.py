@@ -1,0 +1,128 @@
+"""Kill processes of runs that have several, let torch's agent start them again, compare the ends.
+
+    python -m reliability.rank_faults --kills 40
+
+A trial survived if the run went on by itself and ended with the student, the last checkpoint, the
+optimizer state, the data position and the metrics of a run of as many processes that nothing hit,
+bit for bit, and if nobody saw a traceback. Prints a table, writes it as JSON and into
+docs/reliability.md. The instants of the kills depend on the machine's speed.
+"""
+
+# ruff: noqa: E402 - the environment is set before the libraries read it
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+for variable, value in {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}.items():
+    os.environ[variable] = value
+
+import torch
+
+from reliability import rank_trials as trials
+from reliability.fault_trials import ROW
+from reliability.harness import RANKS, ranks_part, surroundings, write_results
+from reliability.rank_trials import ROWS_PER_STEP, SAVE_TOKENS, STAGES, STEPS, Kills, RankLab
+from tiny_onn.teacher.load import quiet_transformers
+
+# Trials of each stage of saving, of each kind of damage, and kills under the command torchrun.
+FEW = 5
+
+
+def tried(name: str, trial: Callable[[], Kills], kills: int) -> dict[str, Any]:
+    """A row: how often the fault was tried and survived, and the most work lost."""
+    started, done, survived, lost = time.monotonic(), 0, 0, 0
+    problems: set[str] = set()
+    while done < kills:
+        one = trial()
+        done += one.number
+        survived += 0 if one.outcome.problems else one.number
+        lost = max(lost, one.outcome.lost_tokens)
+        problems |= set(one.outcome.problems)
+        for problem in one.outcome.problems:
+            print(f"  {name}: {problem}", flush=True)
+    print(f"{survived:4} of {done:4}  {name} ({time.monotonic() - started:.0f} s)", flush=True)
+    row = {"fault": name, "tried": done, "survived": survived, "lost_tokens": lost}
+    return {**row, "told": "", "problems": sorted(problems)}
+
+
+def rows_of(lab: RankLab, kills: int, few: int) -> list[dict[str, Any]]:
+    """The rows of some processes."""
+    who = f"{lab.processes} processes"
+    at_random = f"SIGKILL of one of {who} at a random instant"
+    faults: list[tuple[str, Callable[[], Kills], int]] = [
+        (at_random, partial(trials.killed_at_random, lab), kills),
+        (
+            f"{at_random}, under the command torchrun",
+            partial(trials.killed_at_random, lab, command=True),
+            few,
+        ),
+    ]
+    if lab.processes == 2:
+        faults += [
+            (
+                f"SIGKILL while {who} save: {stage}",
+                partial(trials.killed_in_stage, lab, stage=stage),
+                few,
+            )
+            for stage in STAGES
+        ]
+        faults += [
+            (f"Newest checkpoint of {who}: {text}", partial(trials.damaged, lab, kind=kind), few)
+            for kind, text in (
+                ("a bit flipped", "a bit of a file flipped"),
+                ("truncated", "a file truncated"),
+                ("gone", "a file gone"),
+            )
+        ]
+    return [tried(*fault) for fault in faults if fault[2]]
+
+
+def main() -> int:
+    """Run, print, write; 1 if a fault was not survived."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=40, help="SIGKILLs for each number")
+    parser.add_argument("--few", type=int, default=FEW, help="trials of each other kind")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--write", action="store_true", help="write the JSON and document in git")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    quiet_transformers()
+    started, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="tiny-onn-ranks-") as temporary:
+        for processes in options.processes:
+            lab = RankLab(Path(temporary) / str(processes), options.seed, processes)
+            print(f"reference run of {processes}: {lab.seconds:.1f} s", flush=True)
+            rows += rows_of(lab, options.kills, options.few)
+    record = {
+        **surroundings(sys.argv),
+        "run": f"{STEPS} steps of {ROWS_PER_STEP} x {ROW} tokens, saved every {SAVE_TOKENS} tokens",
+        "shard": "train.shard is optimizer, so that checkpoints have tensors of one process alone",
+        "seed": options.seed,
+        "seconds": round(time.monotonic() - started),
+        "rows": rows,
+    }
+    print()
+    print(ranks_part(record))
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if options.write:
+        write_results(RANKS, record)
+    return 0 if all(row["tried"] == row["survived"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
