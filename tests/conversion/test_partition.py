@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.conversion import held_share
 from tiny import WIDTH, change, make_dense, make_ids, make_rows, make_student
 from tiny_onn.config.schema import ExpertInit, ExpertsConfig, RunConfig
 from tiny_onn.conversion import partition
@@ -159,34 +158,6 @@ def test_a_learned_partition_holds_more_of_the_energy_than_its_start():
 
     assert captured(learned) > captured(start) + 0.05
     assert captured(learned) > 0.95 * captured(planted)
-
-
-def test_the_first_rounds_on_every_second_token_cost_no_energy(monkeypatch):
-    planted = torch.arange(64) % 8
-    x = torch.randn(2048, 8, generator=generator(6))
-    noise = torch.randn(2048, 64, generator=generator(7))
-    energy = (x[:, planted] + noise).exp()
-    start = by_importance(energy, 8)
-    learned = learn_partition(energy, x, start, 8, 4.0)
-    assert torch.equal(learned, learn_partition(energy, x, start, 8, 4.0))
-    calls = []
-    alternate = partition._alternate
-
-    def spied(energy_TF, *args):
-        calls.append(len(energy_TF))
-        return alternate(energy_TF, *args)
-
-    monkeypatch.setattr(partition, "_alternate", spied)
-    assert torch.equal(learned, learn_partition(energy, x, start, 8, 4.0))
-    assert calls == [1024, 2048]
-    held = held_share(energy, x, learned, 8, 4.0)
-    monkeypatch.setattr(partition, "FIRST_ROUNDS", 0)
-    at_once = learn_partition(energy, x, start, 8, 4.0)
-    assert held >= held_share(energy, x, at_once, 8, 4.0) - 1e-3
-    # Too few tokens for a gate of 8 inputs are read all from the first round on.
-    calls.clear()
-    learn_partition(energy[:40], x[:40], start, 8, 4.0)
-    assert calls == [40]
 
 
 def test_energies_of_more_tokens_than_a_chunk_are_those_of_each_token():

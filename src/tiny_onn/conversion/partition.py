@@ -29,9 +29,7 @@ from tiny_onn.routing.thresholds import exact_threshold
 
 SAMPLED_TOKENS = 8192
 KMEANS_ROUNDS = 15
-LEARNING_ROUNDS, LEAST_GAIN = 16, 2e-4
-FIRST_ROUNDS, FIRST_GAIN = 6, 1e-3
-"""Rounds on every second token, and their least gain, before those on all tokens."""
+LEARNING_ROUNDS, LEAST_GAIN = 16, 1e-4
 DIRECTIONS = 512
 LAYER_BYTES = 2**32
 """Bytes for the energies and inputs, float32, of the layers that are learned at the same time."""
@@ -211,8 +209,9 @@ def learn_partition(
     2. Neurons move: neuron f contributes `sum_t active[t, e] * energy[t, f]` in expert e, and the
        balanced assignment maximises the total. It starts from the prices of the previous round.
 
-    Energies are divided by their token's total, so that every token counts the same. The first
-    rounds, in which many neurons move, read every second token, if these are enough for the gates.
+    Energies are divided by their token's total, so that every token counts the same. The total
+    divides sums over neurons, and choices that are summed over tokens, so that no second table of
+    energies is made.
 
     Args:
         energy_TF: energies of the neurons.
@@ -221,38 +220,14 @@ def learn_partition(
         num_experts: experts of the partition.
         target_k: active experts per token, the mean.
     """
-    prices_E = torch.zeros(num_experts, dtype=torch.float64)
-    some_TF, some_TD = energy_TF[::2], x_TD[::2]
-    # A gate of the first rounds is fitted to half of these tokens.
-    if len(some_TD) >= 3 * some_TD.shape[1]:
-        first = (FIRST_ROUNDS, FIRST_GAIN)
-        expert_F = _alternate(some_TF, some_TD, expert_F, prices_E, target_k, *first)
-    last = (LEARNING_ROUNDS, LEAST_GAIN)
-    return _alternate(energy_TF, x_TD, expert_F, prices_E, target_k, *last)
-
-
-def _alternate(  # noqa: PLR0917
-    energy_TF: Tensor,
-    x_TD: Tensor,
-    expert_F: Tensor,
-    prices_E: Tensor,
-    target_k: float,
-    max_rounds: int,
-    least_gain: float,
-) -> Tensor:
-    """Return the best partition of some rounds of `learn_partition`; `prices_E` changes in place.
-
-    A token's total divides sums over neurons, and choices that are summed over tokens, so that no
-    second table of energies is made.
-    """
-    num_experts = len(prices_E)
     scale_T1 = energy_TF.sum(1, keepdim=True).clamp_min(1e-30).reciprocal()
     counted_T = torch.ones(len(energy_TF), dtype=torch.bool, device=energy_TF.device)
     halves = (slice(0, None, 2), slice(1, None, 2))
     inputs = [x_TD[half].float() for half in halves]
     gates = [Ridge(x_TD) for x_TD in inputs]
+    prices_E = torch.zeros(num_experts, dtype=torch.float64)
     best, best_F = -1.0, expert_F
-    for _ in range(max_rounds):
+    for _ in range(LEARNING_ROUNDS):
         energy_TE = (energy_TF @ _members(expert_F, num_experts, energy_TF).T).mul_(scale_T1)
         target_TE = energy_TE.clamp_min(1e-12).log()
         logits_TE = torch.empty_like(target_TE)
@@ -265,7 +240,7 @@ def _alternate(  # noqa: PLR0917
         gain = captured - best
         if gain > 0:
             best, best_F = captured, expert_F
-        if gain <= least_gain:
+        if gain <= LEAST_GAIN:
             break
         expert_F = balanced_assignment(energy_TF.T @ (active_TE * scale_T1), prices_E)
     return best_F
