@@ -14,6 +14,7 @@ from tiny_onn.deploy.exporting import ExportError, Job, refuse_what_no_export_ha
 from tiny_onn.errors import UserError, reason_line
 from tiny_onn.publish import publish
 from tiny_onn.routing.budgets import set_budget
+from tiny_onn.runs.model_card import README, write_export_card, write_model_card
 from tiny_onn.runs.students import load_student
 
 # A target's writer fills a folder and returns what the export loses, in one sentence.
@@ -71,6 +72,11 @@ def run_export(
             folder.mkdir()
             refuse_what_no_export_has(job)
             lost = WRITERS[to](job, folder)
+            readme = Path(model) / README
+            if loaded.of_run:
+                write_model_card(folder, loaded.config, Path(model), step=loaded.step)
+                readme = folder / README
+            write_export_card(folder, readme, to=to, lost=lost, budget=budget)
             with status(f"Writing {out}"):
                 publish(folder, out)
     except ExportError as error:

@@ -48,6 +48,7 @@ from tiny_onn.runs.folder import (
     resume_run_folder,
 )
 from tiny_onn.runs.lock import LOCK_NAME, run_lock
+from tiny_onn.runs.model_card import write_model_card
 from tiny_onn.runs.signals import Stopped, StopRequest, stop_on_signal
 from tiny_onn.runs.students import save_student
 from tiny_onn.runs.trackers import check_trackers
@@ -239,11 +240,11 @@ class _Run:
         student.train(False)
         with status(f"{self.title}: saving the student"):
             fill_threshold_tables(student, self.threshold_rows, scope)
-            if not self.world.first:
-                return
-            save_student(out / "student", self.prepared)
-            summary = self.state.summary(after, self.training.config, self.checkpoints)
-            write_json(out / "summary.json", {**summary, "health": self.log.verdict()})
+            if self.world.first:
+                save_student(out / "student", self.prepared)
+                summary = self.state.summary(after, self.training.config, self.checkpoints)
+                write_json(out / "summary.json", {**summary, "health": self.log.verdict()})
+                write_model_card(out / "student", self.training.config, out, step=self.state.step)
 
     def _last_evaluation(self) -> Evaluation | None:
         """Evaluate after the last step; return None if a stopped run leaves it out."""
