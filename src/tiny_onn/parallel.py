@@ -219,6 +219,22 @@ def messages(sizes: Sequence[int]) -> list[list[int]]:
     return groups
 
 
+def balanced(sizes: Sequence[int], num_ranks: int) -> list[int]:
+    """Return the rank of the process that gets each item, so that all get about as much.
+
+    The largest items come first, each to the process that has least so far.
+
+    Args:
+        sizes: The size of each item.
+        num_ranks: The number of processes.
+    """
+    loads, ranks = [0] * num_ranks, [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        ranks[number] = loads.index(min(loads))
+        loads[ranks[number]] += sizes[number]
+    return ranks
+
+
 def check_world(config: RunConfig, world: World) -> None:
     """Refuse settings whose steps cannot be divided evenly over the processes.
 
