@@ -285,7 +285,9 @@ def _store(rank: int, size: int) -> Store:
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
     except (ValueError, RuntimeError) as error:
-        raise UserError(
+        # A variable that is missing is missing in all processes; a connection may fail in one.
+        kind = RankError if rank and isinstance(error, RuntimeError) else UserError
+        raise kind(
             f"WORLD_SIZE: got {size} processes that do not find each other"
             f" ({reason_of(error)}), expected the address and the port that a launcher sets; start"
             " them with torchrun"
@@ -304,7 +306,8 @@ def _choose_gpu(device: str, size: int, local_rank: int) -> bool:
             " process takes the GPU of its local rank"
         )
     if local_rank >= (found := torch.cuda.device_count()):
-        raise UserError(
+        # Other processes of this machine may have a device each, so the first one without tells it.
+        raise (RankError if local_rank == found else UserError)(
             f"train.device: got local rank {local_rank} on a machine with {found} CUDA devices,"
             " expected a device per process; lower --nproc-per-node"
         )
