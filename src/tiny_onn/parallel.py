@@ -7,6 +7,7 @@ launcher the world is one process, in which every operation here does nothing.
 """
 
 import hashlib
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ MESSAGE_BYTES = 2**26
 TIMEOUT = timedelta(hours=2)
 # A network file system may show a new file to another machine after some seconds.
 SHOWN_AFTER_S = 30.0
+ASKED_EVERY_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,6 +286,7 @@ def _store(rank: int, size: int) -> Store:
     """Return the launcher's table of keys and values, by which the processes find each other."""
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        start = name_of_start(store, rank, size)
     except (ValueError, RuntimeError) as error:
         # A variable that is missing is missing in all processes; a connection may fail in one.
         kind = RankError if rank and isinstance(error, RuntimeError) else UserError
@@ -293,7 +296,40 @@ def _store(rank: int, size: int) -> Store:
             " them with torchrun"
         ) from error
     # Processes that are started again do not meet what the ones before them left.
-    return PrefixStore(f"tiny_onn {launcher_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return PrefixStore(f"tiny_onn {start}", store)
+
+
+def name_of_start(store: Store, rank: int, size: int) -> str:
+    """Return a name that the processes of this start share, and that no earlier start had.
+
+    The launcher's table may outlive the processes. Its count of restarts is no such name, because
+    the agent of each machine counts only the failures of its own processes. So each process asks by
+    a new name of its own, and the first one answers until all of them have its answer.
+
+    Args:
+        store: The launcher's table, which may hold entries of earlier starts.
+        rank: The number of this process.
+        size: The number of processes, all of which make this call.
+
+    Raises:
+        RuntimeError: A process does not come in time.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"asks {rank}", own)
+        start = store.get(f"answer {own}").decode()
+        store.set(f"knows {start} {rank}", "1")
+        return start
+    waiting, until = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
+    while waiting:
+        for other in waiting:
+            if store.check([f"asks {other}"]):
+                store.set(f"answer {store.get(f'asks {other}').decode()}", own)
+        waiting = {other for other in waiting if not store.check([f"knows {own} {other}"])}
+        if waiting and time.monotonic() > until:
+            raise RuntimeError(f"process {min(waiting)} did not come")
+        time.sleep(ASKED_EVERY_S)
+    return own
 
 
 def _choose_gpu(device: str, size: int, local_rank: int) -> bool:
