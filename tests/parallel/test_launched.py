@@ -50,6 +50,7 @@ def config(tmp_path_factory):
     ("arguments", "told"),
     [
         (["report", "runs/x"], "report: got 2 processes, expected one, because distill alone"),
+        (["cache", "--preset", "model-card"], "cache: got 2 processes, expected one, because"),
         (["distill", "--preset", "demo"], "distill: got no --out with 2 processes; add --out"),
         (
             ["distill", "--preset", "demo", "--profile", "--out", "x"],
