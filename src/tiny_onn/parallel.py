@@ -95,7 +95,9 @@ class World:
                 told = store.add("told", 1) - 1
             if told:
                 raise SystemExit(2) from error
-            raise (RankError(f"process {rank}: {error}") if rank else error) from error
+            if rank:
+                raise RankError(f"process {rank}: {error}") from error
+            raise
         dist.destroy_process_group()
 
     @property
