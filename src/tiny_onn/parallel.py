@@ -7,6 +7,7 @@ launcher the world is one process, in which every operation here does nothing.
 """
 
 import hashlib
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ MESSAGE_BYTES = 2**26
 TIMEOUT = timedelta(hours=2)
 # A network file system may show a new file to another machine after some seconds.
 SHOWN_AFTER_S = 30.0
+ASKED_EVERY_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +95,9 @@ class World:
                 told = store.add("told", 1) - 1
             if told:
                 raise SystemExit(2) from error
-            raise (RankError(f"process {rank}: {error}") if rank else error) from error
+            if rank:
+                raise RankError(f"process {rank}: {error}") from error
+            raise
         dist.destroy_process_group()
 
     @property
@@ -219,6 +223,22 @@ def messages(sizes: Sequence[int]) -> list[list[int]]:
     return groups
 
 
+def balanced(sizes: Sequence[int], num_ranks: int) -> list[int]:
+    """Return the rank of the process that gets each item, so that all get about as much.
+
+    The largest items come first, each to the process that has least so far.
+
+    Args:
+        sizes: The size of each item.
+        num_ranks: The number of processes.
+    """
+    loads, ranks = [0] * num_ranks, [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        ranks[number] = loads.index(min(loads))
+        loads[ranks[number]] += sizes[number]
+    return ranks
+
+
 def check_world(config: RunConfig, world: World) -> None:
     """Refuse settings whose steps cannot be divided evenly over the processes.
 
@@ -268,14 +288,50 @@ def _store(rank: int, size: int) -> Store:
     """Return the launcher's table of keys and values, by which the processes find each other."""
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        start = name_of_start(store, rank, size)
     except (ValueError, RuntimeError) as error:
-        raise UserError(
+        # A variable that is missing is missing in all processes; a connection may fail in one.
+        kind = RankError if rank and isinstance(error, RuntimeError) else UserError
+        raise kind(
             f"WORLD_SIZE: got {size} processes that do not find each other"
             f" ({reason_of(error)}), expected the address and the port that a launcher sets; start"
             " them with torchrun"
         ) from error
     # Processes that are started again do not meet what the ones before them left.
-    return PrefixStore(f"tiny_onn {launcher_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return PrefixStore(f"tiny_onn {start}", store)
+
+
+def name_of_start(store: Store, rank: int, size: int) -> str:
+    """Return a name that the processes of this start share, and that no earlier start had.
+
+    The launcher's table may outlive the processes. Its count of restarts is no such name, because
+    the agent of each machine counts only the failures of its own processes. So each process asks by
+    a new name of its own, and the first one answers until all of them have its answer.
+
+    Args:
+        store: The launcher's table, which may hold entries of earlier starts.
+        rank: The number of this process.
+        size: The number of processes, all of which make this call.
+
+    Raises:
+        RuntimeError: A process does not come in time.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"asks {rank}", own)
+        start = store.get(f"answer {own}").decode()
+        store.set(f"knows {start} {rank}", "1")
+        return start
+    waiting, until = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
+    while waiting:
+        for other in waiting:
+            if store.check([f"asks {other}"]):
+                store.set(f"answer {store.get(f'asks {other}').decode()}", own)
+        waiting = {other for other in waiting if not store.check([f"knows {own} {other}"])}
+        if waiting and time.monotonic() > until:
+            raise RuntimeError(f"process {min(waiting)} did not come")
+        time.sleep(ASKED_EVERY_S)
+    return own
 
 
 def _choose_gpu(device: str, size: int, local_rank: int) -> bool:
@@ -288,7 +344,8 @@ def _choose_gpu(device: str, size: int, local_rank: int) -> bool:
             " process takes the GPU of its local rank"
         )
     if local_rank >= (found := torch.cuda.device_count()):
-        raise UserError(
+        # Other processes of this machine may have a device each, so the first one without tells it.
+        raise (RankError if local_rank == found else UserError)(
             f"train.device: got local rank {local_rank} on a machine with {found} CUDA devices,"
             " expected a device per process; lower --nproc-per-node"
         )

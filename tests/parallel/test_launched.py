@@ -50,6 +50,7 @@ def config(tmp_path_factory):
     ("arguments", "told"),
     [
         (["report", "runs/x"], "report: got 2 processes, expected one, because distill alone"),
+        (["cache", "--preset", "model-card"], "cache: got 2 processes, expected one, because"),
         (["distill", "--preset", "demo"], "distill: got no --out with 2 processes; add --out"),
         (
             ["distill", "--preset", "demo", "--profile", "--out", "x"],
@@ -94,6 +95,16 @@ def test_every_process_wants_a_gpu_of_its_own(device, told, monkeypatch, tmp_pat
     arguments = ["--set", f"train.device={device}", "--out", str(tmp_path / "run")]
     assert main(["distill", "--preset", "demo", *arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("beyond", "tells"), [(0, True), (1, False)])
+def test_the_first_process_without_a_gpu_tells_it(beyond, tells, monkeypatch, tmp_path, capsys):
+    local_rank = torch.cuda.device_count() + beyond
+    for name, value in {"WORLD_SIZE": "9", "RANK": "8", "LOCAL_RANK": str(local_rank)}.items():
+        monkeypatch.setenv(name, value)
+    arguments = ["--set", "train.device=cuda", "--out", str(tmp_path / "run")]
+    assert main(["distill", "--preset", "demo", *arguments]) == 2
+    assert ("got local rank" in capsys.readouterr().err) == tells
 
 
 def test_a_mistake_of_all_processes_is_told_once(tmp_path):

@@ -113,8 +113,8 @@ class Distill:
 
         with World.from_environment(config.train.device) as world:
             # A launcher starts the same command again after a process has failed. A run that it
-            # found in the folder is not resumed unasked.
-            begun = was_restarted() and world.any_true(
+            # found in the folder is not resumed unasked. Not every machine counts the restart.
+            begun = world.any_true(was_restarted()) and world.any_true(
                 world.first and was_begun_by_this_launch(out)
             )
             result = run_distill(

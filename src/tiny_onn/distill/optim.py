@@ -28,7 +28,7 @@ from tiny_onn.config.schema import OptimConfig, Shard
 from tiny_onn.distill.units import Units, in_units_, norm_in_units, out_of_units_, start_units
 from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
-from tiny_onn.parallel import ALONE, World
+from tiny_onn.parallel import ALONE, World, balanced
 from tiny_onn.teacher.quantize import load_bitsandbytes
 
 
@@ -92,15 +92,9 @@ def build_optimizer(
 
 
 def owners_of(parameters: Sequence[nn.Parameter], size: int) -> dict[nn.Parameter, int]:
-    """Return the rank of the process that steps each parameter, so that all hold about as much.
-
-    The largest parameters come first, each to the process that has least so far.
-    """
-    loads, owners = [0] * size, dict.fromkeys(parameters, 0)
-    for parameter in sorted(parameters, key=nn.Parameter.numel, reverse=True):
-        owners[parameter] = loads.index(min(loads))
-        loads[owners[parameter]] += parameter.numel()
-    return owners
+    """Return the rank of the process that steps each parameter, so that all hold about as much."""
+    ranks = balanced([parameter.numel() for parameter in parameters], size)
+    return dict(zip(parameters, ranks, strict=True))
 
 
 def _stepper(

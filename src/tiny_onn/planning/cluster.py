@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.parallel import messages
+from tiny_onn.parallel import balanced, messages
 from tiny_onn.planning.costs import Parameters, Sizes
 from tiny_onn.planning.device_names import device_rows
 from tiny_onn.planning.memory import Moment, state_bytes, weight_bytes
@@ -274,14 +274,12 @@ class Trained(NamedTuple):
 def state_of_rank(tensors: Sequence[Trained], num_ranks: int) -> int:
     """Return the most bytes of optimizer state that a rank holds.
 
-    Each of the experts' tensors goes, largest first, to the rank that has least so far. The state
-    of gates is on all ranks.
+    The state of each of the experts' tensors is on one rank, and that of gates on all ranks.
     """
-    loads, states = [0] * num_ranks, [0] * num_ranks
+    states = [0] * num_ranks
     experts = [tensor for tensor in tensors if not tensor.of_gate]
-    for tensor in sorted(experts, key=lambda tensor: tensor.bytes, reverse=True):
-        rank = loads.index(min(loads))
-        loads[rank] += tensor.bytes
+    ranks = balanced([tensor.bytes for tensor in experts], num_ranks)
+    for tensor, rank in zip(experts, ranks, strict=True):
         states[rank] += tensor.state_bytes
     return max(states) + sum(tensor.state_bytes for tensor in tensors if tensor.of_gate)
 

@@ -207,7 +207,8 @@ def _recipe(
     yield f"- Text: {', '.join(sources)}; rows of {config.data.row_tokens:,} tokens."
     if summary:
         rows = config.train.rows_per_step
-        yield f"- {summary['tokens']:,} tokens in {summary['steps']:,} steps of {rows} row{'s' * (rows > 1)}."
+        said = f"{rows} rows" if rows > 1 else "one row"
+        yield f"- {summary['tokens']:,} tokens in {summary['steps']:,} steps of {said}."
     yield (
         f"- Partition `{config.experts.init}`, gates' objective `{config.router.objective}`,"
         f" {config.optim.name} with rates {config.optim.expert_lr:g} (experts) and"

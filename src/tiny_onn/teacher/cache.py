@@ -311,8 +311,8 @@ class TeacherCache:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-cache")
         self._index, self._shard = -1, None
 
-    def check_length(self, num_rows: int) -> None:
-        """Refuse to serve a run that reads more rows than the cache holds.
+    def check_length(self, num_rows: int, rows_per_step: int = 1) -> None:
+        """Refuse to serve a run that reads more rows, in whole steps, than the cache holds.
 
         Raises:
             UserError: the cache holds fewer rows.
@@ -323,10 +323,11 @@ class TeacherCache:
         held, asked = (rows * manifest.row_tokens for rows in (manifest.rows_written, num_rows))
         planned = manifest.num_rows * manifest.row_tokens
         unfinished = f" of {planned:,} that it shall hold" if held < planned else ""
+        whole = held - manifest.rows_written % rows_per_step * manifest.row_tokens
+        shorter = f", or set train.tokens={whole} or less" if whole else ""
         raise UserError(
             f"teacher.cache: {self.folder} holds {held:,} tokens{unfinished}, expected the"
-            f" {asked:,} that the run reads; go on with `tiny-onn cache` and the run's settings, or"
-            f" set train.tokens={held} or less"
+            f" {asked:,} that the run reads; go on with `tiny-onn cache` and its settings{shorter}"
         )
 
     def taught(self, row: PackedRow) -> PackedRow:
@@ -389,7 +390,7 @@ def check_cache(
     """
     if (cache := open_cache(config)) is None:
         return
-    cache.check_length(rows_of_run(config))
+    cache.check_length(rows_of_run(config), config.train.rows_per_step)
     found = difference(cache.manifest, cache_identity(config, dense, tokenizer))
     if found is not None:
         raise UserError(

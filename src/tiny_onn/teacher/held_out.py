@@ -49,6 +49,7 @@ class TaughtText:
         with Bar(text, length_hint(self._rows) or None) as bar:
             for index, row in enumerate(self._rows):
                 if index % world.size != world.rank:
+                    bar.update()
                     continue
                 row = row.to(device)  # noqa: PLW2901
                 hidden_TD = self._cached.get(index)
