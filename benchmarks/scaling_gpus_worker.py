@@ -131,7 +131,7 @@ def _measured(
         take(clock)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM")
     # Who comes last to the sum waits least for the others.
-    all_reduce_s = clock.seconds["all-reduce"] / 3
+    all_reduce_s = clock.seconds.get("all-reduce", 0.0) / 3
     slowest = _over_ranks(seconds, world).amax(0)
     p20, p50, p80 = slowest.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return {

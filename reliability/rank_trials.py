@@ -53,7 +53,7 @@ SAVE_TOKENS = SAVE_STEPS * STEP_TOKENS
 STEPS = 24
 GOES_ON = re.compile(r"(?:going on after step (\d+)|no checkpoint yet)")
 # torch's agent logs how its workers ended, which is not what a user is told.
-AGENT_LINE = re.compile(r"[EWI]\d{4} .* torch/distributed/")
+AGENT_LINE = re.compile(r"[EWI]\d{4} .*torch/distributed/")
 
 
 class RankLab(Lab):

@@ -145,8 +145,7 @@ def blockwise_step(
             with gates.row(row), mlp_calls(teacher, layers.row_learner(row)):
                 last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
         commit()
-    with clock.phase("all-reduce"):
-        add_up(world, student, gates, [layers.error_L])
+    add_up(world, student, gates, [layers.error_L], clock)
     loss = layers.error_L.mean()
     with clock.phase("optimizer"):
         result = update(student, optimizer, loss, gates, config)

@@ -97,8 +97,7 @@ def distill_step(
     errors = [values.states_error for values in measured if values.states_error is not None]
     # Every process has as many rows, so that the sum of these shares is the mean over all rows.
     mean_errors = [torch.stack(errors).mean() / world.size] if errors else []
-    with clock.phase("all-reduce"):
-        add_up(world, student, gates, [sums_4, *mean_errors])
+    add_up(world, student, gates, [sums_4, *mean_errors], clock)
     loss, forward_kl, agreement, student_entropy = sums_4 / scales.loss_tokens
     with clock.phase("optimizer"):
         result = update(student, optimizer, loss, gates, config)
@@ -127,13 +126,18 @@ def undone_if_broken(gates: GateStep, optimizer: torch.optim.Optimizer) -> Itera
 
 
 def add_up(
-    world: World, student: TinyOnnForCausalLM, gates: GateStep, measured: Sequence[Tensor]
+    world: World,
+    student: TinyOnnForCausalLM,
+    gates: GateStep,
+    measured: Sequence[Tensor],
+    clock: Clock,
 ) -> None:
     """Replace gradients, counts and measurements by their sums over all processes, in place."""
     if world.size == 1:
         return
-    gradients = [p.grad for p in student.trainable().values() if p.grad is not None]
-    world.all_reduce_sum([*gradients, *gates.sums(), *measured])
+    with clock.phase("all-reduce"):
+        gradients = [p.grad for p in student.trainable().values() if p.grad is not None]
+        world.all_reduce_sum([*gradients, *gates.sums(), *measured])
 
 
 def _all_finite(*values: Tensor | float) -> bool:
