@@ -88,8 +88,20 @@ def cpu_rows() -> Iterator[Row]:
     )
     growth = load("scaling")["ratios"]["memory per token / saved inputs"]
     yield Row("memory per further token of a row", f"{growth:.2f}", "1 = saved inputs", "", "~ 1")
+    yield from inference_rows(load("cpu_inference")["rows"])
     if (RESULTS / "conversion.json").is_file():
         yield from conversion_rows(load("conversion"))
+
+
+def inference_rows(rows: list[dict[str, Any]]) -> Iterator[Row]:
+    """Yield whole models on a CPU, one token after another and a prompt at once."""
+    whats = {"decode": ("a token after another", ">= 1.28"), "prompt": ("a prompt", ">= 1.2")}
+    for row in rows:
+        what, goal = whats[row["what"]]
+        label = f"{row['shape']}, {what}, {row['dtype']}, k = {row['k']}, dense / ours"
+        ratio = f"{row['speedup']:.2f}"
+        goal = {16: goal, 32: ""}.get(row["k"], ">= 1")
+        yield Row(label, ms(row["ours_ms"]), f"{ms(row['dense_ms'])} dense", ratio, goal)
 
 
 def conversion_rows(record: dict[str, Any]) -> Iterator[Row]:
