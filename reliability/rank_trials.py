@@ -192,6 +192,9 @@ def killed_at_random(lab: RankLab, *, command: bool = False) -> Kills:
         alive = [w for w in workers(agent) if w.status() != psutil.STATUS_ZOMBIE]
         if len(alive) < lab.processes:
             continue
+        # A worker that is killed when its work is done leaves torch's agent waiting for its answer.
+        if tokens_done(out) >= STEPS * STEP_TOKENS:
+            break
         lost = tokens_done(out) - tokens_kept(out)
         try:
             lab.random.choice(alive).kill()
