@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from experiments import quality
 from repository import run_module
 from tiny_onn.config.read import load_config
@@ -36,6 +38,7 @@ def test_a_table_shows_the_spread_over_seeds():
     assert quality.spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_line_and_is_not_made_again(tmp_path):
     options = ("--groups", "partitions", "--threads", "1")
     assert "partitions: slices, seed 0: KL" in smoke(tmp_path, *options)
