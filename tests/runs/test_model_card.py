@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from tiny import save_teacher, write_run
 from tiny_onn.config.schema import TeacherConfig
@@ -32,9 +32,18 @@ def run(tmp_path_factory):
     return config, folder / "run", result
 
 
+def metadata(folder):
+    """What the hub reads of a folder's README."""
+    found = metadata_load(folder / "README.md")
+    assert found is not None
+    return found
+
+
 def test_a_student_s_card_holds_what_its_run_measured(run):
     config, folder, result = run
     card = ModelCard.load(folder / "student" / "README.md")
+    assert isinstance(card.data, ModelCardData)
+    assert card.data.eval_results is not None
     assert card.data.license == "mit"
     assert card.data.pipeline_tag == "text-generation"
     (kl,) = [r for r in card.data.eval_results if r.metric_type == "kl"]
@@ -54,7 +63,7 @@ def test_the_numbers_are_those_of_the_step(run, tmp_path):
     write_model_card(tmp_path, config, folder, step=1)
     text = (tmp_path / "README.md").read_text()
     assert "No numbers of this student are recorded" in text
-    assert metadata_load(tmp_path / "README.md")["license"] == "mit"
+    assert metadata(tmp_path)["license"] == "mit"
 
 
 def test_an_export_says_what_it_loses_and_keeps_the_numbers(run, tmp_path):
@@ -66,9 +75,8 @@ def test_an_export_says_what_it_loses_and_keeps_the_numbers(run, tmp_path):
         assert lost in text
         assert table_row in text
         assert text.count("\n---\n") == 1
-        metadata = metadata_load(out / "README.md")
-        assert metadata["license"] == "mit"
-        assert metadata["tags"][-1] == "transformers"
+        assert metadata(out)["license"] == "mit"
+        assert metadata(out)["tags"][-1] == "transformers"
 
 
 def test_an_export_of_a_student_without_a_card_has_a_short_one(run, tmp_path):
