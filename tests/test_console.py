@@ -6,13 +6,13 @@ import io
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from serving import serving
 from tiny import make_dense, save_teacher
 from tiny_onn import console
 from tiny_onn.config.schema import TeacherConfig
@@ -136,12 +136,8 @@ def hub(sharded):
     def handler(*arguments):
         return Hub(*arguments, directory=str(sharded))
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with serving(handler) as address:
+        yield address
 
 
 GENERATE = """

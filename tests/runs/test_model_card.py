@@ -6,18 +6,18 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
+from serving import serving
 from tiny import save_teacher, write_run
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.deploy.export import run_export
 from tiny_onn.distill.loop import run_distill
-from tiny_onn.runs.model_card import licence_of, write_model_card
+from tiny_onn.runs.model_card import licence_of, write_export_card, write_model_card
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -77,6 +77,7 @@ def test_an_export_says_what_it_loses_and_keeps_the_numbers(run, tmp_path):
         assert text.count("\n---\n") == 1
         assert metadata(out)["license"] == "mit"
         assert metadata(out)["tags"][-1] == "transformers"
+        assert "model-index" not in metadata(out), "the results are the student's"
 
 
 def test_an_export_of_a_student_without_a_card_has_a_short_one(run, tmp_path):
@@ -98,7 +99,19 @@ def test_a_licence_is_the_one_that_the_teacher_states(tmp_path):
     (teacher / "README.md").write_text("---\nlicense: gemma\n---\n")
     assert licence_of(TeacherConfig(path=str(teacher))) == "gemma"
     assert licence_of(TeacherConfig(path="embedded")) == "apache-2.0"
-    assert licence_of(TeacherConfig(path="nobody/nothing")) is None
+    for absent in ("nobody/nothing", str(tmp_path / "gone"), "gone/for/long"):
+        assert licence_of(TeacherConfig(path=absent)) is None
+
+
+def test_a_card_that_its_owner_changed_is_kept_whole(run, tmp_path):
+    _, folder, _ = run
+    readme = tmp_path / "README.md"
+    readme.write_text((folder / "student" / "README.md").read_text() + "\nMine\n\n---\n\nToo\n")
+    write_export_card(tmp_path, readme, to="gguf", lost="something", budget=12.0)
+    text = readme.read_text()
+    assert "wrote this folder at a mean of 12 experts per token: something." in text
+    assert "| student |" in text
+    assert text.endswith("Mine\n\n---\n\nToo\n")
 
 
 @contextmanager
@@ -149,12 +162,8 @@ def hub(received):
         def log_message(self, format, *args):
             """Keep the test's output clean."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with serving(Hub) as address:
+        yield address
 
 
 PUSH = """

@@ -12,11 +12,13 @@ from typing import Any
 
 from huggingface_hub import (
     EvalResult,
+    ModelCard,
     ModelCardData,
     metadata_load,
     metadata_save,
     try_to_load_from_cache,
 )
+from huggingface_hub.errors import HFValidationError
 
 from tiny_onn.config.schema import HUB_PREFIX, RunConfig, TeacherConfig
 from tiny_onn.runs.files import write_atomically
@@ -73,7 +75,9 @@ def write_export_card(
     """
     known = source.read_text(encoding="utf-8") if source.is_file() else ""
     metadata = (metadata_load(source) or {}) if known else {}
-    _, _, body = known.rpartition("\n---\n") if known.startswith("---\n") else ("", "", known)
+    body = ModelCard(known, ignore_metadata_errors=True).text.lstrip()
+    # These results are the student's, and an export may compute something else.
+    metadata.pop("model-index", None)
     metadata["tags"] = [*dict.fromkeys([*metadata.get("tags", []), to])]
     metadata["library_name"] = "gguf" if to == "gguf" else "transformers"
     at = "" if budget is None else f" at a mean of {budget:g} experts per token"
@@ -84,7 +88,7 @@ def write_export_card(
         "",
         "What follows describes the student that was exported." if body else "",
     ]
-    text = "\n".join(lines).rstrip() + "\n\n" + body.lstrip()
+    text = "\n".join(lines).rstrip() + "\n\n" + body
     target = folder / README
     write_atomically(target, text.rstrip() + "\n")
     metadata_save(target, metadata)
@@ -99,7 +103,11 @@ def licence_of(teacher: TeacherConfig) -> str | None:
         return EMBEDDED_LICENCE
     found = Path(teacher.path) / README
     if not os.path.isdir(teacher.path):  # noqa: PTH112 - a hub id may be no valid path
-        cached = try_to_load_from_cache(teacher.path, README, revision=teacher.revision or None)
+        try:
+            cached = try_to_load_from_cache(teacher.path, README, revision=teacher.revision)
+        except HFValidationError:
+            # The teacher's folder is no longer there, and its path is no hub id.
+            return None
         if not isinstance(cached, str):
             return None
         found = Path(cached)
