@@ -5,21 +5,18 @@ the other two for the other half; all four are the world of the case `exchanged`
 """
 
 import json
-import os
 import resource
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn as spawn_processes
 
-from parallel_cases import ROWS, free_port, prepared
+from parallel_cases import ROWS, four_processes, free_port, prepared
 from tiny_onn import parallel
 from tiny_onn.config.schema import Shard
 from tiny_onn.distill.optim import SplitOptimizer, build_optimizer
@@ -38,7 +35,6 @@ from tiny_onn.runs.checkpoint import (
     write_checkpoint,
 )
 from tiny_onn.runs.checkpointer import Checkpointer
-from tiny_onn.teacher.load import quiet_transformers
 
 Case = Callable[[World, Path], Any]
 OPTIM = {"optim": {"lr_scale": "rms"}}
@@ -244,16 +240,7 @@ PAIR_CASES: dict[str, Case] = {
 
 def work(rank: int, port: int, folder: str) -> None:
     """Do the cases of one of four processes, and write what it saw."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    quiet_transformers()
-    with World.from_environment("cpu") as four:
-        groups = [[dist.new_group(ranks) for ranks in ([0, 1], [2, 3])] for _ in range(2)]
-        half = rank // 2
-        group, saving = (each[half] for each in groups)
-        pair = replace(four, rank=rank % 2, size=2, group=group, saving=saving)
+    with four_processes(rank, port) as (four, pair, half):
         for name, case in list(PAIR_CASES.items())[half::2]:
             place = Path(folder) / name
             seen = case(pair, place)

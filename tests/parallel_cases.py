@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -289,11 +290,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def work(rank: int, port: int, folder: str, config: RunConfig) -> None:
-    """Do the jobs of one of four processes, and save what they return."""
+@contextmanager
+def four_processes(rank: int, port: int) -> Iterator[tuple[World, World, int]]:
+    """The world of four processes, this one's pair of them, and the pair's number, 0 or 1."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["TINY_ONN_TEST_FOLDER"] = folder
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     quiet_transformers()
@@ -301,7 +302,13 @@ def work(rank: int, port: int, folder: str, config: RunConfig) -> None:
         groups = [[dist.new_group(ranks) for ranks in ([0, 1], [2, 3])] for _ in range(2)]
         half = rank // 2
         group, saving = (each[half] for each in groups)
-        pair = replace(four, rank=rank % 2, size=2, group=group, saving=saving)
+        yield four, replace(four, rank=rank % 2, size=2, group=group, saving=saving), half
+
+
+def work(rank: int, port: int, folder: str, config: RunConfig) -> None:
+    """Do the jobs of one of four processes, and save what they return."""
+    os.environ["TINY_ONN_TEST_FOLDER"] = folder
+    with four_processes(rank, port) as (four, pair, half):
         for name, job in list(pair_jobs().items())[half::2]:
             save_file(
                 {n: t.contiguous() for n, t in job(pair).items()},
