@@ -133,8 +133,9 @@ class World:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat, group=self.group)
         parts = flat.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        parts = [part.view_as(tensor) for tensor, part in zip(tensors, parts, strict=True)]
+        # A copy each would be hundreds of launches, which take the host longer than the message.
+        torch._foreach_copy_(list(tensors), parts)  # pyright: ignore[reportPrivateImportUsage]
 
     def broadcast(self, tensors: Sequence[Tensor], sources: Sequence[int] | None = None) -> None:
         """Replace each tensor by that of one process.
