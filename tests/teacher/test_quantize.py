@@ -216,9 +216,7 @@ def test_a_missing_bitsandbytes_names_its_remedy(monkeypatch):
 
 
 def test_loading_hides_the_kernel_notice_and_nothing_else(caplog):
-    code = (
-        "from tiny_onn.device import load_bitsandbytes as load; print(load('x').__name__)"
-    )
+    code = "from tiny_onn.device import load_bitsandbytes as load; print(load('x').__name__)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("bitsandbytes\n", "")

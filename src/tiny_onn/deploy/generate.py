@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Unpack
+from typing import Literal, Unpack
 
 from rich.console import Console
 from rich.live import Live
@@ -23,6 +23,7 @@ from tiny_onn.deploy.answers import (
 from tiny_onn.deploy.showing import RoutingColours, columns, print_token, summary_line
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
+from tiny_onn.model.quantized_experts import StoredAs
 
 
 def run_generate(
@@ -35,6 +36,7 @@ def run_generate(
     budget: float | None = None,
     checkpoint: str = "newest",
     teacher: str | None = None,
+    quantize: StoredAs | Literal["none"] = "none",
     with_teacher: bool = False,
     show_routing: bool = False,
     as_json: bool = False,
@@ -54,6 +56,7 @@ def run_generate(
         budget: the mean number of active experts per token of a student; None: as in training.
         checkpoint: the choice among a run's students, see `load_student`.
         teacher: the place of the student's teacher, see `load_student`.
+        quantize: the number format that holds the student's experts, or `none`.
         with_teacher: whether the teacher answers too, beside the student.
         show_routing: whether each token is shown with its number of active experts.
         as_json: whether one JSON object is printed in place of text.
@@ -66,7 +69,12 @@ def run_generate(
     """
     check_prompt(prompt)
     first = load_speaker(
-        model, pick_device(device), budget=budget, checkpoint=checkpoint, teacher=teacher
+        model,
+        pick_device(device),
+        budget=budget,
+        checkpoint=checkpoint,
+        teacher=teacher,
+        quantize=quantize,
     )
     for name, given in (("--with-teacher", with_teacher), ("--show-routing", show_routing)):
         if given and first.loaded is None:

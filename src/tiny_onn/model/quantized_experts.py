@@ -33,8 +33,10 @@ BLOCK_SIZE = 64
 class Quantized(nn.Module):
     """A parametrisation that turns stored integers and their scales into a stacked weight.
 
+    The integers are (E, bytes), an expert in a row.
+
     Args:
-        scale: the scales of all experts, float32, an expert's in a row of the first dimension.
+        scale: the scales of all experts, float32, (E, ...).
         shape: the weight's shape.
         transposed: whether the weight lies in memory column by column.
         dtype: the number format of the dequantised weight.
@@ -59,15 +61,13 @@ class Quantized(nn.Module):
         """Return the weights of some experts; those of the others are not dequantised."""
         return self._weight(stored.index_select(0, used_U), self.scale.index_select(0, used_U))
 
-    def _weight(self, stored: Tensor, scale: Tensor) -> Tensor:
+    def _weight(self, stored: UInt8[Tensor, "used bytes"], scale: Tensor) -> Tensor:
         _, M, K = self.shape
         numbers = self._dequantize(stored, scale)
-        if self.transposed:
-            return numbers.view(-1, K, M).mT
-        return numbers.view(-1, M, K)
+        return numbers.view(-1, K, M).mT if self.transposed else numbers.view(-1, M, K)
 
     @abstractmethod
-    def _dequantize(self, stored: Tensor, scale: Tensor) -> Tensor:
+    def _dequantize(self, stored: UInt8[Tensor, "used bytes"], scale: Tensor) -> Tensor:
         """Return the numbers in the order in which they lie in memory."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantized":
@@ -105,8 +105,10 @@ class Int8PerRow(Quantized):
     The dequantised weight is `integer * scale` in float32, rounded to the number format.
     """
 
-    def _dequantize(self, stored: Int8[Tensor, "used first second"], scale: Tensor) -> Tensor:
-        return torch.mul(stored, scale).to(self.dtype)
+    def _dequantize(self, stored: UInt8[Tensor, "used bytes"], scale: Tensor) -> Tensor:
+        _, M, K = self.shape
+        shape = (-1, K, M) if self.transposed else (-1, M, K)
+        return stored.view(torch.int8).view(shape).float().mul_(scale).to(self.dtype)
 
 
 @torch.no_grad()
@@ -163,6 +165,7 @@ def _quantize(experts: Experts, kind: str, stored_as: StoredAs, dtype: torch.dty
         stored, scale_EM1 = int8_per_row(weight_EMK)
         scale, stored = (t.mT if transposed else t for t in (scale_EM1, stored))
         back: Quantized = Int8PerRow(scale.contiguous(), *rest)
+        stored = stored.reshape(E, -1).view(torch.uint8)
     else:
         from bitsandbytes.functional import quantize_4bit  # noqa: PLC0415
 
