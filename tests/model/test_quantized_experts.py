@@ -1,4 +1,4 @@
-"""Experts in 4 and 8 bits: what a number becomes, that every path computes with it, and refusals."""
+"""Experts in 4 and 8 bits: what a number becomes, what computes with it, what is refused."""
 
 import copy
 import sys
@@ -121,8 +121,7 @@ def test_every_way_to_call_a_layer_computes_with_the_dequantised_weights(
     for path in ("dense", "grouped"):
         for bank in (*student.banks(), *plain.banks()):
             bank.set_execution(Execution(path=path))
-        for ids in (make_ids(), make_ids(1, 1)):
-            ids = ids.to(device)
+        for ids in (make_ids().to(device), make_ids(1, 1).to(device)):
             with torch.no_grad():
                 expected = plain(input_ids=ids).logits
                 torch.testing.assert_close(student(input_ids=ids).logits, expected)
@@ -279,7 +278,7 @@ def test_offloaded_experts_are_refused():
     config = student_of().config
     with torch.device("meta"):
         student = TinyOnnForCausalLM(config)
-    with pytest.raises(UserError, match="^quantize_experts.*offloaded.*device_map"):
+    with pytest.raises(UserError, match=r"^quantize_experts.*offloaded.*device_map"):
         quantize_experts(student, "int8")
 
 
