@@ -82,11 +82,7 @@ def run_generate(
     speakers = [first, load_teacher_speaker(first)] if with_teacher else [first]
     chat = first.has_chat_template and not raw
     if system is not None and not chat:
-        why = "--raw too" if raw else "a tokenizer without a chat template"
-        raise UserError(
-            f"--system: got {why}, expected a chat, which alone has a system message; leave"
-            f" {'one of them' if raw else '--system'} out"
-        )
+        raise _without_chat(raw)
     prompt_ids = first.chat_ids(opening(system, prompt)) if chat else first.prompt_ids(prompt)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     colours = RoutingColours.of(first, console) if show_routing else None
@@ -107,6 +103,15 @@ def run_generate(
         raise KeyboardInterrupt
     text = answers[0].text
     return text if chat else "".join(token.text for token in answers[0].tokens)
+
+
+def _without_chat(raw: bool) -> UserError:
+    """Return the refusal of a system message where there is no chat."""
+    why = "--raw too" if raw else "a tokenizer without a chat template"
+    return UserError(
+        f"--system: got {why}, expected a chat, which alone has a system message; leave"
+        f" {'one of them' if raw else '--system'} out"
+    )
 
 
 def _streamed(
