@@ -142,7 +142,8 @@ class Experts(nn.Module):
     def _weight(self, kind: str, used: Tensor | None) -> Tensor:
         if used is None:
             return getattr(self, kind)
-        # A parametrisation beyond the quantised weight's own, such as PEFT's, needs the whole one.
-        if self.stored_as is None or len(chain := self.parametrizations[kind]) > 1:
+        table: Any = getattr(self, "parametrizations", {})
+        # Weights that are not quantised, and those that PEFT changes as well, are there as a whole.
+        if self.stored_as is None or len(table[kind]) > 1:
             return getattr(self, kind)[used]
-        return chain[0].of(chain.original, used)
+        return table[kind][0].of(table[kind].original, used)

@@ -159,20 +159,24 @@ def quantize_experts(
 
 def _quantize(experts: Experts, kind: str, stored_as: StoredAs, dtype: torch.dtype) -> None:
     weight_EMK = experts.get_parameter(kind).data
-    E, transposed = len(weight_EMK), not weight_EMK.is_contiguous()
-    rest = (weight_EMK.shape, transposed, dtype)
+    E, shape = len(weight_EMK), weight_EMK.shape
     if stored_as == "int8":
-        stored, scale_EM1 = int8_per_row(weight_EMK)
-        scale, stored = (t.mT if transposed else t for t in (scale_EM1, stored))
-        back: Quantized = Int8PerRow(scale.contiguous(), *rest)
+        stored, scale = int8_per_row(weight_EMK)
+        # The integers lie in memory as the weight did, which generation reads fastest.
+        transposed = not weight_EMK.is_contiguous()
+        if transposed:
+            stored, scale = stored.mT, scale.mT
         stored = stored.reshape(E, -1).view(torch.uint8)
+        back: Quantized = Int8PerRow(scale.contiguous(), shape, transposed, dtype)
     else:
         from bitsandbytes.functional import quantize_4bit  # noqa: PLC0415
 
-        numbers_EN = (weight_EMK.mT if transposed else weight_EMK).reshape(E, -1)
+        # Blocks run along rows on every device, so that one student has one result.
+        numbers_EN = weight_EMK.reshape(E, -1)
         options = {"blocksize": BLOCK_SIZE, "quant_type": stored_as}
         packed, state = quantize_4bit(numbers_EN, **options)
-        stored, back = packed.view(E, -1), FourBit(stored_as, state.absmax.view(E, -1), *rest)
+        stored = packed.view(E, -1)
+        back = FourBit(stored_as, state.absmax.view(E, -1), shape, False, dtype)
     setattr(experts, kind, nn.Parameter(stored.contiguous(), requires_grad=False))
     parametrize.register_parametrization(experts, kind, back, unsafe=True)
 
