@@ -1,10 +1,13 @@
-"""The choice of a run's device and number format, and of kernels whose bits repeat."""
+"""The choice of a device, a number format and kernels whose bits repeat; and bitsandbytes."""
 
+import importlib
+import logging
 import os
 import platform
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -17,6 +20,11 @@ from tiny_onn.errors import UserError
 _BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 # Number formats are compared by the product of square matrices of this size, in milliseconds.
 _COMPARED_DIM = 512
+
+# bitsandbytes 0.50 warns on import, on CPUs with AVX-512 BF16, that an optional kernel is missing.
+# Nothing here takes the path that the kernel is for.
+_KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
+_KERNEL_NOTICE = "Failed to load CPU gemm_4bit_forward"
 
 
 def pick_device(name: str) -> torch.device:
@@ -152,3 +160,29 @@ def ask_for_same_bits(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     # In this mode torch fills new memory with NaN, a debugging aid that takes a pass over it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def load_bitsandbytes(setting: str) -> ModuleType:
+    """Import bitsandbytes and return it.
+
+    Args:
+        setting: the setting that needs it, `section.key = value`, for the message.
+
+    Raises:
+        UserError: bitsandbytes is not installed or cannot be imported.
+    """
+    logger = logging.getLogger(_KERNEL_LOGGER)
+    logger.addFilter(_is_not_kernel_notice)
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError(
+            f"{setting}: got no bitsandbytes ({error}), expected the package that does it; run "
+            "pip install tiny-onn[bnb]"
+        ) from error
+    finally:
+        logger.removeFilter(_is_not_kernel_notice)
+
+
+def _is_not_kernel_notice(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_KERNEL_NOTICE)

@@ -369,7 +369,8 @@ def test_eval_as_json_prints_nothing_else(stand_in, capsys):
     assert json.loads(printed.out) == result
     assert printed.err == "progress\n"
     options = {"text": None, "device": "cpu", "max_tokens": 8192, "checkpoint": "newest"}
-    assert calls == [(("runs/x",), options | {"stride": None, "teacher": None})]
+    rest = {"stride": None, "teacher": None, "quantize": "none"}
+    assert calls == [(("runs/x",), options | rest)]
 
 
 @pytest.mark.parametrize(
@@ -388,6 +389,24 @@ def test_every_verb_that_reads_a_teacher_passes_its_new_place(
     calls = stand_in(module, function, {})
     assert status_of([*arguments, "--teacher", "b/t"]) == 0
     assert calls[0][1]["teacher"] == "b/t"
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "arguments"),
+    [
+        ("evaluation.evaluate", "run_eval", ["eval", "m", "--json"]),
+        ("evaluation.frontier", "run_frontier", ["eval", "m", "--budget", "4", "--json"]),
+        ("evaluation.harness", "run_tasks", ["eval", "m", "--tasks", "arc", "--json"]),
+        ("deploy.generate", "run_generate", ["generate", "m", "--prompt", "x"]),
+        ("deploy.chat", "run_chat", ["chat", "m"]),
+    ],
+)
+def test_every_verb_that_runs_a_student_passes_the_format_of_its_experts(
+    stand_in, module, function, arguments
+):
+    calls = stand_in(module, function, {})
+    assert status_of([*arguments, "--quantize", "int8"]) == 0
+    assert calls[0][1]["quantize"] == "int8"
 
 
 def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys, monkeypatch):

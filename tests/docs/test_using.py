@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from repository import ROOT
-from tiny import make_ids, make_student, save_teacher, write_corpus
+from tiny import make_dense, make_ids, make_student, save_teacher, write_corpus
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.model.fine_tuning import kind_of
 from tiny_onn.model.student import TinyOnnForCausalLM
@@ -47,7 +47,7 @@ def test_the_examples_of_fine_tuning_run_and_train_what_they_say(tmp_path, monke
     make_student(dense).save_pretrained("runs/mine/student")
     tokenizer.save_pretrained("runs/mine/student")
     write_corpus(tmp_path / "my_texts", num_files=8)
-    trainer, peft = PYTHON
+    _, trainer, peft = PYTHON
     names = {}
     exec(compile(trainer, "docs/using.md", "exec"), names)
     assert "parameters that train: experts (" in capsys.readouterr().out
@@ -65,6 +65,22 @@ def test_the_examples_of_fine_tuning_run_and_train_what_they_say(tmp_path, monke
     with torch.no_grad():
         expected = names["merged"].cpu().eval()(input_ids=make_ids()).logits
         assert torch.equal(merged(input_ids=make_ids()).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt.*:UserWarning")
+def test_the_example_of_experts_in_fewer_bits_runs_in_both_formats(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_student(make_dense(hidden_size=64, head_dim=16)).save_pretrained("runs/mine/student")
+    loading = PYTHON[0].rsplit("\n\n", 1)[0]
+    in_8_bits = loading.replace('load_in_4bit=True, bnb_4bit_quant_type="nf4"', "load_in_8bit=True")
+    assert in_8_bits != loading
+    for text, stored_as in ((loading, "nf4"), (in_8_bits, "int8"), (PYTHON[0], "int8")):
+        names: dict[str, Any] = {}
+        exec(compile(text, "docs/using.md", "exec"), names)
+        assert {bank.experts.stored_as for bank in names["student"].banks()} == {stored_as}
+        with torch.no_grad():
+            assert names["student"](input_ids=make_ids()).logits.isfinite().all()
+    assert "MiB in int8 instead of" in capsys.readouterr().out
 
 
 def test_the_task_of_the_page_is_one_that_the_harness_reads(tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tiny import make_dense, make_ids, make_student, model_bytes
+from tiny_onn.device import load_bitsandbytes
 from tiny_onn.errors import UserError
 from tiny_onn.model.backbone import gated_mlps
-from tiny_onn.teacher.quantize import BLOCK_SIZE, load_bitsandbytes, quantize_nf4
+from tiny_onn.teacher.quantize import BLOCK_SIZE, quantize_nf4
 
 # Rows of the linear layers' weights hold one block of 64 and two.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -215,9 +216,7 @@ def test_a_missing_bitsandbytes_names_its_remedy(monkeypatch):
 
 
 def test_loading_hides_the_kernel_notice_and_nothing_else(caplog):
-    code = (
-        "from tiny_onn.teacher.quantize import load_bitsandbytes as load; print(load('x').__name__)"
-    )
+    code = "from tiny_onn.device import load_bitsandbytes as load; print(load('x').__name__)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("bitsandbytes\n", "")

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -82,6 +82,13 @@ ComputeDevice = Annotated[
     arg(
         metavar="auto|cpu|cuda|cuda:N",
         help="Device to compute on; auto takes the GPU if there is one.",
+    ),
+]
+Quantize = Annotated[
+    Literal["none", "nf4", "int8"],
+    arg(
+        help="Number format in which the student's experts are held in memory: nf4, 4 bits, which"
+        " needs `pip install 'tiny-onn[bnb]'`, or int8, 8 bits.",
     ),
 ]
 Json = Annotated[

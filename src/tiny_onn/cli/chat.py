@@ -29,5 +29,6 @@ class Chat(Writing):
             budget=self.budget,
             checkpoint=self.checkpoint,
             teacher=self.teacher,
+            quantize=self.quantize,
             **sampling,
         )

@@ -15,6 +15,7 @@ from tiny_onn.cli.arguments import (
     ComputeDevice,
     Json,
     Model,
+    Quantize,
     Results,
     Teacher,
     default_out,
@@ -44,6 +45,7 @@ class Eval:
     ] = None
     """A file, or a folder of files, with text to measure on."""
     device: ComputeDevice = "auto"
+    quantize: Quantize = "none"
     max_tokens: int = 8192
     """Maximum number of tokens to read; 0 reads the whole text."""
     stride: Annotated[
@@ -105,6 +107,7 @@ class Eval:
                 stride=self.stride,
                 checkpoint=self.checkpoint,
                 teacher=self.teacher,
+                quantize=self.quantize,
             )
         if self.json:
             print(json.dumps(result, indent=2))
@@ -136,6 +139,7 @@ class Eval:
                 out=default_out("frontier") if self.out is None else self.out,
                 checkpoint=self.checkpoint,
                 teacher=self.teacher,
+                quantize=self.quantize,
             )
         if self.json:
             print(json.dumps(result, indent=2))

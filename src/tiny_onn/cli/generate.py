@@ -69,6 +69,7 @@ class Generate(Writing, Prompted):
             budget=self.budget,
             checkpoint=self.checkpoint,
             teacher=self.teacher,
+            quantize=self.quantize,
             with_teacher=self.with_teacher,
             show_routing=self.show_routing,
             as_json=self.json,

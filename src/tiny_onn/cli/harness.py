@@ -115,6 +115,7 @@ def run(verb: "Eval") -> None:
             device=verb.device,
             checkpoint=verb.checkpoint,
             teacher=verb.teacher,
+            quantize=verb.quantize,
             budget=budgets[0] if budgets else None,
             out=default_out("tasks") if verb.out is None else verb.out,
             options={

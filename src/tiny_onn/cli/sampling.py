@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import Checkpoint, ComputeDevice, Model, Teacher, require, require_model
+from tiny_onn.cli.arguments import (
+    Checkpoint,
+    ComputeDevice,
+    Model,
+    Quantize,
+    Teacher,
+    require,
+    require_model,
+)
 from tiny_onn.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +35,7 @@ class Writing:
     checkpoint: Checkpoint = "newest"
     teacher: Teacher = None
     device: ComputeDevice = "auto"
+    quantize: Quantize = "none"
     budget: Annotated[
         float | None,
         arg(

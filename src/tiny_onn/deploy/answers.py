@@ -18,6 +18,7 @@ from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.backbone import backbone_of, generation_attention
 from tiny_onn.model.experts import ExpertBank, recorded_routings
+from tiny_onn.model.quantized_experts import StoredAs
 from tiny_onn.model.router import Routing
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import set_budget
@@ -318,6 +319,7 @@ def load_speaker(
     budget: float | None = None,
     checkpoint: str = "newest",
     teacher: str | None = None,
+    quantize: StoredAs | Literal["none"] = "none",
 ) -> Speaker:
     """Load a model that answers.
 
@@ -327,14 +329,18 @@ def load_speaker(
         budget: the mean number of active experts per token of a student; None: as in training.
         checkpoint: the choice among a run's students, see `load_student`.
         teacher: the place of the student's teacher, see `load_student`.
+        quantize: the number format that holds the student's experts, or `none`.
 
     Raises:
-        UserError: there is no such model or checkpoint, or an option needs a student.
+        UserError: there is no such model or checkpoint, an option needs a student, or the experts
+            cannot be quantised.
     """
     if is_student(model):
         loaded = load_student(model, device, checkpoint, teacher)
         if budget is not None:
             set_budget(loaded.student, budget)
+        if quantize != "none":
+            say(loaded.student.quantize_experts(quantize))
         loaded.student.round_experts()
         return Speaker(
             name="student",
@@ -344,7 +350,11 @@ def load_speaker(
             loaded=loaded,
         )
     refuse_for_dense(model, teacher)
-    for name, given in (("--budget", budget is not None), ("--checkpoint", checkpoint != "newest")):
+    for name, given in (
+        ("--budget", budget is not None),
+        ("--checkpoint", checkpoint != "newest"),
+        ("--quantize", quantize != "none"),
+    ):
         if given:
             raise needs_student(name, model)
     if model != "embedded":

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from typing import Unpack
+from typing import Literal, Unpack
 
 from rich.console import Console
 
@@ -19,6 +19,7 @@ from tiny_onn.deploy.answers import (
 from tiny_onn.deploy.showing import print_token, summary_line
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError, reason_line
+from tiny_onn.model.quantized_experts import StoredAs
 from tiny_onn.routing.budgets import set_budget
 
 HELP = """/reset     forget the conversation
@@ -36,6 +37,7 @@ def run_chat(
     budget: float | None = None,
     checkpoint: str = "newest",
     teacher: str | None = None,
+    quantize: StoredAs | Literal["none"] = "none",
     **sampling: Unpack[SamplingOptions],
 ) -> None:
     """Read messages and answer them until `/quit` or the end of the input.
@@ -47,13 +49,19 @@ def run_chat(
         budget: the mean number of active experts per token of a student; None: as in training.
         checkpoint: the choice among a run's students, see `load_student`.
         teacher: the place of the student's teacher, see `load_student`.
+        quantize: the number format that holds the student's experts, or `none`.
         sampling: see `SamplingOptions`; each answer of a conversation begins with the same seed.
 
     Raises:
         UserError: there is no such model or checkpoint, or its tokenizer has no chat template.
     """
     speaker = load_speaker(
-        model, pick_device(device), budget=budget, checkpoint=checkpoint, teacher=teacher
+        model,
+        pick_device(device),
+        budget=budget,
+        checkpoint=checkpoint,
+        teacher=teacher,
+        quantize=quantize,
     )
     if not speaker.has_chat_template:
         raise UserError(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Unpack
+from typing import Literal, Unpack
 
 from rich.console import Console
 from rich.live import Live
@@ -23,6 +23,7 @@ from tiny_onn.deploy.answers import (
 from tiny_onn.deploy.showing import RoutingColours, columns, print_token, summary_line
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
+from tiny_onn.model.quantized_experts import StoredAs
 
 
 def run_generate(
@@ -35,6 +36,7 @@ def run_generate(
     budget: float | None = None,
     checkpoint: str = "newest",
     teacher: str | None = None,
+    quantize: StoredAs | Literal["none"] = "none",
     with_teacher: bool = False,
     show_routing: bool = False,
     as_json: bool = False,
@@ -54,6 +56,7 @@ def run_generate(
         budget: the mean number of active experts per token of a student; None: as in training.
         checkpoint: the choice among a run's students, see `load_student`.
         teacher: the place of the student's teacher, see `load_student`.
+        quantize: the number format that holds the student's experts, or `none`.
         with_teacher: whether the teacher answers too, beside the student.
         show_routing: whether each token is shown with its number of active experts.
         as_json: whether one JSON object is printed in place of text.
@@ -66,7 +69,12 @@ def run_generate(
     """
     check_prompt(prompt)
     first = load_speaker(
-        model, pick_device(device), budget=budget, checkpoint=checkpoint, teacher=teacher
+        model,
+        pick_device(device),
+        budget=budget,
+        checkpoint=checkpoint,
+        teacher=teacher,
+        quantize=quantize,
     )
     for name, given in (("--with-teacher", with_teacher), ("--show-routing", show_routing)):
         if given and first.loaded is None:
@@ -74,11 +82,7 @@ def run_generate(
     speakers = [first, load_teacher_speaker(first)] if with_teacher else [first]
     chat = first.has_chat_template and not raw
     if system is not None and not chat:
-        why = "--raw too" if raw else "a tokenizer without a chat template"
-        raise UserError(
-            f"--system: got {why}, expected a chat, which alone has a system message; leave"
-            f" {'one of them' if raw else '--system'} out"
-        )
+        raise _without_chat(raw)
     prompt_ids = first.chat_ids(opening(system, prompt)) if chat else first.prompt_ids(prompt)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     colours = RoutingColours.of(first, console) if show_routing else None
@@ -99,6 +103,15 @@ def run_generate(
         raise KeyboardInterrupt
     text = answers[0].text
     return text if chat else "".join(token.text for token in answers[0].tokens)
+
+
+def _without_chat(raw: bool) -> UserError:
+    """Return the refusal of a system message where there is no chat."""
+    why = "--raw too" if raw else "a tokenizer without a chat template"
+    return UserError(
+        f"--system: got {why}, expected a chat, which alone has a system message; leave"
+        f" {'one of them' if raw else '--system'} out"
+    )
 
 
 def _streamed(

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from tiny_onn.config.schema import OptimConfig, Shard
+from tiny_onn.device import load_bitsandbytes
 from tiny_onn.distill.units import Units, in_units_, norm_in_units, out_of_units_, start_units
 from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World, balanced
-from tiny_onn.teacher.quantize import load_bitsandbytes
 
 
 class LrFactor(NamedTuple):

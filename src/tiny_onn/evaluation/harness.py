@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from tiny_onn.console import say, status
 from tiny_onn.device import pick_device
 from tiny_onn.errors import LoadErrors, UserError, printable
 from tiny_onn.model.backbone import backbone_of, generation_attention
+from tiny_onn.model.quantized_experts import StoredAs
 from tiny_onn.routing.budgets import set_budget
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.students import load_student, load_teacher_of
@@ -71,6 +72,7 @@ def run_tasks(
     checkpoint: str = "newest",
     teacher: str | None = None,
     budget: float | None = None,
+    quantize: StoredAs | Literal["none"] = "none",
     out: Path | None = None,
     options: TaskOptions,
 ) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def run_tasks(
         checkpoint: the choice among a run's students; see `load_student`.
         teacher: the place of the student's teacher; see `load_student`.
         budget: the mean number of active experts per token; None: as in training.
+        quantize: the number format that holds the student's experts, or `none`.
         out: the folder for `tasks.json` and for the results of every document; None: none.
         options: the tasks, see `TaskOptions`.
 
@@ -99,6 +102,8 @@ def run_tasks(
     loaded = load_student(model, pick_device(device), checkpoint, teacher)
     if budget is not None:
         set_budget(loaded.student, budget)
+    if quantize != "none":
+        say(loaded.student.quantize_experts(quantize))
     if options["chat"] and not loaded.tokenizer.chat_template:
         raise UserError(
             f"--chat: got {model}, whose tokenizer has no chat template, expected one; leave --chat"
@@ -119,6 +124,7 @@ def run_tasks(
         "step": loaded.step,
         "teacher": loaded.config.teacher.path,
         "budget": budget,
+        "experts_stored_as": loaded.student.banks()[0].experts.stored_as,
         "tasks": list(options["tasks"]),
         "limit": options["limit"],
         "chat": options["chat"],

@@ -20,6 +20,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.device import number_format
 from tiny_onn.errors import UserError
 from tiny_onn.model.experts import Execution, ExpertBank
+from tiny_onn.model.quantized_experts import refuse_quantized
 from tiny_onn.ops import sparse
 
 FILE = files("tiny_onn.model") / "crossover.json"
@@ -161,7 +162,12 @@ def fastest_share(
 
 
 def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
-    """Set how each bank computes, and what its router learns from: main loss, SMK or nothing."""
+    """Set how each bank computes, and what its router learns from: main loss, SMK or nothing.
+
+    Raises:
+        UserError: the experts are quantised.
+    """
+    refuse_quantized(banks, "training", "load the student without quantisation")
     execution = Execution(
         path=choose_path(config, banks[0].experts.down_proj.device, banks[0].activation_name).path,
         compiled=config.train.compile,

@@ -46,6 +46,9 @@ class Experts(nn.Module):
     An expert's gate rows come first in `gate_up_proj`, then its up rows. The attributes' names and
     `forward` are those of the `experts` of transformers' MoE blocks (`Qwen3MoeExperts`), so that
     engines, quantisers and PEFT's `target_parameters` find what they look for.
+
+    `stored_as` names the number format of weights that `quantized_experts.py` quantised, and is
+    None otherwise.
     """
 
     has_gate = True
@@ -63,6 +66,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_dim, hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_dim, intermediate_dim))
         self.act_fn = ACT2FN[activation]
+        self.stored_as: str | None = None
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, std: float) -> None:
@@ -100,6 +104,7 @@ class Experts(nn.Module):
         top_k_weights: Float[Tensor, "tokens k"] | None = None,
         *,
         layer: Layer | None = None,
+        used: Int[Tensor, " used"] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever `layer` returns
         """Call `layer` on the inputs and the weights, or return the weighted sum of chosen experts.
 
@@ -111,12 +116,14 @@ class Experts(nn.Module):
             top_k_index: without `layer`, each token's experts; the index E stands for no expert.
             top_k_weights: without `layer`, the weights of these experts.
             layer: a function of the inputs, `gate_up_proj` and `down_proj`.
+            used: the experts whose weights `layer` gets, which spares dequantising the others;
+                None: all of them.
 
         Returns:
             The result of `layer`; without it, (T, D) in the format of `hidden_states`.
         """
         if layer is not None:
-            return layer(hidden_states, self.gate_up_proj, self.down_proj)
+            return layer(hidden_states, *(self._weight(kind, used) for kind in KINDS))
         assert top_k_index is not None
         assert top_k_weights is not None
         gate_up_EJD, down_EDI = self.gate_up_proj, self.down_proj
@@ -131,3 +138,12 @@ class Experts(nn.Module):
             out_ND = out_ND * top_k_weights[token_N, place_N, None]
             y_TD = y_TD.index_add(0, token_N, out_ND.to(y_TD.dtype))
         return y_TD
+
+    def _weight(self, kind: str, used: Tensor | None) -> Tensor:
+        if used is None:
+            return getattr(self, kind)
+        table: Any = getattr(self, "parametrizations", {})
+        # Weights that are not quantised, and those that PEFT changes as well, are there as a whole.
+        if self.stored_as is None or len(table[kind]) > 1:
+            return getattr(self, kind)[used]
+        return table[kind][0].of(table[kind].original, used)

@@ -4,7 +4,7 @@ Legend: B batch, T tokens, D hidden, E experts, I expert width, F = E * I neuron
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tiny_onn.model.expert_weights import Experts
 from tiny_onn.model.exploration import Exploration
@@ -134,6 +135,12 @@ class ExpertBank(nn.Module):
         Under autocast the sum is in autocast's number format, like a linear layer's output. The
         router reads the uncast input, so that autocast does not change the routing.
         """
+        # Quantised weights that are read twice in a call are then dequantised once.
+        once = self._is_quantized() and not torch.compiler.is_compiling()
+        with parametrize.cached() if once else nullcontext():
+            return self._forward(hidden_states)
+
+    def _forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         evaluating = not (self.training or torch.is_grad_enabled())
         if evaluating and self._can_decode(x_TD):
@@ -143,7 +150,11 @@ class ExpertBank(nn.Module):
         self._record(x_TD, routing)
         weights_TE = routing.weights if execution.coupled else routing.weights.detach()
         routed = {"weights_TE": self.scaled(weights_TE, x_TD), "active_TE": routing.active}
+        used_U = None
         if evaluating and active_experts.can_compute(x_TD):
+            used_U = self._used(routing)
+            if used_U is not None:
+                routed = {name: table_TE[:, used_U] for name, table_TE in routed.items()}
             layer = partial(active_experts.expert_layer, activation=self.activation, **routed)
         else:
             layer = partial(
@@ -154,7 +165,7 @@ class ExpertBank(nn.Module):
                 compiled=execution.compiled,
                 **routed,
             )
-        y_TD = self.experts(x_TD, layer=layer)
+        y_TD = self.experts(x_TD, layer=layer, used=used_U)
         if self.mean_outputs is not None:
             missing_TE = self.missing(routing).to(y_TD.dtype)
             y_TD = y_TD + missing_TE @ self.mean_outputs.to(y_TD.dtype)
@@ -191,8 +202,20 @@ class ExpertBank(nn.Module):
         """Return whether the main loss' gradient at the routing weights flows on to the input."""
         return self.execution.coupled and not _estimates(self.router.rule)
 
+    def _is_quantized(self) -> bool:
+        # A wrapper around the experts, such as PEFT's, has no such attribute.
+        return getattr(self.experts, "stored_as", None) is not None
+
+    def _used(self, routing: Routing) -> Tensor | None:
+        """Return the experts that any token activates, if others need not be dequantised."""
+        if not self._is_quantized():
+            return None
+        used_U = routing.active.any(0).nonzero()[:, 0]
+        return used_U if 0 < len(used_U) < self.experts.num_experts else None
+
     def _can_decode(self, x_TD: Tensor) -> bool:
-        if self.router.rule.weighting == "ramp":
+        # The last check spares reading the weights on a device where the answer is no.
+        if self.router.rule.weighting == "ramp" or not decode.triton_runs_on(x_TD.device.type):
             return False
         return self.experts(x_TD, layer=partial(decode.can_decode, activation=self.activation_name))
 

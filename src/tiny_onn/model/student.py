@@ -4,7 +4,7 @@
 replaced by an `ExpertBank`. Saving, loading, generation and caches are transformers' own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, get_args
@@ -31,6 +31,13 @@ from tiny_onn.model.configuration import TinyOnnConfig
 from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.fine_tuning import describe_learning, set_learning
 from tiny_onn.model.old_layout import register_old_layout
+from tiny_onn.model.quantized_experts import (
+    StoredAs,
+    asked_by,
+    quantize_experts,
+    refuse_quantized,
+    stored_bytes,
+)
 from tiny_onn.model.router import follow_sequences
 from tiny_onn.model.sequence_budget import UNMEASURED, Controller, follow
 
@@ -156,7 +163,12 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         self.train(self.training)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Save as transformers does, in today's layout even if an older one was loaded."""
+        """Save as transformers does, in today's layout even if an older one was loaded.
+
+        Raises:
+            UserError: the experts are quantised.
+        """
+        refuse_quantized([self], "save_pretrained", "save the student before its experts are")
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     @classmethod
@@ -205,13 +217,39 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         """Keep the experts' weights in the backbone's number format, for generation only.
 
         Every call rounds the weights to that format anyway. Training needs their float32 masters,
-        but decoding a token takes as long as reading its weights.
+        but decoding a token takes as long as reading its weights. Quantised weights stay as they
+        are.
         """
         for bank in self.banks():
-            for weight in (*bank.experts.parameters(), bank.mean_outputs):
+            quantized = bank.experts.stored_as is not None
+            for weight in (*(() if quantized else bank.experts.parameters()), bank.mean_outputs):
                 if weight is not None:
                     weight.data = weight.data.to(self.dtype)
-            bank.experts.store_for_generation()
+            if not quantized:
+                bank.experts.store_for_generation()
+
+    def quantize_experts(self, stored_as: StoredAs, skipped: Sequence[str] = ()) -> str:
+        """Hold the experts' weights in 4 or 8 bits, for evaluation and generation.
+
+        The weights change in place and cannot be had back, trained or saved. Gates, mean outputs
+        and scales, attention and embeddings stay as they are.
+
+        Args:
+            stored_as: `nf4`, `fp4` or `int8`; see `quantized_experts.quantize_experts`.
+            skipped: names of modules that stay.
+
+        Returns:
+            A line that says how much memory the experts took and take now.
+
+        Raises:
+            UserError: see `quantized_experts.quantize_experts`.
+        """
+        before = stored_bytes(self)
+        quantize_experts(self, stored_as, skipped)
+        return (
+            f"experts: {stored_bytes(self) / 2**20:.1f} MiB in {stored_as} instead of"
+            f" {before / 2**20:.1f} MiB"
+        )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters of experts and routers, which distillation trains, by name."""
@@ -236,8 +274,11 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
             The line of `describe_learning`.
 
         Raises:
-            UserError: the gates shall learn, and the student's selection does not read them.
+            UserError: the gates shall learn, and the student's selection does not read them, or
+                the experts shall learn, and they are quantised.
         """
+        if experts:
+            refuse_quantized([self], "fine_tune", "pass experts=False, or load the student anew")
         chosen = {"experts": experts, "gates": gates, "backbone": backbone}
         kinds = {kind for kind, learns in chosen.items() if learns}
         set_learning(self.banks(), self.named_parameters(), kinds)
@@ -256,12 +297,17 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a student as transformers does, its gates frozen until `fine_tune` lets them learn.
 
         No other training loop's loss would reach them, and data-parallel training refuses
-        parameters that require a gradient and get none.
+        parameters that require a gradient and get none. With a `quantization_config` of
+        bitsandbytes the experts are quantised too, once they are loaded.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         student = loaded[0] if isinstance(loaded, tuple) else loaded
         for bank in student.banks():
             bank.router.requires_grad_(False)
+        quantizer = getattr(student, "hf_quantizer", None)
+        asked = asked_by(getattr(quantizer, "quantization_config", None))
+        if asked is not None:
+            student.quantize_experts(*asked)
         return loaded
 
 

@@ -6,8 +6,6 @@ bits and takes 0.516. Products use the dequantised weights in the model's own nu
 a layer costs one transient dequantised weight. Source: QLoRA, arXiv 2305.14314, section 3.
 """
 
-import importlib
-import logging
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -16,37 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tiny_onn.console import track
+from tiny_onn.device import load_bitsandbytes
 from tiny_onn.errors import UserError
 from tiny_onn.model.backbone_mode import in_mlp
 
 BLOCK_SIZE = 64
-
-# bitsandbytes 0.50 warns on import, on CPUs with AVX-512 BF16, that an optional kernel is missing.
-# `quantize_nf4` does not use the path that the kernel is for.
-_KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
-_KERNEL_NOTICE = "Failed to load CPU gemm_4bit_forward"
-
-
-def load_bitsandbytes(setting: str) -> ModuleType:
-    """Import bitsandbytes and return it.
-
-    Args:
-        setting: the setting that needs it, `section.key = value`, for the message.
-
-    Raises:
-        UserError: bitsandbytes is not installed or cannot be imported.
-    """
-    logger = logging.getLogger(_KERNEL_LOGGER)
-    logger.addFilter(_is_not_kernel_notice)
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise UserError(
-            f"{setting}: got no bitsandbytes ({error}), expected the package that does it; run "
-            "pip install tiny-onn[bnb]"
-        ) from error
-    finally:
-        logger.removeFilter(_is_not_kernel_notice)
 
 
 @torch.no_grad()
@@ -87,10 +59,6 @@ def quantize_nf4(model: PreTrainedModel, *, only_mlps: bool, double_quant: bool)
         name, dense = layers.popitem()
         model.set_submodule(name, _nf4_linear(bitsandbytes, dense, double_quant))
     return model
-
-
-def _is_not_kernel_notice(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_KERNEL_NOTICE)
 
 
 def _linear_layers(model: PreTrainedModel, only_mlps: bool) -> Iterator[tuple[str, nn.Linear]]:
