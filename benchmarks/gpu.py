@@ -35,7 +35,6 @@ from benchmarks import distill_loss, gpu_card
 from benchmarks.common import ROOT, Deadline, command_of, environment
 from benchmarks.registry import Option, benchmark
 from benchmarks.steps import make_step, perturb, random_dense, random_rows, settings
-from tiny_onn.device import ask_for_same_bits
 
 # Seconds after which a section starts nothing new.
 BUDGETS = {
@@ -145,11 +144,9 @@ def determinism(gpu: Gpu, deadline: Deadline) -> Iterator[dict]:
         if not deadline.left():
             yield {"deterministic_algorithms": asked, "skipped": "time budget"}
             continue
-        if asked:
-            ask_for_same_bits(torch.device(gpu.device))
-        _train(gpu)
+        _train(gpu, asked)
         start = time.perf_counter()
-        first, second = (_train(gpu) for _ in range(2))
+        first, second = (_train(gpu, asked) for _ in range(2))
         seconds = time.perf_counter() - start
         torch.use_deterministic_algorithms(False)
         differ = [name for name in first if not torch.equal(first[name], second[name])]
@@ -165,8 +162,9 @@ def determinism(gpu: Gpu, deadline: Deadline) -> Iterator[dict]:
         }
 
 
-def _train(gpu: Gpu) -> dict[str, Tensor]:
+def _train(gpu: Gpu, deterministic: bool) -> dict[str, Tensor]:
     config = settings(
+        f"train.deterministic={str(deterministic).lower()}",
         f"train.compile={str(not gpu.smoke).lower()}",
         f"optim.name={'adamw8bit' if gpu.bnb else 'adamw'}",
     )

@@ -12,7 +12,7 @@ from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Objective, RunConfig
 from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import PackedRow, build_row
-from tiny_onn.device import number_format
+from tiny_onn.device import ask_for_same_bits, number_format
 from tiny_onn.distill.assembly import assemble
 from tiny_onn.distill.clock import Clock
 from tiny_onn.distill.row_graphs import RowGraphs
@@ -124,7 +124,13 @@ def random_dense(
 
 
 def make_step(dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRow]) -> Step:
-    """A student of the dense model, ready to take steps over the rows, again and again."""
+    """A student of the dense model, ready to take steps over the rows, again and again.
+
+    A GPU repeats its bits from here on if the settings say so, as it does in `distill`.
+    """
+    torch.use_deterministic_algorithms(False)
+    if config.train.deterministic:
+        ask_for_same_bits(dense.device)
     generator = torch.Generator().manual_seed(0)
     student = convert(dense, config.experts, config.router, generator=generator)
     set_objective(student.banks(), config)

@@ -12,7 +12,7 @@ from tiny_onn.data.packing import build_row
 from tiny_onn.device import prepare_device
 from tiny_onn.distill import row_graphs
 from tiny_onn.distill.assembly import assemble
-from tiny_onn.distill.row_graphs import MIN_BOUNDS, MIN_LENGTH, rounded
+from tiny_onn.distill.row_graphs import MIN_LENGTH, rounded
 from tiny_onn.distill.step import distill_step
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.teacher.cache import encoded
@@ -31,14 +31,17 @@ def rows_of(*documents):
         yield build_row(fragments, row_tokens=TOKENS, pad_token_id=0)
 
 
-def test_bounds_and_length_are_rounded_up_and_name_no_new_document():
+def test_documents_and_length_are_rounded_up_and_name_no_new_document():
     (row,) = rows_of([100, 200, 150])
     wide, key = rounded(row)
-    assert key == (MIN_BOUNDS, MIN_LENGTH)
-    assert wide.cu_seqlens.tolist() == [0, 100, 300, 450] + [TOKENS] * (MIN_BOUNDS - 4)
+    assert key == (4, MIN_LENGTH)
+    assert wide.cu_seqlens.tolist() == [0, 100, 300, 450, TOKENS]
     assert wide.max_seqlen == MIN_LENGTH
+    (row,) = rows_of([30] * 8)
+    assert rounded(row)[0].cu_seqlens.tolist()[8:] == [240] + [TOKENS] * 8
     (whole,) = rows_of([TOKENS])
-    assert rounded(whole)[1] == (MIN_BOUNDS, TOKENS)
+    assert rounded(whole)[1] == (1, TOKENS)
+    assert rounded(whole)[0].cu_seqlens.tolist() == [0, TOKENS]
 
 
 def train(settings, rows, rows_per_step, graphs):

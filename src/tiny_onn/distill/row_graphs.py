@@ -29,7 +29,6 @@ from tiny_onn.routing.gate_step import GateStep, StepScales
 
 # Rows of further pairs of numbers run without a graph.
 MAX_GRAPHS = 12
-MIN_BOUNDS = 16
 MIN_LENGTH = 256
 
 Key = tuple[int, int]
@@ -179,17 +178,21 @@ def _tensors(values: PackedRow | StepScales | RowValues) -> dict[str, Tensor]:
 
 
 def rounded(row: PackedRow) -> tuple[PackedRow, Key]:
-    """Return the row with document bounds in a power of two, and the numbers that shape launches.
+    """Return the row with a power of two of documents, and the numbers that shape launches.
 
     Further bounds repeat the last one and stand for documents without a token. The longest length
     is an upper bound of the lengths.
+
+    Few documents are not filled up to many: the deterministic backward pass of flash attention
+    gives each document as many blocks of a GPU as if all documents were of one length, so that a
+    long one among fifteen empty ones would keep one block for each head.
     """
-    tokens, bounds = row.input_ids.numel(), len(row.cu_seqlens)
-    num_bounds = max(MIN_BOUNDS, 1 << (bounds - 1).bit_length())
+    tokens, documents = row.input_ids.numel(), len(row.cu_seqlens) - 1
+    num_documents = 1 << (documents - 1).bit_length()
     length = min(tokens, max(MIN_LENGTH, 1 << (row.max_seqlen - 1).bit_length()))
-    filler = row.cu_seqlens[-1:].expand(num_bounds - bounds)
+    filler = row.cu_seqlens[-1:].expand(num_documents - documents)
     cu_seqlens = torch.cat((row.cu_seqlens, filler))
-    return replace(row, cu_seqlens=cu_seqlens, max_seqlen=length), (num_bounds, length)
+    return replace(row, cu_seqlens=cu_seqlens, max_seqlen=length), (num_documents, length)
 
 
 def attention_kwargs(row: PackedRow) -> dict[str, Any]:
