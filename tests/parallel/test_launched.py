@@ -161,14 +161,28 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_undisturbed(confi
     assert records(out) == records(whole)
 
 
-def test_a_restart_does_not_resume_a_run_that_was_there_before(config, tmp_path):
-    run_distill(config, out=tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+def test_a_restart_does_not_resume_a_run_that_an_earlier_launch_of_its_name_made(config, tmp_path):
     (tmp_path / "run.toml").write_text(config_template(config))
     command = ("distill", tmp_path / "run.toml", "--out", tmp_path / "run")
-    process = launch(*command, options=["--max-restarts=1"])
+    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=first"]
+    process = launch(*command, options=meeting)
+    assert process.communicate(timeout=SECONDS)
+    assert process.returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    process = launch(*command, options=["--max-restarts=1", *meeting])
     lines = lines_of(process)
     assert process.returncode == 1
     assert len(lines) == 2
     assert all("got a folder that is not empty, expected a new one" in line for line in lines)
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_processes_that_cannot_connect_tell_it_once_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-network")
+    process = launch("distill", "--preset", "demo", "--out", tmp_path / "run")
+    out, err = process.communicate(timeout=SECONDS)
+    (line,) = [line for line in err.splitlines() if line.startswith("tiny-onn: ")]
+    assert "WORLD_SIZE: got 2 processes that do not find each other" in line
+    assert "no-such-network" in line
+    # The launcher has a traceback of its own.
+    assert "tiny_onn/parallel.py" not in out + err

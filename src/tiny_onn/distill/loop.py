@@ -101,9 +101,10 @@ def run_distill(
     first = world.first
     with stop_on_signal(world) as stop, run_lock(out) if first else nullcontext():
         if resume and first:
-            resume_run_folder(out, config, argv=argv, allow_change=allow_change)
+            options: dict[str, Any] = {"argv": argv, "launch": world.launch}
+            resume_run_folder(out, config, allow_change=allow_change, **options)
         elif first:
-            create_run_folder(out, config, argv=argv)
+            create_run_folder(out, config, argv=argv, launch=world.launch)
         check_shared(out / LOCK_NAME, world)
         prepared = prepared or prepare(config, order_of_first(world))
         share_student(prepared.student, world)
