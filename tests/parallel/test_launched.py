@@ -16,6 +16,7 @@ from run_records import records
 from tiny import change, write_run
 from tiny_onn.cli.main import main
 from tiny_onn.config.template import config_template
+from tiny_onn.distill.cache_writer import write_cache
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.runs.folder import create_run_folder
 from tiny_onn.runs.metrics import read_metrics
@@ -186,3 +187,21 @@ def test_processes_that_cannot_connect_tell_it_once_in_one_line(tmp_path, monkey
     assert "no-such-network" in line
     # The launcher has a traceback of its own.
     assert "tiny_onn/parallel.py" not in out + err
+
+
+def test_a_damaged_shard_of_a_cache_is_told_by_its_process_and_ends_all_with_their_steps(
+    config, tmp_path
+):
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    write_cache(config, out=cache, shard_bytes=1)
+    (spoiled,) = cache.glob("shard-000003*")
+    content = bytearray(spoiled.read_bytes())
+    content[-100] ^= 1
+    spoiled.write_bytes(content)
+    create_run_folder(out, change(config, teacher={"cache": str(cache)}), argv=[])
+    # The second step reads the shard of row 3, which is compared by the second process.
+    process = launch("distill", "--resume", "--out", out)
+    (line,) = [line for line in lines_of(process) if "error" in line]
+    assert f"process 1: {spoiled}: this shard of a teacher's cache is damaged" in line
+    assert [row["step"] for row in records(out) if row["kind"] == "step"] == [1]
+    assert (out / "checkpoints" / "step-0000001").is_dir()

@@ -48,8 +48,14 @@ def test_only_a_lost_connection_is_told_as_one(dtypes, told, tmp_path):
 @pytest.mark.parametrize(
     ("error", "lost"),
     [
-        (RuntimeError("[gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]"), True),
-        (RuntimeError("[gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 9ms"), True),
+        (
+            RuntimeError("[gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]"),
+            True,
+        ),
+        (
+            RuntimeError("[gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 9ms"),
+            True,
+        ),
         (RuntimeError("[enforce fail at gloo/gloo/transport/tcp/pair.cc:4] a <= b. 8 vs 4"), False),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (torch.OutOfMemoryError("CUDA out of memory"), False),

@@ -98,17 +98,16 @@ def run_distill(
         # Taking the lock creates the folder, so a missing run is refused first.
         config = with_number_format_of(read_run_config(out), config)
     config = with_absolute_paths(prepare_device(config)[0])
-    first = world.first
-    with stop_on_signal(world) as stop, run_lock(out) if first else nullcontext():
-        if resume and first:
-            options: dict[str, Any] = {"argv": argv, "launch": world.launch}
-            resume_run_folder(out, config, allow_change=allow_change, **options)
-        elif first:
-            create_run_folder(out, config, argv=argv, launch=world.launch)
+    begun: dict[str, Any] = {"argv": argv, "launch": world.launch}
+    with stop_on_signal(world) as stop, run_lock(out) if world.first else nullcontext():
+        if resume and world.first:
+            resume_run_folder(out, config, allow_change=allow_change, **begun)
+        elif world.first:
+            create_run_folder(out, config, **begun)
         check_shared(out / LOCK_NAME, world)
         prepared = prepared or prepare(config, order_of_first(world))
         share_student(prepared.student, world)
-        if first:
+        if world.first:
             record_conversion(out / "conversion.json", asdict(prepared.conversion))
         show_conversion(title, prepared.student, prepared.conversion)
         return _train(
@@ -278,14 +277,14 @@ class _Run:
         eval_every, save_every = config.train.eval_every_tokens, config.train.save_every_tokens
         next_eval, next_save = (next_due(state.tokens, every) for every in (eval_every, save_every))
         while state.tokens < (end := run_tokens(state.stage, config)) and not self.stop.agreed():
+            self.saver.read_on(self.stop)
             self.first_steps.before_step(state)
             started = time.perf_counter()
             rows, result = self._one_step()
             state.seconds += (seconds := time.perf_counter() - started)
             self._record_step(rows, result, seconds)
             if (error := self.first_steps.after_step(state)) is not None:
-                self.saver.save()
-                self.saver.warn(self.saver.writer.wait())
+                self.saver.save_last()
                 raise error
             after_step(state.step, seconds)
             if state.stage.name == "blockwise" and state.stage.over(state.tokens):
