@@ -6,14 +6,12 @@ gradients and counts, after which every process holds the same bits and decides 
 launcher the world is one process, in which every operation here does nothing.
 """
 
-import hashlib
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -36,8 +34,8 @@ Item = TypeVar("Item")
 MESSAGE_BYTES = 2**26
 # The others may wait so long while one process converts the model or writes a checkpoint.
 TIMEOUT = timedelta(hours=2)
-# A network file system may show a new file to another machine after some seconds.
-SHOWN_AFTER_S = 30.0
+# A launcher that has ended does not answer.
+ANSWERED_WITHIN = timedelta(seconds=30)
 ASKED_EVERY_S = 0.02
 # The parts of the texts of gloo's errors, which are plain ones, that only a lost connection has.
 LOST = ("gloo/transport/", "connectFullMesh failed")
@@ -267,36 +265,6 @@ def check_world(config: RunConfig, world: World) -> None:
         )
 
 
-def check_shared(file: Path, world: World) -> None:
-    """Refuse a run folder that not every process sees.
-
-    Args:
-        file: A file in the folder that the first process has just written, with its own text.
-        world: The processes, all of which make this call.
-
-    Raises:
-        UserError: A process sees no such file, or another one.
-    """
-    if world.size == 1:
-        return
-    expected, until = world.of_first(_digest(file)), time.monotonic() + SHOWN_AFTER_S
-    while _digest(file) != expected and time.monotonic() < until:
-        time.sleep(0.1)
-    if world.any_true(_digest(file) != expected):
-        raise UserError(
-            f"{file.parent}: got a folder that only some of {world.size} processes see, expected"
-            " one on a file system that all of them share; choose another --out"
-        )
-
-
-def _digest(file: Path) -> int:
-    """Return a number that depends on a file's text, or 0 if there is no such file."""
-    try:
-        return int.from_bytes(hashlib.blake2b(file.read_bytes(), digest_size=7).digest())
-    except OSError:
-        return 0
-
-
 @contextmanager
 def _connecting(size: int) -> Iterator[None]:
     """Turn the errors of processes that do not find each other into one line."""
@@ -329,7 +297,7 @@ def _launch_of_one() -> str | None:
         return None
     # The variables may be those of a launcher that has ended.
     with suppress(ValueError, RuntimeError):
-        store, _, _ = next(rendezvous("env://", 0, 1, timeout=timedelta(seconds=SHOWN_AFTER_S)))
+        store, _, _ = next(rendezvous("env://", 0, 1, timeout=ANSWERED_WITHIN))
         return name_of_launch(store)
     return None
 

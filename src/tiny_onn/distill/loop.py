@@ -33,7 +33,7 @@ from tiny_onn.distill.saving import Saver
 from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
 from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
-from tiny_onn.parallel import ALONE, World, check_shared, check_world
+from tiny_onn.parallel import ALONE, World, check_world
 from tiny_onn.planning.advice import explain_out_of_memory
 from tiny_onn.routing.budgets import fill_threshold_tables
 from tiny_onn.routing.steering import fitted_eval_thresholds
@@ -49,6 +49,7 @@ from tiny_onn.runs.folder import (
 )
 from tiny_onn.runs.lock import LOCK_NAME, run_lock
 from tiny_onn.runs.model_card import write_model_card
+from tiny_onn.runs.shared_folder import check_shared
 from tiny_onn.runs.signals import Stopped, StopRequest, stop_on_signal
 from tiny_onn.runs.students import save_student
 from tiny_onn.runs.trackers import check_trackers
@@ -335,7 +336,6 @@ class _Run:
         """Let no signal break the step any more; a GPU has its work by now, so read on."""
         self.stop.commit()
         state, config = self.state, self.training.config
-        # The run may end before text that cannot be read.
         if state.tokens + step_tokens(config) < run_tokens(state.stage, config):
             self.feed.read_ahead()
 
