@@ -11,10 +11,10 @@ from tiny_onn.distill.anomalies import Guard
 from tiny_onn.distill.assembly import Training
 from tiny_onn.distill.blockwise import BlockErrors
 from tiny_onn.distill.stages import Stage, run_tokens, stage_named
-from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.evaluation.evaluate import budget_report
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.runs.checkpoint import checkpoint_name, load_checkpoint, valid_checkpoints
+from tiny_onn.runs.records import Evaluation
 
 
 @dataclass(kw_only=True, slots=True)
