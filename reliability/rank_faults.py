@@ -63,6 +63,11 @@ def rows_of(lab: RankLab, kills: int, few: int) -> list[dict[str, Any]]:
             partial(trials.killed_at_random, lab, command=True),
             few,
         ),
+        (
+            f"{at_random}, on the second of two machines",
+            partial(trials.killed_at_random, lab, machines=2),
+            few,
+        ),
     ]
     if lab.processes == 2:
         faults += [
