@@ -62,10 +62,11 @@ class Distill:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.config.launcher import is_first, num_processes
+        from tiny_onn.config.launcher import check_launcher, is_first, num_processes
         from tiny_onn.config.read import load_config
         from tiny_onn.errors import UserError
 
+        check_launcher()
         named = self.run is not None or self.preset is not None
         if self.resume and self.out is None:
             raise UserError(

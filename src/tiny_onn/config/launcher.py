@@ -4,6 +4,26 @@ import os
 
 from tiny_onn.errors import UserError
 
+# The ways of accelerate to cut a model or a row, which a program of its own has to ask for.
+FOREIGN_WAYS = tuple(
+    f"ACCELERATE_USE_{way}" for way in ("PARALLELISM_CONFIG", "FSDP", "DEEPSPEED", "MEGATRON_LM")
+)
+
+
+def check_launcher() -> None:
+    """Refuse a launcher's settings that `distill` would not follow.
+
+    Raises:
+        UserError: accelerate was asked to cut models or rows over the processes.
+    """
+    for name in FOREIGN_WAYS:
+        if (got := os.environ.get(name, "false").lower()) not in ("false", "0"):
+            raise UserError(
+                f"{name}: got {got} from accelerate, expected none of its ways to cut a model or a"
+                " row over GPUs, because distill divides its work itself (train.shard), and a row"
+                " lies on one GPU; choose plain multi-GPU in `accelerate config`, or use torchrun"
+            )
+
 
 def launcher_number(name: str, default: int | None = None) -> int:
     """Return a variable of the launcher.
