@@ -33,7 +33,8 @@ from tiny_onn.distill.cache_writer import write_shards
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.ops.distillation_loss import distill
-from tiny_onn.teacher.cache import Manifest, TeacherCache, decoded
+from tiny_onn.teacher.cache import Manifest, decoded
+from tiny_onn.teacher.cache_reader import TeacherCache
 from tiny_onn.teacher.load import load_dense
 
 FORMATS: tuple[StatesFormat, ...] = get_args(StatesFormat)
@@ -73,7 +74,7 @@ def divergence(cache: TeacherCache, rows: Sequence[PackedRow], teacher: PreTrain
     """KL(teacher || its stored states) in nats, the mean over tokens with a label."""
     total, tokens = 0.0, 0
     for row in rows:
-        taught = cache.taught(row).to(teacher.device)
+        taught = cache.taught([row])[0].to(teacher.device)
         assert taught.teacher_states is not None
         live_TD = last_hidden_states(teacher, taught.input_ids, **packed_kwargs(taught))[0]
         stored_TD = decoded(taught.teacher_states, taught.teacher_scales, live_TD.dtype)
@@ -96,7 +97,10 @@ def divergence(cache: TeacherCache, rows: Sequence[PackedRow], teacher: PreTrain
 
 def reader(cache: TeacherCache, rows: Sequence[PackedRow], device: str) -> Iterator[PackedRow]:
     """The rows in turn, each read from the cache when a step asks for it."""
-    return (cache.taught(row).to(device) for row in itertools.cycle(rows))
+    while True:
+        # A run compares each shard with its hash once, and reads it once.
+        anew = TeacherCache(cache.folder)
+        yield from (anew.taught([row])[0].to(device) for row in rows)
 
 
 def first_loss(step: Step, state: dict[str, torch.Tensor]) -> float:

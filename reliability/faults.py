@@ -12,8 +12,6 @@ docs/reliability.md. Same seed, same choices; the instants of kills depend on th
 # ruff: noqa: E402 - the environment is set before the libraries read it
 
 import argparse
-import json
-import os
 import signal
 import sys
 import tempfile
@@ -23,18 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-for variable, value in {
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}.items():
-    os.environ[variable] = value
+from reliability.harness import set_environment
+
+set_environment()
 
 import torch
 
 from reliability import fault_trials as trials
 from reliability.fault_trials import ROW, SAVE_TOKENS, STAGES, STEPS, Lab, Outcome
-from reliability.harness import FAULTS, faults_part, surroundings, write_results
+from reliability.harness import FAULTS, add_outputs, publish, surroundings
 from tiny_onn.teacher.load import quiet_transformers
 
 # Random kills that one run takes before it may end.
@@ -133,8 +128,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="once each, one of a kind")
     parser.add_argument("--only", default="", help="only faults whose name holds this")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--write", action="store_true", help="write the JSON and document in git")
+    add_outputs(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet_transformers()
@@ -166,12 +160,7 @@ def main() -> int:
         "permission": "mode 0555 for a process without CAP_DAC_OVERRIDE",
         "rows": rows,
     }
-    print()
-    print(faults_part(record))
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if options.write:
-        write_results(FAULTS, record)
+    publish(FAULTS, record, options)
     return 0 if all(row["tried"] == row["survived"] for row in rows) else 1
 
 

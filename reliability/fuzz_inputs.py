@@ -27,23 +27,22 @@ from pathlib import Path
 from typing import Any
 
 # Before the imports: threads of their own would survive no fork, and count as memory.
-for name, value in {
-    "TOKENIZERS_PARALLELISM": "false",
+from reliability.harness import set_environment
+
+set_environment()
+os.environ |= {
     "RAYON_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
-    "HF_HUB_OFFLINE": "1",
     # The others reserve a gigabyte of addresses, which RLIMIT_AS counts.
     "ARROW_DEFAULT_MEMORY_POOL": "system",
-}.items():
-    os.environ[name] = value
+}
 
 import hypothesis
 import pyarrow
 import torch
 
 from reliability.fuzz_targets import TARGETS, make_bases
-from reliability.harness import FUZZ, fuzz_part, in_child, surroundings, wait_for, write_results
+from reliability.harness import FUZZ, add_outputs, in_child, publish, surroundings, wait_for
 from tiny_onn.data.readers import WORKING_BYTES
 from tiny_onn.errors import UserError, reason_line
 from tiny_onn.teacher.load import quiet_transformers
@@ -206,8 +205,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", default="", help="only names that hold this")
     parser.add_argument("--large", action="store_true", help="also files of 100 MB")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--write", action="store_true", help="write the JSON and document in git")
+    add_outputs(parser)
     options = parser.parse_args()
     names = [name for name in TARGETS if options.targets in name]
     torch.set_num_threads(1)
@@ -241,12 +239,7 @@ def main() -> int:
         "failed": len(failures),
         "rows": rows,
     }
-    print()
-    print(fuzz_part(record))
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if options.write:
-        write_results(FUZZ, record)
+    publish(FUZZ, record, options)
     return 1 if failures else 0
 
 

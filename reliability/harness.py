@@ -1,5 +1,6 @@
 """What the long-form scripts share: the machine they ran on, a child process per trial, tables."""
 
+import argparse
 import json
 import os
 import platform
@@ -16,6 +17,27 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 FAULTS, RANKS, FUZZ = "faults", "ranks", "fuzz"
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "hypothesis")
+
+
+def set_environment() -> None:
+    """Set what libraries read when they are imported; to be called before that."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `publish` reads."""
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--write", action="store_true", help="write the JSON and document in git")
+
+
+def publish(name: str, record: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print what the document says of a script's record, and write it where the arguments say."""
+    print()
+    print(PARTS[name](record))
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if options.write:
+        write_results(name, record)
 
 
 def surroundings(command: Sequence[str]) -> dict[str, Any]:
@@ -136,10 +158,13 @@ def fuzz_part(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+PARTS = {FAULTS: faults_part, RANKS: ranks_part, FUZZ: fuzz_part}
+
+
 def document_with(document: str, name: str, record: dict[str, Any]) -> str:
     """The document with the part that a script writes replaced."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    part = {FAULTS: faults_part, RANKS: ranks_part, FUZZ: fuzz_part}[name](record)
+    part = PARTS[name](record)
     head, _, rest = document.partition(begin)
     _, _, foot = rest.partition(end)
     return f"{head}{begin}\n{part}{end}{foot}"

@@ -11,8 +11,6 @@ docs/reliability.md. The instants of the kills depend on the machine's speed.
 # ruff: noqa: E402 - the environment is set before the libraries read it
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 import time
@@ -21,18 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-for variable, value in {
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}.items():
-    os.environ[variable] = value
+from reliability.harness import set_environment
+
+set_environment()
 
 import torch
 
 from reliability import rank_trials as trials
 from reliability.fault_trials import ROW
-from reliability.harness import RANKS, ranks_part, surroundings, write_results
+from reliability.harness import RANKS, add_outputs, publish, surroundings
 from reliability.rank_trials import ROWS_PER_STEP, SAVE_TOKENS, STAGES, STEPS, Kills, RankLab
 from tiny_onn.teacher.load import quiet_transformers
 
@@ -68,6 +63,11 @@ def rows_of(lab: RankLab, kills: int, few: int) -> list[dict[str, Any]]:
             partial(trials.killed_at_random, lab, command=True),
             few,
         ),
+        (
+            f"{at_random}, on the second of two machines",
+            partial(trials.killed_at_random, lab, machines=2),
+            few,
+        ),
     ]
     if lab.processes == 2:
         faults += [
@@ -96,8 +96,7 @@ def main() -> int:
     parser.add_argument("--few", type=int, default=FEW, help="trials of each other kind")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--write", action="store_true", help="write the JSON and document in git")
+    add_outputs(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet_transformers()
@@ -115,12 +114,7 @@ def main() -> int:
         "seconds": round(time.monotonic() - started),
         "rows": rows,
     }
-    print()
-    print(ranks_part(record))
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if options.write:
-        write_results(RANKS, record)
+    publish(RANKS, record, options)
     return 0 if all(row["tried"] == row["survived"] for row in rows) else 1
 
 

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import psutil
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from reliability.fault_trials import (
@@ -102,7 +104,17 @@ class RankLab(Lab):
             arguments = ["distill", "--resume", "--out", str(out)]
         if command:
             return self._torchrun(out, arguments)
+        return self._agent(out, arguments, arm, "127.0.0.1:0", machines=1)
 
+    def start_two(self, out: Path) -> list[int]:
+        """Start the agents of two machines, both of which are this one; the forks' ids."""
+        arguments, meeting = ["distill", str(self.toml), "--out", str(out)], get_free_port()
+        options = (out, arguments, None, f"127.0.0.1:{meeting}")
+        return [self._agent(*options, machines=2) for _ in range(2)]
+
+    def _agent(
+        self, out: Path, arguments: list[str], arm: Arm | None, endpoint: str, machines: int
+    ) -> int:
         def worker() -> None:
             # Up to here the agent's own handlers, which a fork inherits, answer a signal.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -116,11 +128,11 @@ class RankLab(Lab):
 
         def agent() -> int:
             config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=self.processes,
+                min_nodes=machines,
+                max_nodes=machines,
+                nproc_per_node=self.processes // machines,
                 rdzv_backend="c10d",
-                rdzv_endpoint="127.0.0.1:0",
+                rdzv_endpoint=endpoint,
                 run_id=out.name,
                 max_restarts=self.restarts,
                 start_method="fork",
@@ -135,9 +147,9 @@ class RankLab(Lab):
 
         return in_child(agent, self.log(out))
 
-    def all_begun(self, agent: int) -> bool:
-        """Whether all forks of an agent have begun their work."""
-        pids = [w.pid for w in workers(agent)]
+    def all_begun(self, agents: Sequence[int]) -> bool:
+        """Whether all forks of the agents have begun their work."""
+        pids = [w.pid for w in workers(*agents)]
         begun = [(self.folder / f"ready-{pid}").exists() for pid in pids]
         return len(begun) == self.processes and all(begun)
 
@@ -154,12 +166,13 @@ class RankLab(Lab):
             ).pid
 
 
-def workers(agent: int) -> list[psutil.Process]:
-    """The processes that an agent started."""
-    try:
-        return psutil.Process(agent).children()
-    except psutil.NoSuchProcess:
-        return []
+def workers(*agents: int) -> list[psutil.Process]:
+    """The processes that agents started and that are alive or not yet waited for."""
+    found: list[psutil.Process] = []
+    for agent in agents:
+        with suppress(psutil.NoSuchProcess):
+            found += psutil.Process(agent).children()
+    return found
 
 
 def ended(agent: int) -> bool:
@@ -178,18 +191,22 @@ class Kills:
     number: int
 
 
-def killed_at_random(lab: RankLab, *, command: bool = False) -> Kills:
-    """One run, of which a random process is killed at random instants, and which nobody resumes."""
+def killed_at_random(lab: RankLab, *, command: bool = False, machines: int = 1) -> Kills:
+    """One run, of which a random process is killed at random instants, and which nobody resumes.
+
+    Of two machines, the second one's processes are killed.
+    """
     out, outcome, number = lab.new(), Outcome(), 0
     longest = lab.command_seconds if command else lab.seconds
-    agent = lab.start(out, command=command)
+    agents = lab.start_two(out) if machines == 2 else [lab.start(out, command=command)]
+    agent = agents[-1]
     while number < lab.restarts and not ended(agent):
-        while not command and not lab.all_begun(agent) and not ended(agent):
+        while not command and not lab.all_begun(agents) and not ended(agent):
             time.sleep(0.002)
         until = time.monotonic() + lab.random.uniform(0, longest)
         while time.monotonic() < until and not ended(agent):
             time.sleep(0.002)
-        alive = [w for w in workers(agent) if w.status() != psutil.STATUS_ZOMBIE]
+        alive = [w for w in workers(*agents) if w.status() != psutil.STATUS_ZOMBIE]
         if len(alive) < lab.processes:
             continue
         # A worker that is killed when its work is done leaves torch's agent waiting for its answer.
@@ -197,16 +214,20 @@ def killed_at_random(lab: RankLab, *, command: bool = False) -> Kills:
             break
         lost = tokens_done(out) - tokens_kept(out)
         try:
-            lab.random.choice(alive).kill()
+            # The second machine's processes come last.
+            lab.random.choice(alive[-(lab.processes // machines) :]).kill()
         except psutil.NoSuchProcess:
             continue
         outcome.lost_tokens = max(outcome.lost_tokens, lost)
         number += 1
         gone = {w.pid for w in alive}
         # The next one is counted from when all processes have been started again.
-        while {w.pid for w in workers(agent)} & gone and not ended(agent):
+        while {w.pid for w in workers(*agents)} & gone and not ended(agent):
             time.sleep(0.002)
     check(lab, out, agent, outcome)
+    for other in agents[:-1]:
+        if (status := lab.end(out, other).status) != 0:
+            outcome.problems.append(f"the first machine's agent ended with {status}")
     return Kills(outcome=outcome, number=number)
 
 

@@ -6,6 +6,7 @@ the other two for the other half; all four are the world of the case `exchanged`
 
 import json
 import resource
+import shutil
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,15 +18,14 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn as spawn_processes
 
 from parallel_cases import ROWS, four_processes, free_port, prepared
-from tiny_onn import parallel
 from tiny_onn.config.schema import Shard
 from tiny_onn.distill.optim import SplitOptimizer, build_optimizer
 from tiny_onn.distill.saving import saving_ranks
 from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.parallel import ALONE, World, check_shared
-from tiny_onn.runs import sharded_files
+from tiny_onn.parallel import ALONE, World
+from tiny_onn.runs import sharded_files, shared_folder
 from tiny_onn.runs.checkpoint import (
     Snapshot,
     load_checkpoint,
@@ -35,6 +35,7 @@ from tiny_onn.runs.checkpoint import (
     write_checkpoint,
 )
 from tiny_onn.runs.checkpointer import Checkpointer
+from tiny_onn.runs.shared_folder import check_shared
 
 Case = Callable[[World, Path], Any]
 OPTIM = {"optim": {"lr_scale": "rms"}}
@@ -184,7 +185,7 @@ def damaged(world: World, folder: Path) -> Any:
 
 def unseen(world: World, folder: Path) -> Any:
     """What a process says that has another folder under the name of the run's."""
-    parallel.SHOWN_AFTER_S = 0.3
+    shared_folder.SHOWN_AFTER_S = 0.3
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     if world.first:
@@ -196,6 +197,54 @@ def unseen(world: World, folder: Path) -> Any:
     except UserError as error:
         return str(error)
     return None
+
+
+def late(world: World, folder: Path) -> Any:
+    """From where two processes go on if the second one's mount shows a checkpoint later or never.
+
+    The mount is a copy of the folder, which lacks the newest checkpoint, then a file of it.
+    """
+    session, seen = Session(world), {}
+    for step in (1, 2, 3):
+        assert session.save(folder, step) is None
+    world.barrier()
+    mount = folder if world.first else folder.with_name("late mount")
+    if not world.first:
+        shutil.copytree(folder, mount)
+    world.barrier()
+    for step, lacking in ((3, "."), (2, "manifest.json")):
+        source, copy = (place / f"step-{step:07d}" / lacking for place in (folder, mount))
+        shown_later = []
+        if not world.first:
+            shown_later = [threading.Timer(0.5, show, (source, copy))]
+            shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+            shown_later[0].start()
+        seen[f"{step} is late"] = Session(world, trained=False).load(mount)
+        for timer in shown_later:
+            timer.join()
+        world.barrier()
+        shared_folder.SHOWN_AFTER_S = 0.3
+        if not world.first:
+            shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+        try:
+            Session(world, trained=False).load(mount)
+        except UserError as error:
+            seen[f"{step} is lacking"] = str(error)
+        shared_folder.SHOWN_AFTER_S = 30.0
+        world.barrier()
+        # The one before is the newest from now on.
+        shutil.rmtree(mount / f"step-{step:07d}", ignore_errors=True)
+        world.barrier()
+    return seen
+
+
+def show(source: Path, copy: Path) -> None:
+    """Copy a file, or a folder under another name that then becomes its own."""
+    if source.is_dir():
+        shutil.copytree(source, copy.with_name(".coming"))
+        copy.with_name(".coming").rename(copy)
+    else:
+        shutil.copy(source, copy)
 
 
 def exchanged(four: World, pair: World, folder: Path) -> Any:
@@ -235,6 +284,7 @@ PAIR_CASES: dict[str, Case] = {
     "overlapped": overlapped,
     "damaged": damaged,
     "unseen": unseen,
+    "late": late,
 }
 
 

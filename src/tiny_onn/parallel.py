@@ -6,14 +6,12 @@ gradients and counts, after which every process holds the same bits and decides 
 launcher the world is one process, in which every operation here does nothing.
 """
 
-import hashlib
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -25,7 +23,7 @@ from torch.distributed import (
     rendezvous,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from tiny_onn.config.launcher import launcher_number, num_processes
+from tiny_onn.config.launcher import launcher_number, num_processes, under_torchrun
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import silenced
 from tiny_onn.errors import RankError, UserError, reason_of
@@ -36,9 +34,13 @@ Item = TypeVar("Item")
 MESSAGE_BYTES = 2**26
 # The others may wait so long while one process converts the model or writes a checkpoint.
 TIMEOUT = timedelta(hours=2)
-# A network file system may show a new file to another machine after some seconds.
-SHOWN_AFTER_S = 30.0
+# A launcher that has ended does not answer.
+ANSWERED_WITHIN = timedelta(seconds=30)
 ASKED_EVERY_S = 0.02
+# The parts of the texts of gloo's errors, which are plain ones, that only a lost connection has.
+LOST = ("gloo/transport/", "connectFullMesh failed")
+# A condition that gloo checks is ours to keep, such as equal sizes in all processes.
+BROKEN_RULE = "enforce fail"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,8 @@ class World:
     """The group of torch's collectives; None in one process."""
     saving: dist.ProcessGroup | None = None
     """A group of the same processes for the thread that writes checkpoints."""
+    launch: str | None = None
+    """A name of torchrun's launch, which its restarts keep and no other launch has."""
 
     @staticmethod
     @contextmanager
@@ -71,24 +75,24 @@ class World:
         """
         size = num_processes()
         if size == 1:
-            yield World()
+            yield World(launch=_launch_of_one())
             return
         rank, local_rank = launcher_number("RANK"), launcher_number("LOCAL_RANK")
         on_gpu = _choose_gpu(device, size, local_rank)
-        store = _store(rank, size)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=PrefixStore("group", store),
-            rank=rank,
-            world_size=size,
-            timeout=TIMEOUT,
-        )
+        store, launch = _store(rank, size)
         try:
             with silenced(rank > 0):
-                world = World(rank=rank, size=size, group=dist.group.WORLD)
-                with world._explained():
+                world = World(rank=rank, size=size, launch=launch)
+                with _connecting(size):
+                    dist.init_process_group(
+                        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                        store=PrefixStore("group", store),
+                        rank=rank,
+                        world_size=size,
+                        timeout=TIMEOUT,
+                    )
                     saving = dist.new_group(backend="gloo", timeout=TIMEOUT)
-                yield replace(world, saving=saving)
+                yield replace(world, group=dist.group.WORLD, saving=saving)
         except UserError as error:
             told = 0
             with suppress(RuntimeError):
@@ -191,21 +195,28 @@ class World:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn a lost connection into the line that says what to do."""
+        """Turn a lost connection into the line that says what to do; other errors are faults."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if not is_lost(error):
+                raise
             raise UserError(
-                f"got an end of another process of this run or of its connection, expected all"
-                f" {self.size} processes until the end; see what the launcher says about it, and go"
-                " on with --resume"
+                f"got an end of another process of this run or of its connection"
+                f" ({reason_of(error)}), expected all {self.size} processes until the end; see what"
+                " the launcher says about it, and go on with --resume"
             ) from error
 
 
 ALONE = World()
 """The world of one process."""
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Return True if an error of a collective says that a connection to another process failed."""
+    text = str(error)
+    gloo = any(part in text for part in LOST) and BROKEN_RULE not in text
+    return gloo or isinstance(error, dist.DistError)
 
 
 def messages(sizes: Sequence[int]) -> list[list[int]]:
@@ -255,51 +266,55 @@ def check_world(config: RunConfig, world: World) -> None:
         )
 
 
-def check_shared(file: Path, world: World) -> None:
-    """Refuse a run folder that not every process sees.
-
-    Args:
-        file: A file in the folder that the first process has just written, with its own text.
-        world: The processes, all of which make this call.
-
-    Raises:
-        UserError: A process sees no such file, or another one.
-    """
-    if world.size == 1:
-        return
-    expected, until = world.of_first(_digest(file)), time.monotonic() + SHOWN_AFTER_S
-    while _digest(file) != expected and time.monotonic() < until:
-        time.sleep(0.1)
-    if world.any_true(_digest(file) != expected):
-        raise UserError(
-            f"{file.parent}: got a folder that only some of {world.size} processes see, expected"
-            " one on a file system that all of them share; choose another --out"
-        )
-
-
-def _digest(file: Path) -> int:
-    """Return a number that depends on a file's text, or 0 if there is no such file."""
+@contextmanager
+def _connecting(size: int) -> Iterator[None]:
+    """Turn the errors of processes that do not find each other into one line."""
     try:
-        return int.from_bytes(hashlib.blake2b(file.read_bytes(), digest_size=7).digest())
-    except OSError:
-        return 0
-
-
-def _store(rank: int, size: int) -> Store:
-    """Return the launcher's table of keys and values, by which the processes find each other."""
-    try:
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
-        start = name_of_start(store, rank, size)
+        yield
     except (ValueError, RuntimeError) as error:
         # A variable that is missing is missing in all processes; a connection may fail in one.
+        rank = launcher_number("RANK", 0)
         kind = RankError if rank and isinstance(error, RuntimeError) else UserError
         raise kind(
             f"WORLD_SIZE: got {size} processes that do not find each other"
-            f" ({reason_of(error)}), expected the address and the port that a launcher sets; start"
-            " them with torchrun"
+            f" ({reason_of(error)}), expected the address and the port that a launcher sets, and a"
+            " network between them; start them with torchrun"
         ) from error
+
+
+def _store(rank: int, size: int) -> tuple[Store, str]:
+    """Return the table by which the processes of this start find each other, and the launch."""
+    with _connecting(size):
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        launch = name_of_launch(store)
+        start = name_of_start(store, rank, size)
     # Processes that are started again do not meet what the ones before them left.
-    return PrefixStore(f"tiny_onn {start}", store)
+    return PrefixStore(f"tiny_onn {start}", store), launch
+
+
+def _launch_of_one() -> str | None:
+    """Return the name of the launch of a process that torchrun started alone; None without one."""
+    if not under_torchrun():
+        return None
+    # The variables may be those of a launcher that has ended.
+    with suppress(ValueError, RuntimeError):
+        store, _, _ = next(rendezvous("env://", 0, 1, timeout=ANSWERED_WITHIN))
+        return name_of_launch(store)
+    return None
+
+
+def name_of_launch(store: Store) -> str:
+    """Return a name that the processes of a launch share over all of its starts.
+
+    torchrun's id of a launch is no such name, because users may give the same id to many launches.
+    torchrun's own process holds the table while it starts the others anew, so that the table's
+    first name is that of the launch. A table that ends with the processes gives each start a name
+    of its own.
+
+    Args:
+        store: The launcher's table.
+    """
+    return store.compare_set("tiny_onn launch", "", secrets.token_hex(8)).decode()
 
 
 def name_of_start(store: Store, rank: int, size: int) -> str:

@@ -6,6 +6,7 @@ from tiny import make_tokenizer, write_corpus
 from tiny_onn.config.schema import DataConfig
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.distill.feed import RowFeed
+from tiny_onn.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +31,25 @@ def test_a_feed_gives_the_streams_rows_and_the_state_after_each_finished_step(ma
             assert feed.state_dict() == before
         feed.finish()
         assert feed.state_dict() == plain.state_dict()
+
+
+def test_rows_that_cannot_be_read_wait_until_the_step_before_is_finished(make_stream):
+    stream, plain, failing = make_stream(), make_stream(), []
+
+    def read():
+        rows = [next(stream)]
+        if failing:
+            raise UserError("a text that cannot be read")
+        return rows
+
+    feed = RowFeed(stream, read)
+    feed.take()
+    next(plain)
+    failing.append(True)
+    feed.read_ahead()
+    feed.finish()
+    # The finished step counts; the row whose reading failed does not.
+    assert feed.state_dict() == plain.state_dict()
+    with pytest.raises(UserError, match="a text that cannot be read"):
+        feed.take()
+    assert feed.state_dict() == plain.state_dict()

@@ -31,14 +31,13 @@ from tiny_onn.errors import UserError
 from tiny_onn.runs.folder import read_run_config
 from tiny_onn.teacher.cache import (
     MANIFEST,
-    TeacherCache,
-    check_cache,
     decoded,
     encoded,
     file_sha256,
     read_manifest,
     shard_name,
 )
+from tiny_onn.teacher.cache_reader import TeacherCache, check_cache
 from tiny_onn.teacher.load import load_dense
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -227,7 +226,7 @@ write_cache(config, out=Path({str(out)!r}), states_format="float32", shard_bytes
     ours, theirs = (TeacherCache(folder) for folder in (out, cache))
     tokenizer = make_tokenizer()
     for _, row in zip(range(ROWS), training_rows(config, tokenizer), strict=False):
-        one, other = ours.taught(row).teacher_states, theirs.taught(row).teacher_states
+        one, other = (c.taught([row])[0].teacher_states for c in (ours, theirs))
         assert one is not None
         assert other is not None
         assert torch.equal(one, other)
@@ -275,6 +274,21 @@ def test_a_damaged_shard_is_refused_by_name_and_written_anew(config, copy, cache
         path.unlink()
     write_cache(config, out=copy, states_format="float32")
     assert files_of(copy) == files_of(cache)
+
+
+def test_a_step_is_kept_if_the_rows_after_it_cannot_be_read(config, copy, live, tmp_path):
+    out, spoiled = tmp_path / "run", copy / shard_name(1)
+    content = spoiled.read_bytes()
+    flip(spoiled)
+    changed = reading(config, copy, train={"save_every_tokens": 0})
+    with pytest.raises(UserError, match=f"{spoiled.name}: this shard of a teacher's cache is dam"):
+        run_distill(changed, out=out)
+    # The third step reads the first row of the shard.
+    assert [row["step"] for row in records(out) if row["kind"] == "step"] == [1, 2]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"]
+    spoiled.write_bytes(content)
+    run_distill(changed, out=out, resume=True)
+    assert_same_run(out, live)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +370,7 @@ def test_rows_of_another_text_are_noticed_where_they_are_read(config, cache):
     row = next(training_rows(config, tokenizer))
     row.input_ids[0, 3] += 1
     with pytest.raises(UserError, match="holds another text in row 0 than the run reads there"):
-        TeacherCache(cache).taught(row)
+        TeacherCache(cache).taught([row])
 
 
 def test_a_run_that_is_longer_than_its_cache_is_refused_before_it_begins(config, copy, tmp_path):
@@ -365,6 +379,24 @@ def test_a_run_that_is_longer_than_its_cache_is_refused_before_it_begins(config,
     with pytest.raises(UserError, match=told):
         run_distill(longer, out=tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_cache_that_is_too_short_for_other_steps_is_refused_when_the_run_is_resumed(
+    config, cache, tmp_path
+):
+    out = tmp_path / "run"
+    run_distill(reading(config, cache), out=out, after_step=at_step(1, partial(send, 2)))
+    before = records(out)
+    # After 2 rows, 10 of the 12 are left, which three steps of 4 rows exceed.
+    changed = reading(config, cache, train={"rows_per_step": 4})
+    told = (
+        r"holds 768 tokens, expected the 896 that the run reads; .* set train\.tokens=640 or less"
+    )
+    with pytest.raises(UserError, match=told):
+        run_distill(changed, out=out, resume=True, allow_change=("train.rows_per_step",))
+    assert records(out) == before
+    # The settings stay the run's own.
+    run_distill(reading(config, cache), out=out, resume=True)
 
 
 def test_an_unfinished_cache_serves_runs_that_are_short_enough(config, copy, tmp_path):

@@ -62,6 +62,14 @@ def test_a_folder_that_one_process_does_not_see_is_refused(folder):
         assert "got a folder that only some of 2 processes see, expected one on a file" in one
 
 
+def test_a_checkpoint_that_a_network_mount_shows_later_is_waited_for_and_not_called_damaged(folder):
+    for one in seen(folder, "late"):
+        for step in (3, 2):
+            assert one[f"{step} is late"] == {"step": step}
+            told = f"step-{step:07d}: got a checkpoint that only some of 2 processes see, expected"
+            assert told in one[f"{step} is lacking"]
+
+
 def test_a_checkpoint_keeps_its_bits_through_one_two_four_and_one_processes(folder):
     first, second, third, fourth = seen(folder, "exchanged", 4)
     for one in (first, second, third, fourth):

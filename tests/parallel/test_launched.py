@@ -16,6 +16,7 @@ from run_records import records
 from tiny import change, write_run
 from tiny_onn.cli.main import main
 from tiny_onn.config.template import config_template
+from tiny_onn.distill.cache_writer import write_cache
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.runs.folder import create_run_folder
 from tiny_onn.runs.metrics import read_metrics
@@ -161,14 +162,46 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_undisturbed(confi
     assert records(out) == records(whole)
 
 
-def test_a_restart_does_not_resume_a_run_that_was_there_before(config, tmp_path):
-    run_distill(config, out=tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+def test_a_restart_does_not_resume_a_run_that_an_earlier_launch_of_its_name_made(config, tmp_path):
     (tmp_path / "run.toml").write_text(config_template(config))
     command = ("distill", tmp_path / "run.toml", "--out", tmp_path / "run")
-    process = launch(*command, options=["--max-restarts=1"])
+    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=first"]
+    process = launch(*command, options=meeting)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    process = launch(*command, options=["--max-restarts=1", *meeting])
     lines = lines_of(process)
     assert process.returncode == 1
     assert len(lines) == 2
     assert all("got a folder that is not empty, expected a new one" in line for line in lines)
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_processes_that_cannot_connect_tell_it_once_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-network")
+    process = launch("distill", "--preset", "demo", "--out", tmp_path / "run")
+    out, err = process.communicate(timeout=SECONDS)
+    (line,) = [line for line in err.splitlines() if line.startswith("tiny-onn: ")]
+    assert "WORLD_SIZE: got 2 processes that do not find each other" in line
+    assert "no-such-network" in line
+    # The launcher has a traceback of its own.
+    assert "tiny_onn/parallel.py" not in out + err
+
+
+def test_a_damaged_shard_of_a_cache_is_told_by_its_process_and_ends_all_with_their_steps(
+    config, tmp_path
+):
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    write_cache(config, out=cache, shard_bytes=1)
+    (spoiled,) = cache.glob("shard-000003*")
+    content = bytearray(spoiled.read_bytes())
+    content[-100] ^= 1
+    spoiled.write_bytes(content)
+    create_run_folder(out, change(config, teacher={"cache": str(cache)}), argv=[])
+    # The second step reads the shard of row 3, which is compared by the second process.
+    process = launch("distill", "--resume", "--out", out)
+    (line,) = [line for line in lines_of(process) if "error" in line]
+    assert f"process 1: {spoiled}: this shard of a teacher's cache is damaged" in line
+    assert [row["step"] for row in records(out) if row["kind"] == "step"] == [1]
+    assert (out / "checkpoints" / "step-0000001").is_dir()

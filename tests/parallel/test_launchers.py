@@ -39,3 +39,22 @@ def test_a_launcher_runs_distill_to_its_end(name, tmp_path):
     assert "".join(said).count("distill: saving the student") == 1
     last = list(read_metrics(out / METRICS_NAME))[-1]
     assert (last["kind"], last["step"]) == ("end", 2)
+
+
+@pytest.mark.parametrize(
+    ("way", "named"),
+    [
+        ("--use_fsdp", "FSDP"),
+        (
+            "--use_fsdp --fsdp_version 2 --use_parallelism_config --parallelism_config_cp_size 2",
+            "PARALLELISM_CONFIG",
+        ),
+    ],
+)
+def test_accelerates_own_ways_to_cut_a_model_or_a_row_are_refused(way, named, tmp_path):
+    plain = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    port = f"--main_process_port={free_port()}"
+    launcher = ["accelerate.commands.launch", *plain, *way.split(), port, "--module"]
+    said = start(launcher, tmp_path / "run").communicate(timeout=SECONDS)[0]
+    (line,) = [line for line in said.splitlines() if line.startswith("tiny-onn: error: ")]
+    assert f"ACCELERATE_USE_{named}: got true from accelerate, expected none of its ways to" in line

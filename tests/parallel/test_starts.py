@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from tiny_onn.parallel import name_of_start
+from tiny_onn.parallel import name_of_launch, name_of_start
 
 
 def start(store, size):
@@ -25,3 +25,10 @@ def test_what_a_killed_process_asked_does_not_stand_for_the_next_one():
     store.set("asks 1", "of a process that was killed before it had an answer")
     first, second = start(store, 2)
     assert first == second
+
+
+def test_all_starts_of_a_launch_have_its_name_and_each_launch_another():
+    stores = HashStore(), HashStore()
+    names = [{name_of_launch(store) for _ in range(3)} for store in stores]
+    assert [len(name) for name in names] == [1, 1]
+    assert names[0] != names[1]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -9,10 +11,10 @@ import pytest
 from run_records import write_records
 from tiny import CONFIG, change
 from tiny_onn.cli import main as cli
-from tiny_onn.distill.records import EvaluationRecord
 from tiny_onn.errors import UserError
 from tiny_onn.report.comparing import common_k, compare, points_of
 from tiny_onn.report.exact_k import at_k, between
+from tiny_onn.runs.records import EvaluationRecord
 from tiny_onn.studies.report import print_comparison, read_run, run_compare
 
 
@@ -37,6 +39,7 @@ def evaluation(mean_k, kl, **changes):
         "dense_ffn_flops": 80.0,
         "total_flops": 100 + flops,
         "layers": {
+            "num_tokens": 500,
             "mean_k": [mean_k],
             "load": [[5] * 8],
             "expert_norm": [1.0],
@@ -204,3 +207,18 @@ def test_runs_without_an_evaluation_are_left_out_or_refused(make_run, tmp_path, 
     assert "young: left out" in capsys.readouterr().err
     with pytest.raises(UserError, match="RUN: got young without an evaluation"):
         run_compare([young])
+
+
+@pytest.mark.parametrize("verb", [["compare", "a", "b"], ["watch", "a", "--once"]], ids=str)
+def test_runs_are_compared_and_watched_without_torch(make_run, tmp_path, verb):
+    make_run("a", 4.0, 0.3)
+    make_run("b", 4.0, 0.5)
+    program = (
+        "import sys\n"
+        "from tiny_onn.cli.main import main\n"
+        "status = main(sys.argv[1:])\n"
+        "print(status, sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", program, *verb]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.splitlines()[-1:] == ["0 []"], done.stderr

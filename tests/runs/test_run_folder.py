@@ -21,7 +21,7 @@ from tiny_onn.runs.folder import (
     create_run_folder,
     read_run_config,
     resume_run_folder,
-    was_begun_by_this_launch,
+    was_begun_by,
 )
 from tiny_onn.runs.metrics import MetricsWriter, read_metrics
 
@@ -308,20 +308,16 @@ def test_records_that_waited_follow_once_there_is_space(tmp_path):
     assert [record["step"] for record in read_metrics(path)] == list(range(6))
 
 
-@pytest.mark.parametrize("name", ["none", "job 7"])
-def test_a_launch_knows_the_run_that_it_began_and_no_other(tmp_path, monkeypatch, name):
-    for folder in ("plain", "other"):
-        create_run_folder(tmp_path / folder, RunConfig(), argv=[])
-        assert not was_begun_by_this_launch(tmp_path / folder)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-    create_run_folder(tmp_path / "ours", RunConfig(), argv=[])
-    resume_run_folder(tmp_path / "other", RunConfig(), argv=[])
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert was_begun_by_this_launch(tmp_path / "ours")
-    assert was_begun_by_this_launch(tmp_path / "other")
-    assert not was_begun_by_this_launch(tmp_path / "plain")
-    (tmp_path / "ours" / "config.json").unlink()
-    assert not was_begun_by_this_launch(tmp_path / "ours")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 8")
-    assert not was_begun_by_this_launch(tmp_path / "other")
+def test_a_launch_knows_the_run_that_it_began_and_no_other(tmp_path):
+    ours, other, plain = (tmp_path / name for name in ("ours", "other", "plain"))
+    assert not was_begun_by("a launch", ours)
+    create_run_folder(ours, RunConfig(), argv=[], launch="a launch")
+    for folder in (other, plain):
+        create_run_folder(folder, RunConfig(), argv=[])
+    resume_run_folder(other, RunConfig(), argv=[], launch="a launch")
+    asked = [was_begun_by("a launch", folder) for folder in (ours, other, plain)]
+    assert asked == [True, True, False]
+    assert not any(was_begun_by(name, ours) for name in ("another launch", None))
+    assert not was_begun_by(None, plain)
+    (ours / "config.json").unlink()
+    assert not was_begun_by("a launch", ours)

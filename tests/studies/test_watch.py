@@ -16,7 +16,9 @@ from tiny_onn.cli import main as cli
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.report.live import BLOCKS, Heatmap, sparkline
+from tiny_onn.report.sentences import health_of, state_of
 from tiny_onn.runs.metrics import MetricsTail, read_metrics
+from tiny_onn.studies.report import read_run
 from tiny_onn.studies.watch import Follower, run_watch
 
 
@@ -104,6 +106,26 @@ def test_an_interrupted_and_a_killed_run_name_the_way_on(tmp_path):
     follower = Follower(out)
     assert "its process has ended without saving" in words(follower.view())
     assert follower.ended
+
+
+def test_a_run_of_another_machine_that_writes_nothing_is_not_said_to_train(tmp_path):
+    out = write_records(tmp_path / "run", CONFIG, [])
+    lock = {"pid": os.getpid(), "host": "another-machine", "since_utc": "now"}
+    (out / "lock").write_text(json.dumps(lock))
+    follower = Follower(out)
+    assert "it is being prepared" in words(follower.view())
+    assert "The run still trains: 0 of" in state_of(read_run(out))
+    for name in ("lock", "metrics.jsonl"):
+        os.utime(out / name, (1e9, 1e9))
+    said = words(follower.view())
+    assert "no news since 2001-09-09 01:46 UTC; it is on another-machine, whose processes" in said
+    assert "If it has ended, `tiny-onn distill --resume --out" in said
+    run = read_run(out)
+    assert "is on another machine and gives no news since 2001-09-09 01:46 UTC" in state_of(run)
+    assert health_of(run).startswith("No news since 2001-09-09 01:46 UTC. ")
+    # It may train, so that nobody calls it ended.
+    assert not follower.ended
+    assert not run.finished
 
 
 def test_the_verb_shows_a_run_once_and_refuses_what_is_none(tmp_path, capsys):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import Json, Runs, require, require_runs, starting
+from tiny_onn.cli.arguments import Json, Runs, require, require_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,7 @@ class Compare:
         accepted = self.k is None or 0 < self.k < math.inf
         require(accepted, "--k", self.k or 0, "a number of experts above 0")
         require_runs(self.runs)
-        with starting():
-            from tiny_onn.studies.report import run_compare
+        from tiny_onn.studies.report import print_comparison, run_compare
 
         found = run_compare(self.runs, self.k)
         if self.json:
@@ -51,6 +50,4 @@ class Compare:
         elif self.markdown:
             print(found.markdown(), end="")
         else:
-            from tiny_onn.studies.report import print_comparison
-
             print_comparison(found)

@@ -62,10 +62,11 @@ class Distill:
 
     def __call__(self) -> None:
         """Run the verb."""
-        from tiny_onn.config.launcher import is_first, num_processes, was_restarted
+        from tiny_onn.config.launcher import check_launcher, is_first, num_processes
         from tiny_onn.config.read import load_config
         from tiny_onn.errors import UserError
 
+        check_launcher()
         named = self.run is not None or self.preset is not None
         if self.resume and self.out is None:
             raise UserError(
@@ -109,14 +110,12 @@ class Distill:
         with starting():
             from tiny_onn.distill.loop import run_distill
             from tiny_onn.parallel import World
-            from tiny_onn.runs.folder import was_begun_by_this_launch
+            from tiny_onn.runs.folder import was_begun_by
 
         with World.from_environment(config.train.device) as world:
             # A launcher starts the same command again after a process has failed. A run that it
-            # found in the folder is not resumed unasked. Not every machine counts the restart.
-            begun = world.any_true(was_restarted()) and world.any_true(
-                world.first and was_begun_by_this_launch(out)
-            )
+            # found in the folder is not resumed unasked.
+            begun = world.any_true(world.first and was_begun_by(world.launch, out))
             result = run_distill(
                 config,
                 out=out,

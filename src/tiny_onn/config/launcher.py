@@ -1,9 +1,28 @@
 """The environment variables by which a launcher, such as torchrun, tells a process its place."""
 
 import os
-import socket
 
 from tiny_onn.errors import UserError
+
+# The ways of accelerate to cut a model or a row, which a program of its own has to ask for.
+FOREIGN_WAYS = tuple(
+    f"ACCELERATE_USE_{way}" for way in ("PARALLELISM_CONFIG", "FSDP", "DEEPSPEED", "MEGATRON_LM")
+)
+
+
+def check_launcher() -> None:
+    """Refuse a launcher's settings that `distill` would not follow.
+
+    Raises:
+        UserError: accelerate was asked to cut models or rows over the processes.
+    """
+    for name in FOREIGN_WAYS:
+        if (got := os.environ.get(name, "false").lower()) not in ("false", "0"):
+            raise UserError(
+                f"{name}: got {got} from accelerate, expected none of its ways to cut a model or a"
+                " row over GPUs, because distill divides its work itself (train.shard), and a row"
+                " lies on one GPU; choose plain multi-GPU in `accelerate config`, or use torchrun"
+            )
 
 
 def launcher_number(name: str, default: int | None = None) -> int:
@@ -39,23 +58,6 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def was_restarted() -> bool:
-    """Return True if torchrun started this process anew after another one had failed."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
-def launch_name() -> str | None:
-    """Return a name of torchrun's launch, which a restart does not change; None without one.
-
-    It is the launch's id, or its agent on this machine where the user gave no id.
-    """
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-        return None
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if name != "none":
-        return name
-    # Every command imports this module, and few run under torchrun.
-    import psutil  # noqa: PLC0415
-
-    agent = psutil.Process(os.getppid())
-    return f"process {agent.pid} on {socket.gethostname()} since {agent.create_time()}"
+def under_torchrun() -> bool:
+    """Return True if torchrun, which starts processes anew when one has failed, started this."""
+    return "TORCHELASTIC_RESTART_COUNT" in os.environ

@@ -32,7 +32,7 @@ from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import fit_start_thresholds
-from tiny_onn.teacher.cache import check_cache
+from tiny_onn.teacher.cache_reader import check_cache
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import load_dense, teacher_for
 

@@ -19,7 +19,7 @@ from tiny_onn.model.compile import compile_backbones
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.parallel import ALONE, World
-from tiny_onn.teacher.cache import TeacherCache, open_cache
+from tiny_onn.teacher.cache_reader import TeacherCache, open_cache
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,8 +44,7 @@ class Training:
         """
         rows = [next(stream) for _ in range(self.config.train.rows_per_step)]
         if self.cache is not None:
-            for number in world.mine(range(len(rows))):
-                rows[number] = self.cache.taught(rows[number])
+            return self.cache.taught(rows, world)
         return rows
 
 

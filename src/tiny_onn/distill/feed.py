@@ -10,6 +10,7 @@ from typing import Any
 
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.stream import TokenStream
+from tiny_onn.errors import UserError
 
 
 class RowFeed:
@@ -18,30 +19,47 @@ class RowFeed:
     Args:
         stream: The training text.
         read: Takes the rows of a step from the text.
+
+    Attributes:
+        error: The reason why the next rows cannot be read; None: they can, or nobody tried yet.
     """
 
     def __init__(self, stream: TokenStream, read: Callable[[], list[PackedRow]]) -> None:
         self._stream, self._read = stream, read
         self._state = stream.state_dict()
         self._ahead: tuple[dict[str, Any], list[PackedRow]] | None = None
+        self.error: UserError | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the text after the last finished step."""
         return self._state
 
     def take(self) -> list[PackedRow]:
-        """Return the rows of the step that begins."""
-        if self._ahead is None:
-            self.read_ahead()
+        """Return the rows of the step that begins.
+
+        Raises:
+            UserError: They cannot be read.
+        """
+        self.read_ahead()
+        if self.error is not None:
+            raise self.error
         assert self._ahead is not None
         self._state, rows = self._ahead
         self._ahead = None
         return rows
 
     def read_ahead(self) -> None:
-        """Read the rows of the next step."""
-        state = self._stream.state_dict()
-        self._ahead = state, self._read()
+        """Read the rows of the next step, unless they are read.
+
+        An error waits in `error`, because the step before may not be finished yet.
+        """
+        if self._ahead is not None or self.error is not None:
+            return
+        before = self._stream.state_dict()
+        try:
+            self._ahead = before, self._read()
+        except UserError as error:
+            self._ahead, self.error = (before, []), error
 
     def finish(self) -> None:
         """Count the rows taken last as read, because their step is finished."""

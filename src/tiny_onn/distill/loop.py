@@ -33,7 +33,7 @@ from tiny_onn.distill.saving import Saver
 from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
 from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
-from tiny_onn.parallel import ALONE, World, check_shared, check_world
+from tiny_onn.parallel import ALONE, World, check_world
 from tiny_onn.planning.advice import explain_out_of_memory
 from tiny_onn.routing.budgets import fill_threshold_tables
 from tiny_onn.routing.steering import fitted_eval_thresholds
@@ -49,6 +49,7 @@ from tiny_onn.runs.folder import (
 )
 from tiny_onn.runs.lock import LOCK_NAME, run_lock
 from tiny_onn.runs.model_card import write_model_card
+from tiny_onn.runs.shared_folder import check_shared
 from tiny_onn.runs.signals import Stopped, StopRequest, stop_on_signal
 from tiny_onn.runs.students import save_student
 from tiny_onn.runs.trackers import check_trackers
@@ -98,16 +99,16 @@ def run_distill(
         # Taking the lock creates the folder, so a missing run is refused first.
         config = with_number_format_of(read_run_config(out), config)
     config = with_absolute_paths(prepare_device(config)[0])
-    first = world.first
-    with stop_on_signal(world) as stop, run_lock(out) if first else nullcontext():
-        if resume and first:
-            resume_run_folder(out, config, argv=argv, allow_change=allow_change)
-        elif first:
-            create_run_folder(out, config, argv=argv)
+    begun: dict[str, Any] = {"argv": argv, "launch": world.launch}
+    with stop_on_signal(world) as stop, run_lock(out) if world.first else nullcontext():
+        if resume and world.first:
+            resume_run_folder(out, config, allow_change=allow_change, **begun)
+        elif world.first:
+            create_run_folder(out, config, **begun)
         check_shared(out / LOCK_NAME, world)
         prepared = prepared or prepare(config, order_of_first(world))
         share_student(prepared.student, world)
-        if first:
+        if world.first:
             record_conversion(out / "conversion.json", asdict(prepared.conversion))
         show_conversion(title, prepared.student, prepared.conversion)
         return _train(
@@ -277,14 +278,14 @@ class _Run:
         eval_every, save_every = config.train.eval_every_tokens, config.train.save_every_tokens
         next_eval, next_save = (next_due(state.tokens, every) for every in (eval_every, save_every))
         while state.tokens < (end := run_tokens(state.stage, config)) and not self.stop.agreed():
+            self.saver.read_on(self.stop)
             self.first_steps.before_step(state)
             started = time.perf_counter()
             rows, result = self._one_step()
             state.seconds += (seconds := time.perf_counter() - started)
             self._record_step(rows, result, seconds)
             if (error := self.first_steps.after_step(state)) is not None:
-                self.saver.save()
-                self.saver.warn(self.saver.writer.wait())
+                self.saver.save_last()
                 raise error
             after_step(state.step, seconds)
             if state.stage.name == "blockwise" and state.stage.over(state.tokens):
@@ -335,7 +336,6 @@ class _Run:
         """Let no signal break the step any more; a GPU has its work by now, so read on."""
         self.stop.commit()
         state, config = self.state, self.training.config
-        # The run may end before text that cannot be read.
         if state.tokens + step_tokens(config) < run_tokens(state.stage, config):
             self.feed.read_ahead()
 

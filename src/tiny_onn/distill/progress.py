@@ -17,9 +17,9 @@ from rich.progress import (
 from tiny_onn.config.schema import RouterConfig
 from tiny_onn.console import LINE_SECONDS, console, say
 from tiny_onn.conversion.verify import Conversion
-from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.evaluation.evaluate import shown_k
 from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.runs.records import Evaluation
 
 
 class RunProgress(ExitStack):

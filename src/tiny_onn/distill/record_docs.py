@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tiny_onn.config.describe import docstrings_of
-from tiny_onn.distill.records import (
+from tiny_onn.runs.records import (
     BlocksRecord,
     BlockwiseRecord,
     EvaluationRecord,

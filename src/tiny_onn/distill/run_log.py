@@ -20,9 +20,9 @@ from tiny_onn.distill.records import blocks_record, evaluation_record, step_reco
 from tiny_onn.distill.run_state import RunState
 from tiny_onn.distill.stages import step_tokens
 from tiny_onn.distill.step import StepResult
-from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.runs.metrics import METRICS_NAME, MetricsWriter, read_metrics
+from tiny_onn.runs.records import Evaluation
 from tiny_onn.runs.trackers import Trackers
 
 

@@ -11,10 +11,10 @@ from tiny_onn.distill.anomalies import Guard
 from tiny_onn.distill.assembly import Training
 from tiny_onn.distill.blockwise import BlockErrors
 from tiny_onn.distill.stages import Stage, run_tokens, stage_named
-from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.evaluation.evaluate import budget_report
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.runs.checkpoint import checkpoint_name, load_checkpoint, valid_checkpoints
+from tiny_onn.runs.records import Evaluation
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,6 +132,9 @@ def restore(
 
     Returns:
         The progress at the checkpoint, or of a new run.
+
+    Raises:
+        UserError: No checkpoint is intact, or the teacher's cache is too short for the rest.
     """
     optimizer = training.optimizer
     saved = load_checkpoint(
@@ -146,5 +149,8 @@ def restore(
         training.config = replace(training.config, loss=loss)
     stream.load_state_dict(saved["stream"])
     state = RunState.from_dict(saved, training.config)
+    if training.cache is not None:
+        # Its rows of a step may be others than before.
+        training.cache.check_run(training.config, state.tokens // training.config.data.row_tokens)
     say(f"{title}: going on after step {state.step:,}, {state.tokens:,} tokens")
     return state

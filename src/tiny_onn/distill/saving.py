@@ -13,6 +13,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.parallel import World
 from tiny_onn.runs.checkpoint import take_snapshot
 from tiny_onn.runs.checkpointer import Checkpointer
+from tiny_onn.runs.signals import StopRequest
 
 
 def saving_ranks(
@@ -70,6 +71,32 @@ class Saver:
         is_mine = self._is_mine if world.size > 1 else None
         self.warn(self.writer.save(take_snapshot(state.step, *models, saved, is_mine)))
         self.saved_step = state.step
+
+    def save_last(self) -> None:
+        """Write a checkpoint before an error ends the run; call it in every process."""
+        self.save()
+        self.warn(self.writer.wait())
+
+    def read_on(self, stop: StopRequest) -> None:
+        """Read the rows of the next step; if a process cannot, save the steps and end all of them.
+
+        Args:
+            stop: A signal may abandon the reading.
+
+        Raises:
+            UserError: This process cannot read them, or another one that has told why.
+        """
+        with stop.breakable():
+            self.feed.read_ahead()
+        error, world = self.feed.error, self.world
+        if not world.any_true(error is not None):
+            return
+        if self.state.step:
+            self.save_last()
+        if error is not None:
+            raise error
+        # The process that cannot read its rows ends without coming here.
+        world.barrier()
 
     def _is_mine(self, name: str) -> bool:
         """Return True if this process saves a tensor of the student and its optimizer's state."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,59 +21,9 @@ from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.planning.costs import forward_flops
 from tiny_onn.routing.document_k import DocumentK
-from tiny_onn.routing.statistics import OracleStats, RoutingStats, RoutingSummary
+from tiny_onn.routing.statistics import OracleStats, RoutingStats
+from tiny_onn.runs.records import Evaluation
 from tiny_onn.teacher.held_out import HeldOut, TaughtText
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation(RoutingSummary):
-    """Means over tokens with a label; FLOPs are per token, forward only, 2 per multiply-add."""
-
-    num_tokens: int
-    """The number of tokens that have a label."""
-    forward_kl: float
-    """KL(teacher || student) in nats per token."""
-    top1_agreement: float
-    """Share of tokens for which student and teacher rank the same next token first."""
-    student_perplexity: float
-    """exp of `student_nll`."""
-    teacher_perplexity: float
-    """exp of `teacher_nll`."""
-    student_nll: float
-    """The student's next-token loss on the text, -log p(next token), in nats."""
-    teacher_nll: float
-    """The teacher's next-token loss on the text, in nats."""
-    teacher_entropy: float
-    """Entropy of the teacher's next-token distribution in nats; added to `forward_kl` it gives the
-    soft-label cross-entropy."""
-    tau: float
-    """Entropy of the student's next-token distribution in nats."""
-    uniform_nll: float
-    """The logarithm of the vocabulary's size, which is the loss of a uniform guess."""
-    unigram_nll: float
-    """Loss that the labels' own frequencies reach without context, see `unigram_nll`."""
-    oracle_overlap: float
-    """Share of a token's k active experts that are among its k experts with the largest output
-    norms, as a mean over tokens and layers on the first row."""
-    oracle_chance: float
-    """The overlap that random sets of the same sizes would have, k / E."""
-    min_expert_norm: float
-    """Mean output norm of an active expert on the first row, in the layer where it is smallest."""
-    ffn_flops: float
-    """FLOPs of the active experts and the gates, as measured from the routing."""
-    dense_ffn_flops: float
-    """FLOPs of the teacher's MLPs."""
-    total_flops: float
-    """FLOPs of the student: experts and gates as measured, projections, attention scores of these
-    documents, and the head."""
-    dense_total_flops: float
-    """FLOPs of the teacher, counted in the same way."""
-    k_error: float | None = None
-    """Standard error of `mean_k` over documents; None with fewer than two documents."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the numbers by field name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.passages import domain_of
-from tiny_onn.evaluation.compare import Evaluation, document_lengths, frequency_nll
+from tiny_onn.evaluation.compare import document_lengths, frequency_nll
 from tiny_onn.evaluation.document_sums import (
     by_domain,
     intervals_of,
@@ -36,6 +36,7 @@ from tiny_onn.planning.costs import forward_flops
 from tiny_onn.routing.budgets import at_budget
 from tiny_onn.routing.document_k import DocumentK
 from tiny_onn.routing.statistics import OracleStats, RoutingStats
+from tiny_onn.runs.records import Evaluation
 from tiny_onn.teacher.held_out import TaughtText
 
 # Numbers that hold for a whole evaluation, and for each of its domains.

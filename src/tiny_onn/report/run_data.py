@@ -25,7 +25,9 @@ class Run:
         health: the verdict and its findings, as `summary.json` has them.
         conversion: `conversion.json`; None: the file is missing.
         summary: `summary.json`; None: the run has not finished.
-        process: "ended", "trains", or "lost" if the run's process ended without saving.
+        process: "ended", "trains", "lost" if the run's process ended without saving, or "silent" if
+            it is on another machine and has written nothing for a while.
+        news: the time of the last news of a run that is silent.
         frontier: `frontier.json`; None: the file is missing.
         view: measurements of the student itself, see `evaluation/run_view.py`; None: there are
             none.
@@ -39,7 +41,8 @@ class Run:
     health: Mapping[str, Any]
     conversion: Mapping[str, Any] | None = None
     summary: Mapping[str, Any] | None = None
-    process: Literal["ended", "trains", "lost"] = "ended"
+    process: Literal["ended", "trains", "lost", "silent"] = "ended"
+    news: str = ""
     frontier: Mapping[str, Any] | None = None
     view: Mapping[str, Any] | None = None
     view_missing: str = ""

@@ -33,9 +33,13 @@ def state_of(run: Run) -> str:
     done = f"{run.tokens:,} of {run.planned_tokens:,} training tokens ({share:.0%})"
     if run.process == "trains":
         return f"The run still trains: {done} were recorded when this page was written."
-    what = "'s process ended without saving" if run.process == "lost" else " was interrupted"
+    what = {
+        "lost": "'s process ended without saving after",
+        "silent": f" is on another machine and gives no news since {run.news}, when it had done",
+    }.get(run.process, " was interrupted after")
+    ended = "If it has ended, go on with" if run.process == "silent" else "To go on:"
     return (
-        f"The run{what} after {done}. To go on: `tiny-onn distill --resume --out FOLDER`, with the"
+        f"The run{what} {done}. {ended} `tiny-onn distill --resume --out FOLDER`, with the"
         f" path of this run's folder, `{run.name}`."
     )
 
@@ -52,7 +56,12 @@ def health_of(run: Run) -> str:
     """Tell the verdict of the health check, after the state of an unfinished run."""
     if run.finished or run.is_control:
         return _verdict_of(run)
-    state = {"ended": "Interrupted", "trains": "Still training", "lost": "Killed"}[run.process]
+    state = {
+        "ended": "Interrupted",
+        "trains": "Still training",
+        "lost": "Killed",
+        "silent": f"No news since {run.news}",
+    }[run.process]
     verdict = _verdict_of(run)
     return f"{state}. {verdict.replace(':', ' so far:', 1) if run.was_judged else verdict}"
 

@@ -26,37 +26,6 @@ from tiny_onn.model.router import Routing
 from tiny_onn.ops.shared_experts import routed
 from tiny_onn.routing.thresholds import layer_groups
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoutingSummary:
-    """Routing in one number per statistic. Counted tokens exclude first tokens and padding."""
-
-    mean_k: float
-    """Active experts per token, over layers and counted tokens."""
-    std_k: float
-    """Standard deviation of k over counted tokens, mean over layers."""
-    min_layer_k: float
-    """Smallest mean k of a layer."""
-    max_layer_k: float
-    """Largest mean k of a layer."""
-    zero_expert_rate: float
-    """Share of counted tokens without an active expert, mean over layers."""
-    dead_experts: float
-    """Number of experts that no counted token activated, all layers together."""
-    load_entropy: float
-    """Entropy of the routed experts' shares of a layer's activations, nats, mean over layers."""
-    max_load_share: float
-    """Largest share of a layer's activations that one routed expert has, in the worst layer."""
-    gate_entropy: float
-    """Entropy of the softmax of a token's router logits, shared experts left out, nats, mean over
-    tokens and layers."""
-    tie_rate: float
-    """Share of counted tokens whose lowest active logit equals their highest inactive one, so that
-    the order of the experts decided, not the gate; mean over layers."""
-    first_mean_k: float
-    """Active experts per first token of a document; the other statistics leave these tokens out."""
-
-
 # The oracle holds the hidden activations of so many tokens at once, in float32.
 ORACLE_CHUNK_TOKENS = 2048
 

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.publish import publish
 from tiny_onn.runs.files import FileEntry, file_entry, refusal, write_json
+from tiny_onn.runs.shared_folder import shown_to_all
 
 STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
 MANIFEST = "manifest.json"
@@ -224,12 +226,19 @@ def load_checkpoint(
 
     Raises:
         UserError: there are checkpoints, but none is intact, or the newest intact one has a format
-            that cannot be read.
+            that cannot be read, or not all processes see it.
     """
-    found = sorted((step_of(path) for path in folder.glob("step-*")), reverse=True)
+    newest = -world.least(-max(_steps(folder), default=-1))
+    if not shown_to_all(world, lambda: newest in [-1, *_steps(folder)]):
+        raise _unseen(folder / checkpoint_name(newest), world)
+    found = _steps(folder)
     for number in range(world.of_first(len(found))):
         path = folder / checkpoint_name(world.of_first(found[number] if world.first else 0))
-        if not world.any_true(not _is_intact(path, world)):
+        # A process that does not see yet what the others have written must not skip it.
+        whole = world.any_true(_sizes_hold(path))
+        if whole and not shown_to_all(world, partial(_sizes_hold, path)):
+            raise _unseen(path, world)
+        if whole and not world.any_true(not _is_intact(path, world)):
             return _restore(path, student, optimizer, is_mine)
         say(f"{path}: this checkpoint is damaged and is skipped")
     if world.any_true(bool(found)):
@@ -238,6 +247,18 @@ def load_checkpoint(
             "restore one from a copy, or start a new run with another --out"
         )
     return None
+
+
+def _steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints that this process sees, newest first."""
+    return sorted((step_of(path) for path in folder.glob("step-*")), reverse=True)
+
+
+def _unseen(path: Path, world: World) -> UserError:
+    return UserError(
+        f"{path}: got a checkpoint that only some of {world.size} processes see, expected one that"
+        " all see; look at the file system that they share, and use --resume again"
+    )
 
 
 def _restore(

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tiny_onn.config.changes import check_changes, with_absolute_paths
-from tiny_onn.config.launcher import launch_name, num_processes
+from tiny_onn.config.launcher import num_processes
 from tiny_onn.config.read import config_from_json, resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
@@ -34,7 +34,9 @@ _UNTRAINED = ("start", "blocks")
 _ENVIRONMENT = re.compile(r"environment(-\d+)?\.json")
 
 
-def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> None:
+def create_run_folder(
+    path: Path, config: RunConfig, *, argv: Sequence[str], launch: str | None = None
+) -> None:
     """Create `path` with `config.json` and `environment.json`.
 
     `path` may exist if it is empty, or if a run left it that failed before its first step; the new
@@ -44,6 +46,7 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
         path: the folder; missing parents are created.
         config: the resolved settings.
         argv: the command line.
+        launch: the name of torchrun's launch, see `World.launch`.
 
     Raises:
         UserError: the folder holds something else already, or it cannot be written.
@@ -61,7 +64,7 @@ def create_run_folder(path: Path, config: RunConfig, *, argv: Sequence[str]) -> 
                 entry.rmdir()
             elif entry.name != LOCK_NAME:
                 entry.unlink()
-    write_json(path / "environment.json", _environment(config.train.device, argv))
+    write_json(path / "environment.json", _environment(config.train.device, argv, launch))
     # The settings are written last, so that a folder with settings is complete.
     keep_settings(path, config)
 
@@ -84,7 +87,12 @@ def _is_replaceable(entry: Path) -> bool:
 
 
 def resume_run_folder(
-    path: Path, config: RunConfig, *, argv: Sequence[str], allow_change: Sequence[str] = ()
+    path: Path,
+    config: RunConfig,
+    *,
+    argv: Sequence[str],
+    allow_change: Sequence[str] = (),
+    launch: str | None = None,
 ) -> None:
     """Check that `path` holds a run with the same settings, and record the new environment.
 
@@ -97,6 +105,7 @@ def resume_run_folder(
         argv: the command line.
         allow_change: the names of the settings that may differ; `environment-N.json` gets the
             differences.
+        launch: the name of torchrun's launch, see `World.launch`.
 
     Raises:
         UserError: the folder holds no run, or a run with other settings, or cannot be written.
@@ -106,15 +115,15 @@ def resume_run_folder(
     number = 1
     while (path / f"environment-{number}.json").exists():
         number += 1
-    environment = {**_environment(config.train.device, argv), "changes": changes}
+    environment = {**_environment(config.train.device, argv, launch), "changes": changes}
     write_json(path / f"environment-{number}.json", environment)
 
 
-def was_begun_by_this_launch(path: Path) -> bool:
-    """Return True if processes of this launch of torchrun began, or resumed, the run in `path`."""
+def was_begun_by(launch: str | None, path: Path) -> bool:
+    """Return True if processes of a launch of torchrun began, or resumed, the run in `path`."""
     records = path.glob("environment*.json") if (path / "config.json").is_file() else ()
     launches = [json.loads(file.read_text(encoding="utf-8")).get("launch") for file in records]
-    return launch_name() in launches and launch_name() is not None
+    return launch is not None and launch in launches
 
 
 def keep_settings(path: Path, config: RunConfig) -> None:
@@ -199,7 +208,7 @@ def record_conversion(path: Path, conversion: Mapping[str, object]) -> None:
     write_json(path, conversion)
 
 
-def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
+def _environment(device: str, argv: Sequence[str], launch: str | None) -> dict[str, object]:
     # The rest of this module is used to report mistakes, which shall not wait for torch.
     import torch  # noqa: PLC0415
 
@@ -214,7 +223,7 @@ def _environment(device: str, argv: Sequence[str]) -> dict[str, object]:
         "platform": platform.platform(),
         "device": device_name(pick_device(device)),
         "processes": num_processes(),
-        **({} if (launch := launch_name()) is None else {"launch": launch}),
+        **({} if launch is None else {"launch": launch}),
         "cpu_count": os.cpu_count(),
         "git_commit": commit,
         "git_dirty": dirty,

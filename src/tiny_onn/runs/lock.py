@@ -65,12 +65,24 @@ def is_held(folder: Path) -> bool:
 
     A lock of another host counts as held, because its process cannot be asked for.
     """
+    holder = _pid_and_host(folder)
+    return holder is not None and (
+        holder[1] != socket.gethostname() or psutil.pid_exists(holder[0])
+    )
+
+
+def other_host(folder: Path) -> str | None:
+    """Return the name of the host whose run holds the folder; None for this host and for no run."""
+    holder = _pid_and_host(folder)
+    return None if holder is None or holder[1] == socket.gethostname() else holder[1]
+
+
+def _pid_and_host(folder: Path) -> tuple[int, str] | None:
     try:
         holder = json.loads((folder / LOCK_NAME).read_text(encoding="utf-8"))
-        pid, host = int(holder["pid"]), holder["host"]
+        return int(holder["pid"]), str(holder["host"])
     except (OSError, ValueError, LookupError, TypeError):
-        return False
-    return host != socket.gethostname() or psutil.pid_exists(pid)
+        return None
 
 
 # The library `filelock` is not used, because up to its release 4.2.0 it empties the file that it

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from tiny_onn.errors import UserError
-from tiny_onn.parallel import World
+from tiny_onn.parallel import World, is_lost
 from tiny_onn.runs.files import FileEntry, file_entry, refusal
 
 Entries = dict[str, FileEntry]
@@ -107,6 +107,8 @@ def save_shards(
             raise OSError(f"process {rank}: {refusal(cause)}") from error
         raise cause from error
     except RuntimeError as error:
+        if not is_lost(error):
+            raise
         raise OSError("another process of this run has ended") from error
 
 

@@ -31,13 +31,13 @@ from tiny_onn.device import prepare_device
 from tiny_onn.distill.loop import AfterStep, run_distill
 from tiny_onn.distill.run_log import RunResult
 from tiny_onn.distill.stages import step_tokens
-from tiny_onn.evaluation.compare import Evaluation
 from tiny_onn.evaluation.evaluate import Bench, budget_report, shown_k
 from tiny_onn.evaluation.frontier import measure_frontier, write_frontier
 from tiny_onn.evaluation.run_view import keep_view, measure_view
 from tiny_onn.model.expert_path import choose_path
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.runs.files import write_json
+from tiny_onn.runs.records import Evaluation
 from tiny_onn.runs.students import LoadedStudent
 from tiny_onn.studies.report import run_report
 from tiny_onn.teacher.held_out import HeldOut

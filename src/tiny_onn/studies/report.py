@@ -2,8 +2,10 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +16,18 @@ from rich.text import Text
 
 from tiny_onn.console import say, status
 from tiny_onn.distill.health import diagnose, verdict
-from tiny_onn.distill.records import BlockwiseRecord, EvaluationRecord, StepRecord
 from tiny_onn.errors import UserError, reason_line
-from tiny_onn.evaluation.run_view import view_of_run
 from tiny_onn.report.comparing import Comparison, compare
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
 from tiny_onn.runs.folder import has_metrics, read_run_config, runs_in
-from tiny_onn.runs.lock import LOCK_NAME, is_held
+from tiny_onn.runs.lock import LOCK_NAME, is_held, other_host
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
+from tiny_onn.runs.records import BlockwiseRecord, EvaluationRecord, StepRecord
 
 REPORT_NAME = "report.html"
+# A process of another machine cannot be asked for. One that wrote nothing for so long may be gone.
+SILENT_AFTER_S = 600.0
 
 
 def run_report(
@@ -123,22 +126,38 @@ def read_run(folder: Path) -> Run:
         conversion=_object(folder / "conversion.json"),
         summary=_object(folder / "summary.json"),
         process=process_of(folder),
+        news=news_of(folder),
         frontier=_frontier_of(folder, records),
         view_missing="The report was asked not to load the models.",
     )
 
 
-def process_of(folder: Path) -> Literal["ended", "trains", "lost"]:
+def process_of(folder: Path) -> Literal["ended", "trains", "lost", "silent"]:
     """Return what became of the process of the run in a folder, see `Run.process`."""
     if is_held(folder):
-        return "trains"
+        is_far = other_host(folder) is not None
+        return "silent" if is_far and time.time() - _news(folder) > SILENT_AFTER_S else "trains"
     return "lost" if (folder / LOCK_NAME).exists() else "ended"
+
+
+def news_of(folder: Path) -> str:
+    """Return the time of the last news of the run in a folder, in words."""
+    return f"{datetime.fromtimestamp(_news(folder), UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _news(folder: Path) -> float:
+    """Return the time, in seconds since 1970, at which the run last wrote a record or its lock."""
+    paths = (folder / METRICS_NAME, folder / LOCK_NAME)
+    return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
 def _with_view(run: Run, folder: Path, device: str, teacher: str | None) -> Run:
     """Add the measurements of the student itself, or the reason why there are none."""
     if run.is_control:
         return replace(run, view_missing="Single tokens are not measured for a control.")
+    # Only this part of a report needs torch, which takes seconds to load.
+    from tiny_onn.evaluation.run_view import view_of_run  # noqa: PLC0415
+
     try:
         return replace(run, view=view_of_run(folder, device, teacher), view_missing="")
     except UserError as error:

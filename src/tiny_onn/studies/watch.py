@@ -16,9 +16,9 @@ from tiny_onn.errors import UserError
 from tiny_onn.report.live import live_view
 from tiny_onn.report.run_data import STEPS, Run
 from tiny_onn.runs.folder import read_run_config
-from tiny_onn.runs.lock import LOCK_NAME, is_held
+from tiny_onn.runs.lock import LOCK_NAME, is_held, other_host
 from tiny_onn.runs.metrics import METRICS_NAME, MetricsTail
-from tiny_onn.studies.report import check_records, process_of
+from tiny_onn.studies.report import check_records, news_of, process_of
 
 
 class Follower:
@@ -40,11 +40,16 @@ class Follower:
     def state(self) -> str:
         """Tell in a sentence whether the run trains, waits or has ended."""
         folder = self._folder
+        resume = f"`tiny-onn distill --resume --out {folder}` continues it."
         if is_held(folder):
+            if process_of(folder) == "silent":
+                return (
+                    f"no news since {news_of(folder)}; it is on {other_host(folder)}, whose"
+                    f" processes cannot be asked from here. If it has ended, {resume}"
+                )
             return "it trains." if self._records else "it is being prepared; no step is done yet."
         if not (folder / "config.json").exists():
             return "waiting for it to begin; Ctrl-C ends the wait."
-        resume = f"`tiny-onn distill --resume --out {folder}` continues it."
         if (folder / LOCK_NAME).exists():
             return f"its process has ended without saving; {resume}"
         summary = _summary(folder)
@@ -77,6 +82,7 @@ class Follower:
             records=self._records,
             health=verdict(diagnose(self._records, config)),
             process=process_of(self._folder),
+            news=news_of(self._folder),
         )
 
     def view(self) -> Any:  # noqa: ANN401 - whatever rich prints

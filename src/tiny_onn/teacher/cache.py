@@ -7,24 +7,22 @@ A cache is a folder:
                                and `scales` (rows, T, blocks) if states are 8-bit integers
 
 Hidden states are those after the final norm, which the output head reads. `distill/cache_writer.py`
-writes a cache; a run asks a `TeacherCache` for rows by their number in the text stream. Every shard
-is compared with its SHA-256 before its first row is used, and every row with the text that the run
-reads.
+writes a cache. A run asks the `TeacherCache` of `cache_reader.py` for rows by their number in the
+text stream. Every shard is compared with its SHA-256 before its first row is used, and every row
+with the text that the run reads.
 
 Shapes: "tokens" is T, a row's length; "hidden" is D, the teacher's hidden size.
 """
 
 import hashlib
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import gcd
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from jaxtyping import BFloat16, Float, Shaped
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -94,11 +92,16 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.safetensors"
 
 
-def rows_of_run(config: RunConfig) -> int:
-    """Return the number of packed rows that a run of these settings reads, its last step whole."""
-    rows_per_step = config.train.rows_per_step
-    step_tokens = rows_per_step * config.data.row_tokens
-    return -(-config.train.tokens // step_tokens) * rows_per_step
+def rows_of_run(config: RunConfig, rows_read: int = 0) -> int:
+    """Return the number of packed rows that a run of these settings reads, its last step whole.
+
+    Args:
+        config: the settings.
+        rows_read: the number of rows that it read before it was resumed with these settings.
+    """
+    rows_per_step, row_tokens = config.train.rows_per_step, config.data.row_tokens
+    tokens_left = max(0, config.train.tokens - rows_read * row_tokens)
+    return rows_read + -(-tokens_left // (rows_per_step * row_tokens)) * rows_per_step
 
 
 def encoded(
@@ -261,7 +264,7 @@ def check_shard(folder: Path, index: int, shard: Shard) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise _missing(path, error) from error
+        raise missing(path, error) from error
     if size != shard.bytes:
         raise damaged(path, f"a size of {size} bytes", f"{shard.bytes} bytes")
 
@@ -274,127 +277,9 @@ def damaged(path: Path, got: str, expected: str) -> UserError:
     )
 
 
-def _missing(path: Path, error: OSError) -> UserError:
+def missing(path: Path, error: OSError) -> UserError:
+    """Return the refusal of a shard that cannot be read."""
     return UserError(
         f"{path}: cannot read this shard of a teacher's cache ({error.strerror}), expected the file"
         f" that {MANIFEST} records; {_WRITE_AGAIN}, or restore it from a copy"
     )
-
-
-def open_cache(config: RunConfig) -> "TeacherCache | None":
-    """Return the cache that the settings name, or None if they name none.
-
-    Raises:
-        UserError: the cache is not there or not whole.
-    """
-    return None if config.teacher.cache == "none" else TeacherCache(Path(config.teacher.cache))
-
-
-class TeacherCache:
-    """The rows of a cache, read from one memory-mapped shard at a time.
-
-    While a shard is in use, a thread compares the next one with its SHA-256, which also brings its
-    bytes into memory.
-
-    Args:
-        folder: the folder that `tiny-onn cache` wrote.
-
-    Raises:
-        UserError: there is no cache, or a shard is missing or of another size than recorded.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
-        for index, shard in enumerate(self.manifest.shards):
-            check_shard(folder, index, shard)
-        self._hashes: dict[int, Future[str]] = {}
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-cache")
-        self._index, self._shard = -1, None
-
-    def check_length(self, num_rows: int, rows_per_step: int = 1) -> None:
-        """Refuse to serve a run that reads more rows, in whole steps, than the cache holds.
-
-        Raises:
-            UserError: the cache holds fewer rows.
-        """
-        manifest = self.manifest
-        if num_rows <= manifest.rows_written:
-            return
-        held, asked = (rows * manifest.row_tokens for rows in (manifest.rows_written, num_rows))
-        planned = manifest.num_rows * manifest.row_tokens
-        unfinished = f" of {planned:,} that it shall hold" if held < planned else ""
-        whole = held - manifest.rows_written % rows_per_step * manifest.row_tokens
-        shorter = f", or set train.tokens={whole} or less" if whole else ""
-        raise UserError(
-            f"teacher.cache: {self.folder} holds {held:,} tokens{unfinished}, expected the"
-            f" {asked:,} that the run reads; go on with `tiny-onn cache` and its settings{shorter}"
-        )
-
-    def taught(self, row: PackedRow) -> PackedRow:
-        """Return a row with the teacher's stored hidden states.
-
-        Args:
-            row: a row of the training text on the host, with its number.
-
-        Raises:
-            UserError: the cache does not hold the row, holds another text in its place, or the
-                row's shard is damaged.
-        """
-        assert row.number >= 0
-        self.check_length(row.number + 1)
-        index, place = divmod(row.number, self.manifest.rows_per_shard)
-        shard = self._open(index)
-        stored = {name: shard.get_slice(name)[place] for name in shard.keys()}  # noqa: SIM118
-        if bytes(stored["row_sha256"].tolist()) != row_sha256(row):
-            raise UserError(
-                f"teacher.cache: {self.folder} holds another text in row {row.number:,} than the"
-                " run reads there, expected equal tokens; restore the text and its tokenizer, or"
-                " write another cache with `tiny-onn cache`"
-            )
-        return replace(row, teacher_states=stored["states"], teacher_scales=stored.get("scales"))
-
-    def _open(self, index: int) -> Any:  # noqa: ANN401 - safetensors has no type for it
-        """Return the open shard of this index, checked, and begin to check the next one."""
-        if index == self._index:
-            return self._shard
-        shards = self.manifest.shards
-        for wanted in (index, index + 1):
-            if wanted < len(shards) and wanted not in self._hashes:
-                path = self.folder / shard_name(wanted)
-                self._hashes[wanted] = self._executor.submit(file_sha256, path)
-        path = self.folder / shard_name(index)
-        try:
-            if (got := self._hashes.pop(index).result()) != shards[index].sha256:
-                raise damaged(path, f"SHA-256 {got}", shards[index].sha256)
-            self._shard = safe_open(path, framework="pt")
-        except OSError as error:
-            raise _missing(path, error) from error
-        except SafetensorError as error:
-            raise damaged(path, f"no safetensors ({error})", "some") from error
-        self._index = index
-        return self._shard
-
-
-def check_cache(
-    config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Refuse a cache that the settings name if a run cannot read all of its rows from it.
-
-    Args:
-        config: the settings.
-        dense: the teacher as it was loaded, before it is quantised.
-        tokenizer: the teacher's tokenizer.
-
-    Raises:
-        UserError: there is no whole cache, it is too short, or it is of another text or teacher.
-    """
-    if (cache := open_cache(config)) is None:
-        return
-    cache.check_length(rows_of_run(config), config.train.rows_per_step)
-    found = difference(cache.manifest, cache_identity(config, dense, tokenizer))
-    if found is not None:
-        raise UserError(
-            f"teacher.cache: {cache.folder} holds the states of another text or teacher: got"
-            f" {found}, expected the run's own; change the run's settings to those of the cache, or"
-            " write another cache with `tiny-onn cache`"
-        )
