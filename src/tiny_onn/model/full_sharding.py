@@ -85,7 +85,7 @@ def _forget_forward(root: Any, *_: object) -> None:  # noqa: ANN401 - an FSDPMod
         root.reset_iter_state()
 
 
-def own_part(parameter: nn.Parameter) -> nn.Parameter:
+def own_part(parameter: Any) -> Any:  # noqa: ANN401 - a Tensor, or a parameter with its gradient
     """Return a weight as this process holds it: itself, or its share with the gradient's share.
 
     The share is no copy: what changes it changes the weight.
@@ -151,11 +151,13 @@ def whole_state(parameter: Tensor, state: dict[str, Tensor]) -> Iterator[tuple[s
 
 
 def own_state(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return this process's share of a weight's whole optimizer state, copied to its device."""
+    """Return this process's share of a weight's whole optimizer state, on the weight's device."""
+    if not is_cut(parameter):
+        return {entry: value.to(parameter.device) for entry, value in state.items()}
     dim, shares = _first_dim(state), {}
     for entry, value in state.items():
         share = value
-        if is_cut(parameter) and entry not in _SAME_EVERYWHERE:
+        if entry not in _SAME_EVERYWHERE:
             row = value.ndim == 1 and dim == 1
             share = share_of(value.view(2, -1) if row else value, parameter, dim)
             share = share.reshape(-1) if row else share
