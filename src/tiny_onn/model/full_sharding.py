@@ -187,9 +187,9 @@ def whole_experts(student: TinyOnnForCausalLM, *, keep: bool) -> Iterator[None]:
             with torch.device("meta"):
                 experts = Experts(D, E, I, bank.activation_name)
             experts.load_state_dict(weights, assign=True)
-            bank.experts = experts
+            bank.add_module("experts", experts)
     try:
         yield
     finally:
         for bank, experts in zip(banks, before, strict=True):
-            bank.experts = experts
+            bank.add_module("experts", experts)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
-from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model import full_sharding
+from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.old_layout import today_state, today_tensors
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World
