@@ -247,9 +247,8 @@ def moments_of_rank(
         tensors = _trained_tensors(config, sizes, parameters)
         held = state_of_rank(tensors, cluster.gpus)
         return tuple(replace(m, parts={**m.parts, "optimizer state": held}) for m in moments)
-    return tuple(
-        _with_shares(moment, config, sizes, parameters, cluster.gpus) for moment in moments
-    )
+    given = (config, sizes, parameters, cluster.gpus)
+    return tuple(_with_shares(moment, *given) for moment in moments)
 
 
 def _with_shares(
@@ -272,7 +271,7 @@ def _with_shares(
     for name in (*kept, "gradients"):
         if name in parts:
             whole = min(parts[name], kept.get(name, 0))
-            parts[name] = whole - (whole - parts[name]) // gpus
+            parts[name] = whole + -(-(parts[name] - whole) // gpus)
     # The random bits of rounding are those of a whole weight, of three numbers of four bytes.
     parts["rounding"] = parts.get("rounding", 0) // 3 * (gpus + 2) // gpus
     gathered = {"teacher's forward": 2 * mlps // sizes.layers, "loss": 0, "update": 0}
