@@ -64,9 +64,10 @@ def test_rows_that_do_not_divide_over_the_gpus_are_left_out():
     assert ways({**CASE, "gpus": 8, "rows": 8}) == [("none", 8), ("optimizer", 8)]
 
 
-def test_a_model_that_does_not_fit_whole_is_measured_with_shares_alone():
+def test_a_large_model_is_measured_as_it_fits():
     large = {**CASE, "model": "Qwen3-8B", "rows": 4}
-    assert ways({**large, "gpus": 4}) == []
+    assert ways({**large, "gpus": 1}) == ways({**large, "gpus": 2}) == []
+    assert ways({**large, "gpus": 4}) == [("optimizer", 4)]
     assert ways({**large, "gpus": 4, "full": True}) == [("full", 4)]
     assert ways({**large, "gpus": 2, "full": True}) == [("full", 4), ("full", 2)]
     assert ways({**large, "gpus": 1, "full": True}) == []
