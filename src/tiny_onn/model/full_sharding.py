@@ -67,8 +67,11 @@ def shard_fully(student: TinyOnnForCausalLM, teacher: PreTrainedModel, world: Wo
         # The root has no weights of its own; its layers share streams and gather ahead.
         root = model.base_model
         cut(root, ignored_params={p for p in root.parameters() if not is_cut(p)})
+        held: list[Any] = []
+        root.register_forward_pre_hook(partial(_hold, held), prepend=True, with_kwargs=True)
+        root.register_forward_pre_hook(partial(_give_back, held), with_kwargs=True)
         # The blockwise stage calls layers, of which the first one would become the root.
-        fully_shard.state(root)._lazy_init()
+        fully_shard.state(root)._lazy_init()  # pyright: ignore[reportFunctionMemberAccess]
     for part in experts:
         assert isinstance(part, FSDPModule)
         # The losses are normalised over all rows already, so that gradients are sums.
@@ -76,6 +79,21 @@ def shard_fully(student: TinyOnnForCausalLM, teacher: PreTrainedModel, world: Wo
         part.set_force_sum_reduction_for_comms(True)
     if plain:
         backbone_of(teacher).base_model.register_forward_hook(_forget_forward)
+
+
+# `fully_shard` moves a root's inputs to its device, and these belong on the host.
+_ON_HOST = "document_bounds"
+
+
+def _hold(held: list[Any], _: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:  # noqa: ANN401
+    """Take the input that stays on the host out of a forward pass, before `fully_shard` sees it."""
+    held[:] = [kwargs[_ON_HOST]] if _ON_HOST in kwargs else []
+    return args, {name: value for name, value in kwargs.items() if name != _ON_HOST}
+
+
+def _give_back(held: list[Any], _: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:  # noqa: ANN401
+    """Give a forward pass the input that was held."""
+    return args, kwargs | ({_ON_HOST: held[0]} if held else {})
 
 
 def _forget_forward(root: Any, *_: object) -> None:  # noqa: ANN401 - an FSDPModule
