@@ -33,7 +33,7 @@ from tiny_onn.parallel import World
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import load_checkpoint, take_snapshot, write_checkpoint
 from tiny_onn.teacher.held_out import HeldOut
-from tiny_onn.teacher.load import quiet_transformers
+from tiny_onn.teacher.load import quiet_transformers, teacher_for
 
 Job = Callable[[World], dict[str, Tensor]]
 
@@ -163,9 +163,22 @@ def evaluation(world: World) -> dict[str, Tensor]:
     }
 
 
+def quantised(world: World) -> dict[str, Tensor]:
+    """The student after a step with a teacher in NF4, which stays whole."""
+    shard: Shard = "full" if world.size > 1 else "none"
+    sections = {"teacher": {"quantization": "nf4"}, "optim": {"clip_norm": 1e9}}
+    config = change(CONFIG, **sections, train={"shard": shard})
+    dense = make_dense(hidden_size=64, intermediate_size=128)
+    student = pipeline.make_student(config, MlpInputs(dense, ROWS))
+    of = assemble(config, student, teacher_for(dense, config.teacher), world)
+    distill_step(of.student, of.teacher, of.optimizer, ROWS[:2], of.config, world=world)
+    kinds = {type(p).__name__ for name, p in of.teacher.named_parameters() if ".mlp." in name}
+    return weights(of) | {"whole": torch.tensor(kinds == {"Params4bit"})}
+
+
 def jobs() -> dict[str, Job]:
     """The jobs by name."""
-    found: dict[str, Job] = {"evaluation": evaluation, "memory": memory}
+    found: dict[str, Job] = {"evaluation": evaluation, "memory": memory, "quantised": quantised}
     for recipe in RECIPES:
         for stage, rows in (("global", 2), ("blockwise", 2), ("global", 4)):
             job = partial(steps, recipe=recipe, stage=stage, rows=rows)

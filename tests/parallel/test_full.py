@@ -68,8 +68,10 @@ def assert_same_steps(folder, name, clipped=False):
     if not clipped:
         return assert_equal(first, expected)
     for key, tensor in expected.items():
-        # The norm scales the gradients, of which a step of Adam forgets the scale.
-        torch.testing.assert_close(first[key], tensor, rtol=0, atol=1e-6)
+        # The norm scales the gradients, of which a step of Adam forgets the scale but not its
+        # rounding. Measured: 2e-7.
+        bound = 1e-6 * max(1.0, float(tensor.abs().max()))
+        torch.testing.assert_close(first[key], tensor, rtol=0, atol=bound)
     return None
 
 
@@ -125,6 +127,13 @@ def test_a_process_holds_its_share_of_experts_state_and_teacher(folder):
         for name in ("experts", "state", "teacher"):
             assert 2 * int(ours[name]) == int(alone[name]), name
         assert torch.equal(ours["backbone"], alone["backbone"])
+
+
+def test_a_quantised_teacher_stays_whole(folder):
+    first, second = results(folder, "quantised")
+    assert_equal(first, second)
+    assert first["whole"]
+    assert_equal(first, JOBS["quantised"](ALONE))
 
 
 def test_processes_with_shares_evaluate_rows_that_do_not_divide_evenly_as_one(folder):
