@@ -101,7 +101,7 @@ def ways(case: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def numbers_of_steps(case: Mapping[str, Any]) -> tuple[int, int, int]:
     """The steps before the timed ones, these, and those of which each phase is timed."""
-    return (2, min(4, case["repeats"]), 1) if case["model"] in LARGE else (5, case["repeats"], 3)
+    return (1, min(4, case["repeats"]), 1) if case["model"] in LARGE else (5, case["repeats"], 3)
 
 
 def _measured(
