@@ -256,7 +256,7 @@ class SplitOptimizer(torch.optim.Optimizer):
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]
     ) -> None:
         """Step parameters in place; those with a unit as multiples of it."""
-        parts = [own_part(p) for p in parameters]
+        parts: list[Any] = [own_part(p) for p in parameters]
         units = [self.unit(p) for p in parameters]
         states = [self.state[p] for p in parameters]
         for part, unit in zip(parts, units, strict=True):
@@ -274,15 +274,14 @@ class SplitOptimizer(torch.optim.Optimizer):
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
     ) -> None:
         kind, part = self._kinds.get(p), own_part(p)
-        assert part.grad is not None
         weight, grad = (t if kind is None else by_neuron(kind, t) for t in (part.data, part.grad))
         master = nn.Parameter(weight.float().contiguous())
-        master.grad = grad.float().contiguous()
+        master.grad = gradient = grad.float().contiguous()
         state, unit = self.state[p], self.unit(p)
         state.pop("unit", None)
         num_roundings = int(state.pop("num_roundings", 0))
         if unit is not None:
-            in_units_(master.data, master.grad, unit)
+            in_units_(master.data, gradient, unit)
         _step(stepper, group, [master], [state])
         if unit is not None:
             out_of_units_(master.data, unit)
