@@ -4,16 +4,18 @@
 
 One `torchrun` for every model and number of GPUs measures all of its rows: one row of `--tokens`
 tokens a GPU (weak scaling), and the same global batch on every number of GPUs (strong scaling: as
-many rows as the largest number has GPUs), with `train.shard` none and optimizer. The step is the
-one that `distill` runs, on random weights and documents of 1K to 2K random tokens. NVLink multicast
-stays off. Without a GPU, processes on the CPU do the same through gloo.
+many rows as the largest number has GPUs), with `train.shard` none and optimizer. Another `torchrun`
+does so with full, the only one of a model that does not fit whole. The step is the one that
+`distill` runs, on random weights and documents of 1K to 2K random tokens. NVLink multicast stays
+off. Without a GPU, processes on the CPU do the same through gloo.
 
-Parity: the first loss of the same global batch agrees over all numbers of GPUs. What a `torchrun`
-measured is printed, and appended to `results/scaling_gpus.jsonl`, as soon as it ends; one that
-fails or takes more than `--seconds` leaves the rows that it had and a line with its error.
+Parity: the first loss of the same global batch agrees over all numbers of GPUs and all ways. What a
+`torchrun` measured is printed, and appended to `results/scaling_gpus.jsonl`, as soon as it ends;
+one that fails or takes more than `--seconds` leaves the rows that it had and a line with its error.
 """
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -29,7 +31,7 @@ import torch
 
 from benchmarks.common import ROOT, print_table
 from benchmarks.registry import Goal, Option, Result, benchmark
-from benchmarks.scaling_gpus_worker import settings_of, worker
+from benchmarks.scaling_gpus_worker import settings_of, ways, worker
 from tiny_onn.planning.cluster import Cluster
 from tiny_onn.planning.plan import Plan, plan
 from tiny_onn.planning.sources import Device
@@ -150,7 +152,8 @@ def predicted(
     rate = found.tokens_per_s(found.packed) if one_row_s is not None else None
     return {
         "plan_tokens_per_s": rate,
-        "plan_all_reduce_ms": 1e3 * sum(part.seconds for part in found.collectives[:1]),
+        "plan_all_reduce_ms": 1e3
+        * sum(part.seconds for part in found.collectives if part.name.startswith("all-reduce")),
         "plan_peak_bytes": found.peak.total,
         "efficiency": efficiency if one_row_s is not None else None,
     }
@@ -174,8 +177,8 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[s
     return ratios, goals
 
 
-def losses_apart(losses: Mapping[int, float]) -> bool:
-    """Whether first losses of the same batch, by number of GPUs, differ too much."""
+def losses_apart(losses: Mapping[tuple[int, bool], float]) -> bool:
+    """Whether first losses of the same batch, by number of GPUs and kind, differ too much."""
     first = next(iter(losses.values()))
     return not all(abs(loss - first) <= LOSS_GAP * first for loss in losses.values())
 
@@ -197,7 +200,8 @@ def numbers_of_gpus(asked: Sequence[int], device: str) -> list[int]:
     "The distillation step on several GPUs: tokens per second and memory, beside the plan's.",
     case=worker,
     device=Option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda"),
-    model=Option(["SmolLM2-135M", "Qwen3-0.6B"], "bundled shapes", smoke=["tiny"]),
+    model=Option(["SmolLM2-135M", "Qwen3-0.6B", "Qwen3-8B"], "bundled shapes", smoke=["tiny"]),
+    shard=Option(["whole", "full"], "whole: train.shard none and optimizer; full: shares alone"),
     gpus=Option([1, 2, 4, 8], "numbers of GPUs; those that are absent are left out", smoke=[1, 2]),
     preset=Option("recommended", "the recipe"),
     tokens=Option(32_768, "the tokens of a row", smoke=64),
@@ -214,14 +218,16 @@ def run(arguments: argparse.Namespace) -> Result:
     rows: list[dict[str, Any]] = []
     for model in arguments.model:
         one_row_s, losses = None, {}
-        for gpus in numbers:
-            case = {"model": model, "gpus": gpus, **shared}
+        for gpus, shard in itertools.product(numbers, arguments.shard):
+            case = {"model": model, "gpus": gpus, "full": shard == "full", **shared}
+            if not ways(case):
+                continue
             record = launch(case, arguments.seconds)
             one_row_s = one_row_s or _seconds_of_one_row(record)
             if (loss := _first_loss(record, case["rows"])) is not None:
-                losses[gpus] = loss
+                losses[gpus, case["full"]] = loss
             if losses and losses_apart(losses):
-                losses.pop(gpus)
+                losses.pop((gpus, case["full"]))
                 record |= {"rows": [], "error": "first losses differ; no time is reported"}
             found = with_plan(record, case, one_row_s)
             if "error" in record:
@@ -233,8 +239,8 @@ def run(arguments: argparse.Namespace) -> Result:
         rows=rows,
         ratios=ratios,
         goals={} if arguments.smoke else goals,
-        parity=f"first losses of the same batch within {LOSS_GAP:.0%} over the numbers of GPUs",
-        settings={"model": arguments.model, "gpus": numbers, **shared},
+        parity=f"first losses of the same batch within {LOSS_GAP:.0%} over GPUs and ways",
+        settings={"model": arguments.model, "gpus": numbers, "shard": arguments.shard, **shared},
     )
 
 

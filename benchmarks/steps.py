@@ -20,6 +20,7 @@ from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.planning.sources import load_shape
 from tiny_onn.teacher.load import load_dense, quiet_transformers, teacher_for
 
@@ -123,7 +124,9 @@ def random_dense(
     return dense
 
 
-def make_step(dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRow]) -> Step:
+def make_step(
+    dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRow], world: World = ALONE
+) -> Step:
     """A student of the dense model, ready to take steps over the rows, again and again.
 
     A GPU repeats its bits from here on if the settings say so, as it does in `distill`.
@@ -136,7 +139,7 @@ def make_step(dense: PreTrainedModel, config: RunConfig, rows: Sequence[PackedRo
     set_objective(student.banks(), config)
     dtype = number_format(config.teacher.dtype, dense.device)
     config = replace(config, teacher=replace(config.teacher, dtype=dtype))
-    training = assemble(config, student, teacher_for(dense, config.teacher))
+    training = assemble(config, student, teacher_for(dense, config.teacher), world)
     return Step(
         student=student,
         teacher=training.teacher,

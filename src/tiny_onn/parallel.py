@@ -113,6 +113,10 @@ class World:
         """Return this process's share of some items: those numbered rank, rank + size, ..."""
         return items[self.rank :: self.size]
 
+    def lacks_one(self, num_items: int) -> bool:
+        """Return True if this process's share of some items is smaller than the first one's."""
+        return self.rank >= num_items % self.size > 0
+
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, which has the same bits in all.
 
@@ -255,7 +259,8 @@ def check_world(config: RunConfig, world: World) -> None:
     """Refuse settings whose steps cannot be divided evenly over the processes.
 
     Raises:
-        UserError: `train.rows_per_step` is no multiple of the number of processes.
+        UserError: `train.rows_per_step` is no multiple of the number of processes, or the experts
+            are cut and their number is none.
     """
     rows = config.train.rows_per_step
     if rows % world.size:
@@ -263,6 +268,13 @@ def check_world(config: RunConfig, world: World) -> None:
             f"train.rows_per_step: got {rows} with {world.size} processes, expected a multiple of"
             f" {world.size}, since every process takes as many rows of a step; write"
             f" {-(-rows // world.size) * world.size}, or start as many processes as divide it"
+        )
+    experts = config.experts.num_experts
+    if config.train.shard == "full" and experts % world.size:
+        raise UserError(
+            f'train.shard: got "full" with {world.size} processes and {experts} experts, expected a'
+            f" multiple of {world.size} experts, since every process holds as many of them whole;"
+            ' start as many processes as divide it, or set train.shard = "optimizer"'
         )
 
 

@@ -25,6 +25,7 @@ CASE = {
     "tokens": 64,
     "repeats": 2,
     "set": [""],
+    "full": False,
 }
 
 
@@ -58,9 +59,30 @@ def test_two_processes_measure_every_way_to_take_a_step():
 
 
 def test_rows_that_do_not_divide_over_the_gpus_are_left_out():
-    assert ways({"gpus": 1, "rows": 8}) == [("none", 8), ("none", 1)]
-    assert ways({"gpus": 3, "rows": 8}) == [("none", 3), ("optimizer", 3)]
-    assert ways({"gpus": 8, "rows": 8}) == [("none", 8), ("optimizer", 8)]
+    assert ways({**CASE, "gpus": 1, "rows": 8}) == [("none", 8), ("none", 1)]
+    assert ways({**CASE, "gpus": 3, "rows": 8}) == [("none", 3), ("optimizer", 3)]
+    assert ways({**CASE, "gpus": 8, "rows": 8}) == [("none", 8), ("optimizer", 8)]
+
+
+def test_a_large_model_is_measured_as_it_fits():
+    large = {**CASE, "model": "Qwen3-8B", "rows": 4}
+    assert ways({**large, "gpus": 1}) == ways({**large, "gpus": 2}) == []
+    assert ways({**large, "gpus": 4}) == [("optimizer", 4)]
+    assert ways({**large, "gpus": 4, "full": True}) == [("full", 4)]
+    assert ways({**large, "gpus": 2, "full": True}) == [("full", 4), ("full", 2)]
+    assert ways({**large, "gpus": 1, "full": True}) == []
+    config = settings_of({**large, "full": True})
+    assert (config.train.shard, config.optim.master_dtype) == ("full", "bfloat16")
+
+
+@pytest.mark.slow
+def test_two_processes_with_shares_start_at_the_loss_of_whole_weights():
+    whole, shares = (launch({**CASE, "full": full}, seconds=200) for full in (False, True))
+    assert "error" not in shares, shares["error"]
+    found = [(row["shard"], row["rows_per_step"]) for row in shares["rows"]]
+    assert found == [("full", 4), ("full", 2)]
+    first = whole["rows"][0]["first_loss"]
+    assert shares["rows"][0]["first_loss"] == pytest.approx(first, rel=1e-6)
 
 
 def test_a_failure_and_a_limit_leave_an_error_and_what_was_measured():
@@ -100,10 +122,10 @@ def test_ratios_compare_the_same_batch_and_the_same_batch_a_gpu():
 @pytest.mark.parametrize(
     ("losses", "apart"),
     [
-        ({1: 0.8}, False),
-        ({1: 0.8, 2: 0.803}, False),
-        ({1: 0.8, 2: 0.82}, True),
-        ({1: 0.8, 2: float("nan")}, True),
+        ({(1, False): 0.8}, False),
+        ({(1, False): 0.8, (2, True): 0.803}, False),
+        ({(1, False): 0.8, (1, True): 0.82}, True),
+        ({(1, False): 0.8, (2, False): float("nan")}, True),
     ],
 )
 def test_first_losses_of_the_same_batch_must_agree(losses, apart):

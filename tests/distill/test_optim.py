@@ -11,9 +11,9 @@ from torch import nn
 
 from tiny import make_dense, make_student, save_checkpoint
 from tiny_onn.config.schema import OptimConfig
+from tiny_onn.distill.clipping import clip_gradients
 from tiny_onn.distill.optim import (
     build_optimizer,
-    clip_gradients,
     lr_factor,
     set_learning_rates,
     stochastic_round,

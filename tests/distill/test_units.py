@@ -8,7 +8,8 @@ import torch
 from tiny import CONFIG, change, make_dense, make_rows, make_student, save_checkpoint
 from tiny_onn.config.schema import OptimConfig
 from tiny_onn.conversion.pipeline import make_student as convert
-from tiny_onn.distill.optim import build_optimizer, clip_gradients
+from tiny_onn.distill.clipping import clip_gradients
+from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.distill.units import start_units
 from tiny_onn.model.backbone import gated_mlps

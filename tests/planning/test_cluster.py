@@ -147,23 +147,31 @@ def test_paged_state_takes_no_memory_of_a_gpu():
 
 def test_full_sharding_keeps_a_share_and_gathers_layers():
     plain, full = planned(8), planned(8, shard="full")
-    for name in ("teacher's weights", "expert weights to train", "optimizer state"):
-        assert full.peak.parts[name] == -(-plain.peak.parts[name] // 8)
-    assert full.peak.parts["saved activations"] == plain.peak.parts["saved activations"]
-    gathered = full.peak.parts["gathered weights and gradients"]
-    p = full.parameters
-    assert gathered > 2 * p.embeddings
-    assert gathered < 2 * p.embeddings + 4 * (2 * p.attention + 4 * p.experts) / 30
+    p, (teacher, student, gradients, others) = full.parameters, full.collectives
+    experts = gradients.bytes
+    # Masters are float32, the teacher is bfloat16.
+    assert experts == 4 * p.dense_mlps
+    assert others.bytes == plain.collectives[0].bytes - experts
+    assert (teacher.bytes, student.bytes) == (2 * p.dense_mlps, 2 * experts)
+    for name in ("backbone weights", "gates", "saved activations"):
+        assert full.peak.parts[name] == plain.peak.parts[name]
+    assert full.peak.parts["teacher's weights"] == 2 * p.dense_mlps // 8
+    small = plain.peak.parts["expert weights to train"] - experts
+    assert full.peak.parts["expert weights to train"] == experts // 8 + small
+    assert full.peak.parts["optimizer state"] < plain.peak.parts["optimizer state"] / 7
+    assert full.peak.parts["gathered weights and gradients"] == 4 * experts // 30
     assert full.peak_bytes < plain.peak_bytes
-    teacher, student, gradients = full.collectives
-    trained = plain.collectives[0].bytes
-    assert gradients.bytes == trained
-    assert student.bytes == 2 * (2 * p.backbone + trained)
-    assert teacher.bytes == 2 * p.dense_total
-    # A row more needs all of them again.
+    # A row more needs all of them again, but for the gradients that are added up once.
     assert planned(8, rows=16, shard="full").communication_s == pytest.approx(
-        2 * full.communication_s
+        2 * full.communication_s - others.seconds
     )
+
+
+def test_full_sharding_leaves_a_quantised_teacher_whole():
+    nf4 = "teacher.quantization=nf4"
+    plain, full = planned(8, nf4), planned(8, nf4, shard="full")
+    assert full.peak.parts["teacher's weights"] == plain.peak.parts["teacher's weights"]
+    assert [part.name for part in full.collectives][:1] == ["all-gather of the student"]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])

@@ -31,7 +31,7 @@ from tiny_onn.planning.sources import GIB, Device, find_device, load_shape
 from tiny_onn.teacher.load import teacher_for
 from tiny_onn.teacher.quantize import quantize_nf4
 
-SHAPES = ("Qwen3-0.6B", "Qwen3-1.7B", "SmolLM2-135M", "Llama-3.2-1B")
+SHAPES = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B", "SmolLM2-135M", "Llama-3.2-1B")
 DEVICES = ("RTX 3060", "RTX 4060 Ti", "RTX 4090", "RTX 5090", "A100", "H100", "H200")
 CPU = Device(name="x", type="cpu", memory_bytes=GIB, bf16_tflops=1.0, bandwidth_gb_s=10.0)
 SIZES: dict[str, Any] = {

@@ -17,7 +17,7 @@ class Plan:
     Example: tiny-onn plan --preset model-card --device "RTX 3060"
 
     The setting teacher.path names the teacher. Only the config.json of a hub id is downloaded; the
-    sizes of Qwen3-0.6B, Qwen3-1.7B, SmolLM2-135M and Llama-3.2-1B come with the package.
+    sizes of Qwen3-0.6B, 1.7B and 8B, SmolLM2-135M and Llama-3.2-1B come with the package.
     """
 
     run: RunToml = None
@@ -58,8 +58,7 @@ class Plan:
         Literal["none", "optimizer", "full"] | None,
         arg(metavar="none|optimizer|full", help_behavior_hint="(default: train.shard)"),
     ] = None
-    """Division of memory between GPUs, as in train.shard; full, which distill does not know,
-    plans what cutting every tensor of teacher, student and optimizer would need."""
+    """Division of memory between GPUs, in the place of train.shard."""
     html: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: no page)")] = (
         None
     )

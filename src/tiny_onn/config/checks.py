@@ -98,6 +98,37 @@ def validate(config: RunConfig) -> None:
     check_path(config)
     if config.teacher.cache != "none":
         check_cacheable(config)
+    if config.train.shard == "full":
+        check_full_sharding(config)
+
+
+def check_full_sharding(config: RunConfig) -> None:
+    """Refuse settings that need whole weights where each process holds a share of them.
+
+    Raises:
+        UserError: the optimizer is Adafactor, or activations are kept by a list of operations.
+    """
+    for name, value, refused, expected, reason in (
+        (
+            "optim.name",
+            config.optim.name,
+            "adafactor",
+            '"adamw" or "adamw8bit"',
+            "it scales an update by the root mean square of a whole weight",
+        ),
+        (
+            "train.checkpointing",
+            config.train.checkpointing,
+            "selective",
+            '"layer", "offload" or "none"',
+            "it counts a layer's operations, and fewer of them gather weights in the backward pass",
+        ),
+    ):
+        if value == refused:
+            raise UserError(
+                f'{name}: got {to_toml(value)} with train.shard = "full", expected {expected},'
+                f' because {reason}; change it, or set train.shard = "optimizer"'
+            )
 
 
 def check_cacheable(config: RunConfig) -> None:

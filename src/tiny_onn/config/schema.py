@@ -22,7 +22,7 @@ DType = Literal["float32", "bfloat16"]
 TeacherDType = Literal["auto", "float32", "bfloat16"]
 ExpertPath = Literal["auto", "dense", "grouped", "sparse"]
 Checkpointing = Literal["none", "layer", "selective", "offload"]
-Shard = Literal["none", "optimizer"]
+Shard = Literal["none", "optimizer", "full"]
 # The number format in which `tiny-onn cache` stores a teacher's hidden states.
 StatesFormat = Literal["bfloat16", "int8", "float32"]
 
@@ -334,7 +334,10 @@ class TrainConfig:
     shard: Shard = "none"
     """The division of memory between the processes of a run. `none`: each holds everything;
     `optimizer`: the optimizer's state of each expert tensor lies in one process, which steps the
-    tensor and hands it to the others. The results are the same to the bit."""
+    tensor and hands it to the others; the results are the same to the bit. `full`: each process
+    holds a share of the experts, with their gradients and state, and of the MLPs of a teacher that
+    is not quantised, and gathers them layer by layer (FSDP2), for models that do not fit on one
+    GPU."""
     deterministic: bool = True
     """Use only GPU kernels whose results repeat bit for bit. On a CPU results always do."""
     expert_path: ExpertPath = "auto"

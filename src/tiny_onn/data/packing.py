@@ -95,6 +95,12 @@ class PackedRow:
         )
 
 
+def uncounted(row: PackedRow) -> PackedRow:
+    """Return a row of the same text in which no token counts."""
+    masks = {name: torch.zeros_like(row.loss_mask) for name in ("loss_mask", "router_mask")}
+    return replace(row, **masks)
+
+
 def _on(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 

@@ -12,10 +12,11 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.distill.checkpointing import checkpoint_layers
-from tiny_onn.distill.optim import SplitOptimizer, build_optimizer
+from tiny_onn.distill.optim import SplitOptimizer, build_optimizer, cast_experts
 from tiny_onn.distill.row_graphs import RowGraphs
 from tiny_onn.model.backbone import head_of
 from tiny_onn.model.compile import compile_backbones
+from tiny_onn.model.full_sharding import shard_fully
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.parallel import ALONE, World
@@ -54,12 +55,12 @@ def assemble(
     teacher: PreTrainedModel,
     world: World = ALONE,
 ) -> Training:
-    """Set up checkpointing and compilation, size the chunks of the loss, and build the optimizer.
+    """Set up the program of a step: checkpointing, sharding, compilation, chunks, the optimizer.
 
     Args:
         config: The settings.
         student: A converted model, changed in place.
-        teacher: The dense model, changed in place if its layers are compiled.
+        teacher: The dense model, changed in place if its layers are compiled or cut.
         world: The processes of the run, which agree on the chunks.
 
     Raises:
@@ -67,6 +68,10 @@ def assemble(
             teacher's cache is not whole.
     """
     checkpoint_layers(student, config.train.checkpointing)
+    if config.train.shard == "full":
+        # A share keeps its format, so that the experts get theirs before.
+        cast_experts(student, config.optim)
+        shard_fully(student, teacher, world)
     if config.train.compile:
         compile_backbones(student, teacher)
     chunk_tokens = world.least(loss_chunk_tokens(config.loss, head_of(student).weight))

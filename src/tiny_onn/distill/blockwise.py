@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import track
-from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.packing import PackedRow, uncounted
 from tiny_onn.distill.clock import Clock
 from tiny_onn.distill.step import StepResult, add_up, undone_if_broken, update
 from tiny_onn.model.attention import packed_kwargs
@@ -95,9 +95,12 @@ def block_errors(
         error_T, power_T = squared_error(banks[layer](x_TD), y_TD), y_TD.float().square().sum(-1)
         sums_2L[:, layer] += (torch.stack((error_T, power_T)) * mask_T).double().sum(-1)
 
+    mine = list(world.mine(rows))
+    if world.lacks_one(len(rows)):
+        # Processes whose models are cut make forward passes together.
+        mine.append(uncounted(rows[-1]))
     with eval_mode(student), mlp_calls(teacher, add_errors):
-        mine = track(world.mine(rows), "block errors, rows")
-        for row in (row.to(teacher.device) for row in mine):
+        for row in (row.to(teacher.device) for row in track(mine, "block errors, rows")):
             mask_T = row.router_mask[0]
             last_hidden_states(teacher, row.input_ids, **packed_kwargs(row))
     world.all_reduce_sum([sums_2L])

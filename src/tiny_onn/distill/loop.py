@@ -241,8 +241,8 @@ class _Run:
         student.train(False)
         with status(f"{self.title}: saving the student"):
             fill_threshold_tables(student, self.threshold_rows, scope)
+            save_student(out / "student", self.prepared, self.world)
             if self.world.first:
-                save_student(out / "student", self.prepared)
                 summary = self.state.summary(after, self.training.config, self.checkpoints)
                 write_json(out / "summary.json", {**summary, "health": self.log.verdict()})
                 write_model_card(out / "student", self.training.config, out, step=self.state.step)

@@ -26,10 +26,16 @@ from transformers.optimization import Adafactor
 
 from tiny_onn.config.schema import OptimConfig, Shard
 from tiny_onn.device import load_bitsandbytes
-from tiny_onn.distill.units import Units, in_units_, norm_in_units, out_of_units_, start_units
+from tiny_onn.distill.units import Units, in_units_, out_of_units_, start_units
+from tiny_onn.errors import UserError
 from tiny_onn.model.expert_weights import KINDS, by_neuron
+from tiny_onn.model.full_sharding import own_part, place_of
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World, balanced
+
+# bitsandbytes keeps the state of a smaller weight in 32 bits, and a scale for so many numbers.
+MIN_8BIT_SIZE = 4096
+BLOCK_SIZE = 256
 
 
 class LrFactor(NamedTuple):
@@ -59,12 +65,13 @@ def build_optimizer(
         shard: The setting `train.shard`, which says what each process holds.
 
     Raises:
-        UserError: The setting needs bitsandbytes, which is not installed.
+        UserError: The setting needs bitsandbytes, which is not installed, or a block of 8-bit
+            state would belong to two processes.
     """
     named_experts, named_gates = split_parameters(student)
     experts, gates = list(named_experts.values()), list(named_gates.values())
-    for parameter in experts:
-        parameter.data = parameter.data.to(getattr(torch, config.master_dtype))
+    cast_experts(student, config)
+    num_shares = place_of(experts[0])[1] if experts else 1
     steppers = []
     if experts:
         group = {
@@ -74,7 +81,7 @@ def build_optimizer(
             "peak_lr": config.expert_lr,
             "weight_decay": config.weight_decay,
         }
-        steppers.append(_stepper(config, group, experts[0].device))
+        steppers.append(_stepper(config, group, experts[0].device, num_shares))
     if gates:
         group = {
             "params": gates,
@@ -88,7 +95,16 @@ def build_optimizer(
     units = start_units(named_experts | named_gates) if config.lr_scale == "rms" else {}
     owners = owners_of(experts, world.size) if shard == "optimizer" and world.size > 1 else {}
     kinds = {} if config.name == "adamw" else kinds
+    if num_shares > 1 and kinds:
+        _check_blocks(config, kinds, num_shares)
     return SplitOptimizer(steppers, seed, kinds, units, owners=owners, world=world)
+
+
+def cast_experts(student: TinyOnnForCausalLM, config: OptimConfig) -> None:
+    """Cast the experts' weights to the number format of their masters, in place."""
+    for parameter in split_parameters(student)[0].values():
+        if parameter.dtype != (dtype := getattr(torch, config.master_dtype)):
+            parameter.data = parameter.data.to(dtype)
 
 
 def owners_of(parameters: Sequence[nn.Parameter], size: int) -> dict[nn.Parameter, int]:
@@ -97,10 +113,23 @@ def owners_of(parameters: Sequence[nn.Parameter], size: int) -> dict[nn.Paramete
     return dict(zip(parameters, ranks, strict=True))
 
 
+def _check_blocks(config: OptimConfig, kinds: Mapping[nn.Parameter, str], num_shares: int) -> None:
+    """Refuse shares of weights that end within a block of 8-bit state."""
+    for parameter, kind in kinds.items():
+        # Gates and ups are cut apart.
+        share = parameter.numel() // num_shares // (1 if kind == "down_proj" else 2)
+        if parameter.numel() >= MIN_8BIT_SIZE and share % BLOCK_SIZE:
+            raise UserError(
+                f'optim.name: got "{config.name}" with train.shard = "full" and {share} weights of'
+                f" a projection in a process, expected a multiple of {BLOCK_SIZE}, which share a"
+                ' scale; set optim.name = "adamw" or train.shard = "optimizer"'
+            )
+
+
 def _stepper(
-    config: OptimConfig, group: dict[str, Any], device: torch.device
+    config: OptimConfig, group: dict[str, Any], device: torch.device, num_shares: int
 ) -> torch.optim.Optimizer:
-    """Return the library's optimizer that the settings name."""
+    """Return the library's optimizer that the settings name, for shares of weights."""
     if config.name == "adamw":
         return _adamw(config, group)
     if config.name == "adafactor":
@@ -113,7 +142,10 @@ def _stepper(
     # Paging moves state to host memory, where a CPU's state is already.
     paged = config.name == "paged_adamw8bit" and device.type == "cuda"
     optimizer = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    return optimizer([group], betas=(config.beta1, config.beta2), eps=config.eps)
+    # A share's state has the format of the whole weight's.
+    least: Any = MIN_8BIT_SIZE / num_shares
+    betas = (config.beta1, config.beta2)
+    return optimizer([group], betas=betas, eps=config.eps, min_8bit_size=least)
 
 
 def _adamw(config: OptimConfig, group: dict[str, Any]) -> torch.optim.Optimizer:
@@ -170,11 +202,11 @@ class SplitOptimizer(torch.optim.Optimizer):
         self._seed = seed
         self._kinds = kinds
         self._units = units
-        self.owners, self._world = dict(owners), world
+        self.owners, self.world = dict(owners), world
 
     def is_mine(self, p: nn.Parameter) -> bool:
         """Return True if this process holds a weight's state and steps it."""
-        return self.owners.get(p, self._world.rank) == self._world.rank
+        return self.owners.get(p, self.world.rank) == self.world.rank
 
     def unit(self, p: nn.Parameter) -> Tensor | None:
         """Return a weight's unit, the one in its state if there is one; None without a unit."""
@@ -194,16 +226,16 @@ class SplitOptimizer(torch.optim.Optimizer):
         ):
             plain = []
             for number, p in enumerate(group["params"]):
-                if not self.is_mine(p):
+                if p.grad is None or not self.is_mine(p):
                     continue
-                if p.grad is not None and (p.dtype == torch.bfloat16 or p in self._kinds):
+                if p.dtype == torch.bfloat16 or p in self._kinds:
                     self._step_of_copy(stepper, group, p, f"{self._seed} {index} {number}")
-                elif p.grad is not None:
+                else:
                     plain.append(p)
             if plain:
                 self._step_in_units(stepper, group, plain)
         stepped = [p for p in self.owners if p.grad is not None]
-        self._world.broadcast([p.data for p in stepped], [self.owners[p] for p in stepped])
+        self.world.broadcast([p.data for p in stepped], [self.owners[p] for p in stepped])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,31 +256,32 @@ class SplitOptimizer(torch.optim.Optimizer):
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]
     ) -> None:
         """Step parameters in place; those with a unit as multiples of it."""
-        units = [(p, unit) for p in parameters if (unit := self.unit(p)) is not None]
+        parts: list[Any] = [own_part(p) for p in parameters]
+        units = [self.unit(p) for p in parameters]
         states = [self.state[p] for p in parameters]
-        for p, unit in units:
-            assert p.grad is not None
-            in_units_(p, p.grad, unit)
+        for part, unit in zip(parts, units, strict=True):
+            if unit is not None:
+                in_units_(part, part.grad, unit)
         for state in states:
             state.pop("unit", None)
-        _step(stepper, group, parameters, states)
-        for p, unit in units:
-            out_of_units_(p, unit)
-            self.state[p]["unit"] = unit
+        _step(stepper, group, parts, states)
+        for part, unit, state in zip(parts, units, states, strict=True):
+            if unit is not None:
+                out_of_units_(part, unit)
+                state["unit"] = unit
 
     def _step_of_copy(
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
     ) -> None:
-        assert p.grad is not None
-        kind = self._kinds.get(p)
-        weight, grad = (t if kind is None else by_neuron(kind, t) for t in (p.data, p.grad))
+        kind, part = self._kinds.get(p), own_part(p)
+        weight, grad = (t if kind is None else by_neuron(kind, t) for t in (part.data, part.grad))
         master = nn.Parameter(weight.float().contiguous())
-        master.grad = grad.float().contiguous()
+        master.grad = gradient = grad.float().contiguous()
         state, unit = self.state[p], self.unit(p)
         state.pop("unit", None)
         num_roundings = int(state.pop("num_roundings", 0))
         if unit is not None:
-            in_units_(master.data, master.grad, unit)
+            in_units_(master.data, gradient, unit)
         _step(stepper, group, [master], [state])
         if unit is not None:
             out_of_units_(master.data, unit)
@@ -258,7 +291,9 @@ class SplitOptimizer(torch.optim.Optimizer):
             return
         digest = hashlib.blake2b(f"{place} {num_roundings}".encode(), digest_size=7).digest()
         generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest))
-        weight.copy_(stochastic_round(master.data, generator))
+        # The experts' dimension is the second one of gates and ups neuron by neuron.
+        share = (*place_of(p), int(master.ndim == 4))
+        weight.copy_(stochastic_round(master.data, generator, share))
         state["num_roundings"] = num_roundings + 1
 
 
@@ -307,7 +342,9 @@ def _init_8bit_state(stepper: torch.optim.Optimizer, number: int) -> None:
 
 
 def stochastic_round(
-    values: Float32[Tensor, "*shape"], generator: torch.Generator
+    values: Float32[Tensor, "*shape"],
+    generator: torch.Generator,
+    place: tuple[int, int, int] = (0, 1, 0),
 ) -> BFloat16[Tensor, "*shape"]:
     """Return one of the two bfloat16 neighbours of each value, which on average is the value.
 
@@ -319,12 +356,18 @@ def stochastic_round(
     Args:
         values: The numbers to round.
         generator: A generator on the values' device, which is advanced.
+        place: The number of this share of a tensor, the number of its equal shares, and the
+            dimension along which it is cut. A share gets the bits that it would get in the whole.
 
     Source: Gupta et al., arXiv 1502.02551, section 3.
     """
+    number, num_shares, dim = place
+    shape = list(values.shape)
+    shape[dim : dim + 1] = [size * num_shares for size in shape[dim : dim + 1]]
     bits = torch.randint(
-        1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
+        1 << 16, shape, dtype=torch.int32, device=values.device, generator=generator
     )
+    bits = bits.chunk(num_shares, dim)[number] if num_shares > 1 else bits
     bits.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
     # The sum could turn the bits of a NaN into those of a number.
     return torch.where(values.isfinite(), bits.view(torch.float32), values).bfloat16()
@@ -348,41 +391,3 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: LrFactor) -> No
     """Set each group's learning rate to its system's share of the group's peak rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * getattr(factor, group["system"])
-
-
-def clip_gradients(
-    student: TinyOnnForCausalLM, clip_norm: float, optimizer: torch.optim.Optimizer | None = None
-) -> tuple[Tensor | float, Tensor | float]:
-    """Clip the gradients of experts and of gates apart, each by its global L2 norm.
-
-    Args:
-        student: The model with its gradients.
-        clip_norm: The largest norm.
-        optimizer: The student's optimizer; gradients of weights to which it gives a unit count, and
-            are measured, as those of the weight in units.
-
-    Returns:
-        The norms before clipping, of the experts and of the gates; float32 in every format.
-    """
-    unit_of = optimizer.unit if isinstance(optimizer, SplitOptimizer) else lambda _: None
-    experts, gates = (list(system.values()) for system in split_parameters(student))
-    return _clip(experts, clip_norm, unit_of), _clip(gates, clip_norm, unit_of)
-
-
-def _clip(
-    parameters: list[nn.Parameter],
-    clip_norm: float,
-    unit_of: Callable[[nn.Parameter], Tensor | None],
-) -> Tensor | float:
-    pairs = [(p.grad, unit_of(p)) for p in parameters if p.grad is not None]
-    if not pairs:
-        return 0.0
-    norms = [
-        torch.linalg.vector_norm(g, dtype=torch.float32)[None]
-        if unit is None
-        else norm_in_units(g, unit)
-        for g, unit in pairs
-    ]
-    norm = torch.linalg.vector_norm(torch.cat(norms))
-    nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
-    return norm

@@ -24,6 +24,7 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.distill.clock import Clock
 from tiny_onn.distill.passes import RowValues, row_passes
 from tiny_onn.model.attention import varlen_supported
+from tiny_onn.model.full_sharding import is_fully_sharded
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.gate_step import GateStep, StepScales
 
@@ -218,6 +219,7 @@ def obstacle(student: TinyOnnForCausalLM, config: RunConfig) -> str | None:
         ),
         "smk.explore_fraction draws new numbers on the host": smk.explore_fraction > 0,
         "router.reseed_every_steps counts on the host": router.reseed_every_steps > 0,
+        'train.shard = "full" gathers weights within a row': is_fully_sharded(student),
         'train.checkpointing = "offload" waits for the host': (
             config.train.checkpointing == "offload"
         ),

@@ -2,8 +2,8 @@
 
 transformers writes RMSNorm and rotary embeddings as chains of small operations, which at 32,768
 tokens cost a GPU more time than the matrix products. Every child of a decoder layer is compiled in
-place, but for expert banks, which compile parts of themselves, and quantised MLPs: no module is
-replaced, and names and state stay as they are. Attention itself
+place, but for expert banks, which compile parts of themselves, and MLPs that are quantised or cut
+between processes: no module is replaced, and names and state stay as they are. Attention itself
 stays a call of its own (`attention.document_attention`), so that rows with other documents do not
 compile anew. On a CPU these operations cost little and compiling costs much, so nothing is done.
 """
@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tiny_onn.model.attention import DOCUMENT_ATTENTION, document_attention
 from tiny_onn.model.backbone import backbone_of, decoder_layers
+from tiny_onn.model.full_sharding import is_cut
 
 
 def compile_backbones(*models: PreTrainedModel) -> None:
@@ -40,6 +41,6 @@ def _compile(backbone: PreTrainedModel) -> None:
 
 
 def _is_plain(mlp: nn.Module) -> bool:
-    """Return True if all parts of an MLP that hold weights are torch's own linear layers."""
+    """Return True if an MLP is not cut, and its parts with weights are torch's linear layers."""
     holders = {type(part) for part in mlp.modules() if list(part.parameters(recurse=False))}
-    return holders == {nn.Linear}
+    return holders == {nn.Linear} and not any(map(is_cut, mlp.parameters()))

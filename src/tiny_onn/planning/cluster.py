@@ -3,7 +3,7 @@
 Time is that of rings: of a tensor that n members reduce or gather, each sends (n - 1) / n, member
 by member. Members are first the GPUs of a node and then the nodes, whose GPUs exchange a part of
 the tensor each. Nothing overlaps, because `distill` reduces gradients after all backward passes.
-Full sharding, which could overlap, is planned in the same way, and so by its slowest case.
+Full sharding, which overlaps, is planned in the same way, and so by its slowest case.
 
 Collectives of some numbers (counts of routing, losses, norms) are left out, and so is the waiting
 for a slower GPU.
@@ -12,18 +12,15 @@ for a slower GPU.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from tiny_onn.config.schema import RunConfig
+from tiny_onn.config.schema import RunConfig, Shard
 from tiny_onn.errors import UserError
 from tiny_onn.parallel import balanced, messages
 from tiny_onn.planning.costs import Parameters, Sizes
 from tiny_onn.planning.device_names import device_rows
-from tiny_onn.planning.memory import Moment, state_bytes, weight_bytes
+from tiny_onn.planning.memory import Moment, state_bytes
 from tiny_onn.planning.sources import Device
-
-PlannedShard = Literal["none", "optimizer", "full"]
-"""The values of `train.shard`, and `full`: every tensor is cut, as FSDP2 does (`fully_shard`)."""
 
 GPUS_PER_NODE = 8
 NETWORK_GBPS = 3200.0
@@ -35,15 +32,6 @@ CALL_S = 8.4e-6
 """Seconds that a collective takes at least. This and the seconds of each hop are those of rings
 with NCCL's Simple protocol in its cost model (src/graph/tuning.cc)."""
 NVLINK_HOP_S, PCIE_HOP_S, NETWORK_HOP_S = 3.4e-6, 5.7e-6, 14e-6
-SHARDED_PARTS = (
-    "backbone weights",
-    "teacher's weights",
-    "expert weights to train",
-    "gates",
-    "optimizer state",
-    "gradients",
-)
-"""The parts of memory of which a GPU keeps a share if everything is sharded."""
 PCIE_GB_S = 32.0
 """Rate of PCIe 4.0 x16, assumed for GPUs that `devices.toml` does not name."""
 
@@ -56,7 +44,7 @@ class Cluster:
     gpus_per_node: int = GPUS_PER_NODE
     network_gbps: float = NETWORK_GBPS
     """Rate of a node's network in one direction, Gbit/s."""
-    shard: PlannedShard = "none"
+    shard: Shard = "none"
 
     @property
     def nodes(self) -> int:
@@ -201,24 +189,40 @@ def collectives(
 def _of_full_sharding(
     config: RunConfig, sizes: Sizes, parameters: Parameters, wires: _Wires, trained: int
 ) -> tuple[Collective, ...]:
-    """Return the exchanges if every layer of teacher and student is gathered where it is used.
+    """Return the exchanges if MLPs and experts are gathered layer by layer where they are used.
 
-    A row needs the teacher's layers once and the student's twice, in the forward and the backward
-    pass, and its gradients are scattered at once.
+    A row needs the teacher's MLPs once and the student's experts twice, in the forward and the
+    backward pass, and its gradients are scattered at once. The gradients of gates, mean outputs and
+    scales are added up after the last row.
     """
     rows, layers = config.train.rows_per_step, sizes.layers
-    weights = weight_bytes(config, sizes, parameters)
-    gathered = {
-        "all-gather of the teacher": (weights.total(), 1),
-        "all-gather of the student": (weights["backbone weights"] + trained, 2),
-    }
+    experts = layers * _layer_bytes(config, sizes)
+    exchanged = (
+        ("all-gather of the teacher", _teacher_mlp_bytes(config, sizes, parameters), 1),
+        ("all-gather of the student", experts, 2),
+        ("reduce-scatter of gradients", experts, 1),
+    )
     found = []
-    for name, (once, times) in gathered.items():
-        num_bytes, calls = rows * times * once, rows * times * layers
-        found.append(Collective(name, num_bytes, calls, wires.gather(num_bytes, calls)))
-    num_bytes, calls = rows * trained, rows * layers
-    seconds = wires.gather(num_bytes, calls)
-    return (*found, Collective("reduce-scatter of gradients", num_bytes, calls, seconds))
+    for name, once, times in exchanged:
+        if num_bytes := rows * times * once:
+            calls = rows * times * layers
+            found.append(Collective(name, num_bytes, calls, wires.gather(num_bytes, calls)))
+    others, calls = trained - experts, len(messages([trained - experts]))
+    seconds = wires.all_reduce(others, calls)
+    return (*found, Collective("all-reduce of other gradients", others, calls, seconds))
+
+
+def _layer_bytes(config: RunConfig, sizes: Sizes) -> int:
+    """Return the bytes of one layer's experts, which are those of their gradients."""
+    master = 2 if config.optim.master_dtype == "bfloat16" else 4
+    return 3 * master * sizes.neurons * sizes.hidden
+
+
+def _teacher_mlp_bytes(config: RunConfig, sizes: Sizes, parameters: Parameters) -> int:
+    """Return the bytes of the teacher's MLPs that are cut: all of them unless it is quantised."""
+    if config.teacher.quantization != "none":
+        return 0
+    return (2 if config.teacher.dtype == "bfloat16" else 4) * parameters.dense_mlps
 
 
 def moments_of_rank(
@@ -243,24 +247,36 @@ def moments_of_rank(
         tensors = _trained_tensors(config, sizes, parameters)
         held = state_of_rank(tensors, cluster.gpus)
         return tuple(replace(m, parts={**m.parts, "optimizer state": held}) for m in moments)
-    trained = sum(tensor.bytes for tensor in _trained_tensors(config, sizes, parameters))
-    backbone = weight_bytes(config, sizes, parameters)["backbone weights"]
-    outer = parameters.embeddings + parameters.output_head
-    outer_bytes = backbone * outer // parameters.backbone
-    layer_bytes = (backbone - outer_bytes + trained) // sizes.layers
-    # The next layer is gathered while one is used, whose gradients are whole until they are sent.
-    gathered = outer_bytes + 2 * layer_bytes + trained // sizes.layers
-    return tuple(
-        replace(
-            moment,
-            parts={
-                name: -(-size // cluster.gpus) if name in SHARDED_PARTS else size
-                for name, size in moment.parts.items()
-            }
-            | {"gathered weights and gradients": gathered},
-        )
-        for moment in moments
-    )
+    given = (config, sizes, parameters, cluster.gpus)
+    return tuple(_with_shares(moment, *given) for moment in moments)
+
+
+def _with_shares(
+    moment: Moment, config: RunConfig, sizes: Sizes, parameters: Parameters, gpus: int
+) -> Moment:
+    """Return a moment on one of the GPUs that each hold a share of experts and teacher's MLPs.
+
+    The next layer is gathered while one is used, and the gradients of a layer are whole, and once
+    more in their message, until they are sent.
+    """
+    layer, mlps = _layer_bytes(config, sizes), _teacher_mlp_bytes(config, sizes, parameters)
+    tensors = _trained_tensors(config, sizes, parameters)
+    small = [tensor for tensor in tensors if tensor.bytes < layer // 3]
+    kept = {
+        "teacher's weights": moment.parts.get("teacher's weights", 0) - mlps,
+        "expert weights to train": sum(t.bytes for t in small if not t.of_gate),
+        "optimizer state": sum(tensor.state_bytes for tensor in small),
+    }
+    parts = dict(moment.parts)
+    for name in (*kept, "gradients"):
+        if name in parts:
+            whole = min(parts[name], kept.get(name, 0))
+            parts[name] = whole + -(-(parts[name] - whole) // gpus)
+    # The random bits of rounding are those of a whole weight, of three numbers of four bytes.
+    parts["rounding"] = parts.get("rounding", 0) // 3 * (gpus + 2) // gpus
+    gathered = {"teacher's forward": 2 * mlps // sizes.layers, "loss": 0, "update": 0}
+    parts["gathered weights and gradients"] = gathered.get(moment.name, 4 * layer)
+    return replace(moment, parts=parts)
 
 
 class Trained(NamedTuple):

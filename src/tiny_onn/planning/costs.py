@@ -236,7 +236,7 @@ def count_parameters(dense: PreTrainedModel, student: TinyOnnForCausalLM) -> Par
         gate_weights=sum(p.numel() for p in gates.values() if p.ndim > 1),
         gate_biases=sum(p.numel() for p in gates.values() if p.ndim == 1),
         budget_thresholds=sum(bank.router.threshold.numel() for bank in banks),
-        one_expert=3 * banks[0].experts.down_proj[0].numel(),
+        one_expert=3 * banks[0].experts.down_proj.shape[1:].numel(),
         dense_mlps=sum(p.numel() for name, p in dense.named_parameters() if in_mlp(name)),
         attention_linear_layers=tuple(
             tuple(linear.weight.shape)

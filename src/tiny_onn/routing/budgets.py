@@ -246,6 +246,9 @@ def fit_eval_thresholds(
             last_hidden_states(student, row.input_ids, **packed_kwargs(row))
         for routing, layer_scores in zip(routings, scores, strict=True):
             layer_scores.append(routing.scores)
+    if world.lacks_one(len(rows)):
+        # Processes whose models are cut make forward passes together.
+        last_hidden_states(student, rows[-1].input_ids, **packed_kwargs(rows[-1]))
     student.train(was_training)
     mask_T = torch.cat([row.router_mask[0] for row in rows])
     target_k = banks[0].router.rule.target_k

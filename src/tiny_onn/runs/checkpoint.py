@@ -13,7 +13,7 @@ from either.
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
+from tiny_onn.model import full_sharding
 from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.old_layout import today_state, today_tensors
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
@@ -77,24 +78,27 @@ def take_snapshot(
         optimizer: the optimizer of the model's parameters.
         state: the state of the loop, of JSON values; a stage keeps its own state under `stage`.
         is_mine: returns True for the names in the student whose tensors, and whose optimizer state,
-            this one of several processes copies; None: there is one process.
+            this one of several processes copies; None: there is one process. Tensors that are cut
+            are gathered, so that all processes make this call.
     """
     if next(student.parameters()).is_cuda:
         # Paged optimizer state lies in host memory that kernels in flight may still write to.
         torch.cuda.synchronize()
     number = FORMAT if is_mine is None else SHARDED_FORMAT
-    copied = [
-        {
+
+    def copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        # A tensor that is cut is gathered by all processes, one at a time.
+        whole_ones = ((key, full_sharding.whole(tensor)) for key, tensor in tensors)
+        return {
             key: tensor.to("cpu", copy=True)
-            for key, tensor in tensors.items()
+            for key, tensor in whole_ones
             if is_mine is None or is_mine(key.partition("|")[0])
         }
-        for tensors in (student_tensors(student), optimizer_tensors(student, optimizer))
-    ]
+
     return Snapshot(
         step=step,
-        student=copied[0],
-        optimizer=copied[1],
+        student=copied(student_tensors(student).items()),
+        optimizer=copied(_entries(student, optimizer, full_sharding.whole_state)),
         state=json.dumps({"format": number, **state}, indent=2) + "\n",
     )
 
@@ -275,7 +279,8 @@ def _restore(
             f"{path}: got a checkpoint of format {got}, expected {expected} or {READABLE[-1]};"
             " resume with the version of tiny-onn that environment.json names, or start a new run"
         )
-    device = str(next(student.parameters()).device)
+    cut = full_sharding.is_fully_sharded(student)
+    device = None if cut else str(next(student.parameters()).device)
     mine = {n for group in split_parameters(student) for n, p in group.items() if is_mine(p)}
 
     def is_wanted(key: str) -> bool:
@@ -290,14 +295,22 @@ def _restore(
 
 
 def _read(
-    path: Path, file: str, device: str, is_wanted: Callable[[str], bool] = lambda _: True
+    path: Path, file: str, device: str | None, is_wanted: Callable[[str], bool] = lambda _: True
 ) -> dict[str, Tensor]:
-    """Return the student's or the optimizer's tensors of a checkpoint, those that are wanted."""
+    """Return the student's or the optimizer's tensors of a checkpoint, those that are wanted.
+
+    They are on a device, or with None in mapped files, of which a process may copy its shares.
+    """
     of_optimizer = file == OPTIMIZER
     if (path / file).is_file():
-        tensors = load_file(path / file, device=device)
+        tensors = load_file(path / file, device=device or "cpu")
         tensors = today_state(tensors) if of_optimizer else today_tensors(tensors)
         return {key: tensor for key, tensor in tensors.items() if is_wanted(key)}
+    if device is None:
+        # A tensor lies whole in one of the files, which are mapped and read where they are copied.
+        files = sorted(path.glob("*.safetensors"))
+        found = ((key, tensor) for file in files for key, tensor in load_file(file).items())
+        return {k: t for k, t in found if ("|" in k) == of_optimizer and is_wanted(k)}
     from tiny_onn.runs.sharded_files import load_shards  # noqa: PLC0415
 
     return load_shards(path, lambda key: ("|" in key) == of_optimizer and is_wanted(key), device)
@@ -336,19 +349,28 @@ def student_tensors(student: TinyOnnForCausalLM) -> dict[str, Tensor]:
 def optimizer_tensors(
     student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """Return the optimizer's state, by the parameter's name and the entry's."""
-    tensors = {}
+    """Return the optimizer's state in this process, by the parameter's name and the entry's."""
+    return dict(_entries(student, optimizer, lambda _, state: state.items()))
+
+
+def _entries(
+    student: TinyOnnForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    entries_of: Callable[[Tensor, dict[str, Tensor]], Iterable[tuple[str, Tensor]]],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield by name what a function makes of each parameter's state in this process."""
     for group in split_parameters(student):
         for name, parameter in group.items():
-            for entry, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}|{entry}"] = torch.as_tensor(value).detach().contiguous()
-    return tensors
+            state = optimizer.state.get(parameter, {}).items()
+            held = {e: torch.as_tensor(value).detach().contiguous() for e, value in state}
+            for entry, value in entries_of(parameter, held):
+                yield f"{name}|{entry}", value
 
 
 @torch.no_grad()
 def _restore_student(student: TinyOnnForCausalLM, tensors: dict[str, Tensor]) -> None:
     for name, tensor in student_tensors(student).items():
-        tensor.copy_(tensors[name])
+        full_sharding.own_part(tensor).copy_(full_sharding.share_of(tensors[name], tensor))
 
 
 def _restore_optimizer(
@@ -357,11 +379,12 @@ def _restore_optimizer(
     for group in split_parameters(student):
         for name, parameter in group.items():
             prefix = f"{name}|"
-            optimizer.state[parameter] = {
+            state = {
                 key.removeprefix(prefix): tensor
                 for key, tensor in tensors.items()
                 if key.startswith(prefix)
             }
+            optimizer.state[parameter] = full_sharding.own_state(parameter, state)
 
 
 def _manifest(path: Path) -> dict[str, FileEntry]:

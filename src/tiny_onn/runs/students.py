@@ -22,7 +22,9 @@ from tiny_onn.device import without_emulation
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.backbone import generation_attention
+from tiny_onn.model.full_sharding import whole_experts
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.runs.checkpoint import restore_student, step_of, valid_checkpoints
 from tiny_onn.runs.folder import no_student, read_run_config
 from tiny_onn.runs.recorded_teacher import (
@@ -191,15 +193,22 @@ def _model_type(folder: Path) -> str | None:
     return settings.get("model_type") if isinstance(settings, dict) else None
 
 
-def save_student(folder: Path, prepared: Prepared) -> None:
+def save_student(folder: Path, prepared: Prepared, world: World = ALONE) -> None:
     """Write the student and its tokenizer in Hugging Face's layout.
+
+    Args:
+        folder: the folder.
+        prepared: the student and its tokenizer.
+        world: the processes, of which the first one writes what all of them may hold a share of.
 
     Raises:
         UserError: the disk refuses.
     """
     try:
-        prepared.student.save_pretrained(folder)
-        prepared.tokenizer.save_pretrained(folder)
+        with whole_experts(prepared.student, keep=world.first):
+            if world.first:
+                prepared.student.save_pretrained(folder)
+                prepared.tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny_onn.console import Bar
-from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.packing import PackedRow, uncounted
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.parallel import ALONE, World
@@ -41,29 +41,33 @@ class TaughtText:
     def visit(self, text: str, world: World = ALONE) -> Iterator[tuple[PackedRow, Tensor]]:
         """Yield each row on the teacher's device, with the teacher's last hidden states (T, D).
 
+        Every process gets as many rows, because those whose models are cut make forward passes
+        together. If the rows do not divide evenly, some end with the last row, of which no token
+        counts.
+
         Args:
             text: the text of the progress bar.
             world: the processes, of which each gets its share of the rows.
         """
         device = self.teacher.device
         with Bar(text, length_hint(self._rows) or None) as bar:
+            index, row = -1, None
             for index, row in enumerate(self._rows):
-                if index % world.size != world.rank:
-                    bar.update()
-                    continue
-                row = row.to(device)  # noqa: PLW2901
-                hidden_TD = self._cached.get(index)
-                if hidden_TD is None:
-                    hidden_TD = self._hidden_states(index, row)
-                yield row, hidden_TD.to(device)
+                if index % world.size == world.rank:
+                    yield self._taught(index, row.to(device))
                 bar.update()
+            if row is not None and world.lacks_one(index + 1):
+                yield self._taught(-1, uncounted(row.to(device)))
 
-    def _hidden_states(self, index: int, row: PackedRow) -> Tensor:
+    def _taught(self, index: int, row: PackedRow) -> tuple[PackedRow, Tensor]:
+        """Return a row and its hidden states, which are kept under the index if there is room."""
+        if index in self._cached:
+            return row, self._cached[index].to(row.input_ids.device)
         hidden_TD = last_hidden_states(self.teacher, row.input_ids, **packed_kwargs(row))[0]
         if self._cached_bytes + hidden_TD.nbytes <= CACHED_BYTES:
             self._cached[index] = hidden_TD.cpu()
             self._cached_bytes += hidden_TD.nbytes
-        return hidden_TD
+        return row, hidden_TD
 
 
 class HeldOut(TaughtText):
