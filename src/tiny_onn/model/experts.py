@@ -192,7 +192,8 @@ class ExpertBank(nn.Module):
         return self.execution.coupled and not _estimates(self.router.rule)
 
     def _can_decode(self, x_TD: Tensor) -> bool:
-        if self.router.rule.weighting == "ramp":
+        # Asking the experts costs a CPU a share of the time that it needs for a token.
+        if self.router.rule.weighting == "ramp" or not decode.triton_runs_on(x_TD.device.type):
             return False
         return self.experts(x_TD, layer=partial(decode.can_decode, activation=self.activation_name))
 
