@@ -38,7 +38,7 @@ MAX_READS = 2
 # From so many tokens on, a product for every expert is faster than one batched product in bfloat16.
 LOOP_TOKENS = 64
 # oneDNN compiles its bfloat16 products for every number of rows that it meets.
-ROUND_ROWS = 32
+ROUND_ROWS = 16
 CHUNK_TOKENS = 1024
 
 
@@ -52,7 +52,7 @@ class Limits(NamedTuple):
 
 
 FLOAT32_LIMITS = Limits(64, 0.9)
-BFLOAT16_LIMITS = Limits(256, 0.6)
+BFLOAT16_LIMITS = Limits(256, 0.8)
 
 
 def can_compute(x_TD: Float[Tensor, "tokens hidden"]) -> bool:
