@@ -125,9 +125,7 @@ def measured(
     return rows, checks
 
 
-def in_turns(
-    calls: Sequence[Callable[[], object]], least: int, seconds: float
-) -> dict[str, float]:
+def in_turns(calls: Sequence[Callable[[], object]], least: int, seconds: float) -> dict[str, float]:
     """Medians of both calls' times, milliseconds, and of the turns' speed-ups."""
     for call in calls:
         call()

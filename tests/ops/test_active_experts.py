@@ -76,6 +76,26 @@ def test_an_inactive_expert_s_weights_are_not_read(stored, tokens):
     assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("even", [True, False], ids=["even loads", "uneven loads"])
+def test_many_tokens_in_chunks_are_the_definition_with_even_and_uneven_loads(even, dtype, threads):
+    tokens = active_experts.CHUNK_TOKENS + 90
+    x, gate_up, down, weights, active = case(tokens, dtype, stored=True)
+    if even:
+        active = (torch.arange(tokens)[:, None] + torch.arange(E)) % 2 == 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            got = active_experts.expert_layer(
+                x, gate_up, down, weights_TE=weights, active_TE=active, activation=silu
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert gap(got, defined(x, gate_up, down, weights, active)) < TOLERANCE[dtype]
+
+
 def test_tokens_without_an_expert_get_zero():
     x, gate_up, down, weights, active = case(3, torch.float32, stored=True)
     with torch.no_grad():

@@ -26,7 +26,7 @@ def margins(
     return (logits_TE.log_softmax(-1) - threshold.clamp_min(smallest).log()) / WIDTH
 
 
-def routing_weights(  # noqa: PLR0917 - the order of the formulas
+def routing_weights(
     logits_TE: Float[Tensor, "tokens experts"],
     active_TE: Bool[Tensor, "tokens experts"],
     weighting: Weighting,

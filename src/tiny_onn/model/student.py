@@ -275,7 +275,7 @@ def _flattened(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     copies the head's weight for it on a CPU.
     """
     hidden, *others = args
-    return (hidden.flatten(0, -2).view(hidden.shape), *others)
+    return (hidden.flatten(0, -2).contiguous().view(hidden.shape), *others)
 
 
 class TinyOnnModel(TinyOnnForCausalLM):

@@ -6,18 +6,21 @@ another gives the expert's output. Each reads the rows of active experts alone, 
 matrix product per expert costs a call each. Bags need rows that are contiguous in memory, as
 `Experts.store_for_generation` stores them.
 
-More tokens, and weights that are stored otherwise or in another number format, go expert by expert:
-the expert's tokens are gathered, pass two matrix products, and are added to the output. Where so
-many pairs are active, or so few tokens are there, that gathering costs more than it saves, an
-expert takes all tokens at weight 0 for those that did not choose it, as a dense MLP would. Shape,
-number format, storage and share of active pairs decide (`Limits`); the ways differ by rounding.
+More tokens, and weights that are stored otherwise or in another number format, go by expert: tokens
+are gathered once per active pair, expert after expert, pass two products, and a bag per token sums
+the outputs. Where experts have about as many tokens each, the products of all of them are one
+batched product, padded to the largest number, which uses several threads well; otherwise each
+expert has two products of its own. Where so many pairs are active, or so few tokens are there, that
+gathering costs more than it saves, an expert takes all tokens at weight 0 for those that did not
+choose it, as a dense MLP would. Shape, number format, storage, share of active pairs and number of
+threads decide; the ways differ by rounding.
 
 While experts are skipped, no weight is copied: one in another number format than the input is cast
-one expert at a time. Buffers are made once per call and used for every expert, because fresh ones
-cost page faults. Sums run in a fixed order, in float32, so that results repeat bit for bit.
+one expert at a time. Many tokens are computed in chunks, which bounds the gathered rows. Sums run
+in a fixed order, in float32, so that results repeat bit for bit.
 
 Legend: T tokens, R active pairs of token and expert, D hidden, E experts, I expert width, J = 2 * I
-gate and up rows, N tokens of an expert, M rows of its matrix products.
+gate and up rows, N rows of an expert, M rows of all experts.
 """
 
 import functools
@@ -40,6 +43,9 @@ LOOP_TOKENS = 64
 # oneDNN compiles its bfloat16 products for every number of rows that it meets.
 ROUND_ROWS = 16
 CHUNK_TOKENS = 1024
+# One batched product of all experts, each with as many rows as the one with the most tokens, uses
+# several threads better than a product per expert, up to so many rows per row that is needed.
+MAX_PADDING = 1.2
 
 
 class Limits(NamedTuple):
@@ -51,7 +57,7 @@ class Limits(NamedTuple):
     """The share of active pairs of token and expert up to which it pays."""
 
 
-FLOAT32_LIMITS = Limits(64, 0.9)
+FLOAT32_LIMITS = Limits(64, 0.7)
 BFLOAT16_LIMITS = Limits(256, 0.8)
 
 
@@ -94,7 +100,8 @@ def expert_layer(
     limits = BFLOAT16_LIMITS if dtype == torch.bfloat16 else FLOAT32_LIMITS
     if pairs <= MAX_READS * E:
         stored = all(
-            weight.dtype == dtype and weight.mT.is_contiguous() for weight in (gate_up_EJD, down_EDI)
+            weight.dtype == dtype and weight.mT.is_contiguous()
+            for weight in (gate_up_EJD, down_EDI)
         )
         way = _by_bags if stored else _by_expert
     elif limits.least_tokens <= T and pairs <= limits.most * T * E:
@@ -186,27 +193,33 @@ def _chunk_by_expert(  # noqa: PLR0917
     activation: Activation,
 ) -> Tensor:
     D, dtype, pairs = x_TD.shape[1], x_TD.dtype, _pairs_by_expert(active_TE, x_TD.dtype)
-    tokens = pairs.token_M.split(pairs.num_rows)
-    pre_MJ = x_TD.new_empty(len(pairs.token_M), gate_up_EJD.shape[1])
-    rows = x_TD.new_empty(max(pairs.num_rows), D)
-    for token_N, weight, pre_NJ in zip(
-        tokens, gate_up_EJD.mT.unbind(), pre_MJ.split(pairs.num_rows), strict=True
-    ):
-        rows_ND = torch.index_select(x_TD, 0, token_N, out=rows[: len(token_N)])
-        torch.mm(rows_ND, weight.to(dtype), out=pre_NJ)
-    hidden_MI = _hidden(pre_MJ, weights_TE[pairs.token_M, pairs.expert_M], activation).to(dtype)
-    downs = zip(tokens, hidden_MI.split(pairs.num_rows), down_EDI.mT.unbind(), strict=True)
-    if dtype != torch.bfloat16:
-        y_TD = torch.zeros_like(x_TD)
-        for token_N, hidden_NI, weight in downs:
-            out_ND = torch.mm(hidden_NI, weight.to(dtype), out=rows[: len(token_N)])
-            # A token occurs once per expert, so that no two additions go to one place.
-            y_TD.index_add_(0, token_N, out_ND)
-        return y_TD
-    out_MD = x_TD.new_empty(len(pairs.token_M), D)
-    for out_ND, (_, hidden_NI, weight) in zip(out_MD.split(pairs.num_rows), downs, strict=True):
-        torch.mm(hidden_NI, weight.to(dtype), out=out_ND)
-    # A bag of rows per token is summed in float32, and rounded once.
+    weights_M = weights_TE[pairs.token_M, pairs.expert_M]
+    if gate_up_EJD.dtype == down_EDI.dtype == dtype and len(set(pairs.num_rows)) == 1:
+        rows_END = x_TD.index_select(0, pairs.token_M).view(len(down_EDI), -1, D)
+        pre_ENJ = torch.bmm(rows_END, gate_up_EJD.mT)
+        hidden_ENI = _hidden(pre_ENJ, weights_M.view(pre_ENJ.shape[:2]), activation).to(dtype)
+        out_MD = torch.bmm(hidden_ENI, down_EDI.mT, out=rows_END).flatten(0, 1)
+    else:
+        out_MD = x_TD.new_empty(len(pairs.token_M), D)
+        pre_MJ = x_TD.new_empty(len(pairs.token_M), gate_up_EJD.shape[1])
+        rows = x_TD.new_empty(max(pairs.num_rows), D)
+        for token_N, weight, pre_NJ in zip(
+            pairs.token_M.split(pairs.num_rows),
+            gate_up_EJD.mT.unbind(),
+            pre_MJ.split(pairs.num_rows),
+            strict=True,
+        ):
+            rows_ND = torch.index_select(x_TD, 0, token_N, out=rows[: len(token_N)])
+            torch.mm(rows_ND, weight.to(dtype), out=pre_NJ)
+        hidden_MI = _hidden(pre_MJ, weights_M, activation).to(dtype)
+        for hidden_NI, weight, out_ND in zip(
+            hidden_MI.split(pairs.num_rows),
+            down_EDI.mT.unbind(),
+            out_MD.split(pairs.num_rows),
+            strict=True,
+        ):
+            torch.mm(hidden_NI, weight.to(dtype), out=out_ND)
+    # A token's bag of rows is summed in float32, and rounded once.
     return F.embedding_bag(pairs.row_R, out_MD, pairs.bounds, mode="sum", include_last_offset=True)
 
 
@@ -216,7 +229,7 @@ class _Pairs(NamedTuple):
     token_M: Tensor
     expert_M: Tensor
     num_rows: list[int]
-    """Of each expert. Rows beyond its tokens are of token 0, and are not read."""
+    """The number of rows of each expert; those beyond its tokens are token 0's, and not read."""
     row_R: Tensor
     """The row of every pair, token after token."""
     bounds: Tensor
@@ -225,8 +238,13 @@ class _Pairs(NamedTuple):
 
 def _pairs_by_expert(active_TE: Tensor, dtype: torch.dtype) -> _Pairs:
     size = ROUND_ROWS if dtype == torch.bfloat16 else 1
+    # Padding costs one thread in float32 more than it saves.
+    pads = dtype == torch.bfloat16 or torch.get_num_threads() > 1
     rank_TE = active_TE.cumsum(0)
     num_rows_E = (rank_TE[-1] + (size - 1)) // size * size
+    most = num_rows_E.max()
+    if pads and most * len(num_rows_E) <= MAX_PADDING * num_rows_E.sum():
+        num_rows_E = most.expand_as(num_rows_E)
     row_TE = rank_TE + (num_rows_E.cumsum(0) - num_rows_E - 1)
     token_R, expert_R = active_TE.nonzero().unbind(1)
     row_R = row_TE[token_R, expert_R]
