@@ -170,6 +170,7 @@ def test_prefill_projects_the_last_position_only():
 def test_the_head_reads_its_input_as_one_matrix(kept):
     student, strides = make_student(make_dense()).train(False), []
     head = student.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
     head.register_forward_pre_hook(lambda _, args: strides.append(args[0].stride()))
     ids = make_ids(2, 9)
     with torch.no_grad():

@@ -200,7 +200,6 @@ def _chunk_by_expert(  # noqa: PLR0917
         hidden_ENI = _hidden(pre_ENJ, weights_M.view(pre_ENJ.shape[:2]), activation).to(dtype)
         out_MD = torch.bmm(hidden_ENI, down_EDI.mT, out=rows_END).flatten(0, 1)
     else:
-        out_MD = x_TD.new_empty(len(pairs.token_M), D)
         pre_MJ = x_TD.new_empty(len(pairs.token_M), gate_up_EJD.shape[1])
         rows = x_TD.new_empty(max(pairs.num_rows), D)
         for token_N, weight, pre_NJ in zip(
@@ -212,6 +211,20 @@ def _chunk_by_expert(  # noqa: PLR0917
             rows_ND = torch.index_select(x_TD, 0, token_N, out=rows[: len(token_N)])
             torch.mm(rows_ND, weight.to(dtype), out=pre_NJ)
         hidden_MI = _hidden(pre_MJ, weights_M, activation).to(dtype)
+        if dtype in (torch.float32, torch.float64):
+            # One small buffer stays in the cache, and needs no cast to be added.
+            y_TD = torch.zeros_like(x_TD)
+            for token_N, hidden_NI, weight in zip(
+                pairs.token_M.split(pairs.num_rows),
+                hidden_MI.split(pairs.num_rows),
+                down_EDI.mT.unbind(),
+                strict=True,
+            ):
+                out_ND = torch.mm(hidden_NI, weight.to(dtype), out=rows[: len(token_N)])
+                # A token occurs once per expert, so that no two additions go to one place.
+                y_TD.index_add_(0, token_N, out_ND)
+            return y_TD
+        out_MD = x_TD.new_empty(len(pairs.token_M), D)
         for hidden_NI, weight, out_ND in zip(
             hidden_MI.split(pairs.num_rows),
             down_EDI.mT.unbind(),
