@@ -57,7 +57,7 @@ class Limits(NamedTuple):
     """The share of active pairs of token and expert up to which it pays."""
 
 
-FLOAT32_LIMITS = Limits(64, 0.7)
+FLOAT32_LIMITS = Limits(64, 0.9)
 BFLOAT16_LIMITS = Limits(256, 0.8)
 
 
