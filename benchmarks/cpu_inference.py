@@ -1,11 +1,12 @@
 """A student on a CPU beside its dense teacher: one token after another, and a prompt at once.
 
     python -m benchmarks cpu_inference [--shape Qwen3-0.6B SmolLM2-135M] [--dtype float32 bfloat16]
-        [--k 4 8 16 24 32] [--tokens 512] [--repeats 7] [--threads 2] [--smoke]
+        [--k 4 8 16 24 32] [--tokens 512] [--seconds 5] [--turns 3] [--threads 2] [--keep] [--smoke]
 
-Both have random weights of the shape. A decoded token
-follows a prompt of 16 tokens in the models' own growing cache; the prompt's time includes the head
-for its last token. The limit is the ratio of the weights that a decoded token has to read.
+Both have random weights of the shape. A decoded token follows a prompt of 16 tokens in the models'
+own growing cache; the prompt's time includes the head for its last token. The limit is the ratio of
+the weights that a decoded token has to read. Every case is measured for `--seconds`, and for at
+least `--turns` turns. With `--keep` the rows of other shapes and number formats stay in the record.
 
 Parity comes first: at k = 32 the student is its teacher, and at every k its logits are those of the
 path that training takes. Times are taken in turns, k after k, and a ratio is the median over the
@@ -14,6 +15,7 @@ time, because other processes' load moves them less. Ends in one JSON line.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -115,26 +117,37 @@ def measured(
         reading = [
             lambda m=model: m(input_ids=ids, use_cache=False, logits_to_keep=1) for model in models
         ]
-        for what, calls, repeats in (("decode", decoding, 5), ("prompt", reading, 1)):
-            times = in_turns(calls, repeats * arguments.repeats)
+        for what, calls in (("decode", decoding), ("prompt", reading)):
+            times = in_turns(calls, arguments.turns, arguments.seconds)
             row = {"shape": shape, "dtype": dtype, "what": what, "k": k, **times}
             rows.append(row | ({"limit": float(limit)} if what == "decode" else {}))
             print(rows[-1], flush=True)
     return rows, checks
 
 
-def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> dict[str, float]:
+def in_turns(calls: Sequence[Callable[[], object]], least: int, seconds: float) -> dict[str, float]:
     """Medians of both calls' times, milliseconds, and of the turns' speed-ups."""
     for call in calls:
         call()
-    turns = []
-    for turn in range(repeats):
-        order = (0, 1) if turn % 2 == 0 else (1, 0)
+    turns, end = [], time.perf_counter() + seconds
+    while len(turns) < least or time.perf_counter() < end:
+        order = (0, 1) if len(turns) % 2 == 0 else (1, 0)
         found = {index: timed(calls[index]) for index in order}
         ours, dense = found[0], found[1]
         turns.append((*ours, *dense, dense[0] / ours[0], dense[1] / ours[1]))
     names = ("ours_ms", "ours_cpu_ms", "dense_ms", "dense_cpu_ms", "speedup", "cpu_speedup")
     return dict(zip(names, map(statistics.median, zip(*turns, strict=True)), strict=True))
+
+
+def kept(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The record's rows and parity checks that stay, of what is not measured now."""
+    path = arguments.out and arguments.out / "cpu_inference.json"
+    if not arguments.keep or path is None or not path.is_file():
+        return [], {}
+    record = json.loads(path.read_text("utf-8"))
+    now = {f"{shape} {dtype}" for shape in arguments.shape for dtype in arguments.dtype}
+    rows = [row for row in record["rows"] if f"{row['shape']} {row['dtype']}" not in now]
+    return rows, {name: made for name, made in record["parity"].items() if name not in now}
 
 
 @benchmark(
@@ -144,14 +157,16 @@ def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> dict[str, f
     k=Option([4, 8, 16, 24, 32], smoke=[16]),
     tokens=Option(512, "of the prompt", smoke=32),
     new=Option(4, "decoded tokens of one turn", smoke=2),
-    repeats=Option(5, "of a prompt; five times as many of decoding", smoke=1),
+    seconds=Option(5.0, "of a case", smoke=0.0),
+    turns=Option(3, "of a case at least", smoke=1),
     threads=Option(2),
+    keep=Option(default=False, help="keep the record's rows of other shapes and number formats"),
 )
 @torch.no_grad()
 def run(arguments: argparse.Namespace) -> Result:
     """Check, then time both models in turns."""
     torch.set_num_threads(arguments.threads)
-    rows, checks = [], {}
+    rows, checks = kept(arguments)
     for shape in arguments.shape:
         for dtype in arguments.dtype:
             found, checks[f"{shape} {dtype}"] = measured(arguments, shape, dtype)
@@ -165,7 +180,7 @@ def run(arguments: argparse.Namespace) -> Result:
             goals[name] = Goal(at_least=least)
         elif row["k"] <= 24:
             goals[name] = Goal(at_least=1.0)
-    names = ("tokens", "new", "repeats", "threads")
+    names = ("tokens", "new", "seconds", "turns", "threads")
     return Result(
         rows=rows,
         ratios=ratios,

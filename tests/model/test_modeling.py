@@ -166,6 +166,21 @@ def test_prefill_projects_the_last_position_only():
     assert student._supports_logits_to_keep()
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_the_head_reads_its_input_as_one_matrix(kept):
+    student, strides = make_student(make_dense()).train(False), []
+    head = student.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    head.register_forward_pre_hook(lambda _, args: strides.append(args[0].stride()))
+    ids = make_ids(2, 9)
+    with torch.no_grad():
+        got = student(ids, use_cache=False, logits_to_keep=kept).logits
+        want = student.backbone.base_model(ids, use_cache=False)[0][:, -kept:] @ head.weight.T
+    # By other strides torch would copy the head's weight on a CPU, once per row of the batch.
+    assert strides[0][0] == strides[0][1] * got.shape[1]
+    torch.testing.assert_close(got, want)
+
+
 def test_labels_give_the_next_token_loss():
     student, ids = make_student(make_dense("llama")), make_ids()
     out = student(input_ids=ids, labels=ids)

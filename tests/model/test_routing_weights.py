@@ -167,3 +167,13 @@ def test_a_ramped_student_trains_is_saved_and_answers_as_before(tmp_path):
     with torch.no_grad():
         got, expected = loaded(input_ids=ids).logits, student(input_ids=ids).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weighting", ["unit", "mean", "softmax", "sigmoid"])
+@pytest.mark.parametrize("straight_through", ["softmax", "threshold"])
+def test_weights_without_gradients_have_the_same_bits(weighting, straight_through):
+    logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rule = RoutingRule(weighting=weighting, straight_through=straight_through, target_k=4.0)
+    weights = route(logits, rule, torch.tensor(0.1)).weights
+    with torch.no_grad():
+        assert torch.equal(route(logits, rule, torch.tensor(0.1)).weights, weights)

@@ -101,7 +101,7 @@ class Router(nn.Module):
             chosen_TR = order_TR[:, : self.top_k - num_shared]
             active_TR = torch.zeros_like(logits_TR, dtype=torch.bool).scatter(-1, chosen_TR, True)
         weighting = self.routing["weighting"]
-        weights_TR = routing_weights(logits_TR, logits_TR.softmax(-1), active_TR, weighting)
+        weights_TR = routing_weights(logits_TR, active_TR, weighting)
         active_TE = with_shared(active_TR, num_shared, value=True)
         weights_TE = with_shared(weights_TR, num_shared, 1.0)
         index_TK = active_TE.float().topk(self.top_k, dim=-1).indices

@@ -339,7 +339,6 @@ def route(
     """
     num_shared = rule.num_shared
     routed_TR = routed(logits_TE, num_shared)
-    probs_TR = routed_TR.softmax(-1)
     selecting_TR = routed_TR.detach()
     if selection_bias_E is not None:
         selecting_TR = selecting_TR + routed(selection_bias_E, num_shared)
@@ -358,7 +357,7 @@ def route(
         bias_R = 0.0 if selection_bias_E is None else routed(selection_bias_E, num_shared)
         margin_TR = margins(routed_TR + bias_R, threshold)
     weights_TR = routing_weights(
-        routed_TR, probs_TR, active_TR, rule.weighting, rule.straight_through, margin_TR
+        routed_TR, active_TR, rule.weighting, rule.straight_through, margin_TR
     )
     return Routing(
         router_logits=logits_TE,

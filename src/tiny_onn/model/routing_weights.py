@@ -26,9 +26,8 @@ def margins(
     return (logits_TE.log_softmax(-1) - threshold.clamp_min(smallest).log()) / WIDTH
 
 
-def routing_weights(  # noqa: PLR0917 - the order of the formulas
+def routing_weights(
     logits_TE: Float[Tensor, "tokens experts"],
-    probs_TE: Float[Tensor, "tokens experts"],
     active_TE: Bool[Tensor, "tokens experts"],
     weighting: Weighting,
     straight_through: StraightThrough = "softmax",
@@ -49,27 +48,28 @@ def routing_weights(  # noqa: PLR0917 - the order of the formulas
 
     Args:
         logits_TE: the gate's logits.
-        probs_TE: their softmax.
         active_TE: the active experts.
         weighting: the kind of weight.
         straight_through: the estimator for weights without a gradient of their own.
         margin_TE: what `margins` returns, for `ramp` and `threshold`.
     """
     if weighting == "softmax":
-        active_probs_TE = probs_TE * active_TE
+        active_probs_TE = logits_TE.softmax(-1) * active_TE
         return active_probs_TE / active_probs_TE.sum(-1, keepdim=True)
     if weighting == "sigmoid":
         return logits_TE.sigmoid() * active_TE
     if weighting == "ramp":
         assert margin_TE is not None
         return margin_TE.relu().tanh() * active_TE
-    if straight_through == "threshold":
-        assert margin_TE is not None
-        soft_TE = margin_TE.sigmoid()
-        straight_TE = soft_TE - soft_TE.detach()
-    else:
-        straight_TE = probs_TE.shape[-1] * (probs_TE - probs_TE.detach())
-    weights_TE = active_TE.to(logits_TE.dtype) + straight_TE
+    weights_TE = active_TE.to(logits_TE.dtype)
+    # An estimator adds a gradient to the weights and 0 to their values.
+    if torch.is_grad_enabled():
+        if straight_through == "threshold":
+            assert margin_TE is not None
+            soft_TE = margin_TE.sigmoid()
+        else:
+            soft_TE = logits_TE.shape[-1] * logits_TE.softmax(-1)
+        weights_TE = weights_TE + (soft_TE - soft_TE.detach())
     if weighting == "mean":
         weights_TE = weights_TE / active_TE.sum(-1, keepdim=True).clamp_min(1)
     return weights_TE

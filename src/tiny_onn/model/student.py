@@ -78,6 +78,9 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         self._install_controller()
         self._described = False
         self.post_init()
+        head = self.backbone.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(_flattened)
 
     def forward(  # noqa: D102, PLR0917 - transformers' contract
         self,
@@ -309,6 +312,16 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         if asked is not None:
             student.quantize_experts(*asked)
         return loaded
+
+
+def _flattened(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the head's input with strides by which torch flattens it for one product.
+
+    Of the last token's hidden states, which generation takes from all, torch makes a batch, and
+    copies the head's weight for it on a CPU.
+    """
+    hidden, *others = args
+    return (hidden.flatten(0, -2).contiguous().view(hidden.shape), *others)
 
 
 class TinyOnnModel(TinyOnnForCausalLM):

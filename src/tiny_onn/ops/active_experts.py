@@ -6,22 +6,24 @@ another gives the expert's output. Each reads the rows of active experts alone, 
 matrix product per expert costs a call each. Bags need rows that are contiguous in memory, as
 `Experts.store_for_generation` stores them.
 
-More tokens, and weights that are stored otherwise or in another number format, go expert by expert:
-the expert's tokens are gathered, pass two matrix products, and are added to the output. Where so
-many pairs are active, or so few tokens are there, that gathering costs more than it saves, an
-expert takes all tokens at weight 0 for those that did not choose it, as a dense MLP would. Shape,
-number format, storage and share of active pairs decide (`Limits`); the ways differ by rounding.
+More tokens, and weights that are stored otherwise or in another number format, go by expert: tokens
+are gathered once per active pair, expert after expert, pass two products, and a bag per token sums
+the outputs. Where experts have about as many tokens each, the products of all of them are one
+batched product, padded to the largest number, which uses several threads well; otherwise each
+expert has two products of its own. Where so many pairs are active, or so few tokens are there, that
+gathering costs more than it saves, an expert takes all tokens at weight 0 for those that did not
+choose it, as a dense MLP would. Shape, number format, storage, share of active pairs and number of
+threads decide; the ways differ by rounding.
 
 While experts are skipped, no weight is copied: one in another number format than the input is cast
-one expert at a time. Buffers are made once per call and used for every expert, because fresh ones
-cost page faults. Sums run in a fixed order, in float32, so that results repeat bit for bit.
+one expert at a time. Many tokens are computed in chunks, which bounds the gathered rows. Sums run
+in a fixed order, in float32, so that results repeat bit for bit.
 
 Legend: T tokens, R active pairs of token and expert, D hidden, E experts, I expert width, J = 2 * I
-gate and up rows, N tokens of an expert, M rows of its matrix products.
+gate and up rows, N rows of an expert, M rows of all experts.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
+import functools
 from typing import NamedTuple
 
 import torch
@@ -39,7 +41,11 @@ MAX_READS = 2
 # From so many tokens on, a product for every expert is faster than one batched product in bfloat16.
 LOOP_TOKENS = 64
 # oneDNN compiles its bfloat16 products for every number of rows that it meets.
-ROUND_ROWS = 32
+ROUND_ROWS = 16
+CHUNK_TOKENS = 1024
+# One batched product of all experts, each with as many rows as the one with the most tokens, uses
+# several threads better than a product per expert, up to so many rows per row that is needed.
+MAX_PADDING = 1.2
 
 
 class Limits(NamedTuple):
@@ -49,12 +55,10 @@ class Limits(NamedTuple):
     """The number of tokens from which gathering an expert's tokens pays."""
     most: float
     """The share of active pairs of token and expert up to which it pays."""
-    least_joined: float
-    """The share from which one product of all down projections costs less than one per expert."""
 
 
-FLOAT32_LIMITS = Limits(64, 0.9, 0.8)
-BFLOAT16_LIMITS = Limits(256, 0.6, 0.4)
+FLOAT32_LIMITS = Limits(64, 0.9)
+BFLOAT16_LIMITS = Limits(256, 0.8)
 
 
 def can_compute(x_TD: Float[Tensor, "tokens hidden"]) -> bool:
@@ -91,14 +95,17 @@ def expert_layer(
         activation: the experts' activation, an elementwise function.
     """
     x_TD = in_autocast_format(x_TD)
-    E, T, pairs = len(down_EDI), len(x_TD), int(active_TE.sum())
-    stored = gate_up_EJD.dtype == down_EDI.dtype == x_TD.dtype and down_EDI.mT.is_contiguous()
-    limits = BFLOAT16_LIMITS if x_TD.dtype == torch.bfloat16 else FLOAT32_LIMITS
+    E, T, dtype = len(down_EDI), len(x_TD), x_TD.dtype
+    pairs = int(active_TE.count_nonzero())
+    limits = BFLOAT16_LIMITS if dtype == torch.bfloat16 else FLOAT32_LIMITS
     if pairs <= MAX_READS * E:
-        way = _by_bags if stored and gate_up_EJD.mT.is_contiguous() else _by_expert
+        stored = all(
+            weight.dtype == dtype and weight.mT.is_contiguous()
+            for weight in (gate_up_EJD, down_EDI)
+        )
+        way = _by_bags if stored else _by_expert
     elif limits.least_tokens <= T and pairs <= limits.most * T * E:
-        # Down projections that are not stored so would be copied to be joined.
-        way = _joined if stored and pairs > limits.least_joined * T * E else _by_expert
+        way = _by_expert
     else:
         way = _every
     return way(x_TD, gate_up_EJD, down_EDI, weights_TE, active_TE, activation)
@@ -113,27 +120,47 @@ def _by_bags(  # noqa: PLR0917
     active_TE: Tensor,
     activation: Activation,
 ) -> Tensor:
-    token_R, expert_R = active_TE.nonzero().unbind(1)
     one = len(x_TD) == 1
-    # A view for the one token spares calls, which take most of a small layer's time.
-    x_RD = x_TD.expand(len(expert_R), -1) if one else x_TD[token_R]
-    weights_R = weights_TE[0, expert_R] if one else weights_TE[token_R, expert_R]
+    # For the one token there are fewer calls, which take most of a small layer's time.
+    if one:
+        expert_R = active_TE[0].nonzero()[:, 0]
+        x_RD, weights_R = x_TD.expand(len(expert_R), -1), weights_TE[0].take(expert_R)
+    else:
+        token_R, expert_R = active_TE.nonzero().unbind(1)
+        x_RD, weights_R = x_TD[token_R], weights_TE[token_R, expert_R]
     pre_RJ = _bags(gate_up_EJD.mT, expert_R, x_RD)
     hidden_RI = _hidden(pre_RJ, weights_R, activation).to(x_TD.dtype)
-    out_RD = to_math_dtype(_bags(down_EDI.mT, expert_R, hidden_RI))
-    y_TD = out_RD.sum(0, keepdim=True) if one else torch.zeros_like(x_TD, dtype=out_RD.dtype)
-    if not one:
-        y_TD.index_add_(0, token_R, out_RD)
-    return y_TD.to(x_TD.dtype)
+    out_RD = _bags(down_EDI.mT, expert_R, hidden_RI)
+    if one:
+        # torch sums bfloat16 in float32.
+        return out_RD.sum(0, keepdim=True)
+    y_TD = to_math_dtype(x_TD.new_zeros(0)).new_zeros(x_TD.shape)
+    return y_TD.index_add_(0, token_R, to_math_dtype(out_RD)).to(x_TD.dtype)
 
 
 def _bags(rows_ENM: Tensor, expert_R: Tensor, factors_RN: Tensor) -> Tensor:
     """Return `sum_n factors[r, n] * rows[expert of r, n]` for every r, (R, M)."""
     E, N, M = rows_ENM.shape
-    place_N = torch.arange(N, dtype=torch.int32)
-    place_RN = expert_R.int()[:, None] * N + place_N
-    table = rows_ENM.view(E * N, M)
-    return F.embedding_bag(place_RN, table, mode="sum", per_sample_weights=factors_RN)
+    place_RN = _places(E, N).index_select(0, expert_R)
+    return F.embedding_bag(
+        place_RN.view(-1),
+        rows_ENM.view(E * N, M),
+        _starts(len(expert_R), N),
+        mode="sum",
+        per_sample_weights=factors_RN.reshape(-1),
+    )
+
+
+@functools.cache
+def _places(num_tables: int, num_rows: int) -> Tensor:
+    """Return the places of all rows of tables that lie one after another, (tables, rows)."""
+    return torch.arange(num_tables * num_rows).view(num_tables, num_rows)
+
+
+@functools.cache
+def _starts(num_tables: int, num_rows: int) -> Tensor:
+    """Return the place of each table's first row."""
+    return torch.arange(num_tables) * num_rows
 
 
 @without_autocast
@@ -145,25 +172,19 @@ def _by_expert(  # noqa: PLR0917
     active_TE: Tensor,
     activation: Activation,
 ) -> Tensor:
-    y_TD = to_math_dtype(x_TD.new_zeros(0)).new_zeros(x_TD.shape)
-    out_MD, term_TD = x_TD.new_empty(_rounded(len(x_TD), x_TD.dtype), x_TD.shape[1]), y_TD
-    if y_TD.dtype != x_TD.dtype:
-        term_TD = torch.empty_like(y_TD)
-    for e, token_N, hidden_MI in _hidden_by_expert(
-        x_TD, gate_up_EJD, weights_TE, active_TE, activation
-    ):
-        N, M = len(token_N), len(hidden_MI)
-        torch.mm(hidden_MI, down_EDI[e].to(x_TD.dtype).T, out=out_MD[:M])
-        term_ND = out_MD[:N]
-        if term_TD is not y_TD:
-            term_ND = term_TD[:N].copy_(term_ND)
-        # A token occurs once per expert, so that no two additions go to one place.
-        y_TD.index_add_(0, token_N, term_ND)
-    return y_TD.to(x_TD.dtype)
+    parts = [
+        _chunk_by_expert(x, gate_up_EJD, down_EDI, weights, active, activation)
+        for x, weights, active in zip(
+            x_TD.split(CHUNK_TOKENS),
+            weights_TE.split(CHUNK_TOKENS),
+            active_TE.split(CHUNK_TOKENS),
+            strict=True,
+        )
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@without_autocast
-def _joined(  # noqa: PLR0917
+def _chunk_by_expert(  # noqa: PLR0917
     x_TD: Tensor,
     gate_up_EJD: Tensor,
     down_EDI: Tensor,
@@ -171,38 +192,84 @@ def _joined(  # noqa: PLR0917
     active_TE: Tensor,
     activation: Activation,
 ) -> Tensor:
-    T, (E, _, I) = len(x_TD), down_EDI.shape
-    hidden_TEI = x_TD.new_zeros(T, E, I)
-    for e, token_N, hidden_MI in _hidden_by_expert(
-        x_TD, gate_up_EJD, weights_TE, active_TE, activation
-    ):
-        hidden_TEI[:, e].index_copy_(0, token_N, hidden_MI[: len(token_N)])
-    return hidden_TEI.view(T, E * I) @ joined_down(down_EDI, x_TD.dtype).T
+    D, dtype, pairs = x_TD.shape[1], x_TD.dtype, _pairs_by_expert(active_TE, x_TD.dtype)
+    weights_M = weights_TE[pairs.token_M, pairs.expert_M]
+    if gate_up_EJD.dtype == down_EDI.dtype == dtype and len(set(pairs.num_rows)) == 1:
+        rows_END = x_TD.index_select(0, pairs.token_M).view(len(down_EDI), -1, D)
+        pre_ENJ = torch.bmm(rows_END, gate_up_EJD.mT)
+        hidden_ENI = _hidden(pre_ENJ, weights_M.view(pre_ENJ.shape[:2]), activation).to(dtype)
+        out_MD = torch.bmm(hidden_ENI, down_EDI.mT, out=rows_END).flatten(0, 1)
+    else:
+        pre_MJ = x_TD.new_empty(len(pairs.token_M), gate_up_EJD.shape[1])
+        rows = x_TD.new_empty(max(pairs.num_rows), D)
+        for token_N, weight, pre_NJ in zip(
+            pairs.token_M.split(pairs.num_rows),
+            gate_up_EJD.mT.unbind(),
+            pre_MJ.split(pairs.num_rows),
+            strict=True,
+        ):
+            rows_ND = torch.index_select(x_TD, 0, token_N, out=rows[: len(token_N)])
+            torch.mm(rows_ND, weight.to(dtype), out=pre_NJ)
+        hidden_MI = _hidden(pre_MJ, weights_M, activation).to(dtype)
+        if dtype in (torch.float32, torch.float64):
+            # One small buffer stays in the cache, and needs no cast to be added.
+            y_TD = torch.zeros_like(x_TD)
+            for token_N, hidden_NI, weight in zip(
+                pairs.token_M.split(pairs.num_rows),
+                hidden_MI.split(pairs.num_rows),
+                down_EDI.mT.unbind(),
+                strict=True,
+            ):
+                out_ND = torch.mm(hidden_NI, weight.to(dtype), out=rows[: len(token_N)])
+                # A token occurs once per expert, so that no two additions go to one place.
+                y_TD.index_add_(0, token_N, out_ND)
+            return y_TD
+        out_MD = x_TD.new_empty(len(pairs.token_M), D)
+        for hidden_NI, weight, out_ND in zip(
+            hidden_MI.split(pairs.num_rows),
+            down_EDI.mT.unbind(),
+            out_MD.split(pairs.num_rows),
+            strict=True,
+        ):
+            torch.mm(hidden_NI, weight.to(dtype), out=out_ND)
+    # A token's bag of rows is summed in float32, and rounded once.
+    return F.embedding_bag(pairs.row_R, out_MD, pairs.bounds, mode="sum", include_last_offset=True)
 
 
-def _hidden_by_expert(
-    x_TD: Tensor,
-    gate_up_EJD: Tensor,
-    weights_TE: Tensor,
-    active_TE: Tensor,
-    activation: Activation,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield every expert that has tokens, the tokens, and their hidden activations (M, I).
+class _Pairs(NamedTuple):
+    """The active pairs of token and expert as rows, expert after expert."""
 
-    There are at least as many rows as tokens; rows beyond them hold what was there before. The next
-    expert writes over them.
-    """
-    (T, D), J, dtype = x_TD.shape, gate_up_EJD.shape[1], x_TD.dtype
-    most = _rounded(T, dtype)
-    x_MD, pre_MJ = x_TD.new_zeros(most, D), x_TD.new_empty(most, J)
-    hidden_MI, weights_ET = x_TD.new_zeros(most, J // 2), weights_TE.T.contiguous()
-    for e, token_N in _groups(active_TE):
-        N = len(token_N)
-        M = _rounded(N, dtype)
-        torch.index_select(x_TD, 0, token_N, out=x_MD[:N])
-        torch.mm(x_MD[:M], gate_up_EJD[e].to(dtype).T, out=pre_MJ[:M])
-        hidden_MI[:N] = _hidden(pre_MJ[:N], weights_ET[e, token_N], activation)
-        yield e, token_N, hidden_MI[:M]
+    token_M: Tensor
+    expert_M: Tensor
+    num_rows: list[int]
+    """The number of rows of each expert; those beyond its tokens are token 0's, and not read."""
+    row_R: Tensor
+    """The row of every pair, token after token."""
+    bounds: Tensor
+    """The bounds between the tokens in `row_R`, (T + 1,)."""
+
+
+def _pairs_by_expert(active_TE: Tensor, dtype: torch.dtype) -> _Pairs:
+    size = ROUND_ROWS if dtype == torch.bfloat16 else 1
+    # Padding costs one thread in float32 more than it saves.
+    pads = dtype == torch.bfloat16 or torch.get_num_threads() > 1
+    rank_TE = active_TE.cumsum(0)
+    num_rows_E = (rank_TE[-1] + (size - 1)) // size * size
+    most = num_rows_E.max()
+    if pads and most * len(num_rows_E) <= MAX_PADDING * num_rows_E.sum():
+        num_rows_E = most.expand_as(num_rows_E)
+    row_TE = rank_TE + (num_rows_E.cumsum(0) - num_rows_E - 1)
+    token_R, expert_R = active_TE.nonzero().unbind(1)
+    row_R = row_TE[token_R, expert_R]
+    num_rows = num_rows_E.tolist()
+    token_M = token_R.new_zeros(sum(num_rows)).index_put_((row_R,), token_R)
+    return _Pairs(
+        token_M=token_M,
+        expert_M=torch.repeat_interleave(num_rows_E),
+        num_rows=num_rows,
+        row_R=row_R,
+        bounds=F.pad(active_TE.sum(1).cumsum(0), (1, 0)),
+    )
 
 
 @without_autocast
@@ -228,22 +295,8 @@ def _every(  # noqa: PLR0917
     return hidden_TEI.view(T, -1) @ joined_down(down_EDI, dtype).T
 
 
-def _groups(active_TE: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield every expert that has tokens, and its tokens in rising order."""
-    token_R = active_TE.T.nonzero()[:, 1].contiguous()
-    ends = active_TE.sum(0).cumsum(0).tolist()
-    for e, (begin, end) in enumerate(pairwise([0, *ends])):
-        if begin < end:
-            yield e, token_R[begin:end]
-
-
 def _hidden(pre_NJ: Tensor, weights_N: Tensor, activation: Activation) -> Tensor:
     """Return `weights * act(gate) * up` in float32 (N, I), float64 for float64 inputs."""
     gate_NI, up_NI = pre_NJ.chunk(2, dim=-1)
     hidden_NI = activation(to_math_dtype(gate_NI)) * up_NI
     return hidden_NI.mul_(weights_N[..., None].to(hidden_NI.dtype))
-
-
-def _rounded(num_rows: int, dtype: torch.dtype) -> int:
-    size = ROUND_ROWS if dtype == torch.bfloat16 else 1
-    return -(-num_rows // size) * size

@@ -247,9 +247,7 @@ def would_be_weights(routing: Routing, bank: ExpertBank) -> Float[Tensor, "token
     for e in range(logits_TE.shape[1]):
         joined_TE = routed(routing.active, S).clone()
         joined_TE[:, e] = True
-        weights_TE = routing_weights(
-            logits_TE, logits_TE.softmax(-1), joined_TE, bank.router.rule.weighting
-        )
+        weights_TE = routing_weights(logits_TE, joined_TE, bank.router.rule.weighting)
         columns.append(weights_TE[:, e])
     weights_TE = with_shared(torch.stack(columns, dim=1), S, 1.0)
     return weights_TE if bank.expert_scale is None else weights_TE * bank.expert_scale
