@@ -120,20 +120,19 @@ def _by_bags(  # noqa: PLR0917
     active_TE: Tensor,
     activation: Activation,
 ) -> Tensor:
-    one = len(x_TD) == 1
+    def outputs(x_RD: Tensor, expert_R: Tensor, weights_R: Tensor) -> Tensor:
+        pre_RJ = _bags(gate_up_EJD.mT, expert_R, x_RD)
+        hidden_RI = _hidden(pre_RJ, weights_R, activation).to(x_TD.dtype)
+        return _bags(down_EDI.mT, expert_R, hidden_RI)
+
     # For the one token there are fewer calls, which take most of a small layer's time.
-    if one:
+    if len(x_TD) == 1:
         expert_R = active_TE[0].nonzero()[:, 0]
-        x_RD, weights_R = x_TD.expand(len(expert_R), -1), weights_TE[0].take(expert_R)
-    else:
-        token_R, expert_R = active_TE.nonzero().unbind(1)
-        x_RD, weights_R = x_TD[token_R], weights_TE[token_R, expert_R]
-    pre_RJ = _bags(gate_up_EJD.mT, expert_R, x_RD)
-    hidden_RI = _hidden(pre_RJ, weights_R, activation).to(x_TD.dtype)
-    out_RD = _bags(down_EDI.mT, expert_R, hidden_RI)
-    if one:
+        out_RD = outputs(x_TD.expand(len(expert_R), -1), expert_R, weights_TE[0].take(expert_R))
         # torch sums bfloat16 in float32.
         return out_RD.sum(0, keepdim=True)
+    token_R, expert_R = active_TE.nonzero().unbind(1)
+    out_RD = outputs(x_TD[token_R], expert_R, weights_TE[token_R, expert_R])
     y_TD = to_math_dtype(x_TD.new_zeros(0)).new_zeros(x_TD.shape)
     return y_TD.index_add_(0, token_R, to_math_dtype(out_RD)).to(x_TD.dtype)
 
