@@ -193,11 +193,11 @@ def _chunk_by_expert(  # noqa: PLR0917
 ) -> Tensor:
     D, dtype, pairs = x_TD.shape[1], x_TD.dtype, _pairs_by_expert(active_TE, x_TD.dtype)
     weights_M = weights_TE[pairs.token_M, pairs.expert_M]
-    if gate_up_EJD.dtype == down_EDI.dtype == dtype and len(set(pairs.num_rows)) == 1:
+    if len(set(pairs.num_rows)) == 1:
         rows_END = x_TD.index_select(0, pairs.token_M).view(len(down_EDI), -1, D)
-        pre_ENJ = torch.bmm(rows_END, gate_up_EJD.mT)
+        pre_ENJ = torch.bmm(rows_END, gate_up_EJD.to(dtype).mT)
         hidden_ENI = _hidden(pre_ENJ, weights_M.view(pre_ENJ.shape[:2]), activation).to(dtype)
-        out_MD = torch.bmm(hidden_ENI, down_EDI.mT, out=rows_END).flatten(0, 1)
+        out_MD = torch.bmm(hidden_ENI, down_EDI.to(dtype).mT, out=rows_END).flatten(0, 1)
     else:
         pre_MJ = x_TD.new_empty(len(pairs.token_M), gate_up_EJD.shape[1])
         rows = x_TD.new_empty(max(pairs.num_rows), D)
