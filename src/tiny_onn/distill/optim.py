@@ -32,10 +32,7 @@ from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.full_sharding import own_part, place_of
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World, balanced
-
-# bitsandbytes keeps the state of a smaller weight in 32 bits, and a scale for so many numbers.
-MIN_8BIT_SIZE = 4096
-BLOCK_SIZE = 256
+from tiny_onn.planning.memory import BLOCK_SIZE_8BIT, MIN_8BIT_SIZE
 
 
 class LrFactor(NamedTuple):
@@ -118,11 +115,11 @@ def _check_blocks(config: OptimConfig, kinds: Mapping[nn.Parameter, str], num_sh
     for parameter, kind in kinds.items():
         # Gates and ups are cut apart.
         share = parameter.numel() // num_shares // (1 if kind == "down_proj" else 2)
-        if parameter.numel() >= MIN_8BIT_SIZE and share % BLOCK_SIZE:
+        if parameter.numel() >= MIN_8BIT_SIZE and share % BLOCK_SIZE_8BIT:
             raise UserError(
                 f'optim.name: got "{config.name}" with train.shard = "full" and {share} weights of'
-                f" a projection in a process, expected a multiple of {BLOCK_SIZE}, which share a"
-                ' scale; set optim.name = "adamw" or train.shard = "optimizer"'
+                f" a projection in a process, expected a multiple of {BLOCK_SIZE_8BIT}, which share"
+                ' a scale; set optim.name = "adamw" or train.shard = "optimizer"'
             )
 
 
