@@ -93,7 +93,7 @@ def take_snapshot(
 
     def copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         # A tensor that is cut is gathered by all processes, one at a time.
-        whole_ones = ((key, full_sharding.whole(tensor)) for key, tensor in tensors)
+        whole_ones = ((key, full_sharding.full_tensor(tensor)) for key, tensor in tensors)
         return {
             key: tensor.to("cpu", copy=True)
             for key, tensor in whole_ones

@@ -22,7 +22,7 @@ from tiny_onn.device import without_emulation
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.backbone import generation_attention
-from tiny_onn.model.full_sharding import whole_experts
+from tiny_onn.model.full_sharding import full_experts
 from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.parallel import ALONE, World
@@ -220,7 +220,7 @@ def save_student(folder: Path, prepared: Prepared, world: World = ALONE) -> None
         UserError: the disk refuses.
     """
     try:
-        with whole_experts(prepared.student, keep=world.first):
+        with full_experts(prepared.student, keep=world.first):
             if world.first:
                 prepared.student.save_pretrained(folder)
                 prepared.tokenizer.save_pretrained(folder)

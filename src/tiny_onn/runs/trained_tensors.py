@@ -30,7 +30,7 @@ def optimizer_tensors(
         for name, parameter in group.items():
             state = optimizer.state.get(parameter, {}).items()
             held = {e: torch.as_tensor(value).detach().contiguous() for e, value in state}
-            for entry, value in full_sharding.whole_state(parameter, held):
+            for entry, value in full_sharding.full_state(parameter, held):
                 yield f"{name}|{entry}", value
 
 
@@ -38,7 +38,7 @@ def optimizer_tensors(
 def copy_to_student(student: TinyOnnForCausalLM, tensors: Mapping[str, Tensor]) -> None:
     """Copy whole tensors, named as by `student_tensors`, into the student or its shares."""
     for name, tensor in student_tensors(student).items():
-        full_sharding.own_part(tensor).copy_(full_sharding.share_of(tensors[name], tensor))
+        full_sharding.local_part(tensor).copy_(full_sharding.shard_of(tensors[name], tensor))
 
 
 def copy_to_optimizer(
@@ -53,4 +53,4 @@ def copy_to_optimizer(
                 for key, tensor in tensors.items()
                 if key.startswith(prefix)
             }
-            optimizer.state[parameter] = full_sharding.own_state(parameter, state)
+            optimizer.state[parameter] = full_sharding.local_state(parameter, state)
