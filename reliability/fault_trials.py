@@ -328,9 +328,9 @@ def half_gone(_: Callable[..., Any], path: Path, **__: Any) -> None:
     die()
 
 
-def half_student(original: Callable[..., Any], folder: Path, prepared: Any) -> None:
+def half_student(original: Callable[..., Any], folder: Path, *others: Any) -> None:
     """Die with half of the finished student written."""
-    original(folder, prepared)
+    original(folder, *others)
     os.truncate(folder / "model.safetensors", 1000)
     die()
 

@@ -32,6 +32,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.publish import publish
 from tiny_onn.runs.files import FileEntry, file_entry, refusal, write_json
+from tiny_onn.runs.manifest import MANIFEST, STATE, is_intact, sizes_hold
 from tiny_onn.runs.shared_folder import shown_to_all
 from tiny_onn.runs.trained_tensors import (
     copy_to_optimizer,
@@ -40,8 +41,7 @@ from tiny_onn.runs.trained_tensors import (
     student_tensors,
 )
 
-STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
-MANIFEST = "manifest.json"
+STUDENT, OPTIMIZER = "student.safetensors", "optimizer.safetensors"
 # The formats of `state.json` that one and several processes write, and those that can be read.
 FORMAT, SHARDED_FORMAT = 4, 5
 READABLE = (3, FORMAT, SHARDED_FORMAT)
@@ -211,7 +211,7 @@ def remove_old(folder: Path, newest: int, keep: int, best: int | None) -> None:
 def valid_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints whose files have the recorded sizes, newest first; read no hashes."""
     found = sorted(folder.glob("step-*"), key=step_of, reverse=True) if folder.is_dir() else []
-    return [path for path in found if _sizes_hold(path)]
+    return [path for path in found if sizes_hold(path)]
 
 
 def load_checkpoint(
@@ -244,10 +244,10 @@ def load_checkpoint(
     for number in range(world.of_first(len(found))):
         path = folder / checkpoint_name(world.of_first(found[number] if world.first else 0))
         # A process that does not see yet what the others have written must not skip it.
-        whole = world.any_true(_sizes_hold(path))
-        if whole and not shown_to_all(world, partial(_sizes_hold, path)):
+        whole = world.any_true(sizes_hold(path))
+        if whole and not shown_to_all(world, partial(sizes_hold, path)):
             raise _unseen(path, world)
-        if whole and not world.any_true(not _is_intact(path, world)):
+        if whole and not world.any_true(not is_intact(path, world)):
             return _restore(path, student, optimizer, is_mine)
         say(f"{path}: this checkpoint is damaged and is skipped")
     if world.any_true(bool(found)):
@@ -328,7 +328,7 @@ def restore_student(path: Path, student: TinyOnnForCausalLM) -> None:
         UserError: the checkpoint is damaged, or lacks a tensor of the student.
     """
     device = str(next(student.parameters()).device)
-    if not _is_intact(path):
+    if not is_intact(path):
         raise UserError(
             f"{path}: got a damaged checkpoint, expected an intact one; remove it to use the"
             " previous one"
@@ -340,28 +340,3 @@ def restore_student(path: Path, student: TinyOnnForCausalLM) -> None:
             " of tiny-onn that wrote the checkpoint, which environment.json names"
         )
     copy_to_student(student, tensors)
-
-
-def _manifest(path: Path) -> dict[str, FileEntry]:
-    """Return the size and SHA-256 of each file, or nothing if the manifest cannot be read."""
-    try:
-        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        found = {name: FileEntry(e["bytes"], e["sha256"]) for name, e in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    return found if STATE in found and len(found) > 1 else {}
-
-
-def _sizes_hold(path: Path) -> bool:
-    manifest = _manifest(path)
-    files = [path / name for name in manifest]
-    return bool(manifest) and all(
-        file.is_file() and file.stat().st_size == manifest[file.name].bytes for file in files
-    )
-
-
-def _is_intact(path: Path, world: World = ALONE) -> bool:
-    """Return True if all sizes, and the hashes of this process's share of the files, hold."""
-    if not _sizes_hold(path):
-        return False
-    return all(file_entry(path / n) == e for n, e in world.mine(sorted(_manifest(path).items())))
