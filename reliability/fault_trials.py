@@ -241,7 +241,7 @@ def tokens_kept(out: Path) -> int:
 def control(lab: Lab) -> Outcome:
     """No fault, but a resumption that forgets the optimizer's state: the harness must see it."""
     out, outcome = half_run(lab), Outcome()
-    arm = partial(setattr, checkpoint, "_restore_optimizer", lambda *_: None)
+    arm = partial(setattr, checkpoint, "copy_to_optimizer", lambda *_: None)
     ended = lab.run(out, arm)
     if ended.status == 0 and result_of(out) != lab.want:
         outcome.problems.append("seen")
