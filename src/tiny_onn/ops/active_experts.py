@@ -150,13 +150,13 @@ def _bags(rows_ENM: Tensor, expert_R: Tensor, factors_RN: Tensor) -> Tensor:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _places(num_tables: int, num_rows: int) -> Tensor:
     """Return the places of all rows of tables that lie one after another, (tables, rows)."""
     return torch.arange(num_tables * num_rows).view(num_tables, num_rows)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _starts(num_tables: int, num_rows: int) -> Tensor:
     """Return the place of each table's first row."""
     return torch.arange(num_tables) * num_rows
