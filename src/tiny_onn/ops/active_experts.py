@@ -16,8 +16,8 @@ choose it, as a dense MLP would. Shape, number format, storage, share of active 
 threads decide; the ways differ by rounding.
 
 While experts are skipped, no weight is kept twice: those in another number format than the input
-are cast a layer at a time at most. Many tokens are computed in chunks, which bounds the gathered rows. Sums run
-in a fixed order, in float32, so that results repeat bit for bit.
+are cast, a layer at a time at most. Many tokens are computed in chunks, which bounds the gathered
+rows. Sums run in a fixed order, in float32, so that results repeat bit for bit.
 
 Legend: T tokens, R active pairs of token and expert, D hidden, E experts, I expert width, J = 2 * I
 gate and up rows, N rows of an expert, M rows of all experts.
