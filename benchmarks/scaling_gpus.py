@@ -201,7 +201,11 @@ def numbers_of_gpus(asked: Sequence[int], device: str) -> list[int]:
     case=worker,
     device=Option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda"),
     model=Option(["SmolLM2-135M", "Qwen3-0.6B", "Qwen3-8B"], "bundled shapes", smoke=["tiny"]),
-    shard=Option(["whole", "full"], "whole: train.shard none and optimizer; full: shares alone"),
+    shard=Option(
+        ["whole", "full"],
+        "whole: train.shard none and optimizer; full: shares alone",
+        smoke=["whole"],
+    ),
     gpus=Option([1, 2, 4, 8], "numbers of GPUs; those that are absent are left out", smoke=[1, 2]),
     preset=Option("recommended", "the recipe"),
     tokens=Option(32_768, "the tokens of a row", smoke=64),

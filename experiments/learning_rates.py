@@ -41,7 +41,7 @@ from tiny_onn.distill.stages import step_tokens
 from tiny_onn.distill.step import distill_step
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.routing.steering import fitted_eval_thresholds
-from tiny_onn.runs.checkpoint import student_tensors
+from tiny_onn.runs.trained_tensors import student_tensors
 from tiny_onn.teacher.embedded import embedded_teacher
 
 NAME = "learning_rates.jsonl"

@@ -29,13 +29,12 @@ from tiny_onn.runs import sharded_files, shared_folder
 from tiny_onn.runs.checkpoint import (
     Snapshot,
     load_checkpoint,
-    optimizer_tensors,
-    student_tensors,
     take_snapshot,
     write_checkpoint,
 )
 from tiny_onn.runs.checkpointer import Checkpointer
 from tiny_onn.runs.shared_folder import check_shared
+from tiny_onn.runs.trained_tensors import optimizer_tensors, student_tensors
 
 Case = Callable[[World, Path], Any]
 OPTIM = {"optim": {"lr_scale": "rms"}}
@@ -60,7 +59,7 @@ class Session:
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights and the optimizer's state that this process holds."""
-        state = optimizer_tensors(self.student, self.optimizer)
+        state = dict(optimizer_tensors(self.student, self.optimizer))
         return student_tensors(self.student) | state
 
     def snapshot(self, step: int) -> Snapshot:

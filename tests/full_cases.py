@@ -27,7 +27,7 @@ from tiny_onn.distill.loop import run_distill
 from tiny_onn.distill.saving import saving_ranks
 from tiny_onn.distill.step import distill_step
 from tiny_onn.evaluation.compare import evaluate_layers
-from tiny_onn.model.full_sharding import whole
+from tiny_onn.model.full_sharding import full_tensor
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.parallel import World
 from tiny_onn.routing.budgets import fit_eval_thresholds
@@ -68,7 +68,7 @@ def training(
 
 def weights(of: Training) -> dict[str, Tensor]:
     """The student's tensors, whole."""
-    return {f"student {n}": whole(t).clone() for n, t in of.student.state_dict().items()}
+    return {f"student {n}": full_tensor(t).clone() for n, t in of.student.state_dict().items()}
 
 
 def steps(

@@ -35,12 +35,11 @@ from tiny_onn.parallel import MESSAGE_BYTES, World
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import (
     load_checkpoint,
-    optimizer_tensors,
-    student_tensors,
     take_snapshot,
     write_checkpoint,
 )
 from tiny_onn.runs.sharded_files import load_shards
+from tiny_onn.runs.trained_tensors import optimizer_tensors, student_tensors
 from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import quiet_transformers
 
@@ -167,7 +166,7 @@ def optimizer_steps(world: World, *, name: str, master: str, shard: Shard) -> di
     folder = folder_of(world) / f"{name}, {master}, {shard}"
     for number in range(STEPS):
         distill_step(student, dense, optimizer, ROWS[:2], config, step=number, world=world)
-        state = optimizer_tensors(student, optimizer)
+        state = dict(optimizer_tensors(student, optimizer))
         held = sum(tensor.nbytes for key, tensor in state.items() if ".experts." in key)
         found |= {
             f"student {number} {n}": p.detach().clone() for n, p in student.trainable().items()

@@ -70,7 +70,8 @@ class World:
                 process the GPU of its local rank.
 
         Raises:
-            UserError: The environment is incomplete, or there are too few GPUs.
+            UserError: The environment is incomplete, there are too few GPUs, or a connection was
+                lost.
             SystemExit: Another process has told the mistake.
         """
         size = num_processes()
@@ -92,7 +93,9 @@ class World:
                         timeout=TIMEOUT,
                     )
                     saving = dist.new_group(backend="gloo", timeout=TIMEOUT)
-                yield replace(world, group=dist.group.WORLD, saving=saving)
+                # fully_shard exchanges tensors without the methods below.
+                with world._explained():
+                    yield replace(world, group=dist.group.WORLD, saving=saving)
         except UserError as error:
             told = 0
             with suppress(RuntimeError):
@@ -269,12 +272,21 @@ def check_world(config: RunConfig, world: World) -> None:
             f" {world.size}, since every process takes as many rows of a step; write"
             f" {-(-rows // world.size) * world.size}, or start as many processes as divide it"
         )
-    experts = config.experts.num_experts
-    if config.train.shard == "full" and experts % world.size:
+    if config.train.shard == "full":
+        check_shares(config.experts.num_experts, world.size)
+
+
+def check_shares(num_experts: int, num_processes: int) -> None:
+    """Refuse experts that do not divide evenly over the processes that hold shares of them.
+
+    Raises:
+        UserError: the number of experts is no multiple of the number of processes.
+    """
+    if num_experts % num_processes:
         raise UserError(
-            f'train.shard: got "full" with {world.size} processes and {experts} experts, expected a'
-            f" multiple of {world.size} experts, since every process holds as many of them whole;"
-            ' start as many processes as divide it, or set train.shard = "optimizer"'
+            f'train.shard: got "full" with {num_processes} processes and {num_experts} experts,'
+            f" expected a multiple of {num_processes} experts, since every process holds as many of"
+            ' them whole; start as many processes as divide it, or set train.shard = "optimizer"'
         )
 
 

@@ -98,6 +98,8 @@ def config_of(tables):
     if tables["smk"]["targets"] == "helpful":
         tables["smk"] |= {"surprise": "gain", "direction": "max"}
     tables["train"]["expert_path"] = "auto"
+    if tables["optim"]["name"] == "adafactor" or tables["train"]["checkpointing"] == "selective":
+        tables["train"]["shard"] = "none"
     if tables["loss"]["states_coef"] or tables["train"]["blockwise_tokens"]:
         tables["teacher"]["cache"] = "none"
     for prefix in ("", "gate_"):

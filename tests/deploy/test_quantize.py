@@ -66,3 +66,4 @@ def test_a_frontier_says_how_the_experts_are_held(student, tmp_path):
     options: Any = {"text": text, "device": "cpu", "max_tokens": 128}
     result = run_frontier(student, budgets=[4.0], out=tmp_path, quantize="int8", **options)
     assert result["experts_stored_as"] == "int8"
+    assert "with experts in int8" in (tmp_path / "frontier.html").read_text()

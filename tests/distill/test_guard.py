@@ -19,8 +19,8 @@ from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.model.hooks import MlpInputs
-from tiny_onn.runs.checkpoint import student_tensors
 from tiny_onn.runs.metrics import read_metrics
+from tiny_onn.runs.trained_tensors import student_tensors
 
 ROWS = make_rows((20, 13, 30, 40, 9), 32)
 REAL_DISTILL, REAL_CLIP = passes.distill, step.clip_gradients

@@ -26,6 +26,7 @@ from tiny_onn.model.backbone import (
 from tiny_onn.model.backbone_mode import set_backbone_mode
 from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
+from tiny_onn.ops import decode
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -179,6 +180,17 @@ def test_the_head_reads_its_input_as_one_matrix(kept):
     # By other strides torch would copy the head's weight on a CPU, once per row of the batch.
     assert strides[0][0] == strides[0][1] * got.shape[1]
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("tokens", "times"), [(1, 2), (decode.MAX_TOKENS + 1, 1)])
+def test_only_a_few_tokens_ask_the_weights_whether_a_gpu_decodes(tokens, times, monkeypatch):
+    # The kernels take no float64, so that the answer of the weights is no.
+    student, calls = make_student(make_dense()).double().train(False), []
+    monkeypatch.setattr(decode, "triton_runs_on", lambda _: True)
+    student.banks()[0].experts.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        student(make_ids(1, tokens), use_cache=False)
+    assert len(calls) == times
 
 
 def test_labels_give_the_next_token_loss():

@@ -12,7 +12,7 @@ from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.model.expert_weights import KINDS, by_neuron, stacked
 from tiny_onn.model.old_layout import today_state, today_tensors
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.runs.checkpoint import optimizer_tensors, student_tensors
+from tiny_onn.runs.trained_tensors import optimizer_tensors, student_tensors
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -99,7 +99,7 @@ def trained(name: Any, master_dtype: Any, **sizes: Any):
 def test_an_optimizers_old_state_is_moved_and_not_changed(name, master_dtype):
     # Gates and ups have more than the 4,096 elements from which state is quantised, downs fewer.
     student, optimizer = trained(name, master_dtype, intermediate_size=96)
-    today = optimizer_tensors(student, optimizer)
+    today = dict(optimizer_tensors(student, optimizer))
     old = {}
     for key, tensor in today.items():
         parameter, _, entry = key.partition("|")

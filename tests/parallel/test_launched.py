@@ -162,6 +162,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_undisturbed(confi
     assert records(out) == records(whole)
 
 
+@pytest.mark.slow
 def test_a_restart_does_not_resume_a_run_that_an_earlier_launch_of_its_name_made(config, tmp_path):
     (tmp_path / "run.toml").write_text(config_template(config))
     command = ("distill", tmp_path / "run.toml", "--out", tmp_path / "run")
@@ -189,6 +190,7 @@ def test_processes_that_cannot_connect_tell_it_once_in_one_line(tmp_path, monkey
     assert "tiny_onn/parallel.py" not in out + err
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_of_a_cache_is_told_by_its_process_and_ends_all_with_their_steps(
     config, tmp_path
 ):

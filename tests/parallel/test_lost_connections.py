@@ -45,6 +45,33 @@ def test_only_a_lost_connection_is_told_as_one(dtypes, told, tmp_path):
     assert (tmp_path / "0").read_text().startswith(told)
 
 
+def work_with_a_library(rank, port, folder):
+    """Gather a tensor as `fully_shard` does, without `World`, after the other process has ended."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        with World.from_environment("cpu") as world:
+            world.barrier()
+            if rank == 0:
+                gathered = [torch.empty(5) for _ in range(2)]
+                dist.all_gather(gathered, torch.ones(5), group=world.group)
+    except (RuntimeError, UserError) as error:
+        (folder / str(rank)).write_text(f"{type(error).__name__}: {error}")
+    # The group of processes that have ended cannot be closed.
+    os._exit(0)
+
+
+def test_a_connection_that_fully_shard_loses_is_told_as_one(tmp_path):
+    # The processes load this file, and need nothing else of the tests.
+    from parallel_cases import free_port  # noqa: PLC0415
+
+    arguments = (free_port(), tmp_path)
+    multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
+        work_with_a_library, arguments, nprocs=2
+    )
+    assert (tmp_path / "0").read_text().startswith(f"UserError: {OTHERS_END}")
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [

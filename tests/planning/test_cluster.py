@@ -209,6 +209,14 @@ MISTAKES = [
     (["--gpus", "12"], "--gpus: got 12, expected a multiple of the 8 GPUs of a node"),
     (["--gpus", "2", "--gpus-per-node", "0"], "--gpus-per-node: got 0, expected an integer"),
     (["--gpus", "2", "--network-gbps", "0"], "--network-gbps: got 0, expected a node's Gbit/s"),
+    (
+        ["--gpus", "3", "--shard", "full", "--set", "train.rows_per_step=3"],
+        'train.shard: got "full" with 3 processes and 32 experts',
+    ),
+    (
+        ["--gpus", "2", "--shard", "full", "--set", "optim.name=adafactor"],
+        'optim.name: got "adafactor" with train.shard = "full"',
+    ),
 ]
 
 

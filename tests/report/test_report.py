@@ -202,16 +202,23 @@ def test_runs_of_one_name_are_told_apart(runs):
     assert [r.name for r in distinct([run, run, run])] == ["static", "static (2)", "static (3)"]
 
 
-def test_a_frontier_of_an_earlier_step_is_left_out(runs, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"step": 2}, "measured at another step"),
+        ({"experts_stored_as": "int8"}, "measured with experts in int8"),
+    ],
+)
+def test_a_frontier_of_another_student_is_left_out(runs, tmp_path, capsys, change, why):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("config.json", "metrics.jsonl", "frontier.json"):
         (folder / name).write_bytes((runs / "student" / name).read_bytes())
     assert read_run(folder).frontier is not None
-    old = json.loads((folder / "frontier.json").read_text()) | {"step": 2}
-    (folder / "frontier.json").write_text(json.dumps(old))
+    other = json.loads((folder / "frontier.json").read_text()) | change
+    (folder / "frontier.json").write_text(json.dumps(other))
     assert read_run(folder).frontier is None
-    assert "measured at another step" in capsys.readouterr().err
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])

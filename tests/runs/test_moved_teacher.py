@@ -83,12 +83,14 @@ def test_the_message_for_a_missing_teacher_names_the_option(moved, model, tmp_pa
 
 @pytest.mark.parametrize("project", ["moved", "moved_bfloat16"])
 def test_every_verb_finds_a_teacher_that_is_named(project, tmp_path, request, capsys):
+    # A student alone is evaluated in longer rows, whose experts are computed another way.
+    rounding = torch.finfo(torch.bfloat16).eps if project == "moved_bfloat16" else 1e-4
     project = request.getfixturevalue(project)
     teacher = str(project / "teacher")
     results = [evaluated(project, m, teacher=teacher) for m in ("run", "middle", "run/student")]
     for result in results:
         assert result["teacher"] == teacher
-        assert result["forward_kl"] == pytest.approx(results[0]["forward_kl"], rel=1e-4)
+        assert result["forward_kl"] == pytest.approx(results[0]["forward_kl"], rel=rounding)
     for model in ("run", "middle", "run/student"):
         found = probed(project, model, tmp_path / model.replace("/", "-"), teacher=teacher)
         assert found["teacher"] == teacher

@@ -69,8 +69,9 @@ class Plan:
         """Run the verb."""
         from tiny_onn.config.read import load_config
 
-        tokens = () if self.tokens is None else (f"train.tokens={self.tokens}",)
-        config = load_config(self.run, self.preset, (*self.overrides, *tokens))
+        given = {"train.tokens": self.tokens, "train.shard": self.shard}
+        own = (f"{name}={value}" for name, value in given.items() if value is not None)
+        config = load_config(self.run, self.preset, (*self.overrides, *own))
         from tiny_onn.planning.device_names import check_device_name
 
         check_device_name(self.device)
@@ -93,7 +94,7 @@ class Plan:
                 gpus=self.gpus,
                 gpus_per_node=(GPUS_PER_NODE if self.gpus_per_node is None else self.gpus_per_node),
                 network_gbps=NETWORK_GBPS if self.network_gbps is None else self.network_gbps,
-                shard=self.shard or config.train.shard,
+                shard=config.train.shard,
             ),
         )
         if self.html is not None:

@@ -18,7 +18,7 @@ from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.backbone import backbone_of, generation_attention
 from tiny_onn.model.experts import ExpertBank, recorded_routings
-from tiny_onn.model.quantized_experts import StoredAs
+from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.model.router import Routing
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import set_budget
@@ -319,7 +319,7 @@ def load_speaker(
     budget: float | None = None,
     checkpoint: str = "newest",
     teacher: str | None = None,
-    quantize: StoredAs | Literal["none"] = "none",
+    quantize: QuantizeTo = "none",
 ) -> Speaker:
     """Load a model that answers.
 
@@ -336,11 +336,9 @@ def load_speaker(
             cannot be quantised.
     """
     if is_student(model):
-        loaded = load_student(model, device, checkpoint, teacher)
+        loaded = load_student(model, device, checkpoint, teacher, quantize=quantize)
         if budget is not None:
             set_budget(loaded.student, budget)
-        if quantize != "none":
-            say(loaded.student.quantize_experts(quantize))
         loaded.student.round_experts()
         return Speaker(
             name="student",

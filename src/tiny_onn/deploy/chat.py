@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from typing import Literal, Unpack
+from typing import Unpack
 
 from rich.console import Console
 
@@ -19,7 +19,7 @@ from tiny_onn.deploy.answers import (
 from tiny_onn.deploy.showing import print_token, summary_line
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError, reason_line
-from tiny_onn.model.quantized_experts import StoredAs
+from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.routing.budgets import set_budget
 
 HELP = """/reset     forget the conversation
@@ -37,7 +37,7 @@ def run_chat(
     budget: float | None = None,
     checkpoint: str = "newest",
     teacher: str | None = None,
-    quantize: StoredAs | Literal["none"] = "none",
+    quantize: QuantizeTo = "none",
     **sampling: Unpack[SamplingOptions],
 ) -> None:
     """Read messages and answer them until `/quit` or the end of the input.

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Literal, Unpack
+from typing import Unpack
 
 from rich.console import Console
 from rich.live import Live
@@ -23,7 +23,7 @@ from tiny_onn.deploy.answers import (
 from tiny_onn.deploy.showing import RoutingColours, columns, print_token, summary_line
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
-from tiny_onn.model.quantized_experts import StoredAs
+from tiny_onn.model.quantized_experts import QuantizeTo
 
 
 def run_generate(
@@ -36,7 +36,7 @@ def run_generate(
     budget: float | None = None,
     checkpoint: str = "newest",
     teacher: str | None = None,
-    quantize: StoredAs | Literal["none"] = "none",
+    quantize: QuantizeTo = "none",
     with_teacher: bool = False,
     show_routing: bool = False,
     as_json: bool = False,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tiny_onn.distill.optim import SplitOptimizer
 from tiny_onn.distill.units import norm_in_units
-from tiny_onn.model.full_sharding import is_cut, own_part
+from tiny_onn.model.full_sharding import is_sharded, local_part
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World
 
@@ -42,7 +42,7 @@ def _clip(
     learning = [p for p in parameters if p.grad is not None]
     if not learning:
         return 0.0
-    parts, norms = [own_part(p) for p in learning], []
+    parts, norms = [local_part(p) for p in learning], []
     for p, part in zip(learning, parts, strict=True):
         assert part.grad is not None
         unit = unit_of(p)
@@ -50,7 +50,7 @@ def _clip(
             norms.append(torch.linalg.vector_norm(part.grad, dtype=torch.float32)[None])
         else:
             norms.append(norm_in_units(part.grad, unit))
-    shares = [norm for norm, p in zip(norms, learning, strict=True) if is_cut(p)]
+    shares = [norm for norm, p in zip(norms, learning, strict=True) if is_sharded(p)]
     if shares:
         # The squares of a weight's shares add up to its own.
         squares = torch.cat(shares).square_()

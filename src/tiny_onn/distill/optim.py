@@ -29,13 +29,10 @@ from tiny_onn.device import load_bitsandbytes
 from tiny_onn.distill.units import Units, in_units_, out_of_units_, start_units
 from tiny_onn.errors import UserError
 from tiny_onn.model.expert_weights import KINDS, by_neuron
-from tiny_onn.model.full_sharding import own_part, place_of
+from tiny_onn.model.full_sharding import local_part, shard_place
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World, balanced
-
-# bitsandbytes keeps the state of a smaller weight in 32 bits, and a scale for so many numbers.
-MIN_8BIT_SIZE = 4096
-BLOCK_SIZE = 256
+from tiny_onn.planning.memory import BLOCK_SIZE_8BIT, MIN_8BIT_SIZE
 
 
 class LrFactor(NamedTuple):
@@ -71,7 +68,7 @@ def build_optimizer(
     named_experts, named_gates = split_parameters(student)
     experts, gates = list(named_experts.values()), list(named_gates.values())
     cast_experts(student, config)
-    num_shares = place_of(experts[0])[1] if experts else 1
+    num_shares = shard_place(experts[0])[1] if experts else 1
     steppers = []
     if experts:
         group = {
@@ -118,11 +115,11 @@ def _check_blocks(config: OptimConfig, kinds: Mapping[nn.Parameter, str], num_sh
     for parameter, kind in kinds.items():
         # Gates and ups are cut apart.
         share = parameter.numel() // num_shares // (1 if kind == "down_proj" else 2)
-        if parameter.numel() >= MIN_8BIT_SIZE and share % BLOCK_SIZE:
+        if parameter.numel() >= MIN_8BIT_SIZE and share % BLOCK_SIZE_8BIT:
             raise UserError(
                 f'optim.name: got "{config.name}" with train.shard = "full" and {share} weights of'
-                f" a projection in a process, expected a multiple of {BLOCK_SIZE}, which share a"
-                ' scale; set optim.name = "adamw" or train.shard = "optimizer"'
+                f" a projection in a process, expected a multiple of {BLOCK_SIZE_8BIT}, which share"
+                ' a scale; set optim.name = "adamw" or train.shard = "optimizer"'
             )
 
 
@@ -256,7 +253,7 @@ class SplitOptimizer(torch.optim.Optimizer):
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]
     ) -> None:
         """Step parameters in place; those with a unit as multiples of it."""
-        parts: list[Any] = [own_part(p) for p in parameters]
+        parts: list[Any] = [local_part(p) for p in parameters]
         units = [self.unit(p) for p in parameters]
         states = [self.state[p] for p in parameters]
         for part, unit in zip(parts, units, strict=True):
@@ -273,7 +270,7 @@ class SplitOptimizer(torch.optim.Optimizer):
     def _step_of_copy(
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
     ) -> None:
-        kind, part = self._kinds.get(p), own_part(p)
+        kind, part = self._kinds.get(p), local_part(p)
         weight, grad = (t if kind is None else by_neuron(kind, t) for t in (part.data, part.grad))
         master = nn.Parameter(weight.float().contiguous())
         master.grad = gradient = grad.float().contiguous()
@@ -292,7 +289,7 @@ class SplitOptimizer(torch.optim.Optimizer):
         digest = hashlib.blake2b(f"{place} {num_roundings}".encode(), digest_size=7).digest()
         generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest))
         # The experts' dimension is the second one of gates and ups neuron by neuron.
-        share = (*place_of(p), int(master.ndim == 4))
+        share = (*shard_place(p), int(master.ndim == 4))
         weight.copy_(stochastic_round(master.data, generator, share))
         state["num_roundings"] = num_roundings + 1
 

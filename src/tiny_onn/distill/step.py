@@ -15,7 +15,7 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.distill.clipping import clip_gradients
 from tiny_onn.distill.clock import Clock
 from tiny_onn.distill.passes import RowValues, row_passes
-from tiny_onn.model.full_sharding import is_cut
+from tiny_onn.model.full_sharding import is_sharded
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.router_gradient import SurpriseTally
 from tiny_onn.parallel import ALONE, World
@@ -138,7 +138,7 @@ def add_up(
         return
     with clock.phase("all-reduce"):
         # The gradients of weights that are cut are sums already.
-        whole = (p for p in student.trainable().values() if not is_cut(p))
+        whole = (p for p in student.trainable().values() if not is_sharded(p))
         gradients = [p.grad for p in whole if p.grad is not None]
         world.all_reduce_sum([*gradients, *gates.sums(), *measured])
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tiny_onn.model.full_sharding import whole
+from tiny_onn.model.full_sharding import full_tensor
 
 Units = Mapping[nn.Parameter, Tensor]
 STACKED = "gate_up_proj"
@@ -40,7 +40,7 @@ def start_units(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, Te
     for name, parameter in parameters.items():
         if parameter.ndim < 2:
             continue
-        norm = _norm(whole(parameter.detach()), stacked=name.endswith(STACKED))
+        norm = _norm(full_tensor(parameter.detach()), stacked=name.endswith(STACKED))
         unit = norm / (parameter.numel() / norm.numel()) ** 0.5
         units[parameter] = torch.where(unit > 0, unit, 1.0)
     return units

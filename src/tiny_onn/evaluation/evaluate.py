@@ -2,13 +2,13 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, Unpack
+from typing import Any, NotRequired, TypedDict, Unpack
 
 from transformers import PreTrainedModel
 
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RouterConfig
-from tiny_onn.console import say, status
+from tiny_onn.console import status
 from tiny_onn.data.passages import Passages, held_out_passages, text_passages
 from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
@@ -16,7 +16,7 @@ from tiny_onn.evaluation.compare import compare
 from tiny_onn.evaluation.document_sums import CONFIDENCE, NUM_RESAMPLES
 from tiny_onn.evaluation.exact import at_exactly, missing, surround
 from tiny_onn.evaluation.measure import Measured, measure
-from tiny_onn.model.quantized_experts import StoredAs
+from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.runs.students import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.teacher.held_out import TaughtText
 from tiny_onn.teacher.load import teacher_for
@@ -65,7 +65,7 @@ class EvalOptions(TypedDict):
     """The choice among a run's students; see `load_student`."""
     teacher: NotRequired[str | None]
     """The place of the student's teacher; see `load_student`."""
-    quantize: NotRequired[StoredAs | Literal["none"]]
+    quantize: NotRequired[QuantizeTo]
     """The number format that holds the student's experts; `none`: as they are loaded."""
 
 
@@ -182,9 +182,8 @@ def load_for_eval(model: str, **options: Unpack[EvalOptions]) -> Bench:
     """
     device, text = pick_device(options["device"]), options["text"]
     checkpoint = options.get("checkpoint", "newest")
-    loaded = load_student(model, device, checkpoint, options.get("teacher"))
-    if (quantize := options.get("quantize", "none")) != "none":
-        say(loaded.student.quantize_experts(quantize))
+    quantize = options.get("quantize", "none")
+    loaded = load_student(model, device, checkpoint, options.get("teacher"), quantize=quantize)
     with status(f"Loading the teacher, {loaded.config.teacher.path}"):
         dense = load_teacher_of(loaded, device)
     data, tokenizer = loaded.config.data, loaded.tokenizer

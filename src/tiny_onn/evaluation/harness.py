@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from tiny_onn.console import say, status
 from tiny_onn.device import pick_device
 from tiny_onn.errors import LoadErrors, UserError, printable
 from tiny_onn.model.backbone import backbone_of, generation_attention
-from tiny_onn.model.quantized_experts import StoredAs
+from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.routing.budgets import set_budget
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.students import load_student, load_teacher_of
@@ -72,7 +72,7 @@ def run_tasks(
     checkpoint: str = "newest",
     teacher: str | None = None,
     budget: float | None = None,
-    quantize: StoredAs | Literal["none"] = "none",
+    quantize: QuantizeTo = "none",
     out: Path | None = None,
     options: TaskOptions,
 ) -> dict[str, Any]:
@@ -99,11 +99,9 @@ def run_tasks(
     """
     require_extra()
     manager = _task_manager(options)
-    loaded = load_student(model, pick_device(device), checkpoint, teacher)
+    loaded = load_student(model, pick_device(device), checkpoint, teacher, quantize=quantize)
     if budget is not None:
         set_budget(loaded.student, budget)
-    if quantize != "none":
-        say(loaded.student.quantize_experts(quantize))
     if options["chat"] and not loaded.tokenizer.chat_template:
         raise UserError(
             f"--chat: got {model}, whose tokenizer has no chat template, expected one; leave --chat"

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tiny_onn.model.attention import DOCUMENT_ATTENTION, document_attention
 from tiny_onn.model.backbone import backbone_of, decoder_layers
-from tiny_onn.model.full_sharding import is_cut
+from tiny_onn.model.full_sharding import is_sharded
 
 
 def compile_backbones(*models: PreTrainedModel) -> None:
@@ -43,4 +43,4 @@ def _compile(backbone: PreTrainedModel) -> None:
 def _is_plain(mlp: nn.Module) -> bool:
     """Return True if an MLP is not cut, and its parts with weights are torch's linear layers."""
     holders = {type(part) for part in mlp.modules() if list(part.parameters(recurse=False))}
-    return holders == {nn.Linear} and not any(map(is_cut, mlp.parameters()))
+    return holders == {nn.Linear} and not any(map(is_sharded, mlp.parameters()))

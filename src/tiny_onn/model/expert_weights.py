@@ -143,7 +143,7 @@ class Experts(nn.Module):
         if used is None:
             return getattr(self, kind)
         table: Any = getattr(self, "parametrizations", {})
-        # Weights that are not quantised, and those that PEFT changes as well, are there as a whole.
+        # A weight that is not quantised, or that PEFT changes as well, can only be read whole.
         if self.stored_as is None or len(table[kind]) > 1:
             return getattr(self, kind)[used]
         return table[kind][0].of(table[kind].original, used)

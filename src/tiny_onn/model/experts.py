@@ -214,8 +214,13 @@ class ExpertBank(nn.Module):
         return used_U if 0 < len(used_U) < self.experts.num_experts else None
 
     def _can_decode(self, x_TD: Tensor) -> bool:
-        # Reading the weights costs a CPU a share of the time that it needs for a token.
-        if self.router.rule.weighting == "ramp" or not decode.triton_runs_on(x_TD.device.type):
+        # The weights are read last, because that costs a CPU a share of the time of a token,
+        # dequantises weights that are quantised, and gathers those that are cut.
+        if (
+            self.router.rule.weighting == "ramp"
+            or len(x_TD) > decode.MAX_TOKENS
+            or not decode.triton_runs_on(x_TD.device.type)
+        ):
             return False
         return self.experts(x_TD, layer=partial(decode.can_decode, activation=self.activation_name))
 

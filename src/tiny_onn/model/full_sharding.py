@@ -28,7 +28,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.parallel import World
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Return True if each process holds a share of a tensor."""
     # A DTensor is known by its mesh, without importing the class.
     return hasattr(tensor, "device_mesh")
@@ -36,7 +36,7 @@ def is_cut(tensor: Tensor) -> bool:
 
 def is_fully_sharded(student: TinyOnnForCausalLM) -> bool:
     """Return True if each process holds a share of the student's experts."""
-    return is_cut(student.banks()[0].experts.down_proj)
+    return is_sharded(student.banks()[0].experts.down_proj)
 
 
 def shard_fully(student: TinyOnnForCausalLM, teacher: PreTrainedModel, world: World) -> None:
@@ -66,7 +66,7 @@ def shard_fully(student: TinyOnnForCausalLM, teacher: PreTrainedModel, world: Wo
             cut(part)
         # The root has no weights of its own; its layers share streams and gather ahead.
         root = model.base_model
-        cut(root, ignored_params={p for p in root.parameters() if not is_cut(p)})
+        cut(root, ignored_params={p for p in root.parameters() if not is_sharded(p)})
         held: list[Any] = []
         root.register_forward_pre_hook(partial(_hold, held), prepend=True, with_kwargs=True)
         root.register_forward_pre_hook(partial(_give_back, held), with_kwargs=True)
@@ -103,12 +103,12 @@ def _forget_forward(root: Any, *_: object) -> None:  # noqa: ANN401 - an FSDPMod
         root.reset_iter_state()
 
 
-def own_part(parameter: Any) -> Any:  # noqa: ANN401 - a Tensor, or a parameter with its gradient
+def local_part(parameter: Any) -> Any:  # noqa: ANN401 - a Tensor, or a parameter with its gradient
     """Return a weight as this process holds it: itself, or its share with the gradient's share.
 
     The share is no copy: what changes it changes the weight.
     """
-    if not is_cut(parameter):
+    if not is_sharded(parameter):
         return parameter
     share: Any = parameter.detach()
     part, gradient = nn.Parameter(share.to_local(), requires_grad=False), parameter.grad
@@ -117,22 +117,22 @@ def own_part(parameter: Any) -> Any:  # noqa: ANN401 - a Tensor, or a parameter 
     return part
 
 
-def place_of(parameter: Tensor) -> tuple[int, int]:
+def shard_place(parameter: Tensor) -> tuple[int, int]:
     """Return the number of this process among those that hold a weight's shares, and theirs."""
-    if not is_cut(parameter):
+    if not is_sharded(parameter):
         return 0, 1
     mesh: Any = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
     return mesh.get_local_rank(), mesh.size()
 
 
-def whole(tensor: Any) -> Tensor:  # noqa: ANN401 - a Tensor or DTensor
+def full_tensor(tensor: Any) -> Tensor:  # noqa: ANN401 - a Tensor or DTensor
     """Return a tensor whole; of one that is cut all processes make this call."""
-    return tensor.full_tensor() if is_cut(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def share_of(tensor: Tensor, parameter: Tensor, dim: int = 0) -> Tensor:
+def shard_of(tensor: Tensor, parameter: Tensor, dim: int = 0) -> Tensor:
     """Return this process's share of a whole tensor that belongs to a weight, a view of it."""
-    rank, size = place_of(parameter)
+    rank, size = shard_place(parameter)
     return tensor.chunk(size, dim)[rank] if size > 1 else tensor
 
 
@@ -148,14 +148,14 @@ def _first_dim(state: dict[str, Tensor]) -> int:
     return int(any(value.ndim == 4 for value in state.values()))
 
 
-def whole_state(parameter: Tensor, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def full_state(parameter: Tensor, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the entries of a weight's optimizer state, each gathered where it is cut.
 
     All processes exhaust the iterator together.
     """
     dim = _first_dim(state)
     for entry, value in state.items():
-        if not is_cut(parameter) or entry in _SAME_EVERYWHERE:
+        if not is_sharded(parameter) or entry in _SAME_EVERYWHERE:
             yield entry, value
             continue
         from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
@@ -164,27 +164,29 @@ def whole_state(parameter: Tensor, state: dict[str, Tensor]) -> Iterator[tuple[s
         # Scales of blocks are one row of numbers, first those of all gates.
         row = value.ndim == 1 and dim == 1
         part = value.view(2, -1) if row else value
-        gathered = whole(DTensor.from_local(part.contiguous(), mesh, [Shard(dim)], run_check=False))
+        gathered = full_tensor(
+            DTensor.from_local(part.contiguous(), mesh, [Shard(dim)], run_check=False)
+        )
         yield entry, gathered.reshape(-1) if row else gathered
 
 
-def own_state(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def local_state(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return this process's share of a weight's whole optimizer state, on the weight's device."""
-    if not is_cut(parameter):
+    if not is_sharded(parameter):
         return {entry: value.to(parameter.device) for entry, value in state.items()}
     dim, shares = _first_dim(state), {}
     for entry, value in state.items():
         share = value
         if entry not in _SAME_EVERYWHERE:
             row = value.ndim == 1 and dim == 1
-            share = share_of(value.view(2, -1) if row else value, parameter, dim)
+            share = shard_of(value.view(2, -1) if row else value, parameter, dim)
             share = share.reshape(-1) if row else share
         shares[entry] = share.to(parameter.device, copy=True).contiguous()
     return shares
 
 
 @contextmanager
-def whole_experts(student: TinyOnnForCausalLM, *, keep: bool) -> Iterator[None]:
+def full_experts(student: TinyOnnForCausalLM, *, keep: bool) -> Iterator[None]:
     """Give the student whole experts within the context, in host memory, if they are cut.
 
     Args:
@@ -197,7 +199,7 @@ def whole_experts(student: TinyOnnForCausalLM, *, keep: bool) -> Iterator[None]:
     for bank in banks if cut else ():
         weights = {}
         for name, parameter in bank.experts.named_parameters():
-            gathered = whole(parameter.detach())
+            gathered = full_tensor(parameter.detach())
             if keep:
                 weights[name] = gathered.cpu()
         if keep:

@@ -1,10 +1,10 @@
 """Expert weights that are held in 4 or 8 bits and dequantised where a layer computes with them.
 
 transformers' loaders quantise linear layers and leave stacked tensors alone. bitsandbytes has
-`nn.parametrize.replace_parameter_4bit` for these; on a CPU its version 0.50 gives a weight whose
-rows are no whole number of blocks wrong scales without an error, which a student's `down_proj` is
-(rows of 48 numbers in SmolLM2-135M). So the experts are quantised here by the functions beneath
-it, each expert as one row. They are attached by torch's parametrisations as there: reading
+`nn.parametrize.replace_parameter_4bit` for these. On a CPU its version 0.50 gives wrong scales,
+without an error, to a weight whose rows are no whole number of blocks, such as `down_proj` in
+SmolLM2-135M (rows of 48 numbers). So the experts are quantised here by the functions beneath it,
+each expert as one row. They are attached by torch's parametrisations as there: reading
 `experts.gate_up_proj` dequantises it, and nothing keeps what was read.
 
 Legend: E experts, U experts that are read, N numbers of an expert, M rows and K columns of an
@@ -27,6 +27,8 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.expert_weights import KINDS, Experts
 
 StoredAs = Literal["nf4", "fp4", "int8"]
+QuantizeTo = StoredAs | Literal["none"]
+"""The choice of a number format; `none` leaves experts as they are loaded."""
 BLOCK_SIZE = 64
 
 

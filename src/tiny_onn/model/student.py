@@ -317,8 +317,8 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
 def _flattened(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return the head's input with strides by which torch flattens it for one product.
 
-    Of the last token's hidden states, which generation takes from all, torch makes a batch, and
-    copies the head's weight for it on a CPU.
+    Generation takes the last token's hidden states from those of all tokens. torch multiplies such
+    a view as a batch of matrices, for which it copies the head's weight on a CPU.
     """
     hidden, *others = args
     return (hidden.flatten(0, -2).contiguous().view(hidden.shape), *others)

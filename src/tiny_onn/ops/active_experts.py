@@ -15,9 +15,9 @@ gathering costs more than it saves, an expert takes all tokens at weight 0 for t
 choose it, as a dense MLP would. Shape, number format, storage, share of active pairs and number of
 threads decide; the ways differ by rounding.
 
-While experts are skipped, no weight is copied: one in another number format than the input is cast
-one expert at a time. Many tokens are computed in chunks, which bounds the gathered rows. Sums run
-in a fixed order, in float32, so that results repeat bit for bit.
+While experts are skipped, no weight is kept twice: those in another number format than the input
+are cast, a layer at a time at most. Many tokens are computed in chunks, which bounds the gathered
+rows. Sums run in a fixed order, in float32, so that results repeat bit for bit.
 
 Legend: T tokens, R active pairs of token and expert, D hidden, E experts, I expert width, J = 2 * I
 gate and up rows, N rows of an expert, M rows of all experts.
@@ -49,7 +49,7 @@ MAX_PADDING = 1.2
 
 
 class Limits(NamedTuple):
-    """The bounds between the ways as they were measured on one thread, for one number format."""
+    """The bounds between the ways as they were measured, for one number format."""
 
     least_tokens: int
     """The number of tokens from which gathering an expert's tokens pays."""
@@ -59,6 +59,9 @@ class Limits(NamedTuple):
 
 FLOAT32_LIMITS = Limits(64, 0.9)
 BFLOAT16_LIMITS = Limits(256, 0.8)
+# Gathering a token costs as much for few neurons as for many, and two threads speed it up less than
+# they do products: on two threads experts of 48 neurons lost with half of the pairs, and of 96 won.
+NARROW_WIDTH, NARROW_BFLOAT16_LIMITS = 64, Limits(256, 0.4)
 
 
 def can_compute(x_TD: Float[Tensor, "tokens hidden"]) -> bool:
@@ -97,7 +100,10 @@ def expert_layer(
     x_TD = in_autocast_format(x_TD)
     E, T, dtype = len(down_EDI), len(x_TD), x_TD.dtype
     pairs = int(active_TE.count_nonzero())
-    limits = BFLOAT16_LIMITS if dtype == torch.bfloat16 else FLOAT32_LIMITS
+    limits = FLOAT32_LIMITS
+    if dtype == torch.bfloat16:
+        narrow = down_EDI.shape[2] < NARROW_WIDTH
+        limits = NARROW_BFLOAT16_LIMITS if narrow else BFLOAT16_LIMITS
     if pairs <= MAX_READS * E:
         stored = all(
             weight.dtype == dtype and weight.mT.is_contiguous()
@@ -120,20 +126,19 @@ def _by_bags(  # noqa: PLR0917
     active_TE: Tensor,
     activation: Activation,
 ) -> Tensor:
-    one = len(x_TD) == 1
+    def outputs(x_RD: Tensor, expert_R: Tensor, weights_R: Tensor) -> Tensor:
+        pre_RJ = _bags(gate_up_EJD.mT, expert_R, x_RD)
+        hidden_RI = _hidden(pre_RJ, weights_R, activation).to(x_TD.dtype)
+        return _bags(down_EDI.mT, expert_R, hidden_RI)
+
     # For the one token there are fewer calls, which take most of a small layer's time.
-    if one:
+    if len(x_TD) == 1:
         expert_R = active_TE[0].nonzero()[:, 0]
-        x_RD, weights_R = x_TD.expand(len(expert_R), -1), weights_TE[0].take(expert_R)
-    else:
-        token_R, expert_R = active_TE.nonzero().unbind(1)
-        x_RD, weights_R = x_TD[token_R], weights_TE[token_R, expert_R]
-    pre_RJ = _bags(gate_up_EJD.mT, expert_R, x_RD)
-    hidden_RI = _hidden(pre_RJ, weights_R, activation).to(x_TD.dtype)
-    out_RD = _bags(down_EDI.mT, expert_R, hidden_RI)
-    if one:
+        out_RD = outputs(x_TD.expand(len(expert_R), -1), expert_R, weights_TE[0].take(expert_R))
         # torch sums bfloat16 in float32.
         return out_RD.sum(0, keepdim=True)
+    token_R, expert_R = active_TE.nonzero().unbind(1)
+    out_RD = outputs(x_TD[token_R], expert_R, weights_TE[token_R, expert_R])
     y_TD = to_math_dtype(x_TD.new_zeros(0)).new_zeros(x_TD.shape)
     return y_TD.index_add_(0, token_R, to_math_dtype(out_RD)).to(x_TD.dtype)
 
@@ -151,13 +156,13 @@ def _bags(rows_ENM: Tensor, expert_R: Tensor, factors_RN: Tensor) -> Tensor:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _places(num_tables: int, num_rows: int) -> Tensor:
     """Return the places of all rows of tables that lie one after another, (tables, rows)."""
     return torch.arange(num_tables * num_rows).view(num_tables, num_rows)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _starts(num_tables: int, num_rows: int) -> Tensor:
     """Return the place of each table's first row."""
     return torch.arange(num_tables) * num_rows
@@ -194,11 +199,11 @@ def _chunk_by_expert(  # noqa: PLR0917
 ) -> Tensor:
     D, dtype, pairs = x_TD.shape[1], x_TD.dtype, _pairs_by_expert(active_TE, x_TD.dtype)
     weights_M = weights_TE[pairs.token_M, pairs.expert_M]
-    if gate_up_EJD.dtype == down_EDI.dtype == dtype and len(set(pairs.num_rows)) == 1:
+    if len(set(pairs.num_rows)) == 1:
         rows_END = x_TD.index_select(0, pairs.token_M).view(len(down_EDI), -1, D)
-        pre_ENJ = torch.bmm(rows_END, gate_up_EJD.mT)
+        pre_ENJ = torch.bmm(rows_END, gate_up_EJD.to(dtype).mT)
         hidden_ENI = _hidden(pre_ENJ, weights_M.view(pre_ENJ.shape[:2]), activation).to(dtype)
-        out_MD = torch.bmm(hidden_ENI, down_EDI.mT, out=rows_END).flatten(0, 1)
+        out_MD = torch.bmm(hidden_ENI, down_EDI.to(dtype).mT, out=rows_END).flatten(0, 1)
     else:
         pre_MJ = x_TD.new_empty(len(pairs.token_M), gate_up_EJD.shape[1])
         rows = x_TD.new_empty(max(pairs.num_rows), D)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tiny_onn.config.schema import RunConfig, Shard
 from tiny_onn.errors import UserError
-from tiny_onn.parallel import balanced, messages
+from tiny_onn.parallel import balanced, check_shares, messages
 from tiny_onn.planning.costs import Parameters, Sizes
 from tiny_onn.planning.device_names import device_rows
 from tiny_onn.planning.memory import Moment, state_bytes
@@ -61,7 +61,8 @@ class Cluster:
 
         Raises:
             UserError: a number is out of range, the GPUs do not fill their nodes, the rows of a
-                step do not divide over the GPUs, or the device is a CPU.
+                step or the experts that are cut do not divide over the GPUs, or the device is a
+                CPU.
         """
         if self.gpus < 1:
             raise UserError(f"--gpus: got {self.gpus}, expected an integer >= 1, such as 8")
@@ -91,6 +92,8 @@ class Cluster:
                 f"train.rows_per_step: got {rows}, expected a multiple of the {self.gpus} GPUs over"
                 f" which a step's rows are divided, such as --set train.rows_per_step={self.gpus}"
             )
+        if self.shard == "full":
+            check_shares(config.experts.num_experts, self.gpus)
 
     def of_one_gpu(self, config: RunConfig) -> RunConfig:
         """Return the settings with the rows that one GPU reads in a step."""

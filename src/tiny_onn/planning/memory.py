@@ -364,8 +364,8 @@ def _moment(name: str, common: Counter[str], parts: dict[str, int]) -> Moment:
 
 # bitsandbytes keeps 32-bit state of tensors below this size, a scale for each block of numbers, and
 # a quantisation map for each of Adam's two moments.
-_MIN_8BIT_SIZE = 4096
-_BLOCK_SIZE = 256
+MIN_8BIT_SIZE = 4096
+BLOCK_SIZE_8BIT = 256
 _QMAP_BYTES = 256 * 4
 
 
@@ -381,6 +381,6 @@ def state_bytes(
     size = prod(shape)
     if name == "adafactor":
         return 4 * (size // shape[-1] + size // shape[-2])
-    if name == "adamw" or size < _MIN_8BIT_SIZE:
+    if name == "adamw" or size < MIN_8BIT_SIZE:
         return 8 * size
-    return 2 * (size + 4 * -(-size // _BLOCK_SIZE) + _QMAP_BYTES)
+    return 2 * (size + 4 * -(-size // BLOCK_SIZE_8BIT) + _QMAP_BYTES)

@@ -69,9 +69,10 @@ def html_page(frontier: Mapping[str, Any]) -> str:
         line_plot("Distance to the teacher", cost, "KL, nats", [line("forward_kl")]),
         line_plot("Perplexity", cost, "perplexity", [line("student_perplexity")]),
     ]
-    teacher = points[0]
+    teacher, stored_as = points[0], frontier.get("experts_stored_as")
+    held = "" if stored_as is None else f" with experts in {stored_as}"
     description = (
-        f"{frontier['model']} on {teacher['num_tokens']:,} tokens of {frontier['text']}; the"
+        f"{frontier['model']}{held} on {teacher['num_tokens']:,} tokens of {frontier['text']}; the"
         f" teacher's perplexity is {teacher['teacher_perplexity']:.2f} at "
         f"{teacher['dense_ffn_flops'] / 1e6:.1f} FFN MFLOPs per token."
     )

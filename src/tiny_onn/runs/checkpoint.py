@@ -13,7 +13,7 @@ from either.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,16 +27,21 @@ from torch import Tensor
 from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.model import full_sharding
-from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.old_layout import today_state, today_tensors
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.publish import publish
 from tiny_onn.runs.files import FileEntry, file_entry, refusal, write_json
+from tiny_onn.runs.manifest import MANIFEST, STATE, is_intact, sizes_hold
 from tiny_onn.runs.shared_folder import shown_to_all
+from tiny_onn.runs.trained_tensors import (
+    copy_to_optimizer,
+    copy_to_student,
+    optimizer_tensors,
+    student_tensors,
+)
 
-STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
-MANIFEST = "manifest.json"
+STUDENT, OPTIMIZER = "student.safetensors", "optimizer.safetensors"
 # The formats of `state.json` that one and several processes write, and those that can be read.
 FORMAT, SHARDED_FORMAT = 4, 5
 READABLE = (3, FORMAT, SHARDED_FORMAT)
@@ -88,7 +93,7 @@ def take_snapshot(
 
     def copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         # A tensor that is cut is gathered by all processes, one at a time.
-        whole_ones = ((key, full_sharding.whole(tensor)) for key, tensor in tensors)
+        whole_ones = ((key, full_sharding.full_tensor(tensor)) for key, tensor in tensors)
         return {
             key: tensor.to("cpu", copy=True)
             for key, tensor in whole_ones
@@ -98,7 +103,7 @@ def take_snapshot(
     return Snapshot(
         step=step,
         student=copied(student_tensors(student).items()),
-        optimizer=copied(_entries(student, optimizer, full_sharding.whole_state)),
+        optimizer=copied(optimizer_tensors(student, optimizer)),
         state=json.dumps({"format": number, **state}, indent=2) + "\n",
     )
 
@@ -206,7 +211,7 @@ def remove_old(folder: Path, newest: int, keep: int, best: int | None) -> None:
 def valid_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints whose files have the recorded sizes, newest first; read no hashes."""
     found = sorted(folder.glob("step-*"), key=step_of, reverse=True) if folder.is_dir() else []
-    return [path for path in found if _sizes_hold(path)]
+    return [path for path in found if sizes_hold(path)]
 
 
 def load_checkpoint(
@@ -239,10 +244,10 @@ def load_checkpoint(
     for number in range(world.of_first(len(found))):
         path = folder / checkpoint_name(world.of_first(found[number] if world.first else 0))
         # A process that does not see yet what the others have written must not skip it.
-        whole = world.any_true(_sizes_hold(path))
-        if whole and not shown_to_all(world, partial(_sizes_hold, path)):
+        whole = world.any_true(sizes_hold(path))
+        if whole and not shown_to_all(world, partial(sizes_hold, path)):
             raise _unseen(path, world)
-        if whole and not world.any_true(not _is_intact(path, world)):
+        if whole and not world.any_true(not is_intact(path, world)):
             return _restore(path, student, optimizer, is_mine)
         say(f"{path}: this checkpoint is damaged and is skipped")
     if world.any_true(bool(found)):
@@ -289,8 +294,8 @@ def _restore(
         return name in mine or entry == "unit"
 
     optimizer_state = _read(path, OPTIMIZER, device, is_wanted)
-    _restore_student(student, _read(path, STUDENT, device))
-    _restore_optimizer(student, optimizer, optimizer_state)
+    copy_to_student(student, _read(path, STUDENT, device))
+    copy_to_optimizer(student, optimizer, optimizer_state)
     return state
 
 
@@ -323,7 +328,7 @@ def restore_student(path: Path, student: TinyOnnForCausalLM) -> None:
         UserError: the checkpoint is damaged, or lacks a tensor of the student.
     """
     device = str(next(student.parameters()).device)
-    if not _is_intact(path):
+    if not is_intact(path):
         raise UserError(
             f"{path}: got a damaged checkpoint, expected an intact one; remove it to use the"
             " previous one"
@@ -334,79 +339,4 @@ def restore_student(path: Path, student: TinyOnnForCausalLM) -> None:
             f"{path}: got no {lacking[0]}, expected all of the student's tensors; use the version"
             " of tiny-onn that wrote the checkpoint, which environment.json names"
         )
-    _restore_student(student, tensors)
-
-
-def student_tensors(student: TinyOnnForCausalLM) -> dict[str, Tensor]:
-    """Return the experts, gates and budget thresholds: all that a run changes in the model."""
-    return {
-        name: tensor.detach().contiguous()
-        for name, tensor in student.state_dict().items()
-        if in_mlp(name)
-    }
-
-
-def optimizer_tensors(
-    student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Return the optimizer's state in this process, by the parameter's name and the entry's."""
-    return dict(_entries(student, optimizer, lambda _, state: state.items()))
-
-
-def _entries(
-    student: TinyOnnForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    entries_of: Callable[[Tensor, dict[str, Tensor]], Iterable[tuple[str, Tensor]]],
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield by name what a function makes of each parameter's state in this process."""
-    for group in split_parameters(student):
-        for name, parameter in group.items():
-            state = optimizer.state.get(parameter, {}).items()
-            held = {e: torch.as_tensor(value).detach().contiguous() for e, value in state}
-            for entry, value in entries_of(parameter, held):
-                yield f"{name}|{entry}", value
-
-
-@torch.no_grad()
-def _restore_student(student: TinyOnnForCausalLM, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in student_tensors(student).items():
-        full_sharding.own_part(tensor).copy_(full_sharding.share_of(tensors[name], tensor))
-
-
-def _restore_optimizer(
-    student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    for group in split_parameters(student):
-        for name, parameter in group.items():
-            prefix = f"{name}|"
-            state = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(prefix)
-            }
-            optimizer.state[parameter] = full_sharding.own_state(parameter, state)
-
-
-def _manifest(path: Path) -> dict[str, FileEntry]:
-    """Return the size and SHA-256 of each file, or nothing if the manifest cannot be read."""
-    try:
-        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        found = {name: FileEntry(e["bytes"], e["sha256"]) for name, e in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    return found if STATE in found and len(found) > 1 else {}
-
-
-def _sizes_hold(path: Path) -> bool:
-    manifest = _manifest(path)
-    files = [path / name for name in manifest]
-    return bool(manifest) and all(
-        file.is_file() and file.stat().st_size == manifest[file.name].bytes for file in files
-    )
-
-
-def _is_intact(path: Path, world: World = ALONE) -> bool:
-    """Return True if all sizes, and the hashes of this process's share of the files, hold."""
-    if not _sizes_hold(path):
-        return False
-    return all(file_entry(path / n) == e for n, e in world.mine(sorted(_manifest(path).items())))
+    copy_to_student(student, tensors)

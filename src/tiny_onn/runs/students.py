@@ -22,7 +22,8 @@ from tiny_onn.device import without_emulation
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.backbone import generation_attention
-from tiny_onn.model.full_sharding import whole_experts
+from tiny_onn.model.full_sharding import full_experts
+from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.runs.checkpoint import restore_student, step_of, valid_checkpoints
@@ -68,7 +69,12 @@ def is_student(name: str) -> bool:
 
 
 def load_student(
-    name: str, device: torch.device, checkpoint: str = "newest", teacher: str | None = None
+    name: str,
+    device: torch.device,
+    checkpoint: str = "newest",
+    teacher: str | None = None,
+    *,
+    quantize: QuantizeTo = "none",
 ) -> LoadedStudent:
     """Load a student from a run folder, with the run's settings, or from its own, with defaults.
 
@@ -80,10 +86,19 @@ def load_student(
             line tells which one was chosen.
         teacher: the dense model that the student was converted from: a folder, hub id, or
             `embedded`; None: the recorded one. Only a checkpoint is loaded with its help.
+        quantize: the number format that holds the experts; another line tells what memory it saves.
 
     Raises:
-        UserError: there is no student, or its files are damaged, or its teacher cannot be had.
+        UserError: there is no student, or its files are damaged, or its teacher cannot be had, or
+            the experts cannot be quantised.
     """
+    loaded = _load(name, device, checkpoint, teacher)
+    if quantize != "none":
+        say(loaded.student.quantize_experts(quantize))
+    return loaded
+
+
+def _load(name: str, device: torch.device, checkpoint: str, teacher: str | None) -> LoadedStudent:
     folder, step = Path(name), None
     there = os.path.isdir(name)  # noqa: PTH112 - as in `is_student`
     of_run = there and ((folder / "student").is_dir() or newer_checkpoint(folder) is not None)
@@ -205,7 +220,7 @@ def save_student(folder: Path, prepared: Prepared, world: World = ALONE) -> None
         UserError: the disk refuses.
     """
     try:
-        with whole_experts(prepared.student, keep=world.first):
+        with full_experts(prepared.student, keep=world.first):
             if world.first:
                 prepared.student.save_pretrained(folder)
                 prepared.tokenizer.save_pretrained(folder)

@@ -167,12 +167,19 @@ def _with_view(run: Run, folder: Path, device: str, teacher: str | None) -> Run:
 
 
 def _frontier_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the run's `frontier.json`, unless the run was resumed after it was measured."""
+    """Return the run's `frontier.json`, unless it is of another step or of quantised experts."""
     frontier = _object(folder / "frontier.json")
+    if frontier is None:
+        return None
     steps = [record["step"] for record in records if record.get("kind") in EVALUATIONS]
-    if frontier is None or (steps and frontier.get("step") == steps[-1]):
+    stored_as = frontier.get("experts_stored_as")
+    if stored_as is not None:
+        why = f"with experts in {stored_as}"
+    elif steps and frontier.get("step") != steps[-1]:
+        why = "at another step"
+    else:
         return frontier
-    say(f"{folder / 'frontier.json'}: left out, because it was measured at another step")
+    say(f"{folder / 'frontier.json'}: left out, because it was measured {why}")
     return None
 
 
