@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.common import check, measure, relative_gap
@@ -241,7 +242,7 @@ def run(arguments: argparse.Namespace) -> Result:
     """Parity, then times, row by row."""
     torch._dynamo.config.recompile_limit = 64
     # The backward pass is timed alone: it runs many times for one forward pass.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     smoke, device = arguments.smoke, torch.device(arguments.device)
     dtype = torch.float32 if smoke else torch.bfloat16
     flex = flex_attention if smoke else torch.compile(flex_attention, dynamic=False)
