@@ -42,6 +42,7 @@ def test_smoke_run_ends_in_one_json_line(name, tmp_path):
     assert json.loads((tmp_path / f"{name}.json").read_text()) == record
 
 
+@pytest.mark.slow
 def test_smoke_run_of_everything_on_a_gpu_leaves_a_line_for_every_record(tmp_path):
     printed = run_module("benchmarks", "gpu", "--smoke", "--out", tmp_path, "--device", "cpu")
     (file,) = tmp_path.glob("gpu_*.jsonl")
@@ -130,6 +131,7 @@ def test_ratios_to_another_commit_divide_what_was_measured_and_keep_the_labels()
         base.ratio_rows(ours, [theirs[0] | {"loss": "ours"}])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_base_of_a_comparison_is_the_package_of_its_commit(tmp_path):
     root, slow = tmp_path / "repository", "\n_old = distill\n\n\ndef distill(*args, **kwargs):\n"
@@ -156,8 +158,8 @@ def test_the_base_of_a_comparison_is_the_package_of_its_commit(tmp_path):
     assert "this tree / HEAD, this tree's benchmark;" in done.stdout
     record = json.loads((tmp_path / "distill_loss.json").read_text())
     ratios = {row["loss"]: row["p50_ms"] for row in record["base"]["ratios"]}
-    # The working copy sleeps 0.5 s a call, against little of the unchanged one.
-    assert ratios["ours"] > 10
+    # Of each call of the working copy 0.5 s are sleep, which two equal copies would share.
+    assert ratios["ours"] > 2
     left = subprocess.run(
         ["git", "-C", str(root), "worktree", "list"], capture_output=True, text=True, check=True
     )

@@ -16,6 +16,7 @@ def test_a_run_survives_each_kind_of_fault(tmp_path):
     assert all(row["survived"] == row["tried"] >= 1 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_of_two_processes_survives_the_death_of_one(tmp_path):
     options = ("--kills", 2, "--few", 0, "--processes", 2)
