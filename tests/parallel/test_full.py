@@ -4,16 +4,15 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import full_cases
 from full_cases import MASTERS, MODES, OPTIMIZERS, RECIPES
+from pair_results import assert_equal, assert_weights_move_alike, results
 from parallel_cases import saved_state
 from run_records import records, student_of
 from tiny import CONFIG, change
 from tiny_onn.config.checks import validate
 from tiny_onn.distill import optim
-from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.parallel import ALONE, World, check_world
 
@@ -28,31 +27,6 @@ def spawned(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINY_ONN_TEST_FOLDER", str(folder))
         yield folder, full_cases.spawn(folder)
-
-
-@pytest.fixture(scope="module")
-def folder(spawned):
-    return spawned[0]
-
-
-@pytest.fixture(scope="module")
-def whole(spawned):
-    """The same run in one process, from beginning to end."""
-    folder, config = spawned
-    run_distill(config, out=folder / "one")
-    return folder / "one"
-
-
-def results(folder, name):
-    """What each of the two processes returned."""
-    return [load_file(folder / f"{name}-{rank}.safetensors") for rank in (0, 1)]
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype, name
-        assert torch.equal(tensor.nan_to_num(7), other[name].nan_to_num(7)), name
 
 
 def assert_same_steps(folder, name, clipped=False):
@@ -99,12 +73,7 @@ def test_with_two_rows_each_the_steps_of_shares_are_those_of_one_process(folder,
         elif key.startswith(("count 0", "measured 0")):
             bound = float(64 * EPS * tensor.abs().max())
             torch.testing.assert_close(first[key], tensor, rtol=0, atol=bound)
-    moved = close = 0
-    for key, tensor in expected.items():
-        if key.startswith("student") and (".experts." in key or key.endswith("router.weight")):
-            close += int(torch.isclose(first[key], tensor, rtol=0, atol=1e-5).sum())
-            moved += tensor.numel()
-    assert close >= 0.999 * moved
+    assert_weights_move_alike(first, expected)
 
 
 @pytest.mark.parametrize("master", MASTERS)
