@@ -17,8 +17,7 @@ from tiny_onn.console import track
 from tiny_onn.device import load_bitsandbytes
 from tiny_onn.errors import UserError
 from tiny_onn.model.backbone_mode import in_mlp
-
-BLOCK_SIZE = 64
+from tiny_onn.model.quantized_experts import BLOCK_SIZE
 
 
 @torch.no_grad()
