@@ -13,15 +13,20 @@ interpolated between their measured mean numbers of experts.
 The text is JSON lines with `text` and `source`, also packed by xz. `--unseen-sources` names sources
 to set apart, which are reported on too. `--rates 0.5 1 2` multiplies an arm's learning rate of the
 experts, `--gate-rates` that of the gates. `--teacher` is a folder; the default is the embedded
-model. Every run is a process of its own with a line in OUT/arms.jsonl; the same command goes on
-where it was stopped, from a run's last checkpoint. Other settings (`--set`) need another OUT. With
-`--smoke` the runs are tiny.
+model. `--plan` names a JSON list of runs, to be made in its order: each entry may have `arms`,
+`tokens`, `seeds`, `rates` and `gate_rates`, and takes what it lacks from the command line.
+
+Every run is a process of its own with a line in OUT/arms.jsonl. Two or three runs at once (`--jobs`)
+keep a GPU busy while others start, convert and compile. After `--seconds` no run is started, and
+after `--stop-after` those under way save a checkpoint and end; the same command goes on from there.
+Other settings (`--set`) need another OUT. With `--smoke` the runs are tiny.
 """
 
 import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +44,7 @@ from experiments.split_text import Parts, split
 from tiny_onn.config.read import load_config
 
 RECORDS = "arms.jsonl"
+PLANNED = ("arms", "tokens", "seeds", "rates", "gate_rates")
 BASE = (
     "data.row_tokens=4096",
     "data.eval_tokens=131072",
@@ -52,7 +58,7 @@ BASE = (
     "optim.expert_lr=2.1e-3",
     "optim.gate_lr=7.7e-3",
     "train.eval_every_tokens=0",
-    "train.save_every_tokens=524288",
+    "train.save_every_tokens=4194304",
     "train.keep_checkpoints=1",
     "train.stop_if_worse=false",
     "train.stats_every_steps=0",
@@ -96,6 +102,8 @@ ARMS: dict[str, tuple[str, ...]] = {
         "smk.direction=min",
         "smk.candidates=active",
     ),
+    "smk, k = 8": ("router.target_k=8",),
+    "smk, k = 24": ("router.target_k=24",),
 }
 
 
@@ -123,40 +131,69 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def jobs_left(arguments: argparse.Namespace) -> list[Job]:
-    """The runs that have no line yet, seed by seed."""
+    """The runs that have no line yet, in the plan's order or seed by seed."""
+    plan = [{}] if arguments.plan is None else json.loads(arguments.plan.read_text("utf-8"))
+    jobs: dict[Job, None] = {}
+    for entry in plan:
+        if unknown := entry.keys() - PLANNED:
+            raise SystemExit(f"{arguments.plan}: got {', '.join(unknown)}, expected {PLANNED}")
+        asked = {name: getattr(arguments, name) for name in PLANNED} | entry
+        if unknown := set(asked["arms"]) - ARMS.keys():
+            raise SystemExit(f"{arguments.plan}: got the arms {unknown}, expected some of {[*ARMS]}")
+        each = itertools.product(*(asked[name] for name in PLANNED[2:]), asked["arms"])
+        jobs |= {Job(arm, asked["tokens"], *others): None for *others, arm in each}
     done = {job_of(record) for record in read_records(arguments.out / RECORDS)}
-    asked = itertools.product(
-        arguments.seeds, arguments.rates, arguments.gate_rates, arguments.arms
-    )
-    jobs = [Job(arm, arguments.tokens, *others) for *others, arm in asked]
     return [job for job in jobs if job not in done]
+
+
+def start(job: Job, slot: int, arguments: argparse.Namespace, argv: Sequence[str]) -> Any:
+    """The process of a run, in one of the `--jobs` places."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+    # Each process would start as many workers of the compiler as the machine has cores.
+    workers = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
+    if arguments.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = str(arguments.gpus[slot % len(arguments.gpus)])
+    line = [sys.executable, "-m", "experiments.arms", *argv, "--one", json.dumps(asdict(job))]
+    with log_of(job, arguments).open("a", encoding="utf-8") as log:
+        return subprocess.Popen(line, stdout=log, stderr=log, env=env)
+
+
+def log_of(job: Job, arguments: argparse.Namespace) -> Path:
+    """The file of what a run prints."""
+    return arguments.out / "runs" / f"{job.name()}.log"
 
 
 def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Make the runs, at most `--jobs` at once, each in a process; the number that failed."""
-    waiting, live, failed = jobs_left(arguments), {}, 0
+    waiting, failed, stopping = jobs_left(arguments), 0, False
+    live: dict[Job, tuple[int, Any]] = {}
     started = time.monotonic()
-    env = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     (arguments.out / "runs").mkdir(parents=True, exist_ok=True)
     while waiting or live:
-        in_time = time.monotonic() - started < arguments.seconds
+        seconds = time.monotonic() - started
+        in_time = seconds < min(arguments.seconds, arguments.stop_after)
         while waiting and in_time and len(live) < arguments.jobs:
             job = waiting.pop(0)
-            log = (arguments.out / "runs" / f"{job.name()}.log").open("a", encoding="utf-8")
-            line = [sys.executable, "-m", "experiments.arms", *argv, "--one"]
-            line.append(json.dumps(asdict(job)))
-            live[job] = subprocess.Popen(line, stdout=log, stderr=log, env=env)
-        for job, process in list(live.items()):
+            slot = min(set(range(arguments.jobs)) - {slot for slot, _ in live.values()})
+            live[job] = slot, start(job, slot, arguments, argv)
+        if seconds >= arguments.stop_after and not stopping:
+            stopping = True
+            for _, process in live.values():
+                process.send_signal(signal.SIGTERM)
+        for job, (_, process) in list(live.items()):
             if process.poll() is None:
                 continue
             del live[job]
-            if process.returncode:
+            record = next((r for r in read_records(arguments.out / RECORDS) if job_of(r) == job), 0)
+            if record:
+                show(record, time.monotonic() - started)
+            elif stopping:
+                print(f"{job.name()}: stopped; the same command goes on with it", flush=True)
+            else:
                 failed += 1
-                log = arguments.out / "runs" / f"{job.name()}.log"
-                print(f"{job.name()}: failed\n{log.read_text('utf-8')[-2000:]}", file=sys.stderr)
-                continue
-            (record,) = (r for r in read_records(arguments.out / RECORDS) if job_of(r) == job)
-            show(record, time.monotonic() - started)
+                text = log_of(job, arguments).read_text("utf-8")
+                print(f"{job.name()}: failed\n{text[-2000:]}", file=sys.stderr, flush=True)
         if not in_time and not live:
             print(f"not started in time: {len(waiting)} runs; the same command goes on with them")
             break
@@ -176,9 +213,12 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])
     options.add_argument("--rates", type=float, nargs="+", default=[1.0])
     options.add_argument("--gate-rates", type=float, nargs="+", default=[1.0])
+    options.add_argument("--plan", type=Path, help="JSON list of runs, made in this order")
     options.add_argument("--jobs", type=int, default=1, help="runs at once")
     options.add_argument("--threads", type=int, default=2, help="of each run")
+    options.add_argument("--gpus", nargs="*", default=[], help="the GPUs to spread runs over")
     options.add_argument("--seconds", type=float, default=1e9, help="then no run is started")
+    options.add_argument("--stop-after", type=float, default=1e9, help="then runs are stopped")
     options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
     options.add_argument("--table", action="store_true", help="only print the table")
     options.add_argument("--one", help=argparse.SUPPRESS)

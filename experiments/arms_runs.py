@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.common import environment
 from experiments import low_rank
 from experiments.arms_table import Job, at_k
+from experiments.budgets import measured as counted_k
 from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
@@ -28,12 +29,15 @@ from tiny_onn.distill.loop import run_distill
 from tiny_onn.evaluation.compare import compare, evaluate
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import temporary_rules
+from tiny_onn.model.student import eval_mode
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import valid_checkpoints
 from tiny_onn.teacher.held_out import HeldOut
 
 # Budgets around the target at which a student is measured, as shares of the target.
 AROUND = (0.94, 1.06)
+# Documents differ in the experts that they take, so that k is counted on more text than KL.
+K_TEXT = 4
 
 
 def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Tensor] | None:
@@ -70,7 +74,11 @@ def measured(
     points = [(deployed.mean_k, deployed.forward_kl, deployed.student_nll)]
     routers, k = [bank.router for bank in student.banks()], config.router.target_k
     before = [router.settled.clone() for router in routers]
+    counted = None
     if routers[0].rule.has_budget:
+        more = text_rows(path, tokenizer, config.data, K_TEXT * max_tokens)
+        with eval_mode(student):
+            counted = counted_k(student, [row.to(student.device) for row in more])
         for share in AROUND:
             rules = [replace(router.rule, target_k=k * share) for router in routers]
             with temporary_rules(routers, rules):
@@ -85,6 +93,7 @@ def measured(
         "kl_at_k": at_k([(k_, kl) for k_, kl, _ in points], k),
         "perplexity_at_k": math.exp(nll),
         "points": [list(point[:2]) for point in points],
+        "counted": counted,
     }
 
 
