@@ -139,7 +139,9 @@ def jobs_left(arguments: argparse.Namespace) -> list[Job]:
             raise SystemExit(f"{arguments.plan}: got {', '.join(unknown)}, expected {PLANNED}")
         asked = {name: getattr(arguments, name) for name in PLANNED} | entry
         if unknown := set(asked["arms"]) - ARMS.keys():
-            raise SystemExit(f"{arguments.plan}: got the arms {unknown}, expected some of {[*ARMS]}")
+            raise SystemExit(
+                f"{arguments.plan}: got the arms {unknown}, expected some of {[*ARMS]}"
+            )
         each = itertools.product(*(asked[name] for name in PLANNED[2:]), asked["arms"])
         jobs |= {Job(arm, asked["tokens"], *others): None for *others, arm in each}
     done = {job_of(record) for record in read_records(arguments.out / RECORDS)}
@@ -244,7 +246,7 @@ def main(argv: Sequence[str]) -> int:
             arguments.out.mkdir(parents=True, exist_ok=True)
             split(text, arguments.out, arguments.unseen_sources)
             failed = run_all(arguments, argv)
-        print("\n".join(table(read_records(arguments.out / RECORDS), [*ARMS])))
+        print("\n".join(table(read_records(arguments.out / RECORDS))))
     return failed
 
 

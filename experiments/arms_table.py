@@ -65,38 +65,62 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def table(records: Sequence[dict[str, Any]], order: Sequence[str]) -> Iterator[str]:
-    """Each arm at the rates that did best on the text to choose on, by tokens.
+def by_arm(records: Sequence[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """The records by tokens and arm."""
+    arms: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for record in records:
+        arms.setdefault((record["tokens"], record["arm"]), []).append(record)
+    return arms
+
+
+def best_runs(records: Sequence[dict[str, Any]], tokens: int, arm: str) -> list[dict[str, Any]]:
+    """An arm's runs at the rates that did best, seed by seed; none if there are no runs.
+
+    Rates are compared on the text that runs keep out of training, among those with the most seeds:
+    a rate that was tried with one seed alone cannot stand beside others with three.
+    """
+    by_rates: dict[tuple[float, float], list[dict[str, Any]]] = {}
+    for record in by_arm(records).get((tokens, arm), []):
+        by_rates.setdefault((record["rate"], record["gate_rate"]), []).append(record)
+    most = max(map(len, by_rates.values()), default=0)
+    runs = min((r for r in by_rates.values() if len(r) == most), key=chosen_by, default=[])
+    return sorted(runs, key=lambda record: record["seed"])
+
+
+def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Each arm at its best rates, by tokens and from the least KL at k to the largest.
 
     An arm that ends farther from its teacher than it began has diverged, and has no numbers.
     """
     yield (
-        "| tokens | arm | rates | seeds | KL, deployed | mean k | KL at k | perplexity at k |"
+        "| tokens | arm | seeds | rate | KL, deployed | mean k | KL at k | perplexity at k |"
         " teacher's | KL at k, unseen sources |"
     )
     yield "|---" * 10 + "|"
-    arms = {(r["tokens"], r["arm"]) for r in records}
-    for tokens, arm in sorted(arms, key=lambda pair: (pair[0], order.index(pair[1]))):
-        ours = [r for r in records if (r["tokens"], r["arm"]) == (tokens, arm)]
-        by_rate = {
-            rates: [r for r in ours if (r["rate"], r["gate_rate"]) == rates]
-            for rates in sorted({(r["rate"], r["gate_rate"]) for r in ours})
-        }
-        best = min(by_rate, key=lambda rates: chosen_by(by_rate[rates]))
-        runs = by_rate[best]
+    lines = []
+    for (tokens, arm), ours in by_arm(records).items():
+        runs = best_runs(records, tokens, arm)
         reports, unseen = ([r[part] for r in runs] for part in ("report", "unseen"))
-        cells = [f"{tokens:,}", arm, f"{best[0]:g}, {best[1]:g} of {len(by_rate)}", str(len(runs))]
+        number = len({(r["rate"], r["gate_rate"]) for r in ours})
+        rate = f"x {runs[0]['rate']:g}"
+        if runs[0]["gate_rate"] != 1:
+            rate += f", gate x {runs[0]['gate_rate']:g}"
+        cells = [f"{tokens:,}", arm, str(len(runs)), f"{rate} of {number}"]
         if any(map(has_diverged, runs)):
-            yield f"| {' | '.join([*cells, 'diverged', '', '', '', '', ''])} |"
+            cells += ["diverged", *[""] * 5]
+            lines.append((tokens, math.inf, cells))
             continue
+        kl = [r["kl_at_k"] for r in reports]
         cells += [
             spread([r["forward_kl"] for r in reports], 4),
             spread([r["mean_k"] for r in reports], 2),
-            spread([r["kl_at_k"] for r in reports], 4),
+            spread(kl, 4),
             spread([r["perplexity_at_k"] for r in reports], 2),
             f"{reports[0]['teacher_perplexity']:.2f}",
             spread([u["kl_at_k"] for u in unseen], 4) if all(unseen) else "",
         ]
+        lines.append((tokens, fmean(kl), cells))
+    for _, _, cells in sorted(lines):
         yield f"| {' | '.join(cells)} |"
 
 

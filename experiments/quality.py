@@ -30,13 +30,13 @@ from typing import Any
 
 from benchmarks.common import ROOT, environment
 from docs.tools import pages
-from experiments import arms, arms_table
+from experiments import arms_findings
 from experiments.arms_table import spread
 from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS, parser
 
 RECORDS, MIXED = RESULTS / "quality.jsonl", RESULTS / "arms.jsonl"
-# One seed of all arms, on a text without three of the sources.
+# The study of all arms, on a text without three of the sources.
 CONTROLS = RESULTS / "arms_controls.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
@@ -294,10 +294,14 @@ def sections() -> dict[str, str]:
         "small": final_table(groups["small"]),
         "partitions": partition_table(groups["partitions"]),
         "untrained": untrained_table(rows),
-        "mixed": arms_table.table(read_records(MIXED), [*arms.ARMS]),
-        "controls": arms_table.table(read_records(CONTROLS), [*arms.ARMS]),
+        **arms_findings.sections(read_records(CONTROLS), read_records(MIXED)),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
+
+
+def controls_at_half() -> list[dict[str, Any]]:
+    """The records of all arms at half of the experts."""
+    return [r for r in read_records(CONTROLS) if r["target_k"] == arms_findings.TARGET]
 
 
 def filled(text: str) -> str:

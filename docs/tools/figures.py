@@ -14,7 +14,8 @@ from typing import Any
 import vl_convert
 
 from benchmarks.common import RESULTS, ROOT
-from docs.tools import layer_scaling
+from docs.tools import arms_figure, layer_scaling
+from docs.tools.arms_figure import digits
 from experiments import quality
 from tiny_onn.report.theme import THEMES, colours, vega_config
 
@@ -44,7 +45,7 @@ def figures() -> Iterator[tuple[str, Spec]]:
     runs = [r for r in read_lines(quality.RECORDS) if r["group"] == "long"]
     arms = sorted({r["arm"] for r in runs}, key=lambda arm: mean_of(runs, arm, "after"))
     yield "controls", controls(runs, arms)
-    yield "training", training(runs, arms)
+    yield "tokens", arms_figure.tokens_chart(quality.controls_at_half())
     yield "step-time", step_time(read_lines(GPU))
     yield from layer_scaling.charts(layer_scaling.read())
 
@@ -99,45 +100,6 @@ def controls(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> Spec:
     }
 
 
-def training(runs: Sequence[dict[str, Any]], arms: Sequence[str]) -> Spec:
-    """Draw KL by arm before and after training; the records hold nothing between the two."""
-    rows = [
-        {"arm": arm, "tokens": tokens, "kl": digits(mean_of(runs, arm, when))}
-        for arm in arms
-        for when, tokens in (("before", 0), ("after", max(run["tokens"] for run in runs)))
-    ]
-    encoding = {
-        "x": {
-            "field": "tokens",
-            "type": "quantitative",
-            "title": "training tokens",
-            "axis": {"values": [0, 1e6, 2e6], "labelExpr": "datum.value / 1e6 + 'M'"},
-            "scale": {"domain": [0, 2_000_000]},
-        },
-        "y": {
-            "field": "kl",
-            "type": "quantitative",
-            "title": "KL to the teacher, nats",
-            "scale": {"type": "log"},
-            "axis": {"values": [0.2, 0.5, 1, 2, 5]},
-        },
-        "color": {
-            "field": "arm",
-            "type": "nominal",
-            "scale": {"domain": list(arms)},
-            "legend": {"title": None, "labelLimit": 200, "symbolType": "stroke"},
-        },
-    }
-    mark = {"type": "line", "strokeWidth": 2, "point": {"size": 45}}
-    return {
-        "width": 360,
-        "height": 240,
-        "data": {"values": rows},
-        "mark": mark,
-        "encoding": encoding,
-    }
-
-
 def step_time(records: Sequence[dict[str, Any]]) -> Spec:
     """Draw the time of the card's step, part by part, as stacked bars."""
     phases = {r["rows"]: r["seconds"] for r in records if r.get("kind") == "phases"}
@@ -175,11 +137,6 @@ def step_time(records: Sequence[dict[str, Any]]) -> Spec:
             },
         },
     }
-
-
-def digits(value: float) -> float:
-    """Round to four significant digits."""
-    return float(f"{value:.4g}")
 
 
 def drawn(spec: Spec, theme: str) -> str:

@@ -1,0 +1,236 @@
+"""The tables and sentences of docs/results.md, made from the records of `arms.py`.
+
+A pair of arms is compared at exactly k, seed by seed. What it shows counts as established with at
+least three seeds and a 95 % interval of the mean difference (Student's t) that leaves out zero.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from experiments.arms_law import T_975, law_of
+from experiments.arms_table import best_runs, by_arm, has_diverged, spread, table
+
+Record = dict[str, Any]
+
+TARGET = 16.0
+ENOUGH_SEEDS = 3
+WORDS = {
+    "smk": "SMK",
+    "smk, not refitted": "SMK without the refit",
+    "smk, smallest gain": "SMK towards the smallest gain",
+    "smk, net gain": "SMK by net gain",
+    "smk, token scale": "SMK with weights that depend on the token",
+    "frozen ridge gate": "the frozen ridge gate",
+    "regression of norms": "a gate that regresses on output norms",
+    "task, straight through": "a straight-through gate",
+    "task, threshold sigmoid": "a threshold-sigmoid gate",
+    "task, ramp": "a gate that learns from the main loss through a ramp",
+    "half-width": "the half-width model",
+    "low-rank": "the low-rank model",
+    "static choice": "the static choice",
+    "model card's rule": "the model card's rule",
+}
+PAIRS = (
+    *(("smk", other) for other in WORDS if other != "smk"),
+    ("frozen ridge gate", "half-width"),
+)
+# Tokens and the KL at exactly k that SMK was meant to reach.
+GOALS = {1_998_848: 0.20, 20_000_768: 0.10, 99_999_744: 0.06}
+PERPLEXITY_GOAL = (99_999_744, 0.02)
+LEAD_GOAL = 1 / 3
+K_GOALS = {"report": 0.01, "unseen": 0.02}
+
+
+def sections(records: Sequence[Record], earlier: Sequence[Record]) -> dict[str, Iterator[str]]:
+    """The lines of each generated place of the page; `earlier` is the study without a refit."""
+    at_half = [r for r in records if r["target_k"] == TARGET]
+    found = [*compared(at_half), *compared(earlier, " on 21 projects, without the refit")]
+    return {
+        "answer": answer(at_half),
+        "arms": table(at_half),
+        "established": (line for sure, line in found if sure),
+        "open": (line for sure, line in found if not sure),
+        "goals": goals(at_half),
+        "rates": rates(at_half),
+        "laws": laws(at_half),
+        "budgets": budgets(records),
+    }
+
+
+def millions(tokens: int) -> str:
+    """A number of tokens for readers."""
+    return f"{tokens / 1e6:.2g}M" if tokens < 1e6 else f"{tokens / 1e6:.0f}M"
+
+
+def seeds(number: int) -> str:
+    """So many seeds, in words."""
+    return "one seed" if number == 1 else f"{number} seeds"
+
+
+def answer(records: Sequence[Record]) -> Iterator[str]:
+    """The arms of most interest, one line for each length."""
+    names = ("smk", "frozen ridge gate", "half-width", "static choice", "model card's rule")
+    for tokens in sorted({r["tokens"] for r in records}):
+        parts = []
+        for name in names:
+            runs = best_runs(records, tokens, name)
+            if not runs or any(map(has_diverged, runs)):
+                continue
+            reports = [r["report"] for r in runs]
+            kl = spread([r["kl_at_k"] for r in reports], 3)
+            excess = fmean(r["perplexity_at_k"] / r["teacher_perplexity"] - 1 for r in reports)
+            parts.append(f"{WORDS[name]} {kl} (perplexity {excess:+.1%}, {seeds(len(runs))})")
+        if parts:
+            yield f"- **{millions(tokens)} tokens**: {'; '.join(parts)}.".replace("%", " %")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean; None with one value."""
+    if len(values) == 1:
+        return None
+    t = T_975[min(len(values) - 1, len(T_975)) - 1]
+    half = t * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+def compared(records: Sequence[Record], where: str = "") -> Iterator[tuple[bool, str]]:
+    """Yield each pair's sentence, with True if it is established."""
+    for tokens in sorted({r["tokens"] for r in records}):
+        for ours, theirs in PAIRS:
+            runs = [
+                {r["seed"]: r for r in best_runs(records, tokens, arm)} for arm in (ours, theirs)
+            ]
+            common = sorted(runs[0].keys() & runs[1].keys())
+            pairs = [(runs[0][seed], runs[1][seed]) for seed in common]
+            if pairs and not any(has_diverged(run) for pair in pairs for run in pair):
+                at = f"{millions(tokens)} tokens{where}"
+                yield sentence(
+                    f"{WORDS[ours][0].upper()}{WORDS[ours][1:]}", WORDS[theirs], at, pairs
+                )
+
+
+def sentence(
+    ours: str, theirs: str, where: str, pairs: Sequence[tuple[Record, Record]]
+) -> tuple[bool, str]:
+    """The sentence on a pair of arms, and whether it is established."""
+    leads = leads_of(pairs, "report")
+    shares = [lead / b["report"]["kl_at_k"] for lead, (_, b) in zip(leads, pairs, strict=True)]
+    mean, ends = fmean(leads), interval(leads)
+    sure = ends is not None and len(leads) >= ENOUGH_SEEDS and (ends[0] > 0 or ends[1] < 0)
+    each = ", ".join(f"{lead:.3f}" for lead in leads)
+    share = " to ".join(dict.fromkeys(f"{100 * s:.0f}" for s in (min(shares), max(shares))))
+    relation = "lower" if mean > 0 else "higher"
+    text = f"- {ours} against {theirs}, {where}: KL {relation} by {abs(mean):.3f} nats ("
+    text += "one seed" if ends is None else f"95 % interval {ends[0]:.3f} to {ends[1]:.3f}; {each}"
+    text += f"), {share} % of the latter's"
+    if all(a["unseen"] and b["unseen"] for a, b in pairs):
+        text += f"; on unseen sources by {spread(leads_of(pairs, 'unseen'), 3)}"
+    return sure, f"{text}."
+
+
+def leads_of(pairs: Sequence[tuple[Record, Record]], text: str) -> list[float]:
+    """By how much the first of each pair is closer to the teacher at exactly k, nats."""
+    return [b[text]["kl_at_k"] - a[text]["kl_at_k"] for a, b in pairs]
+
+
+def goals(records: Sequence[Record]) -> Iterator[str]:
+    """What SMK was meant to reach, and what it reached."""
+    yield "| goal, at exactly 16 experts | measured | reached |"
+    yield "|---|---|---|"
+
+    def line(goal: str, values: Sequence[float], digits: int, reached: bool) -> str:
+        if not values:
+            return f"| {goal} | not measured | |"
+        return f"| {goal} | {spread(values, digits)} | {'yes' if reached else 'no'} |"
+
+    for tokens, goal in GOALS.items():
+        kl = [r["report"]["kl_at_k"] for r in best_runs(records, tokens, "smk")]
+        reached = bool(kl) and fmean(kl) <= goal
+        yield line(f"KL at {millions(tokens)} tokens: at most {goal:.2f}", kl, 3, reached)
+    tokens, most = PERPLEXITY_GOAL
+    reports = [r["report"] for r in best_runs(records, tokens, "smk")]
+    excess = [100 * (r["perplexity_at_k"] / r["teacher_perplexity"] - 1) for r in reports]
+    reached = bool(excess) and fmean(excess) <= 100 * most
+    yield line(
+        f"perplexity at {millions(tokens)} tokens: at most {100 * most:.0f} % above the teacher's, in %",
+        excess,
+        1,
+        reached,
+    )
+    for tokens in sorted({r["tokens"] for r in records}):
+        ours, theirs = (
+            {r["seed"]: r["report"]["kl_at_k"] for r in best_runs(records, tokens, arm)}
+            for arm in ("smk", "half-width")
+        )
+        common = ours.keys() & theirs.keys()
+        shares = [100 * (1 - ours[seed] / theirs[seed]) for seed in sorted(common)]
+        goal = (
+            f"lead over the half-width model at {millions(tokens)} tokens: a third, in % of its KL"
+        )
+        if shares:
+            yield line(goal, shares, 0, fmean(shares) >= 100 * LEAD_GOAL)
+
+
+def rates(records: Sequence[Record]) -> Iterator[str]:
+    """What every rate gave on the text that rates are chosen on, for arms with several."""
+    tried = by_arm([r for r in records if r["gate_rate"] == 1])
+    tried = {key: runs for key, runs in tried.items() if len({r["rate"] for r in runs}) > 1}
+    factors = sorted({r["rate"] for runs in tried.values() for r in runs})
+    yield f"| tokens | arm | {' | '.join(f'rate x {factor:g}' for factor in factors)} |"
+    yield f"|{'---|' * (len(factors) + 2)}"
+    for (tokens, arm), runs in sorted(tried.items()):
+        # A seed that has all rates compares them; others would mix in their own spread.
+        shared = set.intersection(
+            *({r["seed"] for r in runs if r["rate"] == rate} for rate in {r["rate"] for r in runs})
+        )
+        cells = []
+        for factor in factors:
+            kl = [
+                r["choose"]["after"]["forward_kl"]
+                for r in runs
+                if r["rate"] == factor and r["seed"] in shared
+            ]
+            cells.append(spread(kl, 3) if kl else "")
+        yield f"| {millions(tokens)} | {arm} | {' | '.join(cells)} |"
+
+
+def laws(records: Sequence[Record]) -> Iterator[str]:
+    """The fitted law of each arm that has several lengths."""
+    for arm in dict.fromkeys(r["arm"] for r in records):
+        law = law_of(records, arm)
+        if law is not None:
+            yield f"- {WORDS[arm][0].upper()}{WORDS[arm][1:]}: {law.sentence()}"
+
+
+def budgets(records: Sequence[Record]) -> Iterator[str]:
+    """The mean k of deployed students on text that no run reads."""
+    yield "| target k | tokens | text | seeds | mean k | off target | standard error | goal |"
+    yield "|---|---|---|---|---|---|---|---|"
+    ours = [r for r in records if r["arm"] in ("smk", "smk, k = 8", "smk, k = 24")]
+    groups = sorted({(r["target_k"], r["tokens"]) for r in ours})
+    for target, tokens in groups:
+        runs = [r for r in ours if (r["target_k"], r["tokens"], r["rate"]) == (target, tokens, 1)]
+        for text, name in (("report", "mixed"), ("unseen", "unseen sources")):
+            parts = [r[text] for r in runs if r[text]]
+            if not parts:
+                continue
+            counted = [p["counted"] for p in parts if p.get("counted")]
+            # Older runs counted k on less text, and not by document.
+            found = [c["mean_k"] for c in counted] if counted else [p["mean_k"] for p in parts]
+            error = f"{fmean(c['standard_error'] for c in counted) / target:.1%}" if counted else ""
+            off = fmean(found) / target - 1
+            goal = K_GOALS[text]
+            kept = "kept" if abs(off) <= goal else "missed"
+            cells = (
+                f"{target:g}",
+                millions(tokens),
+                name,
+                str(len(found)),
+                spread(found, 2),
+                f"{off:+.1%}",
+                error,
+                f"{goal:.0%}: {kept}",
+            )
+            yield f"| {' | '.join(cells)} |".replace("%", " %")
