@@ -16,7 +16,7 @@ experts, `--gate-rates` that of the gates. `--teacher` is a folder; the default 
 model. `--plan` names a JSON list of runs, to be made in its order: each entry may have `arms`,
 `tokens`, `seeds`, `rates` and `gate_rates`, and takes what it lacks from the command line.
 
-Every run is a process of its own with a line in OUT/arms.jsonl. Two or three runs at once (`--jobs`)
+Every run is a process of its own with a line in OUT/arms.jsonl. Two or three at once (`--jobs`)
 keep a GPU busy while others start, convert and compile. After `--seconds` no run is started, and
 after `--stop-after` those under way save a checkpoint and end; the same command goes on from there.
 Other settings (`--set`) need another OUT. With `--smoke` the runs are tiny.
@@ -44,6 +44,7 @@ from experiments.split_text import Parts, split
 from tiny_onn.config.read import load_config
 
 RECORDS = "arms.jsonl"
+TOKENS = 1_998_848
 PLANNED = ("arms", "tokens", "seeds", "rates", "gate_rates")
 BASE = (
     "data.row_tokens=4096",
@@ -130,21 +131,23 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [*map(json.loads, path.read_text("utf-8").splitlines())] if path.is_file() else []
 
 
+def planned(plan: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> list[Job]:
+    """The runs of a plan in its order, each once; what an entry lacks comes from the defaults."""
+    jobs: dict[Job, None] = {}
+    for entry in plan:
+        asked = defaults | entry
+        if unknown := [*(asked.keys() - PLANNED), *(set(asked["arms"]) - ARMS.keys())]:
+            raise SystemExit(f"plan: got {unknown}, expected keys of {PLANNED}, arms of {[*ARMS]}")
+        each = itertools.product(*(asked[name] for name in PLANNED[2:]), asked["arms"])
+        jobs |= {Job(arm, asked["tokens"], *others): None for *others, arm in each}
+    return [*jobs]
+
+
 def jobs_left(arguments: argparse.Namespace) -> list[Job]:
     """The runs that have no line yet, in the plan's order or seed by seed."""
     plan = [{}] if arguments.plan is None else json.loads(arguments.plan.read_text("utf-8"))
-    jobs: dict[Job, None] = {}
-    for entry in plan:
-        if unknown := entry.keys() - PLANNED:
-            raise SystemExit(f"{arguments.plan}: got {', '.join(unknown)}, expected {PLANNED}")
-        asked = {name: getattr(arguments, name) for name in PLANNED} | entry
-        if unknown := set(asked["arms"]) - ARMS.keys():
-            raise SystemExit(
-                f"{arguments.plan}: got the arms {unknown}, expected some of {[*ARMS]}"
-            )
-        each = itertools.product(*(asked[name] for name in PLANNED[2:]), asked["arms"])
-        jobs |= {Job(arm, asked["tokens"], *others): None for *others, arm in each}
     done = {job_of(record) for record in read_records(arguments.out / RECORDS)}
+    jobs = planned(plan, {name: getattr(arguments, name) for name in PLANNED})
     return [job for job in jobs if job not in done]
 
 
@@ -209,7 +212,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--text", type=Path, help="JSON lines with text and source, also .xz")
     options.add_argument("--unseen-sources", nargs="*", default=[], help="sources to set apart")
     options.add_argument("--teacher", default="embedded", help="a folder; default: the embedded")
-    options.add_argument("--tokens", type=int, default=1_998_848, help="of each run")
+    options.add_argument("--tokens", type=int, default=TOKENS, help="of each run")
     options.add_argument("--report-tokens", type=int, default=131_072)
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])

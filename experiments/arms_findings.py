@@ -4,17 +4,21 @@ A pair of arms is compared at exactly k, seed by seed. What it shows counts as e
 least three seeds and a 95 % interval of the mean difference (Student's t) that leaves out zero.
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from experiments.arms import TOKENS, planned
 from experiments.arms_law import T_975, law_of
-from experiments.arms_table import best_runs, by_arm, has_diverged, spread, table
+from experiments.arms_table import best_runs, by_arm, has_diverged, job_of, spread, table
+from experiments.options import RESULTS
 
 Record = dict[str, Any]
 
 TARGET = 16.0
+PLAN = RESULTS.parent / "arms_plan.json"
 ENOUGH_SEEDS = 3
 WORDS = {
     "smk": "SMK",
@@ -43,20 +47,48 @@ LEAD_GOAL = 1 / 3
 K_GOALS = {"report": 0.01, "unseen": 0.02}
 
 
+COMPARED = (
+    "| arm | against | tokens | KL lower by | 95 % interval | seed by seed | of the latter's KL |"
+    " on unseen sources |"
+)
+
+
 def sections(records: Sequence[Record], earlier: Sequence[Record]) -> dict[str, Iterator[str]]:
     """The lines of each generated place of the page; `earlier` is the study without a refit."""
     at_half = [r for r in records if r["target_k"] == TARGET]
-    found = [*compared(at_half), *compared(earlier, " on 21 projects, without the refit")]
+    found = [*compared(at_half), *compared(earlier, ", 21 projects, no refit")]
+    head = (COMPARED, "|---" * 8 + "|")
     return {
         "answer": answer(at_half),
+        "teaching": teaching(at_half),
         "arms": table(at_half),
-        "established": (line for sure, line in found if sure),
-        "open": (line for sure, line in found if not sure),
+        "established": iter((*head, *(line for sure, line in found if sure))),
+        "open": iter((*head, *(line for sure, line in found if not sure))),
         "goals": goals(at_half),
         "rates": rates(at_half),
         "laws": laws(at_half),
         "budgets": budgets(records),
+        "missing": missing(records),
     }
+
+
+def missing(records: Sequence[Record]) -> Iterator[str]:
+    """The runs of the plan that have no record."""
+    defaults = {"arms": [], "tokens": TOKENS, "seeds": [0], "rates": [1.0], "gate_rates": [1.0]}
+    done = {job_of(record) for record in records}
+    left: dict[int, dict[str, list[str]]] = {}
+    for job in planned(json.loads(PLAN.read_text("utf-8")), defaults):
+        if job not in done:
+            name = job.arm if job.rate == 1 else f"{job.arm} at rate x {job.rate:g}"
+            left.setdefault(job.asked_tokens, {}).setdefault(name, []).append(str(job.seed))
+    if not left:
+        yield "Every run of the plan has its record."
+        return
+    yield "Runs of the plan (`experiments/arms_plan.json`) that are **missing**, with their seeds:"
+    yield ""
+    for tokens, arms in sorted(left.items()):
+        names = "; ".join(f"{name} ({', '.join(numbers)})" for name, numbers in arms.items())
+        yield f"- {millions(tokens)} tokens: {names}."
 
 
 def millions(tokens: int) -> str:
@@ -86,6 +118,26 @@ def answer(records: Sequence[Record]) -> Iterator[str]:
             yield f"- **{millions(tokens)} tokens**: {'; '.join(parts)}.".replace("%", " %")
 
 
+def teaching(records: Sequence[Record]) -> Iterator[str]:
+    """What SMK adds to the gate that conversion fits, seed by seed."""
+    parts = []
+    for tokens in sorted({r["tokens"] for r in records}):
+        if pairs := pairs_of(records, tokens, "smk", "frozen ridge gate"):
+            leads = [f"{lead:.3f}" for lead in leads_of(pairs, "report")]
+            parts.append(f"{', '.join(leads)} after {millions(tokens)}")
+    yield f"- **What SMK adds to the frozen gate**, nats seed by seed: {'; '.join(parts)} tokens."
+
+
+def pairs_of(
+    records: Sequence[Record], tokens: int, ours: str, theirs: str
+) -> list[tuple[Record, Record]]:
+    """The runs of two arms with the same seeds; none if one of them has diverged."""
+    runs = [{r["seed"]: r for r in best_runs(records, tokens, arm)} for arm in (ours, theirs)]
+    common = sorted(runs[0].keys() & runs[1].keys())
+    pairs = [(runs[0][seed], runs[1][seed]) for seed in common]
+    return [] if any(has_diverged(run) for pair in pairs for run in pair) else pairs
+
+
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % interval of a mean; None with one value."""
     if len(values) == 1:
@@ -96,38 +148,32 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def compared(records: Sequence[Record], where: str = "") -> Iterator[tuple[bool, str]]:
-    """Yield each pair's sentence, with True if it is established."""
+    """Yield each pair's row, with True if it is established."""
     for tokens in sorted({r["tokens"] for r in records}):
         for ours, theirs in PAIRS:
-            runs = [
-                {r["seed"]: r for r in best_runs(records, tokens, arm)} for arm in (ours, theirs)
-            ]
-            common = sorted(runs[0].keys() & runs[1].keys())
-            pairs = [(runs[0][seed], runs[1][seed]) for seed in common]
-            if pairs and not any(has_diverged(run) for pair in pairs for run in pair):
-                at = f"{millions(tokens)} tokens{where}"
-                yield sentence(
-                    f"{WORDS[ours][0].upper()}{WORDS[ours][1:]}", WORDS[theirs], at, pairs
-                )
+            if pairs := pairs_of(records, tokens, ours, theirs):
+                names = f"{ours} | {theirs} | {millions(tokens)}{where}"
+                yield comparison(names, pairs)
 
 
-def sentence(
-    ours: str, theirs: str, where: str, pairs: Sequence[tuple[Record, Record]]
-) -> tuple[bool, str]:
-    """The sentence on a pair of arms, and whether it is established."""
+def comparison(names: str, pairs: Sequence[tuple[Record, Record]]) -> tuple[bool, str]:
+    """The row on a pair of arms, and whether it is established."""
     leads = leads_of(pairs, "report")
-    shares = [lead / b["report"]["kl_at_k"] for lead, (_, b) in zip(leads, pairs, strict=True)]
-    mean, ends = fmean(leads), interval(leads)
+    shares = [
+        100 * lead / b["report"]["kl_at_k"] for lead, (_, b) in zip(leads, pairs, strict=True)
+    ]
+    ends = interval(leads)
     sure = ends is not None and len(leads) >= ENOUGH_SEEDS and (ends[0] > 0 or ends[1] < 0)
-    each = ", ".join(f"{lead:.3f}" for lead in leads)
-    share = " to ".join(dict.fromkeys(f"{100 * s:.0f}" for s in (min(shares), max(shares))))
-    relation = "lower" if mean > 0 else "higher"
-    text = f"- {ours} against {theirs}, {where}: KL {relation} by {abs(mean):.3f} nats ("
-    text += "one seed" if ends is None else f"95 % interval {ends[0]:.3f} to {ends[1]:.3f}; {each}"
-    text += f"), {share} % of the latter's"
-    if all(a["unseen"] and b["unseen"] for a, b in pairs):
-        text += f"; on unseen sources by {spread(leads_of(pairs, 'unseen'), 3)}"
-    return sure, f"{text}."
+    unseen = leads_of(pairs, "unseen") if all(a["unseen"] and b["unseen"] for a, b in pairs) else []
+    cells = (
+        names,
+        f"{fmean(leads):.3f}",
+        "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}",
+        ", ".join(f"{lead:.3f}" for lead in leads),
+        f"{fmean(shares):.0f} %",
+        spread(unseen, 3) if unseen else "",
+    )
+    return sure, f"| {' | '.join(cells)} |"
 
 
 def leads_of(pairs: Sequence[tuple[Record, Record]], text: str) -> list[float]:
@@ -167,7 +213,7 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
         common = ours.keys() & theirs.keys()
         shares = [100 * (1 - ours[seed] / theirs[seed]) for seed in sorted(common)]
         goal = (
-            f"lead over the half-width model at {millions(tokens)} tokens: a third, in % of its KL"
+        goal = f"lead over half-width at {millions(tokens)} tokens: a third of its KL, in %"
         )
         if shares:
             yield line(goal, shares, 0, fmean(shares) >= 100 * LEAD_GOAL)

@@ -38,7 +38,7 @@ from experiments.options import RESULTS, parser
 RECORDS, MIXED = RESULTS / "quality.jsonl", RESULTS / "arms.jsonl"
 # The study of all arms, on a text without three of the sources.
 CONTROLS = RESULTS / "arms_controls.jsonl"
-PAGE = ROOT / "docs" / "results.md"
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "studies.md")
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 
 BASE = (

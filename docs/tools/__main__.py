@@ -24,7 +24,8 @@ def generators() -> Iterator[tuple[Path, Callable[[str], str]]]:
         yield page, performance.filled
     for page in exports.PAGES:
         yield page, exports.filled
-    yield quality.PAGE, quality.filled
+    for page in quality.PAGES:
+        yield page, quality.filled
     yield routing_rules.PAGE, routing_rules.filled
     yield probe_docs.PAGE, probe_docs.filled
     yield scaling.PAGE, scaling.filled
