@@ -198,24 +198,13 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
     tokens, most = PERPLEXITY_GOAL
     reports = [r["report"] for r in best_runs(records, tokens, "smk")]
     excess = [100 * (r["perplexity_at_k"] / r["teacher_perplexity"] - 1) for r in reports]
-    reached = bool(excess) and fmean(excess) <= 100 * most
-    yield line(
-        f"perplexity at {millions(tokens)} tokens: at most {100 * most:.0f} % above the teacher's, in %",
-        excess,
-        1,
-        reached,
-    )
+    goal = f"perplexity at {millions(tokens)} tokens, % above the teacher's: at most {100 * most:g}"
+    yield line(goal, excess, 1, bool(excess) and fmean(excess) <= 100 * most)
     for tokens in sorted({r["tokens"] for r in records}):
-        ours, theirs = (
-            {r["seed"]: r["report"]["kl_at_k"] for r in best_runs(records, tokens, arm)}
-            for arm in ("smk", "half-width")
-        )
-        common = ours.keys() & theirs.keys()
-        shares = [100 * (1 - ours[seed] / theirs[seed]) for seed in sorted(common)]
-        goal = (
-        goal = f"lead over half-width at {millions(tokens)} tokens: a third of its KL, in %"
-        )
-        if shares:
+        pairs = pairs_of(records, tokens, "smk", "half-width")
+        leads = zip(leads_of(pairs, "report"), pairs, strict=True)
+        if shares := [100 * lead / b["report"]["kl_at_k"] for lead, (_, b) in leads]:
+            goal = f"lead over half-width at {millions(tokens)} tokens, % of its KL: at least 33"
             yield line(goal, shares, 0, fmean(shares) >= 100 * LEAD_GOAL)
 
 
@@ -224,8 +213,8 @@ def rates(records: Sequence[Record]) -> Iterator[str]:
     tried = by_arm([r for r in records if r["gate_rate"] == 1])
     tried = {key: runs for key, runs in tried.items() if len({r["rate"] for r in runs}) > 1}
     factors = sorted({r["rate"] for runs in tried.values() for r in runs})
-    yield f"| tokens | arm | {' | '.join(f'rate x {factor:g}' for factor in factors)} |"
-    yield f"|{'---|' * (len(factors) + 2)}"
+    yield f"| tokens | arm | {' | '.join(f'rate x {factor:g}' for factor in factors)} | chosen |"
+    yield f"|{'---|' * (len(factors) + 3)}"
     for (tokens, arm), runs in sorted(tried.items()):
         # A seed that has all rates compares them; others would mix in their own spread.
         shared = set.intersection(
@@ -239,6 +228,7 @@ def rates(records: Sequence[Record]) -> Iterator[str]:
                 if r["rate"] == factor and r["seed"] in shared
             ]
             cells.append(spread(kl, 3) if kl else "")
+        cells.append(f"x {best_runs(records, tokens, arm)[0]['rate']:g}")
         yield f"| {millions(tokens)} | {arm} | {' | '.join(cells)} |"
 
 

@@ -43,7 +43,9 @@ K_TEXT = 4
 def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Tensor] | None:
     """The partition, read from the folder if a run of the same teacher, text and seed left it."""
     experts = config.experts
-    key = f"{experts.init}-{experts.num_experts}-{experts.calibration_tokens}-{config.train.seed}"
+    parts = (experts.init, experts.num_experts, experts.calibration_tokens, config.train.seed)
+    # A learned partition is cut for a number of active experts.
+    key = "-".join(map(str, (*parts, f"{config.router.target_k:g}")))
     path = folder / f"order-{key}.safetensors"
     if path.is_file():
         stored = load_file(path)

@@ -5,8 +5,10 @@ import math
 
 import pytest
 
-from experiments import arms, low_rank, split_text
-from experiments.arms_table import at_k, table
+from experiments import arms, arms_findings, low_rank, split_text
+from experiments.arms_law import law_of
+from experiments.arms_table import Job, at_k, table
+from experiments.blockwise import tiny_teacher
 from repository import run_module
 from tiny_onn.config.read import load_config
 from tiny_onn.data.stream import is_held_out
@@ -49,7 +51,7 @@ def test_what_is_reported_is_read_by_no_run(tmp_path):
     assert not is_held_out(last, 0.05)
 
 
-def record(rate, chosen, reported):
+def record(rate, chosen, reported, *, arm="smk", seed=0, tokens=1_998_848):
     report = {
         "forward_kl": reported,
         "mean_k": 16.1,
@@ -58,8 +60,11 @@ def record(rate, chosen, reported):
         "teacher_perplexity": 8.0,
     }
     return {
-        "arm": "smk",
-        "tokens": 9,
+        "arm": arm,
+        "seed": seed,
+        "asked_tokens": tokens,
+        "tokens": tokens,
+        "target_k": 16.0,
         "rate": rate,
         "gate_rate": 1.0,
         "choose": {"before": {"forward_kl": 1.0}, "after": {"forward_kl": chosen}},
@@ -69,15 +74,81 @@ def record(rate, chosen, reported):
 
 
 def test_an_arm_that_ends_farther_than_it_began_has_no_numbers():
-    (*_, line) = table([record(1.0, 1.5, 1.4)], [*arms.ARMS])
+    (*_, line) = table([record(1.0, 1.5, 1.4)])
     assert "| diverged |" in line
     assert "1.4" not in line
 
 
 def test_a_rate_is_chosen_on_other_text_than_it_is_reported_on():
-    lines = [*table([record(1.0, 0.2, 0.5), record(2.0, 0.1, 0.6)], [*arms.ARMS])]
+    lines = [*table([record(1.0, 0.2, 0.5), record(2.0, 0.1, 0.6)])]
     assert len(lines) == 3
-    assert "| 2, 1 of 2 | 1 | 0.6000 |" in lines[-1]
+    assert "| 1 | x 2 of 2 | 0.6000 |" in lines[-1]
+
+
+def test_a_rate_that_one_seed_tried_does_not_stand_for_an_arm_with_two():
+    runs = [record(1.0, 0.2, 0.5, seed=seed) for seed in range(2)]
+    (*_, line) = table([*runs, record(2.0, 0.1, 0.6)])
+    assert "| 2 | x 1 of 2 | 0.5000 ± 0.0000 |" in line
+    (*_, line) = arms_findings.rates([*runs, record(2.0, 0.1, 0.6)])
+    assert line == "| 2M | smk | 0.200 | 0.100 | x 1 |"
+
+
+def findings(leads):
+    records = [record(1.0, 0.2, 0.2, seed=seed) for seed in range(len(leads))]
+    records += [
+        record(1.0, 0.2, 0.2 + lead, arm="half-width", seed=seed) for seed, lead in enumerate(leads)
+    ]
+    return {name: [*lines] for name, lines in arms_findings.sections(records, []).items()}
+
+
+def test_a_lead_is_established_by_three_seeds_and_an_interval_without_zero():
+    sure = findings([0.10, 0.11, 0.12])
+    assert "| 2M | 0.110 | 0.085 to 0.135 | 0.100, 0.110, 0.120 |" in sure["established"][-1]
+    assert len(sure["open"]) == 2
+    for leads in ([0.10, 0.11], [0.03, 0.004, 0.005]):
+        unsure = findings(leads)
+        assert len(unsure["established"]) == 2
+        assert "| smk | half-width |" in unsure["open"][-1]
+
+
+def test_a_diverged_run_is_compared_with_nothing():
+    records = [record(1.0, 0.2, 0.2), record(1.0, 4.8, 4.7, arm="half-width")]
+    assert [*arms_findings.compared(records)] == []
+
+
+def test_a_planted_law_is_found_with_its_interval():
+    lengths = (499_712, 1_998_848, 20_000_768)
+    exact = [
+        record(1.0, 0.1, 0.25 * (n / 1e6) ** -0.3, tokens=n, seed=seed)
+        for n in lengths
+        for seed in range(2)
+    ]
+    law = law_of(exact, "smk")
+    assert law is not None
+    assert (law.scale, law.exponent) == pytest.approx((0.25, 0.3))
+    assert law.half == pytest.approx(0, abs=1e-9)
+    assert law.local() == pytest.approx([0.3, 0.3])
+    assert "KL 0.06 takes 116M tokens" in law.sentence()
+    assert law_of(exact[:2], "smk") is None
+
+
+def test_a_plan_lists_runs_in_order_and_once():
+    defaults = {"arms": ["smk"], "tokens": 9, "seeds": [0], "rates": [1.0], "gate_rates": [1.0]}
+    plan = [{"tokens": 99}, {"seeds": [1, 0], "arms": ["low-rank", "smk"]}, {}]
+    assert arms.planned(plan, defaults) == [
+        Job("smk", 99, 0, 1.0, 1.0),
+        *(Job(arm, 9, seed, 1.0, 1.0) for seed in (1, 0) for arm in ("low-rank", "smk")),
+    ]
+    with pytest.raises(SystemExit, match="rate_s"):
+        arms.planned([{"rate_s": [1]}], defaults)
+    with pytest.raises(SystemExit, match="smok"):
+        arms.planned([{"arms": ["smok"]}], defaults)
+
+
+def test_the_committed_plan_lists_runs_that_can_be_made():
+    lines = [*arms_findings.missing([])]
+    assert lines[0].startswith("Runs of the plan")
+    assert len(lines) > 2
 
 
 def test_thin_matrices_cost_no_more_than_the_share():
@@ -97,3 +168,16 @@ def test_runs_leave_their_lines_and_are_not_made_again(tmp_path):
     again = run_module("experiments.arms", *options)
     assert (tmp_path / "arms.jsonl").read_text().splitlines() == lines
     assert first.splitlines()[-4:] == again.splitlines()[-4:]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path):
+    teacher = tiny_teacher(tmp_path / "teacher")
+    options = ["--smoke", "--teacher", teacher, "--out", tmp_path / "out", "--arms", "smk"]
+    options += ["--tokens", "1000000"]
+    stopped = run_module("experiments.arms", *options, "--stop-after", "45")
+    assert "smk-1000000-x1-g1-s0: stopped; the same command goes on with it" in stopped
+    (checkpoint,) = (tmp_path / "out" / "runs").glob("*/checkpoints/step-*")
+    again = run_module("experiments.arms", *options, "--stop-after", "45")
+    assert "failed" not in again
+    assert not checkpoint.exists()
