@@ -16,6 +16,8 @@ from tiny_onn.model.expert_path import set_objective
 from tiny_onn.teacher.cache import encoded
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# Compiling warns of what it does, and the backward pass opens the GPU in a thread of its own.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TOKENS = 512
 ROWS = ([100, 200, 212], [512], [90, 300, 122], [512], [60] * 8, [512], [2, 510], [500])
 

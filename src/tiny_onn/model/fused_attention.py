@@ -135,7 +135,8 @@ def _listed(chosen_NN: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many blocks each row of a matrix chooses, and their columns, chosen ones first."""
     counts_N = chosen_NN.sum(1, dtype=torch.int32)
     columns_NN = (~chosen_NN).int().argsort(dim=1, stable=True).int()
-    return counts_N[None, None], columns_NN[None, None]
+    # The kernels step through a row's columns without a look at their stride.
+    return counts_N[None, None], columns_NN.contiguous()[None, None]
 
 
 def _capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
