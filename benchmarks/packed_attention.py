@@ -4,10 +4,10 @@
 
 With `train.deterministic` the backward pass of torch's variable length flash kernel gives each
 document as many blocks of the GPU as if all documents were of one length, so that a row with one
-long document among several keeps few of them busy. FlexAttention, compiled for a block mask of
-the documents, adds up in a fixed order. The heads are those of two models; the rows hold one
-document, three, eleven of which one is half of the row, and 24 of about one length. Bounds are
-rounded as training rounds them, and tensors lie token by token, as projections leave them.
+long document among several keeps few of them busy. FlexAttention, which training runs, is compiled
+for a block mask of the documents and adds up in a fixed order. The heads are those of two models;
+the rows hold one document, three, eleven of which one is half of the row, and 24 of about one
+length. Tensors lie token by token, as projections leave them.
 
 Parity comes first, of outputs and of gradients in bfloat16 against the flash kernel, and what is
 deterministic has to repeat its gradients' bits. `mask_ms` is the time that the host takes to make
@@ -27,16 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.common import check, measure, relative_gap
 from benchmarks.registry import Goal, Option, Result, benchmark
-from tiny_onn.data.packing import build_row
+from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.device import ask_for_same_bits
-from tiny_onn.distill.row_graphs import rounded
-from tiny_onn.model.attention import loop_attention, varlen_attention, varlen_supported
+from tiny_onn.model.attention import loop_attention
+from tiny_onn.model.fused_attention import DocumentBlocks, varlen_attention, varlen_supported
 
-BLOCK_TOKENS = 128
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 # Query heads, heads of keys and values, channels of a head.
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Qwen3-0.6B": (16, 8, 128), "tiny": (4, 2, 16)}
@@ -47,43 +45,6 @@ DETERMINISTIC = {"flash": False, "flash deterministic": True, "flex": True, "loo
 WARMUP = 2
 # As many calls are launched without a wait between them: the GPU is timed, not the launches.
 CALLS = 8
-
-
-def document_mask(cu_seqlens: Tensor, tokens: int) -> BlockMask:
-    """The causal mask of a row's documents, by arithmetic on their bounds.
-
-    `create_block_mask` would evaluate every pair of tokens. It gives the same blocks.
-
-    Args:
-        cu_seqlens: Document bounds 0, ..., tokens; documents may hold no token.
-        tokens: Length of the row, in any number of blocks, the last of which need not be full.
-    """
-    t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    start_T = cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1].int()
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (k >= start_T[q])
-
-    # Blocks of queries against blocks of keys. A query block sees keys from its first token's
-    # document on, and all of its tokens see the keys from its last token's document on.
-    first_N1 = start_T[::BLOCK_TOKENS, None] // BLOCK_TOKENS
-    j = torch.arange(len(first_N1), device=start_T.device)
-    i_N1 = j[:, None]
-    full_NN = j * BLOCK_TOKENS >= start_T[((i_N1 + 1) * BLOCK_TOKENS - 1).clamp(max=tokens - 1)]
-    # A block that the row's end cuts is not full.
-    full_NN &= (j < i_N1) & ((i_N1 + 1) * BLOCK_TOKENS <= tokens)
-    partial_NN = (j >= first_N1) & (j <= i_N1) & ~full_NN
-    listed = [
-        values[None, None]
-        for blocks_NN in (partial_NN, full_NN)
-        for values in (
-            blocks_NN.sum(1, dtype=torch.int32),
-            (~blocks_NN).int().argsort(dim=1, stable=True).int(),
-        )
-    ]
-    return BlockMask.from_kv_blocks(
-        *listed, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=visible, seq_lengths=(tokens, tokens)
-    )
 
 
 @contextmanager
@@ -105,19 +66,16 @@ class Case:
     lengths: tuple[int, ...]
     leaves: tuple[Tensor, ...]
     grad: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    flex: Callable[..., Any]
-    """`flex_attention`, compiled for the GPU's times."""
+    row: PackedRow
 
     @property
     def name(self) -> str:
         """What the case is, for the names of ratios."""
         return "{model}, {tokens} tokens, documents={documents}".format(**self.label)
 
-    def mask(self) -> BlockMask:
+    def mask(self) -> object:
         """The block mask, made anew."""
-        return document_mask(self.cu_seqlens, sum(self.lengths))
+        return DocumentBlocks(self.row.position_ids).mask()
 
     def forward_of(self, way: str) -> Callable[[], Tensor]:
         """Attention in one of the ways, of shape (1, tokens, heads, channels)."""
@@ -126,9 +84,9 @@ class Case:
             bounds = tuple(itertools.accumulate(self.lengths, initial=0))
             return partial(loop_attention, q, k, v, bounds)
         if way != "flex":
-            return partial(varlen_attention, q, k, v, self.cu_seqlens, self.max_seqlen)
-        run = partial(self.flex, q, k, v, block_mask=self.mask(), enable_gqa=True)
-        return lambda: run().transpose(1, 2).contiguous()
+            bounds = (self.row.cu_seqlens, self.row.max_seqlen)
+            return partial(varlen_attention, q, k, v, *bounds)
+        return partial(DocumentBlocks(self.row.position_ids).attend, q, k, v)
 
     def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
         """Gradients of queries, keys and values."""
@@ -142,17 +100,11 @@ class Case:
         return {"output": out, **dict(zip(("query", "key", "value"), gradients, strict=False))}
 
 
-def make_case(
-    model: str,
-    lengths: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
-    flex: Callable[..., Any] = flex_attention,
-) -> Case:
+def make_case(model: str, lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Case:
     """Random tensors of a model's heads for a row of documents."""
     heads, kv_heads, channels = HEADS[model]
     documents = [[0] * length for length in lengths]
-    row, _ = rounded(build_row(documents, row_tokens=sum(lengths), pad_token_id=0))
+    row = build_row(documents, row_tokens=sum(lengths), pad_token_id=0)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(num_heads: int) -> Tensor:
@@ -166,9 +118,7 @@ def make_case(
         lengths=tuple(lengths),
         leaves=tuple(leaf.requires_grad_(device.type != "cpu") for leaf in leaves),
         grad=random(heads),
-        cu_seqlens=row.cu_seqlens.to(device),
-        max_seqlen=row.max_seqlen,
-        flex=flex,
+        row=row.to(device),
     )  # fmt: skip
 
 
@@ -245,11 +195,12 @@ def run(arguments: argparse.Namespace) -> Result:
     functorch_config.donated_buffer = False
     smoke, device = arguments.smoke, torch.device(arguments.device)
     dtype = torch.float32 if smoke else torch.bfloat16
-    flex = flex_attention if smoke else torch.compile(flex_attention, dynamic=False)
+    # Compiling costs a smoke run more than all else.
+    torch.compiler.set_stance("force_eager" if smoke else "default")
     rows, ratios, gaps, skipped = [], {}, {}, {}
     mixes = SMOKE_ROWS if smoke else ROWS
     for model, lengths in itertools.product(arguments.models, mixes):
-        case = make_case(model, lengths, device, dtype, flex)
+        case = make_case(model, lengths, device, dtype)
         ways = ["flash", "flash deterministic", "flex"]
         if not varlen_supported(case.leaves[0], case.leaves[2]):
             ways = ["loop", "flex"]

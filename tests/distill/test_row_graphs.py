@@ -10,16 +10,16 @@ from tiny_onn.config.read import load_config
 from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import build_row
 from tiny_onn.device import prepare_device
-from tiny_onn.distill import row_graphs
 from tiny_onn.distill.assembly import assemble
-from tiny_onn.distill.row_graphs import MIN_LENGTH, rounded
 from tiny_onn.distill.step import distill_step
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.teacher.cache import encoded
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# Compiling warns of what it does, and the backward pass opens the GPU in a thread of its own.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TOKENS = 512
-ROWS = ([100, 200, 212], [512], [90, 300, 122], [512], [200, 200, 112], [512], [512], [512])
+ROWS = ([100, 200, 212], [512], [90, 300, 122], [512], [60] * 8, [512], [2, 510], [500])
 
 
 def rows_of(*documents):
@@ -29,19 +29,6 @@ def rows_of(*documents):
             torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths
         ]
         yield build_row(fragments, row_tokens=TOKENS, pad_token_id=0)
-
-
-def test_documents_and_length_are_rounded_up_and_name_no_new_document():
-    (row,) = rows_of([100, 200, 150])
-    wide, key = rounded(row)
-    assert key == (4, MIN_LENGTH)
-    assert wide.cu_seqlens.tolist() == [0, 100, 300, 450, TOKENS]
-    assert wide.max_seqlen == MIN_LENGTH
-    (row,) = rows_of([30] * 8)
-    assert rounded(row)[0].cu_seqlens.tolist()[8:] == [240] + [TOKENS] * 8
-    (whole,) = rows_of([TOKENS])
-    assert rounded(whole)[1] == (1, TOKENS)
-    assert rounded(whole)[0].cu_seqlens.tolist() == [0, TOKENS]
 
 
 def train(settings, rows, rows_per_step, graphs):
@@ -102,29 +89,28 @@ RECIPES = {
 
 
 @gpu
-@pytest.mark.parametrize("checkpointing", ["none", "layer", "selective"])
+@pytest.mark.compiled
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_graphs_change_no_bit(recipe, checkpointing, monkeypatch):
+def test_graphs_change_no_bit(recipe, checkpointing):
     if recipe.startswith("sparse"):
         pytest.importorskip("triton")
-    assert_graphs_change_no_bit(
-        [f"train.checkpointing={checkpointing}", *RECIPES[recipe]],
-        list(rows_of(*ROWS)),
-        monkeypatch,
-    )
+    settings = [f"train.checkpointing={checkpointing}", *RECIPES[recipe]]
+    assert_graphs_change_no_bit(settings, list(rows_of(*ROWS)))
 
 
 @gpu
+@pytest.mark.compiled
 @pytest.mark.parametrize("states_format", ["bfloat16", "int8"])
-def test_graphs_read_the_stored_states_of_every_row(states_format, monkeypatch):
+def test_graphs_read_the_stored_states_of_every_row(states_format):
     rows = []
     for seed, row in enumerate(rows_of(*ROWS)):
         states_TD, scales = encoded(normal(TOKENS, 64, seed=seed), states_format)
         rows.append(replace(row, teacher_states=states_TD, teacher_scales=scales))
-    assert_graphs_change_no_bit(RECIPES["card"], rows, monkeypatch)
+    assert_graphs_change_no_bit(RECIPES["card"], rows)
 
 
-def assert_graphs_change_no_bit(recipe, rows, monkeypatch):
+def assert_graphs_change_no_bit(recipe, rows):
     """Steps of one row and of two give the same bits with graphs and without."""
     settings = [
         "experts.num_experts=4",
@@ -132,19 +118,15 @@ def assert_graphs_change_no_bit(recipe, rows, monkeypatch):
         "experts.gate_init=random",
         "router.target_k=2.0",
         f"data.row_tokens={TOKENS}",
-        "train.compile=false",
         "loss.chunk_tokens=128",
         *recipe,
     ]
+    torch._dynamo.reset()
     for rows_per_step in (1, 2):
-        with monkeypatch.context() as patch:
-            patch.setattr(row_graphs, "MAX_GRAPHS", 0)
-            plain, weights, passes = train(settings, rows, rows_per_step, graphs=True)
-            assert not passes._graphs
+        plain, weights, passes = train(settings, rows, rows_per_step, graphs=False)
+        assert passes._graph is None
         graphed, others, passes = train(settings, rows, rows_per_step, graphs=True)
-        assert len(passes._graphs) == 2
-        without, _, _ = train(settings, rows, rows_per_step, graphs=False)
-        torch.testing.assert_close(graphed[0], without[0], rtol=1e-2, atol=1e-3)
+        assert passes._graph is not None
         for step, (ours, theirs) in enumerate(zip(graphed, plain, strict=True)):
             for one, other in zip(ours, theirs, strict=True):
                 assert torch.equal(one, other), step

@@ -254,18 +254,17 @@ class SplitOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Step parameters in place; those with a unit as multiples of it."""
         parts: list[Any] = [local_part(p) for p in parameters]
-        units = [self.unit(p) for p in parameters]
         states = [self.state[p] for p in parameters]
-        for part, unit in zip(parts, units, strict=True):
-            if unit is not None:
-                in_units_(part, part.grad, unit)
+        units = {part: unit for p, part in zip(parameters, parts, strict=True)
+                 if (unit := self.unit(p)) is not None}  # fmt: skip
+        in_units_([*units], [part.grad for part in units], [*units.values()])
         for state in states:
             state.pop("unit", None)
         _step(stepper, group, parts, states)
-        for part, unit, state in zip(parts, units, states, strict=True):
-            if unit is not None:
-                out_of_units_(part, unit)
-                state["unit"] = unit
+        out_of_units_([*units], [*units.values()])
+        for part, state in zip(parts, states, strict=True):
+            if part in units:
+                state["unit"] = units[part]
 
     def _step_of_copy(
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
@@ -278,10 +277,10 @@ class SplitOptimizer(torch.optim.Optimizer):
         state.pop("unit", None)
         num_roundings = int(state.pop("num_roundings", 0))
         if unit is not None:
-            in_units_(master.data, gradient, unit)
+            in_units_([master.data], [gradient], [unit])
         _step(stepper, group, [master], [state])
         if unit is not None:
-            out_of_units_(master.data, unit)
+            out_of_units_([master.data], [unit])
             state["unit"] = unit
         if p.dtype != torch.bfloat16:
             weight.copy_(master)

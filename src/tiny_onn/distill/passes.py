@@ -14,6 +14,7 @@ from tiny_onn.distill.hidden_states import unexplained_variance
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
+from tiny_onn.model.fused_attention import DocumentBlocks, block_obstacle
 from tiny_onn.model.hooks import layer_outputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import DistillValues, distill
@@ -43,7 +44,6 @@ def row_passes(
     *,
     num_rows: int = 1,
     clock: Clock | None = None,
-    attention: dict[str, Any] | None = None,
 ) -> RowValues:
     """Add a row's gradients to the parameters and its routing to `gates`.
 
@@ -57,11 +57,9 @@ def row_passes(
         num_rows: Number of rows of the update, over which losses that are no sums over tokens are
             averaged.
         clock: Adds up the phases' times; None: a clock that does not wait for a GPU.
-        attention: The keyword arguments by which models learn of the row's documents; None: those
-            of `packed_kwargs`.
     """
     banks, heads = student.banks(), (head_of(student), head_of(teacher))
-    kwargs = packed_kwargs(row) if attention is None else attention
+    kwargs = _document_kwargs(student, row, config)
     match_states, clock = config.loss.states_coef > 0, clock or Clock(row.input_ids.device)
     states_error = None
     outputs = layer_outputs(teacher, match_states)
@@ -91,6 +89,16 @@ def row_passes(
                 extra_loss = extra_loss + config.loss.states_coef * error
             (loss_T.sum() / gates.scales.loss_tokens + extra_loss / num_rows).backward()
     return RowValues(sums_4=sums_4, token_losses_T=loss_T.detach(), states_error=states_error)
+
+
+def _document_kwargs(
+    student: TinyOnnForCausalLM, row: PackedRow, config: RunConfig
+) -> dict[str, Any]:
+    """Return the keyword arguments by which both models learn of the row's documents."""
+    if block_obstacle(student, config.train, row.input_ids.numel()) is not None:
+        return packed_kwargs(row)
+    blocks = DocumentBlocks(row.position_ids)
+    return {"position_ids": row.position_ids, "document_blocks": blocks}
 
 
 def _sums(values: DistillValues, mask_T: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def distill_step(
     sums_4, measured = torch.zeros(4, device=device), []
     clock = clock or Clock(device)
     run_passes = passes or partial(row_passes, student, teacher)
-    student.train()
+    if not student.training:
+        student.train()
     with undone_if_broken(gates, optimizer):
         for row in (row.to(device) for row in world.mine(rows)):
             values = run_passes(row, gates, config, num_rows=len(rows), clock=clock)

@@ -13,7 +13,7 @@ place of the current one, so that a step's size does not feed on the steps befor
 Legend: E experts, I expert width, D hidden.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -53,37 +53,41 @@ def norm_in_units(
     return (_norm(gradient, stacked=unit.ndim > 0) * unit).reshape(-1)
 
 
-def in_units_(weight: Tensor, gradient: Tensor, unit: Tensor) -> None:
-    """Turn a weight and its gradient, in place, into those of the weight divided by its unit.
+def in_units_(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], units: Sequence[Tensor]
+) -> None:
+    """Turn weights and their gradients, in place, into those of the weights divided by their units.
 
     Args:
-        weight: The weight as it is stored, or gate and up weights neuron by neuron, (2, E, I, D).
-        gradient: The loss' gradient, of the same shape.
-        unit: The weight's unit.
+        weights: Weights as they are stored, or gate and up weights neuron by neuron, (2, E, I, D).
+        gradients: The loss' gradients, of the same shapes.
+        units: The weights' units.
     """
     # The quotient times the unit is the weight again, but for a rounding that does not repeat. The
     # product with 1 / unit could drift by a rounding at every step.
-    for tensor, operation in ((weight, "div_"), (gradient, "mul_")):
-        view, factor = _broadcast(tensor, unit)
-        getattr(view, operation)(factor)
+    if weights:
+        torch._foreach_div_(*_broadcast(weights, units))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(*_broadcast(gradients, units))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def out_of_units_(weight: Tensor, unit: Tensor) -> None:
-    """Multiply a weight, in place, by its unit."""
-    view, factor = _broadcast(weight, unit)
-    view.mul_(factor)
+def out_of_units_(weights: Sequence[Tensor], units: Sequence[Tensor]) -> None:
+    """Multiply weights, in place, by their units."""
+    if weights:
+        torch._foreach_mul_(*_broadcast(weights, units))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _broadcast(tensor: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a view of the tensor and a view of the unit that broadcasts to it."""
-    if unit.ndim == 0:
-        return tensor, unit
-    halves_first = tensor.ndim == 4
-    return (
-        (tensor, unit[:, None, None, None])
-        if halves_first
-        else (tensor.unflatten(1, (2, -1)), unit[:, None, None])
-    )
+def _broadcast(
+    tensors: Sequence[Tensor], units: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return views of tensors and views of their units that broadcast to them."""
+    views, factors = [], []
+    for tensor, unit in zip(tensors, units, strict=True):
+        halves_last = unit.ndim > 0 and tensor.ndim < 4
+        views.append(tensor.unflatten(1, (2, -1)) if halves_last else tensor)
+        factors.append(
+            unit if unit.ndim == 0 else unit.view(2, 1, 1, *(() if halves_last else (1,)))
+        )
+    return views, factors
 
 
 def _norm(tensor: Tensor, *, stacked: bool) -> Tensor:

@@ -9,7 +9,8 @@ Bounds travel as keyword arguments of the model's forward, down to each layer, a
 gradient checkpointing: `cu_seq_lens_q` and `max_length_q` as for flash attention, and
 `document_bounds`, the same numbers on the host. `packed_kwargs` makes them all from a row, with
 at most one device sync a row; no layer ever syncs. Without bounds each batch row is one document.
-Restarting position ids alone do not separate documents.
+Restarting position ids alone do not separate documents. Rows that are trained on say it all by one
+argument, `document_blocks`, and take FlexAttention (`fused_attention.py`).
 
 Cost: FLOPs grow with the sum of the documents' squared lengths. CUDA in half precision runs torch's
 variable length flash kernel; everything else loops over documents, with score blocks of at most
@@ -21,7 +22,6 @@ and attention sinks are refused.
 Shapes: B batch, T tokens, H query heads, G key/value heads, C channels of one head.
 """
 
-import inspect
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,19 +29,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from tiny_onn.errors import UserError
+from tiny_onn.model.fused_attention import DocumentBlocks, varlen_attention, varlen_supported
 from tiny_onn.ops.precision import in_autocast_format
 
 DOCUMENT_ATTENTION = "tiny_onn_documents"
 QUERY_BLOCK_TOKENS = 1024
 
-# The kernel's options differ between torch releases: enable_gqa is newer than window_size.
-VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 # Some families change the scores by these arguments, in ways that are not computed here.
 _UNSUPPORTED = ("position_bias", "s_aux", "sinks", "indices", "block_indices", "output_attentions")
 
@@ -102,6 +100,7 @@ def document_attention(
     cu_seq_lens_q: Int[Tensor, " bounds"] | None = None,
     max_length_q: int | None = None,
     document_bounds: Int[Tensor, " host_bounds"] | None = None,
+    document_blocks: DocumentBlocks | None = None,
     **kwargs: object,
 ) -> tuple[Float[Tensor, "batch tokens heads value_dim"], None]:
     """Compute causal self-attention inside each document, in the form that transformers calls.
@@ -123,6 +122,7 @@ def document_attention(
         max_length_q: Number of tokens of the longest document.
         document_bounds: `cu_seq_lens_q` on the host. It is optional where that tensor is on the
             CPU or the flash kernel runs.
+        document_blocks: The row's documents for the kernel that training runs, in place of bounds.
         kwargs: Further arguments of the family, refused if they would change the result.
 
     Returns:
@@ -135,71 +135,22 @@ def document_attention(
         module, query, key, attention_mask=attention_mask, dropout=dropout, kwargs=kwargs
     )
     query, key, value = (in_autocast_format(x) for x in (query, key, value))
+    options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window}
+    if document_blocks is not None:
+        return document_blocks.attend(query, key, value, softcap=softcap, **options), None
     bounds = _host_bounds(query, cu_seq_lens_q, document_bounds)
     if softcap is None and varlen_supported(query, value):
         cu_seqlens = _device_bounds(query, cu_seq_lens_q, bounds)
         if max_length_q is None:
             max_length_q = max(b - a for a, b in pairwise(bounds or (0, query.shape[2])))
-        options = {"scaling": scaling, "sliding_window": sliding_window}
         return varlen_attention(query, key, value, cu_seqlens, max_length_q, **options), None
     if bounds is None and cu_seq_lens_q is not None:
         raise UserError(
             f"document_bounds: got none with cu_seq_lens_q on {cu_seq_lens_q.device}, expected "
             "them on the host too; build the arguments with packed_kwargs"
         )
-    options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+    options["softcap"] = softcap
     return loop_attention(query, key, value, bounds or (0, query.shape[2]), **options), None
-
-
-def varlen_supported(
-    query: Float[Tensor, "batch heads tokens head_dim"],
-    value: Float[Tensor, "batch kv_heads tokens value_dim"],
-) -> bool:
-    """Return whether torch's variable length flash kernel takes these inputs, with gradients."""
-    head_dim = query.shape[-1]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and value.shape[-1] == head_dim
-        and head_dim % 8 == 0
-        # The kernel's backward pass lacks head sizes 200 to 224 on consumer cards.
-        and (head_dim <= 192 or head_dim == 256)
-        and {"scale", "window_size"} <= VARLEN_OPTIONS
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
-def varlen_attention(
-    query: Float[Tensor, "batch heads tokens head_dim"],
-    key: Float[Tensor, "batch kv_heads tokens head_dim"],
-    value: Float[Tensor, "batch kv_heads tokens head_dim"],
-    cu_seqlens: Int[Tensor, " bounds"],
-    max_seqlen: int,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-) -> Float[Tensor, "batch tokens heads head_dim"]:
-    """Compute `loop_attention` without softcap in one flash kernel, for CUDA in half precision.
-
-    Bounds count through the batch's rows laid end to end, and are on the device.
-    """
-    # The kernel takes fewer key heads than query heads; newer releases want to be told.
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
-    q_THC, k_TGC, v_TGC = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out_THC = varlen_attn(
-        q_THC,
-        k_TGC,
-        v_TGC,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        **options,
-    )
-    assert isinstance(out_THC, Tensor)
-    return out_THC.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 def loop_attention(

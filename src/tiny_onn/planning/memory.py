@@ -23,8 +23,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from tiny_onn.config.schema import RunConfig
-from tiny_onn.model.attention import VARLEN_OPTIONS
 from tiny_onn.model.expert_path import sparse_entry
+from tiny_onn.model.fused_attention import VARLEN_OPTIONS
 from tiny_onn.ops.distillation_loss import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.ops.loss_chunks import auto_chunk_tokens
 from tiny_onn.planning.costs import Parameters, Sizes
