@@ -36,14 +36,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.arms_runs import run, run_low_rank
-from experiments.arms_table import Job, job_of, show, table
-from experiments.blockwise import tiny_teacher
+from experiments.arms_table import RECORDS, Job, job_of, read_records, show, table
 from experiments.options import parser
 from experiments.split_text import Parts, split
 from tiny_onn.config.read import load_config
 
-RECORDS = "arms.jsonl"
 TOKENS = 1_998_848
 PLANNED = ("arms", "tokens", "seeds", "rates", "gate_rates")
 BASE = (
@@ -126,11 +123,6 @@ def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[s
     ]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of the record, none if there is none."""
-    return [*map(json.loads, path.read_text("utf-8").splitlines())] if path.is_file() else []
-
-
 def planned(plan: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> list[Job]:
     """The runs of a plan in its order, each once; what an entry lacks comes from the defaults."""
     jobs: dict[Job, None] = {}
@@ -151,15 +143,22 @@ def jobs_left(arguments: argparse.Namespace) -> list[Job]:
     return [job for job in jobs if job not in done]
 
 
-def start(job: Job, slot: int, arguments: argparse.Namespace, argv: Sequence[str]) -> Any:
+def start(job: Job, slot: int, arguments: argparse.Namespace, parts: Parts) -> Any:
     """The process of a run, in one of the `--jobs` places."""
     env = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     # Each process would start as many workers of the compiler as the machine has cores.
     workers = max(1, (os.cpu_count() or 1) // arguments.jobs)
     env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
     if arguments.gpus:
-        env["CUDA_VISIBLE_DEVICES"] = str(arguments.gpus[slot % len(arguments.gpus)])
-    line = [sys.executable, "-m", "experiments.arms", *argv, "--one", json.dumps(asdict(job))]
+        env["CUDA_VISIBLE_DEVICES"] = arguments.gpus[slot % len(arguments.gpus)]
+    asked = {
+        "job": asdict(job),
+        "settings": settings_of(job, arguments, parts),
+        "parts": asdict(parts),
+        "out": arguments.out,
+        "report_tokens": arguments.report_tokens,
+    }
+    line = [sys.executable, "-m", "experiments.arms_runs", json.dumps(asked, default=str)]
     with log_of(job, arguments).open("a", encoding="utf-8") as log:
         return subprocess.Popen(line, stdout=log, stderr=log, env=env)
 
@@ -169,7 +168,7 @@ def log_of(job: Job, arguments: argparse.Namespace) -> Path:
     return arguments.out / "runs" / f"{job.name()}.log"
 
 
-def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+def run_all(arguments: argparse.Namespace, parts: Parts) -> int:
     """Make the runs, at most `--jobs` at once, each in a process; the number that failed."""
     waiting, failed, stopping = jobs_left(arguments), 0, False
     live: dict[Job, tuple[int, Any]] = {}
@@ -181,7 +180,7 @@ def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         while waiting and in_time and len(live) < arguments.jobs:
             job = waiting.pop(0)
             slot = min(set(range(arguments.jobs)) - {slot for slot, _ in live.values()})
-            live[job] = slot, start(job, slot, arguments, argv)
+            live[job] = slot, start(job, slot, arguments, parts)
         if seconds >= arguments.stop_after and not stopping:
             stopping = True
             for _, process in live.values():
@@ -226,46 +225,35 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--stop-after", type=float, default=1e9, help="then runs are stopped")
     options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
     options.add_argument("--table", action="store_true", help="only print the table")
-    options.add_argument("--one", help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.smoke:
-            argv = smoke_options(arguments, argv, Path(temporary))
-            arguments = options.parse_args(argv)
+            fill_in(arguments, Path(temporary))
         if arguments.out is None or (arguments.text is None and not arguments.table):
             options.error("--out and --text are needed, except with --smoke")
-        arguments.out, text = arguments.out.absolute(), Path(arguments.text or "")
-        if arguments.one:
-            parts = split(text, arguments.out, arguments.unseen_sources)
-            job = Job(**json.loads(arguments.one))
-            make = run_low_rank if job.arm == "low-rank" else run
-            settings = settings_of(job, arguments, parts)
-            record = make(job, settings, parts, arguments.out, arguments.report_tokens)
-            with (arguments.out / RECORDS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            return 0
-        failed = 0
+        arguments.out, failed = arguments.out.absolute(), 0
         if not arguments.table:
             arguments.out.mkdir(parents=True, exist_ok=True)
-            split(text, arguments.out, arguments.unseen_sources)
-            failed = run_all(arguments, argv)
+            parts = split(arguments.text, arguments.out, arguments.unseen_sources)
+            failed = run_all(arguments, parts)
         print("\n".join(table(read_records(arguments.out / RECORDS))))
     return failed
 
 
-def smoke_options(arguments: argparse.Namespace, argv: Sequence[str], folder: Path) -> list[str]:
-    """The command line with what a tiny run needs, as far as it is not given."""
-    argv = list(argv)
+def fill_in(arguments: argparse.Namespace, folder: Path) -> None:
+    """Give a tiny run what it needs, as far as it is not given."""
     if arguments.text is None:
-        text = folder / "text.jsonl"
+        arguments.text = folder / "text.jsonl"
         lines = [f"{n}. The {n % 7} foxes jump over {n % 5} lazy dogs. " * 8 for n in range(400)]
-        text.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
-        argv += ["--text", str(text)]
+        arguments.text.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
     if arguments.teacher == "embedded":
-        argv += ["--teacher", str(tiny_teacher(folder / "teacher"))]
+        # Whoever only starts runs shall not wait for torch.
+        from experiments.blockwise import tiny_teacher  # noqa: PLC0415
+
+        arguments.teacher = tiny_teacher(folder / "teacher")
     if arguments.out is None:
-        argv += ["--out", str(folder / "out")]
-    return [*argv, "--report-tokens", "128"]
+        arguments.out = folder / "out"
+    arguments.report_tokens = 128
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""One run of `arms.py`: a student, or the dense rival of thin matrices, and what is measured."""
+"""One run of `arms.py`: a student, or the dense rival of thin matrices, and what is measured.
 
+`arms.py` starts it as a process and hands over the run as JSON.
+"""
+
+import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -15,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.common import environment
 from experiments import low_rank
-from experiments.arms_table import Job, at_k
+from experiments.arms_table import RECORDS, Job, at_k
 from experiments.budgets import measured as counted_k
 from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
@@ -197,3 +202,19 @@ def run(
         "settings": [*settings],
         "environment": environment(str(pick_device(config.train.device))),
     }
+
+
+def main(request: str) -> int:
+    """Make the run that `arms.py` asks for, and append its line to the records."""
+    asked = json.loads(request)
+    job, out = Job(**asked["job"]), Path(asked["out"])
+    parts = Parts(**{name: path and Path(path) for name, path in asked["parts"].items()})
+    make = run_low_rank if job.arm == "low-rank" else run
+    record = make(job, asked["settings"], parts, out, asked["report_tokens"])
+    with (out / RECORDS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,11 +1,15 @@
 """What a run of `arms.py` leaves: its job, its line on the terminal and its place in the table."""
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+RECORDS = "arms.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,11 @@ class Job:
 def job_of(record: dict[str, Any]) -> Job:
     """The job that left a record."""
     return Job(**{field.name: record[field.name] for field in fields(Job)})
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record, none if there is none."""
+    return [*map(json.loads, path.read_text("utf-8").splitlines())] if path.is_file() else []
 
 
 def at_k(points: Sequence[tuple[float, float]], k: float) -> float:
