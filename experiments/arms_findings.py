@@ -234,7 +234,7 @@ def rates(records: Sequence[Record]) -> Iterator[str]:
 
 def laws(records: Sequence[Record]) -> Iterator[str]:
     """The fitted law of each arm that has several lengths."""
-    for arm in dict.fromkeys(r["arm"] for r in records):
+    for arm in WORDS:
         law = law_of(records, arm)
         if law is not None:
             yield f"- {WORDS[arm][0].upper()}{WORDS[arm][1:]}: {law.sentence()}"

@@ -45,7 +45,7 @@ class Law:
     def sentence(self) -> str:
         """The law in words."""
         lengths = sorted({tokens for tokens, _ in self.points})
-        text = f"KL = {self.scale:.3f} N^-{self.exponent:.3f}, N in millions of tokens"
+        text = f"KL = {self.scale:.3f} N^{-self.exponent:.3f}, N in millions of tokens"
         if self.half is not None:
             text += f" (95 % interval of the exponent {self.exponent - self.half:.2f} to"
             text += f" {self.exponent + self.half:.2f})"
@@ -54,7 +54,7 @@ class Law:
             return f"{text}; two lengths do not show whether it is a law."
         local = ", ".join(f"{value:.2f}" for value in self.local())
         text += f"; between neighbouring lengths the exponent is {local}"
-        needed = 1e6 * (self.scale / REACHED) ** (1 / self.exponent)
+        needed = 1e6 * (self.scale / REACHED) ** (1 / self.exponent) if self.exponent > 0 else 0
         if needed > lengths[-1]:
             text += f"; if it goes on, KL {REACHED:g} takes {needed / 1e6:,.0f}M tokens"
         return f"{text}."

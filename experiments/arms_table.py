@@ -10,6 +10,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 RECORDS = "arms.jsonl"
+# This arm takes its students farther from their teacher, which is a result and no accident.
+HARMFUL = "model card's rule"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,7 @@ def chosen_by(records: Sequence[dict[str, Any]]) -> float:
 
 
 def has_diverged(record: dict[str, Any]) -> bool:
-    """Whether a run ended farther from its teacher than it began."""
+    """Whether a run ended farther from its teacher than it began, other than by its rule."""
     before, after = (record["choose"][name] for name in ("before", "after"))
-    return before is not None and after["forward_kl"] > before["forward_kl"]
+    worse = before is not None and after["forward_kl"] > before["forward_kl"]
+    return worse and record["arm"] != HARMFUL

@@ -35,7 +35,7 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             ends = (min(lengths), max(lengths))
             lines += [{"arm": name, "tokens": t, "kl": digits(law.at(t))} for t in ends]
     shown = [name for name in ARMS.values() if any(dot["arm"] == name for dot in dots)]
-    ticks = [5e5, 2e6, 5e6, 2e7, 1e8]
+    ticks = [5e5, 2e6, 2e7, 1e8]
     values = [row["kl"] for row in dots]
     encoding = {
         "x": {
@@ -54,7 +54,7 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "type": "quantitative",
             "title": "KL to the teacher at k = 16, nats",
             "scale": {"type": "log", "domain": [min(0.05, *values), max(0.5, *values)]},
-            "axis": {"values": [0.05, 0.1, 0.2, 0.3, 0.5, 1, 2]},
+            "axis": {"values": [0.05, 0.1, 0.2, 0.3, 0.5, 1, 2], "labelOverlap": False},
         },
         "color": {
             "field": "arm",

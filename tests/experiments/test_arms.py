@@ -7,8 +7,9 @@ import pytest
 
 from experiments import arms, arms_findings, low_rank, split_text
 from experiments.arms_law import law_of
-from experiments.arms_table import Job, at_k, table
+from experiments.arms_table import Job, at_k, job_of, read_records, table
 from experiments.blockwise import tiny_teacher
+from experiments.options import RESULTS
 from repository import run_module
 from tiny_onn.config.read import load_config
 from tiny_onn.data.stream import is_held_out
@@ -149,6 +150,23 @@ def test_the_committed_plan_lists_runs_that_can_be_made():
     lines = [*arms_findings.missing([])]
     assert lines[0].startswith("Runs of the plan")
     assert len(lines) > 2
+
+
+def test_the_card_rule_keeps_its_numbers_where_it_does_harm():
+    records = [record(1.0, 0.2, 0.2, seed=seed) for seed in range(3)]
+    records += [record(1.0, 1.5, 1.4, arm="model card's rule", seed=seed) for seed in range(3)]
+    assert "| 1.4000 ± 0.0000 |" in [*table(records)][-1]
+    ((sure, line),) = arms_findings.compared(records)
+    assert sure
+    assert "| 1.200 |" in line
+
+
+@pytest.mark.parametrize("name", ["arms", "arms_controls"])
+def test_every_record_is_of_a_known_arm_and_made_once(name):
+    records = read_records(RESULTS / f"{name}.jsonl")
+    jobs = [job_of(record) for record in records]
+    assert len(jobs) == len(set(jobs)) > 0
+    assert {job.arm for job in jobs} <= arms.ARMS.keys()
 
 
 def test_thin_matrices_cost_no_more_than_the_share():
