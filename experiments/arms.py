@@ -189,9 +189,9 @@ def run_all(arguments: argparse.Namespace, parts: Parts) -> int:
             if process.poll() is None:
                 continue
             del live[job]
-            record = next((r for r in read_records(arguments.out / RECORDS) if job_of(r) == job), 0)
-            if record:
-                show(record, time.monotonic() - started)
+            records = {job_of(r): r for r in read_records(arguments.out / RECORDS)}
+            if job in records:
+                show(records[job], time.monotonic() - started)
             elif stopping:
                 print(f"{job.name()}: stopped; the same command goes on with it", flush=True)
             else:
@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.out, failed = arguments.out.absolute(), 0
         if not arguments.table:
             arguments.out.mkdir(parents=True, exist_ok=True)
-            parts = split(arguments.text, arguments.out, arguments.unseen_sources)
+            parts = split(Path(arguments.text), arguments.out, arguments.unseen_sources)
             failed = run_all(arguments, parts)
         print("\n".join(table(read_records(arguments.out / RECORDS))))
     return failed

@@ -54,7 +54,11 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "type": "quantitative",
             "title": "KL to the teacher at k = 16, nats",
             "scale": {"type": "log", "domain": [min(0.05, *values), max(0.5, *values)]},
-            "axis": {"values": [0.05, 0.1, 0.2, 0.3, 0.5, 1, 2], "labelOverlap": False},
+            "axis": {
+                "values": [0.05, 0.1, 0.2, 0.3, 0.5, 1, 2],
+                "labelOverlap": False,
+                "tickCount": 40,
+            },
         },
         "color": {
             "field": "arm",
