@@ -232,9 +232,10 @@ def main(argv: Sequence[str]) -> int:
         if arguments.out is None or (arguments.text is None and not arguments.table):
             options.error("--out and --text are needed, except with --smoke")
         arguments.out, failed = arguments.out.absolute(), 0
+        text = Path(arguments.text or "")
         if not arguments.table:
             arguments.out.mkdir(parents=True, exist_ok=True)
-            parts = split(Path(arguments.text), arguments.out, arguments.unseen_sources)
+            parts = split(text, arguments.out, arguments.unseen_sources)
             failed = run_all(arguments, parts)
         print("\n".join(table(read_records(arguments.out / RECORDS))))
     return failed
