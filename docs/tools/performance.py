@@ -3,6 +3,7 @@
 Every row is what one benchmark wrote on one machine; nothing is measured here.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -161,7 +162,6 @@ def gpu_rows(name: str) -> Iterator[Row]:
     used = gib(memory["peak_reserved_bytes"] + memory["context_bytes"])
     fits = "fits" if memory["fits"] else "does not fit"
     yield Row("card's step, memory with the context", used, f"{fits} a cap of 12 GiB", "", "fits")
-    yield from step_rows()
     layers = {r["tokens"]: r for r in records if r["section"] == "experts" and "rows" in r}
     for tokens, record in sorted(layers.items()):
         for row in record["rows"]:
@@ -198,21 +198,48 @@ def gpu_rows(name: str) -> Iterator[Row]:
             )
 
 
+def step_records() -> list[dict[str, Any]]:
+    """Return the records of whole training steps on a GPU, one a line."""
+    lines = (RESULTS / "small_step_cuda.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def step_rows() -> Iterator[Row]:
-    """Yield whole training steps on a GPU, replayed from graphs, beside those the host launches."""
-    peers = {"keep activations": "without graphs", "as preset": "layers recomputed, without graphs"}
-    for line in (RESULTS / "small_step_cuda.jsonl").read_text("utf-8").splitlines():
-        record = json.loads(line)
+    """Yield whole training steps on a GPU, replayed from a graph, or launched by the host."""
+    for record in step_records():
+        settings = record["settings"]
         rates = {row["step"]: row["tokens_per_s"] for row in record["rows"]}
         for name, rate in rates.items():
-            peer = peers.get(name, "")
-            told = f"{rates[peer]:,.0f} {peer}" if peer in rates else ""
-            ratio = f"{rate / rates[peer]:.2f}" if told else ""
-            small = record["settings"]["model"] == "SmolLM2-135M"
-            label = f"step, {record['settings']['model']}, {name}, tokens/s"
-            # The first record alone holds both ways of launching.
-            label = label if told or name not in peers else f"{label}, later"
-            yield Row(label, f"{rate:,.0f}", told, ratio, ">= 200,000" if small else "")
+            label = f"step, {settings['model']}, {settings['tokens']:,} tokens, {name}, tokens/s"
+            peer = rates.get("without graphs") if name == "keep activations" else None
+            told = f"{peer:,.0f} without graphs" if peer else ""
+            ratio = f"{rate / peer:.2f}" if peer else ""
+            reaches = (settings["model"], settings["tokens"]) == ("SmolLM2-135M", 32_768)
+            goal = ">= 200,000" if reaches and name == "keep activations" else ""
+            yield Row(label, f"{rate:,.0f}", told, ratio, goal)
+
+
+def attention_section() -> str:
+    """Return attention's times over packed rows, forward + backward, way by way."""
+    record = load("packed_attention_cuda")
+    ways = ("flash", "flash deterministic", "flex")
+    cases: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in record["rows"]:
+        case = (row["model"], row["tokens"], row["documents"], row["longest"])
+        ms_ms = f"{row['forward_ms']:.2f} + {row['backward_ms']:.2f}"
+        cases.setdefault(case, {})[row["way"]] = ms_ms
+    lines = [
+        "| heads of | tokens | documents, longest | flash | flash, repeats bits | FlexAttention |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (model, tokens, documents, longest), times in cases.items():
+        told = " | ".join(times[way] for way in ways)
+        lines.append(f"| {model} | {tokens:,} | {documents}, {longest:,} | {told} |")
+    return (
+        f"Measured on {where(record['environment'])}, in milliseconds.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
@@ -294,7 +321,7 @@ def table(rows: Iterable[Row]) -> str:
 README_ROWS = (
     "card's step, packed rows, tokens/s",
     "card's step, memory with the context",
-    "step, SmolLM2-135M, keep activations, tokens/s",
+    "step, SmolLM2-135M, 32,768 tokens, keep activations, tokens/s",
     "expert layer, 32,768 tokens, k = 16",
     "decode, Qwen3-0.6B, k = 16, tokens/s",
     "loss, 32,768 tokens",
@@ -313,9 +340,11 @@ def sections() -> dict[str, str]:
     records = map(json.loads, (RESULTS / f"gpu_{gpu}.jsonl").read_text("utf-8").splitlines())
     on_gpu = where(*(record for record in records if record["section"] == "environment"))
     on_cpu = where(load("distill_step")["environment"])
+    on_stepped = where(*(record["environment"] for record in step_records()))
+    both = itertools.chain(step_rows(), gpu_rows(gpu))
     short = (
         f"Measured on {place}:\n\n{table(filter(in_readme, rows))}"
-        for place, rows in ((on_gpu, gpu_rows(gpu)), (on_cpu, cpu_rows()))
+        for place, rows in ((f"{on_gpu} (steps: {on_stepped})", both), (on_cpu, cpu_rows()))
     )
     scaling = layer_scaling.read()
     on_scaled = "" if scaling is None else where(scaling["environment"])
@@ -323,6 +352,8 @@ def sections() -> dict[str, str]:
         "scaling": layer_scaling.section(scaling, on_scaled),
         "cpu": f"Measured on {on_cpu}.\n\n{table(cpu_rows())}",
         "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows(gpu))}",
+        "steps": f"Measured on {on_stepped}.\n\n{table(step_rows())}",
+        "attention": attention_section(),
         "readme": "\n".join(short),
     }
 

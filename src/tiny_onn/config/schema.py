@@ -329,8 +329,8 @@ class TrainConfig:
     """Fuse elementwise work with torch.compile: in the expert layers, and on a GPU also in the loss
     and in the frozen backbone."""
     cuda_graphs: bool = True
-    """Capture the passes of a row in CUDA graphs and replay them, which spares a GPU waiting for
-    the host. Settings that need the host within a row run without them, and say so once."""
+    """Capture the passes of a row in a CUDA graph and replay it, which spares a GPU waiting for the
+    host. Settings that need the host within a row run without it, and a printed line says so."""
     shard: Shard = "none"
     """The division of memory between the processes of a run. `none`: each holds everything;
     `optimizer`: the optimizer's state of each expert tensor lies in one process, which steps the
@@ -350,8 +350,9 @@ class TrainConfig:
     checkpointing: Checkpointing = "layer"
     """The activations that the backward pass recomputes instead of keeping them in memory. `none`:
     none of them; `layer`: all those of a layer, from its input, which is kept; `selective`: as
-    `layer`, but the outputs of attention are kept too; `offload`: as `layer`, with the inputs kept
-    in host memory (on a CPU it equals `layer`)."""
+    `layer`, but the outputs of attention are kept too, by a kernel that on a GPU rules out
+    `train.cuda_graphs`; `offload`: as `layer`, with the inputs kept in host memory (on a CPU it
+    equals `layer`)."""
     ffn_chunk_tokens: int = 0
     """The number of tokens that an expert layer processes at once, so that its working memory does
     not grow with the row. The backward pass then recomputes its hidden activations. 0: the whole
