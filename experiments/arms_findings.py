@@ -62,6 +62,7 @@ def sections(records: Sequence[Record], earlier: Sequence[Record]) -> dict[str, 
         "answer": answer(at_half),
         "teaching": teaching(at_half),
         "arms": table(at_half),
+        "machines": machines(records),
         "established": iter((*head, *(line for sure, line in found if sure))),
         "open": iter((*head, *(line for sure, line in found if not sure))),
         "goals": goals(at_half),
@@ -136,6 +137,19 @@ def pairs_of(
     common = sorted(runs[0].keys() & runs[1].keys())
     pairs = [(runs[0][seed], runs[1][seed]) for seed in common]
     return [] if any(has_diverged(run) for pair in pairs for run in pair) else pairs
+
+
+def machines(records: Sequence[Record]) -> Iterator[str]:
+    """The GPUs, the versions and the days of the runs."""
+    where = [r["environment"] for r in records if r.get("environment")]
+    gpus = sorted({w["gpu"] for w in where})
+    days = sorted({w["time"][:10] for w in where})
+    versions = [
+        f"{name} {', '.join(sorted({w['versions'][name] for w in where}))}"
+        for name in ("torch", "transformers")
+    ]
+    span = " to ".join(dict.fromkeys(days[:1] + days[-1:]))
+    yield f"The runs were made on one {' or '.join(gpus)} each, {', '.join(versions)}, {span}."
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
