@@ -106,16 +106,16 @@ def _origin(record: dict[str, Any]) -> list[str]:
 
 
 def _faults_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table of faults with its first line."""
+    """The table of faults with its first line; runs of several processes name `train.shard`."""
     total, survived = (sum(row[key] for row in rows) for key in ("tried", "survived"))
+    columns = {"fault": "fault", "shard": "`train.shard`", "tried": "tried", "survived": "survived"}
+    columns |= {"lost_tokens": "work lost at most, tokens"}
+    named = {key: head for key, head in columns.items() if all(key in row for row in rows)}
     return [
         "",
         f"**{survived} of {total} survived.**",
         "",
-        *table_lines(
-            ("fault", "tried", "survived", "work lost at most, tokens"),
-            [(row["fault"], row["tried"], row["survived"], row["lost_tokens"]) for row in rows],
-        ),
+        *table_lines(list(named.values()), [[row[key] for key in named] for row in rows]),
     ]
 
 
@@ -137,11 +137,8 @@ def faults_part(record: dict[str, Any]) -> str:
 
 def ranks_part(record: dict[str, Any]) -> str:
     """What the document says of a run of `rank_faults.py`."""
-    lines = [
-        *_origin(record),
-        f"Runs of {record['run']}; {record['shard']}.",
-        *_faults_table(record["rows"]),
-    ]
+    rows = record["rows"]
+    lines = [*_origin(record), f"Runs of {record['run']}.", *_faults_table(rows)]
     return "\n".join(lines) + "\n"
 
 
