@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-from tiny_onn.config.schema import RunConfig, Shard
+from tiny_onn.config.schema import OptimConfig, RunConfig, Shard
 from tiny_onn.errors import UserError
 from tiny_onn.parallel import balanced, check_shares, messages
 from tiny_onn.planning.costs import Parameters, Sizes
 from tiny_onn.planning.device_names import device_rows
-from tiny_onn.planning.memory import Moment, state_bytes
+from tiny_onn.planning.memory import BLOCK_SIZE_8BIT, MIN_8BIT_SIZE, Moment, state_bytes
 from tiny_onn.planning.sources import Device
 
 GPUS_PER_NODE = 8
@@ -131,6 +131,29 @@ def link_of(device: Device) -> Link:
             hop_s = NVLINK_HOP_S if row["link"].startswith("NVLink") else PCIE_HOP_S
             return Link(name=row["link"], gb_s=float(row["link_gb_s"]), hop_s=hop_s)
     return Link(name="PCIe 4.0 x16, assumed", gb_s=PCIE_GB_S, hop_s=PCIE_HOP_S)
+
+
+def check_blocks(config: OptimConfig, sizes: Sizes, num_shares: int) -> None:
+    """Refuse shares of weights that end within a block of 8-bit optimizer state.
+
+    Args:
+        config: the settings of the optimizer.
+        sizes: the student's sizes.
+        num_shares: the number of processes that hold a share each.
+
+    Raises:
+        UserError: a share of gates, ups or downs, which are cut apart, is no multiple of a block.
+    """
+    projection = sizes.neurons * sizes.hidden
+    share, is_8bit = projection // num_shares, "8bit" in config.name
+    # Gates and ups are one weight, and a small weight has no blocks.
+    if num_shares > 1 and is_8bit and 2 * projection >= MIN_8BIT_SIZE and share % BLOCK_SIZE_8BIT:
+        raise UserError(
+            f'optim.name: got "{config.name}" with train.shard = "full" and {share} weights of'
+            f" a projection in each of {num_shares} processes, expected a multiple of"
+            f" {BLOCK_SIZE_8BIT}, which share a scale; set optim.name = "
+            '"adamw" or train.shard = "optimizer"'
+        )
 
 
 class _Wires:
