@@ -1,4 +1,4 @@
-"""What is refused before a run loads or converts anything."""
+"""A run that cannot work is refused here, before it loads or converts anything."""
 
 from collections.abc import Sequence
 from dataclasses import replace
