@@ -35,13 +35,13 @@ from reliability.fault_trials import (
     before,
     damage,
     is_partial,
-    result_of,
     tail,
     tokens_done,
     tokens_kept,
     wrapped,
 )
 from reliability.harness import in_child
+from reliability.run_results import result_of
 from tiny import change
 from tiny_onn.cli import main as cli
 from tiny_onn.config.schema import RunConfig, Shard
