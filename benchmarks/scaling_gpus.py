@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> Result:
             if not ways(case):
                 continue
             record = launch(case, arguments.seconds)
-            one_row_s = one_row_s or _seconds_of_one_row(record)
+            one_row_s = one_row_s or seconds_of_one_row(record)
             if (loss := _first_loss(record, case["rows"])) is not None:
                 losses[gpus, case["full"]] = loss
             if losses and losses_apart(losses):
@@ -196,7 +196,8 @@ def run(arguments: argparse.Namespace) -> Result:
             if "error" in record:
                 found.append({"model": model, "gpus": gpus, "error": record["error"]})
             rows += found
-            _write(arguments.out, {**record, "rows": found, "smoke": arguments.smoke})
+            asked = {name: shared[name] for name in ("preset", "tokens", "set")}
+            _write(arguments.out, {**record, **asked, "rows": found, "smoke": arguments.smoke})
     ratios, goals = scaling(rows)
     return Result(
         rows=rows,
@@ -207,7 +208,7 @@ def run(arguments: argparse.Namespace) -> Result:
     )
 
 
-def _seconds_of_one_row(record: Mapping[str, Any]) -> float | None:
+def seconds_of_one_row(record: Mapping[str, Any]) -> float | None:
     """The time of a step of one row on one GPU, if the record has it."""
     times = [
         row["step_ms"] / 1e3

@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
-FAULTS, RANKS, FUZZ = "faults", "ranks", "fuzz"
+FAULTS, RANKS, FUZZ, RESUMED = "faults", "ranks", "fuzz", "resume_gpus"
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "hypothesis")
 
 
@@ -140,6 +140,20 @@ def ranks_part(record: dict[str, Any]) -> str:
     rows = record["rows"]
     lines = [*_origin(record), f"Runs of {record['run']}.", *_faults_table(rows)]
     return "\n".join(lines) + "\n"
+
+
+def resumed_table(record: dict[str, Any]) -> list[str]:
+    """What `resume_gpus.py` compared."""
+    lines = []
+    for row in record["rows"]:
+        got = "was not run"
+        if row["done"] and row["bound"] is None:
+            got = "yes" if row["passed"] else "NO"
+        elif row["done"]:
+            got = f"gap {row['gap']:.1e}, bound {row['bound']:.0e}"
+            got += "" if row["passed"] else ", FAILED"
+        lines.append([row["check"], row["processes"], f"`{row['shard']}`", got])
+    return table_lines(("compared", "processes", "`train.shard`", "result"), lines)
 
 
 def fuzz_part(record: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ processes; another one is stopped half-way and goes on with as many processes. A
 written on a GPU and read in place of the teacher. The runs must read the same text as a run of
 one process that nothing stopped; their losses must agree with its losses within a bound; and a run
 that goes on with as many processes must end with the same bits. Prints a table, and writes it as
-JSON and into docs/scaling.md. Without a GPU, processes on the CPU do the same through gloo.
+JSON, from which `python -m docs.tools` makes the table of docs/scaling.md. Without a GPU, processes
+on the CPU do the same through gloo.
 """
 
 # ruff: noqa: E402 - the environment is set before the libraries read it
@@ -25,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from reliability.harness import ROOT, set_environment, table_lines
+from reliability.harness import RESUMED, results_file, resumed_table, set_environment
 
 set_environment()
 
@@ -40,7 +41,6 @@ from tiny_onn.config.schema import Shard
 from tiny_onn.config.template import config_template
 from tiny_onn.runs.metrics import read_metrics
 
-RECORD = ROOT / "reliability" / "results" / "resume_gpus.json"
 SHARDS = get_args(Shard)
 STEPS, ROWS_PER_STEP = 8, 4
 TEACHER = {
@@ -256,20 +256,6 @@ def labelled(label: Sequence[str]) -> dict[str, str]:
     return dict(zip(("check", "processes", "shard"), label, strict=True))
 
 
-def table(record: Mapping[str, Any]) -> list[str]:
-    """What was compared, as a markdown table."""
-    lines = []
-    for row in record["rows"]:
-        got = "was not run"
-        if row["done"] and row["bound"] is None:
-            got = "yes" if row["passed"] else "NO"
-        elif row["done"]:
-            got = f"gap {row['gap']:.1e}, bound {row['bound']:.0e}"
-            got += "" if row["passed"] else ", FAILED"
-        lines.append([row["check"], row["processes"], f"`{row['shard']}`", got])
-    return table_lines(("compared", "processes", "`train.shard`", "result"), lines)
-
-
 def main() -> int:
     """Run, print, write; 1 if something is not as it must be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -316,8 +302,8 @@ def main() -> int:
             "job_seconds": trial.done,
             "errors": trial.errors,
         }
-    print("\n".join([*trial.errors, "", *table(record), "", f"{record['seconds']} s"]))
-    for path in filter(None, (options.out, RECORD if options.write else None)):
+    print("\n".join([*trial.errors, "", *resumed_table(record), "", f"{record['seconds']} s"]))
+    for path in filter(None, (options.out, results_file(RESUMED) if options.write else None)):
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["passed"] for row in record["rows"]) and not trial.errors else 1
 

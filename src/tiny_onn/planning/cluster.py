@@ -5,8 +5,8 @@ by member. Members are first the GPUs of a node and then the nodes, whose GPUs e
 the tensor each. Nothing overlaps, because `distill` reduces gradients after all backward passes.
 Full sharding, which overlaps, is planned in the same way, and so by its slowest case.
 
-Collectives of some numbers (counts of routing, losses, norms) are left out, and so is the waiting
-for a slower GPU.
+The bytes of small collectives (counts of routing, losses, norms) are left out, and so is the
+waiting for a slower GPU.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,17 @@ NETWORK_GBPS = 3200.0
 """Rate of a node's network, Gbit/s: eight adapters of 400 Gbit/s, as a DGX H100 has."""
 LINK_SHARE = 0.8
 """Share of a link's rate that a collective reaches. NCCL's own cost model (src/graph/topo.h) counts
-18 x 20.6 GB/s for the 450 GB/s of an H100's NVLink, and 12 x 20 for the 300 of an A100's."""
+18 x 20.6 GB/s for the 450 GB/s of an H100's NVLink, and 12 x 20 for the 300 of an A100's. NCCL's
+authors name the same 370 of 450 GB/s for rings (github.com/NVIDIA/nccl-tests, issue 212)."""
+MESSAGE_COPIES = 4
+"""Passes over a GPU's memory of tensors that share a message: they are read and written when they
+are joined, and again when the sums are put back."""
+HOST_TENSOR_S = 20e-6
+"""Seconds of the host that a tensor takes on its way into a message and out of it. Python handles
+each tensor several times; `World.all_reduce_sum` takes 19 us for each of 261 small tensors on a CPU
+of this project where nothing is sent, and the measured steps of docs/scaling.md 19 to 24."""
+TALLIES = 3
+"""Small tensors of each layer that are added up beside the gradients if gates learn."""
 CALL_S = 8.4e-6
 """Seconds that a collective takes at least. This and the seconds of each hop are those of rings
 with NCCL's Simple protocol in its cost model (src/graph/tuning.cc)."""
@@ -159,7 +169,8 @@ def check_blocks(config: OptimConfig, sizes: Sizes, num_shares: int) -> None:
 class _Wires:
     """The seconds of collectives on a cluster."""
 
-    def __init__(self, cluster: Cluster, link: Link) -> None:
+    def __init__(self, cluster: Cluster, link: Link, bandwidth_gb_s: float) -> None:
+        self.memory_rate = bandwidth_gb_s * 1e9
         self.gpus, self.nodes = cluster.gpus_of_node, cluster.nodes
         self.link_rate = LINK_SHARE * link.gb_s * 1e9
         self.network_rate = LINK_SHARE * cluster.network_gbps / 8 * 1e9
@@ -174,6 +185,10 @@ class _Wires:
     def all_reduce(self, num_bytes: int, calls: int) -> float:
         """Return the seconds of all-reduces, each a reduce-scatter and an all-gather in one."""
         return 2 * self.gather(num_bytes, calls) - calls * CALL_S
+
+    def copies(self, num_bytes: int) -> float:
+        """Return the seconds in which a GPU joins so many bytes of tensors and parts them again."""
+        return MESSAGE_COPIES * num_bytes / self.memory_rate
 
     def broadcast(self, num_bytes: int, calls: int) -> float:
         """Return the seconds of broadcasts one after the other, of so many bytes altogether."""
@@ -197,14 +212,11 @@ def collectives(
     """
     if cluster.gpus == 1:
         return ()
-    wires = _Wires(cluster, link_of(device))
+    wires = _Wires(cluster, link_of(device), device.bandwidth_gb_s)
     tensors = _trained_tensors(config, sizes, parameters)
-    trained = sum(tensor.bytes for tensor in tensors)
     if cluster.shard == "full":
-        return _of_full_sharding(config, sizes, parameters, wires, trained)
-    calls = len(messages([tensor.bytes for tensor in tensors]))
-    seconds = wires.all_reduce(trained, calls)
-    gradients = Collective("all-reduce of gradients", trained, calls, seconds)
+        return _of_full_sharding(config, sizes, parameters, wires, tensors)
+    gradients = _added_up("all-reduce of gradients", tensors, config, sizes, wires)
     if cluster.shard == "none":
         return (gradients,)
     owned = [tensor.bytes for tensor in tensors if not tensor.of_gate]
@@ -213,7 +225,11 @@ def collectives(
 
 
 def _of_full_sharding(
-    config: RunConfig, sizes: Sizes, parameters: Parameters, wires: _Wires, trained: int
+    config: RunConfig,
+    sizes: Sizes,
+    parameters: Parameters,
+    wires: _Wires,
+    tensors: "Sequence[Trained]",
 ) -> tuple[Collective, ...]:
     """Return the exchanges if MLPs and experts are gathered layer by layer where they are used.
 
@@ -233,9 +249,26 @@ def _of_full_sharding(
         if num_bytes := rows * times * once:
             calls = rows * times * layers
             found.append(Collective(name, num_bytes, calls, wires.gather(num_bytes, calls)))
-    others, calls = trained - experts, len(messages([trained - experts]))
-    seconds = wires.all_reduce(others, calls)
-    return (*found, Collective("all-reduce of other gradients", others, calls, seconds))
+    whole = [tensor for tensor in tensors if not _is_cut(tensor, config, sizes)]
+    return (*found, _added_up("all-reduce of other gradients", whole, config, sizes, wires))
+
+
+def _added_up(
+    name: str, tensors: "Sequence[Trained]", config: RunConfig, sizes: Sizes, wires: _Wires
+) -> Collective:
+    """Return the sums of gradients over all GPUs, with the joining of tensors into messages."""
+    num_bytes = [tensor.bytes for tensor in tensors]
+    groups = messages(num_bytes)
+    joined = sum(num_bytes[number] for group in groups if len(group) > 1 for number in group)
+    tallies = TALLIES * sizes.layers if config.router.objective != "none" else 0
+    host_s = HOST_TENSOR_S * (len(tensors) + tallies)
+    seconds = wires.all_reduce(sum(num_bytes), len(groups)) + wires.copies(joined) + host_s
+    return Collective(name, sum(num_bytes), len(groups), seconds)
+
+
+def _is_cut(tensor: "Trained", config: RunConfig, sizes: Sizes) -> bool:
+    """Return True if full sharding cuts a tensor, which it does with projections of experts."""
+    return tensor.bytes >= _layer_bytes(config, sizes) // 3
 
 
 def _layer_bytes(config: RunConfig, sizes: Sizes) -> int:
@@ -287,7 +320,7 @@ def _with_shares(
     """
     layer, mlps = _layer_bytes(config, sizes), _teacher_mlp_bytes(config, sizes, parameters)
     tensors = _trained_tensors(config, sizes, parameters)
-    small = [tensor for tensor in tensors if tensor.bytes < layer // 3]
+    small = [tensor for tensor in tensors if not _is_cut(tensor, config, sizes)]
     kept = {
         "teacher's weights": moment.parts.get("teacher's weights", 0) - mlps,
         "expert weights to train": sum(t.bytes for t in small if not t.of_gate),
