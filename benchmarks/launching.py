@@ -15,14 +15,15 @@ from benchmarks.common import ROOT
 GRACE_S = 45
 
 
-def torchrun(num_processes: int, module: str, *arguments: str) -> list[str]:
-    """The command that runs a module in some processes."""
+def torchrun(num_processes: int, module: str, *arguments: str, restarts: int = 0) -> list[str]:
+    """The command that runs a module in some processes, and again if one of them dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run"]
     where = ["--nproc-per-node", str(num_processes), "--master-addr", "127.0.0.1"]
-    return [*launcher, *where, "--master-port", str(port), "-m", module, *arguments]
+    where += ["--master-port", str(port), "--max-restarts", str(restarts)]
+    return [*launcher, *where, "-m", module, *arguments]
 
 
 def variables(device: str, num_gpus: int) -> dict[str, str]:

@@ -4,15 +4,14 @@
 
 A small Qwen3-shaped teacher with random weights teaches a student over text. For each value of
 `train.shard` one run is stopped and goes on with 1, 2, 4 and again 1 processes, each time in new
-processes; another one is stopped half-way and goes on with as many processes. A teacher's cache is
-written on a GPU and read in place of the teacher. The runs must read the same text as a run of
-one process that nothing stopped; their losses must agree with its losses within a bound; and a run
-that goes on with as many processes must end with the same bits. Prints a table, and writes it as
-JSON, from which `python -m docs.tools` makes the table of docs/scaling.md. Without a GPU, processes
-on the CPU do the same through gloo.
+processes; another one is stopped half-way and goes on with as many processes. Of one run a process
+is killed, after which torchrun starts all of them again. A teacher's cache is written on a GPU and
+read in place of the teacher. The runs must read the same text as a run of one process that nothing
+stopped; their losses must agree with its losses within a bound; and a run that goes on with as many
+processes must end with the same bits. Prints a table, and writes it as JSON, from which
+`python -m docs.tools` makes the table of docs/scaling.md. Without a GPU, processes on the CPU do
+the same through gloo.
 """
-
-# ruff: noqa: E402 - the environment is set before the libraries read it
 
 import argparse
 import json
@@ -26,13 +25,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from reliability.harness import RESUMED, results_file, resumed_table, set_environment
-
-set_environment()
-
 import torch
 
 from benchmarks.launching import torchrun, variables, watched
+from reliability.harness import RESUMED, results_file, resumed_table, set_environment
 from reliability.resume_jobs import work
 from reliability.run_results import result_of
 from tiny import save_teacher, write_corpus
@@ -60,6 +56,8 @@ LOSS_BOUND = {"float32": 1e-4, "bfloat16": 1e-2}
 # them, which the divergence of a student that is near its teacher feels: 1.3e-2 on a CPU.
 CACHE_BOUND = 5e-2
 CACHES = ("bfloat16", "int8")
+# The lines of the run with a killed process that are recorded.
+LINES_SEEN = 80
 
 
 @dataclass(kw_only=True)
@@ -87,6 +85,8 @@ class Trial:
     """The seconds of each job that is done."""
     errors: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    seen: list[str] = field(default_factory=list)
+    """What was printed while a process was killed and all were started again."""
 
     @cached_property
     def toml(self) -> Path:
@@ -130,7 +130,14 @@ class Trial:
         return [STEPS * (place + 1) // len(self.chain) for place in range(len(self.chain))]
 
     def part(
-        self, out: str, shard: str, *, after: int = 0, stop: int = STEPS, cache: str = ""
+        self,
+        out: str,
+        shard: str,
+        *,
+        after: int = 0,
+        stop: int = STEPS,
+        cache: str = "",
+        kill: int = 0,
     ) -> dict[str, Any]:
         """The job that makes the steps of a run after one step and up to another."""
         settings = [f"train.shard={shard}"]
@@ -143,6 +150,7 @@ class Trial:
             "set": settings,
             "resume": after > 0,
             "stop": stop if stop < STEPS else None,
+            "kill": kill,
         }
 
     def cache(self, states_format: str) -> dict[str, Any]:
@@ -159,17 +167,24 @@ class Trial:
         alone += [self.part(f"chain-{shard}", shard, stop=stops[0]) for shard in self.shards]
         many = [self.part(f"whole-{shard}", shard) for shard in self.shards]
         many += [self.part(f"halves-{shard}", shard, stop=half) for shard in self.shards]
-        with ThreadPoolExecutor(2) as threads:
+        last = self.shards[-1]
+        killed = [self.part("killed", last, kill=half)]
+        with ThreadPoolExecutor(3) as threads:
+            # torchrun may wait half a minute for the processes that are left.
+            restarted = threads.submit(self.launch, most, killed, restarts=1)
             list(threads.map(self.launch, (1, most), (alone, many)))
-        for place, processes in enumerate(self.chain[1:]):
-            span = {"after": stops[place], "stop": stops[place + 1]}
-            jobs = [self.part(f"chain-{shard}", shard, **span) for shard in self.shards]
-            if processes == most:
-                jobs += [self.part(f"halves-{s}", s, after=half) for s in self.shards]
-                jobs.append(self.part("cached-many", self.shards[-1], cache=f"cache-{CACHES[0]}"))
-            self.launch(processes, jobs)
+            for place, processes in enumerate(self.chain[1:]):
+                span = {"after": stops[place], "stop": stops[place + 1]}
+                jobs = [self.part(f"chain-{shard}", shard, **span) for shard in self.shards]
+                if processes == most:
+                    jobs += [self.part(f"halves-{s}", s, after=half) for s in self.shards]
+                    jobs.append(self.part("cached-many", last, cache=f"cache-{CACHES[0]}"))
+                self.launch(processes, jobs)
+            restarted.result()
 
-    def launch(self, processes: int, jobs: Sequence[Mapping[str, Any]]) -> None:
+    def launch(
+        self, processes: int, jobs: Sequence[Mapping[str, Any]], *, restarts: int = 0
+    ) -> None:
         """Do jobs in so many new processes; note what was done, and what went wrong."""
         jobs = [job for job in jobs if self.has(job["needs"], jobs)]
         place = f"{processes}-{time.monotonic_ns()}"
@@ -179,7 +194,7 @@ class Trial:
         arguments = ("reliability.resume_gpus", "--case", str(case))
         command = [sys.executable, "-m", *arguments]
         if processes > 1:
-            command = torchrun(processes, *arguments)
+            command = torchrun(processes, *arguments, restarts=restarts)
         seconds = self.until - time.monotonic()
         error = "no time was left"
         if seconds > 0:
@@ -188,6 +203,8 @@ class Trial:
             self.environment |= line.get("environment", {})
             if "done" in line:
                 self.done[line["done"]] = line["seconds"]
+        if restarts and log.exists():
+            self.seen = [line[:300] for line in log.read_text(errors="replace").splitlines()]
         if error is not None:
             tail = log.read_text(errors="replace")[-3000:] if log.exists() else ""
             self.errors.append(f"{processes} processes: {error}: {tail}")
@@ -226,6 +243,9 @@ class Trial:
                 self.near(("losses of 1", most, shard), bound, whole, "one"),
                 self.same(bits, lambda out: result_of(self.folder / out), halves, whole),
             ]
+        label = ("same bits after a SIGKILL", f"{most} -> {most}", self.shards[-1])
+        whole = f"whole-{self.shards[-1]}"
+        rows.append(self.same(label, lambda out: result_of(self.folder / out), "killed", whole))
         cached = [(name, "1", "none", f"cached-{name}") for name in CACHES]
         cached.append((CACHES[0], most, self.shards[-1], "cached-many"))
         for name, processes, shard, out in cached:
@@ -270,6 +290,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the JSON in git")
     parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    set_environment()
     if options.case:
         work(json.loads(options.case.read_text()))
         return 0
@@ -301,6 +322,7 @@ def main() -> int:
             "rows": trial.rows(),
             "job_seconds": trial.done,
             "errors": trial.errors,
+            "seen_after_kill": trial.seen[-LINES_SEEN:],
         }
     print("\n".join([*trial.errors, "", *resumed_table(record), "", f"{record['seconds']} s"]))
     for path in filter(None, (options.out, results_file(RESUMED) if options.write else None)):
