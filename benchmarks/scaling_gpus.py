@@ -17,10 +17,6 @@ one that fails or takes more than `--seconds` leaves the rows that it had and a 
 import argparse
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, print_table
+from benchmarks.common import print_table
+from benchmarks.launching import torchrun, variables, watched
 from benchmarks.registry import Goal, Option, Result, benchmark
 from benchmarks.scaling_gpus_worker import settings_of, ways, worker
 from tiny_onn.planning.cluster import Cluster
@@ -41,8 +38,6 @@ NAME = "scaling_gpus"
 GOALS = {2: 1.9, 4: 3.8, 8: 7.6}
 # First losses of the same batch may differ by the order of sums in bfloat16.
 LOSS_GAP = 0.01
-# torchrun waits 30 s for its processes before it kills them.
-GRACE_S = 45
 
 
 def launch(case: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -57,51 +52,15 @@ def launch(case: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         lines, log = Path(folder) / "lines.jsonl", Path(folder) / "log.txt"
-        command = _torchrun(case["gpus"], json.dumps({**case, "out": str(lines)}))
-        error = _watched(command, _variables(case), log, seconds)
+        arguments = ("benchmarks", NAME, "--case", json.dumps({**case, "out": str(lines)}))
+        command = torchrun(case["gpus"], *arguments)
+        error = watched(command, variables(case["device"], case["gpus"]), log, seconds)
         said = lines.read_text("utf-8").splitlines() if lines.exists() else []
         tail = log.read_text("utf-8", errors="replace")[-3000:]
     record: dict[str, Any] = {"model": case["model"], "gpus": case["gpus"], "rows": []}
     for line in map(json.loads, said):
         record["rows"].append(line["row"]) if "row" in line else record.update(line)
     return record if error is None else record | {"error": f"{error}: {tail}"}
-
-
-def _torchrun(num_processes: int, case: str) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    where = ["--nproc-per-node", str(num_processes), "--master-addr", "127.0.0.1"]
-    return [*launcher, *where, "--master-port", str(port), "-m", "benchmarks", NAME, "--case", case]
-
-
-def _variables(case: Mapping[str, Any]) -> dict[str, str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
-    more = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"}
-    if torch.device(case["device"]).type == "cuda":
-        more["CUDA_VISIBLE_DEVICES"] = ",".join(visible[: case["gpus"]])
-    return {**os.environ, **more}
-
-
-def _watched(
-    command: Sequence[str], variables: Mapping[str, str], log: Path, seconds: float
-) -> str | None:
-    """Run a command until it ends or takes too long; what went wrong, if anything."""
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file)
-        try:
-            status = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            # The launcher ends the processes that it started, which are in sessions of their own.
-            process.terminate()
-            try:
-                process.wait(timeout=GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            return f"took more than {seconds:g} s"
-    return f"exit status {status}" if status else None
 
 
 def with_plan(
@@ -227,7 +186,7 @@ def run(arguments: argparse.Namespace) -> Result:
             if not ways(case):
                 continue
             record = launch(case, arguments.seconds)
-            one_row_s = one_row_s or _seconds_of_one_row(record)
+            one_row_s = one_row_s or seconds_of_one_row(record)
             if (loss := _first_loss(record, case["rows"])) is not None:
                 losses[gpus, case["full"]] = loss
             if losses and losses_apart(losses):
@@ -237,7 +196,8 @@ def run(arguments: argparse.Namespace) -> Result:
             if "error" in record:
                 found.append({"model": model, "gpus": gpus, "error": record["error"]})
             rows += found
-            _write(arguments.out, {**record, "rows": found, "smoke": arguments.smoke})
+            asked = {name: shared[name] for name in ("preset", "tokens", "set")}
+            _write(arguments.out, {**record, **asked, "rows": found, "smoke": arguments.smoke})
     ratios, goals = scaling(rows)
     return Result(
         rows=rows,
@@ -248,7 +208,7 @@ def run(arguments: argparse.Namespace) -> Result:
     )
 
 
-def _seconds_of_one_row(record: Mapping[str, Any]) -> float | None:
+def seconds_of_one_row(record: Mapping[str, Any]) -> float | None:
     """The time of a step of one row on one GPU, if the record has it."""
     times = [
         row["step_ms"] / 1e3

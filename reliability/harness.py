@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
-FAULTS, RANKS, FUZZ = "faults", "ranks", "fuzz"
+FAULTS, RANKS, FUZZ, RESUMED = "faults", "ranks", "fuzz", "resume_gpus"
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "hypothesis")
 
 
@@ -106,16 +106,16 @@ def _origin(record: dict[str, Any]) -> list[str]:
 
 
 def _faults_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table of faults with its first line."""
+    """The table of faults with its first line; runs of several processes name `train.shard`."""
     total, survived = (sum(row[key] for row in rows) for key in ("tried", "survived"))
+    columns = {"fault": "fault", "shard": "`train.shard`", "tried": "tried", "survived": "survived"}
+    columns |= {"lost_tokens": "work lost at most, tokens"}
+    named = {key: head for key, head in columns.items() if all(key in row for row in rows)}
     return [
         "",
         f"**{survived} of {total} survived.**",
         "",
-        *table_lines(
-            ("fault", "tried", "survived", "work lost at most, tokens"),
-            [(row["fault"], row["tried"], row["survived"], row["lost_tokens"]) for row in rows],
-        ),
+        *table_lines(list(named.values()), [[row[key] for key in named] for row in rows]),
     ]
 
 
@@ -137,12 +137,23 @@ def faults_part(record: dict[str, Any]) -> str:
 
 def ranks_part(record: dict[str, Any]) -> str:
     """What the document says of a run of `rank_faults.py`."""
-    lines = [
-        *_origin(record),
-        f"Runs of {record['run']}; {record['shard']}.",
-        *_faults_table(record["rows"]),
-    ]
+    rows = record["rows"]
+    lines = [*_origin(record), f"Runs of {record['run']}.", *_faults_table(rows)]
     return "\n".join(lines) + "\n"
+
+
+def resumed_table(record: dict[str, Any]) -> list[str]:
+    """What `resume_gpus.py` compared."""
+    lines = []
+    for row in record["rows"]:
+        got = "was not run"
+        if row["done"] and row["bound"] is None:
+            got = "yes" if row["passed"] else "NO"
+        elif row["done"]:
+            got = f"gap {row['gap']:.1e}, bound {row['bound']:.0e}"
+            got += "" if row["passed"] else ", FAILED"
+        lines.append([row["check"], row["processes"], f"`{row['shard']}`", got])
+    return table_lines(("compared", "processes", "`train.shard`", "result"), lines)
 
 
 def fuzz_part(record: dict[str, Any]) -> str:

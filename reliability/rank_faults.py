@@ -2,22 +2,24 @@
 
     python -m reliability.rank_faults --kills 40
 
-A trial survived if the run went on by itself and ended with the student, the last checkpoint, the
-optimizer state, the data position and the metrics of a run of as many processes that nothing hit,
-bit for bit, and if nobody saw a traceback. Prints a table, writes it as JSON and into
-docs/reliability.md. The instants of the kills depend on the machine's speed.
+Every value of `train.shard` has its share of the kills, and an undisturbed run of its own. A trial
+survived if the run went on by itself and ended with the student, the last checkpoint, the
+optimizer state, the data position and the metrics of that run, bit for bit, and if nobody saw a
+traceback. Prints a table, writes it as JSON and into docs/reliability.md. The instants of the
+kills depend on the machine's speed.
 """
 
 # ruff: noqa: E402 - the environment is set before the libraries read it
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from reliability.harness import set_environment
 
@@ -29,13 +31,15 @@ from reliability import rank_trials as trials
 from reliability.fault_trials import ROW
 from reliability.harness import RANKS, add_outputs, publish, surroundings
 from reliability.rank_trials import ROWS_PER_STEP, SAVE_TOKENS, STAGES, STEPS, Kills, RankLab
+from tiny_onn.config.schema import Shard
 from tiny_onn.teacher.load import quiet_transformers
 
 # Trials of each stage of saving, of each kind of damage, and kills under the command torchrun.
 FEW = 5
+SHARDS = get_args(Shard)
 
 
-def tried(name: str, trial: Callable[[], Kills], kills: int) -> dict[str, Any]:
+def tried(shard: str, name: str, trial: Callable[[], Kills], kills: int) -> dict[str, Any]:
     """A row: how often the fault was tried and survived, and the most work lost."""
     started, done, survived, lost = time.monotonic(), 0, 0, 0
     problems: set[str] = set()
@@ -47,13 +51,14 @@ def tried(name: str, trial: Callable[[], Kills], kills: int) -> dict[str, Any]:
         problems |= set(one.outcome.problems)
         for problem in one.outcome.problems:
             print(f"  {name}: {problem}", flush=True)
-    print(f"{survived:4} of {done:4}  {name} ({time.monotonic() - started:.0f} s)", flush=True)
-    row = {"fault": name, "tried": done, "survived": survived, "lost_tokens": lost}
-    return {**row, "told": "", "problems": sorted(problems)}
+    seconds = time.monotonic() - started
+    print(f"{survived:4} of {done:4}  {name}, {shard} ({seconds:.0f} s)", flush=True)
+    row = {"fault": name, "shard": shard, "tried": done, "survived": survived}
+    return {**row, "lost_tokens": lost, "told": "", "problems": sorted(problems)}
 
 
 def rows_of(lab: RankLab, kills: int, few: int) -> list[dict[str, Any]]:
-    """The rows of some processes."""
+    """The rows of some processes and a value of `train.shard`."""
     who = f"{lab.processes} processes"
     at_random = f"SIGKILL of one of {who} at a random instant"
     faults: list[tuple[str, Callable[[], Kills], int]] = [
@@ -86,15 +91,17 @@ def rows_of(lab: RankLab, kills: int, few: int) -> list[dict[str, Any]]:
                 ("gone", "a file gone"),
             )
         ]
-    return [tried(*fault) for fault in faults if fault[2]]
+    return [tried(lab.shard, *fault) for fault in faults if fault[2]]
 
 
 def main() -> int:
     """Run, print, write; 1 if a fault was not survived."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=40, help="SIGKILLs for each number")
-    parser.add_argument("--few", type=int, default=FEW, help="trials of each other kind")
+    few = "trials of each other kind, for each value of train.shard"
+    parser.add_argument("--few", type=int, default=FEW, help=few)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--shard", nargs="+", choices=SHARDS, default=SHARDS)
     parser.add_argument("--seed", type=int, default=0)
     add_outputs(parser)
     options = parser.parse_args()
@@ -102,14 +109,13 @@ def main() -> int:
     quiet_transformers()
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="tiny-onn-ranks-") as temporary:
-        for processes in options.processes:
-            lab = RankLab(Path(temporary) / str(processes), options.seed, processes)
-            print(f"reference run of {processes}: {lab.seconds:.1f} s", flush=True)
-            rows += rows_of(lab, options.kills, options.few)
+        for processes, shard in itertools.product(options.processes, options.shard):
+            lab = RankLab(Path(temporary) / f"{processes}-{shard}", options.seed, processes, shard)
+            print(f"reference run of {processes}, {shard}: {lab.seconds:.1f} s", flush=True)
+            rows += rows_of(lab, -(-options.kills // len(options.shard)), options.few)
     record = {
         **surroundings(sys.argv),
         "run": f"{STEPS} steps of {ROWS_PER_STEP} x {ROW} tokens, saved every {SAVE_TOKENS} tokens",
-        "shard": "train.shard is optimizer, so that checkpoints have tensors of one process alone",
         "seed": options.seed,
         "seconds": round(time.monotonic() - started),
         "rows": rows,

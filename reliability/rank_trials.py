@@ -35,16 +35,16 @@ from reliability.fault_trials import (
     before,
     damage,
     is_partial,
-    result_of,
     tail,
     tokens_done,
     tokens_kept,
     wrapped,
 )
 from reliability.harness import in_child
+from reliability.run_results import result_of
 from tiny import change
 from tiny_onn.cli import main as cli
-from tiny_onn.config.schema import RunConfig
+from tiny_onn.config.schema import RunConfig, Shard
 from tiny_onn.distill import loop as train
 from tiny_onn.runs import checkpoint, sharded_files
 from tiny_onn.runs.checkpoint import valid_checkpoints
@@ -65,12 +65,13 @@ class RankLab(Lab):
         folder: where its runs are.
         seed: of the choices.
         processes: the number of processes.
+        shard: the setting `train.shard` of the runs.
     """
 
     restarts = 3
 
-    def __init__(self, folder: Path, seed: int, processes: int) -> None:
-        self.processes = processes
+    def __init__(self, folder: Path, seed: int, processes: int, shard: Shard) -> None:
+        self.processes, self.shard = processes, shard
         folder.mkdir()
         super().__init__(folder, seed)
 
@@ -80,7 +81,7 @@ class RankLab(Lab):
             super().settings(),
             train={
                 "rows_per_step": ROWS_PER_STEP,
-                "shard": "optimizer",
+                "shard": self.shard,
                 "tokens": STEPS * STEP_TOKENS,
                 "save_every_tokens": SAVE_TOKENS,
                 "eval_every_tokens": 2 * SAVE_TOKENS,

@@ -1,8 +1,9 @@
 """Make the tables of docs/scaling.md: what the plan's model says, and what was measured beside it.
 
-The model's table needs no record: it is `tiny-onn plan --gpus` for growing numbers of GPUs. The
-other one holds the lines of `benchmarks/results/scaling_gpus.jsonl`, which the benchmark
-`scaling_gpus` wrote.
+The model's table needs no record: it is `tiny-onn plan --gpus` for growing numbers of GPUs. Another
+one holds the lines of `benchmarks/results/scaling_gpus.jsonl`, which the benchmark `scaling_gpus`
+wrote, beside what the plan says today. The last one is of the record of
+`reliability/resume_gpus.py`.
 """
 
 import json
@@ -11,17 +12,19 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT
-from benchmarks.scaling_gpus import scaling
+from benchmarks.scaling_gpus import predicted, scaling, seconds_of_one_row
 from docs.tools import pages
 from docs.tools.performance import gib, where
+from reliability.harness import RESUMED, results_file, resumed_table
 from tiny_onn.config.read import load_config
+from tiny_onn.config.schema import Shard
 from tiny_onn.planning.cluster import Cluster, collectives, moments_of_rank
 from tiny_onn.planning.plan import Plan, plan
 
 PAGE = ROOT / "docs" / "scaling.md"
 RECORDS = RESULTS / "scaling_gpus.jsonl"
 BEGIN, END = "<!-- scaling: {name} -->", "<!-- end -->"
-MODELS = ("SmolLM2-135M", "Qwen3-0.6B", "Qwen3-1.7B")
+MODELS = ("SmolLM2-135M", "Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B")
 GPUS = (1, 8, 64, 256, 1024)
 TOKENS = 10**12
 
@@ -52,9 +55,9 @@ def swept(model: str) -> Iterator[Plan]:
         yield replace(one, config=global_config, cluster=cluster, collectives=exchanged)
 
 
-def sharded(whole: Plan) -> Plan:
-    """Return the plan with optimizer state sharded."""
-    cluster = replace(whole.cluster, shard="optimizer")
+def sharded(whole: Plan, shard: Shard) -> Plan:
+    """Return the plan with optimizer state, or with everything that learns, divided over GPUs."""
+    cluster = replace(whole.cluster, shard=shard)
     mine = cluster.of_one_gpu(whole.config)
     known = (mine, whole.sizes, whole.parameters, cluster)
     held = moments_of_rank(whole.moments, *known)
@@ -67,15 +70,15 @@ def sweep() -> str:
     """Return the modelled table."""
     lines = [
         "| model | GPUs | tokens a step | tokens/s | share of linear | days for 1T tokens"
-        " | GiB a GPU | share with `optimizer` | GiB with `optimizer` |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " | GiB a GPU | share with `optimizer` | GiB with `optimizer` | share with `full`"
+        " | GiB with `full` |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS:
         for whole in swept(model):
-            other = sharded(whole)
             tokens = whole.config.train.rows_per_step * whole.config.data.row_tokens
             days = (whole.seconds(whole.packed) or 0) / 86_400
-            cells = (
+            cells = [
                 model,
                 f"{whole.cluster.gpus:,}",
                 f"{tokens / 1e6:,.2f} M",
@@ -83,11 +86,19 @@ def sweep() -> str:
                 f"{whole.share_of_linear(whole.packed):.1%}",
                 f"{days:,.1f}",
                 f"{whole.peak_bytes / 2**30:.1f}",
-                f"{other.share_of_linear(other.packed):.1%}",
-                f"{other.peak_bytes / 2**30:.1f}",
-            )
+            ]
+            for shard in ("optimizer", "full"):
+                cells += _with(whole, shard)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _with(whole: Plan, shard: Shard) -> list[str]:
+    """Return the share of linear and the memory with a value of `train.shard`."""
+    if shard == "full" and whole.sizes.experts % whole.cluster.gpus:
+        return ["-", "-"]
+    other = sharded(whole, shard)
+    return [f"{other.share_of_linear(other.packed):.1%}", f"{other.peak_bytes / 2**30:.1f}"]
 
 
 def measured() -> str:
@@ -106,10 +117,10 @@ def measured() -> str:
 
 def _of_card(found: list[dict[str, Any]], card: str, environment: dict[str, Any]) -> str:
     """Return the table of one kind of card."""
+    mine = [record for record in found if record["environment"]["gpu"] == card]
     rows = [
-        row
-        for record in found
-        if record["environment"]["gpu"] == card
+        planned_anew(record, row, mine)
+        for record in mine
         for row in record["rows"]
         if "tokens_per_s" in row
     ]
@@ -141,13 +152,42 @@ def _of_card(found: list[dict[str, Any]], card: str, environment: dict[str, Any]
     return "\n".join([f"Measured on {where(environment)}.", "", *lines]) + "\n"
 
 
+def planned_anew(
+    record: dict[str, Any], row: dict[str, Any], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return a measured row with the numbers of the present plan, if it knows the GPU.
+
+    Args:
+        record: the record of the row.
+        row: what was measured.
+        records: all records of the kind of card, one of which may hold one row on one GPU.
+    """
+    if record.get("device") is None:
+        return row
+    case = {"preset": "recommended", "tokens": 32_768, "set": []}
+    case |= {name: record[name] for name in case if name in record}
+    case |= {"model": row["model"], "gpus": row["gpus"], "full": row["shard"] == "full"}
+    alone = [other for other in records if other["model"] == row["model"]]
+    seconds = [one for other in alone if (one := seconds_of_one_row(other)) is not None]
+    return row | predicted(record, case, row, seconds[0] if seconds else None)
+
+
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
+def resumed() -> str:
+    """Return the table of runs that went on with another number of GPUs."""
+    if not (file := results_file(RESUMED)).exists():
+        return "No record is committed yet.\n"
+    record = json.loads(file.read_text("utf-8"))
+    head = f"Runs of {record['run']} in {record['dtype']}, on {where(record['environment'])}."
+    return "\n".join([head, "", *resumed_table(record)]) + "\n"
+
+
 def contents() -> dict[str, str]:
     """Return the generated texts by the name of their place in the page."""
-    return {"sweep": sweep(), "measured": measured()}
+    return {"sweep": sweep(), "measured": measured(), "resumed": resumed()}
 
 
 def filled(text: str) -> str:

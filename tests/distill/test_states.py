@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student
 from tiny_onn.distill.checkpointing import checkpoint_layers
@@ -130,3 +131,22 @@ def test_a_step_says_what_states_leave_unexplained(coef):
     expected = torch.stack(by_row).mean()
     assert len(rows) == 2 and expected > 1e-3
     torch.testing.assert_close(result.states_error, expected)
+
+
+def test_the_teachers_states_are_gone_before_the_layers_backward_passes():
+    dense, (row,) = make_dense(), make_rows([15, 17], 32)
+    student = make_student(dense)
+    config = change(CONFIG, loss={"states_coef": 1.0})
+    set_objective(student.banks(), config)
+    optimizer, states, gone = build_optimizer(student, config.optim, seed=0), [], []
+
+    def watch(_: object, __: object, output: Any) -> None:
+        tensor = output if isinstance(output, torch.Tensor) else output[0]
+        states.append(StorageWeakRef(tensor.untyped_storage()))
+
+    for layer in decoder_layers(dense):
+        layer.register_forward_hook(watch)
+    last = student.banks()[-1].experts.down_proj
+    last.register_hook(lambda _: gone.extend(state.expired() for state in states))
+    distill_step(student, dense, optimizer, [row], config)
+    assert gone == [True] * len(decoder_layers(dense))

@@ -2,13 +2,16 @@
 
 import json
 import shlex
+from dataclasses import asdict
 
 import pytest
 
+from benchmarks.scaling_gpus import predicted
 from docs.tools import scaling
 from tiny_onn.cli import main as cli
 from tiny_onn.planning.cluster import Cluster
 from tiny_onn.planning.plan import plan
+from tiny_onn.planning.sources import find_device
 
 PAGE = scaling.PAGE.read_text("utf-8")
 
@@ -21,8 +24,9 @@ def test_the_tables_are_those_of_plan_and_records():
 
 def test_the_sweep_holds_what_plan_says():
     _, eight, *_ = scaling.swept("SmolLM2-135M")
-    clusters = (Cluster(gpus=8), Cluster(gpus=8, shard="optimizer"))
-    for found, cluster in zip((eight, scaling.sharded(eight)), clusters, strict=True):
+    for shard in ("none", "optimizer", "full"):
+        found = scaling.sharded(eight, shard)
+        cluster = Cluster(gpus=8, shard=shard)
         expected = plan(found.config, "SmolLM2-135M", "H100", cluster=cluster)
         assert found.as_dict() == expected.as_dict()
 
@@ -99,3 +103,43 @@ def test_the_measured_table_holds_the_last_record_of_each_and_leaves_absent_rows
 def test_without_a_record_the_page_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "RECORDS", tmp_path / "none.jsonl")
     assert scaling.measured() == "No record is committed yet.\n"
+
+
+def test_the_measured_table_shows_the_present_plan_of_a_known_gpu():
+    device = asdict(find_device("H100", "bfloat16"))
+    known = {"device": device, "document_tokens": 1600, "model": "SmolLM2-135M"}
+    one = row(1, 3e5, model="SmolLM2-135M", rows_per_step=1, step_ms=109.2)
+    two = row(2, 5e5, model="SmolLM2-135M", plan_peak_bytes=1)
+    records = [record(1, [one], **known), record(2, [two], **known)]
+    found = scaling.planned_anew(records[1], two, records)
+    settings = {"preset": "recommended", "tokens": 32_768, "set": []}
+    case = {**settings, "model": "SmolLM2-135M", "gpus": 2, "full": False}
+    assert found == two | predicted(records[1], case, two, 0.1092)
+    assert found["plan_peak_bytes"] > 2**30
+    assert 0 < found["plan_tokens_per_s"] < 2 * 3e5
+
+
+def test_the_table_of_resumed_runs_tells_gaps_failures_and_what_was_not_run(tmp_path, monkeypatch):
+    row = {"processes": "1 -> 2 -> 1", "shard": "full", "gap": None, "bound": None}
+    rows = [
+        {**row, "check": "same text", "done": True, "passed": True},
+        {**row, "check": "same bits", "done": True, "passed": False},
+        {**row, "check": "losses", "gap": 2e-7, "bound": 1e-4, "done": True, "passed": True},
+        {**row, "check": "losses", "gap": 2e-2, "bound": 1e-2, "done": True, "passed": False},
+        {**row, "check": "losses", "done": False, "bound": 1e-4, "passed": False},
+    ]
+    written = record(2, rows, run="8 steps of 4 x 64 tokens", dtype="float32")
+    file = tmp_path / "resumed.json"
+    monkeypatch.setattr(scaling, "results_file", lambda _: file)
+    assert scaling.resumed() == "No record is committed yet.\n"
+    file.write_text(json.dumps(written))
+    head, *table = scaling.resumed().splitlines()
+    assert head.startswith("Runs of 8 steps of 4 x 64 tokens in float32, on NVIDIA H100, torch")
+    results = [line.split(" | ")[-1].removesuffix(" |") for line in table[3:]]
+    assert results == [
+        "yes",
+        "NO",
+        "gap 2.0e-07, bound 1e-04",
+        "gap 2.0e-02, bound 1e-02, FAILED",
+        "was not run",
+    ]

@@ -10,11 +10,14 @@ from full_cases import MASTERS, MODES, OPTIMIZERS, RECIPES
 from pair_results import assert_equal, assert_weights_move_alike, results
 from parallel_cases import saved_state
 from run_records import records, student_of
-from tiny import CONFIG, change
+from tiny import CONFIG, change, save_teacher
 from tiny_onn.config.checks import validate
-from tiny_onn.distill import optim
+from tiny_onn.distill.loop import run_distill
+from tiny_onn.distill.start_checks import check_start
 from tiny_onn.errors import UserError
 from tiny_onn.parallel import ALONE, World, check_world
+from tiny_onn.planning.cluster import Cluster
+from tiny_onn.planning.plan import plan
 
 JOBS = full_cases.jobs()
 EPS = torch.finfo(torch.float32).eps
@@ -160,12 +163,29 @@ def test_what_needs_whole_weights_is_refused(changes, told):
     assert told in str(refused.value)
 
 
-def test_shares_that_cut_a_block_of_8_bit_state_are_refused():
-    weight = torch.nn.Parameter(torch.zeros(8, 2 * 9, 32))
-    config = change(CONFIG, optim={"name": "adamw8bit"}).optim
-    with pytest.raises(UserError, match="and 1152 weights of a projection in a process, expected"):
-        optim._check_blocks(config, {weight: "gate_up_proj"}, 2)
-    optim._check_blocks(config, {weight: "gate_up_proj"}, 1)
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
+def test_shares_that_cut_a_block_of_8_bit_state_are_refused_before_anything_is_loaded(
+    optimizer, tmp_path
+):
+    save_teacher(tmp_path / "teacher", intermediate_size=8 * 9)
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    config = change(
+        CONFIG,
+        teacher={"path": str(tmp_path / "teacher")},
+        optim={"name": optimizer},
+        train={"shard": "full", "rows_per_step": 2},
+    )
+    with pytest.raises(UserError, match="and 1152 weights of a projection in each of 2 processes"):
+        run_distill(config, out=tmp_path / "run", world=World(rank=0, size=2))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="and 1152 weights of a projection in each of 2 processes"):
+        plan(config, tmp_path / "teacher", "H100", cluster=Cluster(gpus=2, shard="full"))
+    for fitting in (
+        change(config, optim={"name": "adamw"}),
+        change(config, train={"shard": "optimizer"}),
+    ):
+        check_start(fitting, (), World(rank=0, size=2))
+    check_start(config, (), World())
 
 
 def test_experts_that_do_not_divide_over_the_processes_are_refused():

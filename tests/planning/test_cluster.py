@@ -16,9 +16,12 @@ from tiny_onn.distill.optim import owners_of
 from tiny_onn.parallel import MESSAGE_BYTES
 from tiny_onn.planning.cluster import (
     CALL_S,
+    HOST_TENSOR_S,
     LINK_SHARE,
+    MESSAGE_COPIES,
     NETWORK_HOP_S,
     NVLINK_HOP_S,
+    TALLIES,
     Cluster,
     Trained,
     link_of,
@@ -31,11 +34,11 @@ from tiny_onn.planning.sources import find_device
 from tiny_onn.teacher.load import teacher_for
 
 
-def planned(gpus=8, *overrides, rows=None, device="H100", **cluster):
-    """The plan of a run of SmolLM2-135M on a number of GPUs, one row each unless `rows` says."""
+def planned(gpus=8, *overrides, rows=None, device="H100", model="SmolLM2-135M", **cluster):
+    """The plan of a run of a model on a number of GPUs, one row each unless `rows` says."""
     given = (f"train.rows_per_step={rows or gpus}", "teacher.dtype=bfloat16", "optim.name=adamw")
     config = load_config(None, "recommended", [*given, *overrides])
-    return plan(config, "SmolLM2-135M", device, cluster=Cluster(gpus=gpus, **cluster))
+    return plan(config, model, device, cluster=Cluster(gpus=gpus, **cluster))
 
 
 def step_s(plan):
@@ -90,7 +93,19 @@ def test_an_all_reduce_takes_the_time_of_a_ring():
     assert one_node.bytes / MESSAGE_BYTES <= one_node.calls < 1.2 * one_node.bytes / MESSAGE_BYTES
     transfer_s = 2 * 7 / 8 * one_node.bytes / (LINK_SHARE * 450e9)
     calls_s = one_node.calls * (CALL_S + 14 * NVLINK_HOP_S)
-    assert one_node.seconds == pytest.approx(transfer_s + calls_s)
+    # Experts' two projections, mean outputs and both parts of the gate; all share messages.
+    host_s = HOST_TENSOR_S * 30 * (5 + TALLIES)
+    copies_s = MESSAGE_COPIES * one_node.bytes / 3350e9
+    assert one_node.seconds == pytest.approx(transfer_s + calls_s + copies_s + host_s)
+
+
+def test_large_tensors_travel_alone_and_are_not_copied():
+    (alone,) = planned(8, "experts.compensation=none", model="Qwen3-8B").collectives
+    wires_s = 2 * 7 / 8 * alone.bytes / (LINK_SHARE * 450e9)
+    wires_s += alone.calls * (CALL_S + 14 * NVLINK_HOP_S)
+    small = alone.bytes - 4 * 3 * 36 * 12_288 * 4096
+    copies_s = MESSAGE_COPIES * small / 3350e9
+    assert alone.seconds - wires_s == pytest.approx(HOST_TENSOR_S * 36 * 7 + copies_s, rel=1e-3)
 
 
 def test_nodes_add_the_time_of_their_network():

@@ -31,9 +31,10 @@ from tiny_onn.distill.run_log import RunLog, RunResult
 from tiny_onn.distill.run_state import RunState, restore
 from tiny_onn.distill.saving import Saver
 from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
+from tiny_onn.distill.start_checks import check_start
 from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
-from tiny_onn.parallel import ALONE, World, check_world
+from tiny_onn.parallel import ALONE, World
 from tiny_onn.planning.advice import explain_out_of_memory
 from tiny_onn.routing.budgets import fill_threshold_tables
 from tiny_onn.routing.steering import fitted_eval_thresholds
@@ -52,7 +53,6 @@ from tiny_onn.runs.model_card import write_model_card
 from tiny_onn.runs.shared_folder import check_shared
 from tiny_onn.runs.signals import Stopped, StopRequest, stop_on_signal
 from tiny_onn.runs.students import save_student
-from tiny_onn.runs.trackers import check_trackers
 
 AfterStep = Callable[[int, float], None]
 # A stopped run still evaluates its last step if the evaluation before took no longer.
@@ -93,11 +93,10 @@ def run_distill(
             folder, or too many updates in a row are not finite.
         KeyboardInterrupt: A signal came before the first step, or a second one came.
     """
-    check_trackers(track)
-    check_world(config, world)
     if resume:
         # Taking the lock creates the folder, so a missing run is refused first.
         config = with_number_format_of(read_run_config(out), config)
+    check_start(config, track, world)
     config = with_absolute_paths(prepare_device(config)[0])
     begun: dict[str, Any] = {"argv": argv, "launch": world.launch}
     with stop_on_signal(world) as stop, run_lock(out) if world.first else nullcontext():

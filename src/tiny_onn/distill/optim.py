@@ -27,12 +27,11 @@ from transformers.optimization import Adafactor
 from tiny_onn.config.schema import OptimConfig, Shard
 from tiny_onn.device import load_bitsandbytes
 from tiny_onn.distill.units import Units, in_units_, out_of_units_, start_units
-from tiny_onn.errors import UserError
 from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.full_sharding import local_part, shard_place
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World, balanced
-from tiny_onn.planning.memory import BLOCK_SIZE_8BIT, MIN_8BIT_SIZE
+from tiny_onn.planning.memory import MIN_8BIT_SIZE
 
 
 class LrFactor(NamedTuple):
@@ -59,11 +58,11 @@ def build_optimizer(
         config: The settings.
         seed: The seed of stochastic rounding.
         world: The processes that step the student.
-        shard: The setting `train.shard`, which says what each process holds.
+        shard: The setting `train.shard`, which says what each process holds. No share of the
+            weights ends within a block of 8-bit state (`planning.cluster.check_blocks`).
 
     Raises:
-        UserError: The setting needs bitsandbytes, which is not installed, or a block of 8-bit
-            state would belong to two processes.
+        UserError: The setting needs bitsandbytes, which is not installed.
     """
     named_experts, named_gates = split_parameters(student)
     experts, gates = list(named_experts.values()), list(named_gates.values())
@@ -92,8 +91,6 @@ def build_optimizer(
     units = start_units(named_experts | named_gates) if config.lr_scale == "rms" else {}
     owners = owners_of(experts, world.size) if shard == "optimizer" and world.size > 1 else {}
     kinds = {} if config.name == "adamw" else kinds
-    if num_shares > 1 and kinds:
-        _check_blocks(config, kinds, num_shares)
     return SplitOptimizer(steppers, seed, kinds, units, owners=owners, world=world)
 
 
@@ -108,19 +105,6 @@ def owners_of(parameters: Sequence[nn.Parameter], size: int) -> dict[nn.Paramete
     """Return the rank of the process that steps each parameter, so that all hold about as much."""
     ranks = balanced([parameter.numel() for parameter in parameters], size)
     return dict(zip(parameters, ranks, strict=True))
-
-
-def _check_blocks(config: OptimConfig, kinds: Mapping[nn.Parameter, str], num_shares: int) -> None:
-    """Refuse shares of weights that end within a block of 8-bit state."""
-    for parameter, kind in kinds.items():
-        # Gates and ups are cut apart.
-        share = parameter.numel() // num_shares // (1 if kind == "down_proj" else 2)
-        if parameter.numel() >= MIN_8BIT_SIZE and share % BLOCK_SIZE_8BIT:
-            raise UserError(
-                f'optim.name: got "{config.name}" with train.shard = "full" and {share} weights of'
-                f" a projection in a process, expected a multiple of {BLOCK_SIZE_8BIT}, which share"
-                ' a scale; set optim.name = "adamw" or train.shard = "optimizer"'
-            )
 
 
 def _stepper(

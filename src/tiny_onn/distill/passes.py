@@ -84,6 +84,9 @@ def row_passes(
             if match_states:
                 mask_T, compiled = row.router_mask[0], _compiles(student, config)
                 shares_L = unexplained_variance(states, teacher_states, mask_T, compiled=compiled)
+                # The backward pass frees a layer's states once it has their gradient.
+                states.clear()
+                teacher_states.clear()
                 error = shares_L.mean()
                 states_error = error.detach()
                 extra_loss = extra_loss + config.loss.states_coef * error

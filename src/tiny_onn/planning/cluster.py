@@ -5,8 +5,8 @@ by member. Members are first the GPUs of a node and then the nodes, whose GPUs e
 the tensor each. Nothing overlaps, because `distill` reduces gradients after all backward passes.
 Full sharding, which overlaps, is planned in the same way, and so by its slowest case.
 
-Collectives of some numbers (counts of routing, losses, norms) are left out, and so is the waiting
-for a slower GPU.
+The bytes of small collectives (counts of routing, losses, norms) are left out, and so is the
+waiting for a slower GPU.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-from tiny_onn.config.schema import RunConfig, Shard
+from tiny_onn.config.schema import OptimConfig, RunConfig, Shard
 from tiny_onn.errors import UserError
 from tiny_onn.parallel import balanced, check_shares, messages
 from tiny_onn.planning.costs import Parameters, Sizes
 from tiny_onn.planning.device_names import device_rows
-from tiny_onn.planning.memory import Moment, state_bytes
+from tiny_onn.planning.memory import BLOCK_SIZE_8BIT, MIN_8BIT_SIZE, Moment, state_bytes
 from tiny_onn.planning.sources import Device
 
 GPUS_PER_NODE = 8
@@ -27,7 +27,17 @@ NETWORK_GBPS = 3200.0
 """Rate of a node's network, Gbit/s: eight adapters of 400 Gbit/s, as a DGX H100 has."""
 LINK_SHARE = 0.8
 """Share of a link's rate that a collective reaches. NCCL's own cost model (src/graph/topo.h) counts
-18 x 20.6 GB/s for the 450 GB/s of an H100's NVLink, and 12 x 20 for the 300 of an A100's."""
+18 x 20.6 GB/s for the 450 GB/s of an H100's NVLink, and 12 x 20 for the 300 of an A100's. NCCL's
+authors name the same 370 of 450 GB/s for rings (github.com/NVIDIA/nccl-tests, issue 212)."""
+MESSAGE_COPIES = 4
+"""Passes over a GPU's memory of tensors that share a message: they are read and written when they
+are joined, and again when the sums are put back."""
+HOST_TENSOR_S = 20e-6
+"""Seconds of the host that a tensor takes on its way into a message and out of it. Python handles
+each tensor several times; `World.all_reduce_sum` takes 19 us for each of 261 small tensors on a CPU
+of this project where nothing is sent, and the measured steps of docs/scaling.md 19 to 24."""
+TALLIES = 3
+"""Small tensors of each layer that are added up beside the gradients if gates learn."""
 CALL_S = 8.4e-6
 """Seconds that a collective takes at least. This and the seconds of each hop are those of rings
 with NCCL's Simple protocol in its cost model (src/graph/tuning.cc)."""
@@ -133,10 +143,34 @@ def link_of(device: Device) -> Link:
     return Link(name="PCIe 4.0 x16, assumed", gb_s=PCIE_GB_S, hop_s=PCIE_HOP_S)
 
 
+def check_blocks(config: OptimConfig, sizes: Sizes, num_shares: int) -> None:
+    """Refuse shares of weights that end within a block of 8-bit optimizer state.
+
+    Args:
+        config: the settings of the optimizer.
+        sizes: the student's sizes.
+        num_shares: the number of processes that hold a share each.
+
+    Raises:
+        UserError: a share of gates, ups or downs, which are cut apart, is no multiple of a block.
+    """
+    projection = sizes.neurons * sizes.hidden
+    share, is_8bit = projection // num_shares, "8bit" in config.name
+    # Gates and ups are one weight, and a small weight has no blocks.
+    if num_shares > 1 and is_8bit and 2 * projection >= MIN_8BIT_SIZE and share % BLOCK_SIZE_8BIT:
+        raise UserError(
+            f'optim.name: got "{config.name}" with train.shard = "full" and {share} weights of'
+            f" a projection in each of {num_shares} processes, expected a multiple of"
+            f" {BLOCK_SIZE_8BIT}, which share a scale; set optim.name = "
+            '"adamw" or train.shard = "optimizer"'
+        )
+
+
 class _Wires:
     """The seconds of collectives on a cluster."""
 
-    def __init__(self, cluster: Cluster, link: Link) -> None:
+    def __init__(self, cluster: Cluster, link: Link, bandwidth_gb_s: float) -> None:
+        self.memory_rate = bandwidth_gb_s * 1e9
         self.gpus, self.nodes = cluster.gpus_of_node, cluster.nodes
         self.link_rate = LINK_SHARE * link.gb_s * 1e9
         self.network_rate = LINK_SHARE * cluster.network_gbps / 8 * 1e9
@@ -151,6 +185,10 @@ class _Wires:
     def all_reduce(self, num_bytes: int, calls: int) -> float:
         """Return the seconds of all-reduces, each a reduce-scatter and an all-gather in one."""
         return 2 * self.gather(num_bytes, calls) - calls * CALL_S
+
+    def copies(self, num_bytes: int) -> float:
+        """Return the seconds in which a GPU joins so many bytes of tensors and parts them again."""
+        return MESSAGE_COPIES * num_bytes / self.memory_rate
 
     def broadcast(self, num_bytes: int, calls: int) -> float:
         """Return the seconds of broadcasts one after the other, of so many bytes altogether."""
@@ -174,14 +212,11 @@ def collectives(
     """
     if cluster.gpus == 1:
         return ()
-    wires = _Wires(cluster, link_of(device))
+    wires = _Wires(cluster, link_of(device), device.bandwidth_gb_s)
     tensors = _trained_tensors(config, sizes, parameters)
-    trained = sum(tensor.bytes for tensor in tensors)
     if cluster.shard == "full":
-        return _of_full_sharding(config, sizes, parameters, wires, trained)
-    calls = len(messages([tensor.bytes for tensor in tensors]))
-    seconds = wires.all_reduce(trained, calls)
-    gradients = Collective("all-reduce of gradients", trained, calls, seconds)
+        return _of_full_sharding(config, sizes, parameters, wires, tensors)
+    gradients = _added_up("all-reduce of gradients", tensors, config, sizes, wires)
     if cluster.shard == "none":
         return (gradients,)
     owned = [tensor.bytes for tensor in tensors if not tensor.of_gate]
@@ -190,7 +225,11 @@ def collectives(
 
 
 def _of_full_sharding(
-    config: RunConfig, sizes: Sizes, parameters: Parameters, wires: _Wires, trained: int
+    config: RunConfig,
+    sizes: Sizes,
+    parameters: Parameters,
+    wires: _Wires,
+    tensors: "Sequence[Trained]",
 ) -> tuple[Collective, ...]:
     """Return the exchanges if MLPs and experts are gathered layer by layer where they are used.
 
@@ -210,9 +249,26 @@ def _of_full_sharding(
         if num_bytes := rows * times * once:
             calls = rows * times * layers
             found.append(Collective(name, num_bytes, calls, wires.gather(num_bytes, calls)))
-    others, calls = trained - experts, len(messages([trained - experts]))
-    seconds = wires.all_reduce(others, calls)
-    return (*found, Collective("all-reduce of other gradients", others, calls, seconds))
+    whole = [tensor for tensor in tensors if not _is_cut(tensor, config, sizes)]
+    return (*found, _added_up("all-reduce of other gradients", whole, config, sizes, wires))
+
+
+def _added_up(
+    name: str, tensors: "Sequence[Trained]", config: RunConfig, sizes: Sizes, wires: _Wires
+) -> Collective:
+    """Return the sums of gradients over all GPUs, with the joining of tensors into messages."""
+    num_bytes = [tensor.bytes for tensor in tensors]
+    groups = messages(num_bytes)
+    joined = sum(num_bytes[number] for group in groups if len(group) > 1 for number in group)
+    tallies = TALLIES * sizes.layers if config.router.objective != "none" else 0
+    host_s = HOST_TENSOR_S * (len(tensors) + tallies)
+    seconds = wires.all_reduce(sum(num_bytes), len(groups)) + wires.copies(joined) + host_s
+    return Collective(name, sum(num_bytes), len(groups), seconds)
+
+
+def _is_cut(tensor: "Trained", config: RunConfig, sizes: Sizes) -> bool:
+    """Return True if full sharding cuts a tensor, which it does with projections of experts."""
+    return tensor.bytes >= _layer_bytes(config, sizes) // 3
 
 
 def _layer_bytes(config: RunConfig, sizes: Sizes) -> int:
@@ -264,7 +320,7 @@ def _with_shares(
     """
     layer, mlps = _layer_bytes(config, sizes), _teacher_mlp_bytes(config, sizes, parameters)
     tensors = _trained_tensors(config, sizes, parameters)
-    small = [tensor for tensor in tensors if tensor.bytes < layer // 3]
+    small = [tensor for tensor in tensors if not _is_cut(tensor, config, sizes)]
     kept = {
         "teacher's weights": moment.parts.get("teacher's weights", 0) - mlps,
         "expert weights to train": sum(t.bytes for t in small if not t.of_gate),

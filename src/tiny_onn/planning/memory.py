@@ -27,6 +27,7 @@ from tiny_onn.model.expert_path import sparse_entry
 from tiny_onn.model.fused_attention import VARLEN_OPTIONS
 from tiny_onn.ops.distillation_loss import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.ops.loss_chunks import auto_chunk_tokens
+from tiny_onn.ops.router_gradient import NORMED
 from tiny_onn.planning.costs import Parameters, Sizes
 
 DeviceType = Literal["cpu", "cuda"]
@@ -149,14 +150,18 @@ class _Step:
         keys_values = 2 * T * (kv if grouped else q)
         return norms + b * (2 * T * q + keys_values) + 4 * T * self.sizes.heads
 
-    def hidden_states(self) -> int:
-        """Return the last hidden states, and those of all layers if the loss compares them."""
+    def hidden_states(self, num_layers: int) -> int:
+        """Return the last hidden states, and if the loss compares them those of some layers.
+
+        Before the backward pass these are the teacher's of all layers. It first replaces each by
+        the gradient of the student's state, which lives until that layer's backward pass.
+        """
         kept = 2 * self.hidden_bytes
         if self.config.loss.states_coef:
             # The student's hidden states are its layers' inputs, which are counted among the saved
             # activations unless these are offloaded.
             offloaded = self.config.train.checkpointing == "offload" and self.device == "cuda"
-            kept += (2 if offloaded else 1) * self.layers * self.hidden_bytes
+            kept += (2 if offloaded else 1) * num_layers * self.hidden_bytes
         return kept
 
     def ffn_saved(self) -> int:
@@ -201,7 +206,6 @@ class _Step:
 
     def surprise(self) -> int:
         """Return the transient memory of surprise, without its (T, E) result."""
-        squares = (self.widened_bytes + 4) * self.chunk_tokens * self.hidden
         pre = 2 * self.widened_bytes * self.chunk_neuron_elements
         objective, kind = self.config.router.objective, self.config.smk.surprise
         if objective == "regression":
@@ -209,10 +213,12 @@ class _Step:
         elif objective != "smk":
             return 0
         if kind == "magnitude":
-            return max(squares, pre + 12 * self.chunk_neuron_elements)
+            return pre + 12 * self.chunk_neuron_elements
         if kind == "input":
-            return max(squares, pre + (self.widened_bytes + 32) * self.chunk_neuron_elements)
-        return squares
+            return pre + (self.widened_bytes + 32) * self.chunk_neuron_elements
+        # Other kinds read no norm of the layer's input or of the gradient at its output.
+        squares = (self.widened_bytes + 4) * self.chunk_tokens * self.hidden
+        return squares if kind in NORMED else 0
 
     def attention_backward(self) -> int:
         """Return gradients at one layer's queries, keys, values, attention output and norms."""
@@ -242,7 +248,7 @@ class _Step:
             later = self.layers
         common = self.resident()
         common["saved activations"] = self.saved(layer)
-        common["hidden states of student and teacher"] = self.hidden_states()
+        common["hidden states of student and teacher"] = self.hidden_states(layer)
         common["positions"] = 2 * self.activation_bytes * self.row_tokens * self.sizes.head_dim
         common["gradients"] = later * self.layer_gradients
         common["routing"] = self.routing()
@@ -295,7 +301,7 @@ class _Step:
         parts = self.resident()
         # The final norm keeps a float32 copy of its input beside the layers' inputs.
         parts["saved activations"] = self.saved(self.layers - 1) + 4 * self.hidden_elements
-        parts["hidden states of student and teacher"] = self.hidden_states()
+        parts["hidden states of student and teacher"] = self.hidden_states(self.layers)
         parts["positions"] = 2 * self.activation_bytes * self.row_tokens * self.sizes.head_dim
         parts["routing"] = self.routing()
         if self.device == "cuda" and self.config.train.compile:

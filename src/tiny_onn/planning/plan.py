@@ -14,6 +14,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.planning.cluster import (
     Cluster,
     Collective,
+    check_blocks,
     collectives,
     link_of,
     moments_of_rank,
@@ -239,6 +240,8 @@ def plan(
     cluster.check(config, device)
     dense, student = meta_models(config, dense_config)
     sizes, parameters = sizes_of(student), count_parameters(dense, student)
+    if cluster.shard == "full":
+        check_blocks(config.optim, sizes, cluster.gpus)
     document_tokens = min(document_tokens, config.data.row_tokens)
     token = token_flops(
         sizes,

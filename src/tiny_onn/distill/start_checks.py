@@ -1,0 +1,40 @@
+"""A run that cannot work is refused here, before it loads or converts anything."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tiny_onn.config.schema import RunConfig
+from tiny_onn.errors import UserError
+from tiny_onn.parallel import World, check_world
+from tiny_onn.planning.cluster import check_blocks
+from tiny_onn.planning.costs import meta_models, sizes_of
+from tiny_onn.planning.sources import load_shape
+from tiny_onn.runs.trackers import check_trackers
+
+
+def check_start(config: RunConfig, track: Sequence[str], world: World) -> None:
+    """Refuse absent trackers, and rows, experts or optimizer state that processes cannot divide.
+
+    Of the teacher only its config.json is read, and only for 8-bit state of shares.
+
+    Args:
+        config: The settings.
+        track: Names of experiment trackers.
+        world: The processes of the run.
+
+    Raises:
+        UserError: A tracker is unknown or not installed, a number is no multiple of the number of
+            processes, or a share of the weights would end within a block of 8-bit state.
+    """
+    check_trackers(track)
+    check_world(config, world)
+    if world.size == 1 or config.train.shard != "full" or "8bit" not in config.optim.name:
+        return
+    try:
+        _, shape = load_shape(config.teacher.path, config.teacher)
+    except UserError:
+        # Loading the teacher finds the same fault, and tells what a teacher must be.
+        return
+    plain = replace(config, teacher=replace(config.teacher, dtype="float32"))
+    _, student = meta_models(plain, shape)
+    check_blocks(config.optim, sizes_of(student), world.size)
