@@ -82,6 +82,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk": (),
     "smk, not refitted": ("experts.refit=false",),
     "smk, smallest gain": ("smk.direction=min",),
+    "smk, lesson of 1/8": ("smk.lesson_share=0.125",),
     "smk, net gain": ("smk.net_gain=true",),
     "smk, token scale": ("experts.token_scale=true",),
     "frozen ridge gate": NONE,
