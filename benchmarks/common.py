@@ -219,12 +219,22 @@ def report(
     for label, value in ratios.items():
         print(f"{label}: {_cell(value)}")
     whole = {"benchmark": name, "rows": list(rows), "ratios": dict(ratios), **record}
-    line = json.dumps(whole, default=_plain)
+    print(write_record(name, whole, out), flush=True)
+    return whole
+
+
+def write_record(name: str, whole: Mapping[str, Any], out: Path | None) -> str:
+    """Write a record to `out/NAME.json` in the place of an earlier one; its line.
+
+    The file is replaced at once, so that a run that is killed leaves the last whole record.
+    """
+    line = json.dumps(dict(whole), default=_plain)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.json").write_text(f"{line}\n", encoding="utf-8")
-    print(line, flush=True)
-    return whole
+        part = out / f"{name}.json.part"
+        part.write_text(f"{line}\n", encoding="utf-8")
+        part.replace(out / f"{name}.json")
+    return line
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 NAMES = (
     "expert_layer",
     "sparse_layer",
+    "layer_peers",
     "packed_attention",
     "layer_scaling",
     "surprise_overhead",

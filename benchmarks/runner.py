@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.base import against
-from benchmarks.common import RESULTS, environment, report
+from benchmarks.common import RESULTS, environment, report, write_record
 from benchmarks.registry import NAMES, Benchmark, Result, find
 
 
@@ -49,28 +50,39 @@ def run(benchmark: Benchmark, given: Sequence[str]) -> int:
         benchmark.shrink(arguments)
     device = torch.device(arguments.device).type
     arguments.out = own.out or (None if arguments.smoke else RESULTS)
+    name = benchmark.name if device == "cpu" else f"{benchmark.name}_{device}"
+    start = time.monotonic()
+
+    def rest_of(result: Result) -> dict[str, Any]:
+        """What a record holds beside rows and ratios."""
+        return {
+            "goal": {key: asdict(goal) for key, goal in result.goals.items()},
+            "missed": _missed(result),
+            "parity": result.parity,
+            **result.more,
+            "settings": {**result.settings, "smoke": arguments.smoke},
+            "environment": environment(arguments.device),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+
+    def keep(result: Result) -> None:
+        """Write what is known so far, so that a run that is killed loses nothing."""
+        whole = {"benchmark": name, "rows": result.rows, "ratios": result.ratios}
+        write_record(name, {**whole, "unfinished": True, **rest_of(result)}, arguments.out)
+
+    arguments.keep = keep
     result = benchmark.run(arguments)
     if result is None:
         if own.base is not None:
             raise SystemExit(f"--base: {benchmark.name} has no table; compare one of its parts")
         return 0
-    name = benchmark.name if device == "cpu" else f"{benchmark.name}_{device}"
     missed = _missed(result)
     for ratio in missed:
         print(f"goal missed: {ratio}: {result.ratios[ratio]:.4g}, expected {result.goals[ratio]}")
-    more: dict[str, Any] = {"goal": {key: asdict(goal) for key, goal in result.goals.items()}}
-    more |= {"missed": missed, "parity": result.parity, **result.more}
+    more = rest_of(result)
     if own.base is not None:
         more["base"] = against(own.base, benchmark.name, rest, result.rows)
-    report(
-        name,
-        result.rows,
-        result.ratios,
-        arguments.out,
-        **more,
-        settings={**result.settings, "smoke": arguments.smoke},
-        environment=environment(arguments.device),
-    )
+    report(name, result.rows, result.ratios, arguments.out, **more)
     return int(own.gate and bool(missed))
 
 

@@ -1,16 +1,20 @@
 """One sparse expert layer on a GPU, forward and backward with surprise, against the dense MLP.
 
     python -m benchmarks sparse_layer [--device cuda] [--tokens 32768 8192 2048] [--k 16 4]
-        [--rule card default sampled] [--profile] [--sweep KERNEL] [--smoke]
+        [--rule card default sampled] [--checked bfloat16] [--seconds 140] [--profile]
+        [--sweep KERNEL] [--smoke]
 
 Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96, bfloat16. Contenders: the dense MLP as it
 is and compiled, the dense-masked path with compiled regions, the grouped path, and the sparse path
 with dense sums and with rows; what waits for nothing also runs captured in a CUDA graph. `card` is
 the model card's rule, `default` the default recipe's, which surprises all experts, and `sampled`
-does so on an eighth of the tokens. Parity comes first, in float32 and bfloat16, against the
-textbook formula in float64. `--profile` prints the kernels of a step, `--sweep` the times of one
-kernel by its tile. Where the kernels cannot run (a CPU without Triton's interpreter) the record
-says so, and the others are timed. Imports neither text nor transformers.
+does so on an eighth of the tokens. The kernels are those that repeat their bits, as in training.
+Parity comes first, in the timed format (`--checked float32 bfloat16` checks both), against the
+textbook formula in float64. The record is written anew after every row, and rows that the time
+budget leaves no room for are named in it. `--profile` prints the kernels of a step, `--sweep` the
+times of one kernel by its tile. Where the kernels cannot run (a CPU without Triton's interpreter)
+the record says so, and the others are timed. `layer_peers` times other projects' layers. Imports
+neither text nor transformers.
 """
 
 import argparse
@@ -25,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import captured, check, measure, relative_gap
+from benchmarks.common import Deadline, captured, check, measure, relative_gap
 from benchmarks.registry import Goal, Option, Result, benchmark
+from tiny_onn.device import ask_for_same_bits
 from tiny_onn.ops import dense_masked, grouped, sparse
 from tiny_onn.ops.router_gradient import SmkStep
 from tiny_onn.ops.sparse_launches import Launches, Options, Tile, Tiles, list_tokens
@@ -42,6 +47,8 @@ RULES = {
 }
 QWEN3, SMALL = (32, 96, 1024), (8, 24, 48)
 CHECKED_TOKENS = 1000
+# Of the time of the dense MLP.
+AIMS = {(32_768, 16): 0.85, (32_768, 4): 0.4, (8192, 16): 1.0, (2048, 16): 1.0}
 # Tiles worth trying: rows, depth, columns, warps, stages.
 CANDIDATES = {
     "up": [(128, 64, 0, 8, 2), (128, 64, 0, 8, 3), (128, 64, 0, 8, 4), (128, 32, 0, 8, 4),
@@ -149,7 +156,8 @@ def parity(arguments: argparse.Namespace, shape: tuple[int, int, int, int]) -> d
     Raises:
         SystemExit: one is above its limit, or two runs differ: nothing is timed.
     """
-    dtypes = [torch.float32] if arguments.smoke else [torch.float32, torch.bfloat16]
+    formats = ["float32"] if arguments.smoke else arguments.checked
+    dtypes = [getattr(torch, name) for name in formats]
     worst: dict[str, float] = {}
     ks: list[int] = arguments.k
     cases = ((dtype, k) for dtype in dtypes for k in ks)
@@ -198,12 +206,22 @@ def contenders(
 
 
 def times(
-    arguments: argparse.Namespace, shape: tuple[int, int, int], *, with_sparse: bool
+    arguments: argparse.Namespace,
+    shape: tuple[int, int, int],
+    deadline: Deadline,
+    *,
+    with_sparse: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Medians of every contender, and of a replayed graph of those that wait for nothing."""
+    """Medians of every contender, and of a replayed graph of those that wait for nothing.
+
+    Once the time budget is spent, a row only says so.
+    """
     for tokens, k in itertools.product(arguments.tokens, arguments.k):
         layer = Layer((tokens, *shape), k, dtype=arguments.dtype, device=arguments.device)
         for rule in arguments.rule:
+            if not deadline.left():
+                yield {"tokens": tokens, "k": k, "rule": rule, "reason": "time budget"}
+                continue
             steps = contenders(layer, rule, compiled=not arguments.smoke, with_sparse=with_sparse)
             names = [name for name in steps if name.startswith(("MLP", "sparse"))]
             for name in names if arguments.device != "cpu" else ():
@@ -303,38 +321,53 @@ def sweep(arguments: argparse.Namespace, shape: tuple[int, int, int]) -> Iterato
     tokens=Option([32_768, 8192, 2048], smoke=[40]),
     k=Option([16, 4], smoke=[4]),
     rule=Option(list(RULES), choices=tuple(RULES)),
+    checked=Option(["bfloat16"], "formats of the parity check", choices=("float32", "bfloat16")),
     repeats=Option(20, smoke=1),
+    seconds=Option(140.0, "after so many no further row is begun"),
     profile=Option(False, "print the kernels of a step by their time"),
     sweep=Option(None, "print the times of a kernel by its tile", choices=tuple(CANDIDATES)),
 )
 def run(arguments: argparse.Namespace) -> Result:
     """Parity, then times, then what else was asked for."""
     torch._dynamo.config.recompile_limit = 64
+    # Before the GPU is first used, as in training.
+    ask_for_same_bits(torch.device(arguments.device))
+    deadline = Deadline(arguments.seconds)
     arguments.dtype = torch.float32 if arguments.smoke else torch.bfloat16
     E, I, D = shape = SMALL if arguments.smoke else QWEN3
     device = torch.device(arguments.device).type
     reason = sparse.obstacle(device, arguments.dtype, E, "silu")
     checked = arguments.tokens[0] if arguments.smoke else CHECKED_TOKENS
     gaps = parity(arguments, (checked, E, I, D)) if reason is None else {}
-    rows = list(times(arguments, shape, with_sparse=reason is None))
+    settings = {"experts": E, "width": I, "hidden": D, "repeats": arguments.repeats,
+                "deterministic": torch.are_deterministic_algorithms_enabled()}  # fmt: skip
+    skipped = [] if reason is None else [{"way": "sparse", "reason": reason}]
+    rows: list[dict[str, Any]] = []
+
+    def result() -> Result:
+        ratios = ratios_of(rows)
+        return Result(
+            rows=rows,
+            ratios=ratios,
+            goals={
+                name: Goal(at_most=aim)
+                for (tokens, k), aim in AIMS.items()
+                for rule in RULES
+                if (name := f"sparse / MLP, {rule}, {tokens} tokens, k={k}") in ratios
+            },
+            parity=gaps,
+            settings=settings,
+            more={"skipped": skipped},
+        )
+
+    for row in times(arguments, shape, deadline, with_sparse=reason is None):
+        (skipped if "reason" in row else rows).append(row)
+        print(row, flush=True)
+        arguments.keep(result())
     if reason is None and arguments.profile:
         for record in profile(arguments, shape):
             print(json.dumps(record), flush=True)
     if reason is None and arguments.sweep is not None:
         for record in sweep(arguments, shape):
             print(json.dumps(record), flush=True)
-    aims = {(32_768, 16): 0.85, (32_768, 4): 0.4, (8192, 16): 1.0, (2048, 16): 1.0}
-    ratios = ratios_of(rows)
-    return Result(
-        rows=rows,
-        ratios=ratios,
-        goals={
-            name: Goal(at_most=aim)
-            for (tokens, k), aim in aims.items()
-            for rule in RULES
-            if (name := f"sparse / MLP, {rule}, {tokens} tokens, k={k}") in ratios
-        },
-        parity=gaps,
-        settings={"experts": E, "width": I, "hidden": D, "repeats": arguments.repeats},
-        more={"skipped": {} if reason is None else {"sparse": reason}},
-    )
+    return result()

@@ -77,7 +77,7 @@ def test_a_path_that_computes_something_else_is_not_timed(monkeypatch):
         *a, activation=layer_scaling.F.silu, **k)})  # fmt: skip
     arguments = layer_scaling.argparse.Namespace(
         smoke=True, device="cpu", repeats=1, seconds=60.0, tokens=[16], experts=[8], k=[1],
-        base_tokens=16, rule=["default"],
+        base_tokens=16, rule=["default"], keep=print,
     )  # fmt: skip
     with pytest.raises(SystemExit, match="parity gap"):
         find("layer_scaling").run(arguments)

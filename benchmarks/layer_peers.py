@@ -1,0 +1,412 @@
+"""Other projects' expert layers on a GPU, forward and backward, beside ours and the dense MLP.
+
+    python -m benchmarks layer_peers [--device cuda] [--tokens 32768 8192 2048] [--k 16 4]
+        [--libraries transformers liger sonicmoe] [--tuned] [--seconds 75] [--smoke]
+
+Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96, bfloat16; the k largest of random logits
+are active. Routing is given to all, and each returns the gradients of the input, of both weights
+and of the routing weights. Ours computes surprise and the gate's gradient besides, by the model
+card's rule, which no peer can; the faster of its two ways to sum counts. Peers: transformers'
+experts implementations, Liger's fused MoE, and SonicMoE, which transformers loads from the hub as
+`sonicmoe`, here from its package. Each peer's output and gradients are checked against the formula
+in float64 before it is timed.
+
+Every library runs in a process of its own, in which ours and the dense MLP are timed in turns with
+it, launched by the host and then captured in a CUDA graph. Ours and the MLP run with kernels that
+repeat their bits, as in training; peers as their users run them. A peer that is not installed,
+fails, or takes longer than `--seconds` becomes a reason in the record, and what it had reached
+stays. Liger's and SonicMoE's kernels choose their tiles by timing them; to compile all candidates
+takes minutes, so that a few of each library's own candidates are tried (`tuning` in the settings),
+or all with `--tuned`.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import ROOT, captured, command_of, measure, relative_gap
+from benchmarks.registry import Option, Result, benchmark
+from benchmarks.sparse_layer import (
+    CHECKED_TOKENS,
+    LIMITS,
+    NAMES,
+    NUM_INPUTS,
+    QWEN3,
+    SMALL,
+    Layer,
+    expected,
+)
+from tiny_onn.device import ask_for_same_bits
+from tiny_onn.ops import sparse
+
+RULE = "card"
+OURS = ("sparse", "sparse, rows")
+# Output and gradients from the input, both weights, the active experts and their routing weights.
+Peer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# What reads a number from the device, which no graph can hold.
+WAITS = {
+    "transformers eager": "its loop over experts waits for their numbers of tokens",
+    "liger": "it waits for the number of tiles",
+}
+TUNING = {
+    "liger": "4 of 32 candidates of each product, 4 of 16 of weights' gradients, 2 of 40 of sums",
+    "sonicmoe": "QuACK's default configuration, 4 candidates of sums",
+}
+
+
+def transformers_peers(layer: Layer, *, tuned: bool) -> Iterator[tuple[str, Peer | str]]:
+    """Transformers' experts implementations by name; a text says why one does not run."""
+    del tuned
+    from transformers import Qwen3MoeConfig  # noqa: PLC0415
+    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: PLC0415
+
+    from benchmarks import expert_layer  # noqa: PLC0415
+
+    T, E, I, D = layer.shape
+    dtype = str(layer.gate_up.dtype).removeprefix("torch.")
+    device = layer.gate_up.device
+    case = expert_layer.Case(
+        device=str(device), dtype=dtype, tokens=T, hidden=D, num_experts=E, expert_dim=I,
+        k=layer.k, compiled=False,
+    )  # fmt: skip
+    for name in ("eager", *sorted(expert_layer.ALL_EXPERTS_FUNCTIONS.valid_keys())):
+        label = f"transformers {name}"
+        if (reason := expert_layer.why_not(name, case)) is not None:
+            yield label, reason
+            continue
+        config = Qwen3MoeConfig(
+            hidden_size=D, moe_intermediate_size=I, num_experts=E, num_experts_per_tok=layer.k
+        )
+        config._experts_implementation = name
+        with torch.device("meta"):
+            experts: Any = modeling_qwen3_moe.Qwen3MoeExperts(config)
+
+        def run(  # noqa: PLR0917
+            x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor,
+            experts: Any = experts,
+        ) -> Tensor:  # fmt: skip
+            # The same leaves every time, so that gradients are asked for of these.
+            experts._parameters |= {"gate_up_proj": gate_up, "down_proj": down}
+            return experts(x, index, weights.to(x.dtype))
+
+        yield label, run
+
+
+def liger_peer(layer: Layer, *, tuned: bool) -> Iterator[tuple[str, Peer | str]]:
+    """Liger's fused MoE, a set of Triton kernels."""
+    if (reason := _lacking(layer, "liger_kernel", "triton")) is not None:
+        yield "liger", reason
+        return
+    from liger_kernel.ops import (  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+        fused_moe,
+        fused_moe_kernels,
+    )
+
+    if not tuned:
+
+        def wanted(config: Any) -> bool:
+            sizes = config.kwargs
+            if "BLOCK_H" in sizes:
+                return sizes == {"BLOCK_H": 512, "BLOCK_K": 4}
+            if "BLOCK_M" in sizes:
+                return (sizes["BLOCK_N"], sizes["BLOCK_K"]) == (128, 32)
+            return sizes["BLOCK_K"] == 64 and config.num_stages == 3
+
+        _try_only(fused_moe_kernels, wanted)
+
+    def run(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        apply = fused_moe.LigerFusedMoEFunction.apply
+        return apply(x, gate_up, down, index.int(), weights)
+
+    yield "liger", run
+
+
+def sonicmoe_peer(layer: Layer, *, tuned: bool) -> Iterator[tuple[str, Peer | str]]:
+    """SonicMoE, called as transformers' `sonicmoe` calls the same function from the hub."""
+    if (reason := _lacking(layer, "sonicmoe", "quack", "cutlass", "triton")) is not None:
+        yield "sonicmoe", reason
+        return
+    import quack.gemm_interface as products  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+    import sonicmoe  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+    from sonicmoe.enums import ActivationType  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+    from sonicmoe.functional import (  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+        reduction_over_k_gather as sums,
+    )
+
+    if not tuned:
+        default = products.default_config(layer.gate_up.device)
+        _try_only(products, lambda config: config.kwargs.get("config") == default)
+        _try_only(sums, lambda c: c.num_warps == 4 and c.kwargs["BLOCK_H"] >= 512  # noqa: PLR2004
+                  and c.kwargs["BLOCK_K"] in {4, 8})  # fmt: skip
+    E, (T, k) = layer.shape[1], (layer.shape[0], layer.k)
+    token = torch.arange(T, device=layer.gate_up.device, dtype=torch.int32).repeat_interleave(k)
+
+    def run(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        y, _ = sonicmoe.moe_general_routing_inputs(
+            x, weights.flatten(), token, index.flatten().int(), gate_up.permute(1, 2, 0), None,
+            down.permute(1, 2, 0), None, E=E, stream_id=None,
+            activation_type=ActivationType.SWIGLU, is_inference_mode_enabled=False,
+            concat_layout=True,
+        )  # fmt: skip
+        return y
+
+    yield "sonicmoe", run
+
+
+LIBRARIES = {
+    "transformers": transformers_peers,
+    "liger": liger_peer,
+    "sonicmoe": sonicmoe_peer,
+}
+
+
+def _lacking(layer: Layer, *packages: str) -> str | None:
+    """Why kernels of these packages cannot run here; None if they can."""
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    return None if layer.gate_up.is_cuda else "its kernels need a GPU"
+
+
+def _try_only(module: Any, wanted: Callable[[Any], bool]) -> None:
+    """Leave the kernels of a module the candidates that are wanted, or all where none is."""
+    for kernel in vars(module).values():
+        if isinstance(configs := getattr(kernel, "configs", None), list):
+            kernel.configs = [config for config in configs if wanted(config)] or configs
+
+
+class Routed:
+    """A layer's routing as peers take it, and their step."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        # Parameters, because transformers' module takes no other tensors.
+        layer.gate_up, layer.down = nn.Parameter(layer.gate_up), nn.Parameter(layer.down)
+        self.indices = [weights.topk(layer.k).indices for weights in layer.weights]
+        self.weights = [
+            weights.detach().gather(1, index).requires_grad_()
+            for weights, index in zip(layer.weights, self.indices, strict=True)
+        ]
+
+    def step(self, peer: Peer, number: int | None) -> list[Tensor]:
+        """Output and gradients of one input, the next one if none is named.
+
+        The peer runs without the kernels that repeat their bits, which not all of them have.
+        """
+        layer = self.layer
+        n = next(layer.turn) % NUM_INPUTS if number is None else number
+        x, gate_up, down, weights = leaves = [*layer.leaves(n)[:3], self.weights[n]]
+        asked = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+        try:
+            y = peer(x, gate_up, down, self.indices[n], weights)
+            return [y.detach(), *torch.autograd.grad(y, leaves, layer.grads[n])]
+        finally:
+            torch.use_deterministic_algorithms(asked)
+
+    def gap(self, peer: Peer) -> dict[str, float]:
+        """The peer's distances from the formula in float64."""
+        right = expected(self.layer, RULE, 0)
+        right[4] = right[4].gather(1, self.indices[0])
+        got = self.step(peer, 0)
+        pairs = zip(NAMES, got, right, strict=False)
+        return {name: relative_gap(g, e) for name, g, e in pairs}
+
+
+class Comparison:
+    """One library's peers beside ours, in this process."""
+
+    def __init__(self, case: Mapping[str, Any]) -> None:
+        self.case, self.device = case, torch.device(case["device"])
+        self.dtype = torch.float32 if case["smoke"] else torch.bfloat16
+        self.shape = SMALL if case["smoke"] else QWEN3
+        self.failed: dict[str, str] = {}
+
+    def layer(self, tokens: int, k: int) -> Layer:
+        """A layer of some tokens."""
+        return Layer((tokens, *self.shape), k, dtype=self.dtype, device=self.device)
+
+    def peers(self, layer: Layer) -> Iterator[tuple[str, Peer | str]]:
+        """The library's peers for a layer."""
+        return LIBRARIES[self.case["library"]](layer, tuned=self.case["tuned"])
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Parity, times as the host launches, and times as captured, each as soon as it is known.
+
+        A graph that cannot be captured can leave the device in disorder, so that graphs come last.
+        """
+        case, sizes = self.case, [*itertools.product(self.case["tokens"], self.case["k"])]
+        for k in case["k"]:
+            routed = Routed(self.layer(min(CHECKED_TOKENS, max(case["tokens"])), k))
+            for name, peer in self.peers(routed.layer):
+                yield from self.parity(routed, name, peer, k)
+        for graphs in (False, True) if self.device.type == "cuda" else (False,):
+            for tokens, k in sizes:
+                yield from self.times(tokens, k, graphs=graphs)
+
+    def parity(
+        self, routed: Routed, name: str, peer: Peer | str, k: int
+    ) -> Iterator[dict[str, Any]]:
+        """The peer's gaps, or why it is not timed at all."""
+        if isinstance(peer, str):
+            return
+        try:
+            gaps = routed.gap(peer)
+        except (RuntimeError, ImportError, TypeError, ValueError, AttributeError) as error:
+            self.failed[name] = _told(error)
+            return
+        off = {what: gap for what, gap in gaps.items() if not gap <= LIMITS[self.dtype]}
+        if off:
+            self.failed[name] = f"parity, k = {k}: {off}"
+        yield {"peer": name, "k": k, "parity": gaps}
+
+    def times(self, tokens: int, k: int, *, graphs: bool) -> Iterator[dict[str, Any]]:
+        """Medians of every peer, of ours and of the dense MLP, or reasons."""
+        routed = Routed(layer := self.layer(tokens, k))
+        mlp: Any = layer.mlp()
+        steps: dict[str, Callable[[], object]] = {"MLP": partial(layer.mlp_step, mlp, mlp.weights)}
+        if sparse.obstacle(self.device.type, self.dtype, self.shape[0], "silu") is None:
+            for name, options in zip(
+                OURS, ({"dense_sums": True}, {"dense_sums": False, "num_active": k}), strict=True
+            ):
+                compiled = not self.case["smoke"]
+                run = partial(
+                    sparse.expert_layer, activation="silu", compiled=compiled, **options
+                )
+                steps[name] = partial(layer.step, run, RULE, None)
+        reasons: dict[str, str] = {}
+        for name, peer in self.peers(layer):
+            if isinstance(peer, str) or name in self.failed:
+                reasons[name] = peer if isinstance(peer, str) else self.failed[name]
+            elif graphs and name in WAITS:
+                reasons[name] = WAITS[name]
+            else:
+                steps[name] = partial(routed.step, peer, None)
+        ready: dict[str, Callable[[], object]] = {}
+        for name, step in steps.items():
+            try:
+                step()
+                ready[name] = captured(step, str(self.device)) if graphs else step
+            except RuntimeError as error:
+                reasons[name] = self.failed[name] = _told(error)
+        where = {"tokens": tokens, "k": k, "captured": graphs}
+        yield from ({"peer": name, **where, "reason": why} for name, why in reasons.items())
+        medians = {
+            name: timing.p50_ms
+            for name, timing in measure(
+                ready, repeats=self.case["repeats"], warmup=NUM_INPUTS, device=self.device
+            ).items()
+        }
+        own = {name: medians.pop(name) for name in ("MLP", *OURS) if name in medians}
+        ours = min((own[name] for name in OURS if name in own), default=None)
+        for name, ms in medians.items():
+            more = {} if ours is None else {"ours_ms": ours}
+            yield {"peer": name, **where, "peer_ms": ms, "mlp_ms": own["MLP"], **more}
+        if self.device.type == "cuda":
+            del ready, steps, routed, layer
+            torch.cuda.empty_cache()
+
+
+def _told(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def compare(case: dict[str, Any]) -> dict[str, Any]:
+    """Print one library's records, each as one line."""
+    ask_for_same_bits(torch.device(case["device"]))
+    for record in Comparison(case).records():
+        print(json.dumps(record), flush=True)
+    return {"library": case["library"], "ended": True}
+
+
+def in_a_process(case: Mapping[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+    """The records of a library's process, as they come, and why it did not end if it did not."""
+    command = command_of("layer_peers", "--case", json.dumps(dict(case)))
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    said: list[str] = []
+    # Read all along, because a full pipe would stop the process.
+    reader = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    ended = False
+    for line in process.stdout:
+        if line.startswith("{"):
+            record = json.loads(line)
+            ended = ended or "ended" in record
+            if "ended" not in record:
+                yield record
+    process.wait()
+    timer.cancel()
+    reader.join(timeout=5)
+    if not ended:
+        last = (said or ["no output"])[-1].strip()
+        why = f"took more than {seconds:g} s" if late.is_set() else last[:300]
+        yield {"peer": case["library"], "reason": f"its process did not end well: {why}"}
+
+
+@benchmark(
+    "Time of other projects' expert layers on a GPU, beside the sparse layer and the dense MLP.",
+    case=compare,
+    tokens=Option([32_768, 8192, 2048], smoke=[40]),
+    k=Option([16, 4], smoke=[4]),
+    libraries=Option(list(LIBRARIES), choices=tuple(LIBRARIES)),
+    tuned=Option(False, "let the libraries try all their candidates, which takes minutes"),
+    repeats=Option(10, smoke=1),
+    seconds=Option(75.0, "time budget of each library"),
+)
+def run(arguments: argparse.Namespace) -> Result:
+    """Every library in its process, one after the other."""
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    gaps: dict[str, float] = {}
+    names = ("device", "tokens", "k", "tuned", "repeats", "smoke")
+    settings = {name: getattr(arguments, name) for name in names if name != "smoke"}
+    settings |= {"rule": RULE, "tuning": "all candidates" if arguments.tuned else TUNING}
+
+    def result() -> Result:
+        return Result(rows=rows, ratios=ratios_of(rows), parity=gaps, settings=settings,
+                      more={"skipped": skipped})  # fmt: skip
+
+    for library in arguments.libraries:
+        case = {name: getattr(arguments, name) for name in names} | {"library": library}
+        for record in in_a_process(case, arguments.seconds):
+            print(json.dumps(record), flush=True)
+            if "parity" in record:
+                label = f"{record['peer']}, k={record['k']}"
+                gaps[label] = max(record["parity"].values())
+            else:
+                (skipped if "reason" in record else rows).append(record)
+            arguments.keep(result())
+    return result()
+
+
+def ratios_of(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Peers and ours as shares of the dense MLP's time of the same turns."""
+    ratios: dict[str, float | None] = {}
+    for row in rows:
+        how = ", captured" if row["captured"] else ""
+        where = f"{row['tokens']} tokens, k={row['k']}{how}"
+        ratios[f"{row['peer']} / MLP, {where}"] = row["peer_ms"] / row["mlp_ms"]
+        if "ours_ms" in row:
+            ratios[f"ours / {row['peer']}, {where}"] = row["ours_ms"] / row["peer_ms"]
+    return ratios
