@@ -24,9 +24,13 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
+import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -145,7 +149,7 @@ def sonicmoe_peer(layer: Layer, *, tuned: bool) -> Iterator[tuple[str, Peer | st
     if not tuned:
         default = products.default_config(layer.gate_up.device)
         _try_only(products, lambda config: config.kwargs.get("config") == default)
-        _try_only(sums, lambda c: c.num_warps == 4 and c.kwargs["BLOCK_H"] >= 512  # noqa: PLR2004
+        _try_only(sums, lambda c: c.num_warps == 4 and c.kwargs["BLOCK_H"] in {512, 1024}
                   and c.kwargs["BLOCK_K"] in {4, 8})  # fmt: skip
     E, (T, k) = layer.shape[1], (layer.shape[0], layer.k)
     token = torch.arange(T, device=layer.gate_up.device, dtype=torch.int32).repeat_interleave(k)
@@ -279,9 +283,7 @@ class Comparison:
                 OURS, ({"dense_sums": True}, {"dense_sums": False, "num_active": k}), strict=True
             ):
                 compiled = not self.case["smoke"]
-                run = partial(
-                    sparse.expert_layer, activation="silu", compiled=compiled, **options
-                )
+                run = partial(sparse.expert_layer, activation="silu", compiled=compiled, **options)
                 steps[name] = partial(layer.step, run, RULE, None)
         reasons: dict[str, str] = {}
         for name, peer in self.peers(layer):
@@ -332,36 +334,44 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
 def in_a_process(case: Mapping[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
     """The records of a library's process, as they come, and why it did not end if it did not."""
     command = command_of("layer_peers", "--case", json.dumps(dict(case)))
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stderr is not None
-    said: list[str] = []
-    # Read all along, because a full pipe would stop the process.
-    reader = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
-    reader.start()
-    late = threading.Event()
+    late, ended = threading.Event(), False
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as said,
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=said, text=True,
+            start_new_session=True,
+        ) as process,
+    ):  # fmt: skip
 
-    def stop() -> None:
-        late.set()
-        process.kill()
+        def stop() -> None:
+            late.set()
+            _kill_all(process.pid)
 
-    timer = threading.Timer(seconds, stop)
-    timer.start()
-    ended = False
-    for line in process.stdout:
-        if line.startswith("{"):
-            record = json.loads(line)
-            ended = ended or "ended" in record
-            if "ended" not in record:
-                yield record
-    process.wait()
-    timer.cancel()
-    reader.join(timeout=5)
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                record = json.loads(line) if line.startswith("{") else {"ended": ended}
+                if "ended" in record:
+                    ended = record["ended"]
+                else:
+                    yield record
+            process.wait()
+        finally:
+            timer.cancel()
+            _kill_all(process.pid)
+        said.seek(0)
+        last = ([line.strip() for line in said if line.strip()] or ["no output"])[-1]
     if not ended:
-        last = (said or ["no output"])[-1].strip()
-        why = f"took more than {seconds:g} s" if late.is_set() else last[:300]
+        told = f"exit status {process.returncode}: {last[:300]}"
+        why = f"took more than {seconds:g} s" if late.is_set() else told
         yield {"peer": case["library"], "reason": f"its process did not end well: {why}"}
+
+
+def _kill_all(session: int) -> None:
+    """Kill a process and those that it started, such as compilers, which hold its pipes open."""
+    with suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)
 
 
 @benchmark(

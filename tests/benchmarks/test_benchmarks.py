@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,35 @@ def test_a_missed_goal_is_said_and_fails_where_it_is_a_gate(ratio, status, tmp_p
     record = json.loads((tmp_path / "counted.json").read_text())
     assert record["missed"] == ["ours / peer"] * status
     assert runner.run(counted(ratio), [*options, "--gate"]) == status
+
+
+def test_a_run_that_is_killed_leaves_the_rows_that_it_had(tmp_path):
+    def run(arguments):
+        rows = []
+        for number in (1, 2):
+            rows.append({"number": number, "p50_ms": 0.5})
+            arguments.keep(Result(rows=rows, ratios={}, settings={}))
+        raise KeyboardInterrupt
+
+    killed = Benchmark(name="killed", measures="", options={}, run=run, case=None, about="")
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(killed, ["--smoke", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "killed.json").read_text())
+    assert record["unfinished"] is True
+    assert [row["number"] for row in record["rows"]] == [1, 2]
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    # A whole record takes its place.
+    assert runner.run(replace(killed, run=lambda _: Result(rows=rows_of(3), ratios={}, settings={})),
+                      ["--smoke", "--out", str(tmp_path)]) == 0  # fmt: skip
+    record = json.loads((tmp_path / "killed.json").read_text())
+    assert "unfinished" not in record
+    assert [row["number"] for row in record["rows"]] == [3]
+    assert [path.name for path in tmp_path.iterdir()] == ["killed.json"]
+
+
+def rows_of(*numbers):
+    """Return rows that name a number."""
+    return [{"number": number, "p50_ms": 0.5} for number in numbers]
 
 
 def test_ratios_to_another_commit_divide_what_was_measured_and_keep_the_labels():
