@@ -182,7 +182,7 @@ def contenders(layers: Layers) -> tuple[dict[str, nn.Module], dict[str, str]]:
 def why_not(implementation: str, case: Case) -> str | None:
     """Why an experts implementation cannot be timed here; None if it can."""
     if implementation in ("deepgemm", "sonicmoe"):
-        return "needs kernels from the hub"
+        return "needs kernels from the hub; layer_peers times SonicMoE from its package"
     if implementation == "batched_mm":
         # Its weights, gathered for every token and expert, and their gradients.
         size = DTYPES[case.dtype].itemsize * 6 * case.expert_dim * case.hidden

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.common import RESULTS, ROOT
-from docs.tools import layer_scaling, pages
+from docs.tools import expert_layers, layer_scaling, pages
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BEGIN, END = "<!-- performance: {name} -->", "<!-- end -->"
@@ -167,8 +167,10 @@ def gpu_rows(name: str) -> Iterator[Row]:
         for row in record["rows"]:
             if row["k"] in (4, 16):
                 yield from layer_rows(row, f"{tokens:,} tokens", "<= 1.15")
+    # The section of the layer has a newer record's rows.
     sparse = [r for r in records if r["section"] == "sparse" and "ratios" in r]
-    yield from sparse_rows(sparse[-1]["rows"])
+    if expert_layers.read(expert_layers.LAYER) is None:
+        yield from sparse_rows(sparse[-1]["rows"])
     yield from decode_rows([r for r in records if r["section"] == "decode"])
     # Until November 2026 the lines of this record were called cases.
     plans = [r.get("rows", r.get("cases")) for r in records if r["section"] == "plan"]
@@ -346,10 +348,15 @@ def sections() -> dict[str, str]:
         f"Measured on {place}:\n\n{table(filter(in_readme, rows))}"
         for place, rows in ((f"{on_gpu} (steps: {on_stepped})", both), (on_cpu, cpu_rows()))
     )
-    scaling = layer_scaling.read()
-    on_scaled = "" if scaling is None else where(scaling["environment"])
+    scaling, layer = layer_scaling.read(), expert_layers.read(expert_layers.LAYER)
+    peers = expert_layers.read(expert_layers.PEERS)
+    on_scaled, on_layer, on_peers = (
+        "" if record is None else where(record["environment"]) for record in (scaling, layer, peers)
+    )
     return {
         "scaling": layer_scaling.section(scaling, on_scaled),
+        "layer": expert_layers.layer_section(layer, on_layer),
+        "peers": expert_layers.peers_section(peers, on_peers),
         "cpu": f"Measured on {on_cpu}.\n\n{table(cpu_rows())}",
         "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows(gpu))}",
         "steps": f"Measured on {on_stepped}.\n\n{table(step_rows())}",

@@ -138,8 +138,9 @@ def test_a_run_that_is_killed_leaves_the_rows_that_it_had(tmp_path):
     assert [row["number"] for row in record["rows"]] == [1, 2]
     assert record["environment"]["versions"]["torch"] == torch.__version__
     # A whole record takes its place.
-    assert runner.run(replace(killed, run=lambda _: Result(rows=rows_of(3), ratios={}, settings={})),
-                      ["--smoke", "--out", str(tmp_path)]) == 0  # fmt: skip
+    whole = Result(rows=rows_of(3), ratios={}, settings={})
+    ended = replace(killed, run=lambda _: whole)
+    assert runner.run(ended, ["--smoke", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "killed.json").read_text())
     assert "unfinished" not in record
     assert [row["number"] for row in record["rows"]] == [3]
