@@ -24,6 +24,7 @@ WORDS = {
     "smk": "SMK",
     "smk, not refitted": "SMK without the refit",
     "smk, smallest gain": "SMK towards the smallest gain",
+    "smk, lesson of 1/8": "SMK with lessons from an eighth of the tokens",
     "smk, net gain": "SMK by net gain",
     "smk, token scale": "SMK with weights that depend on the token",
     "frozen ridge gate": "the frozen ridge gate",

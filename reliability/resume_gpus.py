@@ -32,9 +32,7 @@ from reliability.harness import RESUMED, results_file, resumed_table, set_enviro
 from reliability.resume_jobs import work
 from reliability.run_results import result_of
 from tiny import save_teacher, write_corpus
-from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Shard
-from tiny_onn.config.template import config_template
 from tiny_onn.runs.metrics import read_metrics
 
 SHARDS = get_args(Shard)
@@ -89,8 +87,8 @@ class Trial:
     """What was printed while a process was killed and all were started again."""
 
     @cached_property
-    def toml(self) -> Path:
-        """The settings of all runs, with the teacher and the text that they name."""
+    def settings(self) -> list[str]:
+        """What all runs set beside their preset, with the teacher and the text that they name."""
         teacher = save_teacher(self.folder / "teacher", "qwen3", **TEACHER)
         corpus = write_corpus(self.folder / "corpus", num_files=200)
         step_tokens = ROWS_PER_STEP * self.row_tokens
@@ -114,10 +112,7 @@ class Trial:
             "train.keep_checkpoints": STEPS + 1,
             "train.log_every_steps": 1,
         }
-        settings = [f"{name}={value}" for name, value in values.items()]
-        path = self.folder / "run.toml"
-        path.write_text(config_template(load_config(None, "recommended", settings)))
-        return path
+        return [f"{name}={value}" for name, value in values.items()]
 
     @property
     def chain(self) -> tuple[int, ...]:
@@ -169,13 +164,18 @@ class Trial:
         many += [self.part(f"halves-{shard}", shard, stop=half) for shard in self.shards]
         last = self.shards[-1]
         killed = [self.part("killed", last, kill=half)]
+        # Teacher and text are written once, before several threads read of them.
+        assert self.settings
         with ThreadPoolExecutor(3) as threads:
             # torchrun may wait half a minute for the processes that are left.
             restarted = threads.submit(self.launch, most, killed, restarts=1)
             list(threads.map(self.launch, (1, most), (alone, many)))
             for place, processes in enumerate(self.chain[1:]):
-                span = {"after": stops[place], "stop": stops[place + 1]}
-                jobs = [self.part(f"chain-{shard}", shard, **span) for shard in self.shards]
+                after, stop = stops[place : place + 2]
+                jobs = [
+                    self.part(f"chain-{shard}", shard, after=after, stop=stop)
+                    for shard in self.shards
+                ]
                 if processes == most:
                     jobs += [self.part(f"halves-{s}", s, after=half) for s in self.shards]
                     jobs.append(self.part("cached-many", last, cache=f"cache-{CACHES[0]}"))
@@ -189,7 +189,7 @@ class Trial:
         jobs = [job for job in jobs if self.has(job["needs"], jobs)]
         place = f"{processes}-{time.monotonic_ns()}"
         case, log, said = (self.folder / f"{name}-{place}" for name in ("case", "log", "said"))
-        shared = {"device": self.device, "toml": str(self.toml), "said": str(said)}
+        shared = {"device": self.device, "settings": self.settings, "said": str(said)}
         case.write_text(json.dumps({**shared, "jobs": jobs}))
         arguments = ("reliability.resume_gpus", "--case", str(case))
         command = [sys.executable, "-m", *arguments]
@@ -215,7 +215,7 @@ class Trial:
 
     def losses(self, out: str) -> list[float]:
         """The loss of each step of a run, and the divergence of its last evaluation."""
-        rows = list(read_metrics(self.folder / out / "metrics.jsonl"))
+        rows: list[dict[str, Any]] = list(read_metrics(self.folder / out / "metrics.jsonl"))
         steps = [row["loss"] for row in rows if row["kind"] == "step"]
         return [*steps, rows[-1]["forward_kl"]]
 

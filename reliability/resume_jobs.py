@@ -21,6 +21,8 @@ from tiny_onn.parallel import World
 from tiny_onn.runs.folder import was_begun_by
 from tiny_onn.teacher.load import quiet_transformers
 
+PRESET = "recommended"
+
 
 def work(case: Mapping[str, Any]) -> None:
     """Do all jobs of a case as one of the processes that a launcher started.
@@ -35,7 +37,7 @@ def work(case: Mapping[str, Any]) -> None:
         for job in case["jobs"]:
             started = time.monotonic()
             if job["kind"] == "cache":
-                config = load_config(Path(case["toml"]), None, ())
+                config = load_config(None, PRESET, case["settings"])
                 write_cache(config, out=Path(job["out"]), states_format=job["format"])
             else:
                 run_part(case, job, world)
@@ -60,7 +62,7 @@ def run_part(case: Mapping[str, Any], job: Mapping[str, Any], world: World) -> N
     if job["kill"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         after_step = stops_after(job["kill"], world, signal.SIGKILL)
     result = run_distill(
-        load_config(Path(case["toml"]), None, job["set"]),
+        load_config(None, PRESET, [*case["settings"], *job["set"]]),
         out=out,
         resume=job["resume"] or begun,
         allow_change=["train.shard"],

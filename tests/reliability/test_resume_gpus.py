@@ -49,6 +49,7 @@ def test_each_number_of_processes_goes_on_where_the_one_before_it_stopped(tmp_pa
 
     monkeypatch.setattr(of, "launch", launch)
     of.run()
+    assert (tmp_path / "teacher").is_dir() and (tmp_path / "corpus").is_dir()
     first, *later = sorted(launched[:2]) + launched[2:]
     assert [first[0], *(processes for processes, _ in later)] == [1, 4, 2, 4, 1]
     chain = [name for _, names in launched for name in names if name.startswith("chain-full")]
@@ -66,7 +67,7 @@ def test_runs_that_are_not_done_pass_no_comparison(tmp_path):
 
 def test_without_time_nothing_is_started(tmp_path, monkeypatch):
     of = trial(tmp_path)
-    monkeypatch.setattr(Trial, "toml", tmp_path / "run.toml")
+    monkeypatch.setattr(Trial, "settings", [])
     of.launch(2, [of.part("one", "none")])
     assert of.errors == ["2 processes: no time was left: "]
     assert of.done == {}
