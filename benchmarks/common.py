@@ -121,6 +121,25 @@ def captured(function: Callable[[], object], device: str) -> Callable[[], object
     return Replay(graph, function)
 
 
+def runnable(
+    functions: Mapping[str, Callable[[], object]], device: str, *, graphs: bool = False
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The functions that ran once, each as a graph if asked for, and why the others did not."""
+    ready, reasons = {}, {}
+    for name, function in functions.items():
+        try:
+            function()
+            ready[name] = captured(function, device) if graphs else function
+        except RuntimeError as error:
+            reasons[name] = told(error)
+    return ready, reasons
+
+
+def told(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 @dataclass(frozen=True, slots=True)
 class Replay:
     """A captured function: called, it replays the graph."""

@@ -1,7 +1,7 @@
 """Other projects' expert layers on a GPU, forward and backward, beside ours and the dense MLP.
 
     python -m benchmarks layer_peers [--device cuda] [--tokens 32768 8192 2048] [--k 16 4]
-        [--libraries transformers liger sonicmoe] [--tuned] [--seconds 75] [--smoke]
+        [--libraries sonicmoe liger transformers] [--tuned] [--seconds 100] [--smoke]
 
 Qwen3-0.6B's shape: hidden 1024, 32 experts of width 96, bfloat16; the k largest of random logits
 are active. Routing is given to all, and each returns the gradients of the input, of both weights
@@ -21,7 +21,6 @@ or all with `--tuned`.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -37,11 +36,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import ROOT, captured, command_of, measure, relative_gap
+from benchmarks.common import ROOT, command_of, measure, relative_gap, runnable, told
+from benchmarks.layer_libraries import LIBRARIES, NOT_CAPTURED, TUNING, Peer
 from benchmarks.registry import Option, Result, benchmark
 from benchmarks.sparse_layer import (
     CHECKED_TOKENS,
-    LIMITS,
     NAMES,
     NUM_INPUTS,
     QWEN3,
@@ -54,138 +53,9 @@ from tiny_onn.ops import sparse
 
 RULE = "card"
 OURS = ("sparse", "sparse, rows")
-# Output and gradients from the input, both weights, the active experts and their routing weights.
-Peer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-# What reads a number from the device, which no graph can hold.
-WAITS = {
-    "transformers eager": "its loop over experts waits for their numbers of tokens",
-    "liger": "it waits for the number of tiles",
-}
-TUNING = {
-    "liger": "4 of 32 candidates of each product, 4 of 16 of weights' gradients, 2 of 40 of sums",
-    "sonicmoe": "QuACK's default configuration, 4 candidates of sums",
-}
-
-
-def transformers_peers(layer: Layer, *, tuned: bool) -> Iterator[tuple[str, Peer | str]]:
-    """Transformers' experts implementations by name; a text says why one does not run."""
-    del tuned
-    from transformers import Qwen3MoeConfig  # noqa: PLC0415
-    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: PLC0415
-
-    from benchmarks import expert_layer  # noqa: PLC0415
-
-    T, E, I, D = layer.shape
-    dtype = str(layer.gate_up.dtype).removeprefix("torch.")
-    device = layer.gate_up.device
-    case = expert_layer.Case(
-        device=str(device), dtype=dtype, tokens=T, hidden=D, num_experts=E, expert_dim=I,
-        k=layer.k, compiled=False,
-    )  # fmt: skip
-    for name in ("eager", *sorted(expert_layer.ALL_EXPERTS_FUNCTIONS.valid_keys())):
-        label = f"transformers {name}"
-        if (reason := expert_layer.why_not(name, case)) is not None:
-            yield label, reason
-            continue
-        config = Qwen3MoeConfig(
-            hidden_size=D, moe_intermediate_size=I, num_experts=E, num_experts_per_tok=layer.k
-        )
-        config._experts_implementation = name
-        with torch.device("meta"):
-            experts: Any = modeling_qwen3_moe.Qwen3MoeExperts(config)
-
-        def run(  # noqa: PLR0917
-            x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor,
-            experts: Any = experts,
-        ) -> Tensor:  # fmt: skip
-            # The same leaves every time, so that gradients are asked for of these.
-            experts._parameters |= {"gate_up_proj": gate_up, "down_proj": down}
-            return experts(x, index, weights.to(x.dtype))
-
-        yield label, run
-
-
-def liger_peer(layer: Layer, *, tuned: bool) -> Iterator[tuple[str, Peer | str]]:
-    """Liger's fused MoE, a set of Triton kernels."""
-    if (reason := _lacking(layer, "liger_kernel", "triton")) is not None:
-        yield "liger", reason
-        return
-    from liger_kernel.ops import (  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-        fused_moe,
-        fused_moe_kernels,
-    )
-
-    if not tuned:
-
-        def wanted(config: Any) -> bool:
-            sizes = config.kwargs
-            if "BLOCK_H" in sizes:
-                return sizes == {"BLOCK_H": 512, "BLOCK_K": 4}
-            if "BLOCK_M" in sizes:
-                return (sizes["BLOCK_N"], sizes["BLOCK_K"]) == (128, 32)
-            return sizes["BLOCK_K"] == 64 and config.num_stages == 3
-
-        _try_only(fused_moe_kernels, wanted)
-
-    def run(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        apply = fused_moe.LigerFusedMoEFunction.apply
-        return apply(x, gate_up, down, index.int(), weights)
-
-    yield "liger", run
-
-
-def sonicmoe_peer(layer: Layer, *, tuned: bool) -> Iterator[tuple[str, Peer | str]]:
-    """SonicMoE, called as transformers' `sonicmoe` calls the same function from the hub."""
-    if (reason := _lacking(layer, "sonicmoe", "quack", "cutlass", "triton")) is not None:
-        yield "sonicmoe", reason
-        return
-    import quack.gemm_interface as products  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-    import sonicmoe  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-    from sonicmoe.enums import ActivationType  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-    from sonicmoe.functional import (  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-        reduction_over_k_gather as sums,
-    )
-
-    if not tuned:
-        default = products.default_config(layer.gate_up.device)
-        _try_only(products, lambda config: config.kwargs.get("config") == default)
-        _try_only(sums, lambda c: c.num_warps == 4 and c.kwargs["BLOCK_H"] in {512, 1024}
-                  and c.kwargs["BLOCK_K"] in {4, 8})  # fmt: skip
-    E, (T, k) = layer.shape[1], (layer.shape[0], layer.k)
-    token = torch.arange(T, device=layer.gate_up.device, dtype=torch.int32).repeat_interleave(k)
-
-    def run(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        y, _ = sonicmoe.moe_general_routing_inputs(
-            x, weights.flatten(), token, index.flatten().int(), gate_up.permute(1, 2, 0), None,
-            down.permute(1, 2, 0), None, E=E, stream_id=None,
-            activation_type=ActivationType.SWIGLU, is_inference_mode_enabled=False,
-            concat_layout=True,
-        )  # fmt: skip
-        return y
-
-    yield "sonicmoe", run
-
-
-LIBRARIES = {
-    "transformers": transformers_peers,
-    "liger": liger_peer,
-    "sonicmoe": sonicmoe_peer,
-}
-
-
-def _lacking(layer: Layer, *packages: str) -> str | None:
-    """Why kernels of these packages cannot run here; None if they can."""
-    absent = [name for name in packages if importlib.util.find_spec(name) is None]
-    if absent:
-        return f"not installed: {', '.join(absent)}"
-    return None if layer.gate_up.is_cuda else "its kernels need a GPU"
-
-
-def _try_only(module: Any, wanted: Callable[[Any], bool]) -> None:
-    """Leave the kernels of a module the candidates that are wanted, or all where none is."""
-    for kernel in vars(module).values():
-        if isinstance(configs := getattr(kernel, "configs", None), list):
-            kernel.configs = [config for config in configs if wanted(config)] or configs
+# Relative norms of differences. Peers sum the outputs of a token's experts, and its gradients, in
+# bfloat16; a wrong expert, weight or half of the gate moves a norm by more than a tenth.
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
 class Routed:
@@ -266,7 +136,7 @@ class Comparison:
         try:
             gaps = routed.gap(peer)
         except (RuntimeError, ImportError, TypeError, ValueError, AttributeError) as error:
-            self.failed[name] = _told(error)
+            self.failed[name] = told(error)
             return
         off = {what: gap for what, gap in gaps.items() if not gap <= LIMITS[self.dtype]}
         if off:
@@ -289,17 +159,13 @@ class Comparison:
         for name, peer in self.peers(layer):
             if isinstance(peer, str) or name in self.failed:
                 reasons[name] = peer if isinstance(peer, str) else self.failed[name]
-            elif graphs and name in WAITS:
-                reasons[name] = WAITS[name]
+            elif graphs and name in NOT_CAPTURED:
+                reasons[name] = NOT_CAPTURED[name]
             else:
                 steps[name] = partial(routed.step, peer, None)
-        ready: dict[str, Callable[[], object]] = {}
-        for name, step in steps.items():
-            try:
-                step()
-                ready[name] = captured(step, str(self.device)) if graphs else step
-            except RuntimeError as error:
-                reasons[name] = self.failed[name] = _told(error)
+        ready, broken = runnable(steps, str(self.device), graphs=graphs)
+        reasons |= broken
+        self.failed |= broken
         where = {"tokens": tokens, "k": k, "captured": graphs}
         yield from ({"peer": name, **where, "reason": why} for name, why in reasons.items())
         medians = {
@@ -316,11 +182,6 @@ class Comparison:
         if self.device.type == "cuda":
             del ready, steps, routed, layer
             torch.cuda.empty_cache()
-
-
-def _told(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def compare(case: dict[str, Any]) -> dict[str, Any]:
@@ -382,7 +243,7 @@ def _kill_all(session: int) -> None:
     libraries=Option(list(LIBRARIES), choices=tuple(LIBRARIES)),
     tuned=Option(False, "let the libraries try all their candidates, which takes minutes"),
     repeats=Option(10, smoke=1),
-    seconds=Option(75.0, "time budget of each library"),
+    seconds=Option(100.0, "time budget of each library"),
 )
 def run(arguments: argparse.Namespace) -> Result:
     """Every library in its process, one after the other."""

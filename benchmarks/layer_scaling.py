@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import Deadline, captured, check, measure, relative_gap
+from benchmarks.common import Deadline, captured, check, measure, relative_gap, told
 from benchmarks.registry import Option, Result, benchmark
 from benchmarks.sparse_layer import LIMITS, NAMES, NUM_INPUTS, RULES, Layer, expected
 from tiny_onn.device import ask_for_same_bits
@@ -217,9 +217,13 @@ def run(arguments: argparse.Namespace) -> Result:
             if point["experts"] != experts:
                 sizes.forget_other_sizes()
                 experts = point["experts"]
-            for name, gap in sizes.parity(point).items():
-                gaps[name] = max(gap, gaps.get(name, 0.0))
-            timed[known] = sizes.times(point)
+            try:
+                for name, gap in sizes.parity(point).items():
+                    gaps[name] = max(gap, gaps.get(name, 0.0))
+                timed[known] = sizes.times(point)
+            except RuntimeError as error:
+                skipped.append({**point, "reason": told(error)})
+                continue
             gc.collect()
             if gpu:
                 torch.cuda.empty_cache()

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Deadline, captured, check, measure, relative_gap
+from benchmarks.common import Deadline, check, measure, relative_gap, runnable
 from benchmarks.registry import Goal, Option, Result, benchmark
 from tiny_onn.device import ask_for_same_bits
 from tiny_onn.ops import dense_masked, grouped, sparse
@@ -216,7 +216,7 @@ def times(
 ) -> Iterator[dict[str, Any]]:
     """Medians of every contender, and of a replayed graph of those that wait for nothing.
 
-    Once the time budget is spent, a row only says so.
+    A contender that fails and what the time budget leaves no room for are rows with a reason.
     """
     for tokens, k in itertools.product(arguments.tokens, arguments.k):
         layer = Layer((tokens, *shape), k, dtype=arguments.dtype, device=arguments.device)
@@ -225,14 +225,20 @@ def times(
                 yield {"tokens": tokens, "k": k, "rule": rule, "reason": "time budget"}
                 continue
             steps = contenders(layer, rule, compiled=not arguments.smoke, with_sparse=with_sparse)
-            names = [name for name in steps if name.startswith(("MLP", "dense", "sparse"))]
-            for name in names if arguments.device != "cpu" else ():
-                steps[f"{name}, captured"] = captured(steps[name], arguments.device)
+            where = {"tokens": tokens, "k": k, "rule": rule}
+            ready, failed = runnable(steps, arguments.device)
+            if arguments.device != "cpu":
+                free = {n: s for n, s in ready.items() if n.startswith(("MLP", "dense", "sparse"))}
+                graphs, uncaptured = runnable(free, arguments.device, graphs=True)
+                ready |= {f"{name}, captured": graph for name, graph in graphs.items()}
+                failed |= {f"{name}, captured": reason for name, reason in uncaptured.items()}
+            for name, reason in failed.items():
+                yield {**where, "way": name, "reason": reason}
             timings = measure(
-                steps, repeats=arguments.repeats, warmup=NUM_INPUTS, device=arguments.device
+                ready, repeats=arguments.repeats, warmup=NUM_INPUTS, device=arguments.device
             )
-            ms = {name: timing.p50_ms for name, timing in timings.items()}
-            yield {"tokens": tokens, "k": k, "rule": rule, **ms}
+            yield where | {name: timing.p50_ms for name, timing in timings.items()}
+            del ready
             del steps
 
 

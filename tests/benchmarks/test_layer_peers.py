@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from benchmarks import layer_peers
+from benchmarks import layer_libraries, layer_peers
 
 CASE = {"device": "cpu", "tokens": [24, 16], "k": [3], "tuned": False, "repeats": 1, "smoke": True,
         "library": "written here"}  # fmt: skip
@@ -83,7 +83,7 @@ def test_a_peer_gets_the_kernels_that_its_users_get(monkeypatch):
 def test_candidates_that_are_not_wanted_are_not_tried_unless_all_are_unwanted():
     one, other = SimpleNamespace(configs=[1, 2, 3]), SimpleNamespace(configs=[5])
     module = SimpleNamespace(one=one, other=other, text="configs")
-    layer_peers._try_only(module, lambda config: config < 3)
+    layer_libraries.try_only(module, lambda config: config < 3)
     assert (one.configs, other.configs) == ([1, 2], [5])
 
 

@@ -46,9 +46,8 @@ def test_the_fastest_path_stands_beside_mlps_that_are_launched_alike():
 
 def test_peers_and_ours_are_shares_of_the_mlp_of_their_process():
     captured, launched = expert_layers.peers_section(PEERS, "a GPU").split("\n\n")[1:3]
-    assert (
-        captured.splitlines()[0] == "| of the dense MLP, captured in a CUDA graph | 2,048, k = 4 |"
-    )
+    head, _, *lines = captured.splitlines()
+    assert head == "| of the dense MLP, captured in a CUDA graph | 2,048, k = 4 |"
     assert lines == ["| ours, with surprise | 0.75 |", "| sonicmoe | 0.50 |"]
     assert launched.splitlines()[2:] == [
         "| ours, with surprise | 0.80 to 0.90 | 0.90 |", "| sonicmoe | 2.50 |  |",
