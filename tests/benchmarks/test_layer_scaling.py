@@ -81,3 +81,45 @@ def test_a_path_that_computes_something_else_is_not_timed(monkeypatch):
     )  # fmt: skip
     with pytest.raises(SystemExit, match="parity gap"):
         find("layer_scaling").run(arguments)
+
+
+def run_with(monkeypatch, times, **options):
+    """Run the benchmark with other times; what it returned, kept, timed and forgot, in order."""
+    events, kept = [], []
+    sizes = layer_scaling.Sizes
+    monkeypatch.setattr(sizes, "parity", lambda *_: {"gap": 0.0})
+    monkeypatch.setattr(sizes, "forget_other_sizes", lambda _: events.append("forget"))
+
+    def timed(_, point):
+        events.append((point["tokens"], point["experts"], point["k"]))
+        return times(point)
+
+    monkeypatch.setattr(sizes, "times", timed)
+    given = {"smoke": True, "device": "cpu", "repeats": 1, "seconds": 60.0, "base_tokens": 32,
+             "tokens": [16, 32], "experts": [16, 32], "k": [8, 16], "rule": ["default"],
+             "keep": lambda result: kept.append(len(result.rows))}  # fmt: skip
+    arguments = layer_scaling.argparse.Namespace(**(given | options))
+    return find("layer_scaling").run(arguments), kept, events
+
+
+def test_a_point_of_several_sweeps_is_timed_once_and_code_is_of_one_number_of_experts(monkeypatch):
+    result, kept, events = run_with(monkeypatch, lambda _: {"MLP": 1.0, "dense": 2.0})
+    assert events == [(16, 32, 16), (32, 32, 16), (32, 32, 8), "forget", (32, 16, 8)]
+    found = [(row["sweep"], row[row["sweep"]]) for row in result.rows]
+    assert found == [("tokens", 16), ("tokens", 32), ("k", 8), ("k", 16), ("experts", 16),
+                     ("experts", 32)]  # fmt: skip
+    # What is known so far is kept after every point.
+    assert kept == [1, 2, 3, 4, 5, 6]
+    assert result.ratios["dense / MLP, k=16, default"] == 2.0
+
+
+def test_a_point_that_fails_is_named_and_the_others_are_timed(monkeypatch):
+    def times(point):
+        if point["k"] == 8 and point["experts"] == 32:
+            raise RuntimeError("out of\nmemory")
+        return {"MLP": 1.0}
+
+    result, _, _ = run_with(monkeypatch, times)
+    assert {"sweep": "k", "tokens": 32, "experts": 32, "k": 8, "rule": "default",
+            "reason": "RuntimeError: out of memory"} in result.more["skipped"]  # fmt: skip
+    assert [row["sweep"] for row in result.rows] == ["tokens"] * 2 + ["k"] + ["experts"] * 2
