@@ -1,18 +1,20 @@
 """Every hand-written Triton kernel once, at awkward shapes, for compute-sanitizer.
 
+    seq 0 9 | xargs -P 10 -n 1 python -m benchmarks.kernels_once
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
         python -m benchmarks.kernels_once
 
-`--tool racecheck` and `--tool initcheck` are called alike. Sizes are no multiples of the tiles, one
-expert has no token, and one has all; with the variable each tensor has an allocation of its own, so
-that memcheck sees an access past its end. Every result is compared with the formula in float64.
-Prints the kernels that ran, and exits with 1 if a kernel of `tiny_onn.ops` did not. On a CPU it
-runs in Triton's interpreter (TRITON_INTERPRET=1), whose bfloat16 is wrong, so that there all
-tensors are float32.
+The first command runs the ten layers in as many processes, which compile the kernels into Triton's
+cache; the second finds them there. `--tool racecheck` is called alike. Sizes are no multiples of
+the tiles, one expert has no token, and one has all; with the variable each tensor has an allocation
+of its own, so that memcheck sees an access past its end. Every result is compared with the formula
+in float64. Prints the kernels that ran, and exits with 1 if a kernel of `tiny_onn.ops` did not. On
+a CPU it runs in Triton's interpreter (TRITON_INTERPRET=1), whose bfloat16 is wrong, so that there
+all tensors are float32.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -183,18 +185,20 @@ def defined(
     return torch.einsum("tei,edi->td", activation(gate) * up * weights[..., None], down)
 
 
-def main() -> int:
-    """Run every kernel; 1 if one was left out."""
+def main(numbers: Sequence[str] = ()) -> int:
+    """Run the layers of these numbers, or all; 1 if all ran and a kernel was left out."""
+    layers: list[tuple[Callable[[Any], None], Any]] = [(train_once, case) for case in SPARSE]
+    layers += [(decode_once, case) for case in DECODED]
     with seeded(0), counted() as (known, launched):
-        for case in SPARSE:
-            train_once(case)
-        for layer in DECODED:
-            decode_once(layer)
+        for number in map(int, numbers or range(len(layers))):
+            once, layer = layers[number]
+            once(layer)
     print(f"ran: {', '.join(sorted(launched))}")
-    if missing := known - launched:
+    missing = set() if numbers else known - launched
+    if missing:
         print(f"did not run: {', '.join(sorted(missing))}")
     return int(bool(missing))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

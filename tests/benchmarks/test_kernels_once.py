@@ -27,6 +27,11 @@ def kernels_in_the_sources():
     return [name for file in files for name in DEFINED.findall(file.read_text("utf-8"))]
 
 
+def test_the_command_at_the_top_names_every_layer():
+    last = len(kernels_once.SPARSE) + len(kernels_once.DECODED) - 1
+    assert f"seq 0 {last} | xargs" in (kernels_once.__doc__ or "")
+
+
 def test_modules_of_kernels_are_all_asked_for_theirs():
     files = (ROOT / "src" / "tiny_onn").rglob("*.py")
     with_kernels = {file.stem for file in files if DEFINED.search(file.read_text("utf-8"))}
@@ -53,3 +58,5 @@ def test_a_kernel_that_did_not_run_is_named_and_fails(monkeypatch, capsys):
     assert kernels_once.main() == 1
     assert capsys.readouterr().out == "ran: first_kernel\ndid not run: other_kernel\n"
     assert module.first_kernel is original
+    # A part of the layers need not run them all.
+    assert kernels_once.main(["0"]) == 0

@@ -99,7 +99,9 @@ def run_with(monkeypatch, times, **options):
              "tokens": [16, 32], "experts": [16, 32], "k": [8, 16], "rule": ["default"],
              "keep": lambda result: kept.append(len(result.rows))}  # fmt: skip
     arguments = layer_scaling.argparse.Namespace(**(given | options))
-    return find("layer_scaling").run(arguments), kept, events
+    result = find("layer_scaling").run(arguments)
+    assert result is not None
+    return result, kept, events
 
 
 def test_a_point_of_several_sweeps_is_timed_once_and_code_is_of_one_number_of_experts(monkeypatch):

@@ -14,7 +14,9 @@ def run(**options):
     given = {"smoke": True, "device": "cpu", "tokens": [40], "k": [4], "rule": ["card"],
              "checked": ["float32"], "repeats": 1, "seconds": 60.0, "profile": False,
              "sweep": None, "keep": lambda result: kept.append(len(result.rows))}  # fmt: skip
-    return find("sparse_layer").run(Namespace(**(given | options))), kept
+    result = find("sparse_layer").run(Namespace(**(given | options)))
+    assert result is not None
+    return result, kept
 
 
 def test_a_contender_that_fails_is_named_and_the_others_are_timed(monkeypatch):
