@@ -82,7 +82,14 @@ def peers_section(record: dict[str, Any] | None, place: str) -> str:
             sizes = sorted({(row["tokens"], row["k"]) for row in rows}, key=lambda s: (s[0], -s[1]))
             head = [f"of the dense MLP, {words}", *(f"{t:,}, k = {k}" for t, k in sizes)]
             parts.append(f"\n{table(head, peer_lines(rows, sizes))}")
-    return "".join(parts) + left_out(record)
+    return "".join(parts) + candidates(record["settings"]["tuning"]) + left_out(record)
+
+
+def candidates(tuning: str | dict[str, str]) -> str:
+    """Return how many tiles the libraries that time theirs could choose from."""
+    known = {"liger, sonicmoe": tuning} if isinstance(tuning, str) else tuning
+    words = "; ".join(f"{name}: {number}" for name, number in known.items())
+    return f"\nTiles that a library could choose from, by timing them: {words}.\n"
 
 
 def peer_lines(rows: list[dict[str, Any]], sizes: list[tuple[int, int]]) -> Iterator[list[str]]:

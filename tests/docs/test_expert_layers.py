@@ -24,6 +24,7 @@ PEERS = {
         {"peer": "liger", "tokens": tokens, "k": 4, "captured": True, "reason": "it waits"}
         for tokens in (2048, 8192)
     ],
+    "settings": {"tuning": {"liger": "4 of 32", "sonicmoe": "one"}},
 }  # fmt: skip
 
 
@@ -53,4 +54,8 @@ def test_peers_and_ours_are_shares_of_the_mlp_of_their_process():
         "| ours, with surprise | 0.80 to 0.90 | 0.90 |", "| sonicmoe | 2.50 |  |",
         "| liger | 2.00 | 1.50 |",
     ]  # fmt: skip
-    assert "- liger (2 of the cells): it waits\n" in expert_layers.peers_section(PEERS, "a GPU")
+    text = expert_layers.peers_section(PEERS, "a GPU")
+    assert "by timing them: liger: 4 of 32; sonicmoe: one.\n" in text
+    tuned = {**PEERS, "settings": {"tuning": "all candidates"}}
+    assert "liger, sonicmoe: all candidates.\n" in expert_layers.peers_section(tuned, "a GPU")
+    assert "- liger (2 of the cells): it waits\n" in text
