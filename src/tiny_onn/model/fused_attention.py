@@ -90,6 +90,9 @@ def block_obstacle(model: PreTrainedModel, train: TrainConfig, row_tokens: int) 
         "the device is no GPU": device.type != "cuda",
         "train.compile is false": not train.compile,
         "the package triton is not installed": not triton_runs_on(device.type),
+        "the GPU's compute capability is below 8.0": (
+            device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        ),
         'train.checkpointing = "selective" keeps what the flash kernel gives': (
             train.checkpointing == "selective"
         ),
