@@ -27,7 +27,10 @@ from tiny_onn.device import device_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-_PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "liger-kernel", "trl", "tiny-onn")
+_PACKAGES = (
+    "torch", "transformers", "triton", "bitsandbytes", "liger-kernel", "sonic-moe",
+    "quack-kernels", "nvidia-cutlass-dsl", "trl", "tiny-onn",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
