@@ -42,7 +42,7 @@ def test_a_picture_that_only_measures_text_otherwise_stays_as_it_is():
 def test_pages_show_each_picture_in_both_themes():
     pages = "".join(
         (ROOT / name).read_text("utf-8")
-        for name in ("README.md", "docs/results.md", "docs/performance.md")
+        for name in ("README.md", "docs/results.md", "docs/studies.md", "docs/performance.md")
     )
     for path in figures.FOLDER.iterdir():
         assert f"figures/{path.name}" in pages
