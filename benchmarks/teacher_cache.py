@@ -65,7 +65,7 @@ def write(
         rows_per_shard=1,
     )
     start = time.perf_counter()
-    write_shards(folder, manifest, range(len(rows)), iter(rows), teacher)
+    write_shards(folder, manifest, range(len(rows)), iter(rows), teacher, train=RunConfig().train)
     return TeacherCache(folder), time.perf_counter() - start
 
 

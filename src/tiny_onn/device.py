@@ -149,9 +149,9 @@ def prepare_device(config: RunConfig) -> tuple[RunConfig, torch.device]:
 def ask_for_same_bits(device: torch.device) -> None:
     """Make torch and cuBLAS choose kernels whose results repeat, in this process from here on.
 
-    Without this call, the backward pass of flash attention above all adds up in no fixed order. The
-    results of a CPU repeat in any case. Call this function before the GPU is first used, because
-    cuBLAS reads its environment then.
+    Without this call, the backward pass of the flash kernel, among others, adds up in no fixed
+    order. The results of a CPU repeat in any case. Call this function before the GPU is first used,
+    because cuBLAS reads its environment then.
     """
     if device.type != "cuda":
         return

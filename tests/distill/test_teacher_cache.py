@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from run_records import assert_same_run, at_step, records, send
 from tiny import change, make_tokenizer, normal, save_teacher, write_corpus, write_run
 from tiny_onn.config.read import config_from_json, resolved_json
+from tiny_onn.config.schema import TrainConfig
 from tiny_onn.data.rows import training_rows
 from tiny_onn.distill import cache_writer
 from tiny_onn.distill.cache_writer import write_cache
@@ -494,7 +495,7 @@ def test_states_that_are_not_finite_are_refused(config, tmp_path):
         norm: Any = dense.base_model.norm
         norm.weight[0] = float("inf")
     with pytest.raises(UserError, match="hidden states are not finite in row 0 of the text"):
-        cache_writer.write_shards(tmp_path, manifest, [0], rows, dense)
+        cache_writer.write_shards(tmp_path, manifest, [0], rows, dense, train=TrainConfig())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -29,6 +29,7 @@ from tiny_onn.model.attention import (
     varlen_attention,
     varlen_supported,
 )
+from tiny_onn.model.fused_attention import DocumentBlocks
 
 LENGTHS = (7, 1, 12, 3)
 HIDDEN = 32
@@ -108,6 +109,22 @@ def test_row_equals_each_document_alone(family: str) -> None:
         expected = logits_and_gradient(alone, embeds[:, part], weights[:, part])
         torch.testing.assert_close(logits[:, part], expected[0], rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(gradient[:, part], expected[1], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_gives_the_same_by_blocks_and_by_bounds(family: str) -> None:
+    row, model = make_row((70, 1, 90)), make_model(family)
+    embeds = random_tensor(1, 161, HIDDEN)
+    blocks = DocumentBlocks(row.position_ids[None])
+    by_blocks = {"position_ids": row.position_ids[None], "document_blocks": blocks}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        found, expected = (
+            model(inputs_embeds=embeds, use_cache=False, **kwargs).logits
+            for kwargs in (by_blocks, packed_kwargs(row))
+        )
+    assert blocks.was_used
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

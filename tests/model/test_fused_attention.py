@@ -1,6 +1,7 @@
 """Attention by document blocks is the definition's, and repeats its bits on a GPU."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,28 @@ def assert_as_the_loop(rule, lengths=LENGTHS):
 def test_what_keeps_training_rows_from_blocks_is_named():
     model, train = make_dense("qwen3"), TrainConfig()
     assert block_obstacle(model, train, 512) == "the device is no GPU"
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "shared", "reason"),
+    [
+        (128, (8, 6), 101_376, None),
+        (256, (9, 0), 232_448, None),
+        (256, (8, 9), 101_376, "heads of 256 channels do not fit"),
+        (64, (7, 5), 65_536, "compute capability is below 8.0"),
+    ],
+)
+def test_gpus_that_cannot_run_the_kernel_take_the_other_ways(
+    monkeypatch, head_dim, capability, shared, reason
+):
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(fused_attention, "triton_runs_on", lambda device_type: True)
+    model = make_dense("qwen3", head_dim=head_dim)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    found = block_obstacle(model, TrainConfig(), 512)
+    assert found == reason or str(reason) in str(found)
 
 
 @gpu

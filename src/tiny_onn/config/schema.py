@@ -327,10 +327,11 @@ class TrainConfig:
     """The device to train on: `auto` (cuda if there is one, else cpu), `cpu`, `cuda`, `cuda:N`."""
     compile: bool = True
     """Fuse elementwise work with torch.compile: in the expert layers, and on a GPU also in the loss
-    and in the frozen backbone."""
+    and in the frozen backbone. Training rows then attend by a compiled kernel, which
+    `train.cuda_graphs` needs."""
     cuda_graphs: bool = True
     """Capture the passes of a row in a CUDA graph and replay it, which spares a GPU waiting for the
-    host. Settings that need the host within a row run without it, and a printed line says so."""
+    host. Where that is impossible, rows run without one, and a printed line says why."""
     shard: Shard = "none"
     """The division of memory between the processes of a run. `none`: each holds everything;
     `optimizer`: the optimizer's state of each expert tensor lies in one process, which steps the

@@ -20,6 +20,8 @@ from tiny_onn.model.full_sharding import shard_fully
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.parallel import ALONE, World
+from tiny_onn.planning.cluster import check_blocks
+from tiny_onn.planning.costs import sizes_of
 from tiny_onn.teacher.cache_reader import TeacherCache, open_cache
 
 
@@ -69,6 +71,7 @@ def assemble(
     """
     checkpoint_layers(student, config.train.checkpointing)
     if config.train.shard == "full":
+        check_blocks(config.optim, sizes_of(student), world.size)
         # A share keeps its format, so that the experts get theirs before.
         cast_experts(student, config.optim)
         shard_fully(student, teacher, world)

@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny_onn.config.checks import check_cacheable
-from tiny_onn.config.schema import RunConfig, StatesFormat
+from tiny_onn.config.schema import RunConfig, StatesFormat, TrainConfig
 from tiny_onn.console import Bar, say, status
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import training_rows
 from tiny_onn.data.stream import check_vocabulary
 from tiny_onn.device import prepare_device
 from tiny_onn.errors import UserError
-from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.attention import training_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.compile import compile_backbones
 from tiny_onn.publish import publish
@@ -99,7 +99,8 @@ def write_cache(
         _check_space(out, manifest, missing)
         if missing:
             rows = training_rows(config, tokenizer)
-            manifest = write_shards(out, manifest, missing, rows, _teaching(dense, config))
+            teacher = _teaching(dense, config)
+            manifest = write_shards(out, manifest, missing, rows, teacher, train=config.train)
     return manifest
 
 
@@ -200,6 +201,8 @@ def write_shards(
     missing: Sequence[int],
     rows: Iterator[PackedRow],
     teacher: PreTrainedModel,
+    *,
+    train: TrainConfig,
 ) -> Manifest:
     """Write the missing shards and record each; return the manifest with all of them.
 
@@ -209,6 +212,7 @@ def write_shards(
         missing: the indices of the shards to write, in order.
         rows: the text from its first row on.
         teacher: the model that teaches.
+        train: the settings of the runs, on which its kernels depend.
 
     Raises:
         UserError: the disk refuses, or a hidden state is not finite.
@@ -220,7 +224,7 @@ def write_shards(
             if index not in missing:
                 bar.update(len(of_shard))
                 continue
-            tensors = _stored(of_shard, manifest.format, teacher, bar)
+            tensors = _stored(of_shard, manifest.format, teacher, train, bar)
             shards[index : index + 1] = [_write_shard(out / shard_name(index), tensors)]
             manifest = replace(manifest, shards=tuple(shards))
             write_json(out / MANIFEST, manifest.as_json())
@@ -229,13 +233,17 @@ def write_shards(
 
 @torch.no_grad()
 def _stored(
-    rows: Sequence[PackedRow], states_format: StatesFormat, teacher: PreTrainedModel, bar: Bar
+    rows: Sequence[PackedRow],
+    states_format: StatesFormat,
+    teacher: PreTrainedModel,
+    train: TrainConfig,
+    bar: Bar,
 ) -> dict[str, Tensor]:
     """Return the tensors of a shard."""
     parts: dict[str, list[Tensor]] = {"states": [], "scales": [], "row_sha256": []}
     for row in rows:
         on_device = row.to(teacher.device)
-        kwargs = packed_kwargs(on_device)
+        kwargs = training_kwargs(teacher, on_device, train)
         hidden_TD = last_hidden_states(teacher, on_device.input_ids, **kwargs)[0]
         if not hidden_TD.isfinite().all():
             raise UserError(

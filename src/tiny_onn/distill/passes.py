@@ -11,10 +11,9 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.distill.clock import Clock
 from tiny_onn.distill.hidden_states import unexplained_variance
-from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.attention import training_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
 from tiny_onn.model.experts import recorded_routings
-from tiny_onn.model.fused_attention import DocumentBlocks, block_obstacle
 from tiny_onn.model.hooks import layer_outputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.distillation_loss import DistillValues, distill
@@ -59,7 +58,7 @@ def row_passes(
         clock: Adds up the phases' times; None: a clock that does not wait for a GPU.
     """
     banks, heads = student.banks(), (head_of(student), head_of(teacher))
-    kwargs = _document_kwargs(student, row, config)
+    kwargs = training_kwargs(student, row, config.train)
     match_states, clock = config.loss.states_coef > 0, clock or Clock(row.input_ids.device)
     states_error = None
     outputs = layer_outputs(teacher, match_states)
@@ -73,6 +72,9 @@ def row_passes(
         outputs, recorded = layer_outputs(student, match_states), recorded_routings(banks)
         with clock.phase("student forward"), outputs as states, recorded as routings:
             student_hidden_TD = last_hidden_states(student, row.input_ids, **kwargs)[0]
+        # A decoder that hands its arguments on to no attention would mix documents unseen.
+        blocks = kwargs.get("document_blocks")
+        assert blocks is None or blocks.was_used
         gates.observe(routings, row)
         with clock.phase("loss"):
             hidden = (student_hidden_TD, teacher_hidden_TD)
@@ -92,16 +94,6 @@ def row_passes(
                 extra_loss = extra_loss + config.loss.states_coef * error
             (loss_T.sum() / gates.scales.loss_tokens + extra_loss / num_rows).backward()
     return RowValues(sums_4=sums_4, token_losses_T=loss_T.detach(), states_error=states_error)
-
-
-def _document_kwargs(
-    student: TinyOnnForCausalLM, row: PackedRow, config: RunConfig
-) -> dict[str, Any]:
-    """Return the keyword arguments by which both models learn of the row's documents."""
-    if block_obstacle(student, config.train, row.input_ids.numel()) is not None:
-        return packed_kwargs(row)
-    blocks = DocumentBlocks(row.position_ids)
-    return {"position_ids": row.position_ids, "document_blocks": blocks}
 
 
 def _sums(values: DistillValues, mask_T: Tensor) -> Tensor:

@@ -61,10 +61,12 @@ class RowGraphs:
         if not can_replay or self._num_rows_seen == 1:
             return row_passes(*models, row, gates, config, num_rows=num_rows, clock=clock)
         if self._graph is None:
-            self._graph = _RowGraph(self.student, row, gates.scales)
-            self._graph.capture(self.teacher, config, num_rows)
+            graph = _RowGraph(self.student, row, gates.scales, num_rows)
+            graph.capture(self.teacher, config)
+            self._graph = graph
         with clock.phase("passes, one graph"):
-            return self._graph.replay(row, gates, keep=num_rows > 1)
+            assert num_rows == self._graph.num_rows
+            return self._graph.replay(row, gates)
 
     def _begin(self, config: RunConfig) -> None:
         """Drop the graph of other settings."""
@@ -81,7 +83,10 @@ class RowGraphs:
 class _RowGraph:
     """A captured graph, its inputs and its results."""
 
-    def __init__(self, student: TinyOnnForCausalLM, row: PackedRow, scales: StepScales) -> None:
+    def __init__(
+        self, student: TinyOnnForCausalLM, row: PackedRow, scales: StepScales, num_rows: int
+    ) -> None:
+        self.num_rows = num_rows
         self.student, self.graph = student, torch.cuda.CUDAGraph()
         self.parameters = list(student.trainable().values())
         self.row = replace(
@@ -95,7 +100,7 @@ class _RowGraph:
         self.gates: GateStep | None = None
         self.gradients: list[Tensor | None] = []
 
-    def capture(self, teacher: PreTrainedModel, config: RunConfig, num_rows: int) -> None:
+    def capture(self, teacher: PreTrainedModel, config: RunConfig) -> None:
         """Record the passes, which run only when they are replayed."""
         before = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
@@ -108,7 +113,9 @@ class _RowGraph:
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.gates = GateStep(self.student.banks(), config, self.scales, 0)
                 models = (self.student, teacher)
-                self.values = row_passes(*models, self.row, self.gates, config, num_rows=num_rows)
+                self.values = row_passes(
+                    *models, self.row, self.gates, config, num_rows=self.num_rows
+                )
             self.gradients = [parameter.grad for parameter in self.parameters]
         finally:
             if collects:
@@ -116,16 +123,19 @@ class _RowGraph:
             for parameter, gradient in zip(self.parameters, before, strict=True):
                 parameter.grad = gradient
 
-    def replay(self, row: PackedRow, gates: GateStep, *, keep: bool) -> RowValues:
+    def replay(self, row: PackedRow, gates: GateStep) -> RowValues:
         """Run the passes on a row; add its gradients to the parameters, its routing to `gates`.
 
         Args:
             row: A row of as many tokens as the captured one.
             gates: The gates' side of the update.
-            keep: Whether the gradients must outlive the next replay.
         """
         assert self.values is not None
         assert self.gates is not None
+        # A row without the teacher's states must not be replayed on those of another row.
+        assert _tensors(row).keys() == _tensors(self.row).keys()
+        # Gradients must outlive the next replay if another row follows in the step.
+        keep = self.num_rows > 1
         for inputs, into in ((row, self.row), (gates.scales, self.scales)):
             for name, tensor in _tensors(inputs).items():
                 getattr(into, name).copy_(tensor)

@@ -9,12 +9,13 @@ Bounds travel as keyword arguments of the model's forward, down to each layer, a
 gradient checkpointing: `cu_seq_lens_q` and `max_length_q` as for flash attention, and
 `document_bounds`, the same numbers on the host. `packed_kwargs` makes them all from a row, with
 at most one device sync a row; no layer ever syncs. Without bounds each batch row is one document.
-Restarting position ids alone do not separate documents. Rows that are trained on say it all by one
-argument, `document_blocks`, and take FlexAttention (`fused_attention.py`).
+Restarting position ids alone do not separate documents. A row that is trained on says it all by one
+argument, `document_blocks` (`training_kwargs`), and takes FlexAttention (`fused_attention.py`).
 
-Cost: FLOPs grow with the sum of the documents' squared lengths. CUDA in half precision runs torch's
-variable length flash kernel; everything else loops over documents, with score blocks of at most
-`QUERY_BLOCK_TOKENS` x document where softcapping or a sliding window rules out the fused kernel.
+Cost: FLOPs grow with the sum of the documents' squared lengths. By bounds, CUDA in half precision
+runs torch's variable length flash kernel where that takes the inputs. Everything else loops over
+documents, with score blocks of at most `QUERY_BLOCK_TOKENS` x document where softcapping or a
+sliding window rules out the fused kernel.
 
 It is not for generation: a filled KV cache, padding, dropout, bidirectional or chunked attention,
 and attention sinks are refused.
@@ -30,11 +31,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from tiny_onn.config.schema import TrainConfig
 from tiny_onn.errors import UserError
-from tiny_onn.model.fused_attention import DocumentBlocks, varlen_attention, varlen_supported
+from tiny_onn.model.fused_attention import (
+    DocumentBlocks,
+    block_obstacle,
+    varlen_attention,
+    varlen_supported,
+)
 from tiny_onn.ops.precision import in_autocast_format
 
 DOCUMENT_ATTENTION = "tiny_onn_documents"
@@ -84,6 +91,14 @@ def packed_kwargs(row: Packed) -> dict[str, Any]:
         "max_length_k": row.max_seqlen,
         "document_bounds": host_bounds,
     }
+
+
+def training_kwargs(model: PreTrainedModel, row: Packed, train: TrainConfig) -> dict[str, Any]:
+    """Return what `packed_kwargs` does, for a row that is trained on and the kernel of that."""
+    if block_obstacle(model, train, row.position_ids.numel()) is not None:
+        return packed_kwargs(row)
+    position_ids = row.position_ids.view(1, -1)
+    return {"position_ids": position_ids, "document_blocks": DocumentBlocks(position_ids)}
 
 
 def document_attention(

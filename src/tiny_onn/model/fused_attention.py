@@ -27,6 +27,9 @@ from tiny_onn.ops.regions import separate_compiled_code
 
 BLOCK_TOKENS = 128
 MIN_HEAD_DIM = 16
+# Larger heads need more shared memory than the 99 KiB of consumer cards (pytorch/pytorch#198224).
+MAX_SMALL_HEAD_DIM = 128
+LARGE_BYTES = 160 * 1024
 
 # The kernel's options differ between torch releases: enable_gqa is newer than window_size.
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
@@ -47,6 +50,8 @@ class DocumentBlocks:
         self._places_T = torch.arange(len(positions_T), device=positions_T.device).int()
         self._starts_T = self._places_T - positions_T
         self._masks: dict[int | None, Any] = {}
+        self.was_used = False
+        """True as soon as a layer attended by these blocks."""
 
     def attend(
         self,
@@ -59,6 +64,7 @@ class DocumentBlocks:
         softcap: float | None = None,
     ) -> Float[Tensor, "1 tokens heads value_dim"]:
         """Compute `attention.loop_attention` in a compiled kernel."""
+        self.was_used = True
         out_1HTC = _compiled_flex()(
             query,
             key,
@@ -93,13 +99,20 @@ def block_obstacle(model: PreTrainedModel, train: TrainConfig, row_tokens: int) 
         "the GPU's compute capability is below 8.0": (
             device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
         ),
-        'train.checkpointing = "selective" keeps what the flash kernel gives': (
-            train.checkpointing == "selective"
-        ),
+        'train.checkpointing = "selective" needs the flash kernel, whose launches depend on the '
+        "documents of a row": train.checkpointing == "selective",
         f"rows of {row_tokens} tokens are shorter than {BLOCK_TOKENS}": row_tokens < BLOCK_TOKENS,
         f"heads of {head_dim} channels are smaller than {MIN_HEAD_DIM}": head_dim < MIN_HEAD_DIM,
+        f"heads of {head_dim} channels do not fit into this GPU's shared memory": (
+            device.type == "cuda" and head_dim > MAX_SMALL_HEAD_DIM and not _is_large(device)
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_large(device: torch.device) -> bool:
+    """Return whether a GPU's programs may have as much shared memory as those of an A100 may."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_BYTES
 
 
 def _block_mask(first_T: Int[Tensor, " tokens"]) -> Any:  # noqa: ANN401 - naming its class imports the compiler

@@ -146,7 +146,10 @@ class _Step:
         norms = self.widened_bytes * self.hidden_elements + 4 * self.hidden_elements
         if self.sizes.qk_norm:
             norms += 4 * T * (q + kv)
-        grouped = self.device == "cuda" and b == 2 and "enable_gqa" in VARLEN_OPTIONS
+        train = self.config.train
+        by_blocks = train.compile and train.checkpointing != "selective"
+        by_flash = b == 2 and "enable_gqa" in VARLEN_OPTIONS
+        grouped = self.device == "cuda" and (by_blocks or by_flash)
         keys_values = 2 * T * (kv if grouped else q)
         return norms + b * (2 * T * q + keys_values) + 4 * T * self.sizes.heads
 
