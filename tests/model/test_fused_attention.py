@@ -136,7 +136,8 @@ def test_gpus_that_cannot_run_the_kernel_take_the_other_ways(
 @gpu
 def test_small_heads_short_rows_and_settings_keep_training_rows_from_blocks():
     train = TrainConfig()
-    model = nn.Module.to(make_dense("qwen3", head_dim=16), "cuda")
+    model = make_dense("qwen3", head_dim=16)
+    nn.Module.to(model, "cuda")
     assert block_obstacle(model, train, BLOCK_TOKENS) is None
     assert "shorter than 128" in str(block_obstacle(model, train, BLOCK_TOKENS - 1))
     selective = replace(train, checkpointing="selective")
@@ -144,7 +145,8 @@ def test_small_heads_short_rows_and_settings_keep_training_rows_from_blocks():
     assert "train.compile is false" in str(
         block_obstacle(model, replace(train, compile=False), 512)
     )
-    small = nn.Module.to(make_dense("qwen3", head_dim=8), "cuda")
+    small = make_dense("qwen3", head_dim=8)
+    nn.Module.to(small, "cuda")
     assert "8 channels" in str(block_obstacle(small, train, 512))
 
 
@@ -166,12 +168,12 @@ def test_gradients_by_blocks_are_as_exact_as_the_loops_and_repeat_their_bits(len
     bounds = tuple(torch.tensor([0, *lengths]).cumsum(0).tolist())
 
     def run(way, dtype):
-        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in rounded]
+        q, k, v = (tensor.to(dtype, copy=True).requires_grad_() for tensor in rounded)
         if way == "loop":
-            out = loop_attention(*leaves, bounds, **rule)
+            out = loop_attention(q, k, v, bounds, **rule)
         else:
-            out = blocks_of(lengths, "cuda").attend(*leaves, **rule)
-        return out, *torch.autograd.grad(out, leaves, weights.to(dtype))
+            out = blocks_of(lengths, "cuda").attend(q, k, v, **rule)
+        return out, *torch.autograd.grad(out, (q, k, v), weights.to(dtype))
 
     exact, low = run("loop", torch.float64), run("loop", torch.bfloat16)
     first, second = (run("blocks", torch.bfloat16) for _ in range(2))
