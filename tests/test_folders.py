@@ -11,7 +11,8 @@ FORBIDDEN = {
     "src": ("benchmarks", "docs", "experiments", "reliability", "repository", "tiny"),
     "benchmarks": ("docs", "experiments", "reliability", "repository", "tiny"),
     "experiments": ("reliability", "repository", "tiny"),
-    "reliability": ("benchmarks", "docs", "experiments"),
+    # Like experiments, it takes the set-up of programs and machines from benchmarks.
+    "reliability": ("docs", "experiments"),
 }
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
