@@ -30,7 +30,13 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+# test_scaling_gpus.py runs the parts of the first, and tests/distill the stage of the second.
+LONG = {"scaling_gpus", "blockwise"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in PROGRAMS]
+)
 def test_smoke_run_ends_in_one_json_line(name, tmp_path):
     printed = run_module(*PROGRAMS[name], "--smoke", "--out", tmp_path)
     record = json.loads(printed.splitlines()[-1])
