@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 from benchmarks.sparse_layer import AIMS, OURS, RULES
+from docs.tools import pages
 
 LAYER, PEERS = RESULTS / "sparse_layer_cuda.json", RESULTS / "layer_peers_cuda.json"
 LAYER_COMMAND = "python -m benchmarks sparse_layer --device cuda"
@@ -38,7 +39,7 @@ def layer_section(record: dict[str, Any] | None, place: str) -> str:
         place: the machine, the versions and the day of the record.
     """
     if record is None:
-        return f"No record lies here yet; `{LAYER_COMMAND}` makes it.\n"
+        return pages.no_record(LAYER_COMMAND)
     head = ["rule", "tokens", "k", "captured", "of the MLP", "of it compiled", "goal",
             "launched by the host", "of the MLP"]  # fmt: skip
     rules = list(RULES)
@@ -74,7 +75,7 @@ def peers_section(record: dict[str, Any] | None, place: str) -> str:
         place: the machine, the versions and the day of the record.
     """
     if record is None:
-        return f"No record lies here yet; `{PEERS_COMMAND}` makes it.\n"
+        return pages.no_record(PEERS_COMMAND)
     parts = [f"Measured on {place}.\n"]
     for captured, words in ((True, "captured in a CUDA graph"), (False, "launched by the host")):
         rows = [row for row in record["rows"] if row["captured"] == captured]

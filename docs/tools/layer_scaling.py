@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
+from docs.tools import pages
 
 RECORD = RESULTS / "layer_scaling_cuda.json"
 COMMAND = "python -m benchmarks layer_scaling --device cuda"
@@ -99,7 +100,7 @@ def section(record: dict[str, Any] | None, place: str) -> str:
         place: the machine, the versions and the day of the record.
     """
     if record is None:
-        return f"No record lies here yet; `{COMMAND}` makes it.\n"
+        return pages.no_record(COMMAND)
     lines = [f"Measured on {place}.", "", "| cost of | against | exponent | from | to |",
              "|---|---|---|---|---|"]  # fmt: skip
     for law in record["fits"]:

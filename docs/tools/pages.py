@@ -19,3 +19,8 @@ def filled(text: str, contents: Mapping[str, str], begin: str, end: str) -> str:
             assert closed, f"{name}: no {end.format(name=name)}"
             text = f"{head}{found}{content}{closed}{tail}"
     return text
+
+
+def no_record(command: str) -> str:
+    """Return what a place says until a record lies beside it: the command that makes one."""
+    return f"No record lies here yet; `{command}` makes it.\n"

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tiny_onn.console import track
 from tiny_onn.deploy.exporting import ExportError
 from tiny_onn.deploy.gguf_tokenizer import add_tokenizer
+from tiny_onn.model.fused_attention import head_dim_of
 
 FORMATS = MappingProxyType(
     {
@@ -116,7 +117,7 @@ def decoder_tensors(
 
 
 def _decoder_fields(config: PretrainedConfig) -> dict[str, Any]:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     return {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,

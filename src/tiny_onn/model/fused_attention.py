@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tiny_onn.config.schema import TrainConfig
 from tiny_onn.ops.decode import triton_runs_on
@@ -88,10 +88,7 @@ class DocumentBlocks:
 
 def block_obstacle(model: PreTrainedModel, train: TrainConfig, row_tokens: int) -> str | None:
     """Return why training rows cannot take `DocumentBlocks`, or None if they can."""
-    config, device = model.config.get_text_config(), model.device
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    device, head_dim = model.device, head_dim_of(model.config.get_text_config())
     reasons = {
         "the device is no GPU": device.type != "cuda",
         "train.compile is false": not train.compile,
@@ -108,6 +105,11 @@ def block_obstacle(model: PreTrainedModel, train: TrainConfig, row_tokens: int) 
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Return the number of channels of an attention head, by a decoder's configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _is_large(device: torch.device) -> bool:

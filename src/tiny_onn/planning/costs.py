@@ -22,6 +22,7 @@ from tiny_onn.conversion.convert import student_config
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.backbone import decoder_layers
 from tiny_onn.model.backbone_mode import in_mlp
+from tiny_onn.model.fused_attention import head_dim_of
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.teacher.multimodal import dense_skeleton
 
@@ -187,7 +188,7 @@ def sizes_of(student: TinyOnnForCausalLM) -> Sizes:
     text = student.config.get_text_config()
     bank = student.banks()[0]
     E, D, I = bank.experts.down_proj.shape
-    head_dim = getattr(text, "head_dim", None) or D // text.num_attention_heads
+    head_dim = head_dim_of(text)
     attention, head = _attention(student), student.get_output_embeddings()
     return Sizes(
         layers=text.num_hidden_layers,
