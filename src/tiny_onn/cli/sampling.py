@@ -36,6 +36,14 @@ class Writing:
     teacher: Teacher = None
     device: ComputeDevice = "auto"
     quantize: Quantize = "none"
+    compile: Annotated[
+        bool,
+        arg(
+            help="Compile the step that writes a token, which takes a GPU about a minute and makes"
+            " every later token faster.",
+            help_behavior_hint="(default: off)",
+        ),
+    ] = False
     budget: Annotated[
         float | None,
         arg(

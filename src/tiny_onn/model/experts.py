@@ -111,7 +111,8 @@ class ExpertBank(nn.Module):
         self.activation = self.experts.act_fn
         self.activation_name = activation
         self.execution, self.row = Execution(), RowState()
-        self._recordings: tuple[list[Routing], ...] = ()
+        # torch.compile takes a tuple of empty lists for a constant, and appends to none of them.
+        self._recordings: list[list[Routing]] = []
 
     def set_execution(self, execution: Execution) -> None:
         """Set the way in which all later calls are computed."""
@@ -321,7 +322,7 @@ def recorded_routings(banks: Sequence[ExpertBank]) -> Iterator[list[Routing]]:
     before = [bank._recordings for bank in banks]
     try:
         for bank in banks:
-            bank._recordings = (*bank._recordings, routings)
+            bank._recordings = [*bank._recordings, routings]
         yield routings
     finally:
         for bank, recordings in zip(banks, before, strict=True):
