@@ -41,7 +41,7 @@ from torch import Tensor
 from benchmarks.common import captured, check, environment, measure, relative_gap
 from benchmarks.decode import REPLAYS, Stack, bandwidth, through, timed
 from benchmarks.decode_model import Decoder
-from benchmarks.registry import Option, benchmark
+from benchmarks.registry import Option, Result, benchmark
 from benchmarks.steps import random_dense, settings
 from tiny_onn.conversion.convert import convert
 from tiny_onn.model.experts import ExpertBank
@@ -119,7 +119,7 @@ def layer(
                     "limit_us": limit,
                     "share_of_bandwidth": {name: limit / value for name, value in micro.items()},
                     "parity": gaps,
-                    "errors": errors,
+                    **({"error": errors} if errors else {}),
                 }
 
 
@@ -249,7 +249,7 @@ def model(
                 "batch": batch,
                 "treatment": treatment,
                 "way": name,
-                **made.get(name, {"error": errors.get(name)}),
+                **(made[name] if made else {"error": errors[name]}),
                 "ratio to dense": _ratio(rates, name),
             }
 
@@ -328,25 +328,45 @@ def generate(device: str, ks: list[int], *, smoke: bool) -> Iterator[dict[str, A
             made, errors = attempted({name: rate})
             rates |= made
             yield {
+                "batch": 1,
                 "treatment": treatment,
                 "way": name,
-                "tokens_per_s": made.get(name),
-                "error": errors.get(name),
+                **({"tokens_per_s": made[name]} if made else {"error": errors[name]}),
                 "ratio to dense": _ratio(rates, name),
             }
+
+
+def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the table that a record makes."""
+    if record["part"] == "layer":
+        return [
+            {
+                "part": f"layer, {record['tokens']} tokens, k = {record['k']}",
+                "way": name,
+                "us": micro,
+                "share of bandwidth": record["share_of_bandwidth"][name],
+            }
+            for name, micro in record["us_per_layer"].items()
+        ]
+    values = {"tokens_per_s": record.get("tokens_per_s"), "/ dense": record["ratio to dense"]}
+    part = f"{record['part']}, {record['treatment']}, {record['batch']} at once"
+    return [{"part": part, "way": record["way"], **values}]
 
 
 @benchmark(
     "Ways to decode, old and new: one layer, a compiled model, and `generate`.",
     parts=Option(list(PARTS), choices=PARTS),
-    tokens=Option([1, 4, 8, 16], "numbers of tokens of the layer", smoke=[1, 2]),
+    tokens=Option([1, 4, 8, 16], "numbers of tokens of the layer", smoke=[2]),
     ks=Option([16], "numbers of active experts", smoke=[2]),
-    batches=Option([1], "numbers of sequences of the model", smoke=[1, 2]),
+    batches=Option([1], "numbers of sequences of the model", smoke=[2]),
     treatments=Option(
-        ["compiled", "eager"], "what is done to the model's step", choices=tuple(TREATMENTS)
+        ["compiled", "eager"],
+        "what is done to the model's step",
+        smoke=["eager"],
+        choices=tuple(TREATMENTS),
     ),
 )
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Result:
     """Run the parts; every record is printed and written at once."""
     device, smoke, ks = arguments.device, arguments.smoke, arguments.ks
     folder: Path | None = arguments.out
@@ -356,19 +376,30 @@ def run(arguments: argparse.Namespace) -> None:
         "model": lambda: model(device, arguments.batches, ks, arguments.treatments, smoke=smoke),
         "generate": lambda: generate(device, ks, smoke=smoke),
     }
+    found: list[dict[str, Any]] = []
 
-    def record(part: str, values: dict[str, Any]) -> None:
-        line = json.dumps({"part": part, **values})
+    def record(values: dict[str, Any]) -> None:
+        line = json.dumps(values)
         print(line, flush=True)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"decode_step_{kind}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
 
-    record("environment", {**environment(device), "replays": REPLAYS, "smoke": smoke})
+    record({"part": "environment", **environment(device), "smoke": smoke})
     for part in arguments.parts:
         for values in parts[part]():
-            record(part, values)
+            found.append({"part": part, **values})
+            record(found[-1])
         gc.collect()
         if kind == "cuda":
             torch.cuda.empty_cache()
+    rows = [row for values in found for row in rows_of(values)]
+    ratios = {f"{r['part']}, {r['way']} / dense": r["/ dense"] for r in rows if "/ dense" in r}
+    for values in found:
+        micro = values.get("us_per_layer", {})
+        dense = min((v for name, v in micro.items() if name.startswith("dense")), default=None)
+        if dense is not None:
+            where = f"layer, {values['tokens']} tokens, k = {values['k']}"
+            ratios |= {f"{where}, {name} / best dense": v / dense for name, v in micro.items()}
+    return Result(rows=rows, ratios=ratios, settings={"replays": REPLAYS}, more={"records": found})
