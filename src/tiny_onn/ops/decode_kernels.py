@@ -265,7 +265,7 @@ def tile_kernel(
     weights,  # (T, E) float32
     active,  # (T, E) uint8
     partial,  # (T, S, D) float32, written: the rows of active blocks
-    T: tl.constexpr,
+    T,
     D: tl.constexpr,
     E: tl.constexpr,
     I: tl.constexpr,

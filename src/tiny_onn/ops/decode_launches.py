@@ -163,14 +163,14 @@ def _tiles(x_TD: Tensor, weights: ExpertWeights, tensors: RoutingTensors, launch
         tensors.weights,
         active_TE,
         partial_TSD,
-        T=T,
+        T,
         D=D,
         E=E,
         N=num_blocks,
         I=I,
         STRIDE_D=down_EDI.stride(1),
         STRIDE_I=down_EDI.stride(2),
-        # A matrix product needs 16 of each.
+        # A matrix product needs 16 rows and columns.
         BLOCK_T=max(power_of_two(T), 16),
         BLOCK_D=min(blocks.tile_hidden, max(power_of_two(D), 16)),
         BLOCK_I=blocks.tile_width,
