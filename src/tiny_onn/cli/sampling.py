@@ -39,8 +39,8 @@ class Writing:
     compile: Annotated[
         bool,
         arg(
-            help="Compile the step that writes a token, which takes a GPU about a minute and makes"
-            " every later token faster.",
+            help="Compile the step that writes a token, on a GPU: the first answer waits for the"
+            " compiler, and later tokens come faster.",
             help_behavior_hint="(default: off)",
         ),
     ] = False

@@ -36,7 +36,7 @@ class KernelBlocks:
     tile_hidden: int = 128
     """Features that a program of the tile kernel multiplies at once, at least 16."""
     overlap: bool = False
-    """Whether each kernel is started while the one before it ends, which needs a GPU of compute
+    """True if each kernel is started while the one before it ends, which needs a GPU of compute
     capability 9.0 or higher; others ignore it. No bit depends on it."""
 
 

@@ -6,6 +6,7 @@ spares the time of an operator's dispatch.
 """
 
 from dataclasses import astuple, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def _experts(  # noqa: PLR0917 - an operator's arguments
     )
 
 
-@_experts.register_fake
+@torch.library.register_fake("tiny_onn::decode_experts")
 def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -141,7 +142,7 @@ def _routed_experts(  # noqa: PLR0917 - an operator's arguments
     return tuple(decoded)  # pyright: ignore[reportReturnType] - there are five of them
 
 
-@_routed_experts.register_fake
+@torch.library.register_fake("tiny_onn::decode_routed_experts")
 def _(x: Tensor, gate_up: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y_TD = torch.empty_like(x, memory_format=torch.contiguous_format)
     shape = (x.shape[0], gate_up.shape[0])
@@ -158,5 +159,8 @@ def _blocks(numbers: list[int]) -> KernelBlocks | None:
     """Return the sizes that `_numbers` gave."""
     if not numbers:
         return None
-    names = (field.name for field in fields(KernelBlocks))
-    return KernelBlocks(**dict(zip(names, numbers, strict=True)))
+    values: dict[str, Any] = {
+        field.name: field.type(number)  # pyright: ignore[reportCallIssue] - they are int and bool
+        for field, number in zip(fields(KernelBlocks), numbers, strict=True)
+    }
+    return KernelBlocks(**values)
