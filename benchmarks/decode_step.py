@@ -5,7 +5,8 @@
 
 `layer` times the stack of `decode.py`, whose weights exceed a GPU's L2 cache, in CUDA graphs: our
 kernels one program per token and block of neurons ("tokens") or one per block for all tokens
-("tiles"), each also with launches that begin while the kernel before ends ("overlap"), the path
+("tiles"), each also with launches that begin while the kernel before ends ("overlap") and then
+prefetch weights ("prefetch"), the path
 that computes all experts, compiled, and the dense MLP as transformers has it, with gate and up in
 one product, and compiled.
 
@@ -50,7 +51,7 @@ from tiny_onn.ops.decode import KernelBlocks
 LIMIT = 1e-1
 PARTS = ("layer", "model", "generate")
 # Each way of a compiled model is compiled anew, which takes most of a run.
-MODEL_WAYS = ("tokens", "tokens, overlap", "tiles, overlap")
+MODEL_WAYS = ("tokens", "tokens, overlap", "tiles, prefetch")
 TREATMENTS = {
     "compiled": {},
     "eager": None,

@@ -21,10 +21,13 @@ CHECKED_LAYERS = 2
 WAYS = {
     "tokens": KernelBlocks(),
     "tokens, overlap": KernelBlocks(overlap=True),
+    "tokens, prefetch": KernelBlocks(overlap=True, prefetch=True),
     "tiles": KernelBlocks(tile_tokens=2),
     "tiles, overlap": KernelBlocks(tile_tokens=2, overlap=True),
-    "tiles of 16, overlap": KernelBlocks(tile_tokens=2, tile_width=16, overlap=True),
-    "tiles of 256, overlap": KernelBlocks(tile_tokens=2, tile_hidden=256, overlap=True),
+    "tiles, prefetch": KernelBlocks(tile_tokens=2, overlap=True, prefetch=True),
+    "tiles of 16, prefetch": KernelBlocks(
+        tile_tokens=2, tile_width=16, overlap=True, prefetch=True
+    ),
 }
 
 

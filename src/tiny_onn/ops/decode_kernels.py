@@ -38,6 +38,28 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def prefetch(pointers):
+    """Ask the L2 cache for the lines of some pointers."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.uint64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+@no_type_check
+def prefetch_rows(rows, i, I: tl.constexpr, D: tl.constexpr, LINES: tl.constexpr):
+    """Ask the L2 cache for contiguous rows of D numbers; those beyond I are the last one."""
+    line = tl.arange(0, LINES) * (1024 // rows.dtype.element_ty.primitive_bitwidth)
+    prefetch(rows + tl.minimum(i, I - 1)[:, None] * D + tl.minimum(line, D - 1)[None, :])
+
+
+@triton.jit
+@no_type_check
 def gate_kernel(
     x,  # (T, D) float32 | bfloat16
     gate,  # (E, D) float32 | bfloat16
@@ -54,15 +76,7 @@ def gate_kernel(
     d = tl.arange(0, BLOCK_D)
     if OVERLAP:
         for start in tl.static_range(0, D, BLOCK_D):
-            row = (gate + e * D + tl.minimum(start + d, D - 1)).to(tl.uint64)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-                "=r,l",
-                [row],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            prefetch(gate + e * D + tl.minimum(start + d, D - 1))
     wait_for_inputs(OVERLAP)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for start in tl.static_range(0, D, BLOCK_D):
@@ -169,11 +183,20 @@ def experts_kernel(
     TIE_BREAK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
+    LINES: tl.constexpr,  # cache lines of D numbers; 0: nothing is prefetched
+    PROGRAMS: tl.constexpr,  # programs of a token
 ):
     """Compute the weighted output of token t's s-th active block of neurons; program (t, s)."""
-    wait_for_inputs(OVERLAP)
     t = tl.program_id(0)
     s = tl.program_id(1)
+    if LINES > 0:  # noqa: SIM102 - the compiler knows this condition, and not the next
+        # A third of all weights arrives while the gate is computed, those of inactive experts too.
+        if t == 0:
+            for start in tl.static_range(0, E * N, PROGRAMS):
+                block = tl.minimum(start + s, E * N - 1)
+                rows = down + (block // N).to(tl.int64) * I * D
+                prefetch_rows(rows, (block % N) * BLOCK_I + tl.arange(0, BLOCK_I), I, D, LINES)
+    wait_for_inputs(OVERLAP)
     e = tl.arange(0, BLOCK_E)
     row = t * E + e
     if ROUTED:
@@ -278,18 +301,24 @@ def tile_kernel(
     SCALED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
+    LINES: tl.constexpr,  # cache lines of D numbers; 0: nothing is prefetched
 ):
     """Compute the weighted outputs of a block of neurons, for the tokens that chose its expert."""
-    wait_for_inputs(OVERLAP)
     s = tl.program_id(0)
     expert = s // N
+    i = (s % N) * BLOCK_I + tl.arange(0, BLOCK_I)
+    if LINES > 0:
+        rows = gate_up + expert.to(tl.int64) * 2 * I * D
+        prefetch_rows(rows, i, I, D, LINES)
+        prefetch_rows(rows + I * D, i, I, D, LINES)
+        prefetch_rows(down + expert.to(tl.int64) * I * D, i, I, D, LINES)
+    wait_for_inputs(OVERLAP)
     t = tl.arange(0, BLOCK_T)
     on = tl.load(active + t * E + expert, mask=t < T, other=0).to(tl.int32)
     if tl.sum(on, axis=0) > 0:
         weight = tl.load(weights + t * E + expert, mask=on == 1, other=0.0)
         if SCALED:
             weight *= tl.load(expert_scale + expert).to(tl.float32)
-        i = (s % N) * BLOCK_I + tl.arange(0, BLOCK_I)
         d = tl.arange(0, BLOCK_D)
         at_x = x + t[:, None] * D + d[None, :]
         at = gate_up + (2 * expert * I + i).to(tl.int64)[:, None] * D + d[None, :]
