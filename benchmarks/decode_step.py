@@ -47,8 +47,9 @@ from benchmarks.steps import random_dense, settings
 from tiny_onn.conversion.convert import convert
 from tiny_onn.ops.decode import KernelBlocks
 
-# Of the logits' norm; bfloat16 keeps 8 bits, and logits pass many layers.
-LIMIT = 1e-1
+# Of the logits' norm; bfloat16 keeps 8 bits, and logits pass many layers. Rounding also swaps
+# experts of nearly equal logits, and with random weights any two experts are far from each other.
+LIMIT, STUDENT_LIMIT = 1e-1, 5e-1
 PARTS = ("layer", "model", "generate")
 # Each way of a compiled model is compiled anew, which takes most of a run.
 MODEL_WAYS = ("tokens", "tokens, overlap", "tiles, prefetch")
@@ -131,7 +132,7 @@ def speed(network: Any, device: str, batch: int, treatment: str, *, smoke: bool)
         start = time.monotonic()
         gap = relative_gap(step(), expected)
         compile_s = time.monotonic() - start
-        check("logits", gap, LIMIT)
+        check("logits", gap, STUDENT_LIMIT if hasattr(network, "banks") else LIMIT)
         tokens = write(step)
         replay = captured(step, device)
         check("captured", float(not torch.equal(write(replay), tokens)), 0.0)
