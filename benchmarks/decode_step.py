@@ -3,19 +3,19 @@
     python -m benchmarks decode_step [--device cuda] [--parts layer model generate]
         [--tokens 1 8 16] [--ks 16] [--batches 1] [--treatments compiled eager] [--smoke]
 
-`layer` times the stack of `decode.py`, whose weights exceed a GPU's L2 cache, in CUDA graphs: our
-kernels one program per token and block of neurons ("tokens") or one per block for all tokens
-("tiles"), each also with launches that begin while the kernel before ends ("overlap") and then
-prefetch weights ("prefetch"), the path
-that computes all experts, compiled, and the dense MLP as transformers has it, with gate and up in
-one product, and compiled.
+`layer` times the stack of `decode.py`, whose weights exceed a GPU's L2 cache, in CUDA graphs. Our
+kernels run one program per token and block of neurons ("tokens") or one per block for all tokens
+("tiles"), each also with launches that begin while the kernel before ends ("overlap"), and with
+weights that are prefetched then ("prefetch"). Beside them stand the path that computes all experts,
+compiled, and the dense MLP as transformers has it, with gate and up in one product, and compiled.
+In the stack a layer follows the other, so that launches overlap across layers, where a model has
+attention between them: the model's rows decide.
 
 `model` times Qwen3-0.6B with random weights and its student, greedy decoding with a static cache.
 The same is done to both: a step is captured in a CUDA graph as it is ("eager"), or compiled by
 torch.compile first ("compiled"), or compiled with products of one row by the compiler's own kernels
-too ("tuned"). A model of some 60 small launches a layer hides its MLP's time
-behind those of norms, rotary embeddings and the cache, which compiling fuses. Every way of the
-kernels is a row of its own.
+too ("tuned"). A step of some 60 small launches a layer hides the MLP's time behind those of norms,
+rotary embeddings and the cache, which compiling fuses. Every way of the kernels is a row.
 
 `generate` times what users run: transformers' `generate` without an option, and with a static
 cache, for which transformers itself compiles and captures the step.
