@@ -33,8 +33,8 @@ class Decoder:
         self.places = torch.arange(length, device=device)
         self.written = torch.zeros(batch, length, dtype=torch.long, device=device)
 
-    def step(self) -> None:
-        """Read each sequence's last token, write its likeliest next one."""
+    def step(self) -> Tensor:
+        """Read each sequence's last token, write its likeliest next one; return the logits."""
         mask = (self.places <= self.position)[None, None]
         output = self.model(
             input_ids=self.token,
@@ -46,6 +46,7 @@ class Decoder:
         self.token.copy_(output.logits[:, -1:].argmax(-1))
         self.written.index_copy_(1, self.position[0], self.token)
         self.position.add_(1)
+        return output.logits
 
     def reset(self) -> None:
         """Back to the first position."""

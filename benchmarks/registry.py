@@ -28,6 +28,7 @@ NAMES = (
     "teacher_cache",
     "plan_memory",
     "decode",
+    "decode_step",
     "cpu_inference",
     "scaling_gpus",
     "gpu",

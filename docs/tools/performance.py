@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.common import RESULTS, ROOT
-from docs.tools import expert_layers, layer_scaling, pages
+from docs.tools import decoding, expert_layers, layer_scaling, pages
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BEGIN, END = "<!-- performance: {name} -->", "<!-- end -->"
@@ -172,6 +172,7 @@ def gpu_rows(name: str) -> Iterator[Row]:
     if expert_layers.read(expert_layers.LAYER) is None:
         yield from sparse_rows(sparse[-1]["rows"])
     yield from decode_rows([r for r in records if r["section"] == "decode"])
+    yield from (Row(*line) for line in decoding.rows(decoding.read()))
     # Until November 2026 the lines of this record were called cases.
     plans = [r.get("rows", r.get("cases")) for r in records if r["section"] == "plan"]
     for cases in [found for found in plans if found][-1:]:

@@ -464,6 +464,7 @@ def test_generate_passes_its_options(stand_in):
     ((arguments, keywords),) = calls
     assert arguments == ("m",)
     assert (keywords["prompt"], keywords["temperature"], keywords["seed"]) == ("x y", 0.0, 0)
+    assert keywords["compiled"] is False
 
 
 @pytest.mark.parametrize("prompt", [[], ["--prompt", "-"]], ids=str)
@@ -487,10 +488,12 @@ def test_generate_without_a_prompt_names_the_ways_to_give_one(stand_in, monkeypa
 
 def test_chat_passes_its_options(stand_in):
     calls = stand_in("deploy.chat", "run_chat")
-    assert status_of(["chat", "m", "--budget", "8", "--system", "be brief", "--top-k", "5"]) == 0
+    options = ["--budget", "8", "--system", "be brief", "--top-k", "5", "--compile"]
+    assert status_of(["chat", "m", *options]) == 0
     ((arguments, keywords),) = calls
     assert (arguments, keywords["budget"], keywords["system"]) == (("m",), 8.0, "be brief")
     assert (keywords["top_k"], keywords["top_p"], keywords["temperature"]) == (5, None, 0.7)
+    assert keywords["compiled"] is True
 
 
 def test_interrupt_exits_with_130_and_one_line(stand_in, capsys):

@@ -30,5 +30,6 @@ class Chat(Writing):
             checkpoint=self.checkpoint,
             teacher=self.teacher,
             quantize=self.quantize,
+            compiled=self.compile,
             **sampling,
         )

@@ -70,6 +70,7 @@ class Generate(Writing, Prompted):
             checkpoint=self.checkpoint,
             teacher=self.teacher,
             quantize=self.quantize,
+            compiled=self.compile,
             with_teacher=self.with_teacher,
             show_routing=self.show_routing,
             as_json=self.json,

@@ -36,6 +36,14 @@ class Writing:
     teacher: Teacher = None
     device: ComputeDevice = "auto"
     quantize: Quantize = "none"
+    compile: Annotated[
+        bool,
+        arg(
+            help="Compile the step that writes a token, on a GPU: the first answer waits for the"
+            " compiler, and later tokens come faster.",
+            help_behavior_hint="(default: off)",
+        ),
+    ] = False
     budget: Annotated[
         float | None,
         arg(

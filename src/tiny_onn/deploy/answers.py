@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.console import say
 from tiny_onn.data.tokens import DocumentTokens
+from tiny_onn.deploy.compiled_steps import check_compiled, check_controller, fixed_cache
 from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.backbone import backbone_of, generation_attention
 from tiny_onn.model.experts import ExpertBank, recorded_routings
@@ -122,6 +123,8 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     loaded: LoadedStudent | None = None
     """The student and where it comes from; None for a dense model."""
+    compiled: bool = False
+    """True if the step that writes a token is compiled, and captured in a CUDA graph."""
 
     @property
     def has_chat_template(self) -> bool:
@@ -198,6 +201,7 @@ class Speaker:
         torch.manual_seed(sampling["seed"])
         input_ids = torch.tensor([prompt_ids], device=self.network.device)
         answer, ends = Answer(), self._end_ids()
+        cache = fixed_cache(self.network, len(prompt_ids) + num_new) if self.compiled else None
 
         def collect(token: Token) -> None:
             answer.tokens.append(token)
@@ -215,6 +219,7 @@ class Speaker:
                     streamer=stream,
                     pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                     eos_token_id=ends or None,
+                    past_key_values=cache,
                     **_sampling_arguments(sampling),
                 )
                 written = answer.written
@@ -320,6 +325,7 @@ def load_speaker(
     checkpoint: str = "newest",
     teacher: str | None = None,
     quantize: QuantizeTo = "none",
+    compiled: bool = False,
 ) -> Speaker:
     """Load a model that answers.
 
@@ -330,22 +336,25 @@ def load_speaker(
         checkpoint: the choice among a run's students, see `load_student`.
         teacher: the place of the student's teacher, see `load_student`.
         quantize: the number format that holds the student's experts, or `none`.
+        compiled: whether the step that writes a token is compiled; this needs a GPU.
 
     Raises:
-        UserError: there is no such model or checkpoint, an option needs a student, or the experts
-            cannot be quantised.
+        UserError: there is no such model or checkpoint, an option needs a student, the experts
+            cannot be quantised, or the step cannot be compiled.
     """
+    if compiled:
+        check_compiled(device, quantize)
+    shared: dict[str, Any] = {"source": model, "compiled": compiled}
     if is_student(model):
         loaded = load_student(model, device, checkpoint, teacher, quantize=quantize)
         if budget is not None:
             set_budget(loaded.student, budget)
+        if compiled:
+            check_controller(loaded.student)
         loaded.student.round_experts()
+        network, tokenizer = loaded.student, loaded.tokenizer
         return Speaker(
-            name="student",
-            source=model,
-            network=loaded.student,
-            tokenizer=loaded.tokenizer,
-            loaded=loaded,
+            name="student", network=network, tokenizer=tokenizer, loaded=loaded, **shared
         )
     refuse_for_dense(model, teacher)
     for name, given in (
@@ -360,7 +369,7 @@ def load_speaker(
     dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
     # Generation keeps a cache, which the attention for packed rows of training does not handle.
     dense.set_attn_implementation(generation_attention(dense))
-    return Speaker(name="model", source=model, network=dense, tokenizer=tokenizer)
+    return Speaker(name="model", network=dense, tokenizer=tokenizer, **shared)
 
 
 def load_teacher_speaker(speaker: Speaker) -> Speaker:

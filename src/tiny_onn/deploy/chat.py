@@ -38,6 +38,7 @@ def run_chat(
     checkpoint: str = "newest",
     teacher: str | None = None,
     quantize: QuantizeTo = "none",
+    compiled: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> None:
     """Read messages and answer them until `/quit` or the end of the input.
@@ -50,6 +51,7 @@ def run_chat(
         checkpoint: the choice among a run's students, see `load_student`.
         teacher: the place of the student's teacher, see `load_student`.
         quantize: the number format that holds the student's experts, or `none`.
+        compiled: whether the step that writes a token is compiled; this needs a GPU.
         sampling: see `SamplingOptions`; each answer of a conversation begins with the same seed.
 
     Raises:
@@ -62,6 +64,7 @@ def run_chat(
         checkpoint=checkpoint,
         teacher=teacher,
         quantize=quantize,
+        compiled=compiled,
     )
     if not speaker.has_chat_template:
         raise UserError(

@@ -37,6 +37,7 @@ def run_generate(
     checkpoint: str = "newest",
     teacher: str | None = None,
     quantize: QuantizeTo = "none",
+    compiled: bool = False,
     with_teacher: bool = False,
     show_routing: bool = False,
     as_json: bool = False,
@@ -57,6 +58,7 @@ def run_generate(
         checkpoint: the choice among a run's students, see `load_student`.
         teacher: the place of the student's teacher, see `load_student`.
         quantize: the number format that holds the student's experts, or `none`.
+        compiled: whether the step that writes a token is compiled; this needs a GPU.
         with_teacher: whether the teacher answers too, beside the student.
         show_routing: whether each token is shown with its number of active experts.
         as_json: whether one JSON object is printed in place of text.
@@ -75,6 +77,7 @@ def run_generate(
         checkpoint=checkpoint,
         teacher=teacher,
         quantize=quantize,
+        compiled=compiled,
     )
     for name, given in (("--with-teacher", with_teacher), ("--show-routing", show_routing)):
         if given and first.loaded is None:

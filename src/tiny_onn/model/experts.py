@@ -18,7 +18,14 @@ from torch.nn.utils import parametrize
 from tiny_onn.model.expert_weights import Experts
 from tiny_onn.model.exploration import Exploration
 from tiny_onn.model.router import TIE_BREAK, Router, Routing, RoutingRule
-from tiny_onn.ops import active_experts, decode, dense_masked, grouped, sparse
+from tiny_onn.ops import (
+    active_experts,
+    decode,
+    decode_operators,
+    dense_masked,
+    grouped,
+    sparse,
+)
 from tiny_onn.ops.dense_masked import gram_norm
 from tiny_onn.ops.precision import in_autocast_format, without_autocast
 from tiny_onn.ops.router_gradient import SmkStep
@@ -42,6 +49,8 @@ class Execution:
     coupled: bool = False
     """True if the main loss' gradient reaches the router: its weights, and its input too unless the
     gradient is that of an estimator, which is meant for the router alone."""
+    decode_blocks: decode.KernelBlocks | None = None
+    """The sizes of the decoding kernels' programs; None: the default ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +111,8 @@ class ExpertBank(nn.Module):
         self.activation = self.experts.act_fn
         self.activation_name = activation
         self.execution, self.row = Execution(), RowState()
-        self._recordings: tuple[list[Routing], ...] = ()
+        # torch.compile takes a tuple of empty lists for a constant, and appends to none of them.
+        self._recordings: list[list[Routing]] = []
 
     def set_execution(self, execution: Execution) -> None:
         """Set the way in which all later calls are computed."""
@@ -244,7 +254,9 @@ class ExpertBank(nn.Module):
             "activation": self.activation_name,
             "expert_scale_E": self.expert_scale,
             "mean_outputs_ED": self.mean_outputs,
+            "blocks": self.execution.decode_blocks,
         }
+        ways = decode_operators if torch.compiler.is_compiling() else decode
         router = self.router
         rule = selecting(router.rule)
         if rule is None or router.follows is not None or self.token_scale is not None:
@@ -252,11 +264,11 @@ class ExpertBank(nn.Module):
             weights_TE = self.scaled(routing.weights, x_TD)
             options |= {"weights_TE": weights_TE, "active_TE": routing.active}
             options["expert_scale_E"] = None
-            y_TD = self.experts(x_TD, layer=partial(decode.expert_layer, **options))
+            y_TD = self.experts(x_TD, layer=partial(ways.expert_layer, **options))
         else:
             gate = decode.Gate(router.weight, router.bias, router.selection_bias, router.settled)
             options |= {"gate": gate, "rule": rule}
-            layer = partial(decode.routed_expert_layer, **options)
+            layer = partial(ways.routed_expert_layer, **options)
             y_TD, *routed = self.experts(x_TD, layer=layer)
             logits_TE, scores_TE, active_TE, weights_TE = routed
             routing = Routing(
@@ -310,7 +322,7 @@ def recorded_routings(banks: Sequence[ExpertBank]) -> Iterator[list[Routing]]:
     before = [bank._recordings for bank in banks]
     try:
         for bank in banks:
-            bank._recordings = (*bank._recordings, routings)
+            bank._recordings = [*bank._recordings, routings]
         yield routings
     finally:
         for bank, recordings in zip(banks, before, strict=True):

@@ -1,13 +1,21 @@
-"""The three Triton kernels of `decode.py`; importing this module imports triton.
+"""The Triton kernels of `decode.py`; importing this module imports triton.
 
     gate      computes logits[t, e] = <gate[e], x[t]> + bias[e], one program per (t, e)
     experts   selects, and writes the (D,) output of a block of an active expert's neurons to a
               row of a scratch
     combine   sums the scratch's rows of a token in their order, one program per (t, part of D)
+    select    selects, one program per token
+    tile      writes the outputs of a block of an expert's neurons for all tokens that chose it
 
-The selection takes less time than a launch, so every program of `experts` repeats it instead of
-waiting for a fourth kernel. Arithmetic is float32; no sum depends on the order in which programs
+One token takes gate, experts and combine: the selection takes less time than a launch, so every
+program of `experts` repeats it instead of waiting for a fourth kernel. Several tokens can take
+gate, select, tile and combine. Arithmetic is float32; no sum depends on the order in which programs
 run. Constants are upper case. `no_type_check` keeps runtime type checkers away from kernels.
+
+With OVERLAP a kernel is started while the one before it still runs (programmatic dependent
+launch). Each program therefore waits before it reads or writes memory, and lets the next kernel
+start at once, whose programs wait in turn. Before its wait a program only prefetches memory into
+the L2 cache, which cannot make a value stale.
 
 Legend: T tokens, D hidden, E experts, I expert width, N blocks of an expert's neurons, S = E * N
 rows of the scratch.
@@ -21,6 +29,37 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 @triton.jit
 @no_type_check
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Let the next kernel start, then wait until the kernels before this one are complete."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+@no_type_check
+def prefetch(pointers):
+    """Ask the L2 cache for the lines of some pointers."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.uint64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+@no_type_check
+def prefetch_rows(rows, i, I: tl.constexpr, D: tl.constexpr, LINES: tl.constexpr):
+    """Ask the L2 cache for contiguous rows of D numbers; those beyond I are the last one."""
+    line = tl.arange(0, LINES) * (1024 // rows.dtype.element_ty.primitive_bitwidth)
+    prefetch(rows + tl.minimum(i, I - 1)[:, None] * D + tl.minimum(line, D - 1)[None, :])
+
+
+@triton.jit
+@no_type_check
 def gate_kernel(
     x,  # (T, D) float32 | bfloat16
     gate,  # (E, D) float32 | bfloat16
@@ -29,11 +68,16 @@ def gate_kernel(
     D: tl.constexpr,
     E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Compute `logits[t, e] = <gate[e], x[t]> + bias[e]`."""
     t = tl.program_id(0)
     e = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
+    if OVERLAP:
+        for start in tl.static_range(0, D, BLOCK_D):
+            prefetch(gate + e * D + tl.minimum(start + d, D - 1))
+    wait_for_inputs(OVERLAP)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for start in tl.static_range(0, D, BLOCK_D):
         inside = start + d < D
@@ -138,10 +182,21 @@ def experts_kernel(
     WEIGHTING: tl.constexpr,
     TIE_BREAK: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    LINES: tl.constexpr,  # cache lines of D numbers; 0: nothing is prefetched
+    PROGRAMS: tl.constexpr,  # programs of a token
 ):
     """Compute the weighted output of token t's s-th active block of neurons; program (t, s)."""
     t = tl.program_id(0)
     s = tl.program_id(1)
+    if LINES > 0:  # noqa: SIM102 - the compiler knows this condition, and not the next
+        # A third of all weights arrives while the gate is computed, those of inactive experts too.
+        if t == 0:
+            for start in tl.static_range(0, E * N, PROGRAMS):
+                block = tl.minimum(start + s, E * N - 1)
+                rows = down + (block // N).to(tl.int64) * I * D
+                prefetch_rows(rows, (block % N) * BLOCK_I + tl.arange(0, BLOCK_I), I, D, LINES)
+    wait_for_inputs(OVERLAP)
     e = tl.arange(0, BLOCK_E)
     row = t * E + e
     if ROUTED:
@@ -192,6 +247,106 @@ def experts_kernel(
 
 @triton.jit
 @no_type_check
+def select_kernel(
+    logits,  # (T, E) float32
+    selection_bias,  # (E,) float32
+    threshold,  # () float32
+    scores,  # (T, E) float32, written
+    weights,  # (T, E) float32, written
+    active,  # (T, E) uint8, written
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROUTED: tl.constexpr,
+    NUM_ACTIVE: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
+    WEIGHTING: tl.constexpr,
+    TIE_BREAK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Compute a token's scores, active experts and weights."""
+    wait_for_inputs(OVERLAP)
+    e = tl.arange(0, BLOCK_E)
+    row = tl.program_id(0) * E + e
+    bias = tl.load(selection_bias + e, mask=e < E, other=0.0).to(tl.float32)
+    values = tl.load(logits + row, mask=e < E, other=float("-inf"))
+    limit = tl.load(threshold).to(tl.float32)
+    score, on, weight = select(
+        values, bias, limit, e, E, BLOCK_E, NUM_ACTIVE, NUM_SHARED, WEIGHTING, TIE_BREAK
+    )
+    tl.store(scores + row, score, mask=e < E)
+    tl.store(weights + row, weight, mask=e < E)
+    tl.store(active + row, on.to(tl.uint8), mask=e < E)
+
+
+@triton.jit
+@no_type_check
+def tile_kernel(
+    x,  # (T, D) float32 | bfloat16
+    gate_up,  # (E, 2 * I, D) in the format of x
+    down,  # (E, D, I) in the format of x, by its strides
+    expert_scale,  # (E,) float32, read if SCALED
+    weights,  # (T, E) float32
+    active,  # (T, E) uint8
+    partial,  # (T, S, D) float32, written: the rows of active blocks
+    T,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    I: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    STRIDE_I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    N: tl.constexpr,
+    SCALED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    LINES: tl.constexpr,  # cache lines of D numbers; 0: nothing is prefetched
+):
+    """Compute the weighted outputs of a block of neurons, for the tokens that chose its expert."""
+    s = tl.program_id(0)
+    expert = s // N
+    i = (s % N) * BLOCK_I + tl.arange(0, BLOCK_I)
+    if LINES > 0:
+        rows = gate_up + expert.to(tl.int64) * 2 * I * D
+        prefetch_rows(rows, i, I, D, LINES)
+        prefetch_rows(rows + I * D, i, I, D, LINES)
+        prefetch_rows(down + expert.to(tl.int64) * I * D, i, I, D, LINES)
+    wait_for_inputs(OVERLAP)
+    t = tl.arange(0, BLOCK_T)
+    on = tl.load(active + t * E + expert, mask=t < T, other=0).to(tl.int32)
+    if tl.sum(on, axis=0) > 0:
+        weight = tl.load(weights + t * E + expert, mask=on == 1, other=0.0)
+        if SCALED:
+            weight *= tl.load(expert_scale + expert).to(tl.float32)
+        d = tl.arange(0, BLOCK_D)
+        at_x = x + t[:, None] * D + d[None, :]
+        at = gate_up + (2 * expert * I + i).to(tl.int64)[:, None] * D + d[None, :]
+        gate = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
+        up = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            inside = (start + d < D)[None, :]
+            v = tl.load(at_x + start, mask=(t < T)[:, None] & inside, other=0.0)
+            w_gate = tl.load(at + start, mask=(i < I)[:, None] & inside, other=0.0)
+            w_up = tl.load(at + I * D + start, mask=(i < I)[:, None] & inside, other=0.0)
+            gate = tl.dot(v, tl.trans(w_gate), gate, input_precision="ieee")
+            up = tl.dot(v, tl.trans(w_up), up, input_precision="ieee")
+        hidden = activate(gate, ACTIVATION) * up * weight[:, None]
+        # Two numbers in the weights' format hold more digits of a hidden value than one.
+        high = hidden.to(down.dtype.element_ty)
+        low = (hidden - high.to(tl.float32)).to(down.dtype.element_ty)
+        at_down = down + expert.to(tl.int64) * I * D + i[:, None] * STRIDE_I + d[None, :] * STRIDE_D
+        out = partial + (t.to(tl.int64) * (E * N) + s)[:, None] * D + d[None, :]
+        for start in range(0, D, BLOCK_D):
+            inside = (start + d < D)[None, :]
+            w_down = tl.load(at_down + start * STRIDE_D, mask=(i < I)[:, None] & inside, other=0.0)
+            part = tl.dot(low, w_down, input_precision="ieee")
+            part = tl.dot(high, w_down, part, input_precision="ieee")
+            tl.store(out + start, part, mask=(on == 1)[:, None] & inside)
+
+
+@triton.jit
+@no_type_check
 def combine_kernel(
     partial,  # (T, S, D) float32
     active,  # (T, E) uint8
@@ -204,9 +359,12 @@ def combine_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
     MAX_ROWS: tl.constexpr,
+    COMPACT: tl.constexpr,  # the token's rows are the first ones; else each block has its own
     COMPENSATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Sum a token's rows, and the mean outputs of its inactive experts."""
+    wait_for_inputs(OVERLAP)
     t = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -217,7 +375,11 @@ def combine_kernel(
     # The loop runs to the largest possible number of rows, so that no load waits for the loop.
     for start in tl.static_range(0, MAX_ROWS, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        inside = (s < num_rows)[:, None] & (d < D)[None, :]
+        if COMPACT:
+            written = s < num_rows
+        else:
+            written = tl.load(active + t * E + s // N, mask=s < MAX_ROWS, other=0) == 1
+        inside = written[:, None] & (d < D)[None, :]
         total += tl.load(rows + s[:, None] * D + d[None, :], mask=inside, other=0.0)
     out = tl.sum(total, axis=0)
     if COMPENSATED:
