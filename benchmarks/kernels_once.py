@@ -66,6 +66,8 @@ DECODED: tuple[Decoded, ...] = (
     ((3, 33, 20, 1056), torch.float32, (1, 1, "sigmoid")),
     ((16, 3, 7, 17), BF16, (0, 0, "mean")),
 )
+# A program per token and block of neurons, and one per block for all tokens.
+WAYS = (decode.KernelBlocks(tile_tokens=17), decode.KernelBlocks(tile_tokens=1))
 
 
 class Counted:
@@ -157,13 +159,8 @@ def decode_once(case: Decoded) -> None:
     # Stored neuron after neuron, as banks store them.
     down = down.mT.contiguous().mT
     active = weights != 0
-    y = decode.expert_layer(
-        x, gate_up, down, weights, active, activation="silu", expert_scale_E=scale,
-        mean_outputs_ED=means,
-    )  # fmt: skip
-    right = defined(x, gate_up, down, weights * scale)
-    right += (~active).double().cpu() @ means.double().cpu()
-    check(f"decode, {case}, given", relative_gap(y, right), LIMITS[dtype])
+    given = defined(x, gate_up, down, weights * scale)
+    given += (~active).double().cpu() @ means.double().cpu()
     gate = decode.Gate(
         (torch.randn(E, D) / D**0.5).to(DEVICE, dtype), torch.randn(E).to(DEVICE, dtype),
         torch.zeros(E, device=DEVICE), torch.full((), 0.1, device=DEVICE),
@@ -171,9 +168,17 @@ def decode_once(case: Decoded) -> None:
     rule = decode.Selecting(
         num_active=num_active, num_shared=num_shared, weighting=weighting, tie_break=1e-6
     )
-    done = decode.routed_expert_layer(x, gate_up, down, gate, rule=rule, activation="gelu")
-    right = defined(x, gate_up, down, done.weights_TE * done.active_TE, F.gelu)
-    check(f"decode, {case}, routed", relative_gap(done.y_TD, right), LIMITS[dtype])
+    for blocks in WAYS:
+        y = decode.expert_layer(
+            x, gate_up, down, weights, active, activation="silu", expert_scale_E=scale,
+            mean_outputs_ED=means, blocks=blocks,
+        )  # fmt: skip
+        check(f"decode, {case}, {blocks}, given", relative_gap(y, given), LIMITS[dtype])
+        done = decode.routed_expert_layer(
+            x, gate_up, down, gate, rule=rule, activation="gelu", blocks=blocks
+        )
+        routed = defined(x, gate_up, down, done.weights_TE * done.active_TE, F.gelu)
+        check(f"decode, {case}, {blocks}, routed", relative_gap(done.y_TD, routed), LIMITS[dtype])
 
 
 def defined(

@@ -26,6 +26,8 @@ from typing import no_type_check
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from tiny_onn.ops.decode_selection_kernels import select_token
+
 
 @triton.jit
 @no_type_check
@@ -89,57 +91,6 @@ def gate_kernel(
 
 @triton.jit
 @no_type_check
-def softmax(values):
-    """Return the softmax of a vector; minus infinity gives 0."""
-    powers = tl.exp(values - tl.max(values, axis=0))
-    return tl.div_rn(powers, tl.zeros_like(powers) + tl.sum(powers, axis=0))
-
-
-@triton.jit
-@no_type_check
-def select(
-    logits,  # (E,) float32, minus infinity beyond E
-    bias,  # (E,) float32, 0 beyond E
-    threshold,  # float32
-    e,  # (E,) int32
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    NUM_ACTIVE: tl.constexpr,  # 0: a budget by threshold
-    NUM_SHARED: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    TIE_BREAK: tl.constexpr,
-):
-    """Compute `router.route` of one token: scores, active experts (0 or 1), and weights."""
-    shared = e < NUM_SHARED
-    # Shared experts are left out of selection and weights until the end.
-    logits = tl.where(shared, float("-inf"), logits)
-    selecting = logits + bias
-    above = selecting[:, None] > selecting[None, :]
-    first = (selecting[:, None] == selecting[None, :]) & (e[:, None] < e[None, :])
-    rank = tl.sum((above | first).to(tl.int32), axis=0)
-    if NUM_ACTIVE == 0:
-        scores = softmax(selecting) * (1.0 - rank.to(tl.float32) * TIE_BREAK)
-        scores = tl.where(rank == 0, float("inf"), scores)
-        active = ((scores > threshold) & (e < E) & (e >= NUM_SHARED)).to(tl.int32)
-    else:
-        scores = selecting
-        active = ((rank < NUM_ACTIVE) & (e < E)).to(tl.int32)
-    chosen = active.to(tl.float32)
-    if WEIGHTING == "softmax":
-        weights = softmax(logits) * chosen
-        weights = tl.div_rn(weights, tl.zeros_like(weights) + tl.sum(weights, axis=0))
-    elif WEIGHTING == "sigmoid":
-        weights = chosen / (1.0 + tl.exp(-logits))
-    elif WEIGHTING == "mean":
-        weights = tl.div_rn(chosen, tl.zeros_like(chosen) + tl.sum(chosen, axis=0))
-    else:
-        weights = chosen
-    scores = tl.where(shared, float("inf"), scores)
-    return scores, tl.where(shared, 1, active), tl.where(shared, 1.0, weights)
-
-
-@triton.jit
-@no_type_check
 def activate(gate, ACTIVATION: tl.constexpr):
     """Return the activation of float32 values."""
     if ACTIVATION == "silu":
@@ -150,6 +101,33 @@ def activate(gate, ACTIVATION: tl.constexpr):
     else:
         value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     return value
+
+
+@triton.jit
+@no_type_check
+def gate_and_up(
+    x,  # (D,) float32 | bfloat16
+    gate_up,  # (E, 2 * I, D) float32 | bfloat16
+    expert,
+    i,  # (BLOCK_I,) int32, the neurons
+    D: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """Return one token's gate and up projections by some neurons of an expert."""
+    d = tl.arange(0, BLOCK_D)
+    at = (2 * expert * I + i).to(tl.int64)[:, None] * D + d[None, :]
+    gate = tl.zeros((BLOCK_I,), tl.float32)
+    up = tl.zeros((BLOCK_I,), tl.float32)
+    for start in tl.static_range(0, D, BLOCK_D):
+        inside = (i < I)[:, None] & (start + d < D)[None, :]
+        w_gate = tl.load(gate_up + at + start, mask=inside, other=0.0)
+        w_up = tl.load(gate_up + I * D + at + start, mask=inside, other=0.0)
+        v = tl.load(x + start + d, mask=start + d < D, other=0.0).to(tl.float32)
+        gate += tl.sum(w_gate.to(tl.float32) * v[None, :], axis=1)
+        up += tl.sum(w_up.to(tl.float32) * v[None, :], axis=1)
+    return gate, up
 
 
 @triton.jit
@@ -198,21 +176,14 @@ def experts_kernel(
                 prefetch_rows(rows, (block % N) * BLOCK_I + tl.arange(0, BLOCK_I), I, D, LINES)
     wait_for_inputs(OVERLAP)
     e = tl.arange(0, BLOCK_E)
-    row = t * E + e
     if ROUTED:
-        bias = tl.load(selection_bias + e, mask=e < E, other=0.0).to(tl.float32)
-        values = tl.load(logits + row, mask=e < E, other=float("-inf"))
-        limit = tl.load(threshold).to(tl.float32)
-        score, on, weight = select(
-            values, bias, limit, e, E, BLOCK_E, NUM_ACTIVE, NUM_SHARED, WEIGHTING, TIE_BREAK
-        )
-        if s == 0:
-            tl.store(scores + row, score, mask=e < E)
-            tl.store(weights + row, weight, mask=e < E)
-            tl.store(active + row, on.to(tl.uint8), mask=e < E)
+        on, weight = select_token(
+            logits, selection_bias, threshold, scores, weights, active, t, s == 0,
+            E, BLOCK_E, NUM_ACTIVE, NUM_SHARED, WEIGHTING, TIE_BREAK,
+        )  # fmt: skip
     else:
-        on = tl.load(active + row, mask=e < E, other=0).to(tl.int32)
-        weight = tl.load(weights + row, mask=e < E, other=0.0).to(tl.float32)
+        on = tl.load(active + t * E + e, mask=e < E, other=0).to(tl.int32)
+        weight = tl.load(weights + t * E + e, mask=e < E, other=0.0).to(tl.float32)
     if s < tl.sum(on, axis=0) * N:
         if SCALED:
             weight *= tl.load(expert_scale + e, mask=e < E, other=0.0).to(tl.float32)
@@ -221,20 +192,11 @@ def experts_kernel(
         weight_of_mine = tl.sum(tl.where(mine, weight, 0.0), axis=0)
         i = (s % N) * BLOCK_I + tl.arange(0, BLOCK_I)
         d = tl.arange(0, BLOCK_D)
-        at = (2 * expert * I + i).to(tl.int64)[:, None] * D + d[None, :]
         at_down = expert.to(tl.int64) * I * D + i[:, None] * STRIDE_I + d[None, :] * STRIDE_D
         in_row = (i < I)[:, None]
         # The down projection is loaded early, so that it arrives while the first sums are made.
         w_down = tl.load(down + at_down, mask=in_row & (d < D)[None, :], other=0.0)
-        gate = tl.zeros((BLOCK_I,), tl.float32)
-        up = tl.zeros((BLOCK_I,), tl.float32)
-        for start in tl.static_range(0, D, BLOCK_D):
-            inside = in_row & (start + d < D)[None, :]
-            w_gate = tl.load(gate_up + at + start, mask=inside, other=0.0)
-            w_up = tl.load(gate_up + I * D + at + start, mask=inside, other=0.0)
-            v = tl.load(x + t * D + start + d, mask=start + d < D, other=0.0).to(tl.float32)
-            gate += tl.sum(w_gate.to(tl.float32) * v[None, :], axis=1)
-            up += tl.sum(w_up.to(tl.float32) * v[None, :], axis=1)
+        gate, up = gate_and_up(x + t * D, gate_up, expert, i, D, I, BLOCK_D, BLOCK_I)
         hidden = activate(gate, ACTIVATION) * up * weight_of_mine
         out = partial + (t * E * N + s).to(tl.int64) * D
         for start in tl.static_range(0, D, BLOCK_D):
@@ -265,17 +227,10 @@ def select_kernel(
 ):
     """Compute a token's scores, active experts and weights."""
     wait_for_inputs(OVERLAP)
-    e = tl.arange(0, BLOCK_E)
-    row = tl.program_id(0) * E + e
-    bias = tl.load(selection_bias + e, mask=e < E, other=0.0).to(tl.float32)
-    values = tl.load(logits + row, mask=e < E, other=float("-inf"))
-    limit = tl.load(threshold).to(tl.float32)
-    score, on, weight = select(
-        values, bias, limit, e, E, BLOCK_E, NUM_ACTIVE, NUM_SHARED, WEIGHTING, TIE_BREAK
-    )
-    tl.store(scores + row, score, mask=e < E)
-    tl.store(weights + row, weight, mask=e < E)
-    tl.store(active + row, on.to(tl.uint8), mask=e < E)
+    select_token(
+        logits, selection_bias, threshold, scores, weights, active, tl.program_id(0), True,
+        E, BLOCK_E, NUM_ACTIVE, NUM_SHARED, WEIGHTING, TIE_BREAK,
+    )  # fmt: skip
 
 
 @triton.jit
