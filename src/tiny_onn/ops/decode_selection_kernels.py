@@ -1,4 +1,4 @@
-"""How the Triton kernels of `decode.py` select a token's experts; the import needs triton.
+"""The selection of a token's experts in Triton, for `decode_kernels.py`; the import needs triton.
 
 Legend: T tokens, E experts. Constants are upper case. `no_type_check` keeps runtime type checkers
 away from kernels.
