@@ -1,7 +1,8 @@
 """Ways to decode, old and new, against dense peers: one layer, a compiled model, `generate`.
 
     python -m benchmarks decode_step [--device cuda] [--parts layer model generate]
-        [--tokens 1 8 16] [--ks 16] [--batches 1] [--treatments compiled eager] [--smoke]
+        [--tokens 1 8 16] [--ks 16] [--ways ...] [--batches 1] [--treatments compiled eager]
+        [--model-ways ...] [--smoke]
 
 `layer` times the stack of `decode.py`, whose weights exceed a GPU's L2 cache, in CUDA graphs. Our
 kernels run one program per token and block of neurons ("tokens") or one per block for all tokens
@@ -41,7 +42,7 @@ from torch import Tensor
 from benchmarks.common import captured, check, environment, measure, relative_gap
 from benchmarks.decode import REPLAYS
 from benchmarks.decode_model import Decoder
-from benchmarks.decode_ways import attempted, layer, ways_for
+from benchmarks.decode_ways import WAYS, attempted, layer, ways_for
 from benchmarks.registry import Option, Result, benchmark
 from benchmarks.steps import random_dense, settings
 from tiny_onn.conversion.convert import convert
@@ -73,7 +74,13 @@ def models(device: str, *, smoke: bool) -> tuple[Any, Any]:
 
 
 def model(
-    device: str, batches: list[int], ks: list[int], treatments: list[str], *, smoke: bool
+    device: str,
+    batches: list[int],
+    ks: list[int],
+    treatments: list[str],
+    names: list[str],
+    *,
+    smoke: bool,
 ) -> Iterator[dict[str, Any]]:
     """Tokens a second of both models, by number of sequences and way, eager and compiled."""
     dense, student = models(device, smoke=smoke)
@@ -88,8 +95,7 @@ def model(
         ways = {"dense": partial(speed, dense, device, batch, treatment, smoke=smoke)} | {
             f"k = {k}, {name}": partial(student_speed, k, blocks, batch, treatment)
             for k in ks
-            for name, blocks in ways_for(batch).items()
-            if name in MODEL_WAYS
+            for name, blocks in ways_for(batch, names).items()
         }
         rates: dict[str, float] = {}
         for name, way in ways.items():
@@ -208,6 +214,7 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     parts=Option(list(PARTS), choices=PARTS),
     tokens=Option([1, 8, 16], "numbers of tokens of the layer", smoke=[2]),
     ks=Option([16], "numbers of active experts", smoke=[2]),
+    ways=Option(list(WAYS), "ways of the layer's kernels", choices=tuple(WAYS)),
     batches=Option([1], "numbers of sequences of the model", smoke=[2]),
     treatments=Option(
         ["compiled", "eager"],
@@ -215,15 +222,17 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
         smoke=["eager"],
         choices=tuple(TREATMENTS),
     ),
+    model_ways=Option(list(MODEL_WAYS), "ways of the model's kernels", choices=tuple(WAYS)),
 )
 def run(arguments: argparse.Namespace) -> Result:
     """Run the parts; every record is printed and written at once."""
     device, smoke, ks = arguments.device, arguments.smoke, arguments.ks
+    of_model = (arguments.batches, ks, arguments.treatments, arguments.model_ways)
     folder: Path | None = arguments.out
     kind = torch.device(device).type
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "layer": lambda: layer(device, arguments.tokens, ks, smoke=smoke),
-        "model": lambda: model(device, arguments.batches, ks, arguments.treatments, smoke=smoke),
+        "layer": lambda: layer(device, arguments.tokens, ks, arguments.ways, smoke=smoke),
+        "model": lambda: model(device, *of_model, smoke=smoke),
         "generate": lambda: generate(device, ks, smoke=smoke),
     }
     found: list[dict[str, Any]] = []

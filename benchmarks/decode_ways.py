@@ -31,9 +31,9 @@ WAYS = {
 }
 
 
-def ways_for(tokens: int) -> dict[str, KernelBlocks]:
-    """The ways of the kernels that differ for a number of tokens."""
-    return {name: ways for name, ways in WAYS.items() if tokens > 1 or not name.startswith("tiles")}
+def ways_for(tokens: int, names: list[str]) -> dict[str, KernelBlocks]:
+    """The ways among `names` that differ for a number of tokens."""
+    return {name: WAYS[name] for name in names if tokens > 1 or not name.startswith("tiles")}
 
 
 def attempted(ways: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -51,7 +51,7 @@ def attempted(ways: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], di
 
 
 def layer(
-    device: str, tokens: list[int], ks: list[int], *, smoke: bool
+    device: str, tokens: list[int], ks: list[int], names: list[str], *, smoke: bool
 ) -> Iterator[dict[str, Any]]:
     """One layer by number of tokens and active experts."""
     rate = max(bandwidth(device, smoke=smoke).values())
@@ -65,7 +65,7 @@ def layer(
                 for _ in range(stack.layers)
             ]
             stack.budget(banks, inputs, ks[0])
-            ways, errors, gaps = layer_ways(stack, banks, inputs)
+            ways, errors, gaps = layer_ways(stack, banks, inputs, names)
             for k in ks:
                 # The captured graphs read the thresholds, so that they follow them.
                 stack.budget(banks, inputs, k)
@@ -90,7 +90,7 @@ def layer(
 
 
 def layer_ways(
-    stack: Stack, banks: list[ExpertBank], inputs: list[Tensor]
+    stack: Stack, banks: list[ExpertBank], inputs: list[Tensor], names: list[str]
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str], dict[str, float]]:
     """Every way captured, after a check of its outputs; errors and gaps by name."""
     mlps = stack.mlps()
@@ -104,7 +104,7 @@ def layer_ways(
         return layers
 
     named: dict[str, Callable[[], list[Any]]] = {
-        **{name: kernels(blocks) for name, blocks in ways_for(len(inputs[0])).items()},
+        **{name: kernels(blocks) for name, blocks in ways_for(len(inputs[0]), names).items()},
         "all experts, compiled": lambda: [_all_experts(bank) for bank in banks],
         "dense": lambda: list(mlps),
         "dense, fused": lambda: stack.fused(mlps),
