@@ -33,7 +33,7 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=gpu)]
 SHAPES = [(1, 5, 12, 40), (3, 4, 9, 33), (2, 1, 1, 8), (16, 3, 2, 16)]
 # With these sizes all numbers of tokens take the kernel that computes an expert for all tokens.
 TILES = decode.KernelBlocks(tile_tokens=1, tile_width=16, tile_hidden=32)
-WAYS = {"tokens": decode.KernelBlocks(), "tiles": TILES}
+WAYS = {"tokens": decode.KernelBlocks(tile_tokens=17), "tiles": TILES}
 per_way = pytest.mark.parametrize("blocks", WAYS.values(), ids=WAYS)
 LARGE = [(1, 5, 48, 576), (2, 32, 96, 1024), (16, 3, 20, 1500)]
 # On a GPU the other path's products round too.
