@@ -1,10 +1,10 @@
 """Every hand-written Triton kernel once, at awkward shapes, for compute-sanitizer.
 
-    seq 0 9 | xargs -P 10 -n 1 python -m benchmarks.kernels_once
+    seq 0 10 | xargs -P 10 -n 1 python -m benchmarks.kernels_once
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
         python -m benchmarks.kernels_once
 
-The first command runs the ten layers in as many processes, which compile the kernels into Triton's
+The first command runs all layers in as many processes, which compile the kernels into Triton's
 cache; the second finds them there. `--tool racecheck` is called alike. Sizes are no multiples of
 the tiles, one expert has no token, and one has all; with the variable each tensor has an allocation
 of its own, so that memcheck sees an access past its end. Every result is compared with the formula
@@ -53,6 +53,7 @@ SPARSE = (
     Case((300, 5, 96, 40), BF16, DEFAULT, dense_sums=True),
     Case((300, 5, 96, 40), BF16, replace(CARD, surprise="relative"), dense_sums=False),
     Case((130, 4, 96, 64), BF16, CARD, dense_sums=True),
+    Case((130, 4, 96, 200), BF16, CARD, dense_sums=True),
     Case((65, 33, 48, 16), BF16, replace(DEFAULT, lesson_share=1 / 8), dense_sums=False),
     Case((37, 3, 20, 33), torch.float32, CARD, dense_sums=True),
     Case((20, 3, 200, 24), torch.float32, replace(CARD, surprise="output"), dense_sums=False),

@@ -19,7 +19,9 @@ model. `--plan` names a JSON list of runs, to be made in its order: each entry m
 Every run is a process of its own with a line in OUT/arms.jsonl. Two or three at once (`--jobs`)
 keep a GPU busy while others start, convert and compile. After `--seconds` no run is started, and
 after `--stop-after` those under way save a checkpoint and end; the same command goes on from there.
-Other settings (`--set`) need another OUT. With `--smoke` the runs are tiny.
+Other settings (`--set`) need another OUT. With `--processes N` torchrun trains each run by as many
+processes, a GPU each; a run of so many rows a step has `--set train.rows_per_step=N`. With
+`--smoke` the runs are tiny.
 """
 
 import argparse
@@ -150,8 +152,10 @@ def start(job: Job, slot: int, arguments: argparse.Namespace, parts: Parts) -> A
     # Each process would start as many workers of the compiler as the machine has cores.
     workers = max(1, (os.cpu_count() or 1) // arguments.jobs)
     env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
-    if arguments.gpus:
-        env["CUDA_VISIBLE_DEVICES"] = arguments.gpus[slot % len(arguments.gpus)]
+    if number := len(arguments.gpus):
+        first = slot * arguments.processes
+        mine = (arguments.gpus[(first + i) % number] for i in range(arguments.processes))
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     asked = {
         "job": asdict(job),
         "settings": settings_of(job, arguments, parts),
@@ -160,6 +164,9 @@ def start(job: Job, slot: int, arguments: argparse.Namespace, parts: Parts) -> A
         "report_tokens": arguments.report_tokens,
     }
     line = [sys.executable, "-m", "experiments.arms_runs", json.dumps(asked, default=str)]
+    if arguments.processes > 1:
+        launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+        line[2:2] = [*launcher, str(arguments.processes), "-m"]
     with log_of(job, arguments).open("a", encoding="utf-8") as log:
         return subprocess.Popen(line, stdout=log, stderr=log, env=env)
 
@@ -220,6 +227,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--gate-rates", type=float, nargs="+", default=[1.0])
     options.add_argument("--plan", type=Path, help="JSON list of runs, made in this order")
     options.add_argument("--jobs", type=int, default=1, help="runs at once")
+    options.add_argument("--processes", type=int, default=1, help="that train a run")
     options.add_argument("--threads", type=int, default=2, help="of each run")
     options.add_argument("--gpus", nargs="*", default=[], help="the GPUs to spread runs over")
     options.add_argument("--seconds", type=float, default=1e9, help="then no run is started")

@@ -26,6 +26,7 @@ from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, partition, prepare, read_inputs
+from tiny_onn.conversion.sharing import order_of_first
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import text_rows
 from tiny_onn.data.settling import threshold_rows
@@ -35,6 +36,7 @@ from tiny_onn.evaluation.compare import compare, evaluate
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import temporary_rules
 from tiny_onn.model.student import eval_mode
+from tiny_onn.parallel import World
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import valid_checkpoints
 from tiny_onn.teacher.held_out import HeldOut
@@ -164,19 +166,24 @@ def run_low_rank(
 
 def run(
     job: Job, settings: Sequence[str], parts: Parts, out: Path, report_tokens: int
-) -> dict[str, Any]:
-    """Make one run, go on with it if it was stopped; its record."""
+) -> dict[str, Any] | None:
+    """Make one run, go on with it if it was stopped; its record, which the first process returns."""
     config = prepare_device(load_config(None, "demo", settings))[0]
     folder = out / "runs" / job.name()
     begun = bool(valid_checkpoints(folder / "checkpoints"))
-    if not begun:
-        shutil.rmtree(folder, ignore_errors=True)
-    started = time.monotonic()
-    prepared = prepare(config, partial(ordered, parts.folder))
-    converted = time.monotonic() - started
-    result = run_distill(config, out=folder, resume=begun, prepared=prepared, title=job.name())
+    with World.from_environment(config.train.device) as world:
+        if world.first and not begun:
+            shutil.rmtree(folder, ignore_errors=True)
+        started = time.monotonic()
+        prepared = prepare(config, order_of_first(world) or partial(ordered, parts.folder))
+        converted = time.monotonic() - started
+        result = run_distill(
+            config, out=folder, resume=begun, prepared=prepared, title=job.name(), world=world
+        )
     if result.interrupted or result.after is None:
         raise KeyboardInterrupt
+    if not world.first:
+        return None
     started = time.monotonic()
     settling = threshold_rows(config, prepared.tokenizer, prepared.student.device)
     report = measured(config, prepared, parts.report, report_tokens, settling)
@@ -211,6 +218,8 @@ def main(request: str) -> int:
     parts = Parts(**{name: path and Path(path) for name, path in asked["parts"].items()})
     make = run_low_rank if job.arm == "low-rank" else run
     record = make(job, asked["settings"], parts, out, asked["report_tokens"])
+    if record is None:
+        return 0
     with (out / RECORDS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     return 0

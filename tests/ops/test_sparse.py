@@ -27,6 +27,7 @@ from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import RoutingRule
 from tiny_onn.ops import dense_masked, reference, sparse
 from tiny_onn.ops.router_gradient import SurpriseTally
+from tiny_onn.ops.sparse_launches import Launches, Lists, Options, Tiles
 from tiny_onn.ops.surprise import SmkRule, lesson_tokens
 from triton_cases import (
     DEVICE,
@@ -253,6 +254,14 @@ def test_results_repeat_bit_for_bit(dense_sums):
     assert_close(second, first, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("depth", "widths"), [(40, (32, 0)), (64, (32, 0)), (65, (64, 32))])
+def test_two_products_never_stand_outside_of_a_loop(depth, widths):
+    x, down = torch.zeros(4, depth), torch.zeros(2, depth, 96)
+    options = Options(activation="silu", smk=None, compiled=False, num_pairs=None, tiles=Tiles())
+    launches = Launches(options, x, down, Lists(*[torch.zeros(0)] * 5))
+    assert tuple(launches.chunk.values()) == widths
+
+
 @kernels
 def test_the_sums_are_chosen_by_the_share_of_active_pairs():
     case = fast_case((64, 4, 16, 16))
@@ -396,10 +405,11 @@ def test_the_sparse_path_is_taken_where_it_is_asked_for_and_computes():
 
 @gpu
 @sums
-@pytest.mark.parametrize("seed", range(3))
-def test_bf16_is_within_its_rounding(seed, dense_sums):
-    case = rounded(fast_case((777, 8, 96, 256), seed), torch.bfloat16)
-    case = case._replace(weights=fast_case((777, 8, 96, 256), seed).weights)
+# Sums of several steps, and of one.
+@pytest.mark.parametrize(("seed", "depth"), [(0, 256), (1, 256), (2, 256), (3, 64), (4, 40)])
+def test_bf16_is_within_its_rounding(seed, depth, dense_sums):
+    exact_case = fast_case((777, 8, 96, depth), seed)
+    case = rounded(exact_case, torch.bfloat16)._replace(weights=exact_case.weights)
     got = results(leaves_of(case, torch.bfloat16), case.grad_y, dense_sums=dense_sums)
     # Where two surprises tie within their rounding, another expert becomes the target.
     for values, exact in zip(got[:-1], by_dense_path(case)[:-1], strict=True):

@@ -109,7 +109,11 @@ class Launches:
         self.all_slots = options.num_pairs is None
         self.num_slots = self.T * self.E if options.num_pairs is None else options.num_pairs
         self.x_TD = x_TD
-        chunk = min(_CHUNKS, key=lambda chunk: -(-self.I // sum(chunk)) * sum(chunk))
+        # Where one step covers the sum over D, both products of a chunk of two parts would stand
+        # outside of a loop, and ptxas 12.8 then makes the second one read at a wrong address.
+        one_step = max(options.tiles.up.depth, options.tiles.slope.depth) >= self.D
+        chunks = [chunk for chunk in _CHUNKS if not (one_step and chunk[1])]
+        chunk = min(chunks, key=lambda chunk: -(-self.I // sum(chunk)) * sum(chunk))
         self.chunk = {"W0": chunk[0], "W1": chunk[1]}
         self.num_chunks = -(-self.I // sum(chunk))
         self.common: dict[str, Any] = {
