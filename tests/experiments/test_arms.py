@@ -7,7 +7,7 @@ import pytest
 
 from experiments import arms, arms_findings, low_rank, split_text
 from experiments.arms_law import law_of
-from experiments.arms_table import Job, at_k, job_of, read_records, table
+from experiments.arms_table import Job, at_k, best_runs, has_diverged, job_of, read_records, table
 from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS
 from repository import run_module
@@ -52,7 +52,7 @@ def test_what_is_reported_is_read_by_no_run(tmp_path):
     assert not is_held_out(last, 0.05)
 
 
-def record(rate, chosen, reported, *, arm="smk", seed=0, tokens=1_998_848):
+def record(rate, chosen, reported, *, arm="smk", seed=0, tokens=1_998_848, settings=()):
     report = {
         "forward_kl": reported,
         "mean_k": 16.1,
@@ -71,6 +71,7 @@ def record(rate, chosen, reported, *, arm="smk", seed=0, tokens=1_998_848):
         "choose": {"before": {"forward_kl": 1.0}, "after": {"forward_kl": chosen}},
         "report": report,
         "unseen": None,
+        "settings": [*settings, f"train.seed={seed}", f"optim.expert_lr={rate}"],
     }
 
 
@@ -153,13 +154,40 @@ def test_the_committed_plan_lists_runs_that_can_be_made():
     assert len(lines) > 2
 
 
-def test_the_card_rule_keeps_its_numbers_where_it_does_harm():
+def test_a_rule_keeps_its_numbers_where_it_does_harm():
+    rule = {"arm": "smk, smallest gain", "settings": ["smk.direction=min"]}
     records = [record(1.0, 0.2, 0.2, seed=seed) for seed in range(3)]
-    records += [record(1.0, 1.5, 1.4, arm="model card's rule", seed=seed) for seed in range(3)]
+    records += [record(1.0, 1.5, 1.4, seed=seed, **rule) for seed in range(3)]
     assert "| 1.4000 ± 0.0000 |" in [*table(records)][-1]
     ((sure, line),) = arms_findings.compared(records)
     assert sure
     assert "| 1.200 |" in line
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        record(0.5, 0.2, 0.2),
+        record(1.0, 0.2, 0.2, seed=1),
+        record(1.0, 1.1, 1.1),
+        record(1.0, 0.2, 0.2, settings=["router.objective=none"]),
+        record(1.0, 0.2, 0.2, arm="static choice", settings=["smk.direction=min"]),
+    ],
+    ids=["another rate", "another seed", "worse too", "another gate", "the same rule"],
+)
+def test_harm_is_the_rules_only_if_the_same_run_by_another_rule_came_nearer(other):
+    harmed = record(1.0, 1.5, 1.4, settings=["smk.direction=min"])
+    assert has_diverged(harmed, [harmed, other])
+    assert not has_diverged(harmed, [harmed, other, record(1.0, 0.9, 0.9)])
+    moved = record(1.0, 0.9, 0.9, settings=['data.sources=["elsewhere"]'])
+    assert not has_diverged(harmed, [harmed, other, moved])
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_a_run_without_a_finite_kl_has_diverged_and_is_not_chosen(kl):
+    broken, sound = record(2.0, kl, kl), record(1.0, 0.2, 0.2)
+    assert has_diverged(broken, [broken, sound])
+    assert best_runs([broken, sound], 1_998_848, "smk") == [sound]
 
 
 @pytest.mark.parametrize("name", ["arms", "arms_controls"])
