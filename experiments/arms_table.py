@@ -10,6 +10,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 RECORDS = "arms.jsonl"
+# The exit status of a run that a signal stopped, as that of the command line.
+INTERRUPTED = 130
 # The settings of the rule that teaches a gate.
 RULE = "smk."
 # These say where the text is and how often a run is saved, which changes no result.

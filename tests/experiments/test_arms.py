@@ -1,7 +1,10 @@
 """The study of baselines: its settings are valid, its text is apart, its numbers are at equal k."""
 
+import argparse
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -215,6 +218,54 @@ def test_runs_leave_their_lines_and_are_not_made_again(tmp_path):
     again = run_module("experiments.arms", *options)
     assert (tmp_path / "arms.jsonl").read_text().splitlines() == lines
     assert first.splitlines()[-4:] == again.splitlines()[-4:]
+
+
+STOPPABLE = """
+import os, signal, sys, time
+def stop(*_):
+    {stop}
+signal.signal(signal.SIGTERM, stop if {handled} else signal.SIG_DFL)
+print("waits", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stop", "failed"),
+    [
+        ("sys.exit(130)", 0),
+        (None, 0),
+        ("raise MemoryError", 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1),
+    ],
+    ids=["saves", "ends at once", "crashes", "is killed"],
+)
+def test_a_run_that_crashes_when_all_are_stopped_has_failed(
+    stop, failed, tmp_path, monkeypatch, capsys
+):
+    processes = []
+
+    def start(job, *_):
+        line = [sys.executable, "-c", STOPPABLE.format(stop=stop, handled=stop is not None)]
+        process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        # No signal comes before the process waits for it.
+        arms.log_of(job, options).write_text(process.stdout.readline())
+        return process
+
+    monkeypatch.setattr(arms, "start", start)
+    jobs = {"arms": ["smk"], "tokens": 9, "seeds": [0], "rates": [1.0], "gate_rates": [1.0]}
+    times = {"seconds": 1e9, "stop_after": 0.2}
+    options = argparse.Namespace(plan=None, out=tmp_path, jobs=1, **jobs, **times)
+    assert arms.run_all(options, split_text.Parts(*[tmp_path] * 4)) == failed
+    (process,) = processes
+    process.stdout.close()
+    said = capsys.readouterr()
+    assert ("smk-9-x1-g1-s0: stopped; the same command" in said.out) == (not failed)
+    assert ("smk-9-x1-g1-s0: failed" in said.err) == bool(failed)
 
 
 @pytest.mark.slow
