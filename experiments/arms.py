@@ -38,12 +38,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.arms_table import RECORDS, Job, job_of, read_records, show, table
+from experiments.arms_table import INTERRUPTED, RECORDS, Job, job_of, read_records, show, table
 from experiments.options import parser
 from experiments.split_text import Parts, split
 from tiny_onn.config.read import load_config
 
 TOKENS = 1_998_848
+# A run that SIGTERM stops ends by itself once it has saved. The signal ends it where it has nothing
+# to save: while it starts or measures, and between the savings of the dense rival.
+STOPPED = (INTERRUPTED, -signal.SIGTERM)
 PLANNED = ("arms", "tokens", "seeds", "rates", "gate_rates")
 BASE = (
     "data.row_tokens=4096",
@@ -200,7 +203,7 @@ def run_all(arguments: argparse.Namespace, parts: Parts) -> int:
             records = {job_of(r): r for r in read_records(arguments.out / RECORDS)}
             if job in records:
                 show(records[job], time.monotonic() - started)
-            elif stopping:
+            elif stopping and process.returncode in STOPPED:
                 print(f"{job.name()}: stopped; the same command goes on with it", flush=True)
             else:
                 failed += 1

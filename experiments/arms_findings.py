@@ -110,7 +110,7 @@ def answer(records: Sequence[Record]) -> Iterator[str]:
         parts = []
         for name in names:
             runs = best_runs(records, tokens, name)
-            if not runs or any(map(has_diverged, runs)):
+            if not runs or any(has_diverged(run, records) for run in runs):
                 continue
             reports = [r["report"] for r in runs]
             kl = spread([r["kl_at_k"] for r in reports], 3)
@@ -137,7 +137,7 @@ def pairs_of(
     runs = [{r["seed"]: r for r in best_runs(records, tokens, arm)} for arm in (ours, theirs)]
     common = sorted(runs[0].keys() & runs[1].keys())
     pairs = [(runs[0][seed], runs[1][seed]) for seed in common]
-    return [] if any(has_diverged(run) for pair in pairs for run in pair) else pairs
+    return [] if any(has_diverged(run, records) for pair in pairs for run in pair) else pairs
 
 
 def machines(records: Sequence[Record]) -> Iterator[str]:

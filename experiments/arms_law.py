@@ -64,7 +64,7 @@ def law_of(records: Sequence[dict[str, Any]], arm: str) -> Law | None:
     """Fit the law of an arm; None with runs of fewer than two lengths."""
     lengths = {r["tokens"] for r in records if r["arm"] == arm}
     runs = [run for tokens in sorted(lengths) for run in best_runs(records, tokens, arm)]
-    runs = [run for run in runs if not has_diverged(run)]
+    runs = [run for run in runs if not has_diverged(run, records)]
     points = tuple((run["tokens"], run["report"]["kl_at_k"]) for run in runs)
     if len({tokens for tokens, _ in points}) < 2:
         return None

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.common import environment
 from experiments import low_rank
-from experiments.arms_table import RECORDS, Job, at_k
+from experiments.arms_table import INTERRUPTED, RECORDS, Job, at_k
 from experiments.budgets import measured as counted_k
 from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
@@ -212,12 +212,15 @@ def run(
 
 
 def main(request: str) -> int:
-    """Make the run that `arms.py` asks for, and append its line to the records."""
+    """Make the run that `arms.py` asks for, and append its line to the records; the exit status."""
     asked = json.loads(request)
     job, out = Job(**asked["job"]), Path(asked["out"])
     parts = Parts(**{name: path and Path(path) for name, path in asked["parts"].items()})
     make = run_low_rank if job.arm == "low-rank" else run
-    record = make(job, asked["settings"], parts, out, asked["report_tokens"])
+    try:
+        record = make(job, asked["settings"], parts, out, asked["report_tokens"])
+    except KeyboardInterrupt:
+        return INTERRUPTED
     if record is None:
         return 0
     with (out / RECORDS).open("a", encoding="utf-8") as file:

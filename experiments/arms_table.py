@@ -10,8 +10,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 RECORDS = "arms.jsonl"
-# This arm takes its students farther from their teacher, which is a result and no accident.
-HARMFUL = "model card's rule"
+# The exit status of a run that a signal stopped, as that of the command line.
+INTERRUPTED = 130
+# The settings of the rule that teaches a gate.
+RULE = "smk."
+# These say where the text is and how often a run is saved, which changes no result.
+PLACES = ("data.sources", "train.save_every_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def best_runs(records: Sequence[dict[str, Any]], tokens: int, arm: str) -> list[
 def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Each arm at its best rates, by tokens and from the least KL at k to the largest.
 
-    An arm that ends farther from its teacher than it began has diverged, and has no numbers.
+    An arm of which a run has diverged has no numbers.
     """
     yield (
         "| tokens | arm | seeds | rate | KL, deployed | mean k | KL at k | perplexity at k |"
@@ -117,7 +121,7 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         if runs[0]["gate_rate"] != 1:
             rate += f", gate x {runs[0]['gate_rate']:g}"
         cells = [f"{tokens:,}", arm, str(len(runs)), f"{rate} of {number}"]
-        if any(map(has_diverged, runs)):
+        if any(has_diverged(run, records) for run in runs):
             cells += ["diverged", *[""] * 5]
             lines.append((tokens, math.inf, cells))
             continue
@@ -137,11 +141,39 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def chosen_by(records: Sequence[dict[str, Any]]) -> float:
     """What a rate is chosen by: the mean KL on the text that runs keep out of training."""
-    return fmean(record["choose"]["after"]["forward_kl"] for record in records)
+    kl = fmean(record["choose"]["after"]["forward_kl"] for record in records)
+    return math.inf if math.isnan(kl) else kl
 
 
-def has_diverged(record: dict[str, Any]) -> bool:
-    """Whether a run ended farther from its teacher than it began, other than by its rule."""
+def has_diverged(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> bool:
+    """Whether a run ended with no finite KL, or its optimizer took it away from its teacher.
+
+    A run that ended farther from its teacher than it began was taken there by the rule of its gate,
+    which is a result, if one of `records` with the same seed, tokens and rates came nearer and
+    differs from it in settings of that rule alone. Else its optimizer is to blame.
+    """
+    if not math.isfinite(record["choose"]["after"]["forward_kl"]):
+        return True
+    return gain(record) < 0 and not any(
+        gain(other) > 0 and differ_in_rule(record, other) for other in records
+    )
+
+
+def gain(record: dict[str, Any]) -> float:
+    """By how much a run came nearer to its teacher, nats; 0 if its start was not measured."""
     before, after = (record["choose"][name] for name in ("before", "after"))
-    worse = before is not None and after["forward_kl"] > before["forward_kl"]
-    return worse and record["arm"] != HARMFUL
+    return 0.0 if before is None else before["forward_kl"] - after["forward_kl"]
+
+
+def differ_in_rule(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs have different settings of the gate's rule, and are equal in all others."""
+    (rule, rest), (other_rule, other_rest) = map(rule_and_rest, (one, other))
+    return rule != other_rule and rest == other_rest
+
+
+def rule_and_rest(record: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The settings of a run that are of its gate's rule, and the others that matter."""
+    settings = dict(setting.split("=", 1) for setting in record["settings"])
+    rule = {name: value for name, value in settings.items() if name.startswith(RULE)}
+    rest = {name: settings[name] for name in settings.keys() - rule.keys() - {*PLACES}}
+    return rule, rest

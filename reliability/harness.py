@@ -16,6 +16,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 FAULTS, RANKS, FUZZ, RESUMED = "faults", "ranks", "fuzz", "resume_gpus"
+# The comparison of `resume_gpus.py` that must find a difference.
+CONTROL = "other bits after one weight's last bit was changed (control)"
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "pyarrow", "hypothesis")
 
 
@@ -153,6 +155,8 @@ def resumed_table(record: dict[str, Any]) -> list[str]:
             got = f"gap {row['gap']:.1e}, bound {row['bound']:.0e}"
             got += "" if row["passed"] else ", FAILED"
         lines.append([row["check"], row["processes"], f"`{row['shard']}`", got])
+    if CONTROL not in {row["check"] for row in record["rows"]}:
+        lines.append([CONTROL, "-", "-", "was not measured"])
     return table_lines(("compared", "processes", "`train.shard`", "result"), lines)
 
 

@@ -8,9 +8,10 @@ processes; another one is stopped half-way and goes on with as many processes. O
 is killed, after which torchrun starts all of them again. A teacher's cache is written on a GPU and
 read in place of the teacher. The runs must read the same text as a run of one process that nothing
 stopped; their losses must agree with its losses within a bound; and a run that goes on with as many
-processes must end with the same bits. Prints a table, and writes it as JSON, from which
-`python -m docs.tools` makes the table of docs/scaling.md. Without a GPU, processes on the CPU do
-the same through gloo.
+processes must end with the same bits. As a control one more run goes on from a checkpoint of which
+the last bit of one weight was changed, and must end with other bits. Prints a table, and writes it
+as JSON, from which `python -m docs.tools` makes the table of docs/scaling.md. Without a GPU,
+processes on the CPU do the same through gloo.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.launching import torchrun, variables, watched
-from reliability.harness import RESUMED, results_file, resumed_table, set_environment
+from reliability.harness import CONTROL, RESUMED, results_file, resumed_table, set_environment
 from reliability.resume_jobs import work
 from reliability.run_results import result_of
 from tiny import save_teacher, write_corpus
@@ -154,6 +155,17 @@ class Trial:
         named = {"kind": "cache", "name": name, "needs": ""}
         return {**named, "out": str(self.folder / name), "format": states_format}
 
+    def change(self, shard: str, half: int) -> dict[str, Any]:
+        """The job that copies a run that was stopped half-way, with another checkpoint."""
+        runs = {name: str(self.folder / f"{name}-{shard}") for name in ("halves", "changed")}
+        return {
+            "kind": "change",
+            "name": f"changed-{shard} to {half}",
+            "needs": f"halves-{shard} to {half}",
+            "run": runs["halves"],
+            "out": runs["changed"],
+        }
+
     def run(self) -> None:
         """Make all runs and caches, in as many launches as there are numbers to go on with."""
         most, stops, half = self.sizes[-1], self.stops, STEPS // 2
@@ -177,6 +189,8 @@ class Trial:
                     for shard in self.shards
                 ]
                 if processes == most:
+                    jobs.append(self.change(last, half))
+                    jobs.append(self.part(f"changed-{last}", last, after=half))
                     jobs += [self.part(f"halves-{s}", s, after=half) for s in self.shards]
                     jobs.append(self.part("cached-many", last, cache=f"cache-{CACHES[0]}"))
                 self.launch(processes, jobs)
@@ -246,6 +260,7 @@ class Trial:
         label = ("same bits after a SIGKILL", f"{most} -> {most}", self.shards[-1])
         whole = f"whole-{self.shards[-1]}"
         rows.append(self.same(label, lambda out: result_of(self.folder / out), "killed", whole))
+        rows.append(self.differ((CONTROL, *label[1:]), f"changed-{self.shards[-1]}", whole))
         cached = [(name, "1", "none", f"cached-{name}") for name in CACHES]
         cached.append((CACHES[0], most, self.shards[-1], "cached-many"))
         for name, processes, shard, out in cached:
@@ -258,6 +273,12 @@ class Trial:
         done = self.is_done(ours, theirs)
         row = {**labelled(label), "gap": None, "bound": None, "done": done}
         return {**row, "passed": done and what(ours) == what(theirs)}
+
+    def differ(self, label: Sequence[str], ours: str, theirs: str) -> dict[str, Any]:
+        """A row that says whether the comparison of bits finds other weights in two runs."""
+        weights = "checkpoint's student"
+        row = self.same(label, lambda out: result_of(self.folder / out)[weights], ours, theirs)
+        return {**row, "passed": row["done"] and not row["passed"]}
 
     def near(self, label: Sequence[str], bound: float, ours: str, theirs: str) -> dict[str, Any]:
         """A row that says whether the losses of two runs are within a bound."""

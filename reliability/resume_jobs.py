@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.common import environment
 from tiny_onn.config.read import load_config
@@ -18,7 +20,10 @@ from tiny_onn.distill.cache_writer import write_cache
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError, reason_line
 from tiny_onn.parallel import World
+from tiny_onn.runs.checkpoint import valid_checkpoints
+from tiny_onn.runs.files import file_entry, write_json
 from tiny_onn.runs.folder import was_begun_by
+from tiny_onn.runs.manifest import MANIFEST
 from tiny_onn.teacher.load import quiet_transformers
 
 PRESET = "recommended"
@@ -39,6 +44,10 @@ def work(case: Mapping[str, Any]) -> None:
             if job["kind"] == "cache":
                 config = load_config(None, PRESET, case["settings"])
                 write_cache(config, out=Path(job["out"]), states_format=job["format"])
+            elif job["kind"] == "change":
+                if world.first:
+                    copy_changed(Path(job["run"]), Path(job["out"]))
+                world.barrier()
             else:
                 run_part(case, job, world)
             say(case, world, {"done": job["name"], "seconds": time.monotonic() - started})
@@ -70,6 +79,33 @@ def run_part(case: Mapping[str, Any], job: Mapping[str, Any], world: World) -> N
         world=world,
     )
     assert result.interrupted == (job["stop"] is not None), job
+
+
+def copy_changed(run: Path, out: Path) -> None:
+    """Copy a stopped run, and change a weight of its newest checkpoint to a float beside it.
+
+    It is the largest weight of the largest tensor, since rounding would hide such a change of a
+    weight that is smaller than its next update. The checkpoint's manifest fits the changed file.
+    """
+    shutil.copytree(run, out)
+    newest = valid_checkpoints(out / "checkpoints")[0]
+    found = {
+        (tensor.numel(), name): (file, tensor)
+        for file in sorted(newest.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+        if "|" not in name
+    }
+    (_, name), (file, tensor) = max(found.items(), key=lambda item: item[0])
+    # torch's writer keeps notes in the header, which stay as they are if one bit alone changes.
+    content = bytearray(file.read_bytes())
+    data = 8 + int.from_bytes(content[:8], "little")
+    start, _ = json.loads(content[8:data])[name]["data_offsets"]
+    content[data + start + int(tensor.abs().argmax()) * tensor.element_size()] ^= 1
+    file.write_bytes(content)
+    entries = {
+        name: file_entry(newest / name) for name in json.loads((newest / MANIFEST).read_text())
+    }
+    write_json(newest / MANIFEST, {name: entry._asdict() for name, entry in entries.items()})
 
 
 def stops_after(

@@ -27,7 +27,7 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             dots += [
                 {"arm": name, "tokens": tokens, "kl": digits(run["report"]["kl_at_k"])}
                 for run in best_runs(records, tokens, arm)
-                if not has_diverged(run)
+                if not has_diverged(run, records)
             ]
         law = law_of(records, arm)
         if law is not None:

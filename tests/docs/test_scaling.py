@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.scaling_gpus import predicted
 from docs.tools import scaling
+from reliability.harness import CONTROL
 from tiny_onn.cli import main as cli
 from tiny_onn.planning.cluster import Cluster
 from tiny_onn.planning.plan import plan
@@ -142,4 +143,8 @@ def test_the_table_of_resumed_runs_tells_gaps_failures_and_what_was_not_run(tmp_
         "gap 2.0e-07, bound 1e-04",
         "gap 2.0e-02, bound 1e-02, FAILED",
         "was not run",
+        "was not measured",
     ]
+    rows.append({**row, "check": CONTROL, "done": True, "passed": False})
+    file.write_text(json.dumps(written))
+    assert scaling.resumed().splitlines()[-1].endswith("| NO |")

@@ -1,13 +1,16 @@
 """The study of baselines: its settings are valid, its text is apart, its numbers are at equal k."""
 
+import argparse
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
 from experiments import arms, arms_findings, low_rank, split_text
 from experiments.arms_law import law_of
-from experiments.arms_table import Job, at_k, job_of, read_records, table
+from experiments.arms_table import Job, at_k, best_runs, has_diverged, job_of, read_records, table
 from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS
 from repository import run_module
@@ -52,7 +55,7 @@ def test_what_is_reported_is_read_by_no_run(tmp_path):
     assert not is_held_out(last, 0.05)
 
 
-def record(rate, chosen, reported, *, arm="smk", seed=0, tokens=1_998_848):
+def record(rate, chosen, reported, *, arm="smk", seed=0, tokens=1_998_848, settings=()):
     report = {
         "forward_kl": reported,
         "mean_k": 16.1,
@@ -71,6 +74,7 @@ def record(rate, chosen, reported, *, arm="smk", seed=0, tokens=1_998_848):
         "choose": {"before": {"forward_kl": 1.0}, "after": {"forward_kl": chosen}},
         "report": report,
         "unseen": None,
+        "settings": [*settings, f"train.seed={seed}", f"optim.expert_lr={rate}"],
     }
 
 
@@ -153,13 +157,40 @@ def test_the_committed_plan_lists_runs_that_can_be_made():
     assert len(lines) > 2
 
 
-def test_the_card_rule_keeps_its_numbers_where_it_does_harm():
+def test_a_rule_keeps_its_numbers_where_it_does_harm():
+    rule = {"arm": "smk, smallest gain", "settings": ["smk.direction=min"]}
     records = [record(1.0, 0.2, 0.2, seed=seed) for seed in range(3)]
-    records += [record(1.0, 1.5, 1.4, arm="model card's rule", seed=seed) for seed in range(3)]
+    records += [record(1.0, 1.5, 1.4, seed=seed, **rule) for seed in range(3)]
     assert "| 1.4000 ± 0.0000 |" in [*table(records)][-1]
     ((sure, line),) = arms_findings.compared(records)
     assert sure
     assert "| 1.200 |" in line
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        record(0.5, 0.2, 0.2),
+        record(1.0, 0.2, 0.2, seed=1),
+        record(1.0, 1.1, 1.1),
+        record(1.0, 0.2, 0.2, settings=["router.objective=none"]),
+        record(1.0, 0.2, 0.2, arm="static choice", settings=["smk.direction=min"]),
+    ],
+    ids=["another rate", "another seed", "worse too", "another gate", "the same rule"],
+)
+def test_harm_is_the_rules_only_if_the_same_run_by_another_rule_came_nearer(other):
+    harmed = record(1.0, 1.5, 1.4, settings=["smk.direction=min"])
+    assert has_diverged(harmed, [harmed, other])
+    assert not has_diverged(harmed, [harmed, other, record(1.0, 0.9, 0.9)])
+    moved = record(1.0, 0.9, 0.9, settings=['data.sources=["elsewhere"]'])
+    assert not has_diverged(harmed, [harmed, other, moved])
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_a_run_without_a_finite_kl_has_diverged_and_is_not_chosen(kl):
+    broken, sound = record(2.0, kl, kl), record(1.0, 0.2, 0.2)
+    assert has_diverged(broken, [broken, sound])
+    assert best_runs([broken, sound], 1_998_848, "smk") == [sound]
 
 
 @pytest.mark.parametrize("name", ["arms", "arms_controls"])
@@ -187,6 +218,54 @@ def test_runs_leave_their_lines_and_are_not_made_again(tmp_path):
     again = run_module("experiments.arms", *options)
     assert (tmp_path / "arms.jsonl").read_text().splitlines() == lines
     assert first.splitlines()[-4:] == again.splitlines()[-4:]
+
+
+STOPPABLE = """
+import os, signal, sys, time
+def stop(*_):
+    {stop}
+signal.signal(signal.SIGTERM, stop if {handled} else signal.SIG_DFL)
+print("waits", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stop", "failed"),
+    [
+        ("sys.exit(130)", 0),
+        (None, 0),
+        ("raise MemoryError", 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1),
+    ],
+    ids=["saves", "ends at once", "crashes", "is killed"],
+)
+def test_a_run_that_crashes_when_all_are_stopped_has_failed(
+    stop, failed, tmp_path, monkeypatch, capsys
+):
+    processes = []
+
+    def start(job, *_):
+        line = [sys.executable, "-c", STOPPABLE.format(stop=stop, handled=stop is not None)]
+        process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        # No signal comes before the process waits for it.
+        arms.log_of(job, options).write_text(process.stdout.readline())
+        return process
+
+    monkeypatch.setattr(arms, "start", start)
+    jobs = {"arms": ["smk"], "tokens": 9, "seeds": [0], "rates": [1.0], "gate_rates": [1.0]}
+    times = {"seconds": 1e9, "stop_after": 0.2}
+    options = argparse.Namespace(plan=None, out=tmp_path, jobs=1, **jobs, **times)
+    assert arms.run_all(options, split_text.Parts(*[tmp_path] * 4)) == failed
+    (process,) = processes
+    process.stdout.close()
+    said = capsys.readouterr()
+    assert ("smk-9-x1-g1-s0: stopped; the same command" in said.out) == (not failed)
+    assert ("smk-9-x1-g1-s0: failed" in said.err) == bool(failed)
 
 
 @pytest.mark.slow

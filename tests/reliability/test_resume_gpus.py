@@ -1,14 +1,23 @@
 """The script that resumes runs on other numbers of GPUs, here with processes on the CPU."""
 
 import json
+import shutil
 import signal
 
 import pytest
+import torch
 
+from reliability.harness import CONTROL
 from reliability.resume_gpus import STEPS, Trial
-from reliability.resume_jobs import stops_after
+from reliability.resume_jobs import copy_changed, stops_after
+from reliability.run_results import saved_tensors
 from repository import run_module
+from run_records import at_step, send
+from tiny import write_run
+from tiny_onn.distill.loop import run_distill
 from tiny_onn.parallel import World
+from tiny_onn.runs.checkpoint import valid_checkpoints
+from tiny_onn.runs.manifest import is_intact
 
 
 def trial(folder, **changes):
@@ -30,7 +39,7 @@ def test_runs_go_on_with_another_number_of_processes_and_a_cache_is_read(tmp_pat
     run_module("reliability.resume_gpus", *options, "--limit", 500, "--out", tmp_path / "r.json")
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["errors"] == []
-    assert len(record["rows"]) == 8
+    assert len(record["rows"]) == 9
     assert all(row["done"] and row["passed"] for row in record["rows"])
     told = [line for line in record["seen_after_kill"] if line.startswith("tiny-onn: error: ")]
     assert len(told) <= 1
@@ -55,14 +64,65 @@ def test_each_number_of_processes_goes_on_where_the_one_before_it_stopped(tmp_pa
     chain = [name for _, names in launched for name in names if name.startswith("chain-full")]
     assert chain == [f"chain-full to {step}" for step in (2, 4, 6, STEPS)]
     assert "cached-many to 8" in later[2][1]
+    # A run is copied before it goes on.
+    again = [name for name in later[2][1] if name.startswith(("changed", "halves-full"))]
+    assert again == ["changed-full to 4", "changed-full to 8", "halves-full to 8"]
     # What was not made, such as after an error, is not gone on with.
     assert not of.has("halves-none to 3", [])
 
 
 def test_runs_that_are_not_done_pass_no_comparison(tmp_path):
     rows = trial(tmp_path).rows()
-    assert len(rows) == 2 * 4 + 1 + 3
+    assert len(rows) == 2 * 4 + 2 + 3
     assert not any(row["done"] or row["passed"] for row in rows)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Three runs on one process: a whole one, a stopped one, and a changed copy of that."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = write_run(folder, train={"tokens": 256, "save_every_tokens": 64, "compile": False})
+    whole, halves, changed = (
+        folder / name for name in ("whole-none", "halves-none", "changed-none")
+    )
+    run_distill(config, out=whole)
+    run_distill(config, out=halves, after_step=at_step(2, lambda: send(signal.SIGINT)))
+    copy_changed(halves, changed)
+    return config, folder
+
+
+def test_the_control_changes_one_weight_to_its_neighbour(stopped):
+    _, folder = stopped
+    before, after = (
+        valid_checkpoints(folder / name / "checkpoints")[0]
+        for name in ("halves-none", "changed-none")
+    )
+    assert is_intact(after)
+    for part in ("student", "optimizer"):
+        ours, theirs = saved_tensors(after, part), saved_tensors(before, part)
+        pairs = [(ours[name], theirs[name]) for name in ours | theirs]
+        changed = [(a[a != b], b[a != b]) for a, b in pairs if not torch.equal(a, b)]
+        assert len(changed) == (part == "student")
+        for a, b in changed:
+            assert a.numel() == 1
+            assert torch.equal(a, b.nextafter(a))
+
+
+def test_the_comparison_of_bits_notices_a_changed_bit_and_no_copy(stopped):
+    config, folder = stopped
+    of = trial(folder, shards=["none"])
+    of.done = {f"{name}-none to {STEPS}": 1.0 for name in ("whole", "halves", "changed", "copy")}
+    shutil.copytree(folder / "halves-none", folder / "copy-none")
+    for name in ("halves", "changed", "copy"):
+        run_distill(config, out=folder / f"{name}-none", resume=True)
+
+    def control(name):
+        return of.differ((CONTROL, "1", "none"), f"{name}-none", "whole-none")
+
+    assert control("changed")["passed"]
+    assert not control("halves")["passed"]
+    assert not control("copy")["passed"]
+    assert control("copy")["done"]
 
 
 def test_without_time_nothing_is_started(tmp_path, monkeypatch):

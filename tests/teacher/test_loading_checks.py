@@ -42,6 +42,8 @@ class Around(nn.Module):
         if self.fault == "forgets bounds":
             names = ("cu_seq_lens_q", "cu_seq_lens_k", "document_bounds")
             kwargs = {name: value for name, value in kwargs.items() if name not in names}
+        if self.fault == "forgets blocks":
+            kwargs = {name: value for name, value in kwargs.items() if name != "document_blocks"}
         if self.fault == "fails":
             raise KeyError("a key of the family's own")
         output, weights = self.inner(hidden_states, **kwargs)
@@ -98,7 +100,8 @@ def test_a_teacher_that_drops_the_bounds_is_refused_on_loading(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("forgets bounds", "a document sees the ones before it"),
+        ("forgets bounds", "since its layers do not hand the documents' bounds on"),
+        ("forgets blocks", "since its layers do not hand the documents' blocks on"),
         ("looks back", "a document sees the ones before it"),
         ("looks ahead", "a token sees later ones"),
         ("fails", 'does not run on 24 tokens (KeyError: "a key of the family\'s own")'),

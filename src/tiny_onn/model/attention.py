@@ -97,6 +97,11 @@ def training_kwargs(model: PreTrainedModel, row: Packed, train: TrainConfig) -> 
     """Return what `packed_kwargs` does, for a row that is trained on and the kernel of that."""
     if block_obstacle(model, train, row.position_ids.numel()) is not None:
         return packed_kwargs(row)
+    return block_kwargs(row)
+
+
+def block_kwargs(row: Packed) -> dict[str, Any]:
+    """Return what `packed_kwargs` does, for attention by `DocumentBlocks`."""
     position_ids = row.position_ids.view(1, -1)
     return {"position_ids": position_ids, "document_blocks": DocumentBlocks(position_ids)}
 

@@ -2,24 +2,27 @@
 
 A family whose layers drop the document bounds on their way to attention runs without an error and
 lets every document see the ones before it. The check therefore runs a row of two short documents,
-changes one of them, and requires that the other's hidden states stay the same. It also compares the
-decoder with its own plain attention on one document, because a different kind of attention cannot
-be recognised from outside.
+changes one of them, and requires that the other's hidden states stay the same, once by bounds and
+once by the blocks that training on a GPU takes. These run uncompiled, since the kernel has no part
+in what the layers hand on. The check also compares the decoder with its own plain attention on one
+document, because a different kind of attention cannot be recognised from outside.
 
-The check takes five forward passes of `TRIED_TOKENS` tokens without the output head.
+The check takes eight forward passes of `TRIED_TOKENS` tokens without the output head.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny_onn.data.packing import build_row
+from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.errors import LoadErrors, UserError
-from tiny_onn.model.attention import DOCUMENT_ATTENTION, packed_kwargs
+from tiny_onn.model.attention import DOCUMENT_ATTENTION, block_kwargs, packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 
 TRIED_TOKENS = 24
@@ -45,7 +48,9 @@ def check_packing(model: PreTrainedModel) -> None:
         return
     try:
         with LoadErrors(_does_not_run), _short_windows(model):
-            _check_documents(model, vocab_size)
+            _check_documents(model, vocab_size, "bounds", packed_kwargs)
+            with _uncompiled():
+                _check_documents(model, vocab_size, "blocks", block_kwargs)
             _check_own_attention(model, vocab_size)
     except UserError as error:
         # The message of attention ends with a call that users who name a model cannot make.
@@ -64,10 +69,15 @@ def _does_not_run(reason: str) -> str:
     )
 
 
-def _check_documents(model: PreTrainedModel, vocab_size: int) -> None:
+def _check_documents(
+    model: PreTrainedModel,
+    vocab_size: int,
+    way: str,
+    kwargs_of: Callable[[PackedRow], dict[str, Any]],
+) -> None:
     half = TRIED_TOKENS // 2
     ids_T = _spread_ids(vocab_size, model.device)
-    hidden_TD = _packed(model, ids_T)
+    hidden_TD = _packed(model, ids_T, kwargs_of)
     # The first case changes the first document, the second the end of the second document.
     for changed, unchanged, problem in (
         (slice(0, half), slice(half, None), "a document sees the ones before it"),
@@ -75,15 +85,15 @@ def _check_documents(model: PreTrainedModel, vocab_size: int) -> None:
     ):
         other_T = ids_T.clone()
         other_T[changed] = (ids_T[changed] + max(1, vocab_size // 3)) % vocab_size
-        difference = (_packed(model, other_T) - hidden_TD)[unchanged].abs().max()
+        difference = (_packed(model, other_T, kwargs_of) - hidden_TD)[unchanged].abs().max()
         if not difference:
             continue
         # Some devices do not repeat their bits, so that the same row twice shows their noise.
-        noise = (_packed(model, ids_T) - hidden_TD)[unchanged].abs().max()
+        noise = (_packed(model, ids_T, kwargs_of) - hidden_TD)[unchanged].abs().max()
         if difference > 10 * noise:
             raise UserError(
                 f"in a row of packed documents {problem}, since its layers do not hand the "
-                "documents' bounds on to attention"
+                f"documents' {way} on to attention"
             )
 
 
@@ -107,17 +117,29 @@ def _check_own_attention(model: PreTrainedModel, vocab_size: int) -> None:
         )
 
 
-def _packed(model: PreTrainedModel, ids_T: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens dim"]:
+def _packed(
+    model: PreTrainedModel,
+    ids_T: Int[Tensor, " tokens"],
+    kwargs_of: Callable[[PackedRow], dict[str, Any]],
+) -> Float[Tensor, "tokens dim"]:
     """Return the hidden states of two documents of equal length in one row."""
     documents = ids_T.view(2, -1).tolist()
     row = build_row(documents, row_tokens=TRIED_TOKENS, pad_token_id=0).to(model.device)
-    return last_hidden_states(model, row.input_ids, **packed_kwargs(row))[0]
+    return last_hidden_states(model, row.input_ids, **kwargs_of(row))[0]
 
 
 def _spread_ids(vocab_size: int, device: torch.device) -> Int[Tensor, " tokens"]:
     """Return token ids from all over the vocabulary: unused neighbours may be embedded alike."""
     stride = max(1, vocab_size // TRIED_TOKENS)
     return torch.arange(TRIED_TOKENS, device=device) * stride % vocab_size
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled functions as they are written within the context, and warn of no slowness."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
 
 
 @contextmanager
