@@ -167,7 +167,7 @@ def run_low_rank(
 def run(
     job: Job, settings: Sequence[str], parts: Parts, out: Path, report_tokens: int
 ) -> dict[str, Any] | None:
-    """Make one run, go on with it if it was stopped; its record, which the first process returns."""
+    """Make a run, or go on with a stopped one; its record, which the first process returns."""
     config = prepare_device(load_config(None, "demo", settings))[0]
     folder = out / "runs" / job.name()
     begun = bool(valid_checkpoints(folder / "checkpoints"))

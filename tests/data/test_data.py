@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from tiny_onn.data.documents import Document
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import held_out_rows
 from tiny_onn.data.sources import read_documents
-from tiny_onn.data.stream import Split, TokenStream, check_vocabulary, is_held_out
+from tiny_onn.data.stream import Split, TokenStream, check_vocabulary, is_held_out, one_ahead
 from tiny_onn.errors import UserError
 
 EOS = 256
@@ -421,3 +422,31 @@ def test_a_stream_notices_when_a_document_of_either_side_is_gone(
     files[sides.index(split == "held_out")].unlink()
     with pytest.raises(UserError, match=r"the data's text \(sha256\) changed"):
         stream(config, tokenizer).load_state_dict(state)
+
+
+def test_texts_are_read_one_ahead_and_an_error_comes_in_its_turn():
+    taken, threads = [], set()
+
+    def items():
+        for number in range(3):
+            taken.append(number)
+            threads.add(threading.current_thread())
+            yield number
+        raise UserError("broken")
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 0
+    assert next(ahead) == 1
+    assert next(ahead) == 2
+    with pytest.raises(UserError, match="broken"):
+        next(ahead)
+    assert taken == [0, 1, 2]
+    assert threading.current_thread() not in threads
+
+
+def test_a_reader_that_is_given_up_leaves_no_thread():
+    before = threading.active_count()
+    ahead = one_ahead(iter(range(5)))
+    assert next(ahead) == 0
+    ahead.close()
+    assert threading.active_count() == before

@@ -14,6 +14,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.evaluation.frontier import default_budgets
 from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.routing import budgets
 from tiny_onn.routing.budgets import fill_threshold_tables, set_budget
 from tiny_onn.teacher.held_out import HeldOut
 
@@ -66,6 +67,16 @@ def test_measuring_changes_nothing_but_the_table():
     }
     assert changed
     assert {name.rpartition(".")[2] for name in changed} == {"threshold_table"}
+
+
+def test_tables_are_measured_on_rows_of_all_the_text(monkeypatch):
+    student, rows = make_measured()
+    fill_threshold_tables(student, [rows[0], rows[10], rows[20]])
+    expected = [bank.router.threshold_table.clone() for bank in student.banks()]
+    monkeypatch.setattr(budgets, "TABLE_TOKENS", 3 * 64 - 1)
+    fill_threshold_tables(student, rows)
+    for bank, table in zip(student.banks(), expected, strict=True):
+        assert torch.equal(bank.router.threshold_table, table)
 
 
 def test_thresholds_fall_with_k():

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -127,9 +128,10 @@ def build_row(
     position_ids = torch.cat([torch.arange(length) for length in lengths])
     router_mask = position_ids > 0
     router_mask[row_tokens - num_padding :] = False
-    labels_1T = torch.tensor([labels])
+    # Numpy reads a list several times as fast as torch.
+    labels_1T = torch.from_numpy(np.array([labels]))
     return PackedRow(
-        input_ids=torch.tensor([token_ids + [pad_token_id] * num_padding]),
+        input_ids=torch.from_numpy(np.array([token_ids + [pad_token_id] * num_padding])),
         position_ids=position_ids[None],
         cu_seqlens=boundaries.int(),
         max_seqlen=max(lengths),

@@ -2,8 +2,8 @@
 
 A source gives documents. The SHA-256 of a document decides its side of the train / held-out split
 before anything is tokenised, so that duplicates land on one side and more data never moves a
-document. Documents are tokenised in batches by the tokenizer's own threads and packed
-(`packing.py`).
+document. Documents are tokenised in batches by the tokenizer's own threads, a batch ahead of the
+rows, and packed (`packing.py`).
 
 Embedded and local text is read once and held in memory (about one byte per character), and training
 shuffles it anew each epoch. Hub datasets are streamed and shuffled in a buffer; resuming one reads
@@ -19,7 +19,8 @@ nothing to predict in them.
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ from tiny_onn.data.tokens import DocumentTokens, document_ends
 from tiny_onn.errors import UserError
 
 Split = Literal["train", "held_out", "settling"]
+Item = TypeVar("Item")
 
 _BATCH_CHARS = 131_072
 
@@ -167,8 +169,9 @@ class TokenStream:
     def _tokenise(self) -> Iterator[tuple[list[int], Origin]]:
         """Yield token ids and origins of this epoch's documents from the current position on."""
         documents = itertools.islice(self._epoch_documents(), self._position, None)
-        for batch in _batches(documents):
-            for document, token_ids in zip(batch, self._tokens.ids(batch), strict=True):
+        batches = ((batch, self._tokens.ids(batch)) for batch in _batches(documents))
+        for batch, ids in one_ahead(batches):
+            for document, token_ids in zip(batch, ids, strict=True):
                 yield token_ids, Origin(document.source, document.index, 0)
 
     def _epoch_documents(self) -> Iterator[Document]:
@@ -245,6 +248,16 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, chars = [], 0
     if batch:
         yield batch
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield the items while a thread gets the next one, whose error comes in its turn."""
+    with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
+        end = object()
+        ahead = pool.submit(next, items, end)
+        while (item := ahead.result()) is not end:
+            ahead = pool.submit(next, items, end)
+            yield item  # pyright: ignore[reportReturnType]
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

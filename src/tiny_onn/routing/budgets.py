@@ -59,7 +59,7 @@ def fill_threshold_tables(
     banks = student.banks()
     if not banks[0].router.rule.has_budget:
         return
-    row = joined(_first(rows)).to(banks[0].router.weight.device)
+    row = joined(_some_of(rows)).to(banks[0].router.weight.device)
     num_experts = banks[0].router.weight.shape[0]
     least = banks[0].router.rule.num_shared + 1
     passes = sorted({max(least, round(num_experts * share)) for share in PASSES})
@@ -116,12 +116,13 @@ def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
         bank.router.set_budget(budget)
 
 
-def _first(rows: Sequence[PackedRow]) -> list[PackedRow]:
-    """Return the first rows, which hold `TABLE_TOKENS` tokens or more if there are so many."""
-    taken: list[PackedRow] = []
-    while len(taken) < len(rows) and sum(r.labels.numel() for r in taken) < TABLE_TOKENS:
-        taken.append(rows[len(taken)])
-    return taken
+def _some_of(rows: Sequence[PackedRow]) -> list[PackedRow]:
+    """Return rows of `TABLE_TOKENS` tokens or more, if there are so many, evenly from all rows.
+
+    The rows come sorted by their source, so that the first ones would be of one source.
+    """
+    number = min(len(rows), -(-TABLE_TOKENS // rows[0].labels.numel()))
+    return [rows[i * len(rows) // number] for i in range(number)]
 
 
 @contextmanager
