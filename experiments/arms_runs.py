@@ -206,6 +206,7 @@ def run(
         },
         "report": report,
         "unseen": unseen,
+        "settled_on": {"rows": len(settling), "tokens": sum(r.labels.numel() for r in settling)},
         "settings": [*settings],
         "environment": environment(str(pick_device(config.train.device))),
     }
