@@ -103,7 +103,11 @@ def _times(
     device = row.input_ids.device
     step.rows = itertools.repeat(row)
 
+    train = step.config.train
+
     def arm(objective: Objective, mode: Checkpointing) -> None:
+        # The settings say it too, because a graph is captured by them.
+        step.config = replace(step.config, train=replace(train, checkpointing=mode))
         checkpoint_layers(step.student, mode)
         step(objective)
 
@@ -114,7 +118,8 @@ def _times(
         del arms["gate frozen"]
     packed = labels["rows"] == "packed"
     repeats = 5 if packed else 3
-    timings = measure(arms, repeats=repeats, warmup=1, device=device)
+    timings = measure(arms, repeats=repeats, warmup=2, device=device)
+    step.config = replace(step.config, train=replace(train, checkpointing="layer"))
     checkpoint_layers(step.student, "layer")
     set_objective(step.student.banks(), step.config)
     flops = _flops(step, row, packed=packed)
@@ -192,6 +197,9 @@ def _memory(step: Step, labels: dict[str, str], device: str, deadline: Deadline)
             step.config = replace(step.config, train=replace(train, **VARIANTS[variant]))  # pyright: ignore[reportArgumentType]
             checkpoint_layers(step.student, step.config.train.checkpointing)
             set_objective(step.student.banks(), step.config)
+            # The graphs of other settings hold memory of their own.
+            step.graphs.clear()
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction((cap * GIB - context) / total, device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -202,7 +210,7 @@ def _memory(step: Step, labels: dict[str, str], device: str, deadline: Deadline)
                 "context_bytes": context,
             }
             try:
-                timings = measure({"step": step}, repeats=1, warmup=1, device=device)
+                timings = measure({"step": step}, repeats=1, warmup=2, device=device)
                 record |= {"fits": True, "p50_ms": timings["step"].p50_ms}
             except torch.OutOfMemoryError as error:
                 record |= {"fits": False, "error": str(error).partition(".")[0]}

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from benchmarks.common import seeded
 from tiny_onn.config.read import load_config
-from tiny_onn.config.schema import Objective, RunConfig
+from tiny_onn.config.schema import Checkpointing, Objective, RunConfig
 from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import PackedRow, build_row
 from tiny_onn.device import ask_for_same_bits, number_format
@@ -57,8 +57,8 @@ class Step:
     optimizer: torch.optim.Optimizer
     rows: Iterator[PackedRow]
     config: RunConfig
-    graphs: dict[Objective, RowGraphs]
-    """Each objective's captured passes, filled as they are asked for."""
+    graphs: dict[tuple[Objective, Checkpointing], RowGraphs]
+    """The captured passes of each objective and checkpointing, filled as they are asked for."""
 
     def __call__(
         self, objective: Objective | None = None, *, clock: Clock | None = None
@@ -72,7 +72,7 @@ class Step:
             config = replace(config, router=replace(config.router, objective=objective))
             set_objective(self.student.banks(), config)
         rows, models = [next(self.rows)], (self.student, self.teacher)
-        name = config.router.objective
+        name = config.router.objective, config.train.checkpointing
         passes = self.graphs.setdefault(name, RowGraphs(*models)) if clock is None else None
         return distill_step(*models, self.optimizer, rows, config, clock=clock, passes=passes)
 

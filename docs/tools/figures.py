@@ -20,7 +20,7 @@ from experiments import quality
 from tiny_onn.report.theme import THEMES, colours, vega_config
 
 FOLDER = ROOT / "docs" / "figures"
-GPU = RESULTS / "gpu_nvidia_h100_80gb_hbm3.jsonl"
+CARD = RESULTS / "gpu_nvidia_h200.jsonl"
 FONT = "Arial, 'Liberation Sans', Helvetica, sans-serif"
 TITLE = {"anchor": "start", "frame": "bounds", "fontSize": 14, "fontWeight": 600, "offset": 12}
 ARMS = {
@@ -46,7 +46,7 @@ def figures() -> Iterator[tuple[str, Spec]]:
     arms = sorted({r["arm"] for r in runs}, key=lambda arm: mean_of(runs, arm, "after"))
     yield "controls", controls(runs, arms)
     yield "tokens", arms_figure.tokens_chart(quality.controls_at_half())
-    yield "step-time", step_time(read_lines(GPU))
+    yield "step-time", step_time(read_lines(CARD))
     yield from layer_scaling.charts(layer_scaling.read())
 
 

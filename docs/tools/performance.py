@@ -14,6 +14,8 @@ from docs.tools import decoding, expert_layers, layer_scaling, pages
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BEGIN, END = "<!-- performance: {name} -->", "<!-- end -->"
 GIB = 2**30
+# The GPUs of the card's step and of the benchmark's other sections.
+CARD, GPU = "nvidia_h200", "nvidia_h100_80gb_hbm3"
 
 
 class Row(NamedTuple):
@@ -39,21 +41,6 @@ def layer_rows(row: dict[str, Any], where: str, goal: str) -> Iterator[Row]:
     moe = min(value for key, value in row.items() if key.startswith("MoE") and value)
     yield Row(label, ms(ours), f"{ms(dense)} dense MLP", f"{ours / dense:.2f}", goal)
     yield Row("", ms(ours), f"{ms(moe)} best MoE of transformers", f"{ours / moe:.2f}", "< 1")
-
-
-def sparse_rows(rows: list[dict[str, Any]]) -> Iterator[Row]:
-    """The sparse layer, by the faster of its sums, against dense MLPs that are launched alike."""
-    goals = {(32_768, 16): "<= 0.85", (32_768, 4): "<= 0.4", (8192, 16): "<= 1", (2048, 16): "<= 1"}
-    for row in sorted(rows, key=lambda row: (row["rule"], -row["tokens"], -row["k"])):
-        label = f"sparse layer, {row['rule']} rule, {row['tokens']:,} tokens, k = {row['k']}"
-        goal = goals.get((row["tokens"], row["k"]), "")
-        for how in ("", ", captured"):
-            ours = min(row[f"sparse{how}"], row[f"sparse, rows{how}"])
-            for peer in ("MLP", "MLP compiled"):
-                theirs = row[peer + how]
-                name = f"{ms(theirs)} dense {peer}{how}"
-                yield Row(label, ms(ours), name, f"{ours / theirs:.2f}", goal)
-                label, goal = "", ""
 
 
 def cpu_rows() -> Iterator[Row]:
@@ -127,18 +114,22 @@ def conversion_rows(record: dict[str, Any]) -> Iterator[Row]:
               ratios[1], ">= 1")  # fmt: skip
 
 
-def gpu_rows(name: str) -> Iterator[Row]:
-    """Yield what the benchmark `gpu` measured; of several records of a kind the last one counts."""
+def gpu_records(name: str) -> list[dict[str, Any]]:
+    """Return what the benchmark `gpu` wrote on a GPU."""
     lines = (RESULTS / f"gpu_{name}.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines]
+
+
+def card_rows() -> Iterator[Row]:
+    """Yield the model card's step; of several records of a kind the last one counts."""
     card = {
         (r["placement"], r["rows"], r["kind"], r.get("step", r.get("cap_gib")), r.get("variant")): r
-        for r in records
+        for r in gpu_records(CARD)
         if r["section"] == "card" and "rows" in r
     }
     for rows in ("packed", "whole"):
         packed = rows == "packed"
-        time = card["shared", rows, "time", "smk", None]
+        time = card["separate", rows, "time", "smk", None]
         hours = time["hours_for_0.5B_tokens"]
         there = time["hours_on_a_4090_at_this_share"]
         yield Row(
@@ -158,21 +149,16 @@ def gpu_rows(name: str) -> Iterator[Row]:
         )
         ratio = card["shared", rows, "ratio", None, None]["smk / frozen"]
         yield Row(f"SMK's cost, {rows} rows", "", "gate frozen", f"{ratio:.3f}", "<= 1.03")
-    memory = card["shared", "packed", "memory", 12, "layer"]
+    memory = card["separate", "packed", "memory", 12, "layer"]
     used = gib(memory["peak_reserved_bytes"] + memory["context_bytes"])
     fits = "fits" if memory["fits"] else "does not fit"
     yield Row("card's step, memory with the context", used, f"{fits} a cap of 12 GiB", "", "fits")
-    layers = {r["tokens"]: r for r in records if r["section"] == "experts" and "rows" in r}
-    for tokens, record in sorted(layers.items()):
-        for row in record["rows"]:
-            if row["k"] in (4, 16):
-                yield from layer_rows(row, f"{tokens:,} tokens", "<= 1.15")
-    # The section of the layer has a newer record's rows.
-    sparse = [r for r in records if r["section"] == "sparse" and "ratios" in r]
-    if expert_layers.read(expert_layers.LAYER) is None:
-        yield from sparse_rows(sparse[-1]["rows"])
+
+
+def gpu_rows() -> Iterator[Row]:
+    """Yield what else the benchmark `gpu` measured; of several records the last one counts."""
+    records = gpu_records(GPU)
     yield from decode_rows([r for r in records if r["section"] == "decode"])
-    yield from (Row(*line) for line in decoding.rows(decoding.read()))
     # Until November 2026 the lines of this record were called cases.
     plans = [r.get("rows", r.get("cases")) for r in records if r["section"] == "plan"]
     for cases in [found for found in plans if found][-1:]:
@@ -263,27 +249,6 @@ def decode_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
         share = f"{100 * record['share_of_bandwidth']:.0f} %"
         limit = f"{us(record['limit_us'])} to read the active weights"
         yield Row(f"{label}, share of the bandwidth", share, limit, "", ">= 85 %")
-    for record in {r["tokens"]: r for r in timed if r["kind"] == "tokens"}.values():
-        micro = record["us_per_layer"]
-        ours, label = micro["ours"], f"decode, {record['tokens']} tokens at once, k = {record['k']}"
-        for name, peer in (("dense MLP", "Qwen3MLP"), ("our path for all experts", "all experts")):
-            ratio = f"{ours / micro[peer]:.2f}"
-            yield Row(label, us(ours), f"{us(micro[peer])} {name}", ratio, "")
-            label = ""
-    models = {
-        r.get("batch", 1): r["tokens_per_s"]
-        for r in records
-        if r["kind"] == "model" and "tokens_per_s" in r
-    }
-    for batch, rates in models.items():
-        many = "" if batch == 1 else f", {batch} sequences at once"
-        for name in filter(lambda name: name != "dense", rates):
-            rate, dense = rates[name], rates["dense"]
-            label, goal = (
-                f"decode, Qwen3-0.6B, {name}{many}, tokens/s",
-                "> 1" if batch == 1 else ">= 1",
-            )
-            yield Row(label, f"{rate:,.0f}", f"{dense:,.0f} dense", f"{rate / dense:.2f}", goal)
 
 
 def us(value: float) -> str:
@@ -325,8 +290,9 @@ README_ROWS = (
     "card's step, packed rows, tokens/s",
     "card's step, memory with the context",
     "step, SmolLM2-135M, 32,768 tokens, keep activations, tokens/s",
-    "expert layer, 32,768 tokens, k = 16",
-    "decode, Qwen3-0.6B, k = 16, tokens/s",
+    "expert layer, 32,768 tokens, k = 16, the default recipe's rule",
+    "expert layer, 32,768 tokens, k = 16, the model card's rule",
+    "decode, Qwen3-0.6B, step compiled, k = 16, tokens, overlap, tokens/s",
     "loss, 32,768 tokens",
     "whole step, tokens/s",
 )
@@ -337,17 +303,34 @@ def in_readme(row: Row) -> bool:
     return row.what in README_ROWS and bool(row.ours)
 
 
+def layer_in_readme() -> Iterator[Row]:
+    """Yield the expert layer of training, replayed from graphs as there, by rule."""
+    record = expert_layers.read(expert_layers.LAYER)
+    for row in () if record is None else record["rows"]:
+        if (row["tokens"], row["k"]) != (32_768, 16) or row["rule"] == "sampled":
+            continue
+        dense = row["MLP, captured"]
+        times = (row.get(f"{name}, captured") for name in expert_layers.OURS)
+        ours = min(time for time in times if time)
+        label = f"expert layer, 32,768 tokens, k = 16, {expert_layers.WORDS[row['rule']]} rule"
+        yield Row(label, ms(ours), f"{ms(dense)} dense MLP", f"{ours / dense:.2f}", "<= 0.85")
+
+
 def sections() -> dict[str, str]:
     """Return the generated texts by the name of their place in the pages."""
-    gpu = "nvidia_h100_80gb_hbm3"
-    records = map(json.loads, (RESULTS / f"gpu_{gpu}.jsonl").read_text("utf-8").splitlines())
-    on_gpu = where(*(record for record in records if record["section"] == "environment"))
+    on_gpu, on_card = (
+        where(*(r for r in gpu_records(name) if r["section"] == "environment"))
+        for name in (GPU, CARD)
+    )
     on_cpu = where(load("distill_step")["environment"])
     on_stepped = where(*(record["environment"] for record in step_records()))
-    both = itertools.chain(step_rows(), gpu_rows(gpu))
+    of_readme = (
+        (on_card, itertools.chain(step_rows(), card_rows(), layer_in_readme(), decode_step_rows())),
+        (on_gpu, gpu_rows()),
+        (on_cpu, cpu_rows()),
+    )
     short = (
-        f"Measured on {place}:\n\n{table(filter(in_readme, rows))}"
-        for place, rows in ((f"{on_gpu} (steps: {on_stepped})", both), (on_cpu, cpu_rows()))
+        f"Measured on {place}:\n\n{table(filter(in_readme, rows))}" for place, rows in of_readme
     )
     scaling, layer = layer_scaling.read(), expert_layers.read(expert_layers.LAYER)
     peers = expert_layers.read(expert_layers.PEERS)
@@ -359,11 +342,27 @@ def sections() -> dict[str, str]:
         "layer": expert_layers.layer_section(layer, on_layer),
         "peers": expert_layers.peers_section(peers, on_peers),
         "cpu": f"Measured on {on_cpu}.\n\n{table(cpu_rows())}",
-        "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows(gpu))}",
+        "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows())}",
+        "card": f"Measured on {on_card}.\n\n{table(card_rows())}",
         "steps": f"Measured on {on_stepped}.\n\n{table(step_rows())}",
+        "decode": decode_section(),
         "attention": attention_section(),
         "readme": "\n".join(short),
     }
+
+
+def decode_step_rows() -> Iterator[Row]:
+    """Yield the ways to decode that the benchmark `decode_step` compared."""
+    yield from (Row(*line) for line in decoding.rows(decoding.read()))
+
+
+def decode_section() -> str:
+    """Return the table of ways to decode."""
+    records = decoding.read()
+    if not records:
+        return pages.no_record("python -m benchmarks decode_step --device cuda")
+    place = where(*(record for record in records if record["part"] == "environment"))
+    return f"Measured on {place}.\n\n{table(decode_step_rows())}"
 
 
 def filled(text: str) -> str:
