@@ -293,7 +293,6 @@ README_ROWS = (
     "expert layer, 32,768 tokens, k = 16, the default recipe's rule",
     "expert layer, 32,768 tokens, k = 16, the model card's rule",
     "decode, Qwen3-0.6B, step compiled, k = 16, tokens, overlap, tokens/s",
-    "loss, 32,768 tokens",
     "whole step, tokens/s",
 )
 
@@ -326,7 +325,6 @@ def sections() -> dict[str, str]:
     on_stepped = where(*(record["environment"] for record in step_records()))
     of_readme = (
         (on_card, itertools.chain(step_rows(), card_rows(), layer_in_readme(), decode_step_rows())),
-        (on_gpu, gpu_rows()),
         (on_cpu, cpu_rows()),
     )
     short = (
