@@ -150,7 +150,7 @@ def machines(records: Sequence[Record]) -> Iterator[str]:
         for name in ("torch", "transformers")
     ]
     span = " to ".join(dict.fromkeys(days[:1] + days[-1:]))
-    yield f"The runs were made on one {' or '.join(gpus)} each, {', '.join(versions)}, {span}."
+    yield f"The runs were made on {' or '.join(gpus)}, {', '.join(versions)}, {span}."
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -185,7 +185,7 @@ def comparison(names: str, pairs: Sequence[tuple[Record, Record]]) -> tuple[bool
         f"{fmean(leads):.3f}",
         "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}",
         ", ".join(f"{lead:.3f}" for lead in leads),
-        f"{fmean(shares):.0f} %",
+        f"{round(fmean(shares))} %",
         spread(unseen, 3) if unseen else "",
     )
     return sure, f"| {' | '.join(cells)} |"
