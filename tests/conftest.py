@@ -6,6 +6,11 @@ import pytest
 import torch
 from transformers.utils import logging
 
+import shape_types
+
+# Before the package is imported, which is when the hook wraps its functions.
+shape_types.install()
+
 # cuBLAS reads it when the GPU is first used; without it, its products may differ between runs.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
