@@ -15,6 +15,13 @@ shape_types.install()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leave files without a compiled test unread where only these run: importing all takes long."""
+    if config.getoption("-m") != "compiled and not slow" or collection_path.suffix != ".py":
+        return None
+    return "mark.compiled" not in collection_path.read_text("utf-8") or None
+
+
 def pytest_collection_modifyitems(config, items):
     """Deselect what needs a browser unless `-m` asks for it: few machines have one."""
     if "browser" in config.getoption("-m"):
