@@ -11,7 +11,7 @@ demo: setup  ## convert the embedded teacher, distill it, compare with the contr
 # Each worker runs its tests on one thread. Two workers are what a laptop's memory surely has room for.
 WORKERS ?= 2
 test: lint types  ## everything CI runs
-	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -m "compiled and not slow" tests
+	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "compiled and not slow" tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not compiled and not slow" --jaxtyping-packages=tiny_onn,beartype.beartype tests
 
 browser: setup  ## the report in a Chromium, which the machine must have

@@ -6,8 +6,20 @@ import pytest
 import torch
 from transformers.utils import logging
 
+import shape_types
+
+# Before the package is imported, which is when the hook wraps its functions.
+shape_types.install()
+
 # cuBLAS reads it when the GPU is first used; without it, its products may differ between runs.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave files without a compiled test unread where only these run: importing all takes long."""
+    if config.getoption("-m") != "compiled and not slow" or collection_path.suffix != ".py":
+        return None
+    return "mark.compiled" not in collection_path.read_text("utf-8") or None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 
 from benchmarks import base, common, distill_loss, runner, scaling, steps, surprise_overhead
 from benchmarks.registry import NAMES, Benchmark, Goal, Option, Result, find
-from repository import ROOT, run_module
+from repository import ROOT, run_module, run_module_in_fork
 from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.router import RoutingRule
 from tiny_onn.ops import reference
@@ -38,7 +38,7 @@ LONG = {"scaling_gpus", "blockwise"}
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in PROGRAMS]
 )
 def test_smoke_run_ends_in_one_json_line(name, tmp_path):
-    printed = run_module(*PROGRAMS[name], "--smoke", "--out", tmp_path)
+    printed = run_module_in_fork(tmp_path / "log", *PROGRAMS[name], "--smoke", "--out", tmp_path)
     record = json.loads(printed.splitlines()[-1])
     assert record["benchmark"] == name
     assert record["rows"]

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import BFloat16, Float32
 from torch import Tensor, nn
-from transformers.optimization import Adafactor
 
 from tiny_onn.config.schema import OptimConfig, Shard
 from tiny_onn.device import load_bitsandbytes
@@ -118,6 +117,9 @@ def _stepper(
         # capped at 1 / sqrt(step), so that it is not comparable with AdamW's; and its eps is larger
         # than the squared gradients of a model of this size, which turns the update into a scaled
         # gradient (torch 2.13).
+        # The library's module imports peft and bitsandbytes where they are, which takes seconds.
+        from transformers.optimization import Adafactor  # noqa: PLC0415
+
         return Adafactor([group], scale_parameter=False, relative_step=False)
     bitsandbytes = load_bitsandbytes(f'optim.name = "{config.name}"')
     # Paging moves state to host memory, where a CPU's state is already.
