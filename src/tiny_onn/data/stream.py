@@ -18,7 +18,7 @@ nothing to predict in them.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -250,7 +250,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+def one_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """Yield the items while a thread gets the next one, whose error comes in its turn."""
     with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
         end = object()
