@@ -6,9 +6,9 @@
 
 `layer` times the stack of `decode.py`, whose weights exceed a GPU's L2 cache, in CUDA graphs. Our
 kernels run one program per token and block of neurons ("tokens") or one per block for all tokens
-("tiles"), each also with launches that begin while the kernel before ends ("overlap"), and with
-weights that are prefetched then ("prefetch"). Beside them stand the path that computes all experts,
-compiled, and the dense MLP as transformers has it, with gate and up in one product, and compiled.
+("tiles"), each also with launches that begin while the kernel before ends ("overlap"). Beside them
+stand the path that computes all experts, compiled, and the dense MLP as transformers has it, with
+gate and up in one product, and compiled.
 In the stack a layer follows the other, so that launches overlap across layers, where a model has
 attention between them: the model's rows decide.
 
@@ -53,7 +53,7 @@ from tiny_onn.ops.decode import KernelBlocks
 LIMIT, STUDENT_LIMIT = 1e-1, 5e-1
 PARTS = ("layer", "model", "generate")
 # Each way of a compiled model is compiled anew, which takes most of a run.
-MODEL_WAYS = ("tokens", "tokens, overlap", "tiles, prefetch")
+MODEL_WAYS = ("tokens", "tokens, overlap", "tiles")
 TREATMENTS = {
     "compiled": {},
     "eager": None,

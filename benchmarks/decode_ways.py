@@ -19,16 +19,13 @@ from tiny_onn.ops.decode import KernelBlocks
 LIMIT = 2e-2
 CHECKED_LAYERS = 3
 # Every choice is written out, so that a row means the same whatever the defaults are.
-TOKENS = KernelBlocks(tile_tokens=17, overlap=False, prefetch=False)
+TOKENS = KernelBlocks(tile_tokens=17, overlap=False)
 TILES = replace(TOKENS, tile_tokens=2)
 WAYS = {
     "tokens": TOKENS,
     "tokens, overlap": replace(TOKENS, overlap=True),
-    "tokens, prefetch": replace(TOKENS, overlap=True, prefetch=True),
     "tiles": TILES,
     "tiles, overlap": replace(TILES, overlap=True),
-    "tiles, prefetch": replace(TILES, overlap=True, prefetch=True),
-    "tiles of 16, prefetch": replace(TILES, tile_width=16, overlap=True, prefetch=True),
 }
 
 

@@ -38,10 +38,6 @@ class KernelBlocks:
     overlap: bool = False
     """True if each kernel is started while the one before it ends, which needs a GPU of compute
     capability 9.0 or higher; others ignore it. No bit depends on it."""
-    prefetch: bool = False
-    """True if kernels that overlap ask the L2 cache for weights before it is known which experts
-    are active: for all weights of tiles, else for the down projections, if they are stored neuron
-    after neuron. No bit depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,8 +125,6 @@ def _tokens(
         SCALED=scale_E is not None,
         ACTIVATION=launch.activation,
         num_warps=blocks.warps,
-        LINES=_lines_to_prefetch(x_TD, down_EDI, blocks),
-        PROGRAMS=max_rows,
         **_selecting(rule),
         **overlap_options(x_TD, blocks),
     )
@@ -184,7 +178,6 @@ def _tiles(x_TD: Tensor, weights: ExpertWeights, tensors: RoutingTensors, launch
         ACTIVATION=launch.activation,
         num_warps=4,
         num_stages=4,
-        LINES=_lines_to_prefetch(x_TD, down_EDI, blocks),
         **overlap_options(x_TD, blocks),
     )
     rows = E * num_blocks
@@ -241,15 +234,6 @@ def overlap_options(x_TD: Tensor, blocks: KernelBlocks) -> dict[str, bool]:
     if not (blocks.overlap and x_TD.is_cuda and can_overlap(x_TD.device)):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
-
-
-def _lines_to_prefetch(x_TD: Tensor, down_EDI: Tensor, blocks: KernelBlocks) -> int:
-    """Return the number of cache lines of a row, a power of two, or 0 to prefetch nothing."""
-    if not (
-        blocks.prefetch and overlap_options(x_TD, blocks)["OVERLAP"] and down_EDI.stride(1) == 1
-    ):
-        return 0
-    return power_of_two(-(-down_EDI.shape[1] * down_EDI.element_size() // 128))
 
 
 @functools.cache
