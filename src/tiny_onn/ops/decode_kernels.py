@@ -12,10 +12,10 @@ program of `experts` repeats it instead of waiting for a fourth kernel. Several 
 gate, select, tile and combine. Arithmetic is float32; no sum depends on the order in which programs
 run. Constants are upper case. `no_type_check` keeps runtime type checkers away from kernels.
 
-With OVERLAP a kernel is started while the one before it still runs (programmatic dependent
-launch). Each program therefore waits before it reads or writes memory, and lets the next kernel
-start at once, whose programs wait in turn. Before its wait a program of gate asks the L2
-cache for its weights, which cannot make a value stale.
+With OVERLAP, which only gate, experts and combine have, a kernel is started while the one before it
+still runs (programmatic dependent launch). Each program therefore waits before it reads or writes
+memory, and lets the next kernel start at once, whose programs wait in turn. Before its wait a
+program of gate asks the L2 cache for its weights, which cannot make a value stale.
 
 Legend: T tokens, D hidden, E experts, I expert width, N blocks of an expert's neurons, S = E * N
 rows of the scratch.
@@ -206,10 +206,8 @@ def select_kernel(
     NUM_SHARED: tl.constexpr,
     WEIGHTING: tl.constexpr,
     TIE_BREAK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Compute a token's scores, active experts and weights."""
-    wait_for_inputs(OVERLAP)
     select_token(
         logits, selection_bias, threshold, scores, weights, active, tl.program_id(0), True,
         E, BLOCK_E, NUM_ACTIVE, NUM_SHARED, WEIGHTING, TIE_BREAK,
@@ -238,13 +236,11 @@ def tile_kernel(
     N: tl.constexpr,
     SCALED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Compute the weighted outputs of a block of neurons, for the tokens that chose its expert."""
     s = tl.program_id(0)
     expert = s // N
     i = (s % N) * BLOCK_I + tl.arange(0, BLOCK_I)
-    wait_for_inputs(OVERLAP)
     t = tl.arange(0, BLOCK_T)
     on = tl.load(active + t * E + expert, mask=t < T, other=0).to(tl.int32)
     if tl.sum(on, axis=0) > 0:

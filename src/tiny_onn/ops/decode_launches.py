@@ -29,15 +29,16 @@ class KernelBlocks:
     """Features per program of the combine kernel."""
     sum_rows: int = 256
     """Scratch rows that a program of the combine kernel reads at once."""
-    tile_tokens: int = 17
+    tile_tokens: int = 8
     """Number of tokens from which on experts are computed for all tokens at once."""
     tile_width: int = 32
     """Neurons per program of the tile kernel, at least 16."""
     tile_hidden: int = 128
     """Features that a program of the tile kernel multiplies at once, at least 16."""
-    overlap: bool = False
-    """True if each kernel is started while the one before it ends, which needs a GPU of compute
-    capability 9.0 or higher; others ignore it. No bit depends on it."""
+    overlap: bool = True
+    """True if with fewer than `tile_tokens` tokens each kernel is started while the one before it
+    ends, which needs a GPU of compute capability 9.0 or higher; others ignore it. No bit depends
+    on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +151,6 @@ def _tiles(x_TD: Tensor, weights: ExpertWeights, tensors: RoutingTensors, launch
             BLOCK_E=power_of_two(E),
             num_warps=4,
             **_selecting(rule),
-            **overlap_options(x_TD, blocks),
         )
     num_blocks = -(-I // blocks.tile_width)
     partial_TSD = x_TD.new_empty(T, E * num_blocks, D, dtype=torch.float32)
@@ -178,7 +178,6 @@ def _tiles(x_TD: Tensor, weights: ExpertWeights, tensors: RoutingTensors, launch
         ACTIVATION=launch.activation,
         num_warps=4,
         num_stages=4,
-        **overlap_options(x_TD, blocks),
     )
     rows = E * num_blocks
     return _combine(partial_TSD, x_TD, tensors, launch, max_rows=rows, compact=False)
@@ -231,7 +230,8 @@ def _selecting(rule: Selecting | None) -> dict[str, Any]:
 
 def overlap_options(x_TD: Tensor, blocks: KernelBlocks) -> dict[str, bool]:
     """Return the options of a launch that begins while the kernel before it ends."""
-    if not (blocks.overlap and x_TD.is_cuda and can_overlap(x_TD.device)):
+    few = len(x_TD) < blocks.tile_tokens
+    if not (few and blocks.overlap and x_TD.is_cuda and can_overlap(x_TD.device)):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
 
