@@ -172,7 +172,6 @@ def gpu_rows(name: str) -> Iterator[Row]:
     if expert_layers.read(expert_layers.LAYER) is None:
         yield from sparse_rows(sparse[-1]["rows"])
     yield from decode_rows([r for r in records if r["section"] == "decode"])
-    yield from (Row(*line) for line in decoding.rows(decoding.read()))
     # Until November 2026 the lines of this record were called cases.
     plans = [r.get("rows", r.get("cases")) for r in records if r["section"] == "plan"]
     for cases in [found for found in plans if found][-1:]:
@@ -349,6 +348,8 @@ def sections() -> dict[str, str]:
         f"Measured on {place}:\n\n{table(filter(in_readme, rows))}"
         for place, rows in ((f"{on_gpu} (steps: {on_stepped})", both), (on_cpu, cpu_rows()))
     )
+    ways = decoding.read()
+    on_decoded = where(*(record for record in ways if record["part"] == "environment"))
     scaling, layer = layer_scaling.read(), expert_layers.read(expert_layers.LAYER)
     peers = expert_layers.read(expert_layers.PEERS)
     on_scaled, on_layer, on_peers = (
@@ -360,6 +361,9 @@ def sections() -> dict[str, str]:
         "peers": expert_layers.peers_section(peers, on_peers),
         "cpu": f"Measured on {on_cpu}.\n\n{table(cpu_rows())}",
         "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows(gpu))}",
+        "decoding": (
+            f"Measured on {on_decoded}.\n\n{table(Row(*line) for line in decoding.rows(ways))}"
+        ),
         "steps": f"Measured on {on_stepped}.\n\n{table(step_rows())}",
         "attention": attention_section(),
         "readme": "\n".join(short),
