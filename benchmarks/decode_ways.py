@@ -19,22 +19,17 @@ from tiny_onn.ops.decode import KernelBlocks
 LIMIT = 2e-2
 CHECKED_LAYERS = 3
 # Every choice is written out, so that a row means the same whatever the defaults are.
-TOKENS = KernelBlocks(tile_tokens=17, overlap=False, prefetch=False)
-TILES = replace(TOKENS, tile_tokens=2)
+TOKENS = KernelBlocks(tile_tokens=17, overlap=False)
 WAYS = {
     "tokens": TOKENS,
     "tokens, overlap": replace(TOKENS, overlap=True),
-    "tokens, prefetch": replace(TOKENS, overlap=True, prefetch=True),
-    "tiles": TILES,
-    "tiles, overlap": replace(TILES, overlap=True),
-    "tiles, prefetch": replace(TILES, overlap=True, prefetch=True),
-    "tiles of 16, prefetch": replace(TILES, tile_width=16, overlap=True, prefetch=True),
+    "tiles": replace(TOKENS, tile_tokens=2),
 }
 
 
 def ways_for(tokens: int, names: list[str]) -> dict[str, KernelBlocks]:
     """The ways among `names` that differ for a number of tokens."""
-    return {name: WAYS[name] for name in names if tokens > 1 or not name.startswith("tiles")}
+    return {name: WAYS[name] for name in names if tokens > 1 or name != "tiles"}
 
 
 def attempted(ways: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The table's lines on ways to decode, from the records of `benchmarks decode_step` on a GPU."""
+"""The table of ways to decode, from the records of `benchmarks decode_step` on a GPU."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -11,9 +11,7 @@ TREATMENTS = {"compiled": "step compiled", "tuned": "step compiled, its own prod
 
 
 def read() -> list[dict[str, Any]]:
-    """Return the records; none where the benchmark was not run."""
-    if not RECORD.is_file():
-        return []
+    """Return the records, one a line of the file."""
     return [json.loads(line) for line in RECORD.read_text("utf-8").splitlines()]
 
 

@@ -330,6 +330,8 @@ def sections() -> dict[str, str]:
     short = (
         f"Measured on {place}:\n\n{table(filter(in_readme, rows))}" for place, rows in of_readme
     )
+    ways = decoding.read()
+    on_decoded = where(*(record for record in ways if record["part"] == "environment"))
     scaling, layer = layer_scaling.read(), expert_layers.read(expert_layers.LAYER)
     peers = expert_layers.read(expert_layers.PEERS)
     on_scaled, on_layer, on_peers = (
@@ -342,8 +344,8 @@ def sections() -> dict[str, str]:
         "cpu": f"Measured on {on_cpu}.\n\n{table(cpu_rows())}",
         "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows())}",
         "card": f"Measured on {on_card}.\n\n{table(card_rows())}",
+        "decoding": f"Measured on {on_decoded}.\n\n{table(decode_step_rows())}",
         "steps": f"Measured on {on_stepped}.\n\n{table(step_rows())}",
-        "decode": decode_section(),
         "attention": attention_section(),
         "readme": "\n".join(short),
     }
@@ -352,15 +354,6 @@ def sections() -> dict[str, str]:
 def decode_step_rows() -> Iterator[Row]:
     """Yield the ways to decode that the benchmark `decode_step` compared."""
     yield from (Row(*line) for line in decoding.rows(decoding.read()))
-
-
-def decode_section() -> str:
-    """Return the table of ways to decode."""
-    records = decoding.read()
-    if not records:
-        return pages.no_record("python -m benchmarks decode_step --device cuda")
-    place = where(*(record for record in records if record["part"] == "environment"))
-    return f"Measured on {place}.\n\n{table(decode_step_rows())}"
 
 
 def filled(text: str) -> str:

@@ -1,6 +1,6 @@
 """The table's lines on ways to decode say what the records say."""
 
-from docs.tools import decoding
+from docs.tools import decoding, performance
 
 
 def model(way, speed, treatment="compiled", batch=1, part="model"):
@@ -38,3 +38,11 @@ def test_speeds_of_models_are_compared_with_the_dense_one_treated_alike():
 
 def test_a_way_without_its_dense_peer_makes_no_line():
     assert not list(decoding.rows([model("k = 16, tokens", 600.0)]))
+
+
+def test_the_table_says_on_which_card_its_own_record_was_made():
+    cards = {record["gpu"] for record in decoding.read() if record["part"] == "environment"}
+    sections = performance.sections()
+    assert [f"Measured on {card}, " in sections["decoding"] for card in cards] == [True]
+    for what, *_ in decoding.rows(decoding.read()):
+        assert [name for name, text in sections.items() if f"| {what} |" in text] == ["decoding"]

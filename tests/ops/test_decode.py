@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
+from benchmarks.kernels_once import counted
 from tiny import make_dense, make_ids, make_student
 from tiny_onn.model.experts import ExpertBank, recorded_routings, selecting
 from tiny_onn.model.router import RoutingRule, route
 from tiny_onn.ops import decode, reference
+from tiny_onn.ops.decode_launches import can_overlap, overlap_options
 from triton_cases import (
     DEVICE,
     RUNS,
@@ -321,20 +323,35 @@ def test_a_compiled_bank_calls_the_kernels_without_a_graph_break(mode, blocks):
     assert sum(kind in str(target) for target in called) == 1
 
 
+@kernels
+@pytest.mark.parametrize(("number", "experts"), [(7, "experts_kernel"), (8, "tile_kernel")])
+def test_eight_tokens_are_enough_to_compute_experts_for_all_tokens_at_once(number, experts):
+    x, gate_up, down, weights = make_layer((number, 3, 2, 16))
+    with counted() as (_, launched):
+        decode.expert_layer(x, gate_up, down, weights, weights != 0, activation="silu")
+    assert launched == {experts, "combine_kernel"}
+
+
 @gpu
-@per_way
-def test_overlapping_launches_and_prefetched_weights_change_no_bit(blocks):
+def test_only_launches_for_few_tokens_overlap():
+    blocks = decode.KernelBlocks()
+    overlaps = [overlap_options(torch.ones(n, 1, device=DEVICE), blocks) for n in (1, 7, 8, 16)]
+    few = can_overlap(torch.device(DEVICE))
+    assert [options["OVERLAP"] for options in overlaps] == [few, few, False, False]
+
+
+@gpu
+def test_overlapping_launches_change_no_bit():
     bank = make_bank(replace(MODES["budget"], target_k=7.0), E=32, I=96, D=1024)
     bank.experts.store_for_generation()
     x = torch.randn(4, 1024, device=DEVICE)
     outputs = []
-    for overlap, prefetch in ((False, False), (True, False), (True, True)):
-        given = replace(blocks, overlap=overlap, prefetch=prefetch)
+    for overlap in (False, True):
+        given = decode.KernelBlocks(overlap=overlap)
         bank.set_execution(replace(bank.execution, decode_blocks=given))
         with torch.no_grad():
             outputs.append([bank(x * scale) for scale in range(50)])
-    for others in outputs[1:]:
-        assert all(map(torch.equal, outputs[0], others))
+    assert all(map(torch.equal, *outputs))
 
 
 @gpu

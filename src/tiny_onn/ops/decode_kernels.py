@@ -12,10 +12,10 @@ program of `experts` repeats it instead of waiting for a fourth kernel. Several 
 gate, select, tile and combine. Arithmetic is float32; no sum depends on the order in which programs
 run. Constants are upper case. `no_type_check` keeps runtime type checkers away from kernels.
 
-With OVERLAP a kernel is started while the one before it still runs (programmatic dependent
-launch). Each program therefore waits before it reads or writes memory, and lets the next kernel
-start at once, whose programs wait in turn. Before its wait a program only prefetches memory into
-the L2 cache, which cannot make a value stale.
+With OVERLAP, which only gate, experts and combine have, a kernel is started while the one before it
+still runs (programmatic dependent launch). Each program therefore waits before it reads or writes
+memory, and lets the next kernel start at once, whose programs wait in turn. Before its wait a
+program of gate asks the L2 cache for its weights, which cannot make a value stale.
 
 Legend: T tokens, D hidden, E experts, I expert width, N blocks of an expert's neurons, S = E * N
 rows of the scratch.
@@ -50,14 +50,6 @@ def prefetch(pointers):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-@no_type_check
-def prefetch_rows(rows, i, I: tl.constexpr, D: tl.constexpr, LINES: tl.constexpr):
-    """Ask the L2 cache for contiguous rows of D numbers; those beyond I are the last one."""
-    line = tl.arange(0, LINES) * (1024 // rows.dtype.element_ty.primitive_bitwidth)
-    prefetch(rows + tl.minimum(i, I - 1)[:, None] * D + tl.minimum(line, D - 1)[None, :])
 
 
 @triton.jit
@@ -161,19 +153,10 @@ def experts_kernel(
     TIE_BREAK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
-    LINES: tl.constexpr,  # cache lines of D numbers; 0: nothing is prefetched
-    PROGRAMS: tl.constexpr,  # programs of a token
 ):
     """Compute the weighted output of token t's s-th active block of neurons; program (t, s)."""
     t = tl.program_id(0)
     s = tl.program_id(1)
-    if LINES > 0:  # noqa: SIM102 - the compiler knows this condition, and not the next
-        # A third of all weights arrives while the gate is computed, those of inactive experts too.
-        if t == 0:
-            for start in tl.static_range(0, E * N, PROGRAMS):
-                block = tl.minimum(start + s, E * N - 1)
-                rows = down + (block // N).to(tl.int64) * I * D
-                prefetch_rows(rows, (block % N) * BLOCK_I + tl.arange(0, BLOCK_I), I, D, LINES)
     wait_for_inputs(OVERLAP)
     e = tl.arange(0, BLOCK_E)
     if ROUTED:
@@ -223,10 +206,8 @@ def select_kernel(
     NUM_SHARED: tl.constexpr,
     WEIGHTING: tl.constexpr,
     TIE_BREAK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Compute a token's scores, active experts and weights."""
-    wait_for_inputs(OVERLAP)
     select_token(
         logits, selection_bias, threshold, scores, weights, active, tl.program_id(0), True,
         E, BLOCK_E, NUM_ACTIVE, NUM_SHARED, WEIGHTING, TIE_BREAK,
@@ -255,19 +236,11 @@ def tile_kernel(
     N: tl.constexpr,
     SCALED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    LINES: tl.constexpr,  # cache lines of D numbers; 0: nothing is prefetched
 ):
     """Compute the weighted outputs of a block of neurons, for the tokens that chose its expert."""
     s = tl.program_id(0)
     expert = s // N
     i = (s % N) * BLOCK_I + tl.arange(0, BLOCK_I)
-    if LINES > 0:
-        rows = gate_up + expert.to(tl.int64) * 2 * I * D
-        prefetch_rows(rows, i, I, D, LINES)
-        prefetch_rows(rows + I * D, i, I, D, LINES)
-        prefetch_rows(down + expert.to(tl.int64) * I * D, i, I, D, LINES)
-    wait_for_inputs(OVERLAP)
     t = tl.arange(0, BLOCK_T)
     on = tl.load(active + t * E + expert, mask=t < T, other=0).to(tl.int32)
     if tl.sum(on, axis=0) > 0:

@@ -29,19 +29,16 @@ class KernelBlocks:
     """Features per program of the combine kernel."""
     sum_rows: int = 256
     """Scratch rows that a program of the combine kernel reads at once."""
-    tile_tokens: int = 17
+    tile_tokens: int = 8
     """Number of tokens from which on experts are computed for all tokens at once."""
     tile_width: int = 32
     """Neurons per program of the tile kernel, at least 16."""
     tile_hidden: int = 128
     """Features that a program of the tile kernel multiplies at once, at least 16."""
-    overlap: bool = False
-    """True if each kernel is started while the one before it ends, which needs a GPU of compute
-    capability 9.0 or higher; others ignore it. No bit depends on it."""
-    prefetch: bool = False
-    """True if kernels that overlap ask the L2 cache for weights before it is known which experts
-    are active: for all weights of tiles, else for the down projections, if they are stored neuron
-    after neuron. No bit depends on it."""
+    overlap: bool = True
+    """True if with fewer than `tile_tokens` tokens each kernel is started while the one before it
+    ends, which needs a GPU of compute capability 9.0 or higher; others ignore it. No bit depends
+    on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,8 +126,6 @@ def _tokens(
         SCALED=scale_E is not None,
         ACTIVATION=launch.activation,
         num_warps=blocks.warps,
-        LINES=_lines_to_prefetch(x_TD, down_EDI, blocks),
-        PROGRAMS=max_rows,
         **_selecting(rule),
         **overlap_options(x_TD, blocks),
     )
@@ -156,7 +151,6 @@ def _tiles(x_TD: Tensor, weights: ExpertWeights, tensors: RoutingTensors, launch
             BLOCK_E=power_of_two(E),
             num_warps=4,
             **_selecting(rule),
-            **overlap_options(x_TD, blocks),
         )
     num_blocks = -(-I // blocks.tile_width)
     partial_TSD = x_TD.new_empty(T, E * num_blocks, D, dtype=torch.float32)
@@ -184,8 +178,6 @@ def _tiles(x_TD: Tensor, weights: ExpertWeights, tensors: RoutingTensors, launch
         ACTIVATION=launch.activation,
         num_warps=4,
         num_stages=4,
-        LINES=_lines_to_prefetch(x_TD, down_EDI, blocks),
-        **overlap_options(x_TD, blocks),
     )
     rows = E * num_blocks
     return _combine(partial_TSD, x_TD, tensors, launch, max_rows=rows, compact=False)
@@ -238,18 +230,10 @@ def _selecting(rule: Selecting | None) -> dict[str, Any]:
 
 def overlap_options(x_TD: Tensor, blocks: KernelBlocks) -> dict[str, bool]:
     """Return the options of a launch that begins while the kernel before it ends."""
-    if not (blocks.overlap and x_TD.is_cuda and can_overlap(x_TD.device)):
+    few = len(x_TD) < blocks.tile_tokens
+    if not (few and blocks.overlap and x_TD.is_cuda and can_overlap(x_TD.device)):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
-
-
-def _lines_to_prefetch(x_TD: Tensor, down_EDI: Tensor, blocks: KernelBlocks) -> int:
-    """Return the number of cache lines of a row, a power of two, or 0 to prefetch nothing."""
-    if not (
-        blocks.prefetch and overlap_options(x_TD, blocks)["OVERLAP"] and down_EDI.stride(1) == 1
-    ):
-        return 0
-    return power_of_two(-(-down_EDI.shape[1] * down_EDI.element_size() // 128))
 
 
 @functools.cache
