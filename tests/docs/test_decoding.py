@@ -43,6 +43,8 @@ def test_a_way_without_its_dense_peer_makes_no_line():
 def test_the_table_says_on_which_card_its_own_record_was_made():
     cards = {record["gpu"] for record in decoding.read() if record["part"] == "environment"}
     sections = performance.sections()
+    # The README shows a row of it under the same card.
+    assert all(f"Measured on {card}, " in sections.pop("readme") for card in cards)
     assert [f"Measured on {card}, " in sections["decoding"] for card in cards] == [True]
     for what, *_ in decoding.rows(decoding.read()):
         assert [name for name, text in sections.items() if f"| {what} |" in text] == ["decoding"]

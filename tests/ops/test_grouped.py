@@ -343,7 +343,7 @@ def test_auto_is_sparse_up_to_the_measured_share_on_the_measured_kind_of_gpu(
     table = {"cuda float32": {"share": 0.0, "machine": "a GPU", "sparse": entry}}
     monkeypatch.setattr(expert_path, "read_crossover", lambda: table)
     monkeypatch.setattr(expert_path, "_capability", lambda device: capability)
-    monkeypatch.setattr(decode, "find_spec", lambda name: name)
+    monkeypatch.setattr(decode, "_HAS_TRITON", True)
     config = settings(router={"target_k": k}, teacher={"dtype": "float32"})
     choice = choose_path(config, torch.device("cuda"), activation)
     assert choice.path == wanted
