@@ -114,7 +114,7 @@ def test_a_model_without_a_chat_template_is_refused(chat, teacher):
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(student):
     """The real program, interrupted in its answer, answers the next message and leaves."""
-    options = ["--max-new-tokens", "4000", "--temperature", "0", "--device", "cpu"]
+    options = ["--max-new-tokens", "20000", "--temperature", "0", "--device", "cpu"]
     # A penalty far above 1 and no end token in reach: the answer is long.
     command = [sys.executable, "-m", "tiny_onn.cli", "chat", student, *options]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "JAXTYPING_DISABLE": "1"}
