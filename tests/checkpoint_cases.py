@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn as spawn_processes
 
+from forks import start_ranks
 from parallel_cases import ROWS, four_processes, free_port, prepared
 from tiny_onn.config.schema import Shard
 from tiny_onn.distill.optim import SplitOptimizer, build_optimizer
@@ -302,4 +302,4 @@ def work(rank: int, port: int, folder: str) -> None:
 
 def spawn(folder: Path) -> None:
     """Do all cases in four processes, which write what they saw to a folder."""
-    spawn_processes(work, (free_port(), str(folder)), nprocs=4)
+    start_ranks(work, (free_port(), str(folder)), 4)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn as spawn_processes
 
+from forks import start_ranks
 from parallel_cases import DENSE, ROWS, free_port
 from run_records import at_step, send
 from tiny import CONFIG, change, make_dense, model_bytes, write_run
@@ -247,5 +247,5 @@ def spawn(folder: Path) -> RunConfig:
             "keep_checkpoints": 9,
         },
     )
-    spawn_processes(work, (free_port(), str(folder), config), nprocs=2)
+    start_ranks(work, (free_port(), str(folder), config), 2)
     return config

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
+from forks import start_ranks
 from run_records import at_step, send
 from tiny import CONFIG, change, make_dense, make_rows, write_run
 from tiny_onn.config.checks import validate
@@ -339,7 +340,7 @@ def spawn(folder: Path) -> RunConfig:
         },
     )
     arguments = (free_port(), str(folder), config)
-    multiprocessing.spawn(work, arguments, nprocs=4)  # pyright: ignore[reportPrivateImportUsage]
+    start_ranks(work, arguments, 4)
     return config
 
 

@@ -17,7 +17,8 @@ from torch.nn.functional import silu
 
 from benchmarks import base, common, distill_loss, runner, scaling, steps, surprise_overhead
 from benchmarks.registry import NAMES, Benchmark, Goal, Option, Result, find
-from repository import ROOT, run_module, run_module_in_fork
+from forks import run_module_in_fork
+from repository import ROOT, run_module
 from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.router import RoutingRule
 from tiny_onn.ops import reference

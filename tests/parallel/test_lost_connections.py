@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
+from forks import start_ranks
+from parallel_cases import free_port
 from tiny_onn.errors import UserError
 from tiny_onn.parallel import World, is_lost
 
@@ -37,11 +38,7 @@ def work(rank, port, folder, dtypes):
     ],
 )
 def test_only_a_lost_connection_is_told_as_one(dtypes, told, tmp_path):
-    # The processes load this file, and need nothing else of the tests.
-    from parallel_cases import free_port  # noqa: PLC0415
-
-    arguments = (free_port(), tmp_path, dtypes)
-    multiprocessing.spawn(work, arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    start_ranks(work, (free_port(), tmp_path, dtypes), 2)
     assert (tmp_path / "0").read_text().startswith(told)
 
 
@@ -62,13 +59,7 @@ def work_with_a_library(rank, port, folder):
 
 
 def test_a_connection_that_fully_shard_loses_is_told_as_one(tmp_path):
-    # The processes load this file, and need nothing else of the tests.
-    from parallel_cases import free_port  # noqa: PLC0415
-
-    arguments = (free_port(), tmp_path)
-    multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
-        work_with_a_library, arguments, nprocs=2
-    )
+    start_ranks(work_with_a_library, (free_port(), tmp_path), 2)
     assert (tmp_path / "0").read_text().startswith(f"UserError: {OTHERS_END}")
 
 
