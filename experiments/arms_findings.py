@@ -115,7 +115,12 @@ def answer(records: Sequence[Record]) -> Iterator[str]:
             reports = [r["report"] for r in runs]
             kl = spread([r["kl_at_k"] for r in reports], 3)
             excess = fmean(r["perplexity_at_k"] / r["teacher_perplexity"] - 1 for r in reports)
-            parts.append(f"{WORDS[name]} {kl} (perplexity {excess:+.1%}, {seeds(len(runs))})")
+            unseen = [r["unseen"] for r in runs if r["unseen"]]
+            far = [u["perplexity_at_k"] / u["teacher_perplexity"] - 1 for u in unseen]
+            there = f", on unseen sources {fmean(far):+.1%}" if far else ""
+            parts.append(
+                f"{WORDS[name]} {kl} (perplexity {excess:+.1%}{there}, {seeds(len(runs))})"
+            )
         if parts:
             yield f"- **{millions(tokens)} tokens**: {'; '.join(parts)}.".replace("%", " %")
 
@@ -215,6 +220,10 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
     excess = [100 * (r["perplexity_at_k"] / r["teacher_perplexity"] - 1) for r in reports]
     goal = f"perplexity at {millions(tokens)} tokens, % above the teacher's: at most {100 * most:g}"
     yield line(goal, excess, 1, bool(excess) and fmean(excess) <= 100 * most)
+    unseen = [r["unseen"] for r in best_runs(records, tokens, "smk") if r["unseen"]]
+    far = [100 * (u["perplexity_at_k"] / u["teacher_perplexity"] - 1) for u in unseen]
+    goal = goal.replace(" tokens,", " tokens on unseen sources,")
+    yield line(goal, far, 1, bool(far) and fmean(far) <= 100 * most)
     for tokens in sorted({r["tokens"] for r in records}):
         pairs = pairs_of(records, tokens, "smk", "half-width")
         leads = zip(leads_of(pairs, "report"), pairs, strict=True)

@@ -17,6 +17,8 @@ from experiments.arms_table import best_runs, has_diverged
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 REACHED = 0.06
 
+ROW_TOKENS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Law:
@@ -60,11 +62,20 @@ class Law:
         return f"{text}."
 
 
+def row_tokens(record: dict[str, Any]) -> int:
+    """The length of the rows that a run trained on and was measured in; `ROW_TOKENS` unless set."""
+    named = [s for s in record["settings"] if s.startswith("data.row_tokens=")]
+    return int(named[-1].partition("=")[2]) if named else ROW_TOKENS
+
+
 def law_of(records: Sequence[dict[str, Any]], arm: str) -> Law | None:
-    """Fit the law of an arm; None with runs of fewer than two lengths."""
+    """Fit the law of an arm; None with runs of fewer than two lengths.
+
+    Only runs in rows of `ROW_TOKENS` enter: a token in a longer row has more text before it.
+    """
     lengths = {r["tokens"] for r in records if r["arm"] == arm}
     runs = [run for tokens in sorted(lengths) for run in best_runs(records, tokens, arm)]
-    runs = [run for run in runs if not has_diverged(run, records)]
+    runs = [run for run in runs if not has_diverged(run, records) and row_tokens(run) == ROW_TOKENS]
     points = tuple((run["tokens"], run["report"]["kl_at_k"]) for run in runs)
     if len({tokens for tokens, _ in points}) < 2:
         return None

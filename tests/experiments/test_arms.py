@@ -136,6 +136,10 @@ def test_a_planted_law_is_found_with_its_interval():
     assert law.local() == pytest.approx([0.3, 0.3])
     assert "KL 0.06 takes 116M tokens" in law.sentence()
     assert law_of(exact[:2], "smk") is None
+    # A token in a longer row has more text before it, so that such a run is on no line with others.
+    longer = record(1.0, 0.1, 0.01, tokens=99_999_744)
+    longer["settings"] = ["data.row_tokens=4096", "data.row_tokens=8192"]
+    assert law_of([*exact, longer], "smk") == law
 
 
 def test_a_plan_lists_runs_in_order_and_once():
