@@ -1,4 +1,4 @@
-"""Budgets are settled on rows of documents that neither train nor evaluate."""
+"""Budgets are settled on many fragments of documents that neither train nor evaluate."""
 
 import json
 import re
@@ -8,9 +8,9 @@ import torch
 
 from tiny import CONFIG, change, make_tokenizer
 from tiny_onn.config.checks import validate
-from tiny_onn.data.packing import joined
+from tiny_onn.data.packing import Origin, build_row, joined
 from tiny_onn.data.rows import calibration_rows, held_out_rows, training_rows
-from tiny_onn.data.settling import threshold_rows
+from tiny_onn.data.settling import FRAGMENT_TOKENS, LEAD_TOKENS, threshold_rows, without_lead
 from tiny_onn.data.stream import TokenStream, side_of
 from tiny_onn.errors import UserError
 
@@ -73,25 +73,26 @@ def test_a_share_of_nothing_leaves_the_sides_as_they_were(corpus):
         assert side_of(digest, old) == expected
 
 
-def test_thresholds_see_rows_like_those_of_training(corpus, tokenizer):
-    config = settings(corpus)
-    rows = threshold_rows(config, tokenizer, CPU)
+def test_thresholds_see_short_fragments_of_many_documents(corpus, tokenizer):
+    rows = threshold_rows(settings(corpus), tokenizer, CPU)
     assert sum(row.labels.numel() for row in rows) == 4096
-    stream = TokenStream(config.data, tokenizer, split="settling", seed=0, row_tokens=ROW)
-    packed = {tuple(row.input_ids[0].tolist()) for row in stream}
-    chosen = {tuple(row.input_ids[0].tolist()) for row in rows}
-    assert len(chosen) == len(rows) < len(packed)
-    assert chosen < packed
+    for row in rows:
+        lengths = row.cu_seqlens.diff()
+        assert int(lengths.max()) <= FRAGMENT_TOKENS
+        assert row.labels.numel() <= ROW
+        # Every fragment but the first of a row begins at its own position 0.
+        assert row.position_ids[0, row.cu_seqlens[:-1].long()].eq(0).all()
+    assert sum(len(row.cu_seqlens) - 1 for row in rows) > 4096 // FRAGMENT_TOKENS
 
 
-def test_every_source_has_its_share_of_the_rows(corpus, tokenizer):
+def test_every_source_has_its_share_of_the_fragments(corpus, tokenizer):
     config = settings(corpus, tokens=2048)
     rows = threshold_rows(config, tokenizer, CPU)
     text = tokenizer.decode(torch.cat([row.input_ids[0] for row in rows]))
     # Only the first word of a document holds a digit, after the letter of its source.
     found = {source: len(re.findall(rf"{source}\d", text)) for source in "abc"}
     assert all(found.values())
-    # A row of the long documents holds the start of few of them.
+    # A fragment of the long documents holds the start of few of them.
     assert found["a"] > found["b"]
 
 
@@ -125,3 +126,36 @@ def test_joined_rows_keep_their_documents_apart(corpus, tokenizer):
 def test_shares_that_leave_no_training_text_are_refused(corpus):
     with pytest.raises(UserError, match=r"data.settling_fraction: got 0.9 beside .* sum below 1"):
         validate(settings(corpus, fraction=0.9))
+
+
+def test_the_first_tokens_of_a_fragment_that_goes_on_with_a_document_are_not_counted():
+    def row(lengths, token):
+        parts = [[1 + number] * length for number, length in enumerate(lengths)]
+        origins = [Origin("a", number, token * (number == 0)) for number in range(len(parts))]
+        return build_row(parts, row_tokens=256, pad_token_id=0, origins=origins)
+
+    tail = row([40, 216], token=768)
+    counted = without_lead(tail).router_mask[0]
+    assert not counted[:40].any(), "a tail that is shorter is left out whole"
+    assert torch.equal(counted[40:], tail.router_mask[0, 40:])
+    counted = without_lead(row([256], token=256)).router_mask[0]
+    assert not counted[:LEAD_TOKENS].any()
+    assert counted[LEAD_TOKENS:].all()
+    begins = row([256], token=0)
+    assert without_lead(begins) is begins
+
+
+def test_first_tokens_are_about_as_frequent_as_in_rows(corpus, tokenizer):
+    config = settings(corpus, tokens=16384)
+    stream = TokenStream(config.data, tokenizer, split="settling", seed=0, row_tokens=ROW)
+    rows, fragments = list(stream), threshold_rows(config, tokenizer, CPU)
+
+    def share(rows, mask):
+        first = torch.cat([row.position_ids[0] < LEAD_TOKENS for row in rows])
+        return float(first[torch.cat([mask(row) for row in rows])].float().mean())
+
+    expected = share(rows, lambda row: row.router_mask[0])
+    all_tokens = share(fragments, lambda row: row.loss_mask[0])
+    counted = share(fragments, lambda row: row.router_mask[0])
+    assert all_tokens - expected > 0.05
+    assert abs(counted - expected) < (all_tokens - expected) / 2
