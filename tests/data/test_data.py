@@ -444,9 +444,19 @@ def test_texts_are_read_one_ahead_and_an_error_comes_in_its_turn():
     assert threading.current_thread() not in threads
 
 
-def test_a_reader_that_is_given_up_leaves_no_thread():
-    before = threading.active_count()
-    ahead = one_ahead(iter(range(5)))
+def test_a_reader_that_is_given_up_waits_for_nothing_and_leaves_no_thread():
+    before, go_on, made = set(threading.enumerate()), threading.Event(), []
+
+    def items():
+        yield 0
+        made.append(go_on.wait(60))
+
+    ahead = one_ahead(items())
     assert next(ahead) == 0
+    (worker,) = set(threading.enumerate()) - before
     ahead.close()
-    assert threading.active_count() == before
+    assert not made
+    go_on.set()
+    worker.join(60)
+    assert not worker.is_alive()
+    assert made == [True]

@@ -251,13 +251,21 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def one_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
-    """Yield the items while a thread gets the next one, whose error comes in its turn."""
-    with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
+    """Yield the items while a thread gets the next one, whose error comes in its turn.
+
+    A reader may be given up at any time, and the item in the making is lost.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="text")
+    try:
         end = object()
         ahead = pool.submit(next, items, end)
         while (item := ahead.result()) is not end:
             ahead = pool.submit(next, items, end)
             yield item  # pyright: ignore[reportReturnType]
+    finally:
+        # The garbage collector may end a reader while a thread is being started, under a lock that
+        # the end of another thread needs: waiting for it here would wait for ever.
+        pool.shutdown(wait=False)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
