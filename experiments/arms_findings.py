@@ -112,17 +112,18 @@ def answer(records: Sequence[Record]) -> Iterator[str]:
             runs = best_runs(records, tokens, name)
             if not runs or any(has_diverged(run, records) for run in runs):
                 continue
-            reports = [r["report"] for r in runs]
-            kl = spread([r["kl_at_k"] for r in reports], 3)
-            excess = fmean(r["perplexity_at_k"] / r["teacher_perplexity"] - 1 for r in reports)
-            unseen = [r["unseen"] for r in runs if r["unseen"]]
-            far = [u["perplexity_at_k"] / u["teacher_perplexity"] - 1 for u in unseen]
-            there = f", on unseen sources {fmean(far):+.1%}" if far else ""
-            parts.append(
-                f"{WORDS[name]} {kl} (perplexity {excess:+.1%}{there}, {seeds(len(runs))})"
-            )
+            kl = spread([r["report"]["kl_at_k"] for r in runs], 3)
+            here, far = (fmean(excess(runs, text) or [math.nan]) for text in ("report", "unseen"))
+            there = "" if math.isnan(far) else f", on unseen sources {far:+.1%}"
+            parts.append(f"{WORDS[name]} {kl} (perplexity {here:+.1%}{there}, {seeds(len(runs))})")
         if parts:
             yield f"- **{millions(tokens)} tokens**: {'; '.join(parts)}.".replace("%", " %")
+
+
+def excess(runs: Sequence[Record], text: str) -> list[float]:
+    """By which share of the teacher's the perplexity at exactly k is above it, run by run."""
+    reports = [r[text] for r in runs if r[text]]
+    return [r["perplexity_at_k"] / r["teacher_perplexity"] - 1 for r in reports]
 
 
 def teaching(records: Sequence[Record]) -> Iterator[str]:
@@ -216,14 +217,11 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
         reached = bool(kl) and fmean(kl) <= goal
         yield line(f"KL at {millions(tokens)} tokens: at most {goal:.2f}", kl, 3, reached)
     tokens, most = PERPLEXITY_GOAL
-    reports = [r["report"] for r in best_runs(records, tokens, "smk")]
-    excess = [100 * (r["perplexity_at_k"] / r["teacher_perplexity"] - 1) for r in reports]
-    goal = f"perplexity at {millions(tokens)} tokens, % above the teacher's: at most {100 * most:g}"
-    yield line(goal, excess, 1, bool(excess) and fmean(excess) <= 100 * most)
-    unseen = [r["unseen"] for r in best_runs(records, tokens, "smk") if r["unseen"]]
-    far = [100 * (u["perplexity_at_k"] / u["teacher_perplexity"] - 1) for u in unseen]
-    goal = goal.replace(" tokens,", " tokens on unseen sources,")
-    yield line(goal, far, 1, bool(far) and fmean(far) <= 100 * most)
+    for text, where in (("report", ""), ("unseen", " on unseen sources")):
+        values = [100 * value for value in excess(best_runs(records, tokens, "smk"), text)]
+        named = f"perplexity at {millions(tokens)} tokens{where}, % above the teacher's"
+        reached = bool(values) and fmean(values) <= 100 * most
+        yield line(f"{named}: at most {100 * most:g}", values, 1, reached)
     for tokens in sorted({r["tokens"] for r in records}):
         pairs = pairs_of(records, tokens, "smk", "half-width")
         leads = zip(leads_of(pairs, "report"), pairs, strict=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from experiments.arms_table import best_runs, has_diverged
+from experiments.arms_table import best_runs, has_diverged, settings_of
 
 # Student's t at 97.5 %, from one degree of freedom on.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -64,8 +64,7 @@ class Law:
 
 def row_tokens(record: dict[str, Any]) -> int:
     """The length of the rows that a run trained on and was measured in; `ROW_TOKENS` unless set."""
-    named = [s for s in record["settings"] if s.startswith("data.row_tokens=")]
-    return int(named[-1].partition("=")[2]) if named else ROW_TOKENS
+    return int(settings_of(record).get("data.row_tokens", ROW_TOKENS))
 
 
 def law_of(records: Sequence[dict[str, Any]], arm: str) -> Law | None:

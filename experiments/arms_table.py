@@ -171,9 +171,14 @@ def differ_in_rule(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return rule != other_rule and rest == other_rest
 
 
+def settings_of(record: dict[str, Any]) -> dict[str, str]:
+    """The settings of a run by name, each as it was given last."""
+    return dict(setting.split("=", 1) for setting in record["settings"])
+
+
 def rule_and_rest(record: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
     """The settings of a run that are of its gate's rule, and the others that matter."""
-    settings = dict(setting.split("=", 1) for setting in record["settings"])
+    settings = settings_of(record)
     rule = {name: value for name, value in settings.items() if name.startswith(RULE)}
     rest = {name: settings[name] for name in settings.keys() - rule.keys() - {*PLACES}}
     return rule, rest

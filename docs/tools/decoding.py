@@ -1,10 +1,10 @@
 """The table of ways to decode, from the records of `benchmarks decode_step` on a GPU."""
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.common import RESULTS
+from experiments.arms_table import read_records
 
 RECORD = RESULTS / "decode_step_cuda.jsonl"
 TREATMENTS = {"compiled": "step compiled", "tuned": "step compiled, its own products of one row"}
@@ -12,7 +12,7 @@ TREATMENTS = {"compiled": "step compiled", "tuned": "step compiled, its own prod
 
 def read() -> list[dict[str, Any]]:
     """Return the records, one a line of the file."""
-    return [json.loads(line) for line in RECORD.read_text("utf-8").splitlines()]
+    return read_records(RECORD)
 
 
 def rows(records: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str, str, str]]:

@@ -3,7 +3,6 @@
 `python -m docs.tools` writes every picture as SVG to `docs/figures/`, for light and dark pages.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from benchmarks.common import RESULTS, ROOT
 from docs.tools import arms_figure, layer_scaling
 from docs.tools.arms_figure import digits
 from experiments import quality
+from experiments.arms_table import read_records
 from tiny_onn.report.theme import THEMES, colours, vega_config
 
 FOLDER = ROOT / "docs" / "figures"
@@ -35,18 +35,13 @@ ROWS = {"packed": "packed documents", "whole": "one document"}
 Spec = dict[str, Any]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def figures() -> Iterator[tuple[str, Spec]]:
     """Yield every picture by name."""
-    runs = [r for r in read_lines(quality.RECORDS) if r["group"] == "long"]
+    runs = [r for r in read_records(quality.RECORDS) if r["group"] == "long"]
     arms = sorted({r["arm"] for r in runs}, key=lambda arm: mean_of(runs, arm, "after"))
     yield "controls", controls(runs, arms)
     yield "tokens", arms_figure.tokens_chart(quality.controls_at_half())
-    yield "step-time", step_time(read_lines(CARD))
+    yield "step-time", step_time(read_records(CARD))
     yield from layer_scaling.charts(layer_scaling.read())
 
 

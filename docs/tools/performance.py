@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.common import RESULTS, ROOT
 from docs.tools import decoding, expert_layers, layer_scaling, pages
+from experiments.arms_table import read_records
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BEGIN, END = "<!-- performance: {name} -->", "<!-- end -->"
@@ -116,8 +117,7 @@ def conversion_rows(record: dict[str, Any]) -> Iterator[Row]:
 
 def gpu_records(name: str) -> list[dict[str, Any]]:
     """Return what the benchmark `gpu` wrote on a GPU."""
-    lines = (RESULTS / f"gpu_{name}.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_records(RESULTS / f"gpu_{name}.jsonl")
 
 
 def card_rows() -> Iterator[Row]:
@@ -189,8 +189,7 @@ def gpu_rows() -> Iterator[Row]:
 
 def step_records() -> list[dict[str, Any]]:
     """Return the records of whole training steps on a GPU, one a line."""
-    lines = (RESULTS / "small_step_cuda.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_records(RESULTS / "small_step_cuda.jsonl")
 
 
 def step_rows() -> Iterator[Row]:

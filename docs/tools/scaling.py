@@ -15,6 +15,7 @@ from benchmarks.common import RESULTS, ROOT
 from benchmarks.scaling_gpus import predicted, scaling, seconds_of_one_row
 from docs.tools import pages
 from docs.tools.performance import gib, where
+from experiments.arms_table import read_records
 from reliability.harness import RESUMED, results_file, resumed_table
 from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import Shard
@@ -31,12 +32,9 @@ TOKENS = 10**12
 
 def records() -> list[dict[str, Any]]:
     """Return the benchmark's records of GPUs, the last one of each model, number and card."""
-    if not RECORDS.exists():
-        return []
-    lines = map(json.loads, RECORDS.read_text("utf-8").splitlines())
     found = {
         (line["environment"]["gpu"], line["model"], line["gpus"]): line
-        for line in lines
+        for line in read_records(RECORDS)
         if "gpu" in line.get("environment", {}) and not line["smoke"]
     }
     return list(found.values())

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, StaticCache
 from tiny_onn.errors import UserError
 from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.ops.block_sizes import power_of_two
 
 MIN_CACHE_TOKENS = 512
 
@@ -49,5 +50,5 @@ def fixed_cache(network: PreTrainedModel, num_tokens: int) -> StaticCache:
 
     Lengths are powers of two, so that most answers of a conversation share a compiled step.
     """
-    length = max(MIN_CACHE_TOKENS, 1 << (num_tokens - 1).bit_length())
+    length = max(MIN_CACHE_TOKENS, power_of_two(num_tokens))
     return StaticCache(config=network.config.get_text_config(), max_cache_len=length)

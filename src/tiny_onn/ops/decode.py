@@ -7,11 +7,12 @@ work return), so that a CUDA graph of them follows the routing of whatever input
 
 For few tokens each token reads its own k * 3 * I * D expert weights. From `tile_tokens` tokens on,
 a program reads a block of an expert's neurons once for all tokens, and computes it by matrix
-products. Either way k * I / `width` rows of D float32 a token are written and read back. Sums run
-in a fixed order, in float32 throughout: results repeat bit for bit, and differ from those of the
-other paths by rounding. This path has no gradients and no surprise, knows the activations in
-`ACTIVATIONS` alone, and at most `MAX_EXPERTS` experts. torch.compile cannot trace the launches:
-`decode_operators.py` offers the same functions as operators, which it takes as they are.
+products. Either way every block of an active expert's neurons writes a row of D float32 for a token
+(`width` neurons, or `tile_width`), which is read back. Sums run in a fixed order, in float32
+throughout: results repeat bit for bit, and differ from those of the other paths by rounding. This
+path has no gradients and no surprise, knows the activations in `ACTIVATIONS` alone, and at most
+`MAX_EXPERTS` experts. torch.compile cannot trace the launches: `decode_operators.py` offers the
+same functions as operators, which it takes as they are.
 
 Legend: T tokens, D hidden, E experts, I expert width, J = 2 * I gate and up rows, S rows of the
 scratch.
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tiny_onn.ops.block_sizes import power_of_two
 from tiny_onn.ops.decode_launches import (
     KernelBlocks,
     Launch,
@@ -32,7 +34,6 @@ from tiny_onn.ops.decode_launches import (
     Selecting,
     kernels,
     overlap_options,
-    power_of_two,
     run,
 )
 from tiny_onn.ops.layout import ExpertWeights

@@ -201,7 +201,6 @@ def select_kernel(
     active,  # (T, E) uint8, written
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    ROUTED: tl.constexpr,
     NUM_ACTIVE: tl.constexpr,
     NUM_SHARED: tl.constexpr,
     WEIGHTING: tl.constexpr,

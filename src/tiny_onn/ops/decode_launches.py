@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tiny_onn.config.schema import Weighting
+from tiny_onn.ops.block_sizes import power_of_two
 from tiny_onn.ops.layout import ExpertWeights
 
 
@@ -114,18 +115,12 @@ def _tokens(
         tensors.weights,
         tensors.active.view(torch.uint8),
         partial_TSD,
-        D=D,
-        E=E,
-        N=num_blocks,
-        I=I,
-        STRIDE_D=down_EDI.stride(1),
-        STRIDE_I=down_EDI.stride(2),
         BLOCK_D=min(blocks.hidden, power_of_two(D)),
         BLOCK_E=power_of_two(E),
         BLOCK_I=block_i,
-        SCALED=scale_E is not None,
-        ACTIVATION=launch.activation,
+        ROUTED=rule is not None,
         num_warps=blocks.warps,
+        **_sizes(down_EDI, num_blocks, launch),
         **_selecting(rule),
         **overlap_options(x_TD, blocks),
     )
@@ -164,20 +159,13 @@ def _tiles(x_TD: Tensor, weights: ExpertWeights, tensors: RoutingTensors, launch
         active_TE,
         partial_TSD,
         T,
-        D=D,
-        E=E,
-        N=num_blocks,
-        I=I,
-        STRIDE_D=down_EDI.stride(1),
-        STRIDE_I=down_EDI.stride(2),
         # A matrix product needs 16 rows and columns.
         BLOCK_T=max(power_of_two(T), 16),
         BLOCK_D=min(blocks.tile_hidden, max(power_of_two(D), 16)),
         BLOCK_I=blocks.tile_width,
-        SCALED=scale_E is not None,
-        ACTIVATION=launch.activation,
         num_warps=4,
         num_stages=4,
+        **_sizes(down_EDI, num_blocks, launch),
     )
     rows = E * num_blocks
     return _combine(partial_TSD, x_TD, tensors, launch, max_rows=rows, compact=False)
@@ -217,10 +205,24 @@ def _combine(
     return y_TD
 
 
+def _sizes(down_EDI: Tensor, num_blocks: int, launch: Launch) -> dict[str, Any]:
+    """Return the constants of kernels that compute experts in so many blocks of neurons each."""
+    E, D, I = down_EDI.shape
+    return {
+        "D": D,
+        "E": E,
+        "N": num_blocks,
+        "I": I,
+        "STRIDE_D": down_EDI.stride(1),
+        "STRIDE_I": down_EDI.stride(2),
+        "SCALED": launch.expert_scale_E is not None,
+        "ACTIVATION": launch.activation,
+    }
+
+
 def _selecting(rule: Selecting | None) -> dict[str, Any]:
     """Return a rule as the kernels' constants."""
     return {
-        "ROUTED": rule is not None,
         "NUM_ACTIVE": rule.num_active if rule else 0,
         "NUM_SHARED": rule.num_shared if rule else 0,
         "WEIGHTING": rule.weighting if rule else "unit",
@@ -248,8 +250,3 @@ def kernels() -> Any:  # noqa: ANN401 - triton's types are known where it is ins
     from tiny_onn.ops import decode_kernels  # noqa: PLC0415
 
     return decode_kernels
-
-
-def power_of_two(size: int) -> int:
-    """Return the smallest power of two that is not below `size`."""
-    return 1 << max(size - 1, 0).bit_length()

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn.config.routing_checks import SPARSE_SURPRISES
+from tiny_onn.ops.block_sizes import power_of_two
 from tiny_onn.ops.router_gradient import (
     RoutingTables,
     SmkStep,
@@ -108,7 +109,7 @@ def _in_one_launch(  # noqa: PLR0917
             E=E,
             BLOCK_T=_BLOCK_T,
             BLOCK_D=_BLOCK_D,
-            BLOCK_E=1 << max(0, E - 1).bit_length(),
+            BLOCK_E=power_of_two(E),
             KIND=smk.rule.surprise,
             SMALLEST=smk.rule.direction == "min",
             ALL=lesson_T is not None,

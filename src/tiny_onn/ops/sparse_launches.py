@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from tiny_onn.ops.block_sizes import power_of_two
 from tiny_onn.ops.router_gradient import SmkStep
 
 # An expert's chunk of columns may have these widths, each the sum of two powers of two or 0.
@@ -89,7 +90,7 @@ def list_tokens(listed_TE: Bool[Tensor, "tokens experts"], *, all_slots: bool) -
     counts_BE = empty(num_blocks, E)
     by_token = (empty(0, 0), empty(0)) if all_slots else (empty(T, E), empty(T))
     lists = Lists(empty(E, T), empty(E), empty(E), *by_token)
-    sizes: dict[str, Any] = {"E": E, "BLOCK_T": block, "BLOCK_E": _power_of_two(E)}
+    sizes: dict[str, Any] = {"E": E, "BLOCK_T": block, "BLOCK_E": power_of_two(E)}
     kernels = _kernels("row_kernels")
     with torch.cuda.device_of(listed):
         kernels.count_kernel[num_blocks,](listed, counts_BE, T, **sizes)
@@ -179,7 +180,7 @@ class Launches:
             BLOCK_M=tile.rows,
             BLOCK_K=_depth(tile, self.D),
             BLOCK_R=min(tile.columns, tile.rows),
-            W=_power_of_two(sum(self.chunk.values())),
+            W=power_of_two(sum(self.chunk.values())),
             ACTIVATION=self.options.activation,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -239,7 +240,7 @@ class Launches:
             num_stages=tile.stages,
         )
         out_TD = self.new(self.T, self.D)
-        block = min(1024, _power_of_two(self.D))
+        block = min(1024, power_of_two(self.D))
         _kernels("row_kernels").reduce_kernel[self.T, -(-self.D // block)](
             out_SD,
             self.lists.slots_TE,
@@ -263,8 +264,4 @@ def _strides(tensor: Tensor, axes: str) -> dict[str, int]:
 
 def _depth(tile: Tile, size: int) -> int:
     """Return the tile's depth, less for a shorter sum, and at least 16, as Triton needs."""
-    return max(16, min(tile.depth, _power_of_two(size)))
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
+    return max(16, min(tile.depth, power_of_two(size)))
