@@ -10,10 +10,11 @@ interpolated between their measured mean numbers of experts.
         --seeds 0 1 2 --arms smk "smk, smallest gain" --out runs/arms
     python -m experiments.arms --out runs/arms --table
 
-The text is JSON lines with `text` and `source`, also packed by xz. `--unseen-sources` names sources
-to set apart, which are reported on too. `--rates 0.5 1 2` multiplies an arm's learning rate of the
-experts, `--gate-rates` that of the gates. `--teacher` is a folder; the default is the embedded
-model. `--plan` names a JSON list of runs, to be made in its order: each entry may have `arms`,
+The text is JSON lines with `text` and `source`, also packed by xz, or a folder with a .jsonl file
+for each source, as `documentation.py` writes it. `--unseen-sources` names sources to set apart,
+which are reported on too. `--rates 0.5 1 2` multiplies an arm's learning rate of the experts,
+`--gate-rates` that of the gates. `--teacher` is a folder; the default is the embedded model.
+`--plan` names a JSON list of runs, to be made in its order: each entry may have `arms`,
 `tokens`, `seeds`, `rates` and `gate_rates`, and takes what it lacks from the command line.
 
 Every run is a process of its own with a line in OUT/arms.jsonl. Two or three at once (`--jobs`)
@@ -219,7 +220,9 @@ def run_all(arguments: argparse.Namespace, parts: Parts) -> int:
 def main(argv: Sequence[str]) -> int:
     """Make the runs that have no record yet, and print the table; the exit status."""
     options = parser(__doc__)
-    options.add_argument("--text", type=Path, help="JSON lines with text and source, also .xz")
+    options.add_argument(
+        "--text", type=Path, help="JSON lines with text and source, also .xz, or a folder"
+    )
     options.add_argument("--unseen-sources", nargs="*", default=[], help="sources to set apart")
     options.add_argument("--teacher", default="embedded", help="a folder; default: the embedded")
     options.add_argument("--tokens", type=int, default=TOKENS, help="of each run")

@@ -4,13 +4,14 @@ Each teacher is converted once by a preset; short runs from that student, on the
 differ in their rates alone, which are the preset's times a factor. A preset carries to a family if
 its rates, factor 1, improve the student there and no other factor is much better.
 
-    python -m experiments.learning_rates --teacher embedded gemma-3-270m --text embedded docs.jsonl
+    python -m experiments.learning_rates --teacher embedded gemma-3-270m \
+        --text embedded documentation
     python -m experiments.learning_rates --teacher random:qwen3 random:llama --tokens 4096
     python -m experiments.learning_rates --device cuda --teacher embedded gemma-3-270m \
-        --text embedded docs.jsonl --tokens 262144 --row-tokens 4096 --eval-tokens 32768
+        --text embedded documentation --tokens 262144 --row-tokens 4096 --eval-tokens 32768
 
 `experiments/gemma_teacher.py` makes the folder `gemma-3-270m`, `experiments/documentation.py` the
-text `docs.jsonl`. `random:qwen3` and `random:llama` are four layers with random weights at the
+folder `documentation`. `random:qwen3` and `random:llama` are four layers with random weights at the
 scale that these families begin with. A line per run goes to `learning_rates.jsonl`; a run that has
 its line is not made again.
 """

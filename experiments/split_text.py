@@ -33,7 +33,14 @@ class Parts:
 
 
 def documents_of(path: Path) -> Iterator[dict[str, str]]:
-    """The lines of a .jsonl or .jsonl.xz file with `text` and perhaps `source`."""
+    """The lines of a .jsonl or .jsonl.xz file with `text` and perhaps `source`.
+
+    A folder has a .jsonl file for each source, as `documentation.py` writes it.
+    """
+    if path.is_dir():
+        for file in sorted(path.glob("*.jsonl")):
+            yield from ({"source": file.stem} | document for document in documents_of(file))
+        return
     reader = lzma.open if path.suffix == ".xz" else open
     with reader(path, "rt", encoding="utf-8") as file:
         for line in file:

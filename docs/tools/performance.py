@@ -17,6 +17,15 @@ BEGIN, END = "<!-- performance: {name} -->", "<!-- end -->"
 GIB = 2**30
 # The GPUs of the card's step and of the benchmark's other sections.
 CARD, GPU = "nvidia_h200", "nvidia_h100_80gb_hbm3"
+# The records of the table of two CPU cores.
+CPU = (
+    "expert_layer",
+    "surprise_overhead",
+    "distill_step",
+    "scaling",
+    "cpu_inference",
+    "conversion",
+)
 
 
 class Row(NamedTuple):
@@ -32,6 +41,11 @@ class Row(NamedTuple):
 def load(name: str) -> dict[str, Any]:
     """Return a benchmark's record."""
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def environment(name: str) -> dict[str, Any]:
+    """Return where and when a benchmark's record was made."""
+    return load(name)["environment"]
 
 
 def layer_rows(row: dict[str, Any], where: str, goal: str) -> Iterator[Row]:
@@ -320,7 +334,7 @@ def sections() -> dict[str, str]:
         where(*(r for r in gpu_records(name) if r["section"] == "environment"))
         for name in (GPU, CARD)
     )
-    on_cpu = where(load("distill_step")["environment"])
+    on_cpu = where(environment("distill_step"))
     on_stepped = where(*(record["environment"] for record in step_records()))
     of_readme = (
         (on_card, itertools.chain(step_rows(), card_rows(), layer_in_readme(), decode_step_rows())),
@@ -340,7 +354,7 @@ def sections() -> dict[str, str]:
         "scaling": layer_scaling.section(scaling, on_scaled),
         "layer": expert_layers.layer_section(layer, on_layer),
         "peers": expert_layers.peers_section(peers, on_peers),
-        "cpu": f"Measured on {on_cpu}.\n\n{table(cpu_rows())}",
+        "cpu": f"Measured on {where(*map(environment, CPU))}.\n\n{table(cpu_rows())}",
         "gpu": f"Measured on {on_gpu}.\n\n{table(gpu_rows())}",
         "card": f"Measured on {on_card}.\n\n{table(card_rows())}",
         "decoding": f"Measured on {on_decoded}.\n\n{table(decode_step_rows())}",

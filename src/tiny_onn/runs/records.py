@@ -83,7 +83,7 @@ class Evaluation(RoutingSummary):
     dense_total_flops: float
     """FLOPs of the teacher, counted in the same way."""
     k_error: float | None = None
-    """Standard error of `mean_k` over documents; None with fewer than two documents."""
+    """Standard error of `mean_k` over documents; null with fewer than two documents."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers by field name."""
