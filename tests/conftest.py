@@ -1,6 +1,7 @@
 """Every test runs on one thread, deterministically, with uninitialised memory that reads as NaN."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ shape_types.install()
 
 # cuBLAS reads it when the GPU is first used; without it, its products may differ between runs.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# A shell starts jobs in the background with Ctrl-C ignored, which programs that tests start inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path, config):
