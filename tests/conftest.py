@@ -15,7 +15,7 @@ shape_types.install()
 # cuBLAS reads it when the GPU is first used; without it, its products may differ between runs.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# A shell starts jobs in the background with Ctrl-C ignored, which programs that tests start inherit.
+# A shell starts background jobs with Ctrl-C ignored, and programs that tests start inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,5 +1,6 @@
 """Sources, the split, bad input, and streams that resume to the row."""
 
+import gc
 import itertools
 import json
 import threading
@@ -460,3 +461,48 @@ def test_a_reader_that_is_given_up_waits_for_nothing_and_leaves_no_thread():
     worker.join(60)
     assert not worker.is_alive()
     assert made == [True]
+
+
+@pytest.fixture
+def no_collection():
+    """Without the garbage collector only what nothing refers to goes away."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_stream_that_is_dropped_ends_its_thread(tmp_path, tokenizer):
+    texts = "".join(json.dumps({"text": f"{n} the dog runs"}) + "\n" for n in range(40))
+    (tmp_path / "texts.jsonl").write_text(texts)
+    before = set(threading.enumerate())
+    rows = stream(config_for(tmp_path / "texts.jsonl"), tokenizer)
+    next(rows)
+    (worker,) = set(threading.enumerate()) - before
+    del rows
+    worker.join(60)
+    assert not worker.is_alive()
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_stream_that_is_dropped_reads_no_further(monkeypatch, tokenizer):
+    """Its thread does not go on until it has a batch of its side of the split."""
+    first_batch, go_on, numbers = 140, threading.Event(), []
+
+    def endless(source, *_):
+        for number in itertools.count():
+            numbers.append(number)
+            if number > first_batch:
+                go_on.wait(60)
+            yield Document(f"{number} the dog runs " * 100, source, number)
+
+    monkeypatch.setattr("tiny_onn.data.stream.hub_documents", endless)
+    before = set(threading.enumerate())
+    rows = stream(config_for("hf:endless", held_out_fraction=0.0), tokenizer)
+    next(rows)
+    (worker,) = set(threading.enumerate()) - before
+    del rows
+    go_on.set()
+    worker.join(60)
+    assert not worker.is_alive()
+    assert numbers[-1] <= first_batch + 1

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -167,33 +168,50 @@ class TokenStream:
         return self._tokenise()
 
     def _tokenise(self) -> Iterator[tuple[list[int], Origin]]:
-        """Yield token ids and origins of this epoch's documents from the current position on."""
-        documents = itertools.islice(self._epoch_documents(), self._position, None)
-        batches = ((batch, self._tokens.ids(batch)) for batch in _batches(documents))
-        for batch, ids in one_ahead(batches):
-            for document, token_ids in zip(batch, ids, strict=True):
-                yield token_ids, Origin(document.source, document.index, 0)
+        """Return token ids and origins of this epoch's documents from the current position on.
 
-    def _epoch_documents(self) -> Iterator[Document]:
-        config = self._config
-        order = (self._seed, self.epoch) if self._split == "train" else None
+        The iterator does not hold the stream: whoever drops a stream ends its thread at once, and
+        not when garbage is collected.
+        """
+        given_up = Event()
+        documents = itertools.islice(self._epoch_documents(given_up), self._position, None)
+        return _tokenised(documents, self._tokens, given_up)
+
+    def _epoch_documents(self, given_up: Event) -> Iterator[Document]:
+        config, split = self._config, self._split
+        order = (self._seed, self.epoch) if split == "train" else None
         streams = [self._ordered_local(order)]
         for source in self._hub_sources:
             stream = hub_documents(source, config, order)
-            ours = (doc for doc in stream if side_of(doc.digest(), config) == self._split)
+            # Documents of this side of the split may be far apart, and nobody waits for them then.
+            stream = itertools.takewhile(lambda _: not given_up.is_set(), stream)
+            ours = (doc for doc in stream if side_of(doc.digest(), config) == split)
             streams.append(map(self._tokens.rendered, ours))
         turns = itertools.zip_longest(*streams)
         return (document for turn in turns for document in turn if document is not None)
 
     def _ordered_local(self, order: tuple[int, int] | None) -> Iterator[Document]:
+        documents = self._documents
         if order is None:
-            return (document for _, document in self._documents)
+            return (document for _, document in documents)
         generator = torch.Generator()
         # A sum would give (seed 1, epoch 0) and (seed 0, epoch 1) the same order; a hash does not.
         key = hashlib.sha256(f"{order[0]}:{order[1]}".encode()).digest()
         generator.manual_seed(int.from_bytes(key[:8], "big") >> 1)
-        permutation = torch.randperm(len(self._documents), generator=generator)
-        return (self._documents[index][1] for index in permutation.tolist())
+        permutation = torch.randperm(len(documents), generator=generator)
+        return (documents[index][1] for index in permutation.tolist())
+
+
+def _tokenised(
+    documents: Iterable[Document], tokens: DocumentTokens, given_up: Event
+) -> Iterator[tuple[list[int], Origin]]:
+    """Yield token ids and origins of documents, read a batch ahead; at the end set the event."""
+    try:
+        for batch, ids in one_ahead((batch, tokens.ids(batch)) for batch in _batches(documents)):
+            for document, token_ids in zip(batch, ids, strict=True):
+                yield token_ids, Origin(document.source, document.index, 0)
+    finally:
+        given_up.set()
 
 
 def _local_documents(
