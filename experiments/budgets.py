@@ -1,61 +1,73 @@
 """Does a budget hold on text that nobody trained on, and on sources that nobody saw?
 
 A student is converted (and with `--tokens` trained), its thresholds are settled in several ways,
-and its mean k is counted on fragments of 512 tokens from many documents: held-out ones of the text
-(`mixed`) and ones of other sources (`unseen`).
+and its mean k is counted on rows that are spread over held-out text (`mixed`) and over other
+sources (`unseen`).
 
     python -m experiments.documentation --debs debs --out documentation
     python -m experiments.budgets --text documentation --unseen fortunes git-doc gimp-help-en \
-        vim-doc [--tokens 262144] [--device cuda]
+        vim-doc [--budgets 8 16 24] [--tokens 262144] [--device cuda]
 
-`--unseen` names files of the folder `--text` by their stems, which are then no source of the run.
-The ways are `training text` (rows behind the calibration rows, as before November 2026), `own
-documents` (`data.settling_fraction`) and `sequence` (the same, and the thresholds follow each
-sequence: `routing_controller`). The record is `results/budgets.json`; it ends in one JSON line.
+`--text` is what `experiments.arms` reads, and `--unseen` names sources that are then none of the
+run. `--settling-tokens` is how much text settles thresholds. The ways are `training text` (rows
+behind the calibration rows), `own documents` (`data.settling_fraction`) and `sequence` (the same,
+and the thresholds follow each sequence: `routing_controller`, which takes its thresholds from the
+student's table of budgets). With `own documents` the record also has mean k by place in a document.
+The record is `results/budgets.json`; it ends in one JSON line.
 """
 
+import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import environment
-from experiments.options import parser, results_folder
+from benchmarks.common import ROOT, environment
+from docs.tools import pages
+from experiments.blockwise import tiny_teacher
+from experiments.options import RESULTS, parser, results_folder
+from experiments.split_text import split
 from tiny_onn.config.read import load_config, override
-from tiny_onn.config.schema import DataConfig, RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.data.settling import spread, threshold_rows
-from tiny_onn.data.stream import TokenStream
+from tiny_onn.data.rows import text_rows
+from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import recorded_routings
+from tiny_onn.model.router import temporary_rules
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.routing.budgets import fill_threshold_tables, set_budget
+from tiny_onn.routing.budgets import fill_threshold_tables, fit_eval_thresholds, set_budget
 from tiny_onn.routing.document_k import DocumentK
 from tiny_onn.routing.statistics import RoutingStats
 
 NAME = "budgets.json"
-BUDGETS = (8.0, 16.0, 24.0)
-FRAGMENT = 512
-WAYS = {"training text": 0.0, "own documents": 0.05}
-SMOKE = ("experts.num_experts=32", "train.compile=false", "experts.calibration_tokens=512")
+PAGE = ROOT / "docs" / "scale.md"
+BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
+WAYS = {"training text": 0.0, "own documents": 0.05, "sequence": 0.05}
+PLACES = (0, 16, 64, 256, 1024, 2048)
+SMOKE = (
+    "teacher.dtype=float32",
+    "train.compile=false",
+    "data.row_tokens=64",
+    "experts.num_experts=32",
+    "experts.calibration_tokens=256",
+)
 
 
-def sample(data: DataConfig, prepared: Prepared, tokens: int) -> list[PackedRow]:
-    """Fragments of the held-out documents, spread over their sources."""
-    device = prepared.student.device
-    stream = TokenStream(
-        data, prepared.tokenizer, split="held_out", seed=0, row_tokens=min(FRAGMENT, tokens)
-    )
-    return [row.to(device) for row in spread(stream, -(-tokens // FRAGMENT))]
+def sample(rows: Iterable[PackedRow], device: torch.device, number: int) -> list[PackedRow]:
+    """So many of the rows, evenly from all of them."""
+    every = list(rows)
+    number = min(number, len(every))
+    return [every[i * len(every) // number].to(device) for i in range(number)]
 
 
 @torch.no_grad()
@@ -71,41 +83,62 @@ def measured(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> dict[str
     return {"mean_k": stats.summary()["mean_k"], "standard_error": documents.standard_error()}
 
 
-def rows_of(config: RunConfig, prepared: Prepared, texts: dict[str, list[PackedRow]]) -> Any:
+@torch.no_grad()
+def by_place(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> list[dict[str, float]]:
+    """Mean k of tokens by the number of tokens of their document before them."""
+    bounds, banks = torch.tensor(PLACES[1:]), student.banks()
+    sums_2P = torch.zeros(2, len(PLACES), dtype=torch.float64)
+    for row in rows:
+        with recorded_routings(banks) as routings:
+            last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+        k_T = torch.stack([r.active.sum(-1) for r in routings]).double().mean(0).cpu()
+        mask_T = row.router_mask[0].double().cpu()
+        place_T = torch.bucketize(row.position_ids[0].cpu(), bounds, right=True)
+        sums_2P.index_add_(1, place_T, torch.stack([k_T * mask_T, mask_T]))
+    return [
+        {"from": place, "mean_k": float(k / n), "share": float(n / sums_2P[1].sum())}
+        for place, k, n in zip(PLACES, *sums_2P, strict=True)
+        if n
+    ]
+
+
+def rows_of(
+    config: RunConfig,
+    prepared: Prepared,
+    texts: dict[str, list[PackedRow]],
+    ways: Sequence[str],
+    budgets: Sequence[float],
+) -> Any:
     """Yield what every way of settling gives at every budget on every text."""
     student = prepared.student.eval()
-    for way, fraction in WAYS.items():
-        settled = override(config, [f"data.settling_fraction={fraction}"])
-        fill_threshold_tables(student, threshold_rows(settled, prepared.tokenizer, student.device))
-        controllers = ("none", "sequence") if fraction else ("none",)
-        for controller in controllers:
-            student.routing_controller = controller
-            for budget in BUDGETS:
-                set_budget(student, budget)
+    routers = [bank.router for bank in student.banks()]
+    for way in ways:
+        settled = override(config, [f"data.settling_fraction={WAYS[way]}"])
+        settling = threshold_rows(settled, prepared.tokenizer, student.device)
+        if way == "sequence":
+            fill_threshold_tables(student, settling)
+            student.routing_controller = "sequence"
+        for budget in budgets:
+            rules = [replace(router.rule, target_k=budget) for router in routers]
+            with temporary_rules(routers, rules):
+                if way == "sequence":
+                    set_budget(student, budget)
+                else:
+                    fit_eval_thresholds(student, settling)
                 for text, rows in texts.items():
-                    found = measured(student, rows)
-                    name = way if controller == "none" else controller
-                    yield {"way": name, "budget": budget, "text": text, **found}
+                    found = {"way": way, "budget": budget, "text": text, **measured(student, rows)}
+                    if way == "own documents":
+                        found["places"] = by_place(student, rows)
+                    yield found
         student.routing_controller = "none"
 
 
-def main() -> int:
-    """Convert, train if asked for, settle and count."""
-    options = parser(__doc__)
-    options.add_argument("--teacher", default="embedded")
-    options.add_argument("--text", type=Path, help="folder of .jsonl files, one for each source")
-    options.add_argument("--unseen", nargs="+", default=[], help="stems of the files left out")
-    options.add_argument("--tokens", type=int, default=0, help="training tokens; 0: none")
-    options.add_argument("--eval-tokens", type=int, default=65_536)
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
-    arguments = options.parse_args()
-    files = sorted(arguments.text.glob("*.jsonl")) if arguments.text else []
-    sources = [str(file) for file in files if file.stem not in arguments.unseen] or ["embedded"]
-    others = [str(file) for file in files if file.stem in arguments.unseen]
+def made(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Convert, train if asked for, settle and count; the lines are printed on the way."""
+    parts = split(arguments.text, folder, arguments.unseen)
     overrides = [
-        f"teacher.path={json.dumps(arguments.teacher)}",
-        f"data.sources={json.dumps(sources)}",
+        f"teacher.path={json.dumps(str(arguments.teacher))}",
+        f"data.sources={json.dumps([str(parts.learn)])}",
         f"train.device={arguments.device}",
         f"train.seed={arguments.seed}",
         f"train.tokens={max(1, arguments.tokens)}",
@@ -115,16 +148,20 @@ def main() -> int:
     config = prepare_device(load_config(None, "demo", overrides))[0]
     prepared = prepare(config)
     if arguments.tokens:
-        with tempfile.TemporaryDirectory() as folder:
-            run_distill(config, out=Path(folder) / "run", prepared=prepared)
-    tokens = 512 if arguments.smoke else arguments.eval_tokens
-    texts = {"mixed": sample(config.data, prepared, tokens)}
-    if others:
-        # Documents of sources that nobody saw are all held out.
-        unseen = replace(config.data, sources=tuple(others), held_out_fraction=0.999)
-        texts["unseen"] = sample(unseen, prepared, tokens)
+        run_distill(config, out=folder / "run", prepared=prepared)
+    device, data = prepared.student.device, config.data
+    number = max(1, arguments.eval_tokens // data.row_tokens)
+    paths = {"mixed": parts.report, "unseen": parts.unseen}
+    texts = {
+        name: sample(text_rows(path, prepared.tokenizer, data, 2**40), device, number)
+        for name, path in paths.items()
+        if path is not None
+    }
+    settled = replace(
+        config, experts=replace(config.experts, calibration_tokens=arguments.settling_tokens)
+    )
     rows = []
-    for row in rows_of(config, prepared, texts):
+    for row in rows_of(settled, prepared, texts, arguments.ways, arguments.budgets):
         rows.append(row)
         error, budget = row["standard_error"], row["budget"]
         shown = "unknown" if error is None else f"{error / budget:.1%}"
@@ -133,14 +170,75 @@ def main() -> int:
             f" ({row['mean_k'] / budget - 1:+.1%}), standard error {shown}",
             flush=True,
         )
+    return rows
+
+
+def render(record: dict[str, Any] | None) -> str:
+    """The tables of mean k by way of settling, and by place in a document."""
+    if record is None:
+        return pages.no_record("python -m experiments.budgets")
+    asked, place = record["settings"], record["environment"]
+    lines = [
+        f"A student of {asked['teacher']} after {asked['tokens']:,} training tokens, with"
+        f" thresholds of {asked['settling_tokens']:,} tokens, on {asked['eval_tokens']:,} of each"
+        f" text ({place.get('gpu') or place['machine']}, {place['time'][:10]}).",
+        "",
+        "| thresholds | text | target k | mean k | off target | standard error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        k, mean, error = row["budget"], row["mean_k"], row["standard_error"]
+        shown = "" if error is None else f"{error / k:.1%}".replace("%", " %")
+        off = f"{mean / k - 1:+.1%}".replace("%", " %")
+        lines.append(f"| {row['way']} | {row['text']} | {k:g} | {mean:.2f} | {off} | {shown} |")
+    for row in record["rows"]:
+        if "places" in row:
+            places = ", ".join(f"{p['mean_k']:.2f} from {p['from']:,}" for p in row["places"])
+            lines += ["", f"Mean k by tokens before in the document, {row['text']}: {places}."]
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str) -> str:
+    """The page with the rendered record between its markers."""
+    path = RESULTS / NAME
+    record = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    return pages.filled(text, {"budgets": render(record)}, BEGIN, END)
+
+
+def fill_in(arguments: argparse.Namespace, folder: Path) -> None:
+    """Give a run without text a little of it, and a tiny run little to do."""
+    if arguments.text is None:
+        arguments.text = folder / "text.jsonl"
+        lines = [f"{n}. The {n % 7} foxes jump over {n % 5} lazy dogs. " * 8 for n in range(400)]
+        arguments.text.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    if arguments.smoke:
+        arguments.teacher = tiny_teacher(folder / "teacher")
+        arguments.eval_tokens = arguments.settling_tokens = 1024
+
+
+def main() -> int:
+    """Convert, train if asked for, settle and count."""
+    options = parser(__doc__)
+    options.add_argument("--teacher", default="embedded")
+    options.add_argument("--text", type=Path, help="JSON lines, also .xz, or a folder of them")
+    options.add_argument("--unseen", nargs="+", default=[], help="sources that are set apart")
+    options.add_argument("--tokens", type=int, default=0, help="training tokens; 0: none")
+    options.add_argument("--settling-tokens", type=int, default=131_072)
+    options.add_argument("--eval-tokens", type=int, default=131_072, help="of each text")
+    options.add_argument("--budgets", type=float, nargs="+", default=[8.0, 16.0, 24.0])
+    options.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS])
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
+    arguments = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        fill_in(arguments, Path(folder))
+        rows = made(arguments, Path(folder))
     settings = {
+        **{name: getattr(arguments, name) for name in ("unseen", "tokens", "seed", "set")},
         "teacher": Path(arguments.teacher).name,
-        "sources": [Path(source).stem for source in sources],
-        "unseen": arguments.unseen,
-        "tokens": arguments.tokens,
-        "eval_tokens": tokens,
-        "calibration_tokens": config.experts.calibration_tokens,
-        "seed": arguments.seed,
+        "text": Path(arguments.text).name,
+        "eval_tokens": arguments.eval_tokens,
+        "settling_tokens": arguments.settling_tokens,
     }
     record = {"settings": settings, "rows": rows, "environment": environment(arguments.device)}
     if (folder := results_folder(arguments)) is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.common import ROOT
 from docs.tools import exports, figures, performance, probe_docs, scaling
-from experiments import quality, routing_rules
+from experiments import budgets, quality, routing_rules
 from reliability import harness
 from tiny_onn.distill.record_docs import metrics_docs
 
@@ -27,6 +27,7 @@ def generators() -> Iterator[tuple[Path, Callable[[str], str]]]:
     for page in quality.PAGES:
         yield page, quality.filled
     yield routing_rules.PAGE, routing_rules.filled
+    yield budgets.PAGE, budgets.filled
     yield probe_docs.PAGE, probe_docs.filled
     yield scaling.PAGE, scaling.filled
     yield harness.PAGE, harness.filled

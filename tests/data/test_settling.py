@@ -10,7 +10,7 @@ from tiny import CONFIG, change, make_tokenizer
 from tiny_onn.config.checks import validate
 from tiny_onn.data.packing import Origin, build_row, joined
 from tiny_onn.data.rows import calibration_rows, held_out_rows, training_rows
-from tiny_onn.data.settling import FRAGMENT_TOKENS, LEAD_TOKENS, threshold_rows, without_lead
+from tiny_onn.data.settling import SHORTEST, fragment_tokens, threshold_rows, without_lead
 from tiny_onn.data.stream import TokenStream, side_of
 from tiny_onn.errors import UserError
 
@@ -78,11 +78,27 @@ def test_thresholds_see_short_fragments_of_many_documents(corpus, tokenizer):
     assert sum(row.labels.numel() for row in rows) == 4096
     for row in rows:
         lengths = row.cu_seqlens.diff()
-        assert int(lengths.max()) <= FRAGMENT_TOKENS
+        assert int(lengths.max()) <= SHORTEST
         assert row.labels.numel() <= ROW
         # Every fragment but the first of a row begins at its own position 0.
         assert row.position_ids[0, row.cu_seqlens[:-1].long()].eq(0).all()
-    assert sum(len(row.cu_seqlens) - 1 for row in rows) > 4096 // FRAGMENT_TOKENS
+    assert sum(len(row.cu_seqlens) - 1 for row in rows) > 4096 // SHORTEST
+
+
+@pytest.mark.parametrize(
+    ("tokens", "row_tokens", "expected"),
+    [
+        (6144, 1024, 256),
+        (16_383, 4096, 256),
+        (16_384, 4096, 512),
+        (131_072, 4096, 1024),
+        (10**7, 32_768, 1024),
+        (131_072, 700, 700),
+        (10, 64, 64),
+    ],
+)
+def test_more_text_is_cut_into_longer_fragments(tokens, row_tokens, expected):
+    assert fragment_tokens(tokens, row_tokens) == expected
 
 
 def test_every_source_has_its_share_of_the_fragments(corpus, tokenizer):
@@ -139,19 +155,19 @@ def test_the_first_tokens_of_a_fragment_that_goes_on_with_a_document_are_not_cou
     assert not counted[:40].any(), "a tail that is shorter is left out whole"
     assert torch.equal(counted[40:], tail.router_mask[0, 40:])
     counted = without_lead(row([256], token=256)).router_mask[0]
-    assert not counted[:LEAD_TOKENS].any()
-    assert counted[LEAD_TOKENS:].all()
+    assert not counted[:64].any()
+    assert counted[64:].all()
     begins = row([256], token=0)
     assert without_lead(begins) is begins
 
 
 def test_first_tokens_are_about_as_frequent_as_in_rows(corpus, tokenizer):
-    config = settings(corpus, tokens=16384)
+    config = settings(corpus, tokens=8192)
     stream = TokenStream(config.data, tokenizer, split="settling", seed=0, row_tokens=ROW)
     rows, fragments = list(stream), threshold_rows(config, tokenizer, CPU)
 
     def share(rows, mask):
-        first = torch.cat([row.position_ids[0] < LEAD_TOKENS for row in rows])
+        first = torch.cat([row.position_ids[0] < 64 for row in rows])
         return float(first[torch.cat([mask(row) for row in rows])].float().mean())
 
     expected = share(rows, lambda row: row.router_mask[0])

@@ -17,6 +17,7 @@ are not placed yet.
 Shapes: "tokens" is T, a row's length; a row is a batch of one.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -275,16 +276,21 @@ class Packer:
 
 
 def pack(
-    documents: Iterable[Sequence[int]], *, row_tokens: int, pad_token_id: int
+    documents: Iterable[Sequence[int]],
+    *,
+    row_tokens: int,
+    pad_token_id: int,
+    origins: Iterable[Origin] | None = None,
 ) -> Iterator[PackedRow]:
-    """Yield all rows of `documents`, the last one padded.
+    """Yield all rows of `documents`, the last one padded; `origins` are theirs, if known.
 
     Raises:
         UserError: `row_tokens` is less than 3.
     """
     packer = Packer(row_tokens, pad_token_id)
-    for document in documents:
-        packer.add(document)
+    known = itertools.repeat(NO_ORIGIN) if origins is None else origins
+    for document, origin in zip(documents, known, strict=False):
+        packer.add(document, origin)
         while (row := packer.pop()) is not None:
             yield row
     if (row := packer.finish()) is not None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import DataConfig, RunConfig
-from tiny_onn.data.packing import PackedRow, pack
+from tiny_onn.data.packing import Origin, PackedRow, pack
 from tiny_onn.data.sources import read_documents
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.data.tokens import DocumentTokens
@@ -39,11 +39,13 @@ def text_rows(
         UserError: there is no such text, or it has no document of two tokens or more.
     """
     tokens = DocumentTokens(tokenizer)
-    documents = (
-        tokens.ids([tokens.rendered(document)])[0]
-        for document in read_documents(str(path), data.text_field)
+    read, again = itertools.tee(read_documents(str(path), data.text_field))
+    packed = pack(
+        (tokens.ids([tokens.rendered(document)])[0] for document in read),
+        row_tokens=data.row_tokens,
+        pad_token_id=0,
+        origins=(Origin(document.source, document.index, 0) for document in again),
     )
-    packed = pack(documents, row_tokens=data.row_tokens, pad_token_id=0)
     try:
         rows = list(islice(packed, max(1, max_tokens // data.row_tokens)))
     except UserError as error:

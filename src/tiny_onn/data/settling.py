@@ -2,14 +2,18 @@
 
 The mean k at one threshold differs between documents far more than between tokens: on documentation
 of twenty projects its standard deviation over documents is about 0.9 experts of 16. A threshold is
-therefore settled on short fragments of many documents. None of them is trained on, because a taught
-gate is surer on the text that taught it.
+therefore settled on fragments of many documents. None of them is trained on, because a taught gate
+is surer on the text that taught it.
 
-Tokens with little text before them activate more experts: a student of the demo had a mean k of
-17.0 over the first 64 tokens of a fragment, and of 16.6 behind them up to 1,500. Short fragments
-have more of such tokens than rows do, so that only as many of them are counted as rows have.
+Tokens with more text before them activate fewer experts. On rows of 4,096 tokens of that text, a
+student of SmolLM2-135M with a mean k of 15.76 had 16.3 in the first 64 tokens of a document, 16.0
+up to 256, 15.8 up to 1,024 and 15.6 from 2,048 on (`experiments/budgets.py`). Short fragments of
+many documents give thresholds that are too high, and long ones of few documents give thresholds
+that are wrong by chance. So fragments are as long as leaves `LEAST_FRAGMENTS` of them, and where
+one goes on with a document, its first quarter is read and not counted.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
@@ -25,8 +29,10 @@ from tiny_onn.data.rows import num_calibration_rows, training_rows
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.errors import UserError
 
-FRAGMENT_TOKENS = 256
-LEAD_TOKENS = 64
+SHORTEST, LONGEST = 256, 1024
+LEAST_FRAGMENTS = 32
+# The share of a fragment that is not counted where it goes on with a document.
+LEAD = 1 / 4
 # The fragments are spread over so many times their number.
 SPREAD = 16
 
@@ -61,25 +67,35 @@ def threshold_rows(
 
 def _settling_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[PackedRow]:
     """Return fragments of the settling split, in rows of about the length of training's."""
-    row_tokens = config.data.row_tokens
-    length = min(FRAGMENT_TOKENS, row_tokens)
+    row_tokens, tokens = config.data.row_tokens, config.experts.calibration_tokens
+    length = fragment_tokens(tokens, row_tokens)
     stream = TokenStream(config.data, tokenizer, split="settling", seed=0, row_tokens=length)
-    taken = spread(stream, -(-config.experts.calibration_tokens // length))
+    taken = spread(stream, -(-tokens // length))
     size = max(1, row_tokens // length)
     parts = [taken[start : start + size] for start in range(0, len(taken), size)]
     # A row of training text goes on with a document only where it begins.
     return [joined([part[0], *map(without_lead, part[1:])]) for part in parts]
 
 
-def without_lead(row: PackedRow) -> PackedRow:
-    """Return the row with the first tokens of a fragment that goes on with a document not counted.
+def fragment_tokens(tokens: int, row_tokens: int) -> int:
+    """Return the length of the fragments that so many tokens of text are cut into, for such rows.
 
-    Only a row's first fragment goes on with one.
+    It is the largest power of two that leaves `LEAST_FRAGMENTS`, from `SHORTEST` to `LONGEST`, and
+    no longer than a row.
+    """
+    largest = 2 ** int(math.log2(max(1, tokens // LEAST_FRAGMENTS)))
+    return min(max(SHORTEST, largest), LONGEST, row_tokens)
+
+
+def without_lead(row: PackedRow) -> PackedRow:
+    """Return the row without its lead: where it begins within a document, that part is not counted.
+
+    The lead is a quarter of the row, or what the row has of the document if that is less.
     """
     if row.origins[0].token == 0:
         return row
     mask = row.router_mask.clone()
-    mask[:, : min(LEAD_TOKENS, int(row.cu_seqlens[1]))] = False
+    mask[:, : min(int(LEAD * mask.shape[1]), int(row.cu_seqlens[1]))] = False
     return replace(row, router_mask=mask)
 
 
