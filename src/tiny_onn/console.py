@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from rich import filesize
 from rich.console import Console
@@ -34,7 +34,7 @@ class _LossyFile:
         file: the file, which is otherwise used as it is.
     """
 
-    def __init__(self, file: IO[str]) -> None:
+    def __init__(self, file: Any) -> None:  # noqa: ANN401 - such files share no type
         self._file = file
 
     def write(self, text: str) -> None:
@@ -71,9 +71,9 @@ class _ErrorConsole(Console):
     """The console of standard error, which raises no error if nobody can get its lines."""
 
     @property
-    def file(self) -> IO[str]:
+    def file(self) -> Any:  # noqa: ANN401 - that of the library is IO[str], which has more methods
         """The file to write to."""
-        return cast("IO[str]", _LossyFile(super().file))
+        return _LossyFile(super().file)
 
 
 @cache
