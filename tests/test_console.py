@@ -215,6 +215,7 @@ def test_a_bar_goes_on_where_its_terminal_has_vanished():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with run_python(TO_A_TERMINAL_THAT_VANISHES, stderr=terminal, **pipes) as program:
         os.close(terminal)
+        assert program.stdout is not None
         assert program.stdout.readline() == "shown\n"
         os.close(ours)
         assert program.communicate("\n", timeout=60) == ("done\n", None)

@@ -75,6 +75,10 @@ class _ErrorConsole(Console):
         """The file to write to."""
         return _LossyFile(super().file)
 
+    @file.setter
+    def file(self, new_file: Any) -> None:  # noqa: ANN401 - as above
+        self._file = new_file
+
 
 @cache
 def console() -> Console:

@@ -35,6 +35,7 @@ SECONDS = 120
 def press():
     """Send the main thread Ctrl-C, as a terminal does; another thread may call it."""
     main = threading.main_thread().ident
+    assert main is not None
     return lambda: signal.pthread_kill(main, signal.SIGINT)
 
 
