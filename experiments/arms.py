@@ -34,7 +34,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ TOKENS = 1_998_848
 # A run that SIGTERM stops ends by itself once it has saved. The signal ends it where it has nothing
 # to save: while it starts or measures, and between the savings of the dense rival.
 STOPPED = (INTERRUPTED, -signal.SIGTERM)
+# Signals that end this program, after the runs under way have saved.
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 PLANNED = ("arms", "tokens", "seeds", "rates", "gate_rates")
 BASE = (
     "data.row_tokens=4096",
@@ -172,7 +175,8 @@ def start(job: Job, slot: int, arguments: argparse.Namespace, parts: Parts) -> A
         launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node")
         line[2:2] = [*launcher, str(arguments.processes), "-m"]
     with log_of(job, arguments).open("a", encoding="utf-8") as log:
-        return subprocess.Popen(line, stdout=log, stderr=log, env=env)
+        # In a group of its own it gets no Ctrl-C of the terminal besides the SIGTERM from here.
+        return subprocess.Popen(line, stdout=log, stderr=log, env=env, process_group=0)
 
 
 def log_of(job: Job, arguments: argparse.Namespace) -> Path:
@@ -180,40 +184,71 @@ def log_of(job: Job, arguments: argparse.Namespace) -> Path:
     return arguments.out / "runs" / f"{job.name()}.log"
 
 
+def stop(live: Mapping[Job, tuple[int, Any]], asked: set[Job]) -> None:
+    """Ask the runs under way to save and end, once each: a second signal lets them save nothing."""
+    for job in live.keys() - asked:
+        asked.add(job)
+        live[job][1].send_signal(signal.SIGTERM)
+
+
+def end(number: int, _: object) -> None:
+    """End the program on a signal as it ends on an error."""
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def none_left(live: Mapping[Job, tuple[int, Any]], asked: set[Job]) -> Iterator[None]:
+    """Let runs under way save and end where Ctrl-C, a signal or an error ends the context."""
+    # A program that nohup starts goes on when its terminal is closed.
+    numbers = [n for n in ENDING if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        stop(live, asked)
+        for _, process in live.values():
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_all(arguments: argparse.Namespace, parts: Parts) -> int:
-    """Make the runs, at most `--jobs` at once, each in a process; the number that failed."""
-    waiting, failed, stopping = jobs_left(arguments), 0, False
+    """Make the runs, at most `--jobs` at once, each in a process; the number that failed.
+
+    Runs under way save and end before Ctrl-C or a signal of `ENDING` ends this program.
+    """
+    waiting, failed, asked = jobs_left(arguments), 0, set[Job]()
     live: dict[Job, tuple[int, Any]] = {}
     started = time.monotonic()
     (arguments.out / "runs").mkdir(parents=True, exist_ok=True)
-    while waiting or live:
-        seconds = time.monotonic() - started
-        in_time = seconds < min(arguments.seconds, arguments.stop_after)
-        while waiting and in_time and len(live) < arguments.jobs:
-            job = waiting.pop(0)
-            slot = min(set(range(arguments.jobs)) - {slot for slot, _ in live.values()})
-            live[job] = slot, start(job, slot, arguments, parts)
-        if seconds >= arguments.stop_after and not stopping:
-            stopping = True
-            for _, process in live.values():
-                process.send_signal(signal.SIGTERM)
-        for job, (_, process) in list(live.items()):
-            if process.poll() is None:
-                continue
-            del live[job]
-            records = {job_of(r): r for r in read_records(arguments.out / RECORDS)}
-            if job in records:
-                show(records[job], time.monotonic() - started)
-            elif stopping and process.returncode in STOPPED:
-                print(f"{job.name()}: stopped; the same command goes on with it", flush=True)
-            else:
-                failed += 1
-                text = log_of(job, arguments).read_text("utf-8")
-                print(f"{job.name()}: failed\n{text[-2000:]}", file=sys.stderr, flush=True)
-        if not in_time and not live:
-            print(f"not started in time: {len(waiting)} runs; the same command goes on with them")
-            break
-        time.sleep(0.5)
+    with none_left(live, asked):
+        while waiting or live:
+            seconds = time.monotonic() - started
+            in_time = seconds < min(arguments.seconds, arguments.stop_after)
+            while waiting and in_time and len(live) < arguments.jobs:
+                job = waiting.pop(0)
+                slot = min(set(range(arguments.jobs)) - {slot for slot, _ in live.values()})
+                live[job] = slot, start(job, slot, arguments, parts)
+            if seconds >= arguments.stop_after:
+                stop(live, asked)
+            for job, (_, process) in list(live.items()):
+                if process.poll() is None:
+                    continue
+                del live[job]
+                records = {job_of(r): r for r in read_records(arguments.out / RECORDS)}
+                if job in records:
+                    show(records[job], time.monotonic() - started)
+                elif job in asked and process.returncode in STOPPED:
+                    print(f"{job.name()}: stopped; the same command goes on with it", flush=True)
+                else:
+                    failed += 1
+                    text = log_of(job, arguments).read_text("utf-8")
+                    print(f"{job.name()}: failed\n{text[-2000:]}", file=sys.stderr, flush=True)
+            if not in_time and not live:
+                left = f"{len(waiting)} runs"
+                print(f"not started in time: {left}; the same command goes on with them")
+                break
+            time.sleep(0.5)
     return failed
 
 

@@ -171,3 +171,52 @@ def test_downloading_from_the_hub_shows_each_file_of_weights(hub, sharded, tmp_p
     # No other bars than ours.
     assert "\r" not in done.stderr
     assert "%|" not in done.stderr
+
+
+TO_A_DISK_THAT_IS_FULL_FOR_A_WHILE = """
+import os
+from tiny_onn.console import say
+kept = os.dup(2)
+say("before")
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+say("lost")
+os.dup2(kept, 2)
+say("after")
+"""
+TO_A_TERMINAL_THAT_VANISHES = """
+import os, sys, time
+from tiny_onn.console import Bar, console, say
+assert console().is_terminal
+with Bar("working", 2) as bar:
+    os.write(1, b"shown\\n")
+    sys.stdin.readline()
+    for _ in range(2):
+        bar.update()
+        time.sleep(0.3)
+    say("a line")
+print("done", flush=True)
+"""
+
+
+def run_python(program, **options):
+    # Python keeps what it could not write, and tries again at its end, only with a buffer.
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.Popen([sys.executable, "-c", program], env=variables, text=True, **options)
+
+
+def test_lines_for_a_full_disk_are_lost_and_those_after_it_are_written(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        assert run_python(TO_A_DISK_THAT_IS_FULL_FOR_A_WHILE, stderr=log).wait(60) == 0
+    assert (tmp_path / "log").read_text() == "before\nafter\n"
+
+
+def test_a_bar_goes_on_where_its_terminal_has_vanished():
+    ours, terminal = os.openpty()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with run_python(TO_A_TERMINAL_THAT_VANISHES, stderr=terminal, **pipes) as program:
+        os.close(terminal)
+        assert program.stdout is not None
+        assert program.stdout.readline() == "shown\n"
+        os.close(ours)
+        assert program.communicate("\n", timeout=60) == ("done\n", None)
+    assert program.returncode == 0

@@ -1,10 +1,13 @@
 """Lines and bars for people, which go to standard error because standard output is for results."""
 
+import errno
+import os
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich import filesize
 from rich.console import Console
@@ -24,10 +27,63 @@ LINE_SECONDS = 30.0
 """Seconds between two lines of progress where no terminal shows a bar."""
 
 
+class _LossyFile:
+    """A text file that drops what it cannot write, so that work does not end for want of readers.
+
+    Args:
+        file: the file, which is otherwise used as it is.
+    """
+
+    def __init__(self, file: Any) -> None:  # noqa: ANN401 - such files share no type
+        self._file = file
+
+    def write(self, text: str) -> None:
+        """Write the text if that is possible."""
+        with self._dropping():
+            self._file.write(text)
+
+    def flush(self) -> None:
+        """Flush the file if that is possible."""
+        with self._dropping():
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - it stands for any attribute
+        return getattr(self._file, name)
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Drop the file's buffered text where the file system or a pipe refuses to take it."""
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+                descriptor = self._file.fileno()
+                kept = os.dup(descriptor)
+                os.dup2(nowhere.fileno(), descriptor)
+                self._file.flush()
+                # A full disk may have space again, but a reader or terminal that has left is gone.
+                if error.errno not in (errno.EPIPE, errno.EIO):
+                    os.dup2(kept, descriptor)
+                os.close(kept)
+
+
+class _ErrorConsole(Console):
+    """The console of standard error, which raises no error if nobody can get its lines."""
+
+    @property
+    def file(self) -> Any:  # noqa: ANN401 - that of the library is IO[str], which has more methods
+        """The file to write to."""
+        return _LossyFile(super().file)
+
+    @file.setter
+    def file(self, new_file: Any) -> None:  # noqa: ANN401 - as above
+        self._file = new_file
+
+
 @cache
 def console() -> Console:
     """Return the one console of standard error, whose sharing keeps lines from breaking bars."""
-    return Console(stderr=True)
+    return _ErrorConsole(stderr=True)
 
 
 def say(text: str) -> None:

@@ -309,6 +309,12 @@ def test_reader_that_leaves_early_is_no_error():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_a_mistake_has_its_status_where_its_line_cannot_be_written():
+    command = [sys.executable, "-m", "tiny_onn.cli", "config", "--preset", "none"]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(command, stderr=full, check=False).returncode == 2
+
+
 def test_distill_passes_the_resolved_settings(stand_in, tmp_path):
     calls = stand_in("distill.loop", "run_distill", FINISHED)
     out = str(tmp_path / "run")

@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -258,3 +261,31 @@ def test_text_is_read_where_a_partition_needs_it(init, needed):
         router={"selection": "top_k"},
     )
     assert needs_text(config) == needed
+
+
+def test_a_second_ctrl_c_leaves_torch_its_threads():
+    before, go_on = torch.get_num_threads(), threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def press():
+        for _ in range(2):
+            time.sleep(0.3)
+            signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.3)
+        go_on.set()
+
+    def layer(number):
+        assert go_on.wait(60)
+        return torch.tensor(number)
+
+    user = threading.Thread(target=press)
+    torch.set_num_threads(2)
+    try:
+        user.start()
+        with pytest.raises(KeyboardInterrupt):
+            partition._map_layers(layer, [(n,) for n in range(4)], 2, "layers")
+        assert torch.get_num_threads() == 2
+    finally:
+        user.join()
+        torch.set_num_threads(before)

@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,6 +32,7 @@ from tiny_onn.distill.loop import run_distill
 from tiny_onn.distill.profile import run_profile
 from tiny_onn.errors import UserError
 from tiny_onn.runs.folder import read_run_config
+from tiny_onn.teacher import cache_reader
 from tiny_onn.teacher.cache import (
     MANIFEST,
     decoded,
@@ -410,6 +413,45 @@ def test_an_unfinished_cache_serves_runs_that_are_short_enough(config, copy, tmp
         run_distill(reading(config, copy), out=tmp_path / "run")
     short = reading(config, copy, train={"tokens": 4 * 64})
     assert run_distill(short, out=tmp_path / "short").tokens == 4 * 64
+
+
+def test_a_closed_cache_compares_no_shard_that_waits(config, cache, monkeypatch):
+    compared, go_on, main = [], threading.Event(), threading.main_thread().ident
+    assert main is not None
+
+    def slow(path):
+        compared.append(path.name)
+        signal.pthread_kill(main, signal.SIGINT)
+        assert go_on.wait(60)
+        return file_sha256(path)
+
+    monkeypatch.setattr(cache_reader, "file_sha256", slow)
+    stream, reader = training_rows(config, make_tokenizer()), TeacherCache(cache)
+    # The rows lie in three shards, for the first of which the reader waits.
+    rows = [next(stream) for _ in range(ROWS)]
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        reader.taught(rows)
+    reader.close()
+    go_on.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert compared == [shard_name(0)]
+
+
+def test_a_run_closes_its_cache(config, cache, tmp_path, monkeypatch):
+    executors = []
+
+    class Recorded(ThreadPoolExecutor):
+        def __init__(self, *arguments, **options) -> None:
+            super().__init__(*arguments, **options)
+            executors.append(self)
+
+    monkeypatch.setattr(cache_reader, "ThreadPoolExecutor", Recorded)
+    run_distill(reading(config, cache, train={"tokens": 2 * 64}), out=tmp_path / "run")
+    # Another reader has compared the settings, and has begun no work.
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executors[-1].submit(int)
 
 
 def test_a_stopped_run_goes_on_with_its_cache(config, cache, live, tmp_path):

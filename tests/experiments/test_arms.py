@@ -3,8 +3,11 @@
 import argparse
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,7 +16,7 @@ from experiments.arms_law import law_of
 from experiments.arms_table import Job, at_k, best_runs, has_diverged, job_of, read_records, table
 from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS
-from repository import run_module
+from repository import ROOT, run_module
 from tiny_onn.config.read import load_config
 from tiny_onn.data.stream import is_held_out
 
@@ -270,6 +273,50 @@ def test_a_run_that_crashes_when_all_are_stopped_has_failed(
     said = capsys.readouterr()
     assert ("smk-9-x1-g1-s0: stopped; the same command" in said.out) == (not failed)
     assert ("smk-9-x1-g1-s0: failed" in said.err) == bool(failed)
+
+
+# It stands for Python, by which the study starts a run.
+SAVES_AT_A_SIGNAL = """#!{python}
+import json, pathlib, signal, sys, time
+came = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: came.append(1))
+out = pathlib.Path(json.loads(sys.argv[-1])["out"])
+(out / "started").touch()
+while not came:
+    time.sleep(0.01)
+time.sleep(0.3)
+(out / "signals").write_text(str(len(came)))
+"""
+RUN_ALL = """
+import argparse, pathlib, sys
+from experiments import arms, split_text
+out, sys.executable = pathlib.Path(sys.argv[1]), sys.argv[2]
+options = argparse.Namespace(
+    plan=None, out=out, jobs=1, arms=["smk"], tokens=9, seeds=[0], rates=[1.0], gate_rates=[1.0],
+    seconds=1e9, stop_after=1e9, device="cpu", teacher="embedded", set=[], smoke=False, threads=1,
+    gpus=[], processes=1, report_tokens=1,
+)
+arms.run_all(options, split_text.Parts(*[out] * 4))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_study_that_a_signal_ends_lets_its_runs_save_first(tmp_path, number):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(SAVES_AT_A_SIGNAL.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    command = [sys.executable, "-c", RUN_ALL, str(tmp_path), str(stand_in)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as study:
+        while not (tmp_path / "started").exists():
+            assert study.poll() is None
+            time.sleep(0.02)
+        # A terminal sends Ctrl-C to all processes in its foreground.
+        (os.killpg if number == signal.SIGINT else os.kill)(study.pid, number)
+        assert study.wait(60) != 0
+    assert (tmp_path / "signals").read_text() == "1"
 
 
 @pytest.mark.slow

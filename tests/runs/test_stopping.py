@@ -3,11 +3,12 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
 
-from run_records import assert_same_run, records
+from run_records import assert_same_run, at_step, records
 from tiny import change, write_run
 from tiny_onn.distill import blockwise as blockwise_module
 from tiny_onn.distill import loop as train_module
@@ -162,7 +163,14 @@ def test_a_second_signal_inside_a_step_ends_without_saving(config, tmp_path, sig
     # The first snapshot is that of the evaluation at the change of stage.
     signal_in(saving_module, "take_snapshot", 2)
     signal_in(passes_module, "distill", 5)
+
+    def written():
+        while not (out / "checkpoints" / "step-0000002").exists():
+            time.sleep(0.01)
+
+    config = change(config, train={"eval_every_tokens": 0})
     with pytest.raises(KeyboardInterrupt):
-        run_distill(change(config, train={"eval_every_tokens": 0}), out=out)
+        # A write that is still in flight would be given up.
+        run_distill(config, out=out, after_step=at_step(3, written))
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"]
     assert not (out / "student").exists()

@@ -1,12 +1,16 @@
 """A run's records in an experiment tracker: off by default, and in one place through resumption."""
 
 import json
+import os
+import threading
 
 import pytest
 
 from run_records import at_step, send
 from tiny import write_run
 from tiny_onn.distill.loop import run_distill
+from tiny_onn.distill.run_log import RunLog
+from tiny_onn.distill.run_state import RunState
 from tiny_onn.errors import UserError
 from tiny_onn.runs.metrics import read_metrics
 from tiny_onn.runs.trackers import KINDS, Trackers, check_trackers, flat_settings, numbers_in
@@ -91,3 +95,21 @@ def test_numbers_of_a_record_are_named_by_their_parts():
     record = {"kind": "step", "step": 3, "loss": 0.5, "lr": [1.0], "smk": {"a": 2}, "layers": {}}
     record |= {"pi": None, "tokens": 7}
     assert dict(numbers_in(record)) == {"loss": 0.5, "lr/0": 1.0, "smk/a": 2, "tokens": 7}
+
+
+def test_a_tracker_that_began_is_finished_where_its_id_cannot_be_recorded(tmp_path):
+    pytest.importorskip("tensorboard")
+    before = set(threading.enumerate())
+    (tmp_path / f".trackers.json.{os.getpid()}.tmp").mkdir()
+    with pytest.raises(UserError, match=r"trackers\.json: cannot write it"):
+        Trackers(tmp_path, ["tensorboard"], write_run(tmp_path), 0)
+    assert set(threading.enumerate()) == before
+
+
+def test_a_tracker_that_began_is_finished_where_the_metrics_cannot_be_written(tmp_path):
+    pytest.importorskip("tensorboard")
+    config, before = write_run(tmp_path), set(threading.enumerate())
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write it"):
+        RunLog(tmp_path, config, "distill", (0, 64), RunState.new(config), ["tensorboard"])
+    assert set(threading.enumerate()) == before

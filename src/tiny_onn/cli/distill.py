@@ -108,6 +108,7 @@ class Distill:
             run_profile(config, out=out, argv=sys.argv)
             return
         with starting():
+            from tiny_onn.console import say
             from tiny_onn.distill.loop import run_distill
             from tiny_onn.parallel import World
             from tiny_onn.runs.folder import was_begun_by
@@ -126,11 +127,8 @@ class Distill:
                 world=world,
             )
         if result.interrupted and is_first():
-            print(
-                f"tiny-onn: the run is saved; resume it with `tiny-onn distill --resume --out"
-                f" {out}`",
-                file=sys.stderr,
-            )
+            way_on = f"`tiny-onn distill --resume --out {out}`"
+            say(f"tiny-onn: the run is saved; resume it with {way_on}")
         if result.interrupted:
             raise KeyboardInterrupt
 

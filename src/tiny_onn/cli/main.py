@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(verb)
     except KeyboardInterrupt:
         if is_first():
-            print("tiny-onn: interrupted", file=sys.stderr)
+            _complain("interrupted")
         return 130
     except BrokenPipeError:
         # The reader of standard output has left, as in `tiny-onn config | head`. Python flushes it
@@ -87,6 +87,13 @@ def _run(verb: Callable[[], None]) -> int:
         sys.stdout.flush()
     except UserError as error:
         if is_first() or isinstance(error, RankError):
-            print(f"tiny-onn: error: {reason_line(error)}", file=sys.stderr)
+            _complain(f"error: {reason_line(error)}")
         return 2
     return 0
+
+
+def _complain(text: str) -> None:
+    """Print a line on standard error, which need not have a reader any more."""
+    from tiny_onn.console import say
+
+    say(f"tiny-onn: {text}")

@@ -124,8 +124,10 @@ def _map_layers(
         return [next(results) for _ in track(layers, text)]
     finally:
         # Ctrl-C shall not wait for layers that have not begun.
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(num_threads)
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            torch.set_num_threads(num_threads)
 
 
 def neuron_energy(

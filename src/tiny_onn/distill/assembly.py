@@ -50,6 +50,11 @@ class Training:
             return self.cache.taught(rows, world)
         return rows
 
+    def close(self) -> None:
+        """Begin no more of the work that was planned for later steps."""
+        if self.cache is not None:
+            self.cache.close()
+
 
 def assemble(
     config: RunConfig,

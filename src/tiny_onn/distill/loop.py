@@ -6,7 +6,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -152,8 +152,9 @@ def _train(
         explain_out_of_memory(
             config, training.student, training.teacher.config, partial(way_on, checkpoints)
         ),
+        closing(training),
         RunLog(out, config, title, span, state, track, world) as log,
-        Checkpointer(checkpoints, config.train.keep_checkpoints, world) as writer,
+        Checkpointer(checkpoints, config.train.keep_checkpoints, world, stop.tell) as writer,
     ):
         feed = RowFeed(stream, partial(training.next_rows, stream, world))
         saver = Saver(

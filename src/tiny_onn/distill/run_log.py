@@ -72,15 +72,17 @@ class RunLog(ExitStack):
         super().__init__()
         self._config, self._title, self._world = config, title, world
         kept: list[dict[str, Any]] = []
-        if world.first:
-            self._trackers = self.enter_context(Trackers(out, track, config, state.step))
-            path, offset = out / METRICS_NAME, state.metrics_offset
-            self._metrics = self.enter_context(closing(MetricsWriter(path, offset)))
-            kept = read_metrics(path)
-            self._trackers.replay(kept)
-        self._health = HealthWatch(config, title, kept)
-        done_tokens, total_tokens = span
-        self._progress = self.enter_context(RunProgress(title, total_tokens, done_tokens))
+        with ExitStack() as opened:
+            if world.first:
+                self._trackers = opened.enter_context(Trackers(out, track, config, state.step))
+                path, offset = out / METRICS_NAME, state.metrics_offset
+                self._metrics = opened.enter_context(closing(MetricsWriter(path, offset)))
+                kept = read_metrics(path)
+                self._trackers.replay(kept)
+            self._health = HealthWatch(config, title, kept)
+            done_tokens, total_tokens = span
+            self._progress = opened.enter_context(RunProgress(title, total_tokens, done_tokens))
+            self.push(opened.pop_all())
 
     def step(
         self,

@@ -7,12 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny_onn.config.schema import Surprise
+from tiny_onn.console import console
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.errors import UserError
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
@@ -186,7 +186,7 @@ def _bar(total: int) -> Iterator[Callable[[float], None]]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console(),
     ) as progress:
         task = progress.add_task("probe", total=total)
         yield lambda amount: progress.update(task, advance=amount)

@@ -116,6 +116,7 @@ def write_checkpoint(
     best: int | None = None,
     partial: Path | None = None,
     world: World = ALONE,
+    between_files: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `folder/step-N`, and remove all but the newest `keep` and the one of step `best`.
 
@@ -127,6 +128,8 @@ def write_checkpoint(
         partial: the name of the folder until it is complete, the same one in all processes; None:
             one of this process.
         world: the processes, all of which make this call.
+        between_files: called by a process that writes alone after it has written or hashed a file;
+            an exception abandons the checkpoint.
 
     Raises:
         UserError: the disk refuses; earlier checkpoints then stay as they are.
@@ -157,16 +160,22 @@ def write_checkpoint(
             save_shards(partial, {**snapshot.student, **snapshot.optimizer}, world, begin, finish)
         else:
             begin()
-            save_file(snapshot.student, partial / STUDENT)
-            save_file(snapshot.optimizer, partial / OPTIMIZER)
-            finish({name: file_entry(partial / name) for name in (STUDENT, OPTIMIZER)})
+            entries: dict[str, FileEntry] = {}
+            for name, tensors in ((STUDENT, snapshot.student), (OPTIMIZER, snapshot.optimizer)):
+                save_file(tensors, partial / name)
+                between_files()
+                entries[name] = file_entry(partial / name)
+                between_files()
+            finish(entries)
     except (OSError, SafetensorError, UserError) as error:
-        if world.first:
-            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"{target}: cannot write the checkpoint ({refusal(error)}), expected free disk and"
             f" permission; {_what_is_left(folder)}"
         ) from error
+    finally:
+        # It is there only if it did not become the checkpoint.
+        if world.first:
+            shutil.rmtree(partial, ignore_errors=True)
     if world.first:
         remove_old(folder, snapshot.step, keep, best)
     return target

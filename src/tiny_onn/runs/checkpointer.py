@@ -5,7 +5,9 @@ copy while the next steps run.
 """
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from tiny_onn.errors import UserError
@@ -17,25 +19,38 @@ from tiny_onn.runs.checkpoint import (
     valid_checkpoints,
     write_checkpoint,
 )
+from tiny_onn.runs.signals import held_back
+
+WAITING_S = 0.5
+"""Seconds between two calls of `while_waiting`."""
 
 
 class Checkpointer:
     """A context manager that writes snapshots in a thread of its own, one at a time.
 
-    At the end of the context the write in flight is waited for, and its error is ignored. Of a
-    checkpoint of several processes each one writes its part, and an error is told to all.
+    At the end of the context the write in flight is waited for, and its error is ignored. If
+    Ctrl-C ends the context, the write is abandoned after the file in hand. Of a checkpoint of
+    several processes each one writes its part, and an error is told to all.
 
     Args:
         folder: the folder of the checkpoints.
         keep: the number of newest checkpoints to keep, the best one not counted.
         world: the processes of the run.
+        while_waiting: called from time to time while a write is waited for.
 
     Attributes:
         best: the step of the best checkpoint, which is kept besides the newest; None: no step.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        world: World = ALONE,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
         self.best: int | None = None
+        self._while_waiting, self._abandoned = while_waiting, threading.Event()
         self._folder, self._keep, self._world = folder, keep, world
         self._partial = folder / f".partial-{world.of_first(os.getpid())}"
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -52,6 +67,7 @@ class Checkpointer:
             best=self.best,
             partial=self._partial,
             world=self._world,
+            between_files=self._check,
         )
         return error
 
@@ -65,6 +81,8 @@ class Checkpointer:
         writing, self._writing = self._writing, None
         if writing is None:
             return None
+        while wait([writing], timeout=WAITING_S).not_done:
+            self._while_waiting()
         try:
             writing.result()
         except UserError as error:
@@ -76,8 +94,16 @@ class Checkpointer:
         if newest := valid_checkpoints(self._folder):
             remove_old(self._folder, step_of(newest[0]), self._keep, self.best)
 
+    def _check(self) -> None:
+        if self._abandoned.is_set():
+            raise CancelledError
+
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._executor.shutdown(wait=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._abandoned.set()
+        # Whoever holds the run's lock frees it afterwards, when no thread may write there any more.
+        with held_back():
+            self._executor.shutdown(wait=True)

@@ -6,7 +6,7 @@ processes that have not ended 30 seconds after it was asked to stop.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tiny_onn.console import say
@@ -32,18 +32,20 @@ class StopRequest:
         self._world, self._noted = world, False
         self._received = False
         self._breakable = False
+        self._news: str | None = None
 
     def __bool__(self) -> bool:
         return self._received
 
     def agreed(self) -> bool:
         """Return True if any process was asked to stop; all of them call it at the same place."""
+        self.tell()
         if self._world.size > 1:
             self._received = self._world.any_true(self._noted)
         return self._received
 
     def note(self, number: int, _: object) -> None:
-        """Handle a signal.
+        """Handle a signal, of which `tell` prints a line later: the signal may interrupt a print.
 
         Raises:
             Stopped: the signal came during `breakable` work.
@@ -51,21 +53,32 @@ class StopRequest:
         """
         if not self.graceful:
             name = signal.Signals(number).name
-            say(f"Stopped by {name} before this run's first step; there is nothing new to save.")
+            self._news = (
+                f"Stopped by {name} before this run's first step; there is nothing new to save."
+            )
             raise KeyboardInterrupt
         if self._world.size > 1:
             self._noted = True
-            say("Stopping: all processes finish the current work, and finished steps are saved.")
+            self._news = (
+                "Stopping: all processes finish the current work, and finished steps are saved."
+            )
             return
         if self._received:
+            self._news = None
             raise KeyboardInterrupt
         self._received = True
-        say(
+        self._news = (
             "Stopping: the current work is abandoned and finished steps are saved; press Ctrl-C"
             " again to end without saving."
         )
         if self._breakable:
             raise Stopped
+
+    def tell(self) -> None:
+        """Print the line on a signal that has come, once."""
+        news, self._news = self._news, None
+        if news is not None:
+            say(news)
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
@@ -77,6 +90,7 @@ class StopRequest:
             yield
         finally:
             self._breakable = False
+            self.tell()
 
     def commit(self) -> None:
         """Let the rest of the breakable work run to its end, because it changes what is saved."""
@@ -87,9 +101,30 @@ class StopRequest:
 def stop_on_signal(world: World = ALONE) -> Iterator[StopRequest]:
     """Turn Ctrl-C and SIGTERM into a request to stop a run of some processes, in the context."""
     request = StopRequest(world)
-    previous = {s: signal.signal(s, request.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    with _handled(request.note):
+        try:
+            yield request
+        except KeyboardInterrupt:
+            request.tell()
+            raise
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of the context."""
+    came: list[int] = []
+    with _handled(lambda number, _: came.append(number)):
+        yield
+    for number in came:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Call the handler for Ctrl-C and SIGTERM in the context."""
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield request
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -176,22 +177,27 @@ class Trackers:
         # device stays the run's own affair.
         PartialState(cpu=True)
         ids: dict[str, str] = {}
-        for name in wanted:
-            kind = KINDS[name]
-            options = kind.options(folder, known.get(name), step, flat_settings(config))
-            tracker = LOGGER_TYPE_TO_CLASS[name](**options)
-            try:
-                tracker.start()
-            except errors_of(name) as error:
-                raise UserError(
-                    f"--track: {name} cannot begin ({reason_of(error)}); leave it out, or set it up"
-                ) from error
-            self._open[name], ids[name] = tracker, kind.id_of(tracker)
-            if name not in known:
-                _record_settings(name, tracker, config)
-            where = "goes on in" if name in known else "is tracked in"
-            say(f"{folder}: the run {where} {name} ({ids[name]})")
-        write_json(folder / TRACKERS_NAME, ids)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for name in wanted:
+                kind = KINDS[name]
+                options = kind.options(folder, known.get(name), step, flat_settings(config))
+                tracker = LOGGER_TYPE_TO_CLASS[name](**options)
+                try:
+                    tracker.start()
+                except errors_of(name) as error:
+                    raise UserError(
+                        f"--track: {name} cannot begin ({reason_of(error)}); leave it out, or set"
+                        " it up"
+                    ) from error
+                self._open[name] = tracker
+                ids[name] = kind.id_of(tracker)
+                if name not in known:
+                    _record_settings(name, tracker, config)
+                where = "goes on in" if name in known else "is tracked in"
+                say(f"{folder}: the run {where} {name} ({ids[name]})")
+            write_json(folder / TRACKERS_NAME, ids)
+            undo.pop_all()
 
     def log(self, record: Mapping[str, Any], only: str | None = None) -> None:
         """Hand the numbers of a record to all trackers; one that fails is left out from then on.

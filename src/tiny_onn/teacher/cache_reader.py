@@ -58,6 +58,10 @@ class TeacherCache:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-cache")
         self._index, self._shard = -1, None
 
+    def close(self) -> None:
+        """Compare no more shards, because no more rows are read; the program need not wait."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
     def check_run(self, config: RunConfig, rows_read: int = 0) -> None:
         """Refuse to serve a run that reads more rows, in whole steps, than the cache holds.
 
