@@ -301,7 +301,7 @@ arms.run_all(options, split_text.Parts(*[out] * 4))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_study_that_a_signal_ends_lets_its_runs_save_first(tmp_path, number):
     stand_in = tmp_path / "python"
     stand_in.write_text(SAVES_AT_A_SIGNAL.format(python=sys.executable))
