@@ -6,11 +6,11 @@ therefore settled on fragments of many documents. None of them is trained on, be
 is surer on the text that taught it.
 
 Tokens with more text before them activate fewer experts. On rows of 4,096 tokens of that text, a
-student of SmolLM2-135M with a mean k of 15.76 had 16.3 in the first 64 tokens of a document, 16.0
-up to 256, 15.8 up to 1,024 and 15.6 from 2,048 on (`experiments/budgets.py`). Short fragments of
-many documents give thresholds that are too high, and long ones of few documents give thresholds
-that are wrong by chance. So fragments are as long as leaves `LEAST_FRAGMENTS` of them, and where
-one goes on with a document, its first quarter is read and not counted.
+student of SmolLM2-135M with a mean k of 15.9 had 16.4 in the first 64 tokens of a document, 16.1 up
+to 256, 15.9 up to 1,024 and 15.8 beyond (`experiments/budgets.py`). Short fragments of many
+documents give thresholds that are too high, and long ones of few documents give thresholds that are
+wrong by chance. So fragments are as long as leaves `LEAST_FRAGMENTS` of them, and where one goes on
+with a document, its first quarter is read and not counted.
 """
 
 import math
