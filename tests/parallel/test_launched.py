@@ -64,6 +64,7 @@ def test_what_several_processes_cannot_do_is_told_by_the_first(
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("tiny_onn.cli.main.TELLING_S", 0.0)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert (told in error) == (rank == "0")
@@ -103,6 +104,7 @@ def test_the_first_process_without_a_gpu_tells_it(beyond, tells, monkeypatch, tm
     local_rank = torch.cuda.device_count() + beyond
     for name, value in {"WORLD_SIZE": "9", "RANK": "8", "LOCAL_RANK": str(local_rank)}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tiny_onn.cli.main.TELLING_S", 0.0)
     arguments = ["--set", "train.device=cuda", "--out", str(tmp_path / "run")]
     assert main(["distill", "--preset", "demo", *arguments]) == 2
     assert ("got local rank" in capsys.readouterr().err) == tells

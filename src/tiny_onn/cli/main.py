@@ -7,6 +7,7 @@ which take seconds to load, only after its arguments and settings are checked, s
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import tyro
@@ -26,6 +27,9 @@ from tiny_onn.cli.report import Report
 from tiny_onn.cli.watch import Watch
 from tiny_onn.config.launcher import is_first, num_processes
 from tiny_onn.errors import RankError, UserError, reason_line
+
+TELLING_S = 10.0
+"""Seconds for which a process that says nothing of an error waits for the one that does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +92,9 @@ def _run(verb: Callable[[], None]) -> int:
     except UserError as error:
         if is_first() or isinstance(error, RankError):
             _complain(f"error: {reason_line(error)}")
+        else:
+            # A launcher ends all processes when one has ended; the first one shall tell why before.
+            time.sleep(TELLING_S)
         return 2
     return 0
 
