@@ -47,6 +47,7 @@ from benchmarks.registry import Option, Result, benchmark
 from benchmarks.steps import random_dense, settings
 from tiny_onn.conversion.convert import convert
 from tiny_onn.ops.decode import KernelBlocks
+from tiny_onn.ops.regions import separate_compiled_code
 
 # Of the logits' norm; bfloat16 keeps 8 bits, and logits pass many layers. Rounding also swaps
 # experts of nearly equal logits, and with random weights any two experts are far from each other.
@@ -224,6 +225,7 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 )
 def run(arguments: argparse.Namespace) -> Result:
     """Run the parts; every record is printed and written at once."""
+    separate_compiled_code()
     device, smoke, ks = arguments.device, arguments.smoke, arguments.ks
     of_model = (arguments.batches, ks, arguments.treatments, arguments.model_ways)
     folder: Path | None = arguments.out

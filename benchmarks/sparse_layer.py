@@ -33,6 +33,7 @@ from benchmarks.common import Deadline, check, measure, relative_gap, runnable
 from benchmarks.registry import Goal, Option, Result, benchmark
 from tiny_onn.device import ask_for_same_bits
 from tiny_onn.ops import dense_masked, grouped, sparse
+from tiny_onn.ops.regions import separate_compiled_code
 from tiny_onn.ops.router_gradient import SmkStep
 from tiny_onn.ops.sparse_launches import Launches, Options, Tile, Tiles, list_tokens
 from tiny_onn.ops.surprise import SmkRule
@@ -191,6 +192,7 @@ def contenders(
     mlp: Any = layer.mlp()
     steps: dict[str, Callable[[], object]] = {"MLP": partial(layer.mlp_step, mlp, mlp.weights)}
     if compiled:
+        separate_compiled_code()
         fused: Any = torch.compile(layer.mlp())
         steps["MLP compiled"] = partial(layer.mlp_step, fused, mlp.weights)
     old = {"dense": dense_masked} | ({"grouped": grouped} if rule != "default" else {})

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import tempfile
-from getpass import getuser
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +14,6 @@ shape_types.install()
 
 # cuBLAS reads it when the GPU is first used; without it, its products may differ between runs.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-# torch keeps what it compiled for any instruction set in one folder, does not tell them apart, and
-# crashes or computes wrong numbers with another set's code.
-if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
-    folder = Path(tempfile.gettempdir()) / f"torchinductor_{getuser()}_{capability}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 # A shell starts background jobs with Ctrl-C ignored, and programs that tests start inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
