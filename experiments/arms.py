@@ -42,7 +42,7 @@ from typing import Any
 
 from experiments.arms_table import INTERRUPTED, RECORDS, Job, job_of, read_records, show, table
 from experiments.options import parser
-from experiments.split_text import Parts, split
+from experiments.split_text import Parts, split, tiny_text
 from tiny_onn.config.read import load_config
 
 TOKENS = 1_998_848
@@ -294,9 +294,7 @@ def main(argv: Sequence[str]) -> int:
 def fill_in(arguments: argparse.Namespace, folder: Path) -> None:
     """Give a tiny run what it needs, as far as it is not given."""
     if arguments.text is None:
-        arguments.text = folder / "text.jsonl"
-        lines = [f"{n}. The {n % 7} foxes jump over {n % 5} lazy dogs. " * 8 for n in range(400)]
-        arguments.text.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+        arguments.text = tiny_text(folder)
     if arguments.teacher == "embedded":
         # Whoever only starts runs shall not wait for torch.
         from experiments.blockwise import tiny_teacher  # noqa: PLC0415

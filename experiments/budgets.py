@@ -12,7 +12,7 @@ sources (`unseen`).
 run. `--settling-tokens` is how much text settles thresholds. The ways are `training text` (rows
 behind the calibration rows), `own documents` (`data.settling_fraction`) and `sequence` (the same,
 and the thresholds follow each sequence: `routing_controller`, which takes its thresholds from the
-student's table of budgets). With `own documents` the record also has mean k by place in a document.
+student's table of budgets). The record also has mean k by place in a document.
 The record is `results/budgets.json`; it ends in one JSON line.
 """
 
@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from benchmarks.common import ROOT, environment
 from docs.tools import pages
 from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS, parser, results_folder
-from experiments.split_text import split
+from experiments.split_text import split, tiny_text
 from tiny_onn.config.read import load_config, override
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, prepare
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.data.rows import text_rows
+from tiny_onn.data.rows import evenly, text_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.loop import run_distill
@@ -63,43 +63,31 @@ SMOKE = (
 )
 
 
-def sample(rows: Iterable[PackedRow], device: torch.device, number: int) -> list[PackedRow]:
-    """So many of the rows, evenly from all of them."""
-    every = list(rows)
-    number = min(number, len(every))
-    return [every[i * len(every) // number].to(device) for i in range(number)]
-
-
 @torch.no_grad()
-def measured(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> dict[str, float | None]:
-    """Mean k over the rows, with its standard error over documents."""
+def measured(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> dict[str, Any]:
+    """Mean k over the rows, its standard error over documents, and mean k by place.
+
+    A token's place is the number of tokens of its document before it.
+    """
     banks = student.banks()
     stats, documents = RoutingStats.zeros(banks), DocumentK()
+    bounds, sums_2P = torch.tensor(PLACES[1:]), torch.zeros(2, len(PLACES), dtype=torch.float64)
     for row in rows:
         with recorded_routings(banks) as routings:
             last_hidden_states(student, row.input_ids, **packed_kwargs(row))
         stats.add(routings, row)
         documents.add(routings, row)
-    return {"mean_k": stats.summary()["mean_k"], "standard_error": documents.standard_error()}
-
-
-@torch.no_grad()
-def by_place(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> list[dict[str, float]]:
-    """Mean k of tokens by the number of tokens of their document before them."""
-    bounds, banks = torch.tensor(PLACES[1:]), student.banks()
-    sums_2P = torch.zeros(2, len(PLACES), dtype=torch.float64)
-    for row in rows:
-        with recorded_routings(banks) as routings:
-            last_hidden_states(student, row.input_ids, **packed_kwargs(row))
         k_T = torch.stack([r.active.sum(-1) for r in routings]).double().mean(0).cpu()
         mask_T = row.router_mask[0].double().cpu()
         place_T = torch.bucketize(row.position_ids[0].cpu(), bounds, right=True)
         sums_2P.index_add_(1, place_T, torch.stack([k_T * mask_T, mask_T]))
-    return [
+    places = [
         {"from": place, "mean_k": float(k / n), "share": float(n / sums_2P[1].sum())}
         for place, k, n in zip(PLACES, *sums_2P, strict=True)
         if n
     ]
+    mean_k, error = stats.summary()["mean_k"], documents.standard_error()
+    return {"mean_k": mean_k, "standard_error": error, "places": places}
 
 
 def rows_of(
@@ -126,10 +114,7 @@ def rows_of(
                 else:
                     fit_eval_thresholds(student, settling)
                 for text, rows in texts.items():
-                    found = {"way": way, "budget": budget, "text": text, **measured(student, rows)}
-                    if way == "own documents":
-                        found["places"] = by_place(student, rows)
-                    yield found
+                    yield {"way": way, "budget": budget, "text": text, **measured(student, rows)}
         student.routing_controller = "none"
 
 
@@ -153,7 +138,9 @@ def made(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     number = max(1, arguments.eval_tokens // data.row_tokens)
     paths = {"mixed": parts.report, "unseen": parts.unseen}
     texts = {
-        name: sample(text_rows(path, prepared.tokenizer, data, 2**40), device, number)
+        name: [
+            r.to(device) for r in evenly(text_rows(path, prepared.tokenizer, data, 2**40), number)
+        ]
         for name, path in paths.items()
         if path is not None
     }
@@ -192,7 +179,7 @@ def render(record: dict[str, Any] | None) -> str:
         off = f"{mean / k - 1:+.1%}".replace("%", " %")
         lines.append(f"| {row['way']} | {row['text']} | {k:g} | {mean:.2f} | {off} | {shown} |")
     for row in record["rows"]:
-        if "places" in row:
+        if row["way"] == "own documents":
             places = ", ".join(f"{p['mean_k']:.2f} from {p['from']:,}" for p in row["places"])
             lines += ["", f"Mean k by tokens before in the document, {row['text']}: {places}."]
     return "\n".join(lines) + "\n"
@@ -208,9 +195,7 @@ def filled(text: str) -> str:
 def fill_in(arguments: argparse.Namespace, folder: Path) -> None:
     """Give a run without text a little of it, and a tiny run little to do."""
     if arguments.text is None:
-        arguments.text = folder / "text.jsonl"
-        lines = [f"{n}. The {n % 7} foxes jump over {n % 5} lazy dogs. " * 8 for n in range(400)]
-        arguments.text.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+        arguments.text = tiny_text(folder)
     if arguments.smoke:
         arguments.teacher = tiny_teacher(folder / "teacher")
         arguments.eval_tokens = arguments.settling_tokens = 1024

@@ -85,6 +85,14 @@ def split(path: Path, folder: Path, unseen_sources: Sequence[str] = ()) -> Parts
     return parts
 
 
+def tiny_text(folder: Path) -> Path:
+    """A file of 400 short documents in the folder, for runs that only show that they work."""
+    path = folder / "text.jsonl"
+    lines = [f"{n}. The {n % 7} foxes jump over {n % 5} lazy dogs. " * 8 for n in range(400)]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    return path
+
+
 def is_reported(digest: bytes) -> bool:
     """Whether a document of this SHA-256 is reported on."""
     return int.from_bytes(digest[:8], "big") >= (1 - REPORTED_SHARE) * 2**64

@@ -1,6 +1,7 @@
 """The choice of the packed rows for calibration, training and evaluation."""
 
 import itertools
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def text_rows(
             "nothing can be predicted in one token"
         )
     return rows
+
+
+def evenly(rows: Sequence[PackedRow], number: int) -> list[PackedRow]:
+    """Return so many of the rows, or all if they are fewer, at equal distances."""
+    number = min(number, len(rows))
+    return [rows[i * len(rows) // number] for i in range(number)]
 
 
 def reworded_for_text(problem: str) -> str:

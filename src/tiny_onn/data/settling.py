@@ -13,7 +13,6 @@ wrong by chance. So fragments are as long as leaves `LEAST_FRAGMENTS` of them, a
 with a document, its first quarter is read and not counted.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
@@ -83,8 +82,8 @@ def fragment_tokens(tokens: int, row_tokens: int) -> int:
     It is the largest power of two that leaves `LEAST_FRAGMENTS`, from `SHORTEST` to `LONGEST`, and
     no longer than a row.
     """
-    largest = 2 ** int(math.log2(max(1, tokens // LEAST_FRAGMENTS)))
-    return min(max(SHORTEST, largest), LONGEST, row_tokens)
+    most = max(SHORTEST, tokens // LEAST_FRAGMENTS)
+    return min(2 ** (most.bit_length() - 1), LONGEST, row_tokens)
 
 
 def without_lead(row: PackedRow) -> PackedRow:

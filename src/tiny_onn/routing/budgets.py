@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tiny_onn.config.schema import BudgetScope
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow, joined
+from tiny_onn.data.rows import evenly
 from tiny_onn.errors import UserError
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
@@ -59,7 +60,9 @@ def fill_threshold_tables(
     banks = student.banks()
     if not banks[0].router.rule.has_budget:
         return
-    row = joined(_some_of(rows)).to(banks[0].router.weight.device)
+    # The rows come sorted by their source, so that the first ones would be of one source.
+    some = evenly(rows, -(-TABLE_TOKENS // rows[0].labels.numel()))
+    row = joined(some).to(banks[0].router.weight.device)
     num_experts = banks[0].router.weight.shape[0]
     least = banks[0].router.rule.num_shared + 1
     passes = sorted({max(least, round(num_experts * share)) for share in PASSES})
@@ -114,15 +117,6 @@ def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
         )
     for bank in student.banks():
         bank.router.set_budget(budget)
-
-
-def _some_of(rows: Sequence[PackedRow]) -> list[PackedRow]:
-    """Return rows of `TABLE_TOKENS` tokens or more, if there are so many, evenly from all rows.
-
-    The rows come sorted by their source, so that the first ones would be of one source.
-    """
-    number = min(len(rows), -(-TABLE_TOKENS // rows[0].labels.numel()))
-    return [rows[i * len(rows) // number] for i in range(number)]
 
 
 @contextmanager
