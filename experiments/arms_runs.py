@@ -3,6 +3,7 @@
 `arms.py` starts it as a process and hands over the run as JSON.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from tiny_onn.config.read import load_config
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, partition, prepare, read_inputs
 from tiny_onn.conversion.sharing import order_of_first
-from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.packing import PackedRow, joined
 from tiny_onn.data.rows import text_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
@@ -44,24 +45,30 @@ from tiny_onn.teacher.held_out import HeldOut
 # Budgets around the target at which a student is measured, as shares of the target.
 AROUND = (0.94, 1.06)
 # Documents differ in the experts that they take, so that k is counted on more text than KL.
-K_TEXT = 4
+K_TEXT = 7
+# So many rows are measured at once, which keeps a GPU busy. Documents stay apart.
+ROWS_AT_ONCE = 8
 
 
 def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Tensor] | None:
     """The partition, read from the folder if a run of the same teacher, text and seed left it."""
     experts = config.experts
-    parts = (experts.init, experts.num_experts, experts.calibration_tokens, config.train.seed)
+    sizes = (experts.num_experts, experts.num_shared, experts.calibration_tokens)
+    parts = (experts.init, *sizes, config.train.seed)
     # A learned partition is cut for a number of active experts.
     key = "-".join(map(str, (*parts, f"{config.router.target_k:g}")))
     path = folder / f"order-{key}.safetensors"
-    if path.is_file():
-        stored = load_file(path)
-        return [stored[str(index)] for index in range(len(stored))]
-    order = partition(config, inputs)
-    if order is not None:
-        temporary = path.with_suffix(f".{os.getpid()}")
-        save_file({str(i): o.cpu().contiguous() for i, o in enumerate(order)}, temporary)
-        temporary.rename(path)
+    with path.with_suffix(".lock").open("w") as lock:
+        # Runs that start together wait for the first, so that all begin with the same student.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.is_file():
+            stored = load_file(path)
+            return [stored[str(index)] for index in range(len(stored))]
+        order = partition(config, inputs)
+        if order is not None:
+            temporary = path.with_suffix(f".{os.getpid()}")
+            save_file({str(i): o.cpu().contiguous() for i, o in enumerate(order)}, temporary)
+            temporary.rename(path)
     return order
 
 
@@ -77,17 +84,17 @@ def measured(
     `settling` is the text on which thresholds are settled.
     """
     student, tokenizer = prepared.student, prepared.tokenizer
-    rows = text_rows(path, tokenizer, config.data, max_tokens)
-    held_out = HeldOut(prepared.teacher, rows)
+    rows = text_rows(path, tokenizer, config.data, K_TEXT * max_tokens)
+    few = rows[: max(1, max_tokens // config.data.row_tokens)]
+    held_out = HeldOut(prepared.teacher, at_once(few))
     deployed = evaluate(student, held_out, config.loss)
     points = [(deployed.mean_k, deployed.forward_kl, deployed.student_nll)]
     routers, k = [bank.router for bank in student.banks()], config.router.target_k
     before = [router.settled.clone() for router in routers]
     counted = None
     if routers[0].rule.has_budget:
-        more = text_rows(path, tokenizer, config.data, K_TEXT * max_tokens)
         with eval_mode(student):
-            counted = counted_k(student, [row.to(student.device) for row in more])
+            counted = counted_k(student, [row.to(student.device) for row in at_once(rows)])
         for share in AROUND:
             rules = [replace(router.rule, target_k=k * share) for router in routers]
             with temporary_rules(routers, rules):
@@ -104,6 +111,12 @@ def measured(
         "points": [list(point[:2]) for point in points],
         "counted": counted,
     }
+
+
+def at_once(rows: Sequence[PackedRow]) -> list[PackedRow]:
+    """The rows, `ROWS_AT_ONCE` of them joined to one."""
+    starts = range(0, len(rows), ROWS_AT_ONCE)
+    return [joined(rows[start : start + ROWS_AT_ONCE]) for start in starts]
 
 
 def numbers(evaluation: dict[str, Any]) -> dict[str, float]:
@@ -144,7 +157,8 @@ def run_low_rank(
 
     paths = {"report": parts.report, "unseen": parts.unseen}
     texts = {
-        name: path and found(HeldOut(dense, text_rows(path, tokenizer, config.data, report_tokens)))
+        name: path
+        and found(HeldOut(dense, at_once(text_rows(path, tokenizer, config.data, report_tokens))))
         for name, path in paths.items()
     }
     after = compare(student, choose, config.loss)
@@ -185,7 +199,7 @@ def run(
     if not world.first:
         return None
     started = time.monotonic()
-    settling = threshold_rows(config, prepared.tokenizer, prepared.student.device)
+    settling = at_once(threshold_rows(config, prepared.tokenizer, prepared.student.device))
     report = measured(config, prepared, parts.report, report_tokens, settling)
     unseen = parts.unseen and measured(config, prepared, parts.unseen, report_tokens, settling)
     measuring = time.monotonic() - started
@@ -206,7 +220,7 @@ def run(
         },
         "report": report,
         "unseen": unseen,
-        "settled_on": {"rows": len(settling), "tokens": sum(r.labels.numel() for r in settling)},
+        "settled_on": {"tokens": sum(r.labels.numel() for r in settling)},
         "settings": [*settings],
         "environment": environment(str(pick_device(config.train.device))),
     }

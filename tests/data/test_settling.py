@@ -85,6 +85,15 @@ def test_thresholds_see_short_fragments_of_many_documents(corpus, tokenizer):
     assert sum(len(row.cu_seqlens) - 1 for row in rows) > 4096 // SHORTEST
 
 
+@pytest.mark.parametrize("fraction", [0.2, 0.0])
+def test_the_text_to_settle_on_may_be_more_than_calibration_reads(corpus, tokenizer, fraction):
+    config = settings(corpus, fraction=fraction, tokens=2048, settling_tokens=5120)
+    rows = threshold_rows(config, tokenizer, CPU)
+    assert sum(row.labels.numel() for row in rows) == 5120
+    read = calibration_rows(change(config, experts={"gate_init": "ridge"}), tokenizer, CPU)
+    assert not any(torch.equal(row.input_ids, other.input_ids) for row in rows for other in read)
+
+
 @pytest.mark.parametrize(
     ("tokens", "row_tokens", "expected"),
     [
@@ -137,6 +146,11 @@ def test_joined_rows_keep_their_documents_apart(corpus, tokenizer):
     row = joined(rows)
     assert torch.equal(row.input_ids, torch.cat([r.input_ids for r in rows], dim=1))
     assert row.cu_seqlens.diff().tolist() == [n for r in rows for n in r.cu_seqlens.diff().tolist()]
+    assert row.origins == tuple(origin for r in rows for origin in r.origins)
+    padded = build_row([[1, 2, 3]], row_tokens=8, pad_token_id=0, origins=[Origin("a", 0, 0)])
+    assert joined([rows[0], padded]).origins == (*rows[0].origins, Origin("a", 0, 0))
+    # Nothing says where the padding in the middle came from.
+    assert joined([padded, rows[0]]).origins == ()
 
 
 def test_shares_that_leave_no_training_text_are_refused(corpus):

@@ -15,16 +15,21 @@ from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.evaluation.frontier import default_budgets
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing import budgets
-from tiny_onn.routing.budgets import fill_threshold_tables, set_budget
+from tiny_onn.routing.budgets import (
+    fill_threshold_tables,
+    fit_eval_thresholds,
+    join_tables_to_settled,
+    set_budget,
+)
 from tiny_onn.teacher.held_out import HeldOut
 
 S = 2
 LENGTHS = [40, 64, 30, 50, 33] * 12
 
 
-def make_measured(form="threshold", scope: BudgetScope = "layer"):
+def make_measured(form="threshold", scope: BudgetScope = "layer", **routing):
     """A student whose gates choose by token, its table filled, and rows it has not seen."""
-    student = make_student(make_dense(), budget_form=form)
+    student = make_student(make_dense(), budget_form=form, **routing)
     with torch.no_grad():
         for bank in student.banks():
             bank.router.weight.mul_(30)
@@ -77,6 +82,37 @@ def test_tables_are_measured_on_rows_of_all_the_text(monkeypatch):
     fill_threshold_tables(student, rows)
     for bank, table in zip(student.banks(), expected, strict=True):
         assert torch.equal(bank.router.threshold_table, table)
+
+
+@pytest.mark.parametrize("target", [4.0, 4.5])
+def test_tables_agree_with_the_settled_thresholds(target):
+    student, rows = make_measured(target_k=target)
+    fit_eval_thresholds(student, rows)
+    settled = [bank.router.settled.clone() for bank in student.banks()]
+    few = [bank.router.threshold_table.clone() for bank in student.banks()]
+    join_tables_to_settled(student)
+    for bank, before in zip(student.banks(), few, strict=True):
+        table = bank.router.threshold_table
+        assert (table.diff() <= 0).all()
+        torch.testing.assert_close(table[3] / before[3], table[5] / before[5])
+        assert not torch.equal(table, before)
+    set_budget(student, target)
+    for bank, threshold in zip(student.banks(), settled, strict=True):
+        torch.testing.assert_close(bank.router.settled, threshold)
+    for budget in (8.0, 6.0, 3.0, 2.0, 1.0):
+        set_budget(student, budget)
+        assert mean_k_of(student, rows) == pytest.approx(budget, rel=0.05), budget
+
+
+@pytest.mark.parametrize("settled", [0.0, -1.0, 1e-30, 0.9])
+def test_no_settled_threshold_spoils_a_table(settled):
+    student, _ = make_measured(target_k=6.0)
+    for bank in student.banks():
+        bank.router.settled.fill_(settled)
+    join_tables_to_settled(student)
+    for bank in student.banks():
+        assert (bank.router.threshold_table.diff() <= 0).all()
+        assert bank.router.threshold_table.isfinite().all()
 
 
 def test_thresholds_fall_with_k():

@@ -39,7 +39,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value >= 0,
         "experts.expert_dim loss.chunk_tokens train.ffn_chunk_tokens train.eval_every_tokens"
         " train.save_every_tokens train.stats_every_steps train.seed train.blockwise_tokens"
-        " router.reseed_every_steps router.revive_after_steps experts.num_shared",
+        " router.reseed_every_steps router.revive_after_steps experts.num_shared"
+        " data.settling_tokens",
     ),
     ("a number >= 1", lambda value: value >= 1, "router.target_k"),
     ("a number > 0", lambda value: value > 0, "loss.temperature optim.eps optim.clip_norm"),

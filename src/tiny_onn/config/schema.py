@@ -104,9 +104,8 @@ class ExpertsConfig:
     calibration_tokens: int = 8192
     """The number of training tokens read as calibration text: for every `init` but `random`,
     `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge`
-    gates, the `static` control, `keep_massive`, the `mean` compensation and the blockwise stage. A
-    budget settles its thresholds before each evaluation on as many tokens of other text
-    (`data.settling_fraction`)."""
+    gates, the `static` control, `keep_massive`, the `mean` compensation and the blockwise
+    stage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,6 +254,9 @@ class DataConfig:
     """The share of documents kept out of training to settle a budget's evaluation thresholds on,
     chosen by the same hash. 0, or a share that leaves no document: they are settled on training
     text, on which a taught gate is surer than on other text."""
+    settling_tokens: int = 0
+    """The number of tokens of it on which thresholds are settled before each evaluation. 0: as many
+    as `experts.calibration_tokens`."""
     eval_tokens: int = 8192
     """The number of held-out tokens read in each evaluation."""
 

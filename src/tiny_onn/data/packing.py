@@ -144,11 +144,15 @@ def build_row(
 
 
 def joined(rows: Sequence[PackedRow]) -> PackedRow:
-    """Return one row that holds the fragments of several rows in order."""
+    """Return one row that holds the fragments of several rows in order.
+
+    Their origins are kept if only the last row has padding: padding between fragments has none.
+    """
     bounds, offset = [torch.zeros(1, dtype=torch.int32, device=rows[0].cu_seqlens.device)], 0
     for row in rows:
         bounds.append(row.cu_seqlens[1:] + offset)
         offset += row.labels.numel()
+    known = all(len(row.origins) == len(row.cu_seqlens) - 1 for row in rows[:-1])
     return PackedRow(
         input_ids=torch.cat([row.input_ids for row in rows], dim=1),
         position_ids=torch.cat([row.position_ids for row in rows], dim=1),
@@ -157,6 +161,7 @@ def joined(rows: Sequence[PackedRow]) -> PackedRow:
         labels=torch.cat([row.labels for row in rows], dim=1),
         loss_mask=torch.cat([row.loss_mask for row in rows], dim=1),
         router_mask=torch.cat([row.router_mask for row in rows], dim=1),
+        origins=tuple(origin for row in rows for origin in row.origins) if known else (),
     )
 
 

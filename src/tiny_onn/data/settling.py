@@ -41,12 +41,11 @@ def threshold_rows(
 ) -> list[PackedRow]:
     """Return rows of fragments on which a budget's thresholds are settled; none without a budget.
 
-    They hold about `experts.calibration_tokens` tokens of the settling split or, if it holds no
-    text, of the training text behind the calibration rows.
+    They hold about `data.settling_tokens` tokens of the settling split or, if it holds no text, of
+    the training text behind the calibration rows.
     """
     if not has_budget(config.router):
         return []
-    wanted = num_calibration_rows(config)
     if config.data.settling_fraction:
         try:
             rows = _settling_rows(config, tokenizer)
@@ -60,13 +59,19 @@ def threshold_rows(
         else:
             return [row.to(device) for row in rows]
     stream = training_rows(config, tokenizer)
-    rows = [next(stream) for _ in range(2 * wanted)][wanted:]
+    read, wanted = num_calibration_rows(config), -(-_tokens(config) // config.data.row_tokens)
+    rows = list(islice(stream, read, read + wanted))
     return [row.to(device) for row in rows]
+
+
+def _tokens(config: RunConfig) -> int:
+    """Return the number of tokens to settle on."""
+    return config.data.settling_tokens or config.experts.calibration_tokens
 
 
 def _settling_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[PackedRow]:
     """Return fragments of the settling split, in rows of about the length of training's."""
-    row_tokens, tokens = config.data.row_tokens, config.experts.calibration_tokens
+    row_tokens, tokens = config.data.row_tokens, _tokens(config)
     length = fragment_tokens(tokens, row_tokens)
     stream = TokenStream(config.data, tokenizer, split="settling", seed=0, row_tokens=length)
     taken = spread(stream, -(-tokens // length))

@@ -202,8 +202,8 @@ def _held_out_budget(last: Record, config: RunConfig) -> Iterator[Finding]:
             "held_out_k",
             f"held-out tokens have {last['mean_k']:.2f} experts on average, with a standard error"
             f" of {error:.2f} over documents; the target is {target:g}",
-            "the thresholds were settled on other text: raise data.settling_fraction or"
-            " experts.calibration_tokens, or let the student follow each sequence"
+            "the thresholds were settled on other text: raise data.settling_tokens or"
+            " data.settling_fraction, or let the student follow each sequence"
             ' (routing_controller = "sequence")',
         )
 

@@ -36,7 +36,7 @@ from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.planning.advice import explain_out_of_memory
-from tiny_onn.routing.budgets import fill_threshold_tables
+from tiny_onn.routing.budgets import fill_threshold_tables, join_tables_to_settled
 from tiny_onn.routing.steering import fitted_eval_thresholds
 from tiny_onn.runs.checkpoint import valid_checkpoints, way_on
 from tiny_onn.runs.checkpointer import Checkpointer
@@ -241,6 +241,7 @@ class _Run:
         student.train(False)
         with status(f"{self.title}: saving the student"):
             fill_threshold_tables(student, self.threshold_rows, scope)
+            join_tables_to_settled(student)
             save_student(out / "student", self.prepared, self.world)
             if self.world.first:
                 summary = self.state.summary(after, self.training.config, self.checkpoints)
@@ -251,8 +252,7 @@ class _Run:
         """Evaluate after the last step; return None if a stopped run leaves it out."""
         if not self.state.step:
             return self.state.before
-        too_long = self.world.any_true(self.eval_seconds > EVALUATION_PATIENCE_S)
-        if self.stop.agreed() and too_long:
+        if self.stop.agreed() and self.world.any_true(self.eval_seconds > EVALUATION_PATIENCE_S):
             why = f"because it may take more than {EVALUATION_PATIENCE_S:g} s"
             say(f"{self.title}: the last evaluation is left out, {why}")
             return None

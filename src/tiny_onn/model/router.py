@@ -275,11 +275,14 @@ class Router(nn.Module):
                 " distill --resume --out RUN`, which measures them"
             )
         self.rule = replace(self.rule, target_k=float(budget))
-        if not self.rule.has_budget:
-            return
-        below = math.floor(budget)
-        low, high = (self.threshold_table[k - 1] for k in (below, math.ceil(budget)))
-        self.settled.copy_(low + (budget - below) * (high - low))
+        if self.rule.has_budget:
+            self.settled.copy_(self.table_threshold())
+
+    def table_threshold(self) -> Float[Tensor, ""]:
+        """Return the table's threshold for the rule's budget, interpolated between whole ones."""
+        below, above = math.floor(self.rule.target_k), math.ceil(self.rule.target_k)
+        low, high = self.threshold_table[below - 1], self.threshold_table[above - 1]
+        return low + (self.rule.target_k - below) * (high - low)
 
 
 def follow_sequences(routers: Sequence[Router], sequences: Sequences | None) -> None:

@@ -89,6 +89,22 @@ def fill_threshold_tables(
         bank.router.threshold_table[-1] = -1.0
 
 
+@torch.no_grad()
+def join_tables_to_settled(student: TinyOnnForCausalLM) -> None:
+    """Multiply each table by what gives it the settled threshold at the student's own budget.
+
+    Evaluation thresholds are settled on more text than tables are measured on, and text that is
+    dearer than other text is so at every budget.
+    """
+    for router in (bank.router for bank in student.banks()):
+        table_E, least = router.threshold_table, router.rule.num_shared + 1
+        if router.rule.has_budget and least < router.rule.target_k <= len(table_E) - 1:
+            factor = router.settled / router.table_threshold()
+            # A threshold of 0 or less, where experts are almost never or always on, has no factor.
+            if 0 < factor < float("inf"):
+                table_E[least:-1] = (table_E[least:-1] * factor).clamp(max=1.0)
+
+
 def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
     """Let the student use `budget` experts a token: on average if it has a threshold, else exactly.
 
