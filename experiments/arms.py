@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.arms_table import INTERRUPTED, RECORDS, Job, job_of, read_records, show, table
-from experiments.options import parser
+from experiments.options import mistakes_told, parser
 from experiments.split_text import Parts, split, tiny_text
 from tiny_onn.config.read import load_config
 
@@ -313,4 +313,5 @@ def fill_in(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with mistakes_told():
+        sys.exit(main(sys.argv[1:]))

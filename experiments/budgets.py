@@ -13,14 +13,15 @@ run. `--settling-tokens` is how much text settles thresholds. The ways are `trai
 behind the calibration rows), `own documents` (`data.settling_fraction`) and `sequence` (the same,
 and the thresholds follow each sequence: `routing_controller`, which takes its thresholds from the
 student's table of budgets). The record also has mean k by place in a document.
-The record is `results/budgets.json`; it ends in one JSON line.
+The record is `results/budgets.json`, which grows with each measurement; the last line printed is
+its rows in JSON.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import torch
 from benchmarks.common import ROOT, environment
 from docs.tools import pages
 from experiments.blockwise import tiny_teacher
-from experiments.options import RESULTS, parser, results_folder
+from experiments.options import RESULTS, mistakes_told, parser, results_folder
 from experiments.split_text import split, tiny_text
 from tiny_onn.config.read import load_config, override
 from tiny_onn.config.schema import RunConfig
@@ -40,6 +41,7 @@ from tiny_onn.data.rows import evenly, text_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.loop import run_distill
+from tiny_onn.errors import UserError
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import recorded_routings
@@ -48,6 +50,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import fill_threshold_tables, fit_eval_thresholds, set_budget
 from tiny_onn.routing.document_k import DocumentK
 from tiny_onn.routing.statistics import RoutingStats
+from tiny_onn.runs.files import write_atomically
 
 NAME = "budgets.json"
 PAGE = ROOT / "docs" / "scale.md"
@@ -96,7 +99,7 @@ def rows_of(
     texts: dict[str, list[PackedRow]],
     ways: Sequence[str],
     budgets: Sequence[float],
-) -> Any:
+) -> Iterator[dict[str, Any]]:
     """Yield what every way of settling gives at every budget on every text."""
     student = prepared.student.eval()
     routers = [bank.router for bank in student.banks()]
@@ -118,9 +121,27 @@ def rows_of(
         student.routing_controller = "none"
 
 
-def made(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Convert, train if asked for, settle and count; the lines are printed on the way."""
-    parts = split(arguments.text, folder, arguments.unseen)
+def check_budgets(budgets: Sequence[float], config: RunConfig) -> None:
+    """Refuse a budget that the student's routers cannot have, before the work on the others.
+
+    Raises:
+        UserError: A budget is outside S + 1 ... E, where S of E experts are shared.
+    """
+    least, most = config.experts.num_shared + 1, config.experts.num_experts
+    if bad := [f"{budget:g}" for budget in budgets if not least <= budget <= most]:
+        raise UserError(
+            f"--budgets: got {', '.join(bad)}, expected {least} to {most} (experts.num_shared + 1"
+            " to experts.num_experts); choose budgets in between"
+        )
+
+
+def made(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Convert, train if asked for, settle and count; yield the measurements and print them.
+
+    Raises:
+        UserError: A budget, the text or a setting is unfit.
+    """
+    parts = split(arguments.text, folder, arguments.unseen, unseen_option="--unseen")
     overrides = [
         f"teacher.path={json.dumps(str(arguments.teacher))}",
         f"data.sources={json.dumps([str(parts.learn)])}",
@@ -131,6 +152,7 @@ def made(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         *arguments.set,
     ]
     config = prepare_device(load_config(None, "demo", overrides))[0]
+    check_budgets(arguments.budgets, config)
     prepared = prepare(config)
     if arguments.tokens:
         run_distill(config, out=folder / "run", prepared=prepared)
@@ -147,9 +169,7 @@ def made(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     settled = replace(
         config, experts=replace(config.experts, calibration_tokens=arguments.settling_tokens)
     )
-    rows = []
     for row in rows_of(settled, prepared, texts, arguments.ways, arguments.budgets):
-        rows.append(row)
         error, budget = row["standard_error"], row["budget"]
         shown = "unknown" if error is None else f"{error / budget:.1%}"
         print(
@@ -157,7 +177,7 @@ def made(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             f" ({row['mean_k'] / budget - 1:+.1%}), standard error {shown}",
             flush=True,
         )
-    return rows
+        yield row
 
 
 def render(record: dict[str, Any] | None) -> str:
@@ -215,23 +235,28 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
     arguments = options.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        fill_in(arguments, Path(folder))
-        rows = made(arguments, Path(folder))
-    settings = {
-        **{name: getattr(arguments, name) for name in ("unseen", "tokens", "seed", "set")},
-        "teacher": Path(arguments.teacher).name,
-        "text": Path(arguments.text).name,
-        "eval_tokens": arguments.eval_tokens,
-        "settling_tokens": arguments.settling_tokens,
-    }
-    record = {"settings": settings, "rows": rows, "environment": environment(arguments.device)}
-    if (folder := results_folder(arguments)) is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record["rows"]))
+    if (out := results_folder(arguments)) is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        fill_in(arguments, Path(temporary))
+        settings = {
+            **{name: getattr(arguments, name) for name in ("unseen", "tokens", "seed", "set")},
+            "teacher": Path(arguments.teacher).name,
+            "text": Path(arguments.text).name,
+            "eval_tokens": arguments.eval_tokens,
+            "settling_tokens": arguments.settling_tokens,
+        }
+        for row in made(arguments, Path(temporary)):
+            rows.append(row)
+            place = environment(arguments.device)
+            record = {"settings": settings, "rows": rows, "environment": place}
+            if out is not None:
+                write_atomically(out / NAME, json.dumps(record, indent=1) + "\n")
+    print(json.dumps(rows))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with mistakes_told():
+        sys.exit(main())

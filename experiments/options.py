@@ -1,9 +1,12 @@
 """The options that all studies have, and where their records are."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.common import ROOT
+from tiny_onn.errors import UserError, reason_line
 
 RESULTS = ROOT / "experiments" / "results"
 
@@ -20,6 +23,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="folder of the JSON record; default: experiments/results, with --smoke none",
     )
     return options
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """End the program with one line about a user's mistake, and status 1."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"error: {reason_line(error)}") from error
 
 
 def results_folder(arguments: argparse.Namespace) -> Path | None:

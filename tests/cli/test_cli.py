@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -34,6 +35,16 @@ VERBS = (
     "export",
     "config",
 )
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Handle signals after each test as before it; an interrupted program does no more."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def run_cli(*arguments, cwd=None):
@@ -506,6 +517,42 @@ def test_interrupt_exits_with_130_and_one_line(stand_in, capsys):
     stand_in("studies.demo", "run_demo", KeyboardInterrupt())
     assert status_of(["demo", "--out", "x"]) == 130
     assert capsys.readouterr().err == "tiny-onn: interrupted\n"
+
+
+# Signals come while the interpreter waits for a thread, and while it calls functions at its exit.
+INTERRUPTED = """
+import atexit, os, signal, sys, threading, time
+from tiny_onn.cli import main as cli
+
+def send():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+
+def work():
+    returned.wait()
+    send()
+    time.sleep({seconds})
+
+def interrupt(_):
+    threading.Thread(target=work).start()
+    raise KeyboardInterrupt
+
+returned = threading.Event()
+atexit.register(send)
+cli._run, cli.ENDING_S = interrupt, {ending}
+status = cli.main(["config"])
+returned.set()
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(("ending", "seconds"), [(60, 0), (0, 60)])
+def test_signals_after_an_interrupt_leave_the_end_alone_unless_it_takes_long(ending, seconds):
+    code = INTERRUPTED.format(ending=ending, seconds=seconds)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "tiny-onn: interrupted\n")
 
 
 def test_run_that_stopped_early_exits_with_130(stand_in, capsys):

@@ -111,7 +111,7 @@ BAD = [
     ({"prompt": "hi", "completion": 3}, "'completion' holds int, expected text"),
     ({"prompt": "hi", "completion": None}, "'completion' holds null, expected text"),
     ({"prompt": [ASK], "completion": "yo"}, "'prompt' holds list, expected text"),
-    ({"prompt": "hi"}, "got 'text', expected one of: prompt; correct it"),
+    ({"prompt": "hi"}, "one of: prompt; correct the setting, or the row if other rows have 'text'"),
 ]
 
 

@@ -19,6 +19,7 @@ from tiny import write_run
 from tiny_onn.console import say
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.runs import checkpoint as checkpoint_module
+from tiny_onn.runs import signals as signals_module
 from tiny_onn.runs.checkpoint import Snapshot
 from tiny_onn.runs.checkpointer import Checkpointer
 from tiny_onn.runs.folder import create_run_folder
@@ -127,6 +128,29 @@ def test_a_handler_prints_nothing_and_the_line_comes_once(capsys):
         assert capsys.readouterr().err.startswith("Stopping: the current work is abandoned")
         assert stop.agreed()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("graceful", [False, True])
+def test_signals_after_the_one_that_ends_a_run_leave_its_clean_up_alone(graceful):
+    cleaned = False
+    with pytest.raises(KeyboardInterrupt), stop_on_signal() as stop:
+        stop.graceful = graceful
+        try:
+            for _ in range(1 + graceful):
+                send(signal.SIGTERM)
+        finally:
+            send(signal.SIGINT)
+            send(signal.SIGTERM)
+            cleaned = True
+    assert cleaned
+
+
+def test_clean_up_that_takes_too_long_can_be_ended(monkeypatch):
+    monkeypatch.setattr(signals_module, "CLEANUP_S", 0.0)
+    with stop_on_signal():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with pytest.raises(KeyboardInterrupt):
+                send(number)
 
 
 @pytest.fixture

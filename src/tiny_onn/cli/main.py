@@ -5,7 +5,9 @@ which take seconds to load, only after its arguments and settings are checked, s
 `config` and reports of mistakes do not wait for them.
 """
 
+import atexit
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,8 @@ from tiny_onn.errors import RankError, UserError, reason_line
 
 TELLING_S = 10.0
 """Seconds for which a process that says nothing of an error waits for the one that does."""
+ENDING_S = 5.0
+"""Seconds that the interpreter has to end after an interrupt before a signal may end it at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(verb)
     except KeyboardInterrupt:
+        _end_undisturbed()
         if is_first():
             _complain("interrupted")
         return 130
@@ -97,6 +102,20 @@ def _run(verb: Callable[[], None]) -> int:
             time.sleep(TELLING_S)
         return 2
     return 0
+
+
+def _end_undisturbed() -> None:
+    """Let signals do nothing while the interpreter ends, unless it waits long for a thread."""
+    until = time.monotonic() + ENDING_S
+
+    def handle(*_: object) -> None:
+        if time.monotonic() >= until:
+            os._exit(130)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+        # Python resets other handlers after the functions at its exit, where none may be called.
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def _complain(text: str) -> None:

@@ -64,7 +64,8 @@ def fields_read(names: Iterable[str], text_field: str, where: object) -> list[st
             return [*pair, *(other for other in (*_ASKED_WITH, _SYSTEM) if other in names)]
     shown = ", ".join(str(name)[:40] for name in itertools.islice(names, 20)) or "none"
     raise UserError(
-        f"data.text_field: {where}: got {text_field!r}, expected one of: {shown}; correct it"
+        f"data.text_field: {where}: got {text_field!r}, expected one of: {shown}; correct the"
+        f" setting, or the row if other rows have {text_field!r}"
     )
 
 

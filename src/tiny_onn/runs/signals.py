@@ -3,14 +3,22 @@
 Several processes of a run agree on a stop between two steps, since a process that left its work on
 its own would leave the others waiting. A second signal then changes nothing; torchrun kills
 processes that have not ended 30 seconds after it was asked to stop.
+
+A signal that ends the run lets others do nothing for `CLEANUP_S` seconds, so that they do not end
+the clean-up; after that they end it, because it may wait for ever.
 """
 
+import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tiny_onn.console import say
 from tiny_onn.parallel import ALONE, World
+
+CLEANUP_S = 5.0
+"""Seconds that clean-up has after a signal before the next one may end it."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -32,6 +40,7 @@ class StopRequest:
         self._world, self._noted = world, False
         self._received = False
         self._breakable = False
+        self._ended = -math.inf
         self._news: str | None = None
 
     def __bool__(self) -> bool:
@@ -49,30 +58,38 @@ class StopRequest:
 
         Raises:
             Stopped: the signal came during `breakable` work.
-            KeyboardInterrupt: there is nothing to save yet, or this is the second signal.
+            KeyboardInterrupt: there is nothing to save yet, or this is the second signal. None is
+                raised within `CLEANUP_S` seconds of the last one.
         """
         if not self.graceful:
             name = signal.Signals(number).name
             self._news = (
                 f"Stopped by {name} before this run's first step; there is nothing new to save."
             )
-            raise KeyboardInterrupt
-        if self._world.size > 1:
+            self._end()
+        elif self._world.size > 1:
             self._noted = True
             self._news = (
                 "Stopping: all processes finish the current work, and finished steps are saved."
             )
-            return
-        if self._received:
+        elif self._received:
             self._news = None
+            self._end()
+        else:
+            self._received = True
+            self._news = (
+                "Stopping: the current work is abandoned and finished steps are saved; press Ctrl-C"
+                " again to end without saving."
+            )
+            if self._breakable:
+                raise Stopped
+
+    def _end(self) -> None:
+        """Raise `KeyboardInterrupt`, unless clean-up is at work after the last one."""
+        now = time.monotonic()
+        if now - self._ended >= CLEANUP_S:
+            self._ended = now
             raise KeyboardInterrupt
-        self._received = True
-        self._news = (
-            "Stopping: the current work is abandoned and finished steps are saved; press Ctrl-C"
-            " again to end without saving."
-        )
-        if self._breakable:
-            raise Stopped
 
     def tell(self) -> None:
         """Print the line on a signal that has come, once."""
