@@ -17,8 +17,8 @@ which are reported on too. `--rates 0.5 1 2` multiplies an arm's learning rate o
 `--plan` names a JSON list of runs, to be made in its order: each entry may have `arms`,
 `tokens`, `seeds`, `rates` and `gate_rates`, and takes what it lacks from the command line.
 
-Every run is a process of its own with a line in OUT/arms.jsonl. Two or three at once (`--jobs`)
-keep a GPU busy while others start, convert and compile. After `--seconds` no run is started, and
+Every run is a process of its own with a line in OUT/arms.jsonl. Several at once (`--jobs`) keep a
+GPU busy while others start, convert, compile and measure. After `--seconds` no run is started, and
 after `--stop-after` those under way save a checkpoint and end; the same command goes on from there.
 Other settings (`--set`) need another OUT. With `--processes N` torchrun trains each run by as many
 processes, a GPU each; a run of so many rows a step has `--set train.rows_per_step=N`. With
@@ -65,6 +65,8 @@ BASE = (
     "optim.lr_scale=rms",
     "optim.expert_lr=2.1e-3",
     "optim.gate_lr=7.7e-3",
+    "optim.decay_fraction=0.95",
+    "optim.gate_decay_fraction=0.95",
     "train.eval_every_tokens=0",
     "train.save_every_tokens=4194304",
     "train.keep_checkpoints=1",
@@ -96,11 +98,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, lesson of 1/8": ("smk.lesson_share=0.125",),
     "smk, net gain": ("smk.net_gain=true",),
     "smk, token scale": ("experts.token_scale=true",),
+    "smk, short decay": ("optim.decay_fraction=0.5", "optim.gate_decay_fraction=0.5"),
     "smk, 4 shared": ("experts.num_shared=4",),
-    "smk, one budget": ("router.budget_scope=global",),
-    "smk, long decay": ("optim.decay_fraction=0.95", "optim.gate_decay_fraction=0.95"),
-    "smk, states x 1/4": ("loss.states_coef=1",),
-    "smk, states x 4": ("loss.states_coef=16",),
     "frozen ridge gate": NONE,
     "frozen ridge gate, token scale": (*NONE, "experts.token_scale=true"),
     "regression of norms": ("router.objective=regression",),

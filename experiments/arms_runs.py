@@ -46,6 +46,8 @@ from tiny_onn.teacher.held_out import HeldOut
 AROUND = (0.94, 1.06)
 # Documents differ in the experts that they take, so that k is counted on more text than KL.
 K_TEXT = 7
+# Arms of which a budget that follows each sequence is measured too.
+FOLLOWED = ("smk", "smk, k = 8", "smk, k = 24")
 # So many rows are measured at once, which keeps a GPU busy. Documents stay apart.
 ROWS_AT_ONCE = 8
 
@@ -78,10 +80,13 @@ def measured(
     path: Path,
     max_tokens: int,
     settling: Sequence[PackedRow],
+    *,
+    follow: bool,
 ) -> dict[str, Any]:
     """The student on text that nobody learned from or chose on, as deployed and at exactly k.
 
-    `settling` is the text on which thresholds are settled.
+    `settling` is the text on which thresholds are settled. `follow` asks for the student with
+    thresholds that follow each sequence, too.
     """
     student, tokenizer = prepared.student, prepared.tokenizer
     rows = text_rows(path, tokenizer, config.data, K_TEXT * max_tokens)
@@ -91,10 +96,17 @@ def measured(
     points = [(deployed.mean_k, deployed.forward_kl, deployed.student_nll)]
     routers, k = [bank.router for bank in student.banks()], config.router.target_k
     before = [router.settled.clone() for router in routers]
-    counted = None
+    counted = followed = None
     if routers[0].rule.has_budget:
+        placed = [row.to(student.device) for row in at_once(rows)]
         with eval_mode(student):
-            counted = counted_k(student, [row.to(student.device) for row in at_once(rows)])
+            counted = counted_k(student, placed)
+        if follow:
+            student.routing_controller = "sequence"
+            with eval_mode(student):
+                followed = {"counted": counted_k(student, placed)}
+            followed |= numbers(evaluate(student, held_out, config.loss).as_dict())
+            student.routing_controller = "none"
         for share in AROUND:
             rules = [replace(router.rule, target_k=k * share) for router in routers]
             with temporary_rules(routers, rules):
@@ -110,6 +122,7 @@ def measured(
         "perplexity_at_k": math.exp(nll),
         "points": [list(point[:2]) for point in points],
         "counted": counted,
+        "followed": followed,
     }
 
 
@@ -200,8 +213,9 @@ def run(
         return None
     started = time.monotonic()
     settling = at_once(threshold_rows(config, prepared.tokenizer, prepared.student.device))
-    report = measured(config, prepared, parts.report, report_tokens, settling)
-    unseen = parts.unseen and measured(config, prepared, parts.unseen, report_tokens, settling)
+    asked: Any = {"settling": settling, "follow": job.arm in FOLLOWED}
+    report = measured(config, prepared, parts.report, report_tokens, **asked)
+    unseen = parts.unseen and measured(config, prepared, parts.unseen, report_tokens, **asked)
     measuring = time.monotonic() - started
     for name in ("checkpoints", "student"):
         shutil.rmtree(folder / name, ignore_errors=True)
