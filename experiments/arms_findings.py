@@ -4,6 +4,7 @@ A pair of arms is compared at exactly k, seed by seed. What it shows counts as e
 least three seeds and a 95 % interval of the mean difference (Student's t) that leaves out zero.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ WORDS = {
     "smk, smallest gain": "SMK towards the smallest gain",
     "smk, lesson of 1/8": "SMK with lessons from an eighth of the tokens",
     "smk, net gain": "SMK by net gain",
+    "smk, short decay": "SMK with rates that fall over the second half",
+    "smk, 4 shared": "SMK with 4 shared experts",
     "smk, token scale": "SMK with weights that depend on the token",
     "frozen ridge gate": "the frozen ridge gate",
     "regression of norms": "a gate that regresses on output norms",
@@ -45,6 +48,8 @@ PAIRS = (
 GOALS = {1_998_848: 0.20, 20_000_768: 0.10, 99_999_744: 0.06}
 PERPLEXITY_GOAL = (99_999_744, 0.02)
 LEAD_GOAL = 1 / 3
+# The ways to set thresholds, by their part of a record.
+WAYS = {None: "settled", "followed": "follow each sequence"}
 K_GOALS = {"report": 0.01, "unseen": 0.02}
 
 
@@ -54,9 +59,14 @@ COMPARED = (
 )
 
 
-def sections(records: Sequence[Record], earlier: Sequence[Record]) -> dict[str, Iterator[str]]:
-    """The lines of each generated place of the page; `earlier` is the study without a refit."""
-    at_half = [r for r in records if r["target_k"] == TARGET]
+def sections(
+    records: Sequence[Record], earlier: Sequence[Record], before: Sequence[Record]
+) -> dict[str, Iterator[str]]:
+    """The lines of each generated place of the page.
+
+    `earlier` is the study without a refit, `before` that with rates which fall in the second half.
+    """
+    at_half, before = ([r for r in part if r["target_k"] == TARGET] for part in (records, before))
     found = [*compared(at_half), *compared(earlier, ", 21 projects, no refit")]
     head = (COMPARED, "|---" * 8 + "|")
     return {
@@ -71,6 +81,8 @@ def sections(records: Sequence[Record], earlier: Sequence[Record]) -> dict[str, 
         "laws": laws(at_half),
         "budgets": budgets(records),
         "missing": missing(records),
+        "before": table(before),
+        "laws_before": laws(before),
     }
 
 
@@ -264,31 +276,33 @@ def laws(records: Sequence[Record]) -> Iterator[str]:
 
 def budgets(records: Sequence[Record]) -> Iterator[str]:
     """The mean k of deployed students on text that no run reads."""
-    yield "| target k | tokens | text | seeds | mean k | off target | standard error | goal |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield (
+        "| target k | tokens | text | thresholds | seeds | mean k | off target | standard error |"
+        " goal |"
+    )
+    yield "|---" * 9 + "|"
     ours = [r for r in records if r["arm"] in ("smk", "smk, k = 8", "smk, k = 24")]
     groups = sorted({(r["target_k"], r["tokens"]) for r in ours})
     for target, tokens in groups:
         runs = [r for r in ours if (r["target_k"], r["tokens"], r["rate"]) == (target, tokens, 1)]
-        for text, name in (("report", "mixed"), ("unseen", "unseen sources")):
-            parts = [r[text] for r in runs if r[text]]
-            if not parts:
+        texts = (("report", "mixed"), ("unseen", "unseen sources"))
+        for (text, name), (way, words) in itertools.product(texts, WAYS.items()):
+            parts = [r[text] if way is None else r[text].get(way) for r in runs if r[text]]
+            counted = [part["counted"] for part in parts if part and part.get("counted")]
+            if not counted:
                 continue
-            counted = [p["counted"] for p in parts if p.get("counted")]
-            # Older runs counted k on less text, and not by document.
-            found = [c["mean_k"] for c in counted] if counted else [p["mean_k"] for p in parts]
-            error = f"{fmean(c['standard_error'] for c in counted) / target:.1%}" if counted else ""
-            off = fmean(found) / target - 1
-            goal = K_GOALS[text]
-            kept = "kept" if abs(off) <= goal else "missed"
+            found = [c["mean_k"] for c in counted]
+            error = fmean(c["standard_error"] for c in counted) / target
+            off, goal = fmean(found) / target - 1, K_GOALS[text]
             cells = (
                 f"{target:g}",
                 millions(tokens),
                 name,
+                words,
                 str(len(found)),
                 spread(found, 2),
                 f"{off:+.1%}",
-                error,
-                f"{goal:.0%}: {kept}",
+                f"{error:.1%}",
+                f"{goal:.0%}: {'kept' if abs(off) <= goal else 'missed'}",
             )
             yield f"| {' | '.join(cells)} |".replace("%", " %")

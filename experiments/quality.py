@@ -37,7 +37,7 @@ from experiments.options import RESULTS, parser
 
 RECORDS, MIXED = RESULTS / "quality.jsonl", RESULTS / "arms.jsonl"
 # The study of all arms, on a text without three of the sources.
-CONTROLS = RESULTS / "arms_controls.jsonl"
+CONTROLS, BEFORE = RESULTS / "arms_controls.jsonl", RESULTS / "arms_short_decay.jsonl"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "studies.md")
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 
@@ -294,7 +294,7 @@ def sections() -> dict[str, str]:
         "small": final_table(groups["small"]),
         "partitions": partition_table(groups["partitions"]),
         "untrained": untrained_table(rows),
-        **arms_findings.sections(read_records(CONTROLS), read_records(MIXED)),
+        **arms_findings.sections(*map(read_records, (CONTROLS, MIXED, BEFORE))),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
 

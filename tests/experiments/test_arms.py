@@ -106,7 +106,7 @@ def findings(leads):
     records += [
         record(1.0, 0.2, 0.2 + lead, arm="half-width", seed=seed) for seed, lead in enumerate(leads)
     ]
-    sections = arms_findings.sections(records, [])
+    sections = arms_findings.sections(records, [], records)
     return {name: [*lines] for name, lines in sections.items() if name != "machines"}
 
 
@@ -118,6 +118,16 @@ def test_a_lead_is_established_by_three_seeds_and_an_interval_without_zero():
         unsure = findings(leads)
         assert len(unsure["established"]) == 2
         assert "| smk | half-width |" in unsure["open"][-1]
+
+
+def test_a_budget_is_shown_by_both_ways_of_setting_thresholds():
+    run = record(1.0, 0.2, 0.2)
+    run["report"]["counted"] = {"mean_k": 15.6, "standard_error": 0.16}
+    run["report"]["followed"] = {"counted": {"mean_k": 16.08, "standard_error": 0.016}}
+    settled, followed = [*arms_findings.budgets([run])][2:]
+    assert settled.endswith("| mixed | settled | 1 | 15.60 | -2.5 % | 1.0 % | 1 %: missed |")
+    follows = "| mixed | follow each sequence | 1 | 16.08 | +0.5 % | 0.1 % | 1 %: kept |"
+    assert followed.endswith(follows)
 
 
 def test_a_diverged_run_is_compared_with_nothing():
