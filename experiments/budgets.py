@@ -12,7 +12,7 @@ sources (`unseen`).
 run. `--settling-tokens` is how much text settles thresholds. The ways are `training text` (rows
 behind the calibration rows), `own documents` (`data.settling_fraction`) and `sequence` (the same,
 and the thresholds follow each sequence: `routing_controller`, which takes its thresholds from the
-student's table of budgets). The record also has mean k by place in a document.
+student's table of budgets, and their scale). The record also has mean k by place in a document.
 The record is `results/budgets.json`, which grows with each measurement; the last line printed is
 its rows in JSON.
 """
@@ -47,7 +47,7 @@ from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.router import temporary_rules
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.routing.budgets import fill_threshold_tables, fit_eval_thresholds, set_budget
+from tiny_onn.routing.budgets import finish_tables, fit_eval_thresholds, set_budget
 from tiny_onn.routing.document_k import DocumentK
 from tiny_onn.routing.statistics import RoutingStats
 from tiny_onn.runs.files import write_atomically
@@ -107,8 +107,10 @@ def rows_of(
         settled = override(config, [f"data.settling_fraction={WAYS[way]}"])
         settling = threshold_rows(settled, prepared.tokenizer, student.device)
         if way == "sequence":
-            fill_threshold_tables(student, settling)
+            fit_eval_thresholds(student, settling)
+            finish_tables(student, settling)
             student.routing_controller = "sequence"
+        scale = {"scale": student.config.sequence_scale} if way == "sequence" else {}
         for budget in budgets:
             rules = [replace(router.rule, target_k=budget) for router in routers]
             with temporary_rules(routers, rules):
@@ -117,7 +119,8 @@ def rows_of(
                 else:
                     fit_eval_thresholds(student, settling)
                 for text, rows in texts.items():
-                    yield {"way": way, "budget": budget, "text": text, **measured(student, rows)}
+                    found = measured(student, rows)
+                    yield {"way": way, "budget": budget, "text": text, **found, **scale}
         student.routing_controller = "none"
 
 
@@ -166,9 +169,7 @@ def made(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]
         for name, path in paths.items()
         if path is not None
     }
-    settled = replace(
-        config, experts=replace(config.experts, calibration_tokens=arguments.settling_tokens)
-    )
+    settled = replace(config, data=replace(data, settling_tokens=arguments.settling_tokens))
     for row in rows_of(settled, prepared, texts, arguments.ways, arguments.budgets):
         error, budget = row["standard_error"], row["budget"]
         shown = "unknown" if error is None else f"{error / budget:.1%}"

@@ -92,6 +92,9 @@ def test_the_student_loads_and_generates(whole, config):
     assert backbone_hash(student) == backbone_hash(dense)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, result.prepared.student.state_dict()[name]), name
+    scales = [s.config.sequence_scale for s in (student, result.prepared.student)]
+    assert scales == [pytest.approx(1.0, abs=0.1)] * 2
+    assert scales[0] == scales[1] != 1.0
 
 
 def test_the_same_settings_give_the_same_run(whole, config, tmp_path):

@@ -217,6 +217,20 @@ def test_a_student_of_before_the_routing_table_routes_as_it_did(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["routing"] == UNUSUAL
 
 
+def test_a_scale_of_sequences_is_stored_and_is_1_in_students_of_before(tmp_path):
+    student = make_student(make_dense())
+    student.config.sequence_scale = 1.02
+    student.save_pretrained(tmp_path)
+    assert TinyOnnConfig.from_pretrained(tmp_path).sequence_scale == 1.02
+    table = json.loads((tmp_path / "config.json").read_text())
+    del table["sequence_scale"]
+    write_table(tmp_path, table)
+    assert TinyOnnConfig.from_pretrained(tmp_path).sequence_scale == 1.0
+    for bad in (float("inf"), float("nan")):
+        with pytest.raises(UserError, match=r"^sequence_scale: got (inf|nan), expected a finite"):
+            TinyOnnConfig(sequence_scale=bad)
+
+
 @pytest.mark.parametrize("options", [{}, {"target_k": 3}])
 def test_an_option_that_is_not_stored_has_its_default(options, tmp_path):
     table = saved_table(tmp_path)
@@ -245,6 +259,9 @@ def test_an_option_that_is_not_stored_has_its_default(options, tmp_path):
         ),
         ({"routing": 3}, "routing: got 3, expected a table of options"),
         ({"target_k": 3}, "target_k: got a value beside `routing`, expected .* move it there"),
+        ({"sequence_scale": 0}, "sequence_scale: got 0, expected a finite number above 0; restore"),
+        ({"sequence_scale": "1"}, 'sequence_scale: got "1", expected a finite number'),
+        ({"sequence_scale": True}, "sequence_scale: got true, expected a finite number"),
     ],
 )
 def test_routing_that_cannot_be_read_is_refused_in_one_line(changes, message, tmp_path):

@@ -86,7 +86,9 @@ def test_a_sequence_comes_near_the_budget_whatever_its_text():
     assert isinstance(call.after[0], Counts)
 
 
-def test_decoding_token_by_token_equals_reading_at_once(student):
+@pytest.mark.parametrize("scale", [1.0, 1.05])
+def test_decoding_token_by_token_equals_reading_at_once(student, scale):
+    student.config.sequence_scale = scale
     student.routing_controller = "sequence"
     ids = make_ids(2, 40, seed=3)
     whole, output = activity(student, lambda: student(ids, use_cache=False))
@@ -138,6 +140,23 @@ def test_generation_runs_and_left_padding_does_not_count(student):
         padded, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0
     )
     assert torch.equal(plain[0, 12:], again[0, 17:])
+
+
+def test_a_scale_changes_the_target_within_its_bounds(student):
+    ids = make_ids(2, 60, seed=7)
+    student.routing_controller = "sequence"
+
+    def followed(budget, scale):
+        set_budget(student, budget)
+        student.config.sequence_scale = scale
+        return activity(student, lambda: student(ids))[0]
+
+    assert torch.equal(followed(4.0, 1.125), followed(4.5, 1.0))
+    assert torch.equal(followed(7.5, 1.25), followed(8.0, 1.0))
+    assert torch.equal(followed(1.2, 0.8), followed(1.0, 1.0))
+    # One expert and all experts are exact.
+    assert torch.equal(followed(8.0, 0.8), followed(8.0, 1.0))
+    assert torch.equal(followed(1.0, 1.25), followed(1.0, 1.0))
 
 
 def test_a_cache_that_others_changed_is_refused(student):

@@ -1,6 +1,7 @@
 """One student at several budgets: thresholds from text, kept, and found again without it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +11,20 @@ from tiny import CONFIG, make_dense, make_rows, make_student
 from tiny_onn.config.checks import parse_budgets
 from tiny_onn.config.schema import BudgetScope, LossConfig
 from tiny_onn.conversion.convert import all_experts_on
+from tiny_onn.data.packing import pack
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.evaluation.frontier import default_budgets
+from tiny_onn.model.attention import packed_kwargs
+from tiny_onn.model.backbone import last_hidden_states
+from tiny_onn.model.experts import recorded_routings
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing import budgets
 from tiny_onn.routing.budgets import (
     fill_threshold_tables,
+    finish_tables,
     fit_eval_thresholds,
+    fit_sequence_scale,
     join_tables_to_settled,
     set_budget,
 )
@@ -102,6 +109,74 @@ def test_tables_agree_with_the_settled_thresholds(target):
     for budget in (8.0, 6.0, 3.0, 2.0, 1.0):
         set_budget(student, budget)
         assert mean_k_of(student, rows) == pytest.approx(budget, rel=0.05), budget
+
+
+@torch.no_grad()
+def k_of(student, row):
+    """Mean k over layers of every token of a row, (T)."""
+    with recorded_routings(student.banks()) as routings:
+        last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+    return torch.stack([routing.active.sum(-1) for routing in routings]).float().mean(0)
+
+
+def make_falling(student, seed, length=256):
+    """Rows of one document each, whose later tokens are ever more of those that use few experts."""
+    text = make_rows([length] * 8, length)
+    ids_T = torch.cat([row.input_ids[0] for row in text])
+    k_T = torch.cat([k_of(student, row) for row in text])
+    mean_k = {token: float(k_T[ids_T == token].mean()) for token in ids_T.unique().tolist()}
+    tokens = torch.tensor(sorted(mean_k, key=lambda token: -mean_k[token]))
+    chance = torch.rand(32, length, generator=torch.Generator().manual_seed(seed))
+    places = (torch.arange(length) / length * 0.25 + chance * 0.75) * len(tokens)
+    return list(pack(tokens[places.long()].tolist(), row_tokens=length, pad_token_id=0))
+
+
+@pytest.mark.parametrize("target", [4.0, 3.5])
+def test_followed_sequences_use_the_target_on_text_whose_k_falls(target):
+    student, rows = make_measured(target_k=target)
+    student.eval()
+    fit_eval_thresholds(student, rows)
+    rows, others = make_falling(student, seed=1), make_falling(student, seed=2)
+    fit_eval_thresholds(student, rows)
+    fill_threshold_tables(student, rows)
+    join_tables_to_settled(student)
+
+    def followed():
+        student.routing_controller = "sequence"
+        k_T = torch.cat([k_of(student, row)[row.router_mask[0]] for row in others])
+        student.routing_controller = "none"
+        return float(k_T.mean())
+
+    assert followed() < 0.99 * target
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    config = student.config.to_dict()
+    fit_sequence_scale(student.train(), rows)
+    assert student.training
+    assert student.routing_controller == "none"
+    assert all(torch.equal(tensor, before[n]) for n, tensor in student.state_dict().items())
+    scale = student.config.sequence_scale
+    assert student.config.to_dict() == config | {"sequence_scale": scale}
+    student.eval()
+    assert followed() == pytest.approx(target, rel=0.005)
+    # Each measurement begins anew, also while the student follows sequences.
+    student.routing_controller = "sequence"
+    fit_sequence_scale(student, rows)
+    assert student.config.sequence_scale == scale
+    assert student.routing_controller == "sequence"
+
+
+def test_a_scale_stays_in_its_bounds_and_is_1_without_need():
+    student, rows = make_measured()
+    for bank in student.banks():
+        # A table of other text: these thresholds let next to nothing pass.
+        bank.router.threshold_table[:-1] = 1.0
+    fit_sequence_scale(student, rows)
+    assert student.config.sequence_scale == budgets.LARGEST_SCALE
+    changes: list[dict[str, Any]] = [{"target_k": 8.0}, {"selection": "top_k", "objective": "none"}]
+    for fixed in changes:
+        student = make_student(make_dense(), **fixed)
+        finish_tables(student, rows)
+        assert student.config.sequence_scale == 1.0
 
 
 @pytest.mark.parametrize("settled", [0.0, -1.0, 1e-30, 0.9])

@@ -36,7 +36,7 @@ from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.planning.advice import explain_out_of_memory
-from tiny_onn.routing.budgets import fill_threshold_tables, join_tables_to_settled
+from tiny_onn.routing.budgets import finish_tables
 from tiny_onn.routing.steering import fitted_eval_thresholds
 from tiny_onn.runs.checkpoint import valid_checkpoints, way_on
 from tiny_onn.runs.checkpointer import Checkpointer
@@ -240,8 +240,7 @@ class _Run:
         student, scope = self.training.student, self.training.config.router.budget_scope
         student.train(False)
         with status(f"{self.title}: saving the student"):
-            fill_threshold_tables(student, self.threshold_rows, scope)
-            join_tables_to_settled(student)
+            finish_tables(student, self.threshold_rows, scope)
             save_student(out / "student", self.prepared, self.world)
             if self.world.first:
                 summary = self.state.summary(after, self.training.config, self.checkpoints)

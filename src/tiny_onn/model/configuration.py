@@ -1,5 +1,6 @@
 """The student's configuration: its experts' own settings, and the backbone's for all else."""
 
+import math
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from tiny_onn.config.checks import shown
 from tiny_onn.config.schema import Compensation
 from tiny_onn.errors import UserError
 from tiny_onn.model.router import RoutingRule
@@ -52,12 +54,14 @@ class TinyOnnConfig(PretrainedConfig):
         routing: the options of `RoutingRule`, or the rule itself. It is stored as a table of all
             options; students from before this table have its options among `kwargs`.
         compensation, learn_scale, token_scale: see `ExpertsConfig`.
+        sequence_scale: the factor of the target where a budget follows each sequence; students from
+            before it have none, which is 1.
         teacher, teacher_revision: the dense model that the student was cut from: a folder, a hub id
             or `embedded`.
 
     Raises:
         UserError: an option of `routing` is unknown, stands beside the table, or has a value of
-            another type.
+            another type, or the scale is no finite number above 0.
     """
 
     model_type = "tiny_onn"
@@ -75,6 +79,7 @@ class TinyOnnConfig(PretrainedConfig):
         compensation: Compensation = "none",
         learn_scale: bool = False,
         token_scale: bool = False,
+        sequence_scale: object = 1.0,
         teacher: str = "",
         teacher_revision: str = "main",
         **kwargs: Any,  # noqa: ANN401 - whatever transformers stores in a config
@@ -97,6 +102,16 @@ class TinyOnnConfig(PretrainedConfig):
         self.compensation: Compensation = compensation
         self.learn_scale = learn_scale
         self.token_scale = token_scale
+        if (
+            not isinstance(sequence_scale, int | float)
+            or isinstance(sequence_scale, bool)
+            or not 0 < sequence_scale < math.inf
+        ):
+            raise UserError(
+                f"sequence_scale: got {shown(sequence_scale)}, expected a finite number above 0;"
+                " restore the student's config.json, or set 1 there"
+            )
+        self.sequence_scale = float(sequence_scale)
         self.teacher_revision = teacher_revision
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.backbone, name, None))

@@ -222,8 +222,9 @@ class Router(nn.Module):
         if self.follows is not None and not self.training and self.rule.has_budget:
             scores_TE = route(logits_TE, self.rule, threshold, self.selection_bias).scores
             sequences, layer = self.follows
-            budget = self.threshold_table, self.rule.target_k
-            threshold = sequences.thresholds(layer, scores_TE, *budget)
+            least, table_E = self.rule.num_shared + 1, self.threshold_table
+            target_k = sequences.scaled(self.rule.target_k, least, len(table_E))
+            threshold = sequences.thresholds(layer, scores_TE, table_E, target_k)
         return route(logits_TE, self.rule, threshold, self.selection_bias, exploration)
 
     def _top_any(self, x_TD: Float[Tensor, "tokens hidden"]) -> Routing:

@@ -11,6 +11,10 @@ interpolated between the j, is the target. Only past tokens' scores enter, and n
 thresholds that were used nor the order of calls, so that a prompt read at once and the same tokens
 decoded one by one get the same thresholds.
 
+Tokens activate fewer experts the more text they have before them, so that thresholds of past tokens
+give about 1 % less than the target. A student's `sequence_scale`, which is measured at the end of
+its training (`budgets.fit_sequence_scale`), multiplies the target to make up for it.
+
 Legend: B sequences, T tokens, E experts.
 """
 
@@ -59,8 +63,15 @@ class Sequences:
     """True at tokens that count: all but padding and the first of a sequence."""
     length: int = 0
     """Number of tokens in the cache after the call."""
+    scale: float = 1.0
+    """The factor of a target between one expert and all, see `scaled`."""
     before: dict[int, Counts] = field(default_factory=dict)
     after: dict[int, Counts] = field(default_factory=dict)
+
+    def scaled(self, target_k: float, least: int, most: int) -> float:
+        """Return the target to follow: the scaled one within its bounds; a bound stays as it is."""
+        between = least < target_k < most
+        return min(max(target_k * self.scale, float(least)), float(most)) if between else target_k
 
     @torch.no_grad()
     def thresholds(

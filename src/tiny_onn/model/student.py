@@ -6,7 +6,6 @@ replaced by an `ExpertBank`. Saving, loading, generation and caches are transfor
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -39,7 +38,7 @@ from tiny_onn.model.quantized_experts import (
     stored_bytes,
 )
 from tiny_onn.model.router import follow_sequences
-from tiny_onn.model.sequence_budget import UNMEASURED, Controller, follow
+from tiny_onn.model.sequence_budget import UNMEASURED, Controller, Sequences, follow
 
 
 class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
@@ -144,10 +143,18 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
     def _install_controller(self) -> None:
         for handle in self._controller_hooks:
             handle.remove()
-        routers = [bank.router for bank in self.banks()]
         follows = self.routing_controller == "sequence"
-        hand_over = partial(follow_sequences, routers)
-        self._controller_hooks = follow(self.backbone.base_model, hand_over) if follows else ()
+        self._controller_hooks = follow(self.backbone.base_model, self.hand_over) if follows else ()
+
+    def hand_over(self, sequences: Sequences | None) -> None:
+        """Let all layers follow the sequences of a call, at the student's scale, or none.
+
+        Raises:
+            UserError: the student has no measured table.
+        """
+        if sequences is not None:
+            sequences.scale = self.config.sequence_scale
+        follow_sequences([bank.router for bank in self.banks()], sequences)
 
     def train(self, mode: bool = True) -> "TinyOnnForCausalLM":
         """Set the mode of experts and routers, and of the backbone only where it is trained too.

@@ -2,14 +2,15 @@
 
 A budget's threshold is measured three times: `fit_start_thresholds` sets it before training,
 `fit_eval_thresholds` before an evaluation, and `fill_threshold_tables` measures one for every mean
-k at the end of training.
+k at the end of training (`finish_tables`).
 
 A table holds, per layer, the threshold that gives k experts a token on average, for k = S + 1 ... E
 (S are shared). The router stores it, so that `set_budget` can choose a k later without any text. A
 layer's threshold depends on its inputs, and so on the budgets of the layers below. Each pass over
 the text therefore sets every layer to one k on the way up, and measures the table around that k.
 
-Cost of the tables: `len(PASSES)` forward passes of about `TABLE_TOKENS` tokens, without the head.
+Cost of the tables: `len(PASSES)` forward passes of about `TABLE_TOKENS` tokens, without the head,
+and `SCALE_ROUNDS` more for the scale with which a budget follows each sequence.
 
 Legend: T tokens, E experts, S of them shared.
 """
@@ -30,7 +31,8 @@ from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import ExpertBank, recorded_routings
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import temporary_rules
-from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.model.sequence_budget import follow
+from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.routing.thresholds import (
     corrected_targets,
@@ -42,6 +44,20 @@ from tiny_onn.routing.thresholds import (
 TABLE_TOKENS = 16_384
 # Each pass sets all layers to one of these shares of the experts; other k use the nearest pass.
 PASSES = (0.75, 0.5, 0.375, 0.25, 0.125)
+SCALE_ROUNDS = 2
+LEAST_SCALE, LARGEST_SCALE = 0.8, 1.25
+
+
+def finish_tables(
+    student: TinyOnnForCausalLM, rows: Sequence[PackedRow], scope: BudgetScope = "layer"
+) -> None:
+    """Measure what lets a trained student use other budgets and follow sequences.
+
+    Every process of a run makes this call, with the same rows.
+    """
+    fill_threshold_tables(student, rows, scope)
+    join_tables_to_settled(student)
+    fit_sequence_scale(student, rows)
 
 
 @torch.no_grad()
@@ -60,9 +76,7 @@ def fill_threshold_tables(
     banks = student.banks()
     if not banks[0].router.rule.has_budget:
         return
-    # The rows come sorted by their source, so that the first ones would be of one source.
-    some = evenly(rows, -(-TABLE_TOKENS // rows[0].labels.numel()))
-    row = joined(some).to(banks[0].router.weight.device)
+    row = _table_text(student, rows)
     num_experts = banks[0].router.weight.shape[0]
     least = banks[0].router.rule.num_shared + 1
     passes = sorted({max(least, round(num_experts * share)) for share in PASSES})
@@ -103,6 +117,34 @@ def join_tables_to_settled(student: TinyOnnForCausalLM) -> None:
             # A threshold of 0 or less, where experts are almost never or always on, has no factor.
             if 0 < factor < float("inf"):
                 table_E[least:-1] = (table_E[least:-1] * factor).clamp(max=1.0)
+
+
+@torch.no_grad()
+def fit_sequence_scale(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> None:
+    """Set the `sequence_scale` with which followed sequences use the student's own budget.
+
+    The text is that of the tables. Without a table, or with a budget of as few experts as can be or
+    of all, nothing is done; nothing else of the student changes.
+    """
+    banks = student.banks()
+    router, rule = banks[0].router, banks[0].router.rule
+    if not router.has_table or not rule.num_shared + 1 < rule.target_k < len(router.weight):
+        return
+    config, row = student.config, _table_text(student, rows)
+    mask_T, config.sequence_scale = row.router_mask[0], 1.0
+    hooks = follow(student.backbone.base_model, student.hand_over)
+    try:
+        with eval_mode(student):
+            for _ in range(SCALE_ROUNDS):
+                with recorded_routings(banks) as routings:
+                    last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+                active = sum(int(routing.active[mask_T].sum()) for routing in routings)
+                target = rule.target_k * len(banks) * int(mask_T.sum())
+                scale = config.sequence_scale * target / active
+                config.sequence_scale = min(max(scale, LEAST_SCALE), LARGEST_SCALE)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
@@ -149,6 +191,13 @@ def at_budget(student: TinyOnnForCausalLM, budget: float | None) -> Iterator[Non
         if budget is not None:
             set_budget(student, budget)
         yield
+
+
+def _table_text(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> PackedRow:
+    """Return about `TABLE_TOKENS` tokens of the rows in one row, on the student's device."""
+    # The rows come sorted by their source, so that the first ones would be of one source.
+    some = evenly(rows, -(-TABLE_TOKENS // rows[0].labels.numel()))
+    return joined(some).to(student.banks()[0].router.weight.device)
 
 
 @contextmanager
