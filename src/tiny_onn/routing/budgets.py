@@ -10,7 +10,7 @@ layer's threshold depends on its inputs, and so on the budgets of the layers bel
 the text therefore sets every layer to one k on the way up, and measures the table around that k.
 
 Cost of the tables: `len(PASSES)` forward passes of about `TABLE_TOKENS` tokens, without the head,
-and `SCALE_ROUNDS` more for the scale with which a budget follows each sequence.
+and `SCALE_ROUNDS` of `SCALE_TOKENS` for the scale with which a budget follows each sequence.
 
 Legend: T tokens, E experts, S of them shared.
 """
@@ -44,7 +44,7 @@ from tiny_onn.routing.thresholds import (
 TABLE_TOKENS = 16_384
 # Each pass sets all layers to one of these shares of the experts; other k use the nearest pass.
 PASSES = (0.75, 0.5, 0.375, 0.25, 0.125)
-SCALE_ROUNDS = 2
+SCALE_ROUNDS, SCALE_TOKENS = 2, 65_536
 LEAST_SCALE, LARGEST_SCALE = 0.8, 1.25
 
 
@@ -76,7 +76,9 @@ def fill_threshold_tables(
     banks = student.banks()
     if not banks[0].router.rule.has_budget:
         return
-    row = _table_text(student, rows)
+    # The rows come sorted by their source, so that the first ones would be of one source.
+    some = evenly(rows, -(-TABLE_TOKENS // rows[0].labels.numel()))
+    row = joined(some).to(banks[0].router.weight.device)
     num_experts = banks[0].router.weight.shape[0]
     least = banks[0].router.rule.num_shared + 1
     passes = sorted({max(least, round(num_experts * share)) for share in PASSES})
@@ -123,24 +125,28 @@ def join_tables_to_settled(student: TinyOnnForCausalLM) -> None:
 def fit_sequence_scale(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> None:
     """Set the `sequence_scale` with which followed sequences use the student's own budget.
 
-    The text is that of the tables. Without a table, or with a budget of as few experts as can be or
-    of all, nothing is done; nothing else of the student changes.
+    About `SCALE_TOKENS` tokens of the rows are read. Without a table, or with a budget of as few
+    experts as can be or of all, nothing is done; nothing else of the student changes.
     """
     banks = student.banks()
     router, rule = banks[0].router, banks[0].router.rule
     if not router.has_table or not rule.num_shared + 1 < rule.target_k < len(router.weight):
         return
-    config, row = student.config, _table_text(student, rows)
-    mask_T, config.sequence_scale = row.router_mask[0], 1.0
+    config = student.config
+    config.sequence_scale = 1.0
+    some = evenly(rows, -(-SCALE_TOKENS // rows[0].labels.numel()))
+    tokens = sum(int(row.router_mask.sum()) for row in some)
     hooks = follow(student.backbone.base_model, student.hand_over)
     try:
         with eval_mode(student):
             for _ in range(SCALE_ROUNDS):
-                with recorded_routings(banks) as routings:
-                    last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-                active = sum(int(routing.active[mask_T].sum()) for routing in routings)
-                target = rule.target_k * len(banks) * int(mask_T.sum())
-                scale = config.sequence_scale * target / active
+                active = 0
+                for row in some:
+                    with recorded_routings(banks) as routings:
+                        last_hidden_states(student, row.input_ids, **packed_kwargs(row))
+                    counted_T = row.router_mask[0]
+                    active += sum(int(routing.active[counted_T].sum()) for routing in routings)
+                scale = config.sequence_scale * rule.target_k * len(banks) * tokens / active
                 config.sequence_scale = min(max(scale, LEAST_SCALE), LARGEST_SCALE)
     finally:
         for hook in hooks:
@@ -191,13 +197,6 @@ def at_budget(student: TinyOnnForCausalLM, budget: float | None) -> Iterator[Non
         if budget is not None:
             set_budget(student, budget)
         yield
-
-
-def _table_text(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -> PackedRow:
-    """Return about `TABLE_TOKENS` tokens of the rows in one row, on the student's device."""
-    # The rows come sorted by their source, so that the first ones would be of one source.
-    some = evenly(rows, -(-TABLE_TOKENS // rows[0].labels.numel()))
-    return joined(some).to(student.banks()[0].router.weight.device)
 
 
 @contextmanager
