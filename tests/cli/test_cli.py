@@ -142,6 +142,12 @@ def test_malformed_command_line_exits_with_2(arguments, capsys):
     assert printed.err != ""
 
 
+def test_a_misspelt_verb_gets_the_nearest(capsys):
+    assert status_of(["distil", "--preset", "demo"]) == 2
+    said = capsys.readouterr().err
+    assert "tiny-onn: error: got distil, expected a verb; did you mean distill?" in said
+
+
 MISTAKES = [
     (["distill"], "got neither RUN.toml nor --preset"),
     (["distill", "--resume"], "--resume: got no --out"),
@@ -311,8 +317,9 @@ def test_config_prints_the_template_and_the_effective_settings(capsys, tmp_path)
     assert load_config(path, None, []) == load_config(None, "model-card", ["train.seed=7"])
 
 
-def test_reader_that_leaves_early_is_no_error():
-    command = [sys.executable, "-m", "tiny_onn.cli", "config"]
+@pytest.mark.parametrize("arguments", [["config"], ["--help"], ["distill", "--help"]], ids=" ".join)
+def test_reader_that_leaves_early_is_no_error(arguments):
+    command = [sys.executable, "-m", "tiny_onn.cli", *arguments]
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as pipe:
@@ -326,11 +333,15 @@ def test_a_mistake_has_its_status_where_its_line_cannot_be_written():
         assert subprocess.run(command, stderr=full, check=False).returncode == 2
 
 
-def test_distill_passes_the_resolved_settings(stand_in, tmp_path):
+def test_distill_passes_the_resolved_settings(stand_in, tmp_path, capsys):
     calls = stand_in("distill.loop", "run_distill", FINISHED)
     out = str(tmp_path / "run")
     arguments = ["distill", "--preset", "demo", "--set", "train.seed=1", "--set", "train.tokens=9"]
     assert status_of([*arguments, "--out", out]) == 0
+    assert (
+        f"tiny-onn: the student is {out}/student; `tiny-onn report {out}`"
+        in capsys.readouterr().err
+    )
     config = load_config(None, "demo", ["train.seed=1", "train.tokens=9"])
     options = {"resume": False, "allow_change": (), "track": (), "argv": sys.argv}
     options["world"] = World()

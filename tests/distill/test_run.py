@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,16 @@ def test_the_best_checkpoint_by_held_out_kl_is_named_and_kept(whole, config, tmp
 
 def refuse(*_):
     raise OSError(28, "No space left on device")
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=r"--out: got 1.0 kB free on the disk of .*run, expected"):
+        run_distill(config, out=out)
+    assert not (out / "metrics.jsonl").exists()
 
 
 def test_a_disk_that_is_full_for_a_while_stops_nothing(request, whole, tmp_path, monkeypatch):

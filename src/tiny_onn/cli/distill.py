@@ -131,6 +131,10 @@ class Distill:
             say(f"tiny-onn: the run is saved; resume it with {way_on}")
         if result.interrupted:
             raise KeyboardInterrupt
+        if is_first():
+            say(
+                f"tiny-onn: the student is {out / 'student'}; `tiny-onn report {out}` shows the run"
+            )
 
     def _resumed(self, out: Path, *, named: bool) -> "RunConfig":
         from tiny_onn.config.changes import (

@@ -6,11 +6,13 @@ which take seconds to load, only after its arguments and settings are checked, s
 """
 
 import atexit
+import difflib
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import tyro
 
@@ -30,6 +32,22 @@ from tiny_onn.cli.watch import Watch
 from tiny_onn.config.launcher import is_first, num_processes
 from tiny_onn.errors import RankError, UserError, reason_line
 
+Verb = (
+    Demo
+    | Plan
+    | Cache
+    | Distill
+    | Watch
+    | Eval
+    | Probe
+    | Report
+    | Compare
+    | Generate
+    | Chat
+    | Export
+    | Config
+)
+VERBS = tuple(verb.__name__.lower() for verb in get_args(Verb))
 TELLING_S = 10.0
 """Seconds for which a process that says nothing of an error waits for the one that does."""
 ENDING_S = 5.0
@@ -51,27 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"tiny-onn {version('tiny-onn')}")
         return 0
-    verb = tyro.cli(
-        Demo
-        | Plan
-        | Cache
-        | Distill
-        | Watch
-        | Eval
-        | Probe
-        | Report
-        | Compare
-        | Generate
-        | Chat
-        | Export
-        | Config,
-        prog="tiny-onn",
-        description="Turn a dense language model into one of many small experts, of which each"
-        " token uses a few, by distillation.\n\nExample: tiny-onn demo",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    if arguments and arguments[0].isidentifier() and arguments[0] not in VERBS:
+        near = difflib.get_close_matches(arguments[0], VERBS, 1) or VERBS
+        _complain(
+            f"error: got {arguments[0]}, expected a verb; did you mean {', '.join(near)}?"
+            " `tiny-onn --help` explains them"
+        )
+        return 2
     try:
+        verb = tyro.cli(
+            Verb,
+            prog="tiny-onn",
+            description="Turn a dense language model into one of many small experts, of which each"
+            " token uses a few, by distillation.\n\nExample: tiny-onn demo",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         return _run(verb)
     except KeyboardInterrupt:
         _end_undisturbed()

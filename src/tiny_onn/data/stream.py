@@ -239,18 +239,19 @@ def _local_documents(
                 "data.sources: got one document in all, expected at least two, one to train on and"
                 " one to hold out; split the text into files, or into lines of a .jsonl file"
             )
-        raise _empty_split_error(config, split)
+        raise _empty_split_error(config, split, f" of {len(digests):,} documents")
     # The sort is stable, so that documents of equal text keep the order of their sources.
     documents.sort(key=lambda pair: pair[0])
     return documents, hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def _empty_split_error(config: DataConfig, split: Split) -> UserError:
+def _empty_split_error(config: DataConfig, split: Split, found: str = "") -> UserError:
     name = "settling_fraction" if split == "settling" else "held_out_fraction"
     remedy = "lower it" if split == "train" else "raise it"
     return UserError(
-        f"data.{name}: {getattr(config, name)} leaves no text for the {split} split,"
-        f" expected a document of two tokens or more; {remedy} or add text"
+        f"data.{name}: {getattr(config, name)}{found} leaves no text for the {split} split,"
+        f" expected a document of two tokens or more; {remedy}, or add text (each .txt file and"
+        " each row of the others is a document; files of other kinds are not read)"
     )
 
 

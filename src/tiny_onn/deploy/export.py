@@ -82,7 +82,7 @@ def run_export(
     except ExportError as error:
         raise UserError(f"--to {to}: {error}") from error
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or reason_line(error)
+        reason = getattr(error, "strerror", None) or f"{reason_line(error)}: is the disk full?"
         raise UserError(
             f"--out: cannot write {out} ({reason}), expected free disk and permission; free some"
             " space or name another folder"

@@ -31,7 +31,7 @@ from tiny_onn.distill.run_log import RunLog, RunResult
 from tiny_onn.distill.run_state import RunState, restore
 from tiny_onn.distill.saving import Saver
 from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
-from tiny_onn.distill.start_checks import check_start
+from tiny_onn.distill.start_checks import check_disk, check_start
 from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
 from tiny_onn.parallel import ALONE, World
@@ -139,6 +139,7 @@ def _train(
 ) -> RunResult:
     """Run the loop of a prepared run; write the student if there is a last evaluation."""
     training = assemble(config, prepared.student, prepared.teacher, world)
+    check_disk(out, training.student, config, world)
     stream = training_rows(config, prepared.tokenizer)
     state, checkpoints = RunState.new(config), out / "checkpoints"
     if resume:

@@ -1,15 +1,26 @@
-"""A run that cannot work is refused here, before it loads or converts anything."""
+"""A run that cannot work is refused here: before the conversion, for lack of disk after it."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from rich import filesize
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.parallel import World, check_world
 from tiny_onn.planning.cluster import check_blocks
 from tiny_onn.planning.costs import meta_models, sizes_of
 from tiny_onn.planning.sources import load_shape
 from tiny_onn.runs.trackers import check_trackers
+from tiny_onn.runs.trained_tensors import student_tensors
+
+# The bytes of an optimizer's state, in units of the weights that it trains.
+STATE_SHARES = MappingProxyType({"adamw": 2.0, "adafactor": 0.0})
+STATE_SHARE_8BIT = 0.5
 
 
 def check_start(config: RunConfig, track: Sequence[str], world: World) -> None:
@@ -38,3 +49,25 @@ def check_start(config: RunConfig, track: Sequence[str], world: World) -> None:
     plain = replace(config, teacher=replace(config.teacher, dtype="float32"))
     _, student = meta_models(plain, shape)
     check_blocks(config.optim, sizes_of(student), world.size)
+
+
+def check_disk(out: Path, student: TinyOnnForCausalLM, config: RunConfig, world: World) -> None:
+    """Refuse a disk without room for a checkpoint and the student, before steps that would be lost.
+
+    Several processes may write to several disks, which are not checked.
+
+    Raises:
+        UserError: too little is free.
+    """
+    if world.size > 1:
+        return
+    trained = sum(tensor.nbytes for tensor in student_tensors(student).values())
+    checkpoint = trained * (1 + STATE_SHARES.get(config.optim.name, STATE_SHARE_8BIT))
+    whole = sum(tensor.nbytes for tensor in student.state_dict().values())
+    free, needed = shutil.disk_usage(out).free, int(checkpoint + whole)
+    if free < needed:
+        raise UserError(
+            f"--out: got {filesize.decimal(free)} free on the disk of {out}, expected"
+            f" {filesize.decimal(needed)} for a checkpoint and the student; free some space, or"
+            " choose another --out"
+        )
