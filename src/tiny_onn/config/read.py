@@ -28,6 +28,7 @@ ADDED = MappingProxyType(
         "train.stop_if_worse": False,
         "train.cuda_graphs": False,
         "data.settling_fraction": 0.0,
+        "data.settling_tokens": 0,
         "smk.net_gain": False,
         "experts.token_scale": False,
         "experts.refit": False,
