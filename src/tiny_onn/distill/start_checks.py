@@ -4,23 +4,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from rich import filesize
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import World, check_world
 from tiny_onn.planning.cluster import check_blocks
 from tiny_onn.planning.costs import meta_models, sizes_of
+from tiny_onn.planning.memory import state_bytes
 from tiny_onn.planning.sources import load_shape
 from tiny_onn.runs.trackers import check_trackers
 from tiny_onn.runs.trained_tensors import student_tensors
-
-# The bytes of an optimizer's state, in units of the weights that it trains.
-STATE_SHARES = MappingProxyType({"adamw": 2.0, "adafactor": 0.0})
-STATE_SHARE_8BIT = 0.5
 
 
 def check_start(config: RunConfig, track: Sequence[str], world: World) -> None:
@@ -61,10 +57,15 @@ def check_disk(out: Path, student: TinyOnnForCausalLM, config: RunConfig, world:
     """
     if world.size > 1:
         return
-    trained = sum(tensor.nbytes for tensor in student_tensors(student).values())
-    checkpoint = trained * (1 + STATE_SHARES.get(config.optim.name, STATE_SHARE_8BIT))
-    whole = sum(tensor.nbytes for tensor in student.state_dict().values())
-    free, needed = shutil.disk_usage(out).free, int(checkpoint + whole)
+    experts, gates = split_parameters(student)
+    # Vectors and gates have the state of AdamW, whatever the optimizer.
+    states = [
+        state_bytes(config.optim.name if name in experts and p.ndim > 1 else "adamw", p.shape)
+        for name, p in (experts | gates).items()
+    ]
+    saved = [*student_tensors(student).values(), *student.state_dict().values()]
+    needed = sum(states) + sum(tensor.nbytes for tensor in saved)
+    free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(
             f"--out: got {filesize.decimal(free)} free on the disk of {out}, expected"

@@ -34,6 +34,7 @@ from tiny_onn.model.router import temporary_rules
 from tiny_onn.model.sequence_budget import follow
 from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.parallel import ALONE, World
+from tiny_onn.routing.statistics import RoutingStats
 from tiny_onn.routing.thresholds import (
     corrected_targets,
     exact_threshold,
@@ -135,18 +136,16 @@ def fit_sequence_scale(student: TinyOnnForCausalLM, rows: Sequence[PackedRow]) -
     config = student.config
     config.sequence_scale = 1.0
     some = evenly(rows, -(-SCALE_TOKENS // rows[0].labels.numel()))
-    tokens = sum(int(row.router_mask.sum()) for row in some)
     hooks = follow(student.backbone.base_model, student.hand_over)
     try:
         with eval_mode(student):
             for _ in range(SCALE_ROUNDS):
-                active = 0
+                stats = RoutingStats.zeros(banks)
                 for row in some:
                     with recorded_routings(banks) as routings:
                         last_hidden_states(student, row.input_ids, **packed_kwargs(row))
-                    counted_T = row.router_mask[0]
-                    active += sum(int(routing.active[counted_T].sum()) for routing in routings)
-                scale = config.sequence_scale * rule.target_k * len(banks) * tokens / active
+                    stats.add(routings, row)
+                scale = config.sequence_scale * rule.target_k / stats.summary()["mean_k"]
                 config.sequence_scale = min(max(scale, LEAST_SCALE), LARGEST_SCALE)
     finally:
         for hook in hooks:
