@@ -119,6 +119,7 @@ def test_the_same_run_gives_the_same_bytes(runs, page, tmp_path):
     assert measured.read_text(encoding="utf-8") == page
 
 
+@pytest.mark.usefixtures("page")  # it writes the view
 def test_text_of_settings_and_tokens_cannot_become_markup(runs):
     run = read_run(runs / "student")
     view = json.loads((runs / "student" / VIEW_NAME).read_text())
