@@ -441,7 +441,7 @@ def test_eval_at_budgets_prints_a_table_of_points(stand_in, capsys, monkeypatch)
     point = {"budget": 8.0, "mean_k": 8.1}
     calls = stand_in("evaluation.frontier", "run_frontier", {"points": [point]})
     table = types.ModuleType("tiny_onn.report.frontier")
-    vars(table)["frontier_table"] = str
+    vars(table)["frontier_tables"] = str
     monkeypatch.setitem(sys.modules, "tiny_onn.report.frontier", table)
     assert status_of(["eval", "m", "--budget", "8,4.5", "--out", "x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"points": [point]}

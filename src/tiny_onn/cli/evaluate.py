@@ -126,7 +126,7 @@ class Eval:
 
         with starting():
             from tiny_onn.evaluation.frontier import run_frontier
-            from tiny_onn.report.frontier import frontier_table
+            from tiny_onn.report.frontier import frontier_tables
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_frontier(
@@ -144,4 +144,4 @@ class Eval:
         if self.json:
             print(json.dumps(result, indent=2))
         else:
-            Console().print(frontier_table(result))
+            Console().print(frontier_tables(result))

@@ -135,10 +135,14 @@ def run(verb: "Eval") -> None:
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table("task", "metric", "n", "student", "teacher", "difference")
-    table.add_column("95 % interval", no_wrap=True)
+    from tiny_onn.report.evaluation import add_numbers, narrow_table
+
+    table = narrow_table(Text("Student and teacher by task"))
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    add_numbers(table, ("n", "student", "teacher", "difference", "95 %"))
     for row in rows:
         ends = row["interval"]
         metric = row["metric"] + ("" if row["filter"] == "none" else f" ({row['filter']})")

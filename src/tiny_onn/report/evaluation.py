@@ -36,8 +36,20 @@ def eval_tables(result: Mapping[str, Any]) -> Group:
     parts += [Text(line) for line in (*_spread(result), *_how(result, at_k))]
     domains = result["domains"]
     if len(domains) > 1:
-        parts.append(domain_table(domains))
+        parts += domain_tables(domains)
     return Group(*parts)
+
+
+def narrow_table(title: Text) -> Table:
+    """Return a table with this title, whose columns stand close enough for 80 characters."""
+    padding = (0, 1, 0, 0)
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=padding)
+
+
+def add_numbers(table: Table, names: Sequence[str]) -> None:
+    """Add columns of numbers, which a narrower terminal wraps, since a cut number misleads."""
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
 
 
 def shown_interval(interval: Sequence[float] | None, form: str) -> str:
@@ -61,21 +73,18 @@ def shown_between(exact: Mapping[str, Any]) -> str:
 def _numbers(result: Mapping[str, Any], at_k: Mapping[str, Any] | None) -> Table:
     windows = result["windows"]
     cut = "" if windows["stride"] is None else f", {windows['stride']} apart"
-    table = Table(
-        title=Text(
+    table = narrow_table(
+        Text(
             f"{result['model']} on {result['num_tokens']:,} tokens of {result['text']}"
             f" ({result['num_documents']:,} documents, windows of {windows['tokens']}{cut})"
-        ),
-        title_justify="left",
-        box=SIMPLE_HEAD,
+        )
     )
     # A terminal has room for one interval; the JSON has both.
     shown = [("deployed", result)]
     if at_k is not None:
         shown.append((f"at k = {at_k['mean_k']:g}", at_k))
     table.add_column("", no_wrap=True)
-    for name in ("teacher", *(name for name, _ in shown), "95 %"):
-        table.add_column(name, justify="right")
+    add_numbers(table, ("teacher", *(name for name, _ in shown), "95 %"))
     for title, name, teacher, form in ROWS:
         cells = [title, _shown(result.get(teacher, teacher), form)]
         cells += [_shown(numbers.get(name), form) for _, numbers in shown]
@@ -114,42 +123,33 @@ def _how(result: Mapping[str, Any], at_k: Mapping[str, Any] | None) -> list[str]
     return [shown_between(at_k)]
 
 
-def domain_table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return the numbers of each domain, the first `MAX_DOMAINS` of them."""
+def domain_tables(domains: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Return two tables with the numbers of each domain, the first `MAX_DOMAINS` of them."""
     left_out = len(domains) - MAX_DOMAINS
     more = f", the {MAX_DOMAINS} largest of {len(domains)}" if left_out > 0 else ""
-    # Ten columns in a terminal of 80 leave room for short names and one space between them only.
-    table = Table(
-        title=f"By domain{more}, as deployed",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("domain", overflow="fold", min_width=8)
-    names = (
-        "tokens",
-        "docs",
-        "KL",
-        "95 %",
-        "agree",
-        "ppl",
-        "teacher ppl",
-        "bits / byte",
-        "k",
-    )
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold", min_width=5)
+    # All of the numbers beside each other would not fit into a terminal of 80 columns.
+    distance = narrow_table(Text(f"By domain{more}, as deployed"))
+    text = narrow_table(Text("The text by domain, as deployed"))
+    for table, names in (
+        (distance, ("tokens", "docs", "k", "KL", "95 %", "agreement")),
+        (text, ("perplexity", "teacher's", "bits per byte")),
+    ):
+        table.add_column("domain", overflow="fold")
+        add_numbers(table, names)
     for name, numbers in list(domains.items())[:MAX_DOMAINS]:
-        table.add_row(
+        distance.add_row(
             Text(name or "unknown"),
             f"{numbers['num_tokens']:,}",
             f"{numbers['num_documents']:,}",
+            _shown(numbers["mean_k"], "{:.2f}"),
             _shown(numbers["forward_kl"], "{:.4f}"),
             shown_interval(numbers["intervals"]["forward_kl"], "{:.4f}"),
             _shown(numbers["top1_agreement"], "{:.1%}"),
+        )
+        text.add_row(
+            Text(name or "unknown"),
             _shown(numbers["student_perplexity"], "{:.2f}"),
             _shown(numbers["teacher_perplexity"], "{:.2f}"),
             _shown(numbers["student_bits_per_byte"], "{:.4f}"),
-            _shown(numbers["mean_k"], "{:.2f}"),
         )
-    return table
+    return [distance, text]

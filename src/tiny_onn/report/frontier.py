@@ -4,38 +4,38 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from tiny_onn.report.charts import Line, line_plot, page
 from tiny_onn.report.comparing import mflops
-from tiny_onn.report.evaluation import shown_between, shown_interval
+from tiny_onn.report.evaluation import add_numbers, narrow_table, shown_between, shown_interval
 from tiny_onn.report.exact_k import EQUAL_K
 
 
-def frontier_table(frontier: Mapping[str, Any]) -> Group:
-    """Return a table with one row per budget, as deployed and at exactly that mean k."""
-    table = Table(title=Text(f"{frontier['model']} on {frontier['text']}"), box=SIMPLE_HEAD)
-    table.add_column("budget", justify="right")
-    for name in (
-        *("k", "FFN MFLOPs", "of dense", "KL", "95 %", "agreement", "perplexity"),
-        *("KL at exactly k", "95 %", "agreement", "perplexity"),
-    ):
-        table.add_column(name, justify="right", overflow="fold")
+def frontier_tables(frontier: Mapping[str, Any]) -> Group:
+    """Return two tables with one row per budget, as deployed and at exactly that mean k."""
+    deployed = narrow_table(Text(f"{frontier['model']} on {frontier['text']}, as deployed"))
+    exactly = narrow_table(Text("At exactly k"))
+    quality = ("KL", "95 %", "agree", "perplexity")
+    # The breaks and the short name let the row fit into 80 characters.
+    add_numbers(deployed, ("budget", "k", "FFN\nMFLOPs", "of\ndense", *quality))
+    add_numbers(exactly, ("k", *quality))
     exact = {found["mean_k"]: found for found in frontier["exact"]}
     for point in frontier["points"]:
-        table.add_row(
-            f"{point['budget']:g}",
+        budget = f"{point['budget']:g}"
+        deployed.add_row(
+            budget,
             f"{point['mean_k']:.2f}",
             mflops(point["ffn_flops"]),
             f"{point['ffn_flops'] / point['dense_ffn_flops']:.1%}",
             *_quality(point),
-            *_quality(_exact_for(point["budget"], exact)),
         )
+        if (found := _exact_for(point["budget"], exact)) is not None:
+            exactly.add_row(budget, *_quality(found))
     lines = [shown_between(found) for found in frontier["exact"] if len(found["between"]) > 1]
-    return Group(table, *(Text(line) for line in lines))
+    tables = [table for table in (deployed, exactly) if table.row_count]
+    return Group(*tables, *(Text(line) for line in lines))
 
 
 def _exact_for(budget: float, exact: Mapping[float, Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -43,9 +43,7 @@ def _exact_for(budget: float, exact: Mapping[float, Mapping[str, Any]]) -> Mappi
     return exact[near[0]] if near else None
 
 
-def _quality(numbers: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
-    if numbers is None:
-        return ("", "", "", "")
+def _quality(numbers: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return (
         f"{numbers['forward_kl']:.4f}",
         shown_interval(numbers["intervals"]["forward_kl"], "{:.4f}"),
