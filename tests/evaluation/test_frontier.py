@@ -35,9 +35,9 @@ def render(group):
     return out.getvalue()
 
 
-def frontier(run, tmp_path, budgets=()):
+def frontier(run, out, budgets=()):
     return run_frontier(
-        str(run / "run"), budgets=budgets, text=None, device="cpu", max_tokens=512, out=tmp_path
+        str(run / "run"), budgets=budgets, text=None, device="cpu", max_tokens=512, out=out
     )
 
 
@@ -68,6 +68,14 @@ def test_a_budget_changes_the_student_and_its_own_does_not_come_from_the_table(r
     (small,) = frontier(run, tmp_path, [2.0])["points"]
     assert small["mean_k"] == pytest.approx(2, rel=0.1)
     assert plain["mean_k"] != small["mean_k"]
+
+
+def test_nothing_is_written_without_a_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(run.rglob("*"))
+    assert len(frontier(run, None, [4.0])["points"]) == 1
+    assert sorted(run.rglob("*")) == before
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_budget_that_cannot_be_is_refused_before_anything_is_measured(run, tmp_path):

@@ -47,9 +47,6 @@ Out = Annotated[
         help_behavior_hint="(default: runs/NAME-TIME)",
     ),
 ]
-Results = Annotated[
-    Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/VERB-TIME)")
-]
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Checkpoint = Annotated[
     str,

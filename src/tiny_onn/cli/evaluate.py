@@ -16,9 +16,7 @@ from tiny_onn.cli.arguments import (
     Json,
     Model,
     Quantize,
-    Results,
     Teacher,
-    default_out,
     require,
     require_student,
     starting,
@@ -68,8 +66,15 @@ class Eval:
     ] = None
     frontier: Annotated[bool, arg(help_behavior_hint="(default: off)")] = False
     """Measure at several budgets, from all experts down to an eighth of them."""
-    out: Results = None
-    """Folder for the JSON of --budget, --frontier or --tasks, and for the picture."""
+    out: Annotated[
+        Path | None,
+        arg(
+            metavar="FOLDER",
+            help="Folder for the JSON of --budget, --frontier or --tasks, and for the picture. With"
+            " the run's own folder, report and compare read its budgets.",
+            help_behavior_hint="(default: nothing is written)",
+        ),
+    ] = None
     json: Json = False
     by_tasks: harness.Options = harness.NO_TASKS
 
@@ -136,7 +141,7 @@ class Eval:
                 device=self.device,
                 max_tokens=self.max_tokens,
                 stride=self.stride,
-                out=default_out("frontier") if self.out is None else self.out,
+                out=self.out,
                 checkpoint=self.checkpoint,
                 teacher=self.teacher,
                 quantize=self.quantize,

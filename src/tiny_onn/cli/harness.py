@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import default_out, require, require_student, starting
+from tiny_onn.cli.arguments import require, require_student, starting
 from tiny_onn.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def run(verb: "Eval") -> None:
             teacher=verb.teacher,
             quantize=verb.quantize,
             budget=budgets[0] if budgets else None,
-            out=default_out("tasks") if verb.out is None else verb.out,
+            out=verb.out,
             options={
                 "tasks": names,
                 "tasks_folder": options.tasks_folder,

@@ -14,7 +14,6 @@ from tiny_onn.cli.arguments import (
     ComputeDevice,
     Json,
     Model,
-    Results,
     Teacher,
     default_out,
     parse_layers,
@@ -76,7 +75,9 @@ class Probe:
     fit_tokens: int = 8192
     """Maximum number of tokens of other documents, to fit the regressions on."""
     device: ComputeDevice = "auto"
-    out: Results = None
+    out: Annotated[
+        Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/probe-TIME)")
+    ] = None
     """Folder for probe.json and probe.html."""
     json: Json = False
 

@@ -18,14 +18,15 @@ SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 
 
 def run_frontier(
-    model: str, *, budgets: Sequence[float], out: Path, **options: Unpack[EvalOptions]
+    model: str, *, budgets: Sequence[float], out: Path | None, **options: Unpack[EvalOptions]
 ) -> dict[str, Any]:
-    """Evaluate a student at several budgets, and write `frontier.json` and `frontier.html`.
+    """Evaluate a student at several budgets.
 
     Args:
         model: a run folder or a student's folder.
         budgets: mean numbers of active experts per token; empty: `default_budgets`.
-        out: the folder for the results, which is created if it is missing.
+        out: the folder for `frontier.json` and `frontier.html`, which is created if it is missing;
+            None: nothing is written.
         options: see `EvalOptions`.
 
     Raises:
@@ -33,7 +34,8 @@ def run_frontier(
     """
     bench = load_for_eval(model, **options)
     frontier = {"model": model, **measure_frontier(bench, budgets)}
-    write_frontier(frontier, out)
+    if out is not None:
+        write_frontier(frontier, out)
     return frontier
 
 
