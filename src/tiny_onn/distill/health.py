@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
+from tiny_onn.report.evaluation import BUDGET_ADVICE
 from tiny_onn.report.run_data import token_blind_layers
 
 Record = dict[str, Any]
@@ -202,9 +203,7 @@ def _held_out_budget(last: Record, config: RunConfig) -> Iterator[Finding]:
             "held_out_k",
             f"held-out tokens have {last['mean_k']:.2f} experts on average, with a standard error"
             f" of {error:.2f} over documents; the target is {target:g}",
-            "the thresholds were settled on other text: raise data.settling_tokens or"
-            " data.settling_fraction, or let the student follow each sequence"
-            ' (routing_controller = "sequence")',
+            f"the thresholds were settled on other text: {BUDGET_ADVICE}",
         )
 
 

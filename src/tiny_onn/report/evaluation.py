@@ -10,6 +10,11 @@ from rich.text import Text
 
 from tiny_onn.report.comparing import mflops, shown_end
 
+# What helps where tokens have more or fewer experts than the budget asks for.
+BUDGET_ADVICE = (
+    "raise data.settling_tokens or data.settling_fraction, or let the student follow each sequence"
+    ' (routing_controller = "sequence")'
+)
 # The number of domains in the table; the JSON has all of them.
 MAX_DOMAINS = 20
 # Rows of the table: title, field of the student, field or value of the teacher, format.
@@ -111,7 +116,8 @@ def _spread(result: Mapping[str, Any]) -> list[str]:
     if budget is not None and not budget["met"]:
         lines.append(
             f"OFF TARGET: the budget is {budget['target_k']:g} experts per token, and the student"
-            f" uses {budget['error']:+.1%}."
+            f" uses {budget['error']:+.1%}. Its thresholds were settled on other text:"
+            f" {BUDGET_ADVICE}."
         )
     return lines
 
