@@ -162,6 +162,12 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_undisturbed(confi
     assert process.returncode == 0, err
     run_distill(longer, out=whole)
     assert records(out) == records(whole)
+    # All processes leave a finished run alone, and the first one says so.
+    process = launch("distill", "--resume", "--out", out)
+    (line,) = lines_of(process)
+    assert "the run has finished after 5,120 tokens" in line
+    assert process.returncode == 0
+    assert not (out / "environment-3.json").exists()
 
 
 @pytest.mark.slow

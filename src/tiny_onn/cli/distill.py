@@ -64,39 +64,14 @@ class Distill:
         """Run the verb."""
         from tiny_onn.config.launcher import check_launcher, is_first, num_processes
         from tiny_onn.config.read import load_config
-        from tiny_onn.errors import UserError
 
         check_launcher()
-        named = self.run is not None or self.preset is not None
-        if self.resume and self.out is None:
-            raise UserError(
-                "--resume: got no --out, expected the folder of the run to resume; add --out FOLDER"
-            )
-        if self.resume and self.profile:
-            raise UserError(
-                "--profile: got --resume, expected a new run folder; leave out --resume"
-            )
-        if self.allow_change and not self.resume:
-            raise UserError(
-                "--allow-change: got no --resume, expected a run to resume; add --resume"
-            )
-        if not named and not self.resume:
-            raise UserError(
-                "distill: got neither RUN.toml nor --preset, expected one; try --preset demo, or"
-                " write a file with `tiny-onn config > RUN.toml`"
-            )
-        if (number := num_processes()) > 1 and (self.out is None or self.profile):
-            got, remedy = (
-                ("--profile", "profile one process, without a launcher")
-                if self.profile
-                else ("no --out", "add --out FOLDER, by which all of them name the run")
-            )
-            raise UserError(f"distill: got {got} with {number} processes; {remedy}")
+        self._check()
         from tiny_onn.runs.trackers import check_trackers
 
         check_trackers(self.track)
         if self.resume and self.out is not None:
-            config = self._resumed(self.out, named=named)
+            config = self._resumed(self.out)
         else:
             config = load_config(self.run, self.preset, self.overrides)
         name = self.run.stem if self.run is not None else str(self.preset)
@@ -106,6 +81,9 @@ class Distill:
                 from tiny_onn.distill.profile import run_profile
 
             run_profile(config, out=out, argv=sys.argv)
+            return
+        # Several processes decide together, because a file may appear to some of them later.
+        if self.resume and num_processes() == 1 and self._nothing_to_do(out, config):
             return
         with starting():
             from tiny_onn.console import say
@@ -117,10 +95,13 @@ class Distill:
             # A launcher starts the same command again after a process has failed. A run that it
             # found in the folder is not resumed unasked.
             begun = world.any_true(world.first and was_begun_by(world.launch, out))
+            resume = self.resume or begun
+            if world.any_true(world.first and resume and self._nothing_to_do(out, config)):
+                return
             result = run_distill(
                 config,
                 out=out,
-                resume=self.resume or begun,
+                resume=resume,
                 allow_change=self.allow_change,
                 track=self.track,
                 argv=sys.argv,
@@ -136,7 +117,42 @@ class Distill:
                 f"tiny-onn: the student is {out / 'student'}; `tiny-onn report {out}` shows the run"
             )
 
-    def _resumed(self, out: Path, *, named: bool) -> "RunConfig":
+    @property
+    def _named(self) -> bool:
+        """True if the settings of a file or of a preset are to be used."""
+        return self.run is not None or self.preset is not None
+
+    def _check(self) -> None:
+        """Refuse arguments that do not go together, or not with several processes."""
+        from tiny_onn.config.launcher import num_processes
+        from tiny_onn.errors import UserError
+
+        if self.resume and self.out is None:
+            raise UserError(
+                "--resume: got no --out, expected the folder of the run to resume; add --out FOLDER"
+            )
+        if self.resume and self.profile:
+            raise UserError(
+                "--profile: got --resume, expected a new run folder; leave out --resume"
+            )
+        if self.allow_change and not self.resume:
+            raise UserError(
+                "--allow-change: got no --resume, expected a run to resume; add --resume"
+            )
+        if not self._named and not self.resume:
+            raise UserError(
+                "distill: got neither RUN.toml nor --preset, expected one; try --preset demo, or"
+                " write a file with `tiny-onn config > RUN.toml`"
+            )
+        if (number := num_processes()) > 1 and (self.out is None or self.profile):
+            got, remedy = (
+                ("--profile", "profile one process, without a launcher")
+                if self.profile
+                else ("no --out", "add --out FOLDER, by which all of them name the run")
+            )
+            raise UserError(f"distill: got {got} with {number} processes; {remedy}")
+
+    def _resumed(self, out: Path) -> "RunConfig":
         from tiny_onn.config.changes import (
             check_changes,
             with_absolute_paths,
@@ -148,10 +164,31 @@ class Distill:
         began = read_run_config(out)
         config = (
             load_config(self.run, self.preset, self.overrides)
-            if named
+            if self._named
             else override(began, self.overrides)
         )
         # The run checks the changes too; here a mistake is reported before torch is imported.
         after = with_absolute_paths(with_number_format_of(began, config))
         check_changes(with_absolute_paths(began), after, self.allow_change)
         return config
+
+    def _nothing_to_do(self, out: Path, config: "RunConfig") -> bool:
+        """Return True if the run has finished, and say so, with how to train it further."""
+        from tiny_onn.console import say
+        from tiny_onn.runs.folder import finished_tokens
+
+        tokens = finished_tokens(out, config)
+        # A tracker that is named now gets the records of a finished run.
+        if tokens is None or self.track:
+            return False
+        longer = (
+            f"to train it further, use `tiny-onn distill --resume --out {out} --set train.tokens=N"
+            f" --allow-change train.tokens` with N above {config.train.tokens:,}"
+            if any((out / "checkpoints").glob("step-*"))
+            else "it cannot be trained further, because its checkpoints are gone"
+        )
+        say(
+            f"tiny-onn: the run has finished after {tokens:,} tokens, and its student is"
+            f" {out / 'student'}; {longer}"
+        )
+        return True

@@ -36,23 +36,19 @@ from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.planning.advice import explain_out_of_memory
-from tiny_onn.routing.budgets import finish_tables
 from tiny_onn.routing.steering import fitted_eval_thresholds
 from tiny_onn.runs.checkpoint import valid_checkpoints, way_on
 from tiny_onn.runs.checkpointer import Checkpointer
-from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import (
     create_run_folder,
-    keep_settings,
     read_run_config,
     record_conversion,
+    reopen,
     resume_run_folder,
 )
 from tiny_onn.runs.lock import LOCK_NAME, run_lock
-from tiny_onn.runs.model_card import write_model_card
 from tiny_onn.runs.shared_folder import check_shared
 from tiny_onn.runs.signals import Stopped, StopRequest, stop_on_signal
-from tiny_onn.runs.students import save_student
 
 AfterStep = Callable[[int, float], None]
 # A stopped run still evaluates its last step if the evaluation before took no longer.
@@ -146,7 +142,7 @@ def _train(
         is_chosen = config.loss.chunk_tokens == 0
         state = restore(training, stream, checkpoints, title, world, chunk_is_chosen=is_chosen)
         if world.first:
-            keep_settings(out, config)
+            reopen(out, config)
     config = training.config
     span = (state.tokens, run_tokens(state.stage, config))
     with (
@@ -184,7 +180,7 @@ def _train(
         )
         after = run.loop(evaluate_first, after_step)
     if after is not None:
-        run.finish(out, after)
+        saver.save_results(out, prepared, run.threshold_rows, after)
     # A launcher ends the first process while it writes if another one has ended.
     world.barrier()
     return RunResult(
@@ -235,18 +231,6 @@ class _Run:
         with status(f"{self.title}: saving step {state.step}"):
             self.saver.finish()
         return after
-
-    def finish(self, out: Path, after: Evaluation) -> None:
-        """Write the student and the summary into the run folder."""
-        student, scope = self.training.student, self.training.config.router.budget_scope
-        student.train(False)
-        with status(f"{self.title}: saving the student"):
-            finish_tables(student, self.threshold_rows, scope)
-            save_student(out / "student", self.prepared, self.world)
-            if self.world.first:
-                summary = self.state.summary(after, self.training.config, self.checkpoints)
-                write_json(out / "summary.json", {**summary, "health": self.log.verdict()})
-                write_model_card(out / "student", self.training.config, out, step=self.state.step)
 
     def _last_evaluation(self) -> Evaluation | None:
         """Evaluate after the last step; return None if a stopped run leaves it out."""

@@ -1,8 +1,14 @@
-"""The checkpoints of a run: what they hold, and what happens when one cannot be written."""
+"""The checkpoints of a run: what they hold, and what happens when one cannot be written.
+
+The student and the results at its end are written here too.
+"""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from tiny_onn.console import say
+from tiny_onn.console import say, status
+from tiny_onn.conversion.pipeline import Prepared
+from tiny_onn.data.packing import PackedRow
 from tiny_onn.distill.assembly import Training
 from tiny_onn.distill.feed import RowFeed
 from tiny_onn.distill.optim import SplitOptimizer, owners_of
@@ -11,9 +17,15 @@ from tiny_onn.distill.run_state import RunState
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.parallel import World
+from tiny_onn.routing.budgets import finish_tables
 from tiny_onn.runs.checkpoint import take_snapshot
 from tiny_onn.runs.checkpointer import Checkpointer
+from tiny_onn.runs.files import write_json
+from tiny_onn.runs.folder import SUMMARY_NAME
+from tiny_onn.runs.model_card import write_model_card
+from tiny_onn.runs.records import Evaluation
 from tiny_onn.runs.signals import StopRequest
+from tiny_onn.runs.students import save_student
 
 
 def saving_ranks(
@@ -127,6 +139,29 @@ class Saver:
             raise UserError(error)
         if self.world.first:
             self.writer.tidy()
+
+    def save_results(
+        self, out: Path, prepared: Prepared, rows: list[PackedRow], after: Evaluation
+    ) -> None:
+        """Write the student and the summary into the run folder; call it in every process.
+
+        Args:
+            out: The run folder.
+            prepared: The student and its tokenizer.
+            rows: The text on which thresholds are settled.
+            after: The last evaluation.
+        """
+        student, config, state = self.training.student, self.training.config, self.state
+        student.train(False)
+        with status(f"{self.title}: saving the student"):
+            finish_tables(student, rows, config.router.budget_scope)
+            save_student(out / "student", prepared, self.world)
+            if self.world.first:
+                summary = state.summary(after, config, out / "checkpoints")
+                numbers = {"step": state.step, "summary": summary}
+                write_model_card(out / "student", config, out, **numbers)
+                # The summary of a finished run says that all is done, so that it is written last.
+                write_json(out / SUMMARY_NAME, {**summary, "health": self.log.verdict()})
 
     def mark_best(self) -> None:
         """Let the writer keep the checkpoint of the best evaluation."""

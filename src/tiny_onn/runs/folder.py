@@ -3,6 +3,7 @@
     config.json        every setting, resolved
     environment.json   versions, device, command line; environment-N.json for the N-th resumption
     metrics.jsonl      one JSON object per line, in the order of writing
+    summary.json       the results, written last
 
 Checkpoints lie in the same folder (`checkpoint.py`), and so does the student (`students.py`). A
 number that is not finite is written as NaN or Infinity, as Python does, so that the records of a
@@ -18,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from tiny_onn.config.changes import check_changes, with_absolute_paths
+from tiny_onn.config.changes import check_changes, with_absolute_paths, with_number_format_of
 from tiny_onn.config.launcher import num_processes
-from tiny_onn.config.read import config_from_json, resolved_json
+from tiny_onn.config.read import config_diff, config_from_json, resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.runs.files import explain_write, write_atomically, write_json
@@ -31,6 +33,7 @@ from tiny_onn.teacher.model_paths import no_folder
 
 # Kinds of records that a run writes before its first step.
 _UNTRAINED = ("start", "blocks")
+SUMMARY_NAME = "summary.json"
 _ENVIRONMENT = re.compile(r"environment(-\d+)?\.json")
 
 
@@ -133,6 +136,53 @@ def keep_settings(path: Path, config: RunConfig) -> None:
         UserError: the settings cannot be written.
     """
     write_atomically(path / "config.json", resolved_json(config))
+
+
+def reopen(path: Path, config: RunConfig) -> None:
+    """Write the settings with which a resumed run goes on; it counts as unfinished until its end.
+
+    Raises:
+        UserError: the settings cannot be written.
+    """
+    keep_settings(path, config)
+    summary = read_summary(path)
+    if summary is not None and not summary.get("interrupted"):
+        write_json(path / SUMMARY_NAME, {**summary, "interrupted": True})
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """Return the `summary.json` of the run in `path`; None if there is none that can be read."""
+    try:
+        found = json.loads((path / SUMMARY_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def finished_tokens(path: Path, config: RunConfig) -> int | None:
+    """Return the number of training tokens of a run that has finished with these settings.
+
+    A run writes its summary last, which tells that all files were written.
+
+    Args:
+        path: the run's folder.
+        config: the settings to resume with.
+
+    Returns:
+        The number; None if the run has not finished, or if other settings are to be applied.
+
+    Raises:
+        UserError: there is no run, or its settings cannot be read.
+    """
+    began, summary = read_run_config(path), read_summary(path)
+    after = with_absolute_paths(with_number_format_of(began, config))
+    if config_diff(with_absolute_paths(began), after) or not (path / "student").is_dir():
+        return None
+    if summary is None or summary.get("interrupted"):
+        return None
+    tokens, planned = summary.get("tokens"), began.train.blockwise_tokens + began.train.tokens
+    # A run of before that was resumed with more tokens kept the summary of its first end.
+    return tokens if isinstance(tokens, int) and tokens >= planned else None
 
 
 def read_run_config(path: Path) -> RunConfig:

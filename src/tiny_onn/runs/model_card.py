@@ -34,7 +34,14 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```"""
 
 
-def write_model_card(folder: Path, config: RunConfig, run: Path, *, step: int | None) -> None:
+def write_model_card(
+    folder: Path,
+    config: RunConfig,
+    run: Path,
+    *,
+    step: int | None,
+    summary: dict[str, Any] | None = None,
+) -> None:
     """Write the README of a student that its run's folder describes.
 
     Args:
@@ -43,11 +50,13 @@ def write_model_card(folder: Path, config: RunConfig, run: Path, *, step: int | 
         run: the run's folder.
         step: the number of updates that trained the student; numbers are left out where the run's
             summary is that of another step.
+        summary: the run's summary; None: it is in the run's folder.
 
     Raises:
         UserError: the disk refuses.
     """
-    summary, environment = (_records(run / f"{name}.json") for name in ("summary", "environment"))
+    environment = _records(run / "environment.json")
+    summary = _records(run / "summary.json") if summary is None else summary
     if summary.get("steps") != step:
         summary = {}
     data = _metadata(config, summary.get("after"))

@@ -132,7 +132,7 @@ def _load(name: str, device: torch.device, checkpoint: str, teacher: str | None)
         with LoadErrors(
             lambda reason: (
                 "expected config.json, model.safetensors and tokenizer.json of a student "
-                f"({reason}); write it again with --resume"
+                f"({reason}); remove the folder and use --resume"
             )
         ):
             student, tokenizer = _read_student(student_folder)

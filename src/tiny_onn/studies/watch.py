@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tiny_onn.distill.health import diagnose, verdict
 from tiny_onn.errors import UserError
 from tiny_onn.report.live import live_view
 from tiny_onn.report.run_data import STEPS, Run
-from tiny_onn.runs.folder import read_run_config
+from tiny_onn.runs.folder import read_run_config, read_summary
 from tiny_onn.runs.lock import LOCK_NAME, is_held, other_host
 from tiny_onn.runs.metrics import METRICS_NAME, MetricsTail
 from tiny_onn.studies.report import check_records, news_of, process_of
@@ -52,7 +51,7 @@ class Follower:
             return "waiting for it to begin; Ctrl-C ends the wait."
         if (folder / LOCK_NAME).exists():
             return f"its process has ended without saving; {resume}"
-        summary = _summary(folder)
+        summary = read_summary(folder)
         if summary is None:
             return f"it was stopped before its end; {resume}"
         return f"it was interrupted; {resume}" if summary.get("interrupted") else "it has finished."
@@ -118,11 +117,3 @@ def run_watch(folder: Path, *, interval_s: float, once: bool) -> None:
             time.sleep(interval_s)
             live.update(follower.view(), refresh=True)
         live.update(follower.view(), refresh=True)
-
-
-def _summary(folder: Path) -> Mapping[str, Any] | None:
-    try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
