@@ -151,6 +151,14 @@ def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(whole, config, t
     assert json.loads((out / "summary.json").read_text())["interrupted"] is False
 
 
+def test_a_run_with_bad_input_leaves_no_folder(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    bad = change(config, data={"sources": (str(tmp_path / "empty"),)})
+    with pytest.raises(UserError, match=r"data\.sources"):
+        run_distill(bad, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_ctrl_c_stops_at_once_and_the_checkpoint_stays(whole, config, tmp_path):
     out = tmp_path / "run"
 

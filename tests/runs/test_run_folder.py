@@ -19,10 +19,12 @@ from tiny_onn.errors import UserError
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import (
     create_run_folder,
+    forgotten_if_refused,
     read_run_config,
     resume_run_folder,
     was_begun_by,
 )
+from tiny_onn.runs.lock import run_lock
 from tiny_onn.runs.metrics import MetricsWriter, read_metrics
 
 
@@ -321,3 +323,22 @@ def test_a_launch_knows_the_run_that_it_began_and_no_other(tmp_path):
     assert not was_begun_by(None, plain)
     (ours / "config.json").unlink()
     assert not was_begun_by("a launch", ours)
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"), [(UserError("text: got none"), False), (KeyboardInterrupt(), True)]
+)
+def test_a_run_that_is_refused_before_its_first_step_leaves_nothing(tmp_path, error, kept):
+    out = tmp_path / "runs" / "one"
+    with pytest.raises(type(error)), run_lock(out), forgotten_if_refused(out):
+        failed_run(out)
+        raise error
+    # A run that was interrupted can be resumed.
+    assert out.exists() == kept
+
+
+def test_a_refused_run_with_results_keeps_them(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"), forgotten_if_refused(tmp_path):
+        create_run_folder(tmp_path, RunConfig(), argv=[])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]

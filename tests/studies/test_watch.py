@@ -98,7 +98,7 @@ def test_an_interrupted_and_a_killed_run_name_the_way_on(tmp_path):
     run_distill(config, out=out, after_step=lambda step, _: send(2) if step == 1 else None)
     assert "it was interrupted; `tiny-onn distill --resume" in words(Follower(out).view())
     (out / "summary.json").unlink()
-    assert "it was stopped before its end" in words(Follower(out).view())
+    assert "it was stopped before its end, by a signal or an error" in words(Follower(out).view())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     lock = {"pid": gone.pid, "host": os.uname().nodename, "since_utc": "now"}
@@ -131,7 +131,8 @@ def test_a_run_of_another_machine_that_writes_nothing_is_not_said_to_train(tmp_p
 def test_the_verb_shows_a_run_once_and_refuses_what_is_none(tmp_path, capsys):
     write_records(tmp_path / "young", CONFIG, [])
     assert cli.main(["watch", str(tmp_path / "young"), "--once"]) == 0
-    assert "stopped before its end" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "it ended before its first step, by a signal or an error; start it again with" in said
     assert cli.main(["watch", str(tmp_path / "none"), "--once"]) == 2
     assert "where no run has begun, expected the folder of a run" in capsys.readouterr().err
     assert cli.main(["watch", "x", "--interval", "0"]) == 2

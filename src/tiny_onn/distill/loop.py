@@ -41,6 +41,7 @@ from tiny_onn.runs.checkpoint import valid_checkpoints, way_on
 from tiny_onn.runs.checkpointer import Checkpointer
 from tiny_onn.runs.folder import (
     create_run_folder,
+    forgotten_if_refused,
     read_run_config,
     record_conversion,
     reopen,
@@ -95,7 +96,11 @@ def run_distill(
     check_start(config, track, world)
     config = with_absolute_paths(prepare_device(config)[0])
     begun: dict[str, Any] = {"argv": argv, "launch": world.launch}
-    with stop_on_signal(world) as stop, run_lock(out) if world.first else nullcontext():
+    with (
+        stop_on_signal(world) as stop,
+        run_lock(out) if world.first else nullcontext(),
+        forgotten_if_refused(out) if world.first and not resume else nullcontext(),
+    ):
         if resume and world.first:
             resume_run_folder(out, config, allow_change=allow_change, **begun)
         elif world.first:

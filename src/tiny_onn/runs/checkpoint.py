@@ -198,7 +198,7 @@ def way_on(folder: Path) -> str:
     """Return the advice on how to resume from these checkpoints with a setting lowered."""
     whole = valid_checkpoints(folder)
     if not whole:
-        return "there is no checkpoint yet: start again with --resume or another --out"
+        return "there is no checkpoint yet: start again with the setting lowered"
     return (
         f"the checkpoint {whole[0].name} is whole: use --resume, with --set and --allow-change for"
         " each setting that you lower"

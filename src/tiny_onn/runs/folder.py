@@ -15,7 +15,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -56,20 +57,41 @@ def create_run_folder(
     """
     with explain_write(path):
         path.mkdir(parents=True, exist_ok=True)
-        early = list(path.iterdir())
-        if not all(_is_replaceable(entry) for entry in early):
+        if not _cleared(path):
             raise UserError(
                 f"{path}: got a folder that is not empty, expected a new one; add --resume to"
                 " resume its run, or choose another --out"
             )
-        for entry in early:
-            if entry.is_dir():
-                entry.rmdir()
-            elif entry.name != LOCK_NAME:
-                entry.unlink()
     write_json(path / "environment.json", _environment(config.train.device, argv, launch))
     # The settings are written last, so that a folder with settings is complete.
     keep_settings(path, config)
+
+
+@contextmanager
+def forgotten_if_refused(path: Path) -> Iterator[None]:
+    """Remove the folder of a new run, with its lock, if a `UserError` ends it without a step."""
+    try:
+        yield
+    except UserError:
+        # The reason of the error is told, whatever becomes of the files.
+        with suppress(OSError, UserError):
+            if _cleared(path):
+                (path / LOCK_NAME).unlink(missing_ok=True)
+                path.rmdir()
+        raise
+
+
+def _cleared(path: Path) -> bool:
+    """Remove all but the lock from a folder without results; return False if it holds some."""
+    early = list(path.iterdir())
+    if not all(_is_replaceable(entry) for entry in early):
+        return False
+    for entry in early:
+        if entry.is_dir():
+            entry.rmdir()
+        elif entry.name != LOCK_NAME:
+            entry.unlink()
+    return True
 
 
 def _is_replaceable(entry: Path) -> bool:

@@ -39,7 +39,6 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK_NAME
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path)
     except BlockingIOError as error:
         raise UserError(
@@ -90,6 +89,8 @@ def _pid_and_host(folder: Path) -> tuple[int, str] | None:
 def _acquire(path: Path) -> int:
     """Lock the file, write this process into it, and return its descriptor."""
     while True:
+        # A run that was refused has removed its folder together with the lock.
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -52,9 +52,18 @@ class Follower:
         if (folder / LOCK_NAME).exists():
             return f"its process has ended without saving; {resume}"
         summary = read_summary(folder)
-        if summary is None:
-            return f"it was stopped before its end; {resume}"
-        return f"it was interrupted; {resume}" if summary.get("interrupted") else "it has finished."
+        if summary is not None and not summary.get("interrupted"):
+            return "it has finished."
+        if summary is not None:
+            ended = "was interrupted;"
+        elif any(record["step"] for record in self._records):
+            ended = "was stopped before its end, by a signal or an error;"
+        else:
+            ended = (
+                "ended before its first step, by a signal or an error; start it again with the same"
+                " --out, or as it is:"
+            )
+        return f"it {ended} {resume}"
 
     def poll(self) -> Run | None:
         """Read what is new and return the run so far; None if it has not begun.
