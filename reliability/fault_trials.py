@@ -33,7 +33,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.config.template import config_template
 from tiny_onn.data import sources
 from tiny_onn.distill import loop as train
-from tiny_onn.distill import passes, step
+from tiny_onn.distill import passes, saving, step
 from tiny_onn.runs import checkpoint
 from tiny_onn.runs.checkpoint import valid_checkpoints
 from tiny_onn.runs.metrics import MetricsWriter
@@ -339,7 +339,7 @@ STAGES: dict[str, Callable[[int], None]] = {
         MetricsWriter, "write", 4 * n, half_line
     ),
     "in the middle of the finished student": lambda _: wrapped(
-        train, "save_student", 1, half_student
+        saving, "save_student", 1, half_student
     ),
 }
 
