@@ -114,6 +114,34 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, case):
     assert state["stage"] == {"name": "global", "begin": 0}
 
 
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_with_checkpoints_goes_on_without_converting_again(
+    config, tmp_path, monkeypatch, stop
+):
+    """All that a conversion makes comes from the checkpoint, at the change of stage too."""
+    config = change(
+        config,
+        experts={
+            "init": "coactivation",
+            "gate_init": "ridge",
+            "refit": True,
+            "compensation": "mean",
+            "learn_scale": True,
+            "token_scale": True,
+        },
+        router={"budget_form": "threshold"},
+        optim={"lr_scale": "rms"},
+        train={"blockwise_tokens": 2 * 48, "tokens": (STEPS - 2) * 48},
+    )
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run_distill(config, out=whole)
+    run_distill(config, out=out, after_step=at_step(stop, partial(send, signal.SIGINT)))
+    monkeypatch.setattr("tiny_onn.distill.loop.prepare", None)
+    run_distill(config, out=out, resume=True)
+    assert records(out) == records(whole)
+    assert last_checkpoint(out) == last_checkpoint(whole)
+
+
 FIXED = [
     *("data.eval_tokens", "data.held_out_fraction", "data.row_tokens"),
     *("data.settling_fraction", "data.split"),

@@ -269,6 +269,10 @@ def test_a_hub_id_is_read_at_one_commit_which_the_conversion_records(saved, tmp_
             teacher={"path": "someone/something", "revision": revision},
             data={"sources": sources},
         )
-        assert prepare(config).conversion.teacher_commit == commit
+        conversion = prepare(config).conversion
+        assert conversion is not None
+        assert conversion.teacher_commit == commit
     local = change(config, teacher={"path": str(saved / "teacher")})
-    assert prepare(local).conversion.teacher_commit is None
+    conversion = prepare(local).conversion
+    assert conversion is not None
+    assert conversion.teacher_commit is None

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import status
-from tiny_onn.conversion.convert import convert, student_config
+from tiny_onn.conversion.convert import convert, share_backbone, student_config
 from tiny_onn.conversion.gates import fit_gates
 from tiny_onn.conversion.massive_activations import massive_activations, massive_neurons
 from tiny_onn.conversion.mean_outputs import fit_compensation
@@ -46,7 +46,8 @@ class Prepared:
     teacher: PreTrainedModel
     student: TinyOnnForCausalLM
     tokenizer: PreTrainedTokenizerBase
-    conversion: Conversion
+    conversion: Conversion | None
+    """The checks of the conversion; None: a checkpoint's tensors are to fill the student."""
     held_out: HeldOut
     """The rows that the student is evaluated on, with the teacher."""
 
@@ -79,6 +80,53 @@ def prepare(config: RunConfig, find_order: FindOrder | None = None) -> Prepared:
     )
 
 
+def prepare_to_resume(config: RunConfig) -> Prepared:
+    """Load the teacher, and build a student without values, which a checkpoint's tensors fill.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        UserError: something is wrong with the teacher, its cache, the text or the sizes.
+    """
+    dense, tokenizer = _load_teacher(config, pick_device(config.train.device))
+    held_out = _held_out_rows(config, tokenizer)
+    check_cache(config, dense, tokenizer)
+    dense.requires_grad_(False)
+    student = blank_student(config, dense)
+    set_objective(student.banks(), config)
+    teacher = teacher_for(dense, config.teacher)
+    return Prepared(
+        teacher=teacher,
+        student=student,
+        tokenizer=tokenizer,
+        conversion=None,
+        held_out=HeldOut(teacher, held_out),
+    )
+
+
+def blank_student(config: RunConfig, dense: PreTrainedModel) -> TinyOnnForCausalLM:
+    """Return a student of a dense model whose experts and gates have no values yet."""
+    student = share_backbone(dense, student_config(dense, config.experts, config.router))
+    student.config.teacher = config.teacher.path
+    student.config.teacher_revision = config.teacher.revision
+    return student
+
+
+def _load_teacher(
+    config: RunConfig, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with status(f"Loading the teacher, {config.teacher.path}"):
+        dense, tokenizer = load_dense(config.teacher, device)
+        check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
+    return dense, tokenizer
+
+
+def _held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[PackedRow]:
+    data = config.data
+    return held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
+
+
 def read_inputs(
     config: RunConfig, device: torch.device
 ) -> tuple[MlpInputs, PreTrainedTokenizerBase, list[PackedRow]]:
@@ -89,14 +137,11 @@ def read_inputs(
     Raises:
         UserError: something is wrong with the teacher or the text.
     """
-    with status(f"Loading the teacher, {config.teacher.path}"):
-        dense, tokenizer = load_dense(config.teacher, device)
-        check_vocabulary(tokenizer, dense.config.get_text_config().vocab_size)
+    dense, tokenizer = _load_teacher(config, device)
     with status("Reading calibration text"):
         rows = calibration_rows(config, tokenizer, device)
         # A lack of held-out text shall show before the conversion's work.
-        data = config.data
-        held_out = held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
+        held_out = _held_out_rows(config, tokenizer)
     return MlpInputs(dense, rows or [held_out[0].to(device)]), tokenizer, held_out
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,8 @@ from typing import Any, Literal
 from tiny_onn.config.changes import with_absolute_paths, with_number_format_of
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say, status
-from tiny_onn.conversion.pipeline import Prepared, prepare
-from tiny_onn.conversion.sharing import order_of_first, share_student
+from tiny_onn.conversion.pipeline import Prepared, prepare, prepare_to_resume
+from tiny_onn.conversion.sharing import order_of_first
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, training_rows
 from tiny_onn.data.settling import threshold_rows
@@ -26,24 +26,22 @@ from tiny_onn.distill.blockwise import BlockErrors, block_errors, blockwise_step
 from tiny_onn.distill.feed import RowFeed
 from tiny_onn.distill.first_steps import FirstSteps
 from tiny_onn.distill.optim import lr_factor, set_learning_rates
-from tiny_onn.distill.progress import show_conversion
 from tiny_onn.distill.run_log import RunLog, RunResult
 from tiny_onn.distill.run_state import RunState, restore
 from tiny_onn.distill.saving import Saver
 from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
-from tiny_onn.distill.start_checks import check_disk, check_start
+from tiny_onn.distill.start_checks import check_disk, check_start, keep_conversion
 from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.planning.advice import explain_out_of_memory
 from tiny_onn.routing.steering import fitted_eval_thresholds
-from tiny_onn.runs.checkpoint import valid_checkpoints, way_on
+from tiny_onn.runs.checkpoint import hold_students, valid_checkpoints, way_on
 from tiny_onn.runs.checkpointer import Checkpointer
 from tiny_onn.runs.folder import (
     create_run_folder,
     forgotten_if_refused,
     read_run_config,
-    record_conversion,
     reopen,
     resume_run_folder,
 )
@@ -106,11 +104,11 @@ def run_distill(
         elif world.first:
             create_run_folder(out, config, **begun)
         check_shared(out / LOCK_NAME, world)
-        prepared = prepared or prepare(config, order_of_first(world))
-        share_student(prepared.student, world)
-        if world.first:
-            record_conversion(out / "conversion.json", asdict(prepared.conversion))
-        show_conversion(title, prepared.student, prepared.conversion)
+        if prepared is None:
+            saved = world.any_true(world.first and resume and hold_students(out / "checkpoints"))
+            find_order = order_of_first(world)
+            prepared = prepare_to_resume(config) if saved else prepare(config, find_order)
+        keep_conversion(out / "conversion.json", prepared, title, world)
         return _train(
             config,
             prepared,

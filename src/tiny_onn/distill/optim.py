@@ -184,7 +184,7 @@ class SplitOptimizer(torch.optim.Optimizer):
         self._steppers = tuple(steppers)
         self._seed = seed
         self._kinds = kinds
-        self._units = units
+        self.units = dict(units)
         self.owners, self.world = dict(owners), world
 
     def is_mine(self, p: nn.Parameter) -> bool:
@@ -193,7 +193,7 @@ class SplitOptimizer(torch.optim.Optimizer):
 
     def unit(self, p: nn.Parameter) -> Tensor | None:
         """Return a weight's unit, the one in its state if there is one; None without a unit."""
-        return self.state[p].get("unit", self._units.get(p)) if p in self._units else None
+        return self.state[p].get("unit", self.units.get(p)) if p in self.units else None
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]

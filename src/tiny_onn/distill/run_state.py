@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
 from tiny_onn.data.stream import TokenStream
@@ -147,6 +149,10 @@ def restore(
         # All steps of a run use one number, however much memory is free at a resumption.
         loss = replace(training.config.loss, chunk_tokens=saved["loss_chunk_tokens"])
         training.config = replace(training.config, loss=loss)
+    named = training.student.trainable()
+    for name, unit in saved.get("units", {}).items():
+        # Weights that were not stepped yet have none in their optimizer's state.
+        optimizer.units[named[name]] = torch.tensor(unit, device=named[name].device)
     stream.load_state_dict(saved["stream"])
     state = RunState.from_dict(saved, training.config)
     if training.cache is not None:

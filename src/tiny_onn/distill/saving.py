@@ -45,6 +45,14 @@ def saving_ranks(
     return {name: ranks[parameter] for name, parameter in named.items()}
 
 
+def units_by_name(
+    student: TinyOnnForCausalLM, optimizer: SplitOptimizer
+) -> dict[str, float | list[float]]:
+    """Return the units of weights (`units.py`), which follow from the weights before training."""
+    units = ((name, optimizer.units.get(p)) for name, p in student.trainable().items())
+    return {name: unit.tolist() for name, unit in units if unit is not None}
+
+
 @dataclass(kw_only=True, slots=True)
 class Saver:
     """The checkpoints of a run, of which every process writes a part."""
@@ -80,6 +88,7 @@ class Saver:
             "stream": self.feed.state_dict(),
         }
         models = training.student, training.optimizer
+        saved["units"] = units_by_name(*models)
         is_mine = self._is_mine if world.size > 1 else None
         self.warn(self.writer.save(take_snapshot(state.step, *models, saved, is_mine)))
         self.saved_step = state.step

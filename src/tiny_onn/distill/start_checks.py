@@ -1,13 +1,17 @@
-"""A run that cannot work is refused here: before the conversion, for lack of disk after it."""
+"""A run that cannot work is refused here: before the conversion, for its weights or disk after."""
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich import filesize
 
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.conversion.pipeline import Prepared
+from tiny_onn.conversion.sharing import share_student
+from tiny_onn.conversion.verify import backbone_hash
+from tiny_onn.distill.progress import show_conversion
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import World, check_world
@@ -15,6 +19,7 @@ from tiny_onn.planning.cluster import check_blocks
 from tiny_onn.planning.costs import meta_models, sizes_of
 from tiny_onn.planning.memory import state_bytes
 from tiny_onn.planning.sources import load_shape
+from tiny_onn.runs.folder import check_backbone, record_conversion
 from tiny_onn.runs.trackers import check_trackers
 from tiny_onn.runs.trained_tensors import student_tensors
 
@@ -45,6 +50,29 @@ def check_start(config: RunConfig, track: Sequence[str], world: World) -> None:
     plain = replace(config, teacher=replace(config.teacher, dtype="float32"))
     _, student = meta_models(plain, shape)
     check_blocks(config.optim, sizes_of(student), world.size)
+
+
+def keep_conversion(file: Path, prepared: Prepared, title: str, world: World) -> None:
+    """Keep what is known of a conversion, or compare a resumed run's backbone with it.
+
+    Args:
+        file: The record, `conversion.json`.
+        prepared: The models.
+        title: The word with which the run's lines begin.
+        world: The processes of the run, all of which make this call.
+
+    Raises:
+        UserError: A resumed run has another backbone than it began with.
+    """
+    student, conversion = prepared.student, prepared.conversion
+    if conversion is None:
+        if world.first:
+            check_backbone(file, backbone_hash(student))
+        return
+    share_student(student, world)
+    if world.first:
+        record_conversion(file, asdict(conversion))
+    show_conversion(title, student, conversion)
 
 
 def check_disk(out: Path, student: TinyOnnForCausalLM, config: RunConfig, world: World) -> None:

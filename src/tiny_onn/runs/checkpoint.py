@@ -223,6 +223,18 @@ def valid_checkpoints(folder: Path) -> list[Path]:
     return [path for path in found if sizes_hold(path)]
 
 
+def hold_students(folder: Path) -> bool:
+    """Return True if there are checkpoints, and a run resumes from any of them unconverted.
+
+    Checkpoints of before lack the units of weights, which follow from the conversion.
+    """
+    states = [path / STATE for path in valid_checkpoints(folder)]
+    try:
+        return bool(states) and all("units" in json.loads(s.read_bytes()) for s in states)
+    except ValueError:
+        return False
+
+
 def load_checkpoint(
     folder: Path,
     student: TinyOnnForCausalLM,

@@ -263,21 +263,30 @@ def no_student(name: str) -> UserError:
     )
 
 
-def record_conversion(path: Path, conversion: Mapping[str, object]) -> None:
+def record_conversion(path: Path, conversion: Mapping[str, Any]) -> None:
     """Write the checks of a conversion, after comparing its backbone with the recorded one.
 
     Raises:
         UserError: a resumed run has another backbone than it began with, or the file cannot be
             written.
     """
+    check_backbone(path, conversion["backbone_sha256"])
+    write_json(path, conversion)
+
+
+def check_backbone(path: Path, sha256: str) -> None:
+    """Refuse a backbone of another hash than the checks of the run's conversion have.
+
+    Raises:
+        UserError: a resumed run has another backbone than it began with.
+    """
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8-sig")).get("backbone_sha256")
-        if before != conversion["backbone_sha256"]:
+        if before != sha256:
             raise UserError(
                 "teacher.path: got other weights than the run began with, expected a backbone of "
                 f"SHA-256 {before}; restore those weights, or start a new run with another --out"
             )
-    write_json(path, conversion)
 
 
 def _environment(device: str, argv: Sequence[str], launch: str | None) -> dict[str, object]:

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.console import say
-from tiny_onn.conversion.convert import adopt_backbone, share_backbone, student_config
-from tiny_onn.conversion.pipeline import Prepared
+from tiny_onn.conversion.convert import adopt_backbone
+from tiny_onn.conversion.pipeline import Prepared, blank_student
 from tiny_onn.data.tokens import fit_tokenizer
 from tiny_onn.device import without_emulation
 from tiny_onn.errors import LoadErrors, UserError
@@ -326,9 +326,7 @@ def load_from_checkpoint(
     """
     dense, tokenizer = load_recorded(config.teacher, named_teacher, device)
     check_run_teacher(folder, dense, named_teacher)
-    student = share_backbone(dense, student_config(dense, config.experts, config.router))
-    student.config.teacher = config.teacher.path
-    student.config.teacher_revision = config.teacher.revision
+    student = blank_student(config, dense)
     restore_student(path, student)
     student.requires_grad_(False)
     student.set_attn_implementation(generation_attention(dense))
