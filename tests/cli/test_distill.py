@@ -19,7 +19,8 @@ TOKENS = 2 * 64
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("finished"), train={"tokens": TOKENS})
+    # The second step reads more than is asked for.
+    return write_run(tmp_path_factory.mktemp("finished"), train={"tokens": TOKENS - 9})
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,7 @@ def test_a_finished_run_says_so_and_how_to_train_it_further(run, capsys, options
     said = capsys.readouterr().err
     assert f"the run has finished after {TOKENS} tokens, and its student is {run}/student" in said
     assert f"--resume --out {run} --set train.tokens=N --allow-change train.tokens`" in said
+    assert f"with N above {TOKENS}" in said
     assert files(run) == before
 
 

@@ -181,9 +181,11 @@ class Distill:
         # A tracker that is named now gets the records of a finished run.
         if tokens is None or self.track:
             return False
+        # The last step may have read more tokens than were asked for.
+        least = tokens - config.train.blockwise_tokens
         longer = (
             f"to train it further, use `tiny-onn distill --resume --out {out} --set train.tokens=N"
-            f" --allow-change train.tokens` with N above {config.train.tokens:,}"
+            f" --allow-change train.tokens` with N above {least:,}"
             if any((out / "checkpoints").glob("step-*"))
             else "it cannot be trained further, because its checkpoints are gone"
         )
