@@ -17,6 +17,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.config.template import config_template
 from tiny_onn.errors import UserError
 from tiny_onn.parallel import World
+from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import create_run_folder
 
 FINISHED = types.SimpleNamespace(interrupted=False)
@@ -225,6 +226,55 @@ def test_mistake_exits_with_2_and_one_line(arguments, message, capsys, tmp_path,
 
 
 RESUME = ["distill", "--resume", "--out", "run"]
+MISTAKES_WITH_A_STUDENT = [
+    *(
+        ([*verb, "--budget", budget], f"--budget: got {budget}, expected 1 to 32, the experts of")
+        for verb in (
+            ["eval", "run"],
+            ["eval", "run", "--tasks", "arc_easy"],
+            ["export", "run", "--to", "gguf", "--out", "x"],
+            ["generate", "run", "--prompt", "x"],
+            ["chat", "run"],
+        )
+        for budget in ("0", "33", "nan")
+    ),
+    (["eval", "run", "--budget", "16,40"], "--budget: got 40, expected 1 to 32"),
+    (["eval", "student", "--budget", "9"], "--budget: got 9, expected 3 to 8, the experts of a la"),
+    (["eval", "student", "--budget", "3.5"], "--budget: got 3.5, expected a whole number with"),
+    (["eval", "old_student", "--budget", "4"], "--budget: got a student with router.selection ="),
+    (["eval", "run", "--text", "nowhere.txt"], "--text: nowhere.txt: no such file or folder"),
+    (["eval", "run", "--text", "empty.txt"], "--text: empty.txt: no text in it"),
+    (["eval", "student", "--budget", "4", "--text", "nowhere.txt"], "--text: nowhere.txt"),
+    (["export", "run", "--to", "gguf", "--out", "x", "--text", "a.txt"], "--text: a.txt"),
+]
+
+
+def write_students(folder):
+    """Write what the command line reads of a run and of two students before it loads them."""
+    create_run_folder(folder / "run", load_config(None, "demo", []), argv=[])
+    routing = {"selection": "top_k", "num_shared": 2}
+    tables = {
+        "student": {"num_experts": 8, "routing": routing},
+        "old_student": {"num_experts": 8, "selection": "top_any"},
+    }
+    for name, table in tables.items():
+        (folder / name).mkdir()
+        write_json(folder / name / "config.json", {"model_type": "tiny_onn", **table})
+    (folder / "empty.txt").touch()
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES_WITH_A_STUDENT, ids=str)
+def test_mistake_about_a_student_is_told_from_its_settings(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_students(tmp_path)
+    assert status_of(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+
+
 ANSWERED_WITHOUT_TORCH = [
     [],
     ["--help"],
@@ -251,6 +301,7 @@ ANSWERED_WITHOUT_TORCH = [
     [*RESUME, "--set", "train.tokens=9"],
     [*RESUME, "--allow-change", "train.seed"],
     [*RESUME, "--allow-change", "seed"],
+    *(arguments for arguments, _ in MISTAKES_WITH_A_STUDENT),
 ]
 ANSWER_ALL = """
 import contextlib, io, json, sys
@@ -270,7 +321,7 @@ for arguments in json.loads(sys.argv[1]):
 
 def test_help_settings_and_mistakes_answer_without_torch(tmp_path):
     (tmp_path / "broken.toml").write_bytes(b"[\n\n\xff")
-    create_run_folder(tmp_path / "run", load_config(None, "demo", []), argv=[])
+    write_students(tmp_path)
     command = [sys.executable, "-c", ANSWER_ALL, json.dumps(ANSWERED_WITHOUT_TORCH)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

@@ -158,6 +158,32 @@ def require_student(model: str) -> None:
         raise no_student(model)
 
 
+def require_text_and_budgets(model: str, text: Path | None, budgets: Sequence[float]) -> None:
+    """Refuse a text that cannot be read, and budgets that the student in a folder cannot have.
+
+    Raises:
+        UserError: there is no such text, or the student's settings refuse a budget.
+    """
+    from tiny_onn.config.checks import check_budget
+    from tiny_onn.config.routing_checks import has_budget
+    from tiny_onn.config.schema import RunConfig
+    from tiny_onn.data.sources import check_text
+    from tiny_onn.runs.folder import settings_of_student
+
+    settings = settings_of_student(model)
+    if settings is not None:
+        for budget in budgets:
+            check_budget(
+                budget,
+                num_experts=settings.experts.num_experts,
+                num_shared=settings.experts.num_shared,
+                selection=settings.router.selection,
+                is_mean=has_budget(settings.router),
+            )
+    if text is not None:
+        check_text(text, (settings or RunConfig()).data.text_field)
+
+
 def require_model(model: str) -> None:
     """Refuse a model that is neither `embedded`, nor a folder, nor a hub id that can be had.
 

@@ -21,6 +21,7 @@ from tiny_onn.cli.arguments import (
     default_out,
     require,
     require_student,
+    require_text_and_budgets,
     starting,
 )
 
@@ -91,6 +92,7 @@ class Eval:
             self._frontier()
             return
         require_student(self.model)
+        require_text_and_budgets(self.model, self.text, ())
         from rich.console import Console
 
         with starting():
@@ -122,6 +124,7 @@ class Eval:
             raise UserError("--frontier: got --budget too, expected one of them; leave one out")
         budgets = () if self.budget is None else parse_budgets(self.budget)
         require_student(self.model)
+        require_text_and_budgets(self.model, self.text, budgets)
         from rich.console import Console
 
         with starting():

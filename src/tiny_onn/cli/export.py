@@ -6,7 +6,15 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import Checkpoint, Model, Teacher, require, require_student, starting
+from tiny_onn.cli.arguments import (
+    Checkpoint,
+    Model,
+    Teacher,
+    require,
+    require_student,
+    require_text_and_budgets,
+    starting,
+)
 
 TARGETS = ("transformers", "vllm", "gguf", "dense")
 
@@ -83,6 +91,8 @@ class Export:
         if self.keep is not None:
             require(self.keep >= 1, "--keep", self.keep, "an integer >= 1")
         require_student(self.model)
+        budgets = () if self.budget is None else (self.budget,)
+        require_text_and_budgets(self.model, self.text, budgets)
         with starting():
             from tiny_onn.deploy.export import run_export
 

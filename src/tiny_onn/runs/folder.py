@@ -15,6 +15,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -155,6 +156,37 @@ def read_run_config(path: Path) -> RunConfig:
             " of a run; restore the file"
         ) from error
     return config_from_json(text, str(file))
+
+
+def settings_of_student(model: str) -> RunConfig | None:
+    """Return the settings of a run, or for a student's folder the defaults with its own routing.
+
+    Arguments are checked against them before torch is imported. None: the folder's config.json does
+    not tell them, and loading the student will say why.
+    """
+    file = Path(model) / "config.json"
+    try:
+        # Reading a pipe would block forever.
+        table = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+        if table.get("model_type") != "tiny_onn":
+            return read_run_config(Path(model)) if table else None
+        # Students from before the table of routing options hold them beside the other attributes.
+        routing, default = table.get("routing") or table, RunConfig()
+        return replace(
+            default,
+            experts=replace(
+                default.experts,
+                num_experts=int(table["num_experts"]),
+                num_shared=int(routing.get("num_shared", 0)),
+            ),
+            router=replace(
+                default.router,
+                selection=routing.get("selection", "budget"),
+                oracle_budget=routing.get("oracle_budget", False),
+            ),
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def runs_in(folder: Path) -> list[Path]:
