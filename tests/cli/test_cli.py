@@ -246,6 +246,16 @@ MISTAKES_WITH_A_STUDENT = [
     (["eval", "run", "--text", "empty.txt"], "--text: empty.txt: no text in it"),
     (["eval", "student", "--budget", "4", "--text", "nowhere.txt"], "--text: nowhere.txt"),
     (["export", "run", "--to", "gguf", "--out", "x", "--text", "a.txt"], "--text: a.txt"),
+    *(
+        ([*verb, "empty.txt/x"], f"{verb[-1]}: got {place}, expected a folder to write to, and em")
+        for verb, place in (
+            (["eval", "run", "--out"], "empty.txt/x"),
+            (["eval", "run", "--tasks", "arc_easy", "--out"], "empty.txt/x"),
+            (["export", "run", "--to", "gguf", "--out"], "empty.txt/x"),
+            (["report", "run", "--out"], "empty.txt"),
+            (["plan", "--preset", "demo", "--html"], "empty.txt"),
+        )
+    ),
 ]
 
 

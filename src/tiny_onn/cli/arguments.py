@@ -184,6 +184,22 @@ def require_text_and_budgets(model: str, text: Path | None, budgets: Sequence[fl
         check_text(text, (settings or RunConfig()).data.text_field)
 
 
+def require_place(folder: Path, name: str) -> None:
+    """Refuse a folder that cannot be written to or created, before the work whose results go there.
+
+    Raises:
+        UserError: the option `name` got such a folder.
+    """
+    # Path.exists raises an error for a name that is too long, os.path.exists returns False.
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "may not be written to" if there.is_dir() else "is no folder"
+        raise UserError(
+            f"{name}: got {folder}, expected a folder to write to, and {there} {reason}; choose"
+            " another"
+        )
+
+
 def require_model(model: str) -> None:
     """Refuse a model that is neither `embedded`, nor a folder, nor a hub id that can be had.
 

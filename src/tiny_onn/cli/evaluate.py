@@ -20,6 +20,7 @@ from tiny_onn.cli.arguments import (
     Teacher,
     default_out,
     require,
+    require_place,
     require_student,
     require_text_and_budgets,
     starting,
@@ -85,6 +86,8 @@ class Eval:
             self.max_tokens,
             "an integer from 0 to 2**31 - 1",
         )
+        if self.out is not None:
+            require_place(self.out, "--out")
         if harness.asked(self.by_tasks):
             harness.run(self)
             return

@@ -11,6 +11,7 @@ from tiny_onn.cli.arguments import (
     Model,
     Teacher,
     require,
+    require_place,
     require_student,
     require_text_and_budgets,
     starting,
@@ -93,6 +94,7 @@ class Export:
         require_student(self.model)
         budgets = () if self.budget is None else (self.budget,)
         require_text_and_budgets(self.model, self.text, budgets)
+        require_place(self.out, "--out")
         with starting():
             from tiny_onn.deploy.export import run_export
 

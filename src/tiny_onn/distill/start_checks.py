@@ -80,8 +80,7 @@ def _check_disk(out: Path, config: RunConfig, student: TinyOnnForCausalLM) -> No
         size = filesize.decimal
         raise UserError(
             f"--out: got {size(free)} free on the disk of {out}, expected"
-            f" {size(use.total_bytes - written)} for {use.num_checkpoints} checkpoints of"
-            f" {size(use.checkpoint_bytes)} and the student; free some space, choose another --out,"
+            f" {size(use.total_bytes - written)} for {use}; free some space, choose another --out,"
             " or lower train.keep_checkpoints"
         )
 

@@ -6,6 +6,7 @@ older one is removed. Metrics and JSON files, some megabytes, are left out.
 
 from dataclasses import dataclass
 
+from rich import filesize
 from torch import Tensor
 
 from tiny_onn.config.schema import RunConfig
@@ -29,6 +30,15 @@ class DiskUse:
     def total_bytes(self) -> int:
         """The bytes of all checkpoints and the student."""
         return self.num_checkpoints * self.checkpoint_bytes + self.student_bytes
+
+    def __str__(self) -> str:
+        """Tell what takes the disk."""
+        many, size = self.num_checkpoints > 1, filesize.decimal
+        number = f"{self.num_checkpoints} checkpoints" if many else "a checkpoint"
+        return (
+            f"{number} of {size(self.checkpoint_bytes)}{' each' * many} with optimizer state, and"
+            f" the student of {size(self.student_bytes)}"
+        )
 
 
 def disk_use(config: RunConfig, student: TinyOnnForCausalLM) -> DiskUse:

@@ -81,13 +81,7 @@ def time_of_run(plan: Plan) -> str:
 
 def disk_of_run(plan: Plan) -> str:
     """Tell how much disk the run's folder needs at its largest, and for what."""
-    disk, size = plan.disk, filesize.decimal
-    number = f"{disk.num_checkpoints} checkpoints" if disk.num_checkpoints > 1 else "a checkpoint"
-    each = " each" * (disk.num_checkpoints > 1)
-    return (
-        f"{size(disk.total_bytes)}, for {number} of {size(disk.checkpoint_bytes)}{each} with"
-        f" optimizer state, and the student of {size(disk.student_bytes)}"
-    )
+    return f"{filesize.decimal(plan.disk.total_bytes)}, for {plan.disk}"
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ number that is not finite is written as NaN or Infinity, as Python does, so that
 diverged run can be read. This module needs no torch until it records an environment.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from tiny_onn.config.launcher import num_processes
 from tiny_onn.config.read import config_from_json, resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.runs.files import explain_write, write_atomically, write_json
+from tiny_onn.runs.files import explain_write, read_object, write_atomically, write_json
 from tiny_onn.runs.lock import LOCK_NAME
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
 from tiny_onn.teacher.model_paths import no_folder
@@ -122,8 +123,10 @@ def resume_run_folder(
 
 def was_begun_by(launch: str | None, path: Path) -> bool:
     """Return True if processes of a launch of torchrun began, or resumed, the run in `path`."""
-    records = path.glob("environment*.json") if (path / "config.json").is_file() else ()
-    launches = [json.loads(file.read_text(encoding="utf-8")).get("launch") for file in records]
+    # Path.is_file raises an error for a name that is too long, os.path.isfile returns False.
+    is_run = os.path.isfile(path / "config.json")  # noqa: PTH113
+    records = path.glob("environment*.json") if is_run else ()
+    launches = [(read_object(file) or {}).get("launch") for file in records]
     return launch is not None and launch in launches
 
 
@@ -195,9 +198,13 @@ def runs_in(folder: Path) -> list[Path]:
     Raises:
         UserError: there is no run.
     """
-    if (folder / "config.json").is_file():
-        return [folder]
-    found = sorted(path.parent for path in folder.glob("*/config.json") if has_metrics(path.parent))
+    found: list[Path] = []
+    # A name that is too long, and a folder that may not be read, hold no run either.
+    with contextlib.suppress(OSError):
+        if (folder / "config.json").is_file():
+            return [folder]
+        found = sorted(file.parent for file in folder.glob("*/config.json"))
+        found = [run for run in found if has_metrics(run)]
     if not found:
         raise UserError(
             f"RUN: got {folder}, expected the folder of a run, with its config.json, or a folder of"
@@ -215,10 +222,11 @@ def has_metrics(folder: Path) -> bool:
 def no_student(name: str) -> UserError:
     """Return the refusal of a name that is neither a run's folder nor a student's."""
     # Path.is_dir raises an error for a name that is too long, os.path.isdir returns False.
-    there = os.path.isdir(name)  # noqa: PTH112
+    why = "" if os.path.isdir(name) else f" ({no_folder(name)})"  # noqa: PTH112
+    if os.path.isfile(Path(name) / "environment.json"):  # noqa: PTH113
+        why = " (this run has saved no checkpoint yet, or none is whole)"
     return UserError(
-        f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student"
-        f"{'' if there else f' ({no_folder(name)})'}; "
+        f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student{why}; "
         "make one with `tiny-onn demo` or `tiny-onn distill`"
     )
 
@@ -231,7 +239,7 @@ def record_conversion(path: Path, conversion: Mapping[str, object]) -> None:
             written.
     """
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8-sig")).get("backbone_sha256")
+        before = (read_object(path) or {}).get("backbone_sha256")
         if before != conversion["backbone_sha256"]:
             raise UserError(
                 "teacher.path: got other weights than the run began with, expected a backbone of "

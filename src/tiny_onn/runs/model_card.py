@@ -4,7 +4,6 @@ The hub reads the block of YAML at its beginning: licence, base model, data and 
 (https://huggingface.co/docs/hub/model-cards). The same run gives the same bytes.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError
 
 from tiny_onn.config.schema import HUB_PREFIX, RunConfig, TeacherConfig
-from tiny_onn.runs.files import write_atomically
+from tiny_onn.runs.files import read_object, write_atomically
 
 EMBEDDED, EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 README = "README.md"
@@ -45,9 +44,11 @@ def write_model_card(folder: Path, config: RunConfig, run: Path, *, step: int | 
             summary is that of another step.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the disk refuses, or a record of the run cannot be read.
     """
-    summary, environment = (_records(run / f"{name}.json") for name in ("summary", "environment"))
+    summary, environment = (
+        read_object(run / f"{name}.json") or {} for name in ("summary", "environment")
+    )
     if summary.get("steps") != step:
         summary = {}
     data = _metadata(config, summary.get("after"))
@@ -113,10 +114,6 @@ def licence_of(teacher: TeacherConfig) -> str | None:
         found = Path(cached)
     stated = (metadata_load(found) or {}).get("license") if found.is_file() else None
     return str(stated) if stated else None
-
-
-def _records(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _base_model(teacher: TeacherConfig) -> str:

@@ -33,6 +33,20 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+def load_model(
+    config: TeacherConfig, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the dense model that a user names as MODEL, as `load_dense` does.
+
+    Raises:
+        UserError: `load_dense` refuses the model; the message begins with MODEL.
+    """
+    try:
+        return load_dense(config, device)
+    except UserError as error:
+        raise UserError(str(error).replace("teacher.path: ", "MODEL: ", 1)) from error
+
+
 def load_dense(
     config: TeacherConfig, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
