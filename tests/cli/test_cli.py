@@ -591,6 +591,37 @@ def test_interrupt_exits_with_130_and_one_line(stand_in, capsys):
     assert capsys.readouterr().err == "tiny-onn: interrupted\n"
 
 
+# Ctrl-C comes while a library is imported that makes an error of its own of the interrupt.
+SWALLOWED = """
+import os, signal, sys
+from pathlib import Path
+
+library = '''
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    import time; time.sleep(60)
+except KeyboardInterrupt:
+    raise ImportError("half a module")
+'''
+Path("{library}.py").write_text(library)
+sys.path.insert(0, ".")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tiny_onn.cli.__main__ import main
+sys.argv = ["tiny-onn", "plan", "--preset", "demo"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("library", ["tyro", "torch"])
+def test_ctrl_c_while_libraries_are_imported_ends_at_once_in_one_line(tmp_path, library):
+    command = [sys.executable, "-c", SWALLOWED.format(library=library)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=30, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tiny-onn: interrupted\n")
+
+
 # Signals come while the interpreter waits for a thread, and while it calls functions at its exit.
 INTERRUPTED = """
 import atexit, os, signal, sys, threading, time

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from tiny_onn.cli.importing import leaving_at_once
 from tiny_onn.errors import UserError
 
 RunToml = Annotated[
@@ -101,7 +102,8 @@ def starting() -> Iterator[None]:
     """Show a spinner while torch is imported, which takes seconds, and then set up transformers."""
     from tiny_onn.console import console, status
 
-    with status("Starting") if console().is_terminal else contextlib.nullcontext():
+    spinner = status("Starting") if console().is_terminal else contextlib.nullcontext()
+    with leaving_at_once(), spinner:
         yield
         from tiny_onn.teacher.load import quiet_transformers
 

@@ -29,6 +29,8 @@ from tiny_onn.teacher.multimodal import dense_skeleton
 from tiny_onn.teacher.packed_check import check_packing
 from tiny_onn.teacher.quantize import quantize_nf4
 
+_TRUST_IT = "if you trust its author, set teacher.trust_remote_code = true"
+_NAME_ITS_RUN = "if it is an export of a student, name the student or its run"
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -44,7 +46,8 @@ def load_model(
     try:
         return load_dense(config, device)
     except UserError as error:
-        raise UserError(str(error).replace("teacher.path: ", "MODEL: ", 1)) from error
+        text = str(error).replace("teacher.path: ", "MODEL: ", 1)
+        raise UserError(text.replace(_TRUST_IT, _NAME_ITS_RUN)) from error
 
 
 def load_dense(
@@ -68,8 +71,7 @@ def load_dense(
         if "custom code" in reason and not config.trust_remote_code:
             return (
                 f"teacher.path: got {config.path}, which needs code that comes with it, expected a "
-                "model that transformers knows; if you trust its author, set "
-                "teacher.trust_remote_code = true"
+                f"model that transformers knows; {_TRUST_IT}"
             )
         remedy = (
             "a folder needs config.json, model.safetensors and tokenizer.json"
