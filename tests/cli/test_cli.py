@@ -388,6 +388,17 @@ def test_reader_that_leaves_early_is_no_error(arguments):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["config"], ["plan", "--preset", "demo", "--json"]])
+def test_a_full_disk_under_standard_output_is_told_in_one_line(arguments):
+    command = [sys.executable, "-m", "tiny_onn.cli", *arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tiny-onn: error: standard output, or a file: got 'No space left")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_mistake_has_its_status_where_its_line_cannot_be_written():
     command = [sys.executable, "-m", "tiny_onn.cli", "config", "--preset", "none"]
     with Path("/dev/full").open("w") as full:
@@ -670,6 +681,24 @@ def test_mistake_found_while_running_is_put_in_one_line(stand_in, capsys):
     stand_in("studies.demo", "run_demo", UserError("a\nb"))
     assert status_of(["demo", "--out", "x"]) == 2
     assert capsys.readouterr().err == "tiny-onn: error: a b\n"
+
+
+def test_what_the_file_system_refuses_is_no_defect(stand_in, capsys):
+    stand_in("studies.demo", "run_demo", PermissionError(13, "Permission denied", "runs/x"))
+    assert status_of(["demo", "--out", "x"]) == 2
+    told = "tiny-onn: error: runs/x: got 'Permission denied', expected free disk and permission"
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_default_folder_that_cannot_be_written_to_is_refused_first(stand_in, capsys):
+    calls = stand_in("evaluation.frontier", "run_frontier", {})
+    Path("runs/x").rmdir()
+    Path("runs").rmdir()
+    Path("runs").touch()
+    assert status_of(["eval", "m", "--budget", "4"]) == 2
+    told = capsys.readouterr().err
+    assert "--out: got runs, expected a folder to write to, and runs is no folder" in told
+    assert calls == []
 
 
 def test_defect_is_not_dressed_up_as_a_mistake(stand_in):

@@ -111,8 +111,14 @@ def starting() -> Iterator[None]:
 
 
 def default_out(name: str) -> Path:
-    """Return the folder for results of this name: `runs/NAME-TIME`."""
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    """Return the folder for results of this name: `runs/NAME-TIME`.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    runs = Path("runs")
+    require_place(runs, "--out")
+    return runs / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def parse_layers(text: str | None) -> list[int]:
