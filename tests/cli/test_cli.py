@@ -17,6 +17,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.config.template import config_template
 from tiny_onn.errors import UserError
 from tiny_onn.parallel import World
+from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import create_run_folder
 
 FINISHED = types.SimpleNamespace(interrupted=False)
@@ -225,6 +226,65 @@ def test_mistake_exits_with_2_and_one_line(arguments, message, capsys, tmp_path,
 
 
 RESUME = ["distill", "--resume", "--out", "run"]
+MISTAKES_WITH_A_STUDENT = [
+    *(
+        ([*verb, "--budget", budget], f"--budget: got {budget}, expected 1 to 32, the experts of")
+        for verb in (
+            ["eval", "run"],
+            ["eval", "run", "--tasks", "arc_easy"],
+            ["export", "run", "--to", "gguf", "--out", "x"],
+            ["generate", "run", "--prompt", "x"],
+            ["chat", "run"],
+        )
+        for budget in ("0", "33", "nan")
+    ),
+    (["eval", "run", "--budget", "16,40"], "--budget: got 40, expected 1 to 32"),
+    (["eval", "student", "--budget", "9"], "--budget: got 9, expected 3 to 8, the experts of a la"),
+    (["eval", "student", "--budget", "3.5"], "--budget: got 3.5, expected a whole number with"),
+    (["eval", "old_student", "--budget", "4"], "--budget: got a student with router.selection ="),
+    (["eval", "run", "--text", "nowhere.txt"], "--text: nowhere.txt: no such file or folder"),
+    (["eval", "run", "--text", "empty.txt"], "--text: empty.txt: no text in it"),
+    (["eval", "student", "--budget", "4", "--text", "nowhere.txt"], "--text: nowhere.txt"),
+    (["export", "run", "--to", "gguf", "--out", "x", "--text", "a.txt"], "--text: a.txt"),
+    *(
+        ([*verb, "empty.txt/x"], f"{verb[-1]}: got {place}, expected a folder to write to, and em")
+        for verb, place in (
+            (["eval", "run", "--out"], "empty.txt/x"),
+            (["eval", "run", "--tasks", "arc_easy", "--out"], "empty.txt/x"),
+            (["export", "run", "--to", "gguf", "--out"], "empty.txt/x"),
+            (["report", "run", "--out"], "empty.txt"),
+            (["plan", "--preset", "demo", "--html"], "empty.txt"),
+        )
+    ),
+]
+
+
+def write_students(folder):
+    """Write what the command line reads of a run and of two students before it loads them."""
+    create_run_folder(folder / "run", load_config(None, "demo", []), argv=[])
+    routing = {"selection": "top_k", "num_shared": 2}
+    tables = {
+        "student": {"num_experts": 8, "routing": routing},
+        "old_student": {"num_experts": 8, "selection": "top_any"},
+    }
+    for name, table in tables.items():
+        (folder / name).mkdir()
+        write_json(folder / name / "config.json", {"model_type": "tiny_onn", **table})
+    (folder / "empty.txt").touch()
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES_WITH_A_STUDENT, ids=str)
+def test_mistake_about_a_student_is_told_from_its_settings(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_students(tmp_path)
+    assert status_of(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+
+
 ANSWERED_WITHOUT_TORCH = [
     [],
     ["--help"],
@@ -251,6 +311,7 @@ ANSWERED_WITHOUT_TORCH = [
     [*RESUME, "--set", "train.tokens=9"],
     [*RESUME, "--allow-change", "train.seed"],
     [*RESUME, "--allow-change", "seed"],
+    *(arguments for arguments, _ in MISTAKES_WITH_A_STUDENT),
 ]
 ANSWER_ALL = """
 import contextlib, io, json, sys
@@ -270,7 +331,7 @@ for arguments in json.loads(sys.argv[1]):
 
 def test_help_settings_and_mistakes_answer_without_torch(tmp_path):
     (tmp_path / "broken.toml").write_bytes(b"[\n\n\xff")
-    create_run_folder(tmp_path / "run", load_config(None, "demo", []), argv=[])
+    write_students(tmp_path)
     command = [sys.executable, "-c", ANSWER_ALL, json.dumps(ANSWERED_WITHOUT_TORCH)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
@@ -325,6 +386,17 @@ def test_reader_that_leaves_early_is_no_error(arguments):
     with os.fdopen(writing, "wb") as pipe:
         done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["config"], ["plan", "--preset", "demo", "--json"]])
+def test_a_full_disk_under_standard_output_is_told_in_one_line(arguments):
+    command = [sys.executable, "-m", "tiny_onn.cli", *arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tiny-onn: error: standard output, or a file: got 'No space left")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_mistake_has_its_status_where_its_line_cannot_be_written():
@@ -531,6 +603,37 @@ def test_interrupt_exits_with_130_and_one_line(stand_in, capsys):
     assert capsys.readouterr().err == "tiny-onn: interrupted\n"
 
 
+# Ctrl-C comes while a library is imported that makes an error of its own of the interrupt.
+SWALLOWED = """
+import os, signal, sys
+from pathlib import Path
+
+library = '''
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    import time; time.sleep(60)
+except KeyboardInterrupt:
+    raise ImportError("half a module")
+'''
+Path("{library}.py").write_text(library)
+sys.path.insert(0, ".")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tiny_onn.cli.__main__ import main
+sys.argv = ["tiny-onn", "plan", "--preset", "demo"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("library", ["tyro", "torch"])
+def test_ctrl_c_while_libraries_are_imported_ends_at_once_in_one_line(tmp_path, library):
+    command = [sys.executable, "-c", SWALLOWED.format(library=library)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=30, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tiny-onn: interrupted\n")
+
+
 # Signals come while the interpreter waits for a thread, and while it calls functions at its exit.
 INTERRUPTED = """
 import atexit, os, signal, sys, threading, time
@@ -579,6 +682,24 @@ def test_mistake_found_while_running_is_put_in_one_line(stand_in, capsys):
     stand_in("studies.demo", "run_demo", UserError("a\nb"))
     assert status_of(["demo", "--out", "x"]) == 2
     assert capsys.readouterr().err == "tiny-onn: error: a b\n"
+
+
+def test_what_the_file_system_refuses_is_no_defect(stand_in, capsys):
+    stand_in("studies.demo", "run_demo", PermissionError(13, "Permission denied", "runs/x"))
+    assert status_of(["demo", "--out", "x"]) == 2
+    told = "tiny-onn: error: runs/x: got 'Permission denied', expected free disk and permission"
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_default_folder_that_cannot_be_written_to_is_refused_first(stand_in, capsys):
+    calls = stand_in("evaluation.frontier", "run_frontier", {})
+    Path("runs/x").rmdir()
+    Path("runs").rmdir()
+    Path("runs").touch()
+    assert status_of(["eval", "m", "--budget", "4"]) == 2
+    told = capsys.readouterr().err
+    assert "--out: got runs, expected a folder to write to, and runs is no folder" in told
+    assert calls == []
 
 
 def test_defect_is_not_dressed_up_as_a_mistake(stand_in):

@@ -1,12 +1,14 @@
 """The verb export: what is refused in one line, and a destination that appears whole."""
 
 import pytest
+import torch
 
 from export_cases import save_student
 from tiny import save_teacher
 from tiny_onn.cli.export import TARGETS
 from tiny_onn.cli.main import main
 from tiny_onn.deploy import export
+from tiny_onn.deploy.answers import load_speaker
 from tiny_onn.deploy.export import WRITERS, run_export
 from tiny_onn.errors import UserError
 
@@ -75,3 +77,9 @@ def test_the_command_says_what_is_lost(student, tmp_path, capfd):
     assert main(["export", student, "--to", "dense", "--out", str(out)]) == 0
     assert "the sparsity is lost" in capfd.readouterr().err.replace("\n", " ")
     assert (out / "model.safetensors").is_file()
+
+
+def test_an_export_is_no_model_of_generate_and_the_student_is_named_instead(student, tmp_path):
+    run_export(student, to="transformers", out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"^MODEL: got .*out, .* an export of a student, name the"):
+        load_speaker(str(tmp_path / "out"), torch.device("cpu"))

@@ -10,12 +10,13 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from tiny import make_student, save_teacher
-from tiny_onn.config.schema import TeacherConfig
+from tiny_onn.config.schema import RunConfig, TeacherConfig
 from tiny_onn.deploy.answers import Token, load_speaker, load_teacher_speaker
 from tiny_onn.deploy.generate import run_generate
 from tiny_onn.deploy.showing import RoutingColours, print_token
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
+from tiny_onn.runs.folder import create_run_folder
 from tiny_onn.teacher.load import load_dense
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -246,3 +247,11 @@ def test_with_all_experts_a_student_writes_what_its_teacher_writes(family, tmp_p
         for speaker in (student, load_teacher_speaker(student))
     )
     assert ours == theirs
+
+
+def test_a_folder_without_a_model_and_a_run_without_a_student_are_named_by_their_argument(tmp_path):
+    with pytest.raises(UserError, match=r"^MODEL: got .*: there is no config.json in it"):
+        load_speaker(str(tmp_path), torch.device("cpu"))
+    create_run_folder(tmp_path / "run", RunConfig(), argv=[])
+    with pytest.raises(UserError, match=r"^MODEL: got .*run, .*this run has saved no checkpoint"):
+        load_speaker(str(tmp_path / "run"), torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from run_records import assert_same_run, at_step, records, send, student_of
@@ -17,7 +19,10 @@ from tiny_onn.conversion.pipeline import prepare
 from tiny_onn.conversion.verify import backbone_hash
 from tiny_onn.distill import loop as train_module
 from tiny_onn.distill.loop import run_distill
+from tiny_onn.distill.profile import run_profile
+from tiny_onn.distill.start_checks import check_start
 from tiny_onn.errors import UserError
+from tiny_onn.planning.plan import plan
 from tiny_onn.runs import checkpoint as checkpoint_module
 from tiny_onn.runs.lock import run_lock
 from tiny_onn.runs.metrics import read_metrics
@@ -263,14 +268,60 @@ def refuse(*_):
     raise OSError(28, "No space left on device")
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_teacher_is_loaded(
     config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    out = tmp_path / "run"
+    unloadable = shutil.copytree(config.teacher.path, tmp_path / "teacher")
+    (unloadable / "model.safetensors").unlink()
+    config = change(config, teacher={"path": str(unloadable)})
+    out = tmp_path / "new" / "run"
     with pytest.raises(UserError, match=r"--out: got 1.0 kB free on the disk of .*run, expected"):
         run_distill(config, out=out)
-    assert not (out / "metrics.jsonl").exists()
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("master_dtype", ["float32", "bfloat16"])
+def test_a_run_takes_the_disk_that_its_plan_counts(config, tmp_path, optimizer, master_dtype):
+    config = change(
+        config,
+        optim={"name": optimizer, "master_dtype": master_dtype},
+        train={"tokens": 64, "keep_checkpoints": 2},
+    )
+    out = tmp_path / "run"
+    run_distill(config, out=out)
+    counted = plan(config, config.teacher.path, "A100").disk
+    files = out.glob("checkpoints/*/*.safetensors")
+    tensors = [pair for file in files for pair in load_file(file).items()]
+    # The optimizer's scalars are counters.
+    held = sum(tensor.nbytes for name, tensor in tensors if tensor.ndim or "|" not in name)
+    assert counted.num_checkpoints == 1
+    assert counted.checkpoint_bytes == held
+    student = load_file(out / "student" / "model.safetensors")
+    assert counted.student_bytes == sum(t.nbytes for t in student.values())
+
+
+def test_a_resumed_run_may_use_the_disk_that_it_has_taken(whole, config, tmp_path, monkeypatch):
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=250_000))
+    with pytest.raises(UserError, match=r"--out: got 250.0 kB free"):
+        check_start(config, tmp_path / "other")
+    check_start(config, out)
+
+
+@pytest.mark.parametrize("number", [5, 96])
+def test_experts_that_do_not_divide_the_mlp_are_told_from_the_teachers_config(
+    config, tmp_path, number
+):
+    teacher = shutil.copytree(config.teacher.path, tmp_path / "teacher")
+    (teacher / "model.safetensors").unlink()
+    wrong = change(config, teacher={"path": str(teacher)}, experts={"num_experts": number})
+    out = tmp_path / "run"
+    for begin in (run_distill, run_profile):
+        with pytest.raises(UserError, match=rf"^experts.num_experts: got {number}, expected a div"):
+            begin(wrong, out=out)
+        assert not out.exists()
 
 
 def test_a_disk_that_is_full_for_a_while_stops_nothing(request, whole, tmp_path, monkeypatch):

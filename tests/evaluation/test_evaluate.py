@@ -70,6 +70,16 @@ def test_bad_text_is_named_by_its_argument(finished, tmp_path, text, said):
         evaluated(finished[0], path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.json", '{"model_type": "tiny_onn"'), ("model.safetensors", "")]
+)
+def test_a_damaged_student_is_told_with_what_helps(finished, tmp_path, name, content):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    (run / "student" / name).write_text(content)
+    with pytest.raises(UserError, match=r"^MODEL: got .*student, expected .*; write it again with"):
+        evaluated(run)
+
+
 def test_what_is_no_student_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^MODEL: got .*, expected a run folder"):
         evaluated(tmp_path)

@@ -184,8 +184,8 @@ def test_shares_that_cut_a_block_of_8_bit_state_are_refused_before_anything_is_l
         change(config, optim={"name": "adamw"}),
         change(config, train={"shard": "optimizer"}),
     ):
-        check_start(fitting, (), World(rank=0, size=2))
-    check_start(config, (), World())
+        check_start(fitting, tmp_path, world=World(rank=0, size=2))
+    check_start(config, tmp_path)
 
 
 def test_experts_that_do_not_divide_over_the_processes_are_refused():

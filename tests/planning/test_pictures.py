@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tiny_onn.cli import main as cli
 from tiny_onn.config.read import load_config
-from tiny_onn.planning.pictures import memory_stacks, time_stacks, write_plan_page
+from tiny_onn.planning.pictures import disk_of_run, memory_stacks, time_stacks, write_plan_page
 from tiny_onn.planning.plan import plan
 from tiny_onn.planning.sources import GIB
 from tiny_onn.report.stacks import MAX_PARTS, REST, Stacks
@@ -78,13 +78,16 @@ def test_the_page_holds_both_pictures_and_needs_no_network(planned, tmp_path):
     assert total == pytest.approx(planned.peak_bytes / GIB, rel=1e-3)
     assert not re.search(r'(src|href)="http', page)
     assert "It fits" in page
+    assert f"The disk: {disk_of_run(planned)}." in page
 
 
 def test_the_verb_writes_the_page_and_refuses_a_bad_place(tmp_path, capsys):
     arguments = ["plan", "--preset", "model-card", "--device", "RTX 3060", "--html"]
     page = tmp_path / "plan.html"
     assert cli.main([*arguments, str(page), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["memory"]
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["memory"]
+    assert f"{page}: the page of the plan\n" in printed.err
     assert page.stat().st_size < 3e6
     assert cli.main([*arguments, str(tmp_path)]) == 2
     assert "--html: got" in capsys.readouterr().err

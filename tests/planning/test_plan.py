@@ -411,7 +411,7 @@ def test_json_holds_every_number_and_nothing_else(capsys):
 
 
 def test_tables_show_card_flops_memory_and_time():
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=140, record=True, file=io.StringIO())
     console.print(render(card_plan("RTX 4090")))
     text = console.export_text()
     for words in (
@@ -421,8 +421,23 @@ def test_tables_show_card_flops_memory_and_time():
         "optimizer state",
         "GiB",
         "15,259 steps",
+        "Disk: 8.1 GB, for 4 checkpoints of 1.6 GB each with optimizer state, and the student of",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "number"),
+    [
+        ((), 4),
+        (("train.keep_checkpoints=1",), 3),
+        (("train.tokens=10_000_000",), 1),
+        (("train.tokens=10_000_001", "train.eval_every_tokens=0"), 2),
+        (("train.tokens=10_000_000", "train.save_every_tokens=0"), 1),
+    ],
+)
+def test_checkpoints_at_once_are_those_kept_the_best_and_the_one_in_writing(overrides, number):
+    assert card_plan("A100", *overrides).disk.num_checkpoints == number
 
 
 @pytest.mark.parametrize(("row_tokens", "shown"), [(1024, False), (4096, True)])

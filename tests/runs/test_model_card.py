@@ -4,6 +4,7 @@ import base64
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tiny import save_teacher, write_run
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.deploy.export import run_export
 from tiny_onn.distill.loop import run_distill
+from tiny_onn.errors import UserError
 from tiny_onn.runs.model_card import licence_of, write_export_card, write_model_card
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -194,3 +196,11 @@ def test_a_student_is_uploaded_by_the_libraries_own_methods(run, tmp_path, way):
         assert received[name] == (folder / "student" / name).read_bytes()
     if way == "upload_folder":
         assert received["README.md"] == (folder / "student" / "README.md").read_bytes()
+
+
+def test_an_export_of_a_run_with_a_damaged_record_is_refused_in_one_line(run, tmp_path):
+    damaged = shutil.copytree(run[1], tmp_path / "run")
+    (damaged / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json: cannot read it .*restore the file or rem"):
+        run_export(str(damaged), to="transformers", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -21,7 +21,9 @@ from tiny_onn.runs.folder import (
     create_run_folder,
     forgotten_if_refused,
     read_run_config,
+    record_conversion,
     resume_run_folder,
+    runs_in,
     was_begun_by,
 )
 from tiny_onn.runs.lock import run_lock
@@ -342,3 +344,21 @@ def test_a_refused_run_with_results_keeps_them(tmp_path):
     with pytest.raises(UserError, match="not empty"), forgotten_if_refused(tmp_path):
         create_run_folder(tmp_path, RunConfig(), argv=[])
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", "cannot read it"), ("[]", "got list")])
+def test_a_damaged_record_of_a_run_is_told(tmp_path, content, said):
+    create_run_folder(tmp_path, RunConfig(), argv=[])
+    for name in ("environment", "conversion"):
+        (tmp_path / f"{name}.json").write_text(content)
+    with pytest.raises(UserError, match=rf"environment\.json: {said}.*, expected a JSON object"):
+        was_begun_by("a launch", tmp_path)
+    with pytest.raises(UserError, match=rf"conversion\.json: {said}.*, expected a JSON object"):
+        record_conversion(tmp_path / "conversion.json", {"backbone_sha256": "0"})
+
+
+def test_a_name_that_is_too_long_is_no_run():
+    long = Path("a" * 300)
+    assert not was_begun_by("a launch", long)
+    with pytest.raises(UserError, match=r"^RUN: got aaa"):
+        runs_in(long)

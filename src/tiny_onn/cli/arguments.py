@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from tiny_onn.cli.importing import leaving_at_once
 from tiny_onn.errors import UserError
 
 RunToml = Annotated[
@@ -98,7 +99,8 @@ def starting() -> Iterator[None]:
     """Show a spinner while torch is imported, which takes seconds, and then set up transformers."""
     from tiny_onn.console import console, status
 
-    with status("Starting") if console().is_terminal else contextlib.nullcontext():
+    spinner = status("Starting") if console().is_terminal else contextlib.nullcontext()
+    with leaving_at_once(), spinner:
         yield
         from tiny_onn.teacher.load import quiet_transformers
 
@@ -106,8 +108,14 @@ def starting() -> Iterator[None]:
 
 
 def default_out(name: str) -> Path:
-    """Return the folder for results of this name: `runs/NAME-TIME`."""
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    """Return the folder for results of this name: `runs/NAME-TIME`.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    runs = Path("runs")
+    require_place(runs, "--out")
+    return runs / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def parse_layers(text: str | None) -> list[int]:
@@ -153,6 +161,48 @@ def require_student(model: str) -> None:
     # Path.is_dir raises an error for a name that is too long, os.path.isdir returns False.
     if not os.path.isdir(model):  # noqa: PTH112
         raise no_student(model)
+
+
+def require_text_and_budgets(model: str, text: Path | None, budgets: Sequence[float]) -> None:
+    """Refuse a text that cannot be read, and budgets that the student in a folder cannot have.
+
+    Raises:
+        UserError: there is no such text, or the student's settings refuse a budget.
+    """
+    from tiny_onn.config.checks import check_budget
+    from tiny_onn.config.routing_checks import has_budget
+    from tiny_onn.config.schema import RunConfig
+    from tiny_onn.data.sources import check_text
+    from tiny_onn.runs.folder import settings_of_student
+
+    settings = settings_of_student(model)
+    if settings is not None:
+        for budget in budgets:
+            check_budget(
+                budget,
+                num_experts=settings.experts.num_experts,
+                num_shared=settings.experts.num_shared,
+                selection=settings.router.selection,
+                is_mean=has_budget(settings.router),
+            )
+    if text is not None:
+        check_text(text, (settings or RunConfig()).data.text_field)
+
+
+def require_place(folder: Path, name: str) -> None:
+    """Refuse a folder that cannot be written to or created, before the work whose results go there.
+
+    Raises:
+        UserError: the option `name` got such a folder.
+    """
+    # Path.exists raises an error for a name that is too long, os.path.exists returns False.
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "may not be written to" if there.is_dir() else "is no folder"
+        raise UserError(
+            f"{name}: got {folder}, expected a folder to write to, and {there} {reason}; choose"
+            " another"
+        )
 
 
 def require_model(model: str) -> None:

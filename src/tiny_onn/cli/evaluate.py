@@ -18,7 +18,9 @@ from tiny_onn.cli.arguments import (
     Quantize,
     Teacher,
     require,
+    require_place,
     require_student,
+    require_text_and_budgets,
     starting,
 )
 
@@ -89,6 +91,8 @@ class Eval:
             self.max_tokens,
             "an integer from 0 to 2**31 - 1",
         )
+        if self.out is not None:
+            require_place(self.out, "--out")
         if harness.asked(self.by_tasks):
             harness.run(self)
             return
@@ -96,6 +100,7 @@ class Eval:
             self._frontier()
             return
         require_student(self.model)
+        require_text_and_budgets(self.model, self.text, ())
         from rich.console import Console
 
         with starting():
@@ -127,6 +132,7 @@ class Eval:
             raise UserError("--frontier: got --budget too, expected one of them; leave one out")
         budgets = () if self.budget is None else parse_budgets(self.budget)
         require_student(self.model)
+        require_text_and_budgets(self.model, self.text, budgets)
         from rich.console import Console
 
         with starting():

@@ -6,7 +6,16 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import Checkpoint, Model, Teacher, require, require_student, starting
+from tiny_onn.cli.arguments import (
+    Checkpoint,
+    Model,
+    Teacher,
+    require,
+    require_place,
+    require_student,
+    require_text_and_budgets,
+    starting,
+)
 
 TARGETS = ("transformers", "vllm", "gguf", "dense")
 
@@ -83,6 +92,9 @@ class Export:
         if self.keep is not None:
             require(self.keep >= 1, "--keep", self.keep, "an integer >= 1")
         require_student(self.model)
+        budgets = () if self.budget is None else (self.budget,)
+        require_text_and_budgets(self.model, self.text, budgets)
+        require_place(self.out, "--out")
         with starting():
             from tiny_onn.deploy.export import run_export
 

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import require, require_student, starting
+from tiny_onn.cli.arguments import (
+    require,
+    require_student,
+    require_text_and_budgets,
+    starting,
+)
 from tiny_onn.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,6 +110,7 @@ def run(verb: "Eval") -> None:
         if value is not None:
             require(least <= value < 2**31, name, value, f"an integer from {least} to 2**31 - 1")
     require_student(verb.model)
+    require_text_and_budgets(verb.model, None, budgets)
     with starting():
         from tiny_onn.evaluation.harness import run_tasks
 

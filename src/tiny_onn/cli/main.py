@@ -7,6 +7,7 @@ which take seconds to load, only after its arguments and settings are checked, s
 
 import atexit
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -30,7 +31,7 @@ from tiny_onn.cli.probe import Probe
 from tiny_onn.cli.report import Report
 from tiny_onn.cli.watch import Watch
 from tiny_onn.config.launcher import is_first, num_processes
-from tiny_onn.errors import RankError, UserError, reason_line
+from tiny_onn.errors import RankError, UserError, printable, reason_line
 
 Verb = (
     Demo
@@ -48,6 +49,15 @@ Verb = (
     | Config
 )
 VERBS = tuple(verb.__name__.lower() for verb in get_args(Verb))
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+)
+"""Errors of the file system that are no defect of the program, wherever they come from."""
 TELLING_S = 10.0
 """Seconds for which a process that says nothing of an error waits for the one that does."""
 ENDING_S = 5.0
@@ -92,10 +102,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader of standard output has left, as in `tiny-onn config | head`. Python flushes it
-        # once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of standard output has left, as in `tiny-onn config | head`.
+        _drop_output()
         return 141
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        if error.filename is None:
+            _drop_output()
+        where = printable(str(error.filename or "standard output, or a file"))
+        _complain(
+            f"error: {where}: got {error.strerror!r}, expected free disk and permission; free some"
+            " space, or name another place"
+        )
+        return 2
 
 
 def _run(verb: Callable[[], None]) -> int:
@@ -115,6 +135,11 @@ def _run(verb: Callable[[], None]) -> int:
             time.sleep(TELLING_S)
         return 2
     return 0
+
+
+def _drop_output() -> None:
+    """Drop what standard output still holds: Python flushes it at exit, which must not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end_undisturbed() -> None:

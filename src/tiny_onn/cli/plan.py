@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import Json, Overrides, Preset, RunToml, starting
+from tiny_onn.cli.arguments import Json, Overrides, Preset, RunToml, require_place, starting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,8 @@ class Plan:
         from tiny_onn.planning.device_names import check_device_name
 
         check_device_name(self.device)
+        if self.html is not None:
+            require_place(self.html.parent, "--html")
         from rich.console import Console
 
         with starting():

@@ -8,7 +8,14 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tiny_onn.cli.arguments import ComputeDevice, Runs, Teacher, require_runs, starting
+from tiny_onn.cli.arguments import (
+    ComputeDevice,
+    Runs,
+    Teacher,
+    require_place,
+    require_runs,
+    starting,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,8 @@ class Report:
 
         check_device(self.device, "--device")
         require_runs(self.runs)
+        if self.out is not None:
+            require_place(self.out.parent, "--out")
         with starting():
             from tiny_onn.studies.report import run_report
 

@@ -15,6 +15,7 @@ from tiny_onn.cli.arguments import (
     Teacher,
     require,
     require_model,
+    require_text_and_budgets,
 )
 from tiny_onn.errors import UserError
 
@@ -116,15 +117,17 @@ class Writing:
         }
 
     def check_model(self) -> None:
-        """Refuse a device that has no such name, and a model that cannot be had.
+        """Refuse a device that has no such name, and a model or budget that cannot be had.
 
         Raises:
-            UserError: the device or the model is refused.
+            UserError: the device, the model or the budget is refused.
         """
         from tiny_onn.config.checks import check_device
 
         check_device(self.device, "--device")
         require_model(self.model)
+        budgets = () if self.budget is None else (self.budget,)
+        require_text_and_budgets(self.model, None, budgets)
 
 
 def prompt_or_input(prompt: str | None) -> str:

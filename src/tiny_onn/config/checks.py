@@ -9,8 +9,8 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, get_args
 
-from tiny_onn.config.routing_checks import check_path, check_routing
-from tiny_onn.config.schema import ExpertInit, RunConfig
+from tiny_onn.config.routing_checks import CONTROLS, check_path, check_routing
+from tiny_onn.config.schema import ExpertInit, RunConfig, Selection
 from tiny_onn.errors import UserError
 
 # Values of `probe --loss`: the loss of a single token that the probe measures.
@@ -179,6 +179,41 @@ def parse_budgets(text: str) -> list[float]:
                 " 16,8; separate them by commas"
             ) from error
     return budgets
+
+
+def check_budget(
+    budget: float, *, num_experts: int, num_shared: int, selection: Selection, is_mean: bool
+) -> None:
+    """Refuse a budget that a student of these experts and this selection cannot have.
+
+    Args:
+        budget: the value of --budget.
+        num_experts: the number of experts of a layer.
+        num_shared: the number of them that every token uses.
+        selection: the student's selection.
+        is_mean: True if the budget is a mean over tokens, False if it is that of every token.
+
+    Raises:
+        UserError: the number is outside S + 1 ... E, or is not whole without a threshold, or the
+            student decides by itself.
+    """
+    least = num_shared + 1
+    if not least <= budget <= num_experts:
+        why = f", more than the {num_shared} that are always on" if num_shared else ""
+        raise UserError(
+            f"--budget: got {budget:g}, expected {least} to {num_experts}, the experts of a layer"
+            f"{why}; choose one in between"
+        )
+    if selection not in ("budget", "top_k", *CONTROLS):
+        raise UserError(
+            f"--budget: got a student with router.selection = {selection!r}, expected budget, "
+            "top_k, static or random; this one decides by itself how many experts it uses"
+        )
+    if not is_mean and not float(budget).is_integer():
+        raise UserError(
+            f"--budget: got {budget:g}, expected a whole number with router.selection = "
+            f"{selection!r}; round it"
+        )
 
 
 def check_probe(loss: str, init: str) -> None:

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.config.schema import DataConfig
 from tiny_onn.data.packing import IGNORED_LABEL, Origin, PackedRow, Packer, build_row
-from tiny_onn.data.rows import reworded_for_text
-from tiny_onn.data.sources import read_documents
+from tiny_onn.data.sources import read_documents, reworded_for_text
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.errors import UserError

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import DataConfig, RunConfig
 from tiny_onn.data.packing import Origin, PackedRow, pack
-from tiny_onn.data.sources import read_documents
+from tiny_onn.data.sources import read_documents, reworded_for_text
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.errors import UserError
@@ -63,18 +63,6 @@ def evenly(rows: Sequence[PackedRow], number: int) -> list[PackedRow]:
     """Return so many of the rows, or all if they are fewer, at equal distances."""
     number = min(number, len(rows))
     return [rows[i * len(rows) // number] for i in range(number)]
-
-
-def reworded_for_text(problem: str) -> str:
-    """Return a reader's message with --text in place of the settings that usually name text."""
-    if problem.startswith("data.text_field: "):
-        mistake = problem.removeprefix("data.text_field: ").rpartition("; ")[0]
-        return (
-            f"--text: {mistake}; eval reads the field that the run's settings name, so rename the"
-            " field, or give the text as .txt"
-        )
-    mistake = problem.removeprefix("data.sources: ")
-    return problem if mistake == problem else f"--text: {mistake}"
 
 
 def calibration_rows(

@@ -14,6 +14,7 @@ from tiny_onn.data.fields import Chat, bad_source, row_text
 from tiny_onn.data.readers import ENDINGS, is_text_file, read_texts
 from tiny_onn.errors import UserError, reason_of
 
+_OR_HUB = ", or write hf:name for hub data"
 _SHUFFLE_BUFFER = 1_000
 """Documents of a hub stream that are shuffled among each other."""
 
@@ -40,9 +41,7 @@ def read_documents(source: str, text_field: str) -> Iterator[Document]:
     found = False
     try:
         if not path.exists():
-            raise bad_source(
-                path, "no such file or folder; correct it, or write hf:name for hub data"
-            )
+            raise bad_source(path, f"no such file or folder; correct it{_OR_HUB}")
         for file in _text_files(path) if path.is_dir() else [path]:
             for index, text in enumerate(read_texts(file, text_field)):
                 if text.strip():
@@ -55,6 +54,34 @@ def read_documents(source: str, text_field: str) -> Iterator[Document]:
         raise bad_source(where, f"cannot be read ({error.strerror or error}); check it") from error
     if not found:
         raise bad_source(path, f"no text in it, expected a {ENDINGS} file that holds some; add one")
+
+
+def reworded_for_text(problem: str) -> str:
+    """Return a reader's message with --text in place of the settings that usually name text."""
+    if problem.startswith("data.text_field: "):
+        mistake = problem.removeprefix("data.text_field: ").rpartition("; ")[0]
+        return (
+            f"--text: {mistake}; eval reads the field that the run's settings name, so rename the"
+            " field, or give the text as .txt"
+        )
+    mistake = problem.removeprefix("data.sources: ").replace(_OR_HUB, "")
+    return problem if mistake == problem else f"--text: {mistake}"
+
+
+def check_text(path: Path, text_field: str) -> None:
+    """Read the first document of a file or folder that --text names.
+
+    Args:
+        path: the file or folder.
+        text_field: the field of a row that holds its text.
+
+    Raises:
+        UserError: there is no such text, it cannot be read, or it is empty.
+    """
+    try:
+        next(read_documents(str(path), text_field))
+    except UserError as error:
+        raise UserError(reworded_for_text(str(error))) from error
 
 
 def _text_files(folder: Path) -> Iterator[Path]:

@@ -25,7 +25,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import set_budget
 from tiny_onn.runs.recorded_teacher import refuse_for_dense
 from tiny_onn.runs.students import LoadedStudent, is_student, load_student, load_teacher_of
-from tiny_onn.teacher.load import load_dense
+from tiny_onn.teacher.load import load_model
 from tiny_onn.teacher.model_paths import find_model
 
 
@@ -366,7 +366,7 @@ def load_speaker(
             raise needs_student(name, model)
     if model != "embedded":
         find_model(model, "MODEL")
-    dense, tokenizer = load_dense(replace(TeacherConfig(), path=model), device)
+    dense, tokenizer = load_model(replace(TeacherConfig(), path=model), device)
     # Generation keeps a cache, which the attention for packed rows of training does not handle.
     dense.set_attn_implementation(generation_attention(dense))
     return Speaker(name="model", network=dense, tokenizer=tokenizer, **shared)

@@ -71,11 +71,12 @@ def run_export(
             folder = Path(temporary) / "export"
             folder.mkdir()
             refuse_what_no_export_has(job)
-            lost = WRITERS[to](job, folder)
             readme = Path(model) / README
             if loaded.of_run:
+                # A damaged record of the run shows here, before what an export has to measure.
                 write_model_card(folder, loaded.config, Path(model), step=loaded.step)
                 readme = folder / README
+            lost = WRITERS[to](job, folder)
             write_export_card(folder, readme, to=to, lost=lost, budget=budget)
             with status(f"Writing {out}"):
                 publish(folder, out)

@@ -30,7 +30,7 @@ from tiny_onn.distill.run_log import RunLog, RunResult
 from tiny_onn.distill.run_state import RunState, restore
 from tiny_onn.distill.saving import Saver
 from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
-from tiny_onn.distill.start_checks import check_disk, check_start, keep_conversion
+from tiny_onn.distill.start_checks import check_start, keep_conversion
 from tiny_onn.distill.step import StepResult, distill_step
 from tiny_onn.evaluation.compare import Evaluation, evaluate_layers
 from tiny_onn.parallel import ALONE, World
@@ -91,8 +91,8 @@ def run_distill(
     if resume:
         # Taking the lock creates the folder, so a missing run is refused first.
         config = with_number_format_of(read_run_config(out), config)
-    check_start(config, track, world)
     config = with_absolute_paths(prepare_device(config)[0])
+    check_start(config, out, track=track, world=world)
     begun: dict[str, Any] = {"argv": argv, "launch": world.launch}
     with (
         stop_on_signal(world) as stop,
@@ -138,7 +138,6 @@ def _train(
 ) -> RunResult:
     """Run the loop of a prepared run; write the student if there is a last evaluation."""
     training = assemble(config, prepared.student, prepared.teacher, world)
-    check_disk(out, training.student, config, world)
     stream = training_rows(config, prepared.tokenizer)
     state, checkpoints = RunState.new(config), out / "checkpoints"
     if resume:

@@ -24,6 +24,7 @@ from tiny_onn.distill.assembly import assemble
 from tiny_onn.distill.blockwise import blockwise_step, teacher_power
 from tiny_onn.distill.clock import Clock
 from tiny_onn.distill.stages import step_tokens
+from tiny_onn.distill.start_checks import check_sizes
 from tiny_onn.distill.step import distill_step
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.folder import create_run_folder
@@ -75,6 +76,7 @@ def run_profile(config: RunConfig, *, out: Path, argv: Sequence[str] = ()) -> St
         UserError: Settings, text, teacher, folder or disk are unfit.
     """
     config, _ = prepare_device(config)
+    check_sizes(config)
     create_run_folder(out, config, argv=argv)
     folder = out / "profile"
     folder.mkdir()

@@ -35,7 +35,7 @@ DeviceType = Literal["cpu", "cuda"]
 # The interpreter with torch and transformers takes 0.40 GB, and 0.47 GB with the compiler (torch
 # 2.13, CPU build). A CUDA context with its kernels is assumed to take 0.6 GB.
 RUNTIME_BYTES = MappingProxyType({"cpu": 470_000_000, "cuda": 600_000_000})
-_BYTES = MappingProxyType({"float32": 4, "bfloat16": 2})
+NUMBER_BYTES = MappingProxyType({"float32": 4, "bfloat16": 2})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def nf4_bytes(shape: tuple[int, ...], *, double_quant: bool) -> int:
 
 def weight_bytes(config: RunConfig, sizes: Sizes, parameters: Parameters) -> Counter[str]:
     """Return the bytes of frozen weights: the student's backbone, and the teacher's own weights."""
-    number_bytes, teacher = _BYTES[config.teacher.dtype], config.teacher
+    number_bytes, teacher = NUMBER_BYTES[config.teacher.dtype], config.teacher
     weights = Counter({"backbone weights": number_bytes * parameters.backbone})
     if teacher.quantization == "nf4":
         # A separate teacher's attention is quantised too; embeddings and norms stay shared.
@@ -106,8 +106,8 @@ class _Step:
         self.memory_bytes = memory_bytes
         self.config, self.sizes, self.parameters, self.device = config, sizes, parameters, device
         self.row_tokens = config.data.row_tokens
-        self.activation_bytes = _BYTES[config.teacher.dtype]
-        self.master_bytes = _BYTES[config.optim.master_dtype]
+        self.activation_bytes = NUMBER_BYTES[config.teacher.dtype]
+        self.master_bytes = NUMBER_BYTES[config.optim.master_dtype]
         self.widened_bytes = 4 if self.activation_bytes != 4 else 0
         self.hidden, self.neurons = sizes.hidden, sizes.neurons
         self.experts, self.layers = sizes.experts, sizes.layers

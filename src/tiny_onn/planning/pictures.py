@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
+from rich import filesize
+
+from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.planning.costs import StepFlops
 from tiny_onn.planning.memory import RUNTIME_BYTES, Moment
@@ -76,6 +79,11 @@ def time_of_run(plan: Plan) -> str:
     return f"{_duration(whole)}, or {_duration(packed)} {documents}"
 
 
+def disk_of_run(plan: Plan) -> str:
+    """Tell how much disk the run's folder needs at its largest, and for what."""
+    return f"{filesize.decimal(plan.disk.total_bytes)}, for {plan.disk}"
+
+
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -111,6 +119,7 @@ def write_plan_page(plan: Plan, path: Path) -> None:
         answer=(
             f"A step reads {plan.config.train.rows_per_step} x {plan.config.data.row_tokens:,}"
             f" tokens. The time of all {plan.steps:,} steps: {time_of_run(plan)}.{_speed(plan)}"
+            f" The disk: {disk_of_run(plan)}."
         ),
         stacks=time_stacks(plan),
         caption=(
@@ -129,6 +138,7 @@ def write_plan_page(plan: Plan, path: Path) -> None:
         raise UserError(
             f"--html: got {path}, expected a file to write to ({error.strerror}); choose another"
         ) from error
+    say(f"{path}: the page of the plan")
 
 
 def _speed(plan: Plan) -> str:

@@ -31,6 +31,7 @@ from tiny_onn.planning.costs import (
     step_flops,
     token_flops,
 )
+from tiny_onn.planning.disk import DiskUse, disk_use
 from tiny_onn.planning.memory import RUNTIME_BYTES, Moment, moments
 from tiny_onn.planning.sources import Device, find_device, load_shape
 
@@ -72,6 +73,7 @@ class Plan:
     """FLOPs of a step, on each GPU, whose rows hold documents of `document_tokens`, kept apart by
     attention."""
     moments: tuple[Moment, ...]
+    disk: DiskUse
     cluster: Cluster
     collectives: tuple[Collective, ...]
     """The exchanges of a step; empty for one GPU."""
@@ -173,6 +175,7 @@ class Plan:
                 "device_bytes": self.device.memory_bytes,
                 "fits": self.fits,
             },
+            "disk": asdict(self.disk) | {"total_bytes": self.disk.total_bytes},
             "time": {
                 "tokens": self.config.train.tokens,
                 "steps": self.steps,
@@ -263,6 +266,7 @@ def plan(
         whole_rows=step_flops(mine, sizes, token, packed=False),
         packed=step_flops(mine, sizes, token, packed=True),
         moments=moments_of_rank(held, mine, sizes, parameters, cluster),
+        disk=disk_use(config, student),
         cluster=cluster,
         collectives=collectives(mine, sizes, parameters, cluster, device),
     )

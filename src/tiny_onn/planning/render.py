@@ -11,6 +11,7 @@ from tiny_onn.planning.costs import StepFlops
 from tiny_onn.planning.memory import RUNTIME_BYTES
 from tiny_onn.planning.pictures import (
     RUNTIME,
+    disk_of_run,
     memory_stacks,
     name_of_devices,
     time_of_run,
@@ -152,6 +153,7 @@ def _time_lines(plan: Plan) -> list[str]:
     return [
         *_cluster_lines(plan),
         f"Time of {tokens:,} tokens ({plan.steps:,} steps) at {rate}: {time_of_run(plan)}",
+        f"Disk: {disk_of_run(plan)}",
         f"Decoding at {device.bandwidth_gb_s:,.4g} GB/s, at most: {student:,.0f} tokens/s, "
         f"dense {dense:,.0f}",
         f"MLP FLOPs saved when deployed: {plan.token.ffn_saved:.2%}; of all matmul FLOPs: "

@@ -57,7 +57,7 @@ def load_shape(name: str | Path, teacher: TeacherConfig) -> tuple[str, PreTraine
     if os.path.isfile(path):  # noqa: PTH113 - no error for what is no path
         return text, _read_shape(path, text)
     if text and os.path.isdir(path):  # noqa: PTH112
-        return text, _from_pretrained(text, {})
+        return text, _from_pretrained(text, {"trust_remote_code": teacher.trust_remote_code})
     for entry in sorted(
         (files("tiny_onn.planning") / "shapes").iterdir(), key=lambda entry: entry.name
     ):

@@ -15,7 +15,7 @@ from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.runs.recorded_teacher import refuse_for_dense
 from tiny_onn.runs.students import is_student, load_student, load_teacher_of
-from tiny_onn.teacher.load import load_dense
+from tiny_onn.teacher.load import load_model
 from tiny_onn.teacher.model_paths import find_model
 
 
@@ -93,7 +93,7 @@ def load_subject(  # noqa: PLR0917
     )
     config = with_router(config, selection="top_k", objective="none", target_k=float(num_experts))
     validate(config)
-    dense, tokenizer = load_dense(config.teacher, device)
+    dense, tokenizer = load_model(config.teacher, device)
     student = make_student(config, MlpInputs(dense, calibration_rows(config, tokenizer, device)))
     student.requires_grad_(False)
     return Subject(student=student, teacher=dense, tokenizer=tokenizer, config=config, fresh=True)

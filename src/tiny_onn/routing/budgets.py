@@ -21,11 +21,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from tiny_onn.config.checks import check_budget
 from tiny_onn.config.schema import BudgetScope
 from tiny_onn.console import track
 from tiny_onn.data.packing import PackedRow, joined
 from tiny_onn.data.rows import evenly
-from tiny_onn.errors import UserError
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import last_hidden_states
 from tiny_onn.model.experts import ExpertBank, recorded_routings
@@ -159,25 +159,14 @@ def set_budget(student: TinyOnnForCausalLM, budget: float) -> None:
         UserError: The number is outside S + 1 ... E, or not whole for a selection without a
             threshold, or the student has no measured table.
     """
-    num_experts = student.config.num_experts
     rule = student.banks()[0].router.rule
-    least = rule.num_shared + 1
-    if not least <= budget <= num_experts:
-        why = f", more than the {rule.num_shared} that are always on" if rule.num_shared else ""
-        raise UserError(
-            f"--budget: got {budget:g}, expected {least} to {num_experts}, the experts of a layer"
-            f"{why}; choose one in between"
-        )
-    if rule.selection not in ("budget", "top_k", "static", "random", "oracle"):
-        raise UserError(
-            f"--budget: got a student with router.selection = {rule.selection!r}, expected budget, "
-            "top_k, static or random; this one decides by itself how many experts it uses"
-        )
-    if not rule.has_budget and not float(budget).is_integer():
-        raise UserError(
-            f"--budget: got {budget:g}, expected a whole number with router.selection = "
-            f"{rule.selection!r}; round it"
-        )
+    check_budget(
+        budget,
+        num_experts=student.config.num_experts,
+        num_shared=rule.num_shared,
+        selection=rule.selection,
+        is_mean=rule.has_budget,
+    )
     for bank in student.banks():
         bank.router.set_budget(budget)
 

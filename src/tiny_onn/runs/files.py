@@ -6,9 +6,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tiny_onn.errors import UserError
+from tiny_onn.errors import UserError, reason_line
 from tiny_onn.publish import publish
 
 
@@ -33,6 +33,29 @@ def refusal(error: BaseException) -> str:
     """Return why the file system refused, in words, from the error or from its cause."""
     error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
     return str(getattr(error, "strerror", None) or error)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file of the run, or None if there is no such file.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: cannot read it ({reason_line(error)}), expected a JSON object that the run"
+            " wrote; restore the file or remove it"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: got {type(found).__name__}, expected a JSON object that the run wrote;"
+            " restore the file or remove it"
+        )
+    return found
 
 
 def write_json(path: Path, obj: object) -> None:

@@ -17,6 +17,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from tiny_onn.config.launcher import num_processes
 from tiny_onn.config.read import config_diff, config_from_json, resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
-from tiny_onn.runs.files import explain_write, write_atomically, write_json
+from tiny_onn.runs.files import explain_write, read_object, write_atomically, write_json
 from tiny_onn.runs.lock import LOCK_NAME
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
 from tiny_onn.teacher.model_paths import no_folder
@@ -146,8 +147,10 @@ def resume_run_folder(
 
 def was_begun_by(launch: str | None, path: Path) -> bool:
     """Return True if processes of a launch of torchrun began, or resumed, the run in `path`."""
-    records = path.glob("environment*.json") if (path / "config.json").is_file() else ()
-    launches = [json.loads(file.read_text(encoding="utf-8")).get("launch") for file in records]
+    # Path.is_file raises an error for a name that is too long, os.path.isfile returns False.
+    is_run = os.path.isfile(path / "config.json")  # noqa: PTH113
+    records = path.glob("environment*.json") if is_run else ()
+    launches = [(read_object(file) or {}).get("launch") for file in records]
     return launch is not None and launch in launches
 
 
@@ -229,15 +232,50 @@ def read_run_config(path: Path) -> RunConfig:
     return config_from_json(text, str(file))
 
 
+def settings_of_student(model: str) -> RunConfig | None:
+    """Return the settings of a run, or for a student's folder the defaults with its own routing.
+
+    Arguments are checked against them before torch is imported. None: the folder's config.json does
+    not tell them, and loading the student will say why.
+    """
+    file = Path(model) / "config.json"
+    try:
+        # Reading a pipe would block forever.
+        table = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+        if table.get("model_type") != "tiny_onn":
+            return read_run_config(Path(model)) if table else None
+        # Students from before the table of routing options hold them beside the other attributes.
+        routing, default = table.get("routing") or table, RunConfig()
+        return replace(
+            default,
+            experts=replace(
+                default.experts,
+                num_experts=int(table["num_experts"]),
+                num_shared=int(routing.get("num_shared", 0)),
+            ),
+            router=replace(
+                default.router,
+                selection=routing.get("selection", "budget"),
+                oracle_budget=routing.get("oracle_budget", False),
+            ),
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 def runs_in(folder: Path) -> list[Path]:
     """Return the folder itself if it is a run, or else the runs in it: student, static, others.
 
     Raises:
         UserError: there is no run.
     """
-    if (folder / "config.json").is_file():
-        return [folder]
-    found = sorted(path.parent for path in folder.glob("*/config.json") if has_metrics(path.parent))
+    found: list[Path] = []
+    # A name that is too long, and a folder that may not be read, hold no run either.
+    with suppress(OSError):
+        if (folder / "config.json").is_file():
+            return [folder]
+        found = sorted(file.parent for file in folder.glob("*/config.json"))
+        found = [run for run in found if has_metrics(run)]
     if not found:
         raise UserError(
             f"RUN: got {folder}, expected the folder of a run, with its config.json, or a folder of"
@@ -255,10 +293,11 @@ def has_metrics(folder: Path) -> bool:
 def no_student(name: str) -> UserError:
     """Return the refusal of a name that is neither a run's folder nor a student's."""
     # Path.is_dir raises an error for a name that is too long, os.path.isdir returns False.
-    there = os.path.isdir(name)  # noqa: PTH112
+    why = "" if os.path.isdir(name) else f" ({no_folder(name)})"  # noqa: PTH112
+    if os.path.isfile(Path(name) / "environment.json"):  # noqa: PTH113
+        why = " (this run has saved no checkpoint yet, or none is whole)"
     return UserError(
-        f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student"
-        f"{'' if there else f' ({no_folder(name)})'}; "
+        f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student{why}; "
         "make one with `tiny-onn demo` or `tiny-onn distill`"
     )
 
@@ -281,7 +320,7 @@ def check_backbone(path: Path, sha256: str) -> None:
         UserError: a resumed run has another backbone than it began with.
     """
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8-sig")).get("backbone_sha256")
+        before = (read_object(path) or {}).get("backbone_sha256")
         if before != sha256:
             raise UserError(
                 "teacher.path: got other weights than the run began with, expected a backbone of "

@@ -4,7 +4,6 @@ The hub reads the block of YAML at its beginning: licence, base model, data and 
 (https://huggingface.co/docs/hub/model-cards). The same run gives the same bytes.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError
 
 from tiny_onn.config.schema import HUB_PREFIX, RunConfig, TeacherConfig
-from tiny_onn.runs.files import write_atomically
+from tiny_onn.runs.files import read_object, write_atomically
 
 EMBEDDED, EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 README = "README.md"
@@ -53,10 +52,11 @@ def write_model_card(
         summary: the run's summary; None: it is in the run's folder.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the disk refuses, or a record of the run cannot be read.
     """
-    environment = _records(run / "environment.json")
-    summary = _records(run / "summary.json") if summary is None else summary
+    environment = read_object(run / "environment.json") or {}
+    if summary is None:
+        summary = read_object(run / "summary.json") or {}
     if summary.get("steps") != step:
         summary = {}
     data = _metadata(config, summary.get("after"))
@@ -122,10 +122,6 @@ def licence_of(teacher: TeacherConfig) -> str | None:
         found = Path(cached)
     stated = (metadata_load(found) or {}).get("license") if found.is_file() else None
     return str(stated) if stated else None
-
-
-def _records(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _base_model(teacher: TeacherConfig) -> str:

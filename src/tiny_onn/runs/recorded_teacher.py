@@ -17,7 +17,7 @@ from tiny_onn.console import say
 from tiny_onn.conversion.verify import backbone_hash, same_backbone, shape_difference
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.runs.folder import read_run_config
+from tiny_onn.runs.folder import no_student, read_run_config, settings_of_student
 from tiny_onn.teacher.load import load_dense
 
 OPTION = "--teacher PATH_OR_HUB_ID"
@@ -42,11 +42,13 @@ def with_teacher(config: RunConfig, named: str | None) -> RunConfig:
 
 
 def refuse_for_dense(model: str, named: str | None) -> None:
-    """Refuse `--teacher` with a dense model, which has no teacher.
+    """Refuse a run that has no student yet, and `--teacher` with a dense model without a teacher.
 
     Raises:
-        UserError: `--teacher` was given.
+        UserError: the model is the folder of a run, or `--teacher` was given.
     """
+    if settings_of_student(model) is not None:
+        raise no_student(model)
     if named is not None:
         raise UserError(
             f"--teacher: got {named} with {model}, a dense model, which has no teacher, expected a"

@@ -137,7 +137,10 @@ def _load(name: str, device: torch.device, checkpoint: str, teacher: str | None)
         ):
             student, tokenizer = _read_student(student_folder)
     except UserError as error:
-        raise UserError(f"MODEL: got {student_folder}, {error}") from error
+        reason = str(error)
+        if "expected" not in reason:
+            reason = f"expected a whole student ({reason}); write it again with --resume"
+        raise UserError(f"MODEL: got {student_folder}, {reason}") from error
     if not of_run:
         settings = student.config
         dtype = "bfloat16" if student.dtype == torch.bfloat16 else "float32"

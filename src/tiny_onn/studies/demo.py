@@ -31,6 +31,7 @@ from tiny_onn.device import prepare_device
 from tiny_onn.distill.loop import AfterStep, run_distill
 from tiny_onn.distill.run_log import RunResult
 from tiny_onn.distill.stages import step_tokens
+from tiny_onn.distill.start_checks import check_sizes
 from tiny_onn.evaluation.evaluate import Bench, budget_report, shown_k
 from tiny_onn.evaluation.frontier import measure_frontier, write_frontier
 from tiny_onn.evaluation.run_view import keep_view, measure_view
@@ -228,6 +229,7 @@ def _report(out: Path, student: RunResult, config: RunConfig) -> Path:
 
 def share(config: RunConfig, device: torch.device) -> Shared:
     """Load the teacher, read the text, and cut the MLPs into experts."""
+    check_sizes(config)
     inputs, tokenizer, rows = read_inputs(config, device)
     plain = config.teacher.placement == "shared" and config.teacher.quantization == "none"
     # Every arm is cut from the dense weights, so a quantised teacher gets a copy of them.

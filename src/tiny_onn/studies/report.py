@@ -1,6 +1,5 @@
 """The verbs `report` and `compare`: read run folders, measure what is missing, write the page."""
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from tiny_onn.errors import UserError, reason_line
 from tiny_onn.report.comparing import Comparison, compare
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
+from tiny_onn.runs.files import read_object
 from tiny_onn.runs.folder import has_metrics, read_run_config, runs_in
 from tiny_onn.runs.lock import LOCK_NAME, is_held, other_host
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
@@ -119,12 +119,12 @@ def read_run(folder: Path) -> Run:
     environments.sort(key=lambda path: (len(path.name), path.name))
     return Run(
         name=folder.resolve().name,
-        config=_object(folder / "config.json") or {},
-        environments=[table for path in environments if (table := _object(path))],
+        config=read_object(folder / "config.json") or {},
+        environments=[table for path in environments if (table := read_object(path))],
         records=records,
         health=verdict(diagnose(records, config)),
-        conversion=_object(folder / "conversion.json"),
-        summary=_object(folder / "summary.json"),
+        conversion=read_object(folder / "conversion.json"),
+        summary=read_object(folder / "summary.json"),
         process=process_of(folder),
         news=news_of(folder),
         frontier=_frontier_of(folder, records),
@@ -168,7 +168,7 @@ def _with_view(run: Run, folder: Path, device: str, teacher: str | None) -> Run:
 
 def _frontier_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the run's `frontier.json`, unless it is of another step or of quantised experts."""
-    frontier = _object(folder / "frontier.json")
+    frontier = read_object(folder / "frontier.json")
     if frontier is None:
         return None
     steps = [record["step"] for record in records if record.get("kind") in EVALUATIONS]
@@ -201,25 +201,6 @@ def check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
                 " docs/metrics.md lists; restore the file, or read it with the version of tiny-onn"
                 " that wrote it"
             )
-
-
-def _object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file of the run, or None if there is no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: cannot read it ({reason_line(error)}), expected a JSON object that the run"
-            " wrote; restore the file or remove it"
-        ) from error
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{path}: got {type(found).__name__}, expected a JSON object that the run wrote;"
-            " restore the file or remove it"
-        )
-    return found
 
 
 def _default_path(folders: Sequence[Path]) -> Path:

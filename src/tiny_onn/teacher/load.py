@@ -29,8 +29,25 @@ from tiny_onn.teacher.multimodal import dense_skeleton
 from tiny_onn.teacher.packed_check import check_packing
 from tiny_onn.teacher.quantize import quantize_nf4
 
+_TRUST_IT = "if you trust its author, set teacher.trust_remote_code = true"
+_NAME_ITS_RUN = "if it is an export of a student, name the student or its run"
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+
+def load_model(
+    config: TeacherConfig, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the dense model that a user names as MODEL, as `load_dense` does.
+
+    Raises:
+        UserError: `load_dense` refuses the model; the message begins with MODEL.
+    """
+    try:
+        return load_dense(config, device)
+    except UserError as error:
+        text = str(error).replace("teacher.path: ", "MODEL: ", 1)
+        raise UserError(text.replace(_TRUST_IT, _NAME_ITS_RUN)) from error
 
 
 def load_dense(
@@ -54,8 +71,7 @@ def load_dense(
         if "custom code" in reason and not config.trust_remote_code:
             return (
                 f"teacher.path: got {config.path}, which needs code that comes with it, expected a "
-                "model that transformers knows; if you trust its author, set "
-                "teacher.trust_remote_code = true"
+                f"model that transformers knows; {_TRUST_IT}"
             )
         remedy = (
             "a folder needs config.json, model.safetensors and tokenizer.json"
