@@ -692,11 +692,11 @@ def test_what_the_file_system_refuses_is_no_defect(stand_in, capsys):
 
 
 def test_a_default_folder_that_cannot_be_written_to_is_refused_first(stand_in, capsys):
-    calls = stand_in("evaluation.frontier", "run_frontier", {})
+    calls = stand_in("studies.demo", "run_demo", {})
     Path("runs/x").rmdir()
     Path("runs").rmdir()
     Path("runs").touch()
-    assert status_of(["eval", "m", "--budget", "4"]) == 2
+    assert status_of(["demo"]) == 2
     told = capsys.readouterr().err
     assert "--out: got runs, expected a folder to write to, and runs is no folder" in told
     assert calls == []
