@@ -172,7 +172,7 @@ def test_a_run_without_an_evaluation_or_a_step_gets_a_page(runs, tmp_path):
     text = " ".join(read_page(run_report([folder], models=False).read_text("utf-8")).text)
     assert "too early to tell" in text
     assert "No training step was recorded yet." in text
-    assert "interrupted after 0 of 384 training tokens" in text
+    assert "stopped after 0 of 384 training tokens" in text
 
 
 def test_a_control_is_called_one_and_not_judged_as_a_student(runs):

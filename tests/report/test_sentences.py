@@ -25,9 +25,9 @@ def test_an_interrupted_run_says_how_far_it_came(runs):
     assert state_of(run) == "The run finished after 384 training tokens."
     assert run.summary is not None
     cut = replace(run, summary={**run.summary, "interrupted": True}, records=run.records[:4])
-    assert re.search(r"interrupted after \d+ of 384 training tokens \(\d+%\)", state_of(cut))
+    assert re.search(r"stopped after \d+ of 384 training tokens \(\d+%\)", state_of(cut))
     assert "`tiny-onn distill --resume --out FOLDER`" in state_of(cut)
-    assert health_of(cut).startswith("Interrupted. ")
+    assert health_of(cut).startswith("Stopped. ")
     # A run that a signal stopped has no summary if its last evaluation would have taken long.
     assert state_of(replace(cut, summary=None)) == state_of(cut)
 
@@ -38,9 +38,9 @@ def test_an_unfinished_run_is_not_shown_as_a_healthy_one(runs):
     assert status_of(run) == "healthy"
     cut = replace(run, summary=None)
     assert status_of(cut) == "early"
-    assert health_of(cut).startswith("Interrupted. Healthy so far: ")
+    assert health_of(cut).startswith("Stopped. Healthy so far: ")
     young = replace(cut, records=run.records[:2])
-    assert health_of(young).startswith("Interrupted. It is too early to tell its health")
+    assert health_of(young).startswith("Stopped. It is too early to tell its health")
     assert status_of(replace(cut, health={**well, "verdict": "dead"})) == "dead"
 
 
@@ -49,7 +49,7 @@ def test_a_run_that_trains_and_one_that_was_killed_are_told_from_an_interrupted_
     folder.mkdir()
     for name in ("config.json", "metrics.jsonl"):
         (folder / name).write_bytes((runs / "student" / name).read_bytes())
-    assert health_of(read_run(folder)).startswith("Interrupted. ")
+    assert health_of(read_run(folder)).startswith("Stopped. ")
     with run_lock(folder):
         training = read_run(folder)
     assert health_of(training).startswith("Still training. ")

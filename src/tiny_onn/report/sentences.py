@@ -36,7 +36,7 @@ def state_of(run: Run) -> str:
     what = {
         "lost": "'s process ended without saving after",
         "silent": f" is on another machine and gives no news since {run.news}, when it had done",
-    }.get(run.process, " was interrupted after")
+    }.get(run.process, " was stopped after")
     ended = "If it has ended, go on with" if run.process == "silent" else "To go on:"
     return (
         f"The run{what} {done}. {ended} `tiny-onn distill --resume --out FOLDER`, with the"
@@ -57,7 +57,7 @@ def health_of(run: Run) -> str:
     if run.finished or run.is_control:
         return _verdict_of(run)
     state = {
-        "ended": "Interrupted",
+        "ended": "Stopped",
         "trains": "Still training",
         "lost": "Killed",
         "silent": f"No news since {run.news}",
