@@ -6,6 +6,7 @@ import pytest
 
 from tiny import change, write_run
 from tiny_onn.config.read import load_config
+from tiny_onn.runs.folder import read_run_config
 from tiny_onn.studies import demo
 from tiny_onn.studies.demo import TooSlow, check_deadline, run_demo
 
@@ -72,6 +73,9 @@ def test_a_slow_machine_begins_again_with_fewer_steps_and_says_so(
     assert found["at_k"] == []
     assert not (tmp_path / "demo" / "student" / "frontier.json").exists()
     assert f"with{ROW}trainingtokensperarminsteadof{5 * ROW}" in said
+    # The experts' rate is lowered in proportion to the steps.
+    full_rate = load_config(None, "demo", overrides).optim.expert_lr
+    assert read_run_config(tmp_path / "demo" / "student").optim.expert_lr == full_rate / 5
 
 
 def short(config):

@@ -111,20 +111,20 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     results: dict[str, RunResult] = {}
     fewer = 0
     try:
-        results = run_arms(config, shared, out, no_watch if fixed else watch)
+        results = run_arms(config, shared, out, None if fixed else watch)
     except TooSlow as slow:
         fewer = slow.tokens
         say(
             f"A step takes {slow.step_s:.1f} s here. The demo starts again with {fewer:,} training"
-            f" tokens per arm instead of {config.train.tokens:,}, so that it ends in about"
-            f" {DEADLINE_S / 60:.0f} minutes; --set train.tokens={config.train.tokens} keeps the"
-            " full length"
+            f" tokens per arm instead of {config.train.tokens:,}, and the experts' learning rate in"
+            f" proportion, so that it ends in about {DEADLINE_S / 60:.0f} minutes; --set"
+            f" train.tokens={config.train.tokens} keeps the full length"
         )
     # The exception keeps the first arm's student and optimizer in memory, so the restart happens
     # after its handler.
     if fewer:
         shutil.rmtree(out / STUDENT)
-        results = run_arms(with_tokens(config, fewer), shared, out, no_watch)
+        results = run_arms(shortened(config, fewer), shared, out, None)
     late = time.perf_counter() - started + FRONTIER_STEPS * step_seconds(results[STUDENT], config)
     if late > DEADLINE_S:
         say(
@@ -135,7 +135,6 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     else:
         exact = student_frontier(out / STUDENT, results[STUDENT], config)["exact"]
     seconds = time.perf_counter() - started
-    tokens = results[STUDENT].tokens
     summary: dict[str, object] = {
         "arms": {
             name: {
@@ -155,8 +154,8 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     Console().print(comparison(results, config.router, exact))
     page = _report(out, results[STUDENT], config)
     Console().print(
-        f"Each arm learned from {tokens:,} tokens, seed {config.train.seed}, in "
-        f"{config.teacher.dtype}; all in {seconds:.0f} s. Run folder: {out}\n"
+        f"Each arm learned from {results[STUDENT].tokens:,} tokens, seed {config.train.seed}, in"
+        f" {config.teacher.dtype}; all in {seconds:.0f} s. Run folder: {out}\n"
         f"Report, for a browser: {page}\n"
         f'Next: tiny-onn generate {out / STUDENT} --prompt "A list is"',
         highlight=False,
@@ -247,12 +246,8 @@ def share(config: RunConfig, device: torch.device) -> Shared:
     )
 
 
-def no_watch(_step: int, _seconds: float) -> None:
-    """Ignore the time that a step took."""
-
-
 def run_arms(
-    config: RunConfig, shared: Shared, out: Path, watch: AfterStep
+    config: RunConfig, shared: Shared, out: Path, watch: AfterStep | None
 ) -> dict[str, RunResult]:
     """Convert and train the student and its controls, each in a folder of its own.
 
@@ -260,7 +255,7 @@ def run_arms(
         config: the student's settings.
         shared: the models, text and experts that all arms start from.
         out: the folder in which the arms' folders are created.
-        watch: a function called after each of the student's steps with its number and seconds.
+        watch: called after each of the student's steps with its number and seconds; None: nothing.
 
     Raises:
         KeyboardInterrupt: an arm was stopped.
@@ -298,7 +293,7 @@ def run_arms(
             title=title,
             # The table does not show the controls before training.
             evaluate_first=is_student,
-            after_step=watch if is_student else no_watch,
+            after_step=watch if is_student and watch else lambda _step, _seconds: None,
         )
         if results[name].interrupted:
             raise KeyboardInterrupt
@@ -327,9 +322,15 @@ def check_deadline(config: RunConfig, passed_s: float, step_s: float) -> None:
         raise TooSlow(fewer * size, step_s)
 
 
-def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
-    """Return the settings with another number of training tokens."""
-    return replace(config, train=replace(config.train, tokens=tokens))
+def shortened(config: RunConfig, tokens: int) -> RunConfig:
+    """Return the settings with fewer training tokens, and the experts' rate in proportion.
+
+    The first steps of AdamW move every weight by about the rate, in whichever direction noise
+    points. At the rate of six steps, three of them left the student worse than it began.
+    """
+    expert_lr = config.optim.expert_lr * tokens / config.train.tokens
+    train, optim = replace(config.train, tokens=tokens), replace(config.optim, expert_lr=expert_lr)
+    return replace(config, train=train, optim=optim)
 
 
 def after_of(result: RunResult) -> Evaluation:
@@ -350,15 +351,14 @@ def comparison(
         router: the student's settings.
         exact: the student's numbers at exactly some mean k, see `exact.at_exactly`.
     """
-    tokens = next(iter(results.values())).tokens
+    first = next(iter(results.values()))
     table = Table(
-        title=f"Held-out text after {tokens:,} training tokens per arm: distance to the teacher;"
-        " forward MFLOPs per token"
+        title=f"Held-out text after {first.tokens:,} training tokens per arm: distance to the"
+        " teacher; forward MFLOPs per token"
     )
     table.add_column("model")
     for column in NUMBERS:
         table.add_column(column, justify="right")
-    first = next(iter(results.values()))
     after = after_of(first)
     table.add_row(
         "teacher",
