@@ -93,7 +93,8 @@ def missing(records: Sequence[Record]) -> Iterator[str]:
     left: dict[int, dict[str, list[str]]] = {}
     for job in planned(json.loads(PLAN.read_text("utf-8")), defaults):
         if job not in done:
-            name = job.arm if job.rate == 1 else f"{job.arm} at rate x {job.rate:g}"
+            rates = (("rate", job.rate), ("the gates' rate", job.gate_rate))
+            name = job.arm + "".join(f" at {what} x {rate:g}" for what, rate in rates if rate != 1)
             left.setdefault(job.asked_tokens, {}).setdefault(name, []).append(str(job.seed))
     if not left:
         yield "Every run of the plan has its record."
