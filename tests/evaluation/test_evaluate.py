@@ -76,7 +76,8 @@ def test_bad_text_is_named_by_its_argument(finished, tmp_path, text, said):
 def test_a_damaged_student_is_told_with_what_helps(finished, tmp_path, name, content):
     run = shutil.copytree(finished[0], tmp_path / "run")
     (run / "student" / name).write_text(content)
-    with pytest.raises(UserError, match=r"^MODEL: got .*student, expected .*; write it again with"):
+    remedy = "remove the folder and write it again with --resume"
+    with pytest.raises(UserError, match=rf"^MODEL: got .*student, expected .*; {remedy}$"):
         evaluated(run)
 
 

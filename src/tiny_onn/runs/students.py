@@ -42,6 +42,9 @@ from tiny_onn.teacher.model_files import (
     read_object,
 )
 
+# A run that has finished writes its student again only where there is none.
+REMEDY = "remove the folder and write it again with --resume"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedStudent:
@@ -132,14 +135,14 @@ def _load(name: str, device: torch.device, checkpoint: str, teacher: str | None)
         with LoadErrors(
             lambda reason: (
                 "expected config.json, model.safetensors and tokenizer.json of a student "
-                f"({reason}); remove the folder and use --resume"
+                f"({reason}); {REMEDY}"
             )
         ):
             student, tokenizer = _read_student(student_folder)
     except UserError as error:
         reason = str(error)
         if "expected" not in reason:
-            reason = f"expected a whole student ({reason}); write it again with --resume"
+            reason = f"expected a whole student ({reason}); {REMEDY}"
         raise UserError(f"MODEL: got {student_folder}, {reason}") from error
     if not of_run:
         settings = student.config
