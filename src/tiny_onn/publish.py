@@ -27,6 +27,12 @@ def publish(finished: Path, target: Path, *, over_folder: bool = False) -> None:
     _sync(target.parent)
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return the path itself if it exists, or else the nearest of its parents that does."""
+    # Path.exists raises an error for a name that is too long, os.path.exists returns False.
+    return next(p for p in (path, *path.parents) if os.path.exists(p))  # noqa: PTH110
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -15,6 +15,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from tiny_onn.cli.importing import leaving_at_once
 from tiny_onn.errors import UserError
+from tiny_onn.publish import nearest_existing
 
 RunToml = Annotated[
     Positional[Path | None],
@@ -195,8 +196,7 @@ def require_place(folder: Path, name: str) -> None:
     Raises:
         UserError: the option `name` got such a folder.
     """
-    # Path.exists raises an error for a name that is too long, os.path.exists returns False.
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110
+    there = nearest_existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "may not be written to" if there.is_dir() else "is no folder"
         raise UserError(

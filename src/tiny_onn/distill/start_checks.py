@@ -1,7 +1,6 @@
 """A run that cannot work is refused here, before its first step."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from tiny_onn.planning.cluster import check_blocks
 from tiny_onn.planning.costs import meta_models, sizes_of
 from tiny_onn.planning.disk import disk_use
 from tiny_onn.planning.sources import load_shape
+from tiny_onn.publish import nearest_existing
 from tiny_onn.runs.folder import check_backbone, record_conversion
 from tiny_onn.runs.trackers import check_trackers
 
@@ -101,9 +101,7 @@ def keep_conversion(file: Path, prepared: Prepared, title: str, world: World) ->
 def _check_disk(out: Path, config: RunConfig, student: TinyOnnForCausalLM) -> None:
     """Refuse a disk without room for the run; what a resumed run has written is room of its own."""
     use = disk_use(config, student)
-    # Path.exists raises an error for a name that is too long, os.path.exists returns False.
-    there = next(path for path in (out, *out.parents) if os.path.exists(path))  # noqa: PTH110
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest_existing(out)).free
     written = _bytes_in(out / "checkpoints") + _bytes_in(out / "student")
     if free + written < use.total_bytes:
         size = filesize.decimal
