@@ -91,6 +91,8 @@ STATIC = ("router.selection=static", *NONE)
 HALF = ("experts.init=importance", *STATIC)
 # A gate that learns from the main loss takes a lower rate than one with a loss of its own.
 TASK = ("router.objective=task", "optim.gate_lr=2.3e-3")
+# The second moments of gradients in AdamW are means over some 100 steps in place of 20.
+LONGER_MOMENT = ("optim.beta2=0.99",)
 ARMS: dict[str, tuple[str, ...]] = {
     "smk": (),
     "smk, not refitted": ("experts.refit=false",),
@@ -100,6 +102,15 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, token scale": ("experts.token_scale=true",),
     "smk, short decay": ("optim.decay_fraction=0.5", "optim.gate_decay_fraction=0.5"),
     "smk, 4 shared": ("experts.num_shared=4",),
+    "smk, averaged weights": (),
+    "smk, longer second moment": LONGER_MOMENT,
+    "smk, longest second moment": ("optim.beta2=0.998",),
+    "smk, states x 1/4": ("loss.states_coef=1",),
+    "smk, one budget": ("router.budget_scope=global",),
+    "smk, annealed": ("router.anneal_fraction=0.3",),
+    "smk, learned scale": ("experts.learn_scale=true",),
+    "frozen ridge gate, longer second moment": (*NONE, *LONGER_MOMENT),
+    "half-width, longer second moment": (*HALF, *LONGER_MOMENT),
     "frozen ridge gate": NONE,
     "frozen ridge gate, token scale": (*NONE, "experts.token_scale=true"),
     "regression of norms": ("router.objective=regression",),

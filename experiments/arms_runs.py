@@ -33,10 +33,11 @@ from tiny_onn.data.rows import text_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
 from tiny_onn.distill.loop import run_distill
+from tiny_onn.distill.stages import step_tokens
 from tiny_onn.evaluation.compare import compare, evaluate
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import temporary_rules
-from tiny_onn.model.student import eval_mode
+from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.parallel import World
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import valid_checkpoints
@@ -48,6 +49,8 @@ AROUND = (0.94, 1.06)
 K_TEXT = 7
 # Arms of which a budget that follows each sequence is measured too.
 FOLLOWED = ("smk", "smk, k = 8", "smk, k = 24")
+# Arms whose student has the mean of its weights over the last steps, this share of them.
+AVERAGED, AVERAGED_SHARE = ("smk, averaged weights",), 0.1
 # So many rows are measured at once, which keeps a GPU busy. Documents stay apart.
 ROWS_AT_ONCE = 8
 
@@ -126,6 +129,30 @@ def measured(
     }
 
 
+class WeightMeans:
+    """The means of a student's trained weights over the last steps of a run."""
+
+    def __init__(self, student: TinyOnnForCausalLM, config: RunConfig) -> None:
+        steps = math.ceil(config.train.tokens / step_tokens(config))
+        self.first = steps - max(1, round(AVERAGED_SHARE * steps)) + 1
+        self.weights = [*student.trainable().values()]
+        self.sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in self.weights]
+        self.count = 0
+
+    def add(self, step: int, _: float) -> None:
+        """Count the weights after a step, if it is one of the last."""
+        if step >= self.first:
+            for total, weight in zip(self.sums, self.weights, strict=True):
+                total += weight.detach()
+            self.count += 1
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Give the student the means in place of its weights."""
+        for weight, total in zip(self.weights, self.sums, strict=True):
+            weight.copy_(total / self.count)
+
+
 def at_once(rows: Sequence[PackedRow]) -> list[PackedRow]:
     """The rows, `ROWS_AT_ONCE` of them joined to one."""
     starts = range(0, len(rows), ROWS_AT_ONCE)
@@ -197,22 +224,30 @@ def run(
     """Make a run, or go on with a stopped one; its record, which the first process returns."""
     config = prepare_device(load_config(None, "demo", settings))[0]
     folder = out / "runs" / job.name()
-    begun = bool(valid_checkpoints(folder / "checkpoints"))
+    # A checkpoint does not hold the sums of a mean, so that such a run begins anew.
+    begun = job.arm not in AVERAGED and bool(valid_checkpoints(folder / "checkpoints"))
     with World.from_environment(config.train.device) as world:
         if world.first and not begun:
             shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
         prepared = prepare(config, order_of_first(world) or partial(ordered, parts.folder))
         converted = time.monotonic() - started
-        result = run_distill(
-            config, out=folder, resume=begun, prepared=prepared, title=job.name(), world=world
-        )
+        means = WeightMeans(prepared.student, config) if job.arm in AVERAGED else None
+        options: dict[str, Any] = {"title": job.name(), "world": world}
+        if means:
+            options["after_step"] = means.add
+        result = run_distill(config, out=folder, resume=begun, prepared=prepared, **options)
     if result.interrupted or result.after is None:
         raise KeyboardInterrupt
     if not world.first:
         return None
     started = time.monotonic()
     settling = at_once(threshold_rows(config, prepared.tokenizer, prepared.student.device))
+    after = result.after
+    if means:
+        means.put()
+        fit_eval_thresholds(prepared.student, settling, config.router.budget_scope)
+        after = evaluate(prepared.student, prepared.held_out, config.loss)
     asked: Any = {"settling": settling, "follow": job.arm in FOLLOWED}
     report = measured(config, prepared, parts.report, report_tokens, **asked)
     unseen = parts.unseen and measured(config, prepared, parts.unseen, report_tokens, **asked)
@@ -230,7 +265,7 @@ def run(
         },
         "choose": {
             "before": result.before and numbers(result.before.as_dict()),
-            "after": numbers(result.after.as_dict()),
+            "after": numbers(after.as_dict()),
         },
         "report": report,
         "unseen": unseen,
