@@ -121,6 +121,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "half-width": HALF,
     "half-width, not refitted": (*HALF, "experts.refit=false"),
     "low-rank": STATIC,
+    "oracle of norms": ("router.selection=oracle", "router.oracle_budget=true", *NONE),
     "static choice": STATIC,
     "model card's rule": (
         "smk.surprise=parameters",
