@@ -44,6 +44,7 @@ from experiments.arms_table import INTERRUPTED, RECORDS, Job, job_of, read_recor
 from experiments.options import mistakes_told, parser
 from experiments.split_text import Parts, split, tiny_text
 from tiny_onn.config.read import load_config
+from tiny_onn.errors import UserError
 
 TOKENS = 1_998_848
 # A run that SIGTERM stops ends by itself once it has saved. The signal ends it where it has nothing
@@ -105,6 +106,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, averaged weights": (),
     "smk, longer second moment": LONGER_MOMENT,
     "smk, longest second moment": ("optim.beta2=0.998",),
+    "smk, half sampled": (),
     "smk, states x 1/4": ("loss.states_coef=1",),
     "smk, one budget": ("router.budget_scope=global",),
     "smk, annealed": ("router.anneal_fraction=0.3",),
@@ -131,6 +133,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, k = 8": ("router.target_k=8",),
     "smk, k = 24": ("router.target_k=24",),
 }
+# Arms that read text of the teacher (`teacher_text.py`).
+SAMPLED = ("smk, half sampled",)
 
 
 def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[str]:
@@ -147,8 +151,17 @@ def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[s
         f"train.seed={job.seed}",
         f"train.device={arguments.device}",
         f"teacher.path={json.dumps(str(arguments.teacher))}",
-        f"data.sources={json.dumps([str(parts.learn)])}",
+        f"data.sources={json.dumps([str(learned_from(job, arguments, parts))])}",
     ]
+
+
+def learned_from(job: Job, arguments: argparse.Namespace, parts: Parts) -> Path:
+    """The folder that the run reads."""
+    if job.arm not in SAMPLED:
+        return parts.learn
+    if arguments.sampled is None:
+        raise UserError(f"--sampled: got nothing, which the arm {job.arm!r} needs; see --help")
+    return arguments.sampled.absolute()
 
 
 def planned(plan: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> list[Job]:
@@ -278,6 +291,7 @@ def main(argv: Sequence[str]) -> int:
     )
     options.add_argument("--unseen-sources", nargs="*", default=[], help="sources to set apart")
     options.add_argument("--teacher", default="embedded", help="a folder; default: the embedded")
+    options.add_argument("--sampled", type=Path, help="folder that teacher_text.py wrote")
     options.add_argument("--tokens", type=int, default=TOKENS, help="of each run")
     options.add_argument("--report-tokens", type=int, default=131_072)
     options.add_argument("--seeds", type=int, nargs="+", default=[0])

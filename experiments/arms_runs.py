@@ -142,8 +142,8 @@ class WeightMeans:
     def add(self, step: int, _: float) -> None:
         """Count the weights after a step, if it is one of the last."""
         if step >= self.first:
-            for total, weight in zip(self.sums, self.weights, strict=True):
-                total += weight.detach()
+            for sum_, weight in zip(self.sums, self.weights, strict=True):
+                sum_.add_(weight.detach())
             self.count += 1
 
     @torch.no_grad()
