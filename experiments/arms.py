@@ -99,6 +99,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, net gain": ("smk.net_gain=true",),
     "smk, token scale": ("experts.token_scale=true",),
     "smk, short decay": ("optim.decay_fraction=0.5", "optim.gate_decay_fraction=0.5"),
+    "smk, norms learn": ("optim.norm_lr=1e-3",),
     "smk, 4 shared": ("experts.num_shared=4",),
     "frozen ridge gate": NONE,
     "frozen ridge gate, token scale": (*NONE, "experts.token_scale=true"),
@@ -109,6 +110,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "task, softmax weights": (*TASK, "experts.weighting=softmax"),
     "half-width": HALF,
     "half-width, not refitted": (*HALF, "experts.refit=false"),
+    "half-width, norms learn": (*HALF, "optim.norm_lr=1e-3"),
     "low-rank": STATIC,
     "static choice": STATIC,
     "model card's rule": (
