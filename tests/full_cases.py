@@ -38,7 +38,8 @@ from tiny_onn.teacher.load import quiet_transformers, teacher_for
 Job = Callable[[World], dict[str, Tensor]]
 
 STEPS, ROWS_PER_STEP = 3, 4
-# The recommended preset's gates and losses, the card's, and gates that the loss teaches.
+# The recommended preset's gates and losses, the card's, norms that learn, gates that the loss
+# teaches.
 RECIPES: dict[str, dict[str, Any]] = {
     "recommended": {
         "experts": {"compensation": "mean"},
@@ -48,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim": {"lr_scale": "rms", "clip_norm": 1e9},
     },
     "card": {"optim": {"clip_norm": 1e9}},
+    "norms": {"optim": {"norm_lr": 1e-3, "lr_scale": "rms", "clip_norm": 1e9}},
     "task": {"router": {"objective": "task"}, **DENSE, "optim": {"clip_norm": 0.01}},
 }
 MODES = ("layer", "offload")
@@ -238,7 +240,13 @@ def spawn(folder: Path) -> RunConfig:
     """
     config = write_run(
         folder,
-        optim={"name": "adamw8bit", "expert_lr": 1e-3, "gate_lr": 1e-3, "lr_scale": "rms"},
+        optim={
+            "name": "adamw8bit",
+            "expert_lr": 1e-3,
+            "gate_lr": 1e-3,
+            "norm_lr": 1e-3,
+            "lr_scale": "rms",
+        },
         train={
             "rows_per_step": ROWS_PER_STEP,
             "tokens": 6 * ROWS_PER_STEP * 64,

@@ -49,7 +49,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value >= 0,
         "router.load_balancing_coef router.z_loss_coef router.diversity_coef router.balance_rate"
         " smk.coef loss.states_coef optim.expert_lr optim.gate_lr"
-        " optim.weight_decay optim.gate_weight_decay",
+        " optim.norm_lr optim.weight_decay optim.gate_weight_decay",
     ),
     ("a number > 0 and <= 1", lambda value: 0 < value <= 1, "smk.lesson_share"),
     ("a number > 0 and < 1", lambda value: 0 < value < 1, "loss.jsd_beta data.held_out_fraction"),

@@ -277,11 +277,16 @@ class OptimConfig:
     """The peak learning rate of the experts."""
     gate_lr: float = 3e-3
     """The peak learning rate of the gates."""
+    norm_lr: float = 0.0
+    """The peak learning rate of the gains of the backbone's norms, which learn in the global stage,
+    by AdamW without weight decay, on the experts' schedule, and are clipped with the experts. 0:
+    they stay as the teacher has them, as in the model card."""
     lr_scale: Literal["absolute", "rms"] = "absolute"
     """The unit of the weights, to which learning rates, weight decay, `eps` and `clip_norm` refer.
     `absolute`: 1; `rms`: each weight's root mean square at the start of the run (for an expert's
     gate and up weights apart), so that one rate fits teachers of any scale: 0.001 is a change by a
-    thousandth of a weight. Vectors, and weights that start at 0, have the unit 1 in both cases."""
+    thousandth of a weight. Vectors other than gains of norms, and weights that start at 0, have the
+    unit 1 in both cases."""
     beta1: float = 0.9
     """The decay of the first moment. Adafactor has no first moment."""
     beta2: float = 0.95
@@ -296,17 +301,13 @@ class OptimConfig:
     clip_norm: float = 1.0
     """The global L2 norm to which gradients are clipped, apart for the experts and the gates."""
     warmup_fraction: float = 0.05
-    """The share of each stage, at its start, in which the experts' learning rate rises linearly
-    from 0."""
+    """The share of each stage, its start, in which the experts' rate rises linearly from 0."""
     decay_fraction: float = 0.5
-    """The share of each stage, at its end, in which the experts' learning rate falls linearly to
-    0."""
+    """The share of each stage, its end, in which the experts' rate falls linearly to 0."""
     gate_warmup_fraction: float = 0.05
-    """The share of each stage, at its start, in which the gates' learning rate rises linearly from
-    0."""
+    """The share of each stage, its start, in which the gates' rate rises linearly from 0."""
     gate_decay_fraction: float = 0.5
-    """The share of each stage, at its end, in which the gates' learning rate falls linearly to
-    0."""
+    """The share of each stage, its end, in which the gates' rate falls linearly to 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

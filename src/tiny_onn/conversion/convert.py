@@ -9,7 +9,7 @@ Legend: D hidden, E experts, I expert width, F = E * I neurons, L layers.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -104,11 +104,19 @@ def share_backbone(dense: PreTrainedModel, config: TinyOnnConfig) -> TinyOnnForC
     return student.train(False)
 
 
-def adopt_backbone(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> None:
-    """Replace the student's backbone tensors by the dense model's, by reference."""
+def adopt_backbone(
+    student: TinyOnnForCausalLM, dense: PreTrainedModel, besides: Collection[str] = ()
+) -> None:
+    """Replace the student's backbone tensors by the dense model's, by reference.
+
+    Args:
+        student: the student.
+        dense: the dense model.
+        besides: the names in the dense model of tensors that the student keeps.
+    """
     dense_tensors = [*dense.named_parameters(remove_duplicate=False), *dense.named_buffers()]
     for name, tensor in dense_tensors:
-        if not in_mlp(name):
+        if not in_mlp(name) and name not in besides:
             owner_name, _, attribute = name.rpartition(".")
             setattr(student.backbone.get_submodule(owner_name), attribute, tensor)
 

@@ -30,6 +30,7 @@ from tiny_onn.device import pick_device
 from tiny_onn.model.backbone import gated_mlps
 from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.norms import own_norms
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import fit_start_thresholds
 from tiny_onn.teacher.cache_reader import check_cache
@@ -106,10 +107,16 @@ def prepare_to_resume(config: RunConfig) -> Prepared:
 
 
 def blank_student(config: RunConfig, dense: PreTrainedModel) -> TinyOnnForCausalLM:
-    """Return a student of a dense model whose experts and gates have no values yet."""
+    """Return a student of a dense model whose experts and gates have no values yet.
+
+    Raises:
+        UserError: the sizes do not fit, or the norms are to learn and have no gains.
+    """
     student = share_backbone(dense, student_config(dense, config.experts, config.router))
     student.config.teacher = config.teacher.path
     student.config.teacher_revision = config.teacher.revision
+    if config.optim.norm_lr:
+        own_norms(student)
     return student
 
 

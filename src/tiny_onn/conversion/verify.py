@@ -17,6 +17,7 @@ from tiny_onn.model.backbone import backbone_of, gated_mlps, head_of, last_hidde
 from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.expert_path import PathChoice, choose_path
 from tiny_onn.model.hooks import MlpInputs
+from tiny_onn.model.norms import learned_norms
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 
 
@@ -107,12 +108,14 @@ def same_backbone(student: TinyOnnForCausalLM, dense: PreTrainedModel) -> bool:
 
     Values that were rounded to the student's number format or to bfloat16 count as equal, because a
     student of a bfloat16 run may have been widened since, and its teacher may be read in float32.
-    The shapes must be the same.
+    Gains of norms that learned with the student's experts do not count. The shapes must be the
+    same.
     """
-    theirs = backbone_tensors(dense)
+    theirs, learned = backbone_tensors(dense), learned_norms(student)
     return all(
         any(torch.equal(tensor, theirs[name].to(dtype).to(tensor.dtype)) for dtype in formats)
         for name, tensor in backbone_tensors(student).items()
+        if name not in learned
         for formats in [(tensor.dtype, torch.bfloat16)]
     )
 

@@ -17,6 +17,7 @@ from tiny_onn.distill.row_graphs import RowGraphs
 from tiny_onn.model.backbone import head_of
 from tiny_onn.model.compile import compile_backbones
 from tiny_onn.model.full_sharding import shard_fully
+from tiny_onn.model.norms import own_norms
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.ops.loss_chunks import loss_chunk_tokens
 from tiny_onn.parallel import ALONE, World
@@ -71,9 +72,11 @@ def assemble(
         world: The processes of the run, which agree on the chunks.
 
     Raises:
-        UserError: The backbone cannot recompute its layers, an optimizer is not installed, or the
-            teacher's cache is not whole.
+        UserError: The backbone cannot recompute its layers or has no norms to train, an optimizer
+            is not installed, or the teacher's cache is not whole.
     """
+    if config.optim.norm_lr:
+        own_norms(student)
     checkpoint_layers(student, config.train.checkpointing)
     if config.train.shard == "full":
         check_blocks(config.optim, sizes_of(student), world.size)

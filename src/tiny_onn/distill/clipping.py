@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tiny_onn.distill.optim import SplitOptimizer
 from tiny_onn.distill.units import norm_in_units
 from tiny_onn.model.full_sharding import is_sharded, local_part
+from tiny_onn.model.norms import norm_gains
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World
 
@@ -16,6 +17,8 @@ def clip_gradients(
     student: TinyOnnForCausalLM, clip_norm: float, optimizer: torch.optim.Optimizer | None = None
 ) -> tuple[Tensor | float, Tensor | float]:
     """Clip the gradients of experts and of gates apart, each by its global L2 norm.
+
+    Gains of norms that learn are clipped with the experts.
 
     Args:
         student: The model with its gradients.
@@ -30,6 +33,7 @@ def clip_gradients(
     unit_of = optimizer.unit if ours else lambda _: None
     world = optimizer.world if ours else ALONE
     experts, gates = (list(system.values()) for system in split_parameters(student))
+    experts += norm_gains(student).values()
     return _clip(experts, clip_norm, unit_of, world), _clip(gates, clip_norm, unit_of, world)
 
 

@@ -358,7 +358,9 @@ class _Run:
         measured = self.log.anomaly(guard, rows, result, **position)
         if measured is None:
             if self.state.step % train.log_every_steps == 0:
-                lr = [group["lr"] for group in self.training.optimizer.param_groups]
+                groups = self.training.optimizer.param_groups
+                # Gains of norms follow the experts' schedule.
+                lr = [group["lr"] for group in groups if group["system"] != "norms"]
                 self.log.step(result, **position, lr=lr, seconds=seconds)
         elif guard.skipped_in_row >= train.max_skipped_steps:
             self.saver.warn(self.saver.writer.wait())

@@ -1,8 +1,8 @@
 """Optimizers and learning rate schedules of the two systems: fast experts and slow gates.
 
 The experts' optimizer is a setting. Gates are 0.3 % of the parameters and are always stepped by
-AdamW with 32-bit state. An expert parameter of a model with 96 x 1024 experts takes, in bytes for
-weight + gradient + state:
+AdamW with 32-bit state, and so are the gains of norms where they learn. An expert parameter of a
+model with 96 x 1024 experts takes, in bytes for weight + gradient + state:
 
     name                         float32 masters     bfloat16 with stochastic rounding
     adamw                        4 + 4 + 8           2 + 2 + 8
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from tiny_onn.config.schema import OptimConfig, Shard
 from tiny_onn.device import load_bitsandbytes
-from tiny_onn.distill.units import Units, in_units_, out_of_units_, start_units
+from tiny_onn.distill.units import Units, in_units_, norm_units, out_of_units_, start_units
 from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.full_sharding import local_part, shard_place
+from tiny_onn.model.norms import norm_gains
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World, balanced
 from tiny_onn.planning.memory import MIN_8BIT_SIZE
@@ -39,6 +40,11 @@ class LrFactor(NamedTuple):
     experts: float
     gates: float
 
+    @property
+    def norms(self) -> float:
+        """The share of the norms' gains, which follow the experts' schedule."""
+        return self.experts
+
 
 def build_optimizer(
     student: TinyOnnForCausalLM,
@@ -48,9 +54,9 @@ def build_optimizer(
     world: World = ALONE,
     shard: Shard = "none",
 ) -> "SplitOptimizer":
-    """Return the optimizer of experts and gates, in that order of groups.
+    """Return the optimizer of experts, gates and the norms' gains, in that order of groups.
 
-    Experts are cast to `config.master_dtype` first, in place; gates keep their number format.
+    Experts are cast to `config.master_dtype` first, in place; gates and gains keep their format.
 
     Args:
         student: The model, whose parameters that require a gradient learn.
@@ -86,8 +92,20 @@ def build_optimizer(
             "weight_decay": config.gate_weight_decay,
         }
         steppers.append(_adamw(config, group))
+    norms = norm_gains(student)
+    if norms:
+        group = {
+            "params": list(norms.values()),
+            "system": "norms",
+            "lr": config.norm_lr,
+            "peak_lr": config.norm_lr,
+            "weight_decay": 0.0,
+        }
+        steppers.append(_adamw(config, group))
     kinds = {p: kind for name, p in named_experts.items() if (kind := name.split(".")[-1]) in KINDS}
-    units = start_units(named_experts | named_gates) if config.lr_scale == "rms" else {}
+    units = {}
+    if config.lr_scale == "rms":
+        units = start_units(named_experts | named_gates) | norm_units(student)
     owners = owners_of(experts, world.size) if shard == "optimizer" and world.size > 1 else {}
     kinds = {} if config.name == "adamw" else kinds
     return SplitOptimizer(steppers, seed, kinds, units, owners=owners, world=world)
@@ -145,7 +163,9 @@ class SplitOptimizer(torch.optim.Optimizer):
 
     bfloat16 parameters are stepped through float32 copies, one at a time, and rounded back
     stochastically. The random bits depend on the seed, the parameter's place, and the number of its
-    roundings, which is part of its state; a restored state therefore continues bit for bit.
+    roundings, which is part of its state; a restored state therefore continues bit for bit. Gains
+    of norms are so few that their float32 copies are kept, as part of their state, and rounded to
+    nearest.
 
     Some optimizers' state of an element depends on its neighbours. These optimizers see the
     experts' weights neuron by neuron, in copies made one at a time. A block of 8-bit state then
@@ -257,9 +277,9 @@ class SplitOptimizer(torch.optim.Optimizer):
     ) -> None:
         kind, part = self._kinds.get(p), local_part(p)
         weight, grad = (t if kind is None else by_neuron(kind, t) for t in (part.data, part.grad))
-        master = nn.Parameter(weight.float().contiguous())
-        master.grad = gradient = grad.float().contiguous()
         state, unit = self.state[p], self.unit(p)
+        master = nn.Parameter(state.pop("master", weight).float().contiguous())
+        master.grad = gradient = grad.float().contiguous()
         state.pop("unit", None)
         num_roundings = int(state.pop("num_roundings", 0))
         if unit is not None:
@@ -268,8 +288,10 @@ class SplitOptimizer(torch.optim.Optimizer):
         if unit is not None:
             out_of_units_([master.data], [unit])
             state["unit"] = unit
-        if p.dtype != torch.bfloat16:
+        if p.dtype != torch.bfloat16 or group["system"] == "norms":
             weight.copy_(master)
+            if group["system"] == "norms":
+                state["master"] = master.data
             return
         digest = hashlib.blake2b(f"{place} {num_roundings}".encode(), digest_size=7).digest()
         generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest))

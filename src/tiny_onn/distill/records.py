@@ -41,7 +41,7 @@ def step_record(
         result: The step's measurements.
         step: Number of updates so far.
         tokens: Number of training tokens so far.
-        lr: Learning rates, one per parameter group.
+        lr: Learning rates of the experts, and of the gates if they learn.
         tokens_per_s: Training tokens per second of this step.
         loss_chunk_tokens: Number of tokens whose logits are in memory at once.
         with_layers: Whether the record holds routing by layer too.

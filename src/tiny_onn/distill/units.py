@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tiny_onn.model.full_sharding import full_tensor
+from tiny_onn.model.norms import gain_unit, learned_norms
+from tiny_onn.model.student import TinyOnnForCausalLM
 
 Units = Mapping[nn.Parameter, Tensor]
 STACKED = "gate_up_proj"
@@ -31,7 +33,8 @@ def start_units(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, Te
     """Return the root mean square of each weight, for an expert's gate and up rows apart.
 
     Vectors (biases, thresholds, experts' scales) are factors or logits, whose size does not depend
-    on a model's scale, and have no unit. A weight that is 0 everywhere has the unit 1.
+    on a model's scale, and have no unit; gains of norms have one by `norm_units`. A weight that is
+    0 everywhere has the unit 1.
 
     Returns:
         Float32 tensors: (2,) for `gate_up_proj`, gates first, and one number for any other weight.
@@ -44,6 +47,15 @@ def start_units(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, Te
         unit = norm / (parameter.numel() / norm.numel()) ** 0.5
         units[parameter] = torch.where(unit > 0, unit, 1.0)
     return units
+
+
+def norm_units(student: TinyOnnForCausalLM) -> dict[nn.Parameter, Tensor]:
+    """Return the unit of each gain that learns: the root mean square of its norm's factors.
+
+    Unlike other vectors gains have a scale of their own, which families choose differently.
+    """
+    norms = learned_norms(student).values()
+    return {norm.get_parameter("weight"): gain_unit(norm) for norm in norms}
 
 
 def norm_in_units(

@@ -5,7 +5,7 @@ module in which it stands, so the flag of a frozen module stays off. Gradient ch
 whole layer reads the flag too; here it keeps working without the layer's dropout.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,15 +18,22 @@ def in_mlp(name: str) -> bool:
     return ".mlp." in f"{name}."
 
 
-def set_backbone_mode(backbone: nn.Module, layers: Sequence[nn.Module], training: bool) -> None:
+def set_backbone_mode(
+    backbone: nn.Module,
+    layers: Sequence[nn.Module],
+    training: bool,
+    *,
+    besides: Collection[str] = (),
+) -> None:
     """Turn training mode off outside `layers.*.mlp` if nothing there requires a gradient.
 
     Args:
         backbone: the decoder, each of its modules in the mode that was asked for.
         layers: the decoder's layers; the module that each holds under `mlp` keeps its mode.
         training: the mode that was asked for.
+        besides: the names of parameters that may require a gradient in a frozen backbone.
     """
-    own = (parameter for name, parameter in backbone.named_parameters() if not in_mlp(name))
+    own = (p for name, p in backbone.named_parameters() if not in_mlp(name) and name not in besides)
     frozen = training and not any(parameter.requires_grad for parameter in own)
     if frozen:
         for name, module in backbone.named_modules():

@@ -6,8 +6,9 @@ it, and its gradients leave the backward pass as sums over the processes, of whi
 share. A weight is then a `DTensor`, whose local tensor holds this process's experts whole.
 
 Everything else stays whole in every process: attention, embeddings, norms and the head, which
-teacher and student share and which hold no gradient, and gates, mean outputs and scales, which are
-small. The head is read in many chunks of the loss, and would be gathered for each of them.
+teacher and student share and which hold no gradient, and gates, mean outputs, scales and gains of
+norms that learn, which are small. The head is read in many chunks of the loss, and would be
+gathered for each of them.
 
 A forward pass of either model waits for all processes, which must make the same passes in the same
 order. Modules of torch.distributed are imported where they are used, because that takes a second.

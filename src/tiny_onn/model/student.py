@@ -29,6 +29,7 @@ from tiny_onn.model.backbone_mode import in_mlp, set_backbone_mode
 from tiny_onn.model.configuration import TinyOnnConfig
 from tiny_onn.model.experts import ExpertBank
 from tiny_onn.model.fine_tuning import describe_learning, set_learning
+from tiny_onn.model.norms import learned_norms, norm_gains
 from tiny_onn.model.old_layout import register_old_layout
 from tiny_onn.model.quantized_experts import (
     StoredAs,
@@ -160,12 +161,14 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         """Set the mode of experts and routers, and of the backbone only where it is trained too.
 
         A frozen backbone stays in evaluation mode, so that no dropout of any name separates the
-        student from its teacher. As soon as one of the backbone's own parameters requires a
-        gradient (fine-tuning, LoRA on attention), all of it follows `mode`, as in any other model.
-        Gradient checkpointing works in both cases.
+        student from its teacher; gains of norms that learn change nothing in that. As soon as
+        another one of the backbone's own parameters requires a gradient (fine-tuning, LoRA on
+        attention), all of it follows `mode`, as in any other model. Gradient checkpointing works in
+        both cases.
         """
         super().train(mode)
-        set_backbone_mode(self.backbone, decoder_layers(self.backbone), mode)
+        own = learned_norms(self)
+        set_backbone_mode(self.backbone, decoder_layers(self.backbone), mode, besides=own)
         return self
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -262,8 +265,13 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of experts and routers, which distillation trains, by name."""
-        return {name: p for name, p in self.named_parameters() if in_mlp(name)}
+        """Return the parameters that distillation trains, by name.
+
+        They are those of experts and routers, and the gains of the norms if these are the student's
+        own.
+        """
+        norms = norm_gains(self)
+        return {name: p for name, p in self.named_parameters() if in_mlp(name) or name in norms}
 
     def fine_tune(
         self, *, experts: bool = True, gates: bool = False, backbone: bool = False
@@ -350,11 +358,17 @@ register_old_layout(TinyOnnConfig.model_type)
 def split_parameters(
     student: TinyOnnForCausalLM,
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Return the parameters that learn, by name, in two tables: the experts' and the routers'."""
+    """Return the experts' and the routers' parameters that learn, by name, in two tables."""
     learning = {name: p for name, p in student.trainable().items() if p.requires_grad}
-    experts = {name: p for name, p in learning.items() if ".router." not in name}
+    experts = {n: p for n, p in learning.items() if in_mlp(n) and ".router." not in n}
     gates = {name: p for name, p in learning.items() if ".router." in name}
     return experts, gates
+
+
+def learning_parameters(student: TinyOnnForCausalLM) -> dict[str, nn.Parameter]:
+    """Return all parameters that learn, by name: the experts', the routers', the norms' gains."""
+    experts, gates = split_parameters(student)
+    return experts | gates | norm_gains(student)
 
 
 @contextmanager

@@ -301,8 +301,8 @@ def token_flops(
 def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bool) -> StepFlops:
     """Return the FLOPs of one step over `train.rows_per_step` rows.
 
-    Nothing before layer 0's experts is trained, so its attention has no backward pass and its
-    experts pass no gradient to their input.
+    Unless norms learn, nothing before layer 0's experts is trained, so its attention has no
+    backward pass and its experts pass no gradient to their input.
 
     Args:
         config: the settings.
@@ -318,13 +318,14 @@ def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bo
     router = {"none": 0, "smk": 1, "regression": 1, "task": 2}[
         config.router.objective
     ] * token.router
+    first = 0 if config.optim.norm_lr else 1
     if config.router.objective == "task":
-        router -= token.router // sizes.layers
-    later_layers = (sizes.layers - 1) / sizes.layers
+        router -= first * token.router // sizes.layers
+    later_layers = (sizes.layers - first) / sizes.layers
     backward = (
         later_layers * (token.attention_projections + ATTENTION_BACKWARD * scores)
         + 2 * token.ffn_dense
-        - 4 * sizes.hidden * sizes.neurons
+        - first * 4 * sizes.hidden * sizes.neurons
         + router
     )
     kept = scores if config.train.checkpointing == "selective" else 0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.model.backbone_mode import in_mlp
+from tiny_onn.model.norms import norms_of
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.planning.memory import NUMBER_BYTES, state_bytes
 
@@ -60,10 +61,17 @@ def disk_use(config: RunConfig, student: TinyOnnForCausalLM) -> DiskUse:
         if in_mlp(name)
     )
     backbone = sum(p.nbytes for name, p in student.named_parameters() if not in_mlp(name))
+    student_bytes = trained + backbone
+    if config.optim.norm_lr:
+        # A checkpoint holds float32 copies of gains in bfloat16 too.
+        gains = [module.get_parameter("weight") for module in norms_of(student.backbone).values()]
+        trained += sum(p.nbytes for p in gains)
+        copied = 4 if config.teacher.dtype == "bfloat16" else 0
+        states = (*states, *(state_bytes("adamw", p.shape) + copied * p.numel() for p in gains))
     return DiskUse(
         num_checkpoints=_checkpoints_at_once(config),
         checkpoint_bytes=trained + sum(states),
-        student_bytes=trained + backbone,
+        student_bytes=student_bytes,
     )
 
 

@@ -124,6 +124,7 @@ class _Step:
         faster = device == "cuda" and sparse_entry(config, f"{device} {config.teacher.dtype}")
         self.sparse = path == "sparse" or (path == "auto" and bool(faster))
         self.gates_learn = config.router.objective != "none"
+        self.norms_learn = config.optim.norm_lr > 0
         self.layer_gradients = self.master_bytes * 3 * self.projection_elements
 
     def resident(self) -> Counter[str]:
@@ -136,16 +137,19 @@ class _Step:
         parts["expert weights to train"] = self.master_bytes * p.experts
         parts["gates"] = 4 * p.gates
         parts["optimizer state"] = L * state + (8 * p.gates if self.gates_learn else 0)
+        if self.norms_learn:  # Gradients, two moments, and float32 copies of gains in bfloat16.
+            parts["norms"] = (2 * self.activation_bytes + 8 + self.widened_bytes) * p.norms
         return parts
 
     def attention_saved(self) -> int:
         """Return the tensors that one layer's norms and attention keep for their backward pass."""
         T, q, kv, b = self.row_tokens, self.sizes.query, self.sizes.key_value, self.activation_bytes
         # Norms compute in float32 and keep a copy of their input, or the input itself, which is the
-        # layer's input for the first norm.
+        # layer's input for the first norm; and for a gain that learns what it multiplies.
         norms = self.widened_bytes * self.hidden_elements + 4 * self.hidden_elements
+        norms += 2 * self.hidden_bytes * self.norms_learn
         if self.sizes.qk_norm:
-            norms += 4 * T * (q + kv)
+            norms += (4 + b * self.norms_learn) * T * (q + kv)
         train = self.config.train
         by_blocks = train.compile and train.checkpointing != "selective"
         by_flash = b == 2 and "enable_gqa" in VARLEN_OPTIONS
@@ -241,7 +245,7 @@ class _Step:
             return inputs + (layer + 1) * kept
         if mode != "none":
             return inputs
-        attention = layer * self.attention_saved()
+        attention = (layer + self.norms_learn) * self.attention_saved()
         return self.hidden_bytes + attention + (layer + 1) * self.ffn_saved()
 
     def backward(self, layer: int) -> Iterator[Moment]:
@@ -256,8 +260,9 @@ class _Step:
         common["gradients"] = later * self.layer_gradients
         common["routing"] = self.routing()
         recomputed = self.config.train.checkpointing != "none"
-        # Nothing before layer 0's experts is trained, so that its attention keeps nothing.
-        attention = self.attention_saved() if recomputed and layer else 0
+        # If only experts learn, nothing is trained before layer 0's, whose attention keeps nothing.
+        reached = layer > 0 or self.norms_learn
+        attention = self.attention_saved() if recomputed and reached else 0
         ffn = self.ffn_saved() if recomputed else 0
         common["one layer's attention"] = attention
         incoming = self.hidden_bytes
@@ -268,7 +273,7 @@ class _Step:
         yield _moment(
             f"{name}: elementwise", common, {"one layer's experts": experts + self.region()}
         )
-        grad_x = self.hidden_bytes if layer else 0
+        grad_x = self.hidden_bytes if reached else 0
         working = experts + outputs + grad_x
         yield _moment(
             f"{name}: weight gradients",
@@ -280,7 +285,7 @@ class _Step:
             common,
             {"one layer's experts": working + self.surprise(), "gradients": self.layer_gradients},
         )
-        if layer:
+        if reached:
             yield _moment(
                 f"{name}: attention",
                 common,

@@ -28,7 +28,7 @@ from tiny_onn.console import say
 from tiny_onn.errors import UserError
 from tiny_onn.model import full_sharding
 from tiny_onn.model.old_layout import today_state, today_tensors
-from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
+from tiny_onn.model.student import TinyOnnForCausalLM, learning_parameters
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.publish import publish
 from tiny_onn.runs.files import FileEntry, file_entry, refusal, write_json
@@ -307,7 +307,7 @@ def _restore(
         )
     cut = full_sharding.is_fully_sharded(student)
     device = None if cut else str(next(student.parameters()).device)
-    mine = {n for group in split_parameters(student) for n, p in group.items() if is_mine(p)}
+    mine = {name for name, p in learning_parameters(student).items() if is_mine(p)}
 
     def is_wanted(key: str) -> bool:
         # The unit of a weight scales its gradient in every process.

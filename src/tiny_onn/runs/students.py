@@ -23,6 +23,7 @@ from tiny_onn.errors import LoadErrors, UserError
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
 from tiny_onn.model.backbone import generation_attention
 from tiny_onn.model.full_sharding import full_experts
+from tiny_onn.model.norms import learned_norms
 from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.parallel import ALONE, World
@@ -197,7 +198,7 @@ def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedMo
     dense, _ = load_recorded(settings, named, device)
     same = check_teacher(student, dense, settings.path, named, frozen=loaded.of_run)
     if same and student.dtype == dense.dtype:
-        adopt_backbone(student, dense)
+        adopt_backbone(student, dense, besides=learned_norms(student))
     student.set_attn_implementation(DOCUMENT_ATTENTION)
     return dense
 

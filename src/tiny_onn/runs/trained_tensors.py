@@ -7,15 +7,17 @@ from torch import Tensor
 
 from tiny_onn.model import full_sharding
 from tiny_onn.model.backbone_mode import in_mlp
-from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
+from tiny_onn.model.norms import norm_gains
+from tiny_onn.model.student import TinyOnnForCausalLM, learning_parameters
 
 
 def student_tensors(student: TinyOnnForCausalLM) -> dict[str, Tensor]:
-    """Return the experts, gates and budget thresholds: all that a run changes in the model."""
+    """Return all that a run changes: experts, gates, budget thresholds, the norms' own gains."""
+    norms = norm_gains(student)
     return {
         name: tensor.detach().contiguous()
         for name, tensor in student.state_dict().items()
-        if in_mlp(name)
+        if in_mlp(name) or name in norms
     }
 
 
@@ -26,12 +28,11 @@ def optimizer_tensors(
 
     Tensors that are cut are gathered one after another, so that all processes exhaust the iterator.
     """
-    for group in split_parameters(student):
-        for name, parameter in group.items():
-            state = optimizer.state.get(parameter, {}).items()
-            held = {e: torch.as_tensor(value).detach().contiguous() for e, value in state}
-            for entry, value in full_sharding.full_state(parameter, held):
-                yield f"{name}|{entry}", value
+    for name, parameter in learning_parameters(student).items():
+        state = optimizer.state.get(parameter, {}).items()
+        held = {e: torch.as_tensor(value).detach().contiguous() for e, value in state}
+        for entry, value in full_sharding.full_state(parameter, held):
+            yield f"{name}|{entry}", value
 
 
 @torch.no_grad()
@@ -45,12 +46,11 @@ def copy_to_optimizer(
     student: TinyOnnForCausalLM, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
     """Replace the optimizer's state by whole tensors, named as by `optimizer_tensors`."""
-    for group in split_parameters(student):
-        for name, parameter in group.items():
-            prefix = f"{name}|"
-            state = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(prefix)
-            }
-            optimizer.state[parameter] = full_sharding.local_state(parameter, state)
+    for name, parameter in learning_parameters(student).items():
+        prefix = f"{name}|"
+        state = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
+        optimizer.state[parameter] = full_sharding.local_state(parameter, state)
