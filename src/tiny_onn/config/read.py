@@ -35,6 +35,7 @@ ADDED = MappingProxyType(
         "router.straight_through": "coupled",
         "train.shard": "none",
         "teacher.cache": "none",
+        "loss.label_coef": 0.0,
     }
 )
 _MAX_TOML_BYTES = 2**16
