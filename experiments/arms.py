@@ -100,6 +100,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, smallest gain": ("smk.direction=min",),
     "smk, lesson of 1/8": ("smk.lesson_share=0.125",),
     "smk, net gain": ("smk.net_gain=true",),
+    "smk, a tenth cross-entropy": ("loss.label_coef=0.1",),
     "smk, token scale": ("experts.token_scale=true",),
     "smk, short decay": ("optim.decay_fraction=0.5", "optim.gate_decay_fraction=0.5"),
     "smk, norms learn": ("optim.norm_lr=1e-3",),

@@ -29,6 +29,7 @@ WORDS = {
     "smk, net gain": "SMK by net gain",
     "smk, short decay": "SMK with rates that fall over the second half",
     "smk, 4 shared": "SMK with 4 shared experts",
+    "smk, a tenth cross-entropy": "SMK with a tenth of cross-entropy in the loss",
     "smk, token scale": "SMK with weights that depend on the token",
     "frozen ridge gate": "the frozen ridge gate",
     "regression of norms": "a gate that regresses on output norms",

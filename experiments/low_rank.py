@@ -159,7 +159,7 @@ def train(
 def loss_of(
     student: PreTrainedModel, teacher: PreTrainedModel, row: PackedRow, config: RunConfig
 ) -> Tensor:
-    """The mean divergence over a row's tokens, and that of the hidden states."""
+    """The mean loss over a row's tokens, and that of the hidden states."""
     kwargs = packed_kwargs(row)
     with torch.no_grad(), layer_outputs(teacher) as theirs:
         expected = last_hidden_states(teacher, row.input_ids, **kwargs)[0]
@@ -174,6 +174,7 @@ def loss_of(
         divergence=config.loss.divergence,
         temperature=config.loss.temperature,
         jsd_beta=config.loss.jsd_beta,
+        label_coef=config.loss.label_coef,
         chunk_tokens=loss_chunk_tokens(config.loss, head_of(student).weight),
         need_metrics=False,
     )

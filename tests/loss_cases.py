@@ -40,7 +40,11 @@ def naive_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def naive_distill(
-    case: Case, divergence: Divergence = "forward_kl", temperature: float = 1.0, beta: float = BETA
+    case: Case,
+    divergence: Divergence = "forward_kl",
+    temperature: float = 1.0,
+    beta: float = BETA,
+    label_coef: float = 0.0,
 ) -> DistillValues:
     """The definition of every value, with all logits at once."""
     student_hidden, teacher_hidden, student_head, teacher_head, labels = case
@@ -55,14 +59,17 @@ def naive_distill(
         "reverse_kl": naive_kl(log_s, log_q),
         "jsd": beta * naive_kl(log_q, log_m) + (1 - beta) * naive_kl(log_s, log_m),
     }[divergence]
-    log_s = F.log_softmax(student_logits, -1).detach()
+    log_s = F.log_softmax(student_logits, -1)
+    nll = F.nll_loss(log_s, labels, reduction="none", ignore_index=-100)
+    mixed = (1 - label_coef) * loss * temperature**2 + label_coef * nll
+    log_s = log_s.detach()
     log_q = F.log_softmax(teacher_logits, -1)
     return DistillValues(
-        loss=loss * temperature**2,
+        loss=torch.where(labels == -100, loss * temperature**2, mixed),
         forward_kl=naive_kl(log_q, log_s),
         teacher_entropy=-(log_q.exp() * log_q).sum(-1),
         student_entropy=-(log_s.exp() * log_s).sum(-1),
-        student_nll=F.nll_loss(log_s, labels, reduction="none", ignore_index=-100),
+        student_nll=nll.detach(),
         teacher_nll=F.nll_loss(log_q, labels, reduction="none", ignore_index=-100),
         agrees=student_logits.argmax(-1) == teacher_logits.argmax(-1),
     )
@@ -102,19 +109,21 @@ def run(
     weights: Tensor | None = None,
     divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
+    label_coef: float = 0.0,
     chunk_tokens: int | None = 7,
 ) -> tuple[DistillValues, Tensor]:
     """Values and gradient of the weighted sum of losses; by definition if chunk_tokens is None."""
     x = case.student_hidden.clone().requires_grad_()
     case = case._replace(student_hidden=x)
     if chunk_tokens is None:
-        values = naive_distill(case, divergence, temperature)
+        values = naive_distill(case, divergence, temperature, label_coef=label_coef)
     else:
         values = distill(
             *case,
             divergence=divergence,
             temperature=temperature,
             jsd_beta=BETA,
+            label_coef=label_coef,
             chunk_tokens=chunk_tokens,
         )
     weights = torch.ones_like(values.loss) if weights is None else weights.to(values.loss.dtype)

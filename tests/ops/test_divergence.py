@@ -21,18 +21,18 @@ def product(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 @HEADS
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
-def test_region_is_the_definition(divergence, temperature, head):
+@pytest.mark.parametrize("label_coef", [0.0, 0.3])
+def test_region_is_the_definition(divergence, temperature, label_coef, head):
     case = make_case(63, **head)
-    expected, expected_grad = run(
-        case, chunk_tokens=None, divergence=divergence, temperature=temperature
-    )
+    options = {"divergence": divergence, "temperature": temperature, "label_coef": label_coef}
+    expected, expected_grad = run(case, chunk_tokens=None, **options)
     s_CV = product(case.student_hidden, case.student_head)
     values = divergence_region(
         s_CV,
         product(case.teacher_hidden, case.teacher_head),
         case.labels,
         (case.student_head.map(), case.teacher_head.map()),
-        DivergenceChoice(divergence, temperature, BETA),
+        DivergenceChoice(divergence, temperature, BETA, label_coef),
     )
     assert_same(values, expected)
     grad = s_CV @ case.student_head.weight * temperature * case.student_head.scale
@@ -42,7 +42,10 @@ def test_region_is_the_definition(divergence, temperature, head):
 @pytest.mark.compiled
 @HEADS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_chunks_give_what_tiles_give(head, dtype):
+@pytest.mark.parametrize("label_coef", [0.0, 0.3])
+def test_compiled_chunks_give_what_tiles_give(head, dtype, label_coef):
+    # A function has at most 8 compiled forms.
+    torch._dynamo.reset()
     case = make_case(63, dtype=dtype, **head)
     results = []
     for compiled in (False, True):
@@ -52,6 +55,7 @@ def test_compiled_chunks_give_what_tiles_give(head, dtype):
             divergence="forward_kl",
             temperature=1.0,
             jsd_beta=BETA,
+            label_coef=label_coef,
             chunk_tokens=17,
             compiled=compiled,
         )

@@ -10,6 +10,7 @@ to 1.
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +46,12 @@ def call_with(case: Case, **changes) -> DistillValues:
     [{}, {"scale": 0.25}, {"softcap": 5.0}, {"scale": 3.0, "softcap": 8.0, "bias": True}],
     ids=["plain", "scale", "softcap", "scale-softcap-bias"],
 )
-def test_values_and_gradients_match_the_definition(divergence, temperature, head, monkeypatch):
+@pytest.mark.parametrize("label_coef", [0.0, 0.3])
+def test_values_and_gradients_match_the_definition(
+    divergence, temperature, head, label_coef, monkeypatch
+):
     monkeypatch.setattr(losses, "CPU_TILE_BYTES", 20 * V * 8)  # 20 rows: chunks of several tiles.
-    options = {"divergence": divergence, "temperature": temperature}
+    options = {"divergence": divergence, "temperature": temperature, "label_coef": label_coef}
     for tokens, chunks in {1: (1, 7), 63: (1, 7, 500), 123: (7, 123)}.items():
         case = make_case(tokens, **head)
         weights = torch.linspace(-1, 2, tokens)
@@ -64,25 +68,25 @@ def test_values_and_gradients_match_the_definition(divergence, temperature, head
     chunk_tokens=st.integers(1, 15),
     divergence=st.sampled_from(DIVERGENCES),
     temperature=st.floats(0.3, 4.0),
+    label_coef=st.just(0.0) | st.floats(0.0, 0.99),
     seed=st.integers(0, 1000),
 )
-def test_any_size_matches_the_definition(tokens, chunk_tokens, divergence, temperature, seed):
+def test_any_size_matches_the_definition(tokens, chunk_tokens, seed, **options):
     case = make_case(tokens, seed, softcap=20.0, scale=1.5)
-    options = {"divergence": divergence, "temperature": temperature}
     expected, expected_grad = run(case, chunk_tokens=None, **options)
     values, grad = run(case, chunk_tokens=chunk_tokens, **options)
     assert_same(values, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("label_coef", [0.0, 0.3])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_gradcheck(divergence):
+def test_gradcheck(divergence, label_coef):
     case = make_case(4, softcap=4.0, scale=1.3, bias=True)
 
     def loss(x: Tensor) -> Tensor:
-        return call_with(
-            case._replace(student_hidden=x), divergence=divergence, temperature=1.7
-        ).loss
+        options = {"divergence": divergence, "temperature": 1.7, "label_coef": label_coef}
+        return call_with(case._replace(student_hidden=x), **options).loss
 
     assert torch.autograd.gradcheck(loss, case.student_hidden.requires_grad_())
 
@@ -112,12 +116,13 @@ def errors_against_float64(case: Case, **options) -> dict[str, tuple[Tensor, Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_low_precision_loses_no_more_than_the_plain_definition(dtype, divergence, temperature):
+@pytest.mark.parametrize("label_coef", [0.0, 0.1])
+def test_low_precision_loses_no_more_than_the_plain_definition(
+    dtype, divergence, temperature, label_coef
+):
     case = make_case(123, dtype=dtype, softcap=10.0, bias=True)
-    weights = torch.linspace(0.5, 2, 123)
-    errors = errors_against_float64(
-        case, weights=weights, divergence=divergence, temperature=temperature
-    )
+    options = {"divergence": divergence, "temperature": temperature, "label_coef": label_coef}
+    errors = errors_against_float64(case, weights=torch.linspace(0.5, 2, 123), **options)
     for name, (actual, plain, size) in errors.items():
         assert actual.max() <= 3 * plain.max() + 1e-7 * size, name
         assert actual.mean() <= 1.25 * plain.mean() + 1e-7 * size, name
@@ -163,15 +168,17 @@ def test_only_the_loss_carries_a_gradient_and_only_to_the_student():
 
 def test_values_are_the_same_bits_with_and_without_gradient():
     case = make_case(40, dtype=torch.float32, softcap=5.0)
-    values = call_with(case, temperature=2.0)
+    values = call_with(case, temperature=2.0, label_coef=0.3)
     assert not values.loss.requires_grad
     case.student_hidden.requires_grad_()
-    assert_same(values, call_with(case, temperature=2.0), rtol=0, atol=0)
+    again = call_with(case, temperature=2.0, label_coef=0.3)
+    assert_same(values, again, rtol=0, atol=0)
 
 
-def test_metrics_left_out_are_nan_and_the_rest_is_unchanged():
-    expected = call_with(make_case(10))
-    values = call_with(make_case(10), need_metrics=False)
+@pytest.mark.parametrize("label_coef", [0.0, 0.3])
+def test_metrics_left_out_are_nan_and_the_rest_is_unchanged(label_coef):
+    expected = call_with(make_case(10), label_coef=label_coef)
+    values = call_with(make_case(10), need_metrics=False, label_coef=label_coef)
     for name in ("loss", "forward_kl"):
         assert torch.equal(getattr(values, name), getattr(expected, name)), name
     for name in ("teacher_entropy", "student_entropy", "student_nll", "teacher_nll"):
@@ -186,10 +193,28 @@ def test_masked_labels_have_no_nll_and_do_not_mask_the_loss():
     assert grad.abs().sum(-1).gt(0).all()
 
 
+def test_tokens_without_a_label_have_the_divergence_alone():
+    case = make_case(12)
+    case = case._replace(labels=torch.full_like(case.labels, -100))
+    expected, expected_grad = run(case)
+    values, grad = run(case, label_coef=0.5)
+    assert_same(values, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_cross_entropy_teaches_a_student_that_equals_its_teacher(divergence):
+    hidden, _, head, _, labels = make_case(20)
+    options: dict[str, Any] = {"divergence": divergence, "label_coef": 0.25}
+    values, grad = run(Case(hidden, hidden, head, head, labels), **options)
+    torch.testing.assert_close(values.loss, 0.25 * values.student_nll)
+    assert torch.equal(grad.abs().sum(-1) > 1e-9, labels != -100)
+
+
 def test_a_nan_token_shows_in_its_own_values_only():
     case = make_case(12)
     case.student_hidden[5, 3] = math.nan
-    values, grad = run(case)
+    values, grad = run(case, label_coef=0.3)
     bad = torch.arange(12) == 5
     assert torch.equal(values.loss.isnan(), bad)
     assert torch.equal(values.forward_kl.isnan(), bad)
@@ -231,7 +256,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(divergence):
     with Recorder() as naive:
         run(case, divergence=divergence, chunk_tokens=None)
     with Recorder() as chunked:
-        run(case, divergence=divergence, temperature=2.0, chunk_tokens=32)
+        run(case, divergence=divergence, temperature=2.0, label_coef=0.3, chunk_tokens=32)
     assert naive.largest_numel == 123 * V
     assert chunked.largest_numel == 32 * V
 
@@ -251,6 +276,7 @@ def test_gradient_work_is_skipped_where_no_gradient_is_needed():
     [
         *(({"temperature": x}, "a finite number above 0") for x in (0.0, -1.0, math.nan, math.inf)),
         *(({"jsd_beta": x}, "a number between 0 and 1") for x in (0.0, 1.0, -0.5, math.nan)),
+        *(({"label_coef": x}, "a number from 0 to below 1") for x in (-0.1, 1.0, math.nan)),
         *(({"chunk_tokens": x}, "at least 1") for x in (0, -4)),
     ],
 )

@@ -56,7 +56,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a number >= 0 and < 1",
         lambda value: 0 <= value < 1,
-        "optim.beta1 optim.beta2 data.settling_fraction",
+        "loss.label_coef optim.beta1 optim.beta2 data.settling_fraction",
     ),
     (
         "a number from 0 to 1",

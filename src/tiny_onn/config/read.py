@@ -36,6 +36,7 @@ ADDED = MappingProxyType(
         "train.shard": "none",
         "teacher.cache": "none",
         "optim.norm_lr": 0.0,
+        "loss.label_coef": 0.0,
     }
 )
 _MAX_TOML_BYTES = 2**16

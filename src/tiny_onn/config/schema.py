@@ -103,9 +103,8 @@ class ExpertsConfig:
     its teacher before any training, but no longer equal to it with all experts active."""
     calibration_tokens: int = 8192
     """The number of training tokens read as calibration text: for every `init` but `random`,
-    `slices` and `cluster` (`cluster` reads them too if there are shared experts), for `ridge`
-    gates, the `static` control, `keep_massive`, the `mean` compensation and the blockwise
-    stage."""
+    `slices` and `cluster` (which reads them too if there are shared experts), for `ridge` gates,
+    the `static` control, `keep_massive`, the `mean` compensation and the blockwise stage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,6 +218,9 @@ class LossConfig:
     divergence."""
     temperature: float = 1.0
     """The temperature that softens both distributions. The loss is multiplied by its square."""
+    label_coef: float = 0.0
+    """The share, from 0 to below 1, that cross-entropy to the next token of the text has in the
+    loss. The divergence has the rest."""
     jsd_beta: float = 0.5
     """The weight of the teacher in the mixture of `jsd`."""
     states_coef: float = 0.0
@@ -301,13 +303,13 @@ class OptimConfig:
     clip_norm: float = 1.0
     """The global L2 norm to which gradients are clipped, apart for the experts and the gates."""
     warmup_fraction: float = 0.05
-    """The share of each stage, its start, in which the experts' rate rises linearly from 0."""
+    """The first share of each stage, in which the experts' learning rate rises linearly from 0."""
     decay_fraction: float = 0.5
-    """The share of each stage, its end, in which the experts' rate falls linearly to 0."""
+    """The last share of each stage, in which the experts' learning rate falls linearly to 0."""
     gate_warmup_fraction: float = 0.05
-    """The share of each stage, its start, in which the gates' rate rises linearly from 0."""
+    """The first share of each stage, in which the gates' learning rate rises linearly from 0."""
     gate_decay_fraction: float = 0.5
-    """The share of each stage, its end, in which the gates' rate falls linearly to 0."""
+    """The last share of each stage, in which the gates' learning rate falls linearly to 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

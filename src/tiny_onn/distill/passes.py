@@ -109,6 +109,7 @@ def _loss_options(student: TinyOnnForCausalLM, config: RunConfig) -> dict[str, A
         "divergence": config.loss.divergence,
         "temperature": config.loss.temperature,
         "jsd_beta": config.loss.jsd_beta,
+        "label_coef": config.loss.label_coef,
         "chunk_tokens": loss_chunk_tokens(config.loss, head_of(student).weight),
         "compiled": _compiles(student, config),
     }

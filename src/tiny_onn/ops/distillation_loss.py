@@ -45,6 +45,8 @@ from tiny_onn.ops.divergence import (
     HeadMap,
     divergence_region,
     finish_,
+    label_mixed,
+    mix_label_,
     nll,
     tile_forward_kl,
     tile_jsd_,
@@ -97,7 +99,7 @@ class DistillValues:
     """The results of one pass for every token, in nats; fp32 (float64 for float64 inputs)."""
 
     loss: Float[Tensor, " tokens"]
-    """The chosen divergence times the squared temperature; no other value has a gradient."""
+    """The chosen mean of divergence and cross-entropy; no other value has a gradient."""
     forward_kl: Float[Tensor, " tokens"]
     """KL(teacher || student) at temperature 1, whatever the loss is."""
     teacher_entropy: Float[Tensor, " tokens"]
@@ -125,6 +127,7 @@ def distill(
     temperature: float,
     jsd_beta: float,
     chunk_tokens: int,
+    label_coef: float = 0.0,
     need_metrics: bool = True,
     compiled: bool = False,
 ) -> DistillValues:
@@ -133,7 +136,8 @@ def distill(
     `loss[t] = temperature**2 * divergence(softmax(teacher_logits[t] / temperature),
     softmax(student_logits[t] / temperature))`, differentiable with respect to `student_hidden`
     only, exactly for any weighting of the tokens. The gradient work is skipped where
-    `student_hidden` needs no gradient. Labels serve the metrics alone: they do not mask the loss.
+    `student_hidden` needs no gradient. With a `label_coef`, the loss of a token with a label is
+    `(1 - label_coef)` of that and `label_coef` of `student_nll`. Labels do not mask the loss.
 
     `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), and `jsd` is
     `beta KL(teacher || m) + (1 - beta) KL(student || m)` with the mixture
@@ -149,6 +153,7 @@ def distill(
         temperature: A number above 0 that divides both models' logits.
         jsd_beta: Weight of the teacher in the mixture of `jsd`, in (0, 1).
         chunk_tokens: Number of tokens whose logits exist at once, at least 1.
+        label_coef: Share of cross-entropy to the label in a token's loss, in [0, 1).
         need_metrics: Whether to fill the entropies, the two `nll` and `agrees`.
         compiled: Whether the elementwise work runs through torch.compile, from which a GPU gains;
             the metrics are then filled in any case.
@@ -159,11 +164,16 @@ def distill(
     Source: the generalised JSD is equation 1 of Agarwal et al., arXiv 2306.13649, with P the
     teacher and Q the student. Divided by beta, it tends to the forward KL as beta tends to 0.
     """
-    _check_settings(temperature, jsd_beta, chunk_tokens)
+    choice = DivergenceChoice(divergence, temperature, jsd_beta, label_coef)
+    choice.check()
+    if chunk_tokens < 1:
+        raise UserError(
+            f"loss.chunk_tokens: got {chunk_tokens}, expected at least 1; "
+            "a few hundred keep the matrix products efficient"
+        )
     student, teacher = _Side(student_hidden, student_head), _Side(teacher_hidden, teacher_head)
     _check_tensors(student, teacher, labels)
     need_grad = student_hidden.requires_grad and torch.is_grad_enabled()
-    choice = DivergenceChoice(divergence, temperature, jsd_beta)
     settings = _Settings(choice, chunk_tokens, need_metrics, need_grad, compiled)
     with torch.no_grad():
         values, grad_TD = _distill_chunks(student, teacher, labels, settings)
@@ -277,6 +287,11 @@ def _tiled_fill(
             into = slice(rows.start + low, rows.start + part.stop)
             grad_RV = _fill_rows(values, into, labels_C[part], work, settings)
             if grad_RV is not None:
+                if settings.choice.label_coef:
+                    if settings.choice.temperature != 1:
+                        finish_(q_RV.copy_(raw_RV), s_map)
+                        torch.softmax(q_RV, -1, out=w1_RV)
+                    mix_label_(grad_RV, w1_RV, labels_C[part], settings.choice)
                 raw_RV.copy_(grad_RV if slope_RV is None else grad_RV.mul_(slope_RV))
 
     return fill
@@ -289,10 +304,12 @@ def _fill_rows(
     tiles: tuple[Tensor, Tensor, Tensor, Tensor],
     settings: _Settings,
 ) -> Tensor | None:
-    """Fill `rows` of `values` from logits; return the loss' gradient at the logits over t.
+    """Fill `rows` of `values` from logits; return the divergence's gradient at the logits over t.
 
     `tiles` are the student's logits, the teacher's logits, and two scratch tiles. All of them are
-    overwritten: each is used again as soon as its contents are no longer needed.
+    overwritten: each is used again as soon as its contents are no longer needed. With a
+    `label_coef`, the first scratch tile then holds the student's probabilities if t is 1, and is
+    free like the teacher's if not.
     """
     s_RV, q_RV, w1_RV, w2_RV = tiles
     if settings.need_metrics:
@@ -300,8 +317,10 @@ def _fill_rows(
     log_s_RV = torch.log_softmax(s_RV, -1, out=w1_RV)
     log_q_RV = torch.log_softmax(q_RV, -1, out=s_RV)
     probs_q_RV = torch.exp(log_q_RV, out=q_RV)
+    divergence, t, beta, label_coef = settings.choice
+    nll_R = nll(log_s_RV, labels_R)
     if settings.need_metrics:
-        values.student_nll[rows] = nll(log_s_RV, labels_R)
+        values.student_nll[rows] = nll_R
         values.teacher_nll[rows] = nll(log_q_RV, labels_R)
         values.teacher_entropy[rows] = -torch.mul(probs_q_RV, log_q_RV, out=w2_RV).sum(-1)
         values.student_entropy[rows] = -torch.exp(log_s_RV, out=w2_RV).mul_(log_s_RV).sum(-1)
@@ -309,7 +328,6 @@ def _fill_rows(
     values.forward_kl[rows] = forward_kl_R
     work = (log_s_RV, log_q_RV, probs_q_RV, w2_RV)
 
-    divergence, t, beta = settings.choice
     if t != 1:
         # Log-probabilities are logits less a constant, and a softmax ignores constants.
         log_s_RV = torch.log_softmax(w1_RV.div_(t), -1, out=w2_RV)
@@ -318,14 +336,16 @@ def _fill_rows(
     match divergence:
         case "forward_kl":
             loss_R = forward_kl_R if t == 1 else tile_forward_kl(*work)
-            grad_RV = work[0].exp_().sub_(work[2]) if settings.need_grad else None
+            out_RV = work[3] if label_coef else work[0]
+            grad_RV = torch.sub(work[0].exp_(), work[2], out=out_RV) if settings.need_grad else None
         case "reverse_kl":
             loss_R, grad_RV = tile_reverse_kl_(*work[:2], work[3], need_grad=settings.need_grad)
         case "jsd":
             loss_R, grad_RV = tile_jsd_(*work, beta=beta, need_grad=settings.need_grad)
         case _ as unknown:
             assert_never(unknown)
-    values.loss[rows] = loss_R * t**2
+    loss_R = loss_R * t**2
+    values.loss[rows] = label_mixed(loss_R, nll_R, labels_R, label_coef) if label_coef else loss_R
     return grad_RV
 
 
@@ -347,25 +367,6 @@ def _unfilled_values(labels_T: Tensor, dtype: torch.dtype) -> DistillValues:
 
 def _math_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _check_settings(temperature: float, jsd_beta: float, chunk_tokens: int) -> None:
-    # Chained comparisons are false for NaN, so NaN is refused too.
-    if not 0 < temperature < math.inf:
-        raise UserError(
-            f"loss.temperature: got {temperature}, expected a finite number above 0; "
-            "1 leaves the distributions as they are"
-        )
-    if not 0 < jsd_beta < 1:
-        raise UserError(
-            f"loss.jsd_beta: got {jsd_beta}, expected a number between 0 and 1, both excluded; "
-            "for the limits set loss.divergence to forward_kl or reverse_kl"
-        )
-    if chunk_tokens < 1:
-        raise UserError(
-            f"loss.chunk_tokens: got {chunk_tokens}, expected at least 1; "
-            "a few hundred keep the matrix products efficient"
-        )
 
 
 def _check_tensors(student: _Side, teacher: _Side, labels: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tiny_onn.errors import UserError
 from tiny_onn.ops.regions import to_math_dtype
 
 IGNORED_LABEL = -100
@@ -29,11 +30,36 @@ class HeadMap(NamedTuple):
 
 
 class DivergenceChoice(NamedTuple):
-    """The divergence of a loss, the temperature, and the teacher's weight in the mixture of jsd."""
+    """The terms of a loss."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
     temperature: float
     jsd_beta: float
+    """Weight of the teacher in the mixture of jsd."""
+    label_coef: float = 0.0
+    """Share of cross-entropy to the labels at temperature 1."""
+
+    def check(self) -> None:
+        """Refuse numbers out of range.
+
+        Raises:
+            UserError: a number is out of range; NaN is, since comparisons with it are false.
+        """
+        if not 0 < self.temperature < math.inf:
+            raise UserError(
+                f"loss.temperature: got {self.temperature}, expected a finite number above 0; "
+                "1 leaves the distributions as they are"
+            )
+        if not 0 < self.jsd_beta < 1:
+            raise UserError(
+                f"loss.jsd_beta: got {self.jsd_beta}, expected a number between 0 and 1, both "
+                "excluded; for the limits set loss.divergence to forward_kl or reverse_kl"
+            )
+        if not 0 <= self.label_coef < 1:
+            raise UserError(
+                f"loss.label_coef: got {self.label_coef}, expected a number from 0 to below 1; "
+                "0 leaves the divergence alone"
+            )
 
 
 class ChunkValues(NamedTuple):
@@ -61,7 +87,7 @@ def divergence_region(
     `s_CV`, so that nothing of its size outlives the call. `maps` belong to the student's head and
     the teacher's.
     """
-    (student, teacher), (divergence, temperature, jsd_beta) = maps, choice
+    (student, teacher), (divergence, temperature, jsd_beta, label_coef) = maps, choice
     s, q = _finish(to_math_dtype(s_CV), student), _finish(to_math_dtype(q_CV), teacher)
     lse_s, lse_q = s.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
     log_s, log_q = s - lse_s, q - lse_q
@@ -77,6 +103,8 @@ def divergence_region(
     # Gathering from the products saves writing a chunk of log-probabilities.
     student_nll = (lse_s - _finish(to_math_dtype(s_CV.gather(-1, index_C1)), student))[:, 0]
     teacher_nll = (lse_q - _finish(to_math_dtype(q_CV.gather(-1, index_C1)), teacher))[:, 0]
+    student_nll = student_nll.masked_fill(ignored, 0)
+    probs_1 = probs_s
     if temperature != 1:
         s_t, q_t = s / temperature, q / temperature
         log_s = s_t - s_t.logsumexp(-1, keepdim=True)
@@ -93,16 +121,24 @@ def divergence_region(
         kl_s = (probs_s * (log_s - log_m)).sum(-1)
         loss = jsd_beta * (probs_q * (log_q - log_m)).sum(-1) + (1 - jsd_beta) * kl_s
         grad = (1 - jsd_beta) * probs_s * (log_s - log_m - kl_s[:, None])
+    loss = loss * temperature**2
+    if label_coef:
+        loss = label_mixed(loss, student_nll, labels_C, label_coef)
+        # A comparison makes the one-hot row where it is used; nothing of its size is written.
+        is_label = torch.arange(s.shape[-1], device=s.device) == index_C1
+        label_grad = (probs_1 - is_label.to(s.dtype)) / temperature
+        share_C1 = label_shares(labels_C, label_coef, s.dtype)[:, None]
+        grad = (1 - share_C1) * grad + share_C1 * label_grad
     if student.softcap is not None:
         grad = grad * (1 - (s / student.softcap).square())
     agrees = s.argmax(-1) == q.argmax(-1)
     s_CV.copy_(grad)
     return ChunkValues(
-        loss * temperature**2,
+        loss,
         forward_kl,
         teacher_entropy,
         student_entropy,
-        student_nll.masked_fill(ignored, 0),
+        student_nll,
         teacher_nll.masked_fill(ignored, 0),
         agrees,
     )
@@ -156,6 +192,33 @@ def tile_jsd_(
     if not need_grad:
         return loss_R, None
     return loss_R, log_ratio_RV.sub_(kl_s_R[:, None]).mul_(probs_s_RV).mul_(1 - beta)
+
+
+def label_shares(labels_R: Tensor, label_coef: float, dtype: torch.dtype) -> Tensor:
+    """Return the share of cross-entropy in each row's loss, 0 where the label is ignored."""
+    share_R = torch.full_like(labels_R, label_coef, dtype=dtype)
+    return share_R.masked_fill(labels_R == IGNORED_LABEL, 0)
+
+
+def label_mixed(divergence_R: Tensor, nll_R: Tensor, labels_R: Tensor, label_coef: float) -> Tensor:
+    """Return the loss of each row, in which cross-entropy has its share."""
+    share_R = label_shares(labels_R, label_coef, divergence_R.dtype)
+    return (1 - share_R) * divergence_R + share_R * nll_R
+
+
+def mix_label_(
+    grad_RV: Tensor, probs_s_RV: Tensor, labels_R: Tensor, choice: DivergenceChoice
+) -> None:
+    """Mix the gradient of cross-entropy into that of the divergence, both over the temperature.
+
+    `probs_s_RV` are the student's probabilities at temperature 1; they are overwritten.
+    """
+    share_R1 = label_shares(labels_R, choice.label_coef, grad_RV.dtype)[:, None]
+    if choice.temperature != 1:
+        probs_s_RV.div_(choice.temperature)
+    grad_RV.lerp_(probs_s_RV, share_R1)
+    index_R1 = labels_R.masked_fill(labels_R == IGNORED_LABEL, 0).long()[:, None]
+    grad_RV.scatter_add_(-1, index_R1, share_R1 / -choice.temperature)
 
 
 def nll(log_probs_RV: Tensor, labels_R: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class StepRecord(UpdateRecord):
     kind: Literal["step"]
     """Always `step`."""
     loss: float
-    """The distillation loss, nats per token."""
+    """The distillation loss, nats per token. Cross-entropy has its share (`loss.label_coef`)."""
     forward_kl: float
     """KL(teacher || student), nats per token, whatever the loss is."""
     top1_agreement: float
