@@ -94,6 +94,7 @@ HALF = ("experts.init=importance", *STATIC)
 TASK = ("router.objective=task", "optim.gate_lr=2.3e-3")
 # The second moments of gradients in AdamW are means over some 100 steps in place of 20.
 LONGER_MOMENT = ("optim.beta2=0.99",)
+TUNED: tuple[str, ...] = ()
 ARMS: dict[str, tuple[str, ...]] = {
     "smk": (),
     "smk, not refitted": ("experts.refit=false",),
@@ -125,6 +126,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "half-width": HALF,
     "half-width, not refitted": (*HALF, "experts.refit=false"),
     "half-width, norms learn": (*HALF, "optim.norm_lr=1e-3"),
+    "smk, tuned": TUNED,
+    "frozen ridge gate, tuned": (*NONE, *TUNED),
+    "half-width, tuned": (*HALF, *TUNED),
+    "static choice, tuned": (*STATIC, *TUNED),
+    "regression, tuned": ("router.objective=regression", *TUNED),
     "low-rank": STATIC,
     "oracle of norms": ("router.selection=oracle", "router.oracle_budget=true", *NONE),
     "static choice": STATIC,

@@ -219,8 +219,7 @@ class LossConfig:
     temperature: float = 1.0
     """The temperature that softens both distributions. The loss is multiplied by its square."""
     label_coef: float = 0.0
-    """The share, from 0 to below 1, that cross-entropy to the next token of the text has in the
-    loss. The divergence has the rest."""
+    """The share (0 to below 1) of the loss that is cross-entropy to the text's own next token."""
     jsd_beta: float = 0.5
     """The weight of the teacher in the mixture of `jsd`."""
     states_coef: float = 0.0
@@ -280,9 +279,8 @@ class OptimConfig:
     gate_lr: float = 3e-3
     """The peak learning rate of the gates."""
     norm_lr: float = 0.0
-    """The peak learning rate of the gains of the backbone's norms, which learn in the global stage,
-    by AdamW without weight decay, on the experts' schedule, and are clipped with the experts. 0:
-    they stay as the teacher has them, as in the model card."""
+    """The peak learning rate of the gains of the backbone's norms in the global stage, on the
+    experts' schedule, without weight decay. 0: they stay as the teacher has them (model card)."""
     lr_scale: Literal["absolute", "rms"] = "absolute"
     """The unit of the weights, to which learning rates, weight decay, `eps` and `clip_norm` refer.
     `absolute`: 1; `rms`: each weight's root mean square at the start of the run (for an expert's
