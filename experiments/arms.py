@@ -110,7 +110,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, longer second moment": LONGER_MOMENT,
     "smk, longest second moment": ("optim.beta2=0.998",),
     "smk, half sampled": (),
+    "smk, shorter second moment": ("optim.beta2=0.9",),
     "smk, states x 1/4": ("loss.states_coef=1",),
+    "smk, states x 4": ("loss.states_coef=16",),
+    "smk, states x 16": ("loss.states_coef=64",),
+    "half-width, states x 4": (*HALF, "loss.states_coef=16"),
     "smk, one budget": ("router.budget_scope=global",),
     "smk, annealed": ("router.anneal_fraction=0.3",),
     "smk, learned scale": ("experts.learn_scale=true",),
@@ -208,7 +212,10 @@ def start(job: Job, slot: int, arguments: argparse.Namespace, parts: Parts) -> A
         "settings": settings_of(job, arguments, parts),
         "parts": asdict(parts),
         "out": arguments.out,
-        "report_tokens": arguments.report_tokens,
+        "report": {
+            "tokens": arguments.report_tokens,
+            "row_tokens": arguments.report_row_tokens,
+        },
     }
     line = [sys.executable, "-m", "experiments.arms_runs", json.dumps(asked, default=str)]
     if arguments.processes > 1:
@@ -303,6 +310,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--sampled", type=Path, help="folder that teacher_text.py wrote")
     options.add_argument("--tokens", type=int, default=TOKENS, help="of each run")
     options.add_argument("--report-tokens", type=int, default=131_072)
+    options.add_argument("--report-row-tokens", type=int, default=0, help="0: as in training")
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])
     options.add_argument("--rates", type=float, nargs="+", default=[1.0])

@@ -63,8 +63,9 @@ class Law:
 
 
 def row_tokens(record: dict[str, Any]) -> int:
-    """The length of the rows that a run trained on and was measured in; `ROW_TOKENS` unless set."""
-    return int(settings_of(record).get("data.row_tokens", ROW_TOKENS))
+    """The length of the rows that a run was measured in: that of training where it is not said."""
+    trained = settings_of(record).get("data.row_tokens", ROW_TOKENS)
+    return int(record.get("report_row_tokens", trained))
 
 
 def law_of(records: Sequence[dict[str, Any]], arm: str) -> Law | None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,7 @@ from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.distill.stages import step_tokens
-from tiny_onn.evaluation.compare import compare, evaluate
+from tiny_onn.evaluation.compare import Evaluation, compare, evaluate
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import temporary_rules
 from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
@@ -80,53 +80,76 @@ def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Te
 def measured(
     config: RunConfig,
     prepared: Prepared,
-    path: Path,
+    texts: dict[str, list[PackedRow]],
     max_tokens: int,
     settling: Sequence[PackedRow],
     *,
     follow: bool,
-) -> dict[str, Any]:
-    """The student on text that nobody learned from or chose on, as deployed and at exactly k.
+) -> dict[str, dict[str, Any]]:
+    """The student on texts that nobody learned from or chose on, as deployed and at exactly k.
 
     `settling` is the text on which thresholds are settled. `follow` asks for the student with
     thresholds that follow each sequence, too.
     """
-    student, tokenizer = prepared.student, prepared.tokenizer
-    rows = text_rows(path, tokenizer, config.data, K_TEXT * max_tokens)
-    few = rows[: max(1, max_tokens // config.data.row_tokens)]
-    held_out = HeldOut(prepared.teacher, at_once(few))
-    deployed = evaluate(student, held_out, config.loss)
-    points = [(deployed.mean_k, deployed.forward_kl, deployed.student_nll)]
-    routers, k = [bank.router for bank in student.banks()], config.router.target_k
+    student, k = prepared.student, config.router.target_k
+    held_out = {
+        name: HeldOut(
+            prepared.teacher, at_once(rows[: max(1, max_tokens // config.data.row_tokens)])
+        )
+        for name, rows in texts.items()
+    }
+    deployed = {name: evaluate(student, rows, config.loss) for name, rows in held_out.items()}
+    points = {name: [point(value)] for name, value in deployed.items()}
+    found: dict[str, dict[str, Any]] = {
+        name: numbers(value.as_dict()) for name, value in deployed.items()
+    }
+    routers = [bank.router for bank in student.banks()]
     before = [router.settled.clone() for router in routers]
-    counted = followed = None
     if routers[0].rule.has_budget:
-        placed = [row.to(student.device) for row in at_once(rows)]
+        placed = {n: [row.to(student.device) for row in at_once(r)] for n, r in texts.items()}
         with eval_mode(student):
-            counted = counted_k(student, placed)
+            for name, rows in placed.items():
+                found[name]["counted"] = counted_k(student, rows)
         if follow:
             student.routing_controller = "sequence"
-            with eval_mode(student):
-                followed = {"counted": counted_k(student, placed)}
-            followed |= numbers(evaluate(student, held_out, config.loss).as_dict())
+            for name, rows in placed.items():
+                with eval_mode(student):
+                    counted = counted_k(student, rows)
+                quality = evaluate(student, held_out[name], config.loss)
+                found[name]["followed"] = {"counted": counted, **numbers(quality.as_dict())}
             student.routing_controller = "none"
         for share in AROUND:
             rules = [replace(router.rule, target_k=k * share) for router in routers]
             with temporary_rules(routers, rules):
                 fit_eval_thresholds(student, settling, config.router.budget_scope)
-                other = evaluate(student, held_out, config.loss)
-            points.append((other.mean_k, other.forward_kl, other.student_nll))
+                for name, rows in held_out.items():
+                    points[name].append(point(evaluate(student, rows, config.loss)))
             for router, threshold in zip(routers, before, strict=True):
                 router.settled.copy_(threshold)
-    nll = at_k([(k_, nll) for k_, _, nll in points], k)
-    return {
-        **numbers(deployed.as_dict()),
-        "kl_at_k": at_k([(k_, kl) for k_, kl, _ in points], k),
-        "perplexity_at_k": math.exp(nll),
-        "points": [list(point[:2]) for point in points],
-        "counted": counted,
-        "followed": followed,
-    }
+    for name, values in points.items():
+        found[name] = {
+            "counted": None,
+            "followed": None,
+            **found[name],
+            "kl_at_k": at_k([(k_, kl) for k_, kl, _ in values], k),
+            "perplexity_at_k": math.exp(at_k([(k_, nll) for k_, _, nll in values], k)),
+            "points": [list(value[:2]) for value in values],
+        }
+    return found
+
+
+def point(evaluation: Evaluation) -> tuple[float, float, float]:
+    """Mean k, KL and the student's negative log-likelihood."""
+    return evaluation.mean_k, evaluation.forward_kl, evaluation.student_nll
+
+
+class Report(NamedTuple):
+    """What results are reported on."""
+
+    tokens: int
+    """The number of tokens of each text on which KL is measured."""
+    row_tokens: int
+    """The number of tokens of a row; 0: that of training."""
 
 
 class WeightMeans:
@@ -166,7 +189,7 @@ def numbers(evaluation: dict[str, Any]) -> dict[str, float]:
 
 
 def run_low_rank(
-    job: Job, settings: Sequence[str], parts: Parts, out: Path, report_tokens: int
+    job: Job, settings: Sequence[str], parts: Parts, out: Path, report: Report
 ) -> dict[str, Any]:
     """Make a run of the dense rival of thin matrices; its record."""
     config = prepare_device(load_config(None, "demo", settings))[0]
@@ -195,16 +218,18 @@ def run_low_rank(
             "perplexity_at_k": quality.perplexity,
         }
 
-    paths = {"report": parts.report, "unseen": parts.unseen}
+    paths, data = {"report": parts.report, "unseen": parts.unseen}, config.data
+    data = replace(data, row_tokens=report.row_tokens or data.row_tokens)
     texts = {
         name: path
-        and found(HeldOut(dense, at_once(text_rows(path, tokenizer, config.data, report_tokens))))
+        and found(HeldOut(dense, at_once(text_rows(path, tokenizer, data, report.tokens))))
         for name, path in paths.items()
     }
     after = compare(student, choose, config.loss)
     shutil.rmtree(folder, ignore_errors=True)
     return {
         **asdict(job),
+        "report_row_tokens": data.row_tokens,
         "target_k": config.router.target_k,
         "tokens": tokens,
         "seconds": {"conversion": converted, "training": seconds},
@@ -219,7 +244,7 @@ def run_low_rank(
 
 
 def run(
-    job: Job, settings: Sequence[str], parts: Parts, out: Path, report_tokens: int
+    job: Job, settings: Sequence[str], parts: Parts, out: Path, report: Report
 ) -> dict[str, Any] | None:
     """Make a run, or go on with a stopped one; its record, which the first process returns."""
     config = prepare_device(load_config(None, "demo", settings))[0]
@@ -248,14 +273,21 @@ def run(
         means.put()
         fit_eval_thresholds(prepared.student, settling, config.router.budget_scope)
         after = evaluate(prepared.student, prepared.held_out, config.loss)
+    paths, data = {"report": parts.report, "unseen": parts.unseen}, config.data
+    data = replace(data, row_tokens=report.row_tokens or data.row_tokens)
+    texts = {
+        name: text_rows(path, prepared.tokenizer, data, K_TEXT * report.tokens)
+        for name, path in paths.items()
+        if path
+    }
     asked: Any = {"settling": settling, "follow": job.arm in FOLLOWED}
-    report = measured(config, prepared, parts.report, report_tokens, **asked)
-    unseen = parts.unseen and measured(config, prepared, parts.unseen, report_tokens, **asked)
+    found = measured(replace(config, data=data), prepared, texts, report.tokens, **asked)
     measuring = time.monotonic() - started
     for name in ("checkpoints", "student"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return {
         **asdict(job),
+        "report_row_tokens": data.row_tokens,
         "target_k": config.router.target_k,
         "tokens": result.tokens,
         "seconds": {
@@ -267,8 +299,8 @@ def run(
             "before": result.before and numbers(result.before.as_dict()),
             "after": numbers(after.as_dict()),
         },
-        "report": report,
-        "unseen": unseen,
+        "report": found["report"],
+        "unseen": found.get("unseen"),
         "settled_on": {"tokens": sum(r.labels.numel() for r in settling)},
         "settings": [*settings],
         "environment": environment(str(pick_device(config.train.device))),
@@ -282,7 +314,7 @@ def main(request: str) -> int:
     parts = Parts(**{name: path and Path(path) for name, path in asked["parts"].items()})
     make = run_low_rank if job.arm == "low-rank" else run
     try:
-        record = make(job, asked["settings"], parts, out, asked["report_tokens"])
+        record = make(job, asked["settings"], parts, out, Report(**asked["report"]))
     except KeyboardInterrupt:
         return INTERRUPTED
     if record is None:

@@ -305,7 +305,7 @@ out, sys.executable = pathlib.Path(sys.argv[1]), sys.argv[2]
 options = argparse.Namespace(
     plan=None, out=out, jobs=1, arms=["smk"], tokens=9, seeds=[0], rates=[1.0], gate_rates=[1.0],
     seconds=1e9, stop_after=1e9, device="cpu", teacher="embedded", set=[], smoke=False, threads=1,
-    gpus=[], processes=1, report_tokens=1,
+    gpus=[], processes=1, report_tokens=1, report_row_tokens=0, sampled=None,
 )
 arms.run_all(options, split_text.Parts(*[out] * 4))
 """
