@@ -238,6 +238,7 @@ def test_mistake_in_an_override_is_told_in_one_line(overrides, message):
 
 
 OUTSIDE = {
+    "an integer from 0 to 16,777,216": -1,
     "an integer >= 1": 0,
     "an integer from 3 to 16,777,216": 2,
     "an integer from 1 to 16,777,216": 2**24 + 1,

@@ -30,6 +30,11 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "data.row_tokens",
     ),
     (
+        "an integer from 0 to 16,777,216",
+        lambda value: 0 <= value <= 2**24,
+        "data.shuffle_tokens",
+    ),
+    (
         "an integer from 1 to 16,777,216",
         lambda value: 1 <= value <= 2**24,
         "experts.calibration_tokens train.rows_per_step",

@@ -36,6 +36,7 @@ ADDED = MappingProxyType(
         "train.shard": "none",
         "teacher.cache": "none",
         "optim.norm_lr": 0.0,
+        "data.shuffle_tokens": 0,
         "loss.label_coef": 0.0,
     }
 )

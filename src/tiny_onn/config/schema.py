@@ -203,7 +203,7 @@ class SmkConfig:
     which stands in for it while it is inactive (`experts.compensation = "mean"`)."""
     explore_fraction: float = 0.0
     """The share of tokens that use a random inactive expert in place of their weakest active one,
-    so that experts other than the usual ones become `active` candidates."""
+    so that others than the usual experts become `active` candidates."""
     coef: float = 1.0
     """The weight of the SMK loss, whose gradient reaches the gate only."""
 
@@ -213,9 +213,8 @@ class LossConfig:
     """The loss between the student and its teacher."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """The divergence between the two next-token distributions. `forward_kl`: KL(teacher ||
-    student); `reverse_kl`: KL(student || teacher); `jsd`: the generalised Jensen-Shannon
-    divergence."""
+    """The divergence of the next-token distributions. `forward_kl`: KL(teacher || student);
+    `reverse_kl`: KL(student || teacher); `jsd`: the generalised Jensen-Shannon divergence."""
     temperature: float = 1.0
     """The temperature that softens both distributions. The loss is multiplied by its square."""
     label_coef: float = 0.0
@@ -227,9 +226,8 @@ class LossConfig:
     hidden states that the student's hidden states leave unexplained, averaged over the layers. 0:
     no such loss."""
     chunk_tokens: int = 0
-    """The number of tokens whose logits are held in memory at once. 0: the run chooses when it
-    starts, 512 on a CPU and by the free memory on a GPU. Every step's record holds the number that
-    was chosen; set that number to repeat the run."""
+    """The number of tokens whose logits are held in memory at once. 0: the run chooses it, 512 on a
+    CPU and by the free memory on a GPU. Step records hold it; set it to repeat the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,6 +246,9 @@ class DataConfig:
     """The split to read of a hub dataset."""
     row_tokens: int = 1024
     """The number of tokens in a packed row, into which documents are joined for training."""
+    shuffle_tokens: int = 0
+    """The number of tokens whose rows are shuffled together, so that the rows of a long document
+    are spread over as many steps. 0: rows come in the order of the documents."""
     held_out_fraction: float = 0.05
     """The share of documents kept out of training for evaluation, chosen by a hash of their text.
     Exact duplicates stay on one side; texts that differ by a single blank may be split."""
@@ -370,8 +371,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """The number of newest checkpoints to keep, besides the one with the best held-out KL."""
     max_skipped_steps: int = 5
-    """The number of updates in a row, skipped because the loss or a gradient is not finite, that
-    ends the run."""
+    """The number of skipped updates in a row (a loss or gradient not finite) that ends the run."""
     stop_if_worse: bool = True
     """Stop a run, with a checkpoint, whose KL on a held-out row is half as much again as before
     training after 4, 16, 64 or 256 steps of the global stage."""

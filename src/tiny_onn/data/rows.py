@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import DataConfig, RunConfig
 from tiny_onn.data.packing import Origin, PackedRow, pack
+from tiny_onn.data.shuffling import ShuffledStream
 from tiny_onn.data.sources import read_documents, reworded_for_text
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.data.tokens import DocumentTokens
@@ -83,13 +84,10 @@ def num_calibration_rows(config: RunConfig) -> int:
 
 def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
     """Return the endless stream of training rows."""
-    return TokenStream(
-        config.data,
-        tokenizer,
-        split="train",
-        seed=config.train.seed,
-        row_tokens=config.data.row_tokens,
-    )
+    data, options = config.data, {"seed": config.train.seed, "row_tokens": config.data.row_tokens}
+    if (num_rows := data.shuffle_tokens // data.row_tokens) > 1:
+        return ShuffledStream(data, tokenizer, num_rows=num_rows, **options)
+    return TokenStream(data, tokenizer, split="train", **options)
 
 
 def needs_text(config: RunConfig) -> bool:

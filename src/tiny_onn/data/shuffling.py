@@ -1,0 +1,85 @@
+"""The shuffling of training rows, which spreads the rows of a long document over many steps.
+
+A long document fills many rows in a row, and a student that reads them one after another follows
+that document: its gates, its thresholds and the moments of its optimizer, too. Rows are therefore
+shuffled in blocks. While a block is read, the next one is filled row by row, so that no step waits
+for more text than it reads.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tiny_onn.config.schema import DataConfig
+from tiny_onn.data.packing import PackedRow
+from tiny_onn.data.stream import TokenStream
+
+
+class ShuffledStream(TokenStream):
+    """The rows of a `TokenStream` for training, shuffled in blocks of `num_rows`.
+
+    A state is that of the text where the block in hand begins, and the number of rows taken since:
+    a stream that goes on from it reads up to two blocks again.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        row_tokens: int,
+        num_rows: int,
+    ) -> None:
+        super().__init__(config, tokenizer, split="train", seed=seed, row_tokens=row_tokens)
+        self._num_rows = num_rows
+        self._number = -1
+        self._start = self._next_start = super().state_dict()
+        self._block: list[PackedRow] = []
+        self._next_block: list[PackedRow] = []
+
+    def __next__(self) -> PackedRow:
+        read, taken = super().__next__, len(self._next_block)
+        if taken == len(self._block):
+            if not taken:
+                self._next_block = [read() for _ in range(self._num_rows)]
+            self._begin_block(self._number + 1)
+            taken = 0
+        self._next_block.append(read())
+        return self._block[taken]
+
+    def _begin_block(self, number: int) -> None:
+        """Shuffle the block that is filled, and begin to fill another."""
+        self._number, self._start = number, self._next_start
+        self._next_start = super().state_dict()
+        key = hashlib.sha256(f"rows {self._seed}:{number}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        order = torch.randperm(self._num_rows, generator=generator).tolist()
+        self._block, self._next_block = [self._next_block[i] for i in order], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything on which the next rows depend, as JSON values."""
+        block = {"number": self._number, "taken": len(self._next_block)}
+        return {**self._start, "identity": self.identity(), "block": block}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with exactly the row that would have followed `state_dict`.
+
+        Raises:
+            UserError: the text, the tokenizer or a setting differs from that of the saved stream.
+        """
+        super().load_state_dict(state)
+        number, taken = state["block"]["number"], state["block"]["taken"]
+        self._number, self._block, self._next_block = number, [], []
+        self._start = self._next_start = super().state_dict()
+        if number >= 0:
+            read = super().__next__
+            self._next_block = [read() for _ in range(self._num_rows)]
+            self._begin_block(number)
+            self._next_block = [read() for _ in range(taken)]
+
+    def identity(self) -> dict[str, Any]:
+        """Return the values that must be equal for a saved state to mean the same rows."""
+        return {**super().identity(), "shuffled rows": self._num_rows}
