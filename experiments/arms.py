@@ -55,6 +55,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 PLANNED = ("arms", "tokens", "seeds", "rates", "gate_rates")
 BASE = (
     "data.row_tokens=4096",
+    "data.shuffle_tokens=1048576",
     "data.eval_tokens=131072",
     "data.settling_tokens=262144",
     "experts.init=learned",
@@ -80,6 +81,7 @@ SMOKE = (
     "teacher.dtype=float32",
     "train.compile=false",
     "data.row_tokens=64",
+    "data.shuffle_tokens=256",
     "data.eval_tokens=128",
     "data.settling_tokens=256",
     "experts.num_experts=8",
@@ -92,9 +94,9 @@ STATIC = ("router.selection=static", *NONE)
 HALF = ("experts.init=importance", *STATIC)
 # A gate that learns from the main loss takes a lower rate than one with a loss of its own.
 TASK = ("router.objective=task", "optim.gate_lr=2.3e-3")
+IN_ORDER = ("data.shuffle_tokens=0",)
 # The second moments of gradients in AdamW are means over some 100 steps in place of 20.
 LONGER_MOMENT = ("optim.beta2=0.99",)
-TUNED: tuple[str, ...] = ()
 ARMS: dict[str, tuple[str, ...]] = {
     "smk": (),
     "smk, not refitted": ("experts.refit=false",),
@@ -110,6 +112,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, longer second moment": LONGER_MOMENT,
     "smk, longest second moment": ("optim.beta2=0.998",),
     "smk, half sampled": (),
+    "smk, rows in order": IN_ORDER,
+    "half-width, rows in order": (*HALF, *IN_ORDER),
+    "smk, tighter clipping": ("optim.clip_norm=0.2",),
     "smk, shorter second moment": ("optim.beta2=0.9",),
     "smk, states x 1/4": ("loss.states_coef=1",),
     "smk, states x 4": ("loss.states_coef=16",),
@@ -130,11 +135,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     "half-width": HALF,
     "half-width, not refitted": (*HALF, "experts.refit=false"),
     "half-width, norms learn": (*HALF, "optim.norm_lr=1e-3"),
-    "smk, tuned": TUNED,
-    "frozen ridge gate, tuned": (*NONE, *TUNED),
-    "half-width, tuned": (*HALF, *TUNED),
-    "static choice, tuned": (*STATIC, *TUNED),
-    "regression, tuned": ("router.objective=regression", *TUNED),
     "low-rank": STATIC,
     "oracle of norms": ("router.selection=oracle", "router.oracle_budget=true", *NONE),
     "static choice": STATIC,

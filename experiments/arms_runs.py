@@ -61,7 +61,7 @@ def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Te
     sizes = (experts.num_experts, experts.num_shared, experts.calibration_tokens)
     parts = (experts.init, *sizes, config.train.seed)
     # A learned partition is cut for a number of active experts.
-    key = "-".join(map(str, (*parts, f"{config.router.target_k:g}")))
+    key = "-".join(map(str, (*parts, f"{config.router.target_k:g}", config.data.shuffle_tokens)))
     path = folder / f"order-{key}.safetensors"
     with path.with_suffix(".lock").open("w") as lock:
         # Runs that start together wait for the first, so that all begin with the same student.
