@@ -31,13 +31,23 @@ WORDS = {
     "smk, 4 shared": "SMK with 4 shared experts",
     "smk, a tenth cross-entropy": "SMK with a tenth of cross-entropy in the loss",
     "smk, token scale": "SMK with weights that depend on the token",
+    "smk, rows in order": "SMK with rows in the order of the documents",
+    "smk, shorter second moment": "SMK with a shorter second moment",
+    "smk, longer second moment": "SMK with a longer second moment",
+    "smk, tighter clipping": "SMK with tighter clipping",
+    "smk, states x 1/4": "SMK with a quarter of the weight on hidden states",
+    "smk, states x 4": "SMK with four times the weight on hidden states",
+    "smk, states x 16": "SMK with sixteen times the weight on hidden states",
+    "smk, norms learn": "SMK with gains of norms that learn",
     "frozen ridge gate": "the frozen ridge gate",
     "regression of norms": "a gate that regresses on output norms",
     "task, straight through": "a straight-through gate",
     "task, threshold sigmoid": "a threshold-sigmoid gate",
     "task, ramp": "a gate that learns from the main loss through a ramp",
     "half-width": "the half-width model",
+    "half-width, longer second moment": "the half-width model with a longer second moment",
     "low-rank": "the low-rank model",
+    "oracle of norms": "the oracle of norms",
     "static choice": "the static choice",
     "model card's rule": "the model card's rule",
 }
@@ -61,13 +71,20 @@ COMPARED = (
 
 
 def sections(
-    records: Sequence[Record], earlier: Sequence[Record], before: Sequence[Record]
+    records: Sequence[Record],
+    earlier: Sequence[Record],
+    in_order: Sequence[Record],
+    short_decay: Sequence[Record],
 ) -> dict[str, Iterator[str]]:
-    """The lines of each generated place of the page.
+    """The lines of each generated place of the pages.
 
-    `earlier` is the study without a refit, `before` that with rates which fall in the second half.
+    `earlier` is the study without a refit, `short_decay` that with rates which fall over the second
+    half, and `in_order` the one after it, in which rows came in the order of the documents.
     """
-    at_half, before = ([r for r in part if r["target_k"] == TARGET] for part in (records, before))
+    budgets_in_order = budgets(in_order)
+    at_half, in_order, short_decay = (
+        [r for r in part if r["target_k"] == TARGET] for part in (records, in_order, short_decay)
+    )
     found = [*compared(at_half), *compared(earlier, ", 21 projects, no refit")]
     head = (COMPARED, "|---" * 8 + "|")
     return {
@@ -79,11 +96,16 @@ def sections(
         "open": iter((*head, *(line for sure, line in found if not sure))),
         "goals": goals(at_half),
         "rates": rates(at_half),
+        "gate_rates": rates(at_half, "gate_rate"),
         "laws": laws(at_half),
         "budgets": budgets(records),
         "missing": missing(records),
-        "before": table(before),
-        "laws_before": laws(before),
+        "in_order": table(in_order),
+        "compared_in_order": iter((*head, *(line for _, line in compared(in_order)))),
+        "laws_in_order": laws(in_order),
+        "budgets_in_order": budgets_in_order,
+        "short_decay": table(short_decay),
+        "laws_short_decay": laws(short_decay),
     }
 
 
@@ -244,27 +266,31 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
             yield line(goal, shares, 0, fmean(shares) >= 100 * LEAD_GOAL)
 
 
-def rates(records: Sequence[Record]) -> Iterator[str]:
-    """What every rate gave on the text that rates are chosen on, for arms with several."""
-    tried = by_arm([r for r in records if r["gate_rate"] == 1])
-    tried = {key: runs for key, runs in tried.items() if len({r["rate"] for r in runs}) > 1}
-    factors = sorted({r["rate"] for runs in tried.values() for r in runs})
+def rates(records: Sequence[Record], kind: str = "rate") -> Iterator[str]:
+    """What every rate gave on the text that rates are chosen on, for arms with several.
+
+    `kind` is `rate`, that of the experts, or `gate_rate`; the other one is that of the recipe.
+    """
+    other = {"rate": "gate_rate", "gate_rate": "rate"}[kind]
+    tried = by_arm([r for r in records if r[other] == 1])
+    tried = {key: runs for key, runs in tried.items() if len({r[kind] for r in runs}) > 1}
+    factors = sorted({r[kind] for runs in tried.values() for r in runs})
     yield f"| tokens | arm | {' | '.join(f'rate x {factor:g}' for factor in factors)} | chosen |"
     yield f"|{'---|' * (len(factors) + 3)}"
     for (tokens, arm), runs in sorted(tried.items()):
         # A seed that has all rates compares them; others would mix in their own spread.
         shared = set.intersection(
-            *({r["seed"] for r in runs if r["rate"] == rate} for rate in {r["rate"] for r in runs})
+            *({r["seed"] for r in runs if r[kind] == rate} for rate in {r[kind] for r in runs})
         )
         cells = []
         for factor in factors:
             kl = [
                 r["choose"]["after"]["forward_kl"]
                 for r in runs
-                if r["rate"] == factor and r["seed"] in shared
+                if r[kind] == factor and r["seed"] in shared
             ]
             cells.append(spread(kl, 3) if kl else "")
-        cells.append(f"x {best_runs(records, tokens, arm)[0]['rate']:g}")
+        cells.append(f"x {best_runs(records, tokens, arm)[0][kind]:g}")
         yield f"| {millions(tokens)} | {arm} | {' | '.join(cells)} |"
 
 
@@ -286,7 +312,8 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
     ours = [r for r in records if r["arm"] in ("smk", "smk, k = 8", "smk, k = 24")]
     groups = sorted({(r["target_k"], r["tokens"]) for r in ours})
     for target, tokens in groups:
-        runs = [r for r in ours if (r["target_k"], r["tokens"], r["rate"]) == (target, tokens, 1)]
+        here = [r for r in ours if (r["target_k"], r["tokens"]) == (target, tokens)]
+        runs = [r for r in here if r["rate"] == r["gate_rate"] == 1]
         texts = (("report", "mixed"), ("unseen", "unseen sources"))
         for (text, name), (way, words) in itertools.product(texts, WAYS.items()):
             parts = [r[text] if way is None else r[text].get(way) for r in runs if r[text]]

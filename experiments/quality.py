@@ -36,8 +36,9 @@ from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS, parser
 
 RECORDS, MIXED = RESULTS / "quality.jsonl", RESULTS / "arms.jsonl"
-# The study of all arms, on a text without three of the sources.
-CONTROLS, BEFORE = RESULTS / "arms_controls.jsonl", RESULTS / "arms_short_decay.jsonl"
+# The study of all arms, on a text without three of the sources, and the two before it.
+CONTROLS = RESULTS / "arms_controls.jsonl"
+IN_ORDER, SHORT_DECAY = RESULTS / "arms_in_order.jsonl", RESULTS / "arms_short_decay.jsonl"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "studies.md")
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 
@@ -294,7 +295,7 @@ def sections() -> dict[str, str]:
         "small": final_table(groups["small"]),
         "partitions": partition_table(groups["partitions"]),
         "untrained": untrained_table(rows),
-        **arms_findings.sections(*map(read_records, (CONTROLS, MIXED, BEFORE))),
+        **arms_findings.sections(*map(read_records, (CONTROLS, MIXED, IN_ORDER, SHORT_DECAY))),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
 

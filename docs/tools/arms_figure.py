@@ -35,17 +35,17 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             ends = (min(lengths), max(lengths))
             lines += [{"arm": name, "tokens": t, "kl": digits(law.at(t))} for t in ends]
     shown = [name for name in ARMS.values() if any(dot["arm"] == name for dot in dots)]
-    ticks = [2e6, 2e7, 1e8]
+    ticks = sorted({dot["tokens"] for dot in dots})
     values = [row["kl"] for row in dots]
     encoding = {
         "x": {
             "field": "tokens",
             "type": "quantitative",
             "title": "training tokens, each run with its whole schedule",
-            "scale": {"type": "log", "domain": [1.5e6, 1.25e8]},
+            "scale": {"type": "log", "domain": [ticks[0] / 1.3, ticks[-1] * 1.3]},
             "axis": {
                 "values": ticks,
-                "labelExpr": "datum.value / 1e6 + 'M'",
+                "labelExpr": "format(datum.value / 1e6, '.2~r') + 'M'",
                 "labelOverlap": False,
             },
         },

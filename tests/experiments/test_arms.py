@@ -106,7 +106,7 @@ def findings(leads):
     records += [
         record(1.0, 0.2, 0.2 + lead, arm="half-width", seed=seed) for seed, lead in enumerate(leads)
     ]
-    sections = arms_findings.sections(records, [], records)
+    sections = arms_findings.sections(records, [], records, records)
     return {name: [*lines] for name, lines in sections.items() if name != "machines"}
 
 
@@ -210,7 +210,7 @@ def test_a_run_without_a_finite_kl_has_diverged_and_is_not_chosen(kl):
     assert best_runs([broken, sound], 1_998_848, "smk") == [sound]
 
 
-@pytest.mark.parametrize("name", ["arms", "arms_controls"])
+@pytest.mark.parametrize("name", ["arms", "arms_controls", "arms_in_order"])
 def test_every_record_is_of_a_known_arm_and_made_once(name):
     records = read_records(RESULTS / f"{name}.jsonl")
     jobs = [job_of(record) for record in records]
