@@ -1,4 +1,4 @@
-r"""Baselines as strong as their authors would make them, beside the recipe, at equal compute.
+r"""The recipe beside its baselines, each at its own rate, at equal compute.
 
 Every arm starts from the same teacher and text, runs for the same tokens in steps of one row of
 4,096, and may try several learning rates. A rate is chosen on text that a run keeps out of

@@ -89,6 +89,7 @@ class Lab:
             data={
                 "sources": (str(self.corpus),),
                 "row_tokens": ROW,
+                "shuffle_tokens": 3 * ROW,
                 "eval_tokens": 2 * ROW,
                 "held_out_fraction": 0.2,
             },
