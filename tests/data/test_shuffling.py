@@ -53,6 +53,14 @@ def test_blocks_are_shuffled_differently_and_by_the_seed(make_stream):
     assert len({tuple(first[i : i + BLOCK]) for i in range(0, 4 * BLOCK, BLOCK)}) > 1
 
 
+def test_rows_are_numbered_as_they_come(make_stream):
+    stream = make_stream()
+    assert [next(stream).number for _ in range(3 * BLOCK)] == [*range(3 * BLOCK)]
+    resumed = make_stream()
+    resumed.load_state_dict(stream.state_dict())
+    assert next(resumed).number == 3 * BLOCK
+
+
 @pytest.mark.parametrize("taken", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 2])
 def test_a_resumed_stream_goes_on_with_the_same_rows(make_stream, taken):
     stream = make_stream()

@@ -102,6 +102,15 @@ def test_training_from_a_cache_gives_the_bits_of_the_live_teacher(config, cache,
     assert_same_run(tmp_path / "run", live)
 
 
+def test_a_cache_of_shuffled_rows_gives_the_bits_of_the_live_teacher(config, tmp_path):
+    config = change(config, data={"shuffle_tokens": 5 * 64})
+    cache = tmp_path / "cache"
+    write_cache(config, out=cache, states_format="float32", shard_bytes=SHARD_BYTES)
+    run_distill(config, out=tmp_path / "live")
+    run_distill(reading(config, cache), out=tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "live")
+
+
 def test_a_bfloat16_cache_gives_the_bits_of_a_bfloat16_teacher(config, tmp_path):
     config = change(config, teacher={"dtype": "bfloat16"}, train={"tokens": 4 * 64})
     run_distill(config, out=tmp_path / "live")

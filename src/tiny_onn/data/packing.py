@@ -69,7 +69,7 @@ class PackedRow:
     origins: tuple[Origin, ...] = ()
     """The origin of each fragment in order, padding left out."""
     number: int = -1
-    """The row's place among all rows of its packer, from 0; -1 if it is unknown."""
+    """The row's place among all rows of its stream, from 0; -1 if it is unknown."""
     teacher_states: Shaped[Tensor, "tokens hidden"] | None = None
     """The teacher's last hidden states as a cache stores them; None: the teacher computes them."""
     teacher_scales: Float[Tensor, "tokens blocks"] | None = None

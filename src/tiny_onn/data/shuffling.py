@@ -7,6 +7,7 @@ for more text than it reads.
 """
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class ShuffledStream(TokenStream):
             self._begin_block(self._number + 1)
             taken = 0
         self._next_block.append(read())
-        return self._block[taken]
+        # Caches of a teacher's states know a row by its place.
+        return replace(self._block[taken], number=self._number * self._num_rows + taken)
 
     def _begin_block(self, number: int) -> None:
         """Shuffle the block that is filled, and begin to fill another."""
