@@ -9,12 +9,13 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from serving import serving
-from tiny import save_teacher, write_run
+from tiny import change, save_teacher, write_run
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.deploy.export import run_export
 from tiny_onn.distill.loop import run_distill
@@ -58,6 +59,19 @@ def test_a_student_s_card_holds_what_its_run_measured(run):
     assert f"tiny-onn {environment['tiny_onn']}" in card.text
     # The folders of the machine that trained it are nobody's business.
     assert str(folder.parent) not in card.text
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_card_says_what_was_trained(run, tmp_path, learn):
+    config, folder, _ = run
+    changes: dict[str, Any] = {"optim": {"norm_lr": 2e-3}, "loss": {"label_coef": 0.2}}
+    changed = change(config, **changes) if learn else config
+    write_model_card(tmp_path, changed, folder, step=None)
+    text = (tmp_path / "README.md").read_text()
+    assert ("gains of norms were trained" in text) == learn
+    assert ("attention and norms are its own" in text) != learn
+    assert ("0.002 (norms)" in text) == learn
+    assert ("cross-entropy to the text in the loss: 0.2" in text) == learn
 
 
 def test_the_numbers_are_those_of_the_step(run, tmp_path):

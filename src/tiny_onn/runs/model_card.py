@@ -162,13 +162,16 @@ def _metadata(config: RunConfig, after: dict[str, Any] | None) -> ModelCardData:
 
 def _about(config: RunConfig) -> Iterator[str]:
     teacher, experts = _base_model(config.teacher), config.experts.num_experts
+    norms = bool(config.optim.norm_lr)
+    trained = "Experts, gates and the gains of norms" if norms else "Experts and gates"
+    kept = "embeddings and attention" if norms else "embeddings, attention and norms"
     yield f"# {teacher.rpartition('/')[2]} as a Hyper-SMoE"
     yield ""
     yield (
         f"This is {teacher} with every MLP cut into {experts} experts, of which a gate activates"
         f" {config.router.target_k:g} for a token (`router.selection ="
-        f' "{config.router.selection}"`). Experts and gates were trained by distillation from that'
-        " model; embeddings, attention and norms are its own."
+        f' "{config.router.selection}"`). {trained} were trained by distillation from that'
+        f" model; {kept} are its own."
     )
     yield ""
     licence = licence_of(config.teacher)
@@ -222,11 +225,17 @@ def _recipe(
         rows = config.train.rows_per_step
         said = f"{rows} rows" if rows > 1 else "one row"
         yield f"- {summary['tokens']:,} tokens in {summary['steps']:,} steps of {said}."
+    optim = config.optim
+    rates = f"{optim.expert_lr:g} (experts) and {optim.gate_lr:g} (gates)"
+    if optim.norm_lr:
+        rates = f"{optim.expert_lr:g} (experts), {optim.gate_lr:g} (gates) and {optim.norm_lr:g}"
+        rates += " (norms)"
     yield (
         f"- Partition `{config.experts.init}`, gates' objective `{config.router.objective}`,"
-        f" {config.optim.name} with rates {config.optim.expert_lr:g} (experts) and"
-        f" {config.optim.gate_lr:g} (gates), seed {config.train.seed}."
+        f" {optim.name} with rates {rates}, seed {config.train.seed}."
     )
+    if config.loss.label_coef:
+        yield f"- Share of cross-entropy to the text in the loss: {config.loss.label_coef:g}."
     if environment:
         commit = environment.get("git_commit")
         yield (
