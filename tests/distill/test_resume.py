@@ -154,12 +154,12 @@ def test_a_run_with_checkpoints_goes_on_without_converting_again(
 
 FIXED = [
     *("data.eval_tokens", "data.held_out_fraction", "data.row_tokens"),
-    *("data.settling_fraction", "data.split"),
+    *("data.settling_fraction", "data.shuffle_tokens", "data.split"),
     *("data.text_field", "experts.calibration_tokens", "experts.compensation"),
     *("experts.expert_dim", "experts.gate_init", "experts.init", "experts.keep_massive"),
     *("experts.learn_scale", "experts.num_experts", "experts.num_shared", "experts.refit"),
     *("experts.token_scale", "experts.weighting", "optim.lr_scale"),
-    *("optim.master_dtype", "optim.name"),
+    *("optim.master_dtype", "optim.name", "optim.norm_lr"),
     *("router.anneal_fraction", "router.at_least_one", "router.blockwise_anneal_fraction"),
     *("router.budget_form", "router.budget_scope", "router.objective", "router.oracle_budget"),
     *("router.selection", "router.target_k", "teacher.double_quant", "teacher.dtype"),
