@@ -7,7 +7,7 @@ least three seeds and a 95 % interval of the mean difference (Student's t) that 
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -86,14 +86,13 @@ def sections(
         [r for r in part if r["target_k"] == TARGET] for part in (records, in_order, short_decay)
     )
     found = [*compared(at_half), *compared(earlier, ", 21 projects, no refit")]
-    head = (COMPARED, "|---" * 8 + "|")
     return {
         "answer": answer(at_half),
         "teaching": teaching(at_half),
         "arms": table(at_half),
         "machines": machines(records),
-        "established": iter((*head, *(line for sure, line in found if sure))),
-        "open": iter((*head, *(line for sure, line in found if not sure))),
+        "established": comparisons(line for sure, line in found if sure),
+        "open": comparisons(line for sure, line in found if not sure),
         "goals": goals(at_half),
         "rates": rates(at_half),
         "gate_rates": rates(at_half, "gate_rate"),
@@ -101,7 +100,7 @@ def sections(
         "budgets": budgets(records),
         "missing": missing(records),
         "in_order": table(in_order),
-        "compared_in_order": iter((*head, *(line for _, line in compared(in_order)))),
+        "compared_in_order": comparisons(line for _, line in compared(in_order)),
         "laws_in_order": laws(in_order),
         "budgets_in_order": budgets_in_order,
         "short_decay": table(short_decay),
@@ -211,6 +210,13 @@ def compared(records: Sequence[Record], where: str = "") -> Iterator[tuple[bool,
             if pairs := pairs_of(records, tokens, ours, theirs):
                 names = f"{ours} | {theirs} | {millions(tokens)}{where}"
                 yield comparison(names, pairs)
+
+
+def comparisons(lines: Iterable[str]) -> Iterator[str]:
+    """The table of pairs of arms with these rows."""
+    yield COMPARED
+    yield "|---" * 8 + "|"
+    yield from lines
 
 
 def comparison(names: str, pairs: Sequence[tuple[Record, Record]]) -> tuple[bool, str]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common import environment
 from experiments import low_rank
@@ -101,7 +102,8 @@ def measured(
     deployed = {name: evaluate(student, rows, config.loss) for name, rows in held_out.items()}
     points = {name: [point(value)] for name, value in deployed.items()}
     found: dict[str, dict[str, Any]] = {
-        name: numbers(value.as_dict()) for name, value in deployed.items()
+        name: {"counted": None, "followed": None, **numbers(value.as_dict())}
+        for name, value in deployed.items()
     }
     routers = [bank.router for bank in student.banks()]
     before = [router.settled.clone() for router in routers]
@@ -127,10 +129,7 @@ def measured(
             for router, threshold in zip(routers, before, strict=True):
                 router.settled.copy_(threshold)
     for name, values in points.items():
-        found[name] = {
-            "counted": None,
-            "followed": None,
-            **found[name],
+        found[name] |= {
             "kl_at_k": at_k([(k_, kl) for k_, kl, _ in values], k),
             "perplexity_at_k": math.exp(at_k([(k_, nll) for k_, _, nll in values], k)),
             "points": [list(value[:2]) for value in values],
@@ -150,6 +149,23 @@ class Report(NamedTuple):
     """The number of tokens of each text on which KL is measured."""
     row_tokens: int
     """The number of tokens of a row; 0: that of training."""
+
+    def settings(self, config: RunConfig) -> RunConfig:
+        """The run's settings with the rows that are reported on."""
+        data = replace(config.data, row_tokens=self.row_tokens or config.data.row_tokens)
+        return replace(config, data=data)
+
+
+def reported_rows(
+    config: RunConfig, parts: Parts, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> dict[str, list[PackedRow]]:
+    """The rows of each text that is reported on, by its name in a record."""
+    paths = {"report": parts.report, "unseen": parts.unseen}
+    return {
+        name: text_rows(path, tokenizer, config.data, max_tokens)
+        for name, path in paths.items()
+        if path
+    }
 
 
 class WeightMeans:
@@ -218,18 +234,14 @@ def run_low_rank(
             "perplexity_at_k": quality.perplexity,
         }
 
-    paths, data = {"report": parts.report, "unseen": parts.unseen}, config.data
-    data = replace(data, row_tokens=report.row_tokens or data.row_tokens)
-    texts = {
-        name: path
-        and found(HeldOut(dense, at_once(text_rows(path, tokenizer, data, report.tokens))))
-        for name, path in paths.items()
-    }
+    reported = report.settings(config)
+    rows = reported_rows(reported, parts, tokenizer, report.tokens)
+    texts = {name: found(HeldOut(dense, at_once(part))) for name, part in rows.items()}
     after = compare(student, choose, config.loss)
     shutil.rmtree(folder, ignore_errors=True)
     return {
         **asdict(job),
-        "report_row_tokens": data.row_tokens,
+        "report_row_tokens": reported.data.row_tokens,
         "target_k": config.router.target_k,
         "tokens": tokens,
         "seconds": {"conversion": converted, "training": seconds},
@@ -237,7 +249,8 @@ def run_low_rank(
             "before": {"forward_kl": before.forward_kl},
             "after": {"forward_kl": after.forward_kl},
         },
-        **texts,
+        "report": texts["report"],
+        "unseen": texts.get("unseen"),
         "settings": [*settings],
         "environment": environment(str(dense.device)),
     }
@@ -258,10 +271,9 @@ def run(
         prepared = prepare(config, order_of_first(world) or partial(ordered, parts.folder))
         converted = time.monotonic() - started
         means = WeightMeans(prepared.student, config) if job.arm in AVERAGED else None
-        options: dict[str, Any] = {"title": job.name(), "world": world}
-        if means:
-            options["after_step"] = means.add
-        result = run_distill(config, out=folder, resume=begun, prepared=prepared, **options)
+        options: Any = {"after_step": means.add} if means else {}
+        options |= {"prepared": prepared, "title": job.name(), "world": world}
+        result = run_distill(config, out=folder, resume=begun, **options)
     if result.interrupted or result.after is None:
         raise KeyboardInterrupt
     if not world.first:
@@ -273,21 +285,16 @@ def run(
         means.put()
         fit_eval_thresholds(prepared.student, settling, config.router.budget_scope)
         after = evaluate(prepared.student, prepared.held_out, config.loss)
-    paths, data = {"report": parts.report, "unseen": parts.unseen}, config.data
-    data = replace(data, row_tokens=report.row_tokens or data.row_tokens)
-    texts = {
-        name: text_rows(path, prepared.tokenizer, data, K_TEXT * report.tokens)
-        for name, path in paths.items()
-        if path
-    }
+    reported = report.settings(config)
+    texts = reported_rows(reported, parts, prepared.tokenizer, K_TEXT * report.tokens)
     asked: Any = {"settling": settling, "follow": job.arm in FOLLOWED}
-    found = measured(replace(config, data=data), prepared, texts, report.tokens, **asked)
+    found = measured(reported, prepared, texts, report.tokens, **asked)
     measuring = time.monotonic() - started
     for name in ("checkpoints", "student"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return {
         **asdict(job),
-        "report_row_tokens": data.row_tokens,
+        "report_row_tokens": reported.data.row_tokens,
         "target_k": config.router.target_k,
         "tokens": result.tokens,
         "seconds": {

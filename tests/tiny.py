@@ -19,6 +19,7 @@ from tiny_onn.config.schema import ExpertsConfig, RouterConfig, RunConfig
 from tiny_onn.conversion.convert import convert
 from tiny_onn.data.packing import PackedRow, pack
 from tiny_onn.model.attention import DOCUMENT_ATTENTION
+from tiny_onn.model.expert_path import set_objective
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.runs.checkpoint import take_snapshot, write_checkpoint
 
@@ -191,6 +192,19 @@ CONFIG = change(
     optim={"expert_lr": 3e-3, "gate_lr": 3e-3},
     train={"device": "cpu", "compile": False, "checkpointing": "none"},
 )
+
+
+def start_damaged(
+    **loss: Any,
+) -> tuple[TinyOnnForCausalLM, PreTrainedModel, list[PackedRow], RunConfig]:
+    """A student whose first layer is damaged, its teacher, two rows, and settings of the loss."""
+    dense, rows = make_dense(), make_rows([15, 17, 32], 32)
+    student = make_student(dense)
+    with torch.no_grad():
+        student.banks()[0].experts.down_proj.mul_(0.5)
+    config = change(CONFIG, loss=loss)
+    set_objective(student.banks(), config)
+    return student, dense, rows, config
 
 
 def write_run(folder: Path, *, num_files=40, **sections: dict[str, Any]) -> RunConfig:

@@ -4,29 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny import CONFIG, change, make_dense, make_rows, make_student
+from tiny import change, start_damaged
 from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.evaluation.compare import evaluate
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import head_of, last_hidden_states
-from tiny_onn.model.expert_path import set_objective
 from tiny_onn.teacher.held_out import HeldOut
-
-
-def start(coef):
-    dense, rows = make_dense(), make_rows([15, 17, 32], 32)
-    student = make_student(dense)
-    with torch.no_grad():
-        student.banks()[0].experts.down_proj.mul_(0.5)
-    config = change(CONFIG, loss={"label_coef": coef})
-    set_objective(student.banks(), config)
-    return student, dense, rows, config
 
 
 @pytest.mark.parametrize("coef", [0.0, 0.25, 0.9])
 def test_a_steps_loss_holds_the_share_of_cross_entropy(coef):
-    student, dense, rows, config = start(coef)
+    student, dense, rows, config = start_damaged(label_coef=coef)
     nll, count = 0.0, 0
     for row in rows:
         with torch.no_grad():
@@ -43,7 +32,7 @@ def test_a_steps_loss_holds_the_share_of_cross_entropy(coef):
 
 
 def test_held_out_numbers_are_those_without_a_share():
-    student, dense, rows, config = start(0.9)
+    student, dense, rows, config = start_damaged(label_coef=0.9)
     held_out = HeldOut(dense, rows)
     with_share = evaluate(student, held_out, config.loss)
     assert with_share == evaluate(student, held_out, change(config, loss={"label_coef": 0.0}).loss)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tiny import CONFIG, change, make_dense, make_rows, make_student
+from tiny import CONFIG, change, make_dense, make_rows, make_student, start_damaged
 from tiny_onn.distill.checkpointing import checkpoint_layers
 from tiny_onn.distill.hidden_states import unexplained_variance
 from tiny_onn.distill.optim import build_optimizer
@@ -110,12 +110,7 @@ def test_gradient_is_linear_in_the_coefficient():
 
 @pytest.mark.parametrize("coef", [0.0, 3.0])
 def test_a_step_says_what_states_leave_unexplained(coef):
-    dense, rows = make_dense(), make_rows([15, 17, 32], 32)
-    student = make_student(dense)
-    with torch.no_grad():
-        student.banks()[0].experts.down_proj.mul_(0.5)
-    config = change(CONFIG, loss={"states_coef": coef})
-    set_objective(student.banks(), config)
+    student, dense, rows, config = start_damaged(states_coef=coef)
     by_row = []
     for row in rows:
         with torch.no_grad(), layer_outputs(student) as own, layer_outputs(dense) as theirs:

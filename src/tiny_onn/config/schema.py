@@ -203,7 +203,7 @@ class SmkConfig:
     which stands in for it while it is inactive (`experts.compensation = "mean"`)."""
     explore_fraction: float = 0.0
     """The share of tokens that use a random inactive expert in place of their weakest active one,
-    so that others than the usual experts become `active` candidates."""
+    so that experts other than the usual ones become `active` candidates."""
     coef: float = 1.0
     """The weight of the SMK loss, whose gradient reaches the gate only."""
 
@@ -227,7 +227,7 @@ class LossConfig:
     no such loss."""
     chunk_tokens: int = 0
     """The number of tokens whose logits are held in memory at once. 0: the run chooses it, 512 on a
-    CPU and by the free memory on a GPU. Step records hold it; set it to repeat the run."""
+    CPU and by the free memory on a GPU. Step records hold the number that repeats the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -371,7 +371,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """The number of newest checkpoints to keep, besides the one with the best held-out KL."""
     max_skipped_steps: int = 5
-    """The number of skipped updates in a row (a loss or gradient not finite) that ends the run."""
+    """End the run after so many updates in a row whose loss or gradients are not finite."""
     stop_if_worse: bool = True
     """Stop a run, with a checkpoint, whose KL on a held-out row is half as much again as before
     training after 4, 16, 64 or 256 steps of the global stage."""

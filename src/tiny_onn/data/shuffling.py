@@ -6,16 +6,14 @@ shuffled in blocks. While a block is read, the next one is filled row by row, so
 for more text than it reads.
 """
 
-import hashlib
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.config.schema import DataConfig
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.data.stream import TokenStream
+from tiny_onn.data.stream import TokenStream, shuffled_order
 
 
 class ShuffledStream(TokenStream):
@@ -56,9 +54,7 @@ class ShuffledStream(TokenStream):
         """Shuffle the block that is filled, and begin to fill another."""
         self._number, self._start = number, self._next_start
         self._next_start = super().state_dict()
-        key = hashlib.sha256(f"rows {self._seed}:{number}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-        order = torch.randperm(self._num_rows, generator=generator).tolist()
+        order = shuffled_order(f"rows {self._seed}:{number}", self._num_rows)
         self._block, self._next_block = [self._next_block[i] for i in order], []
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,14 +69,11 @@ class ShuffledStream(TokenStream):
             UserError: the text, the tokenizer or a setting differs from that of the saved stream.
         """
         super().load_state_dict(state)
-        number, taken = state["block"]["number"], state["block"]["taken"]
-        self._number, self._block, self._next_block = number, [], []
+        # A stream of which no row was taken has no block in hand, as before block 0.
+        self._number, self._block, self._next_block = max(state["block"]["number"], 0) - 1, [], []
         self._start = self._next_start = super().state_dict()
-        if number >= 0:
-            read = super().__next__
-            self._next_block = [read() for _ in range(self._num_rows)]
-            self._begin_block(number)
-            self._next_block = [read() for _ in range(taken)]
+        for _ in range(state["block"]["taken"]):
+            next(self)
 
     def identity(self) -> dict[str, Any]:
         """Return the values that must be equal for a saved state to mean the same rows."""

@@ -194,12 +194,16 @@ class TokenStream:
         documents = self._documents
         if order is None:
             return (document for _, document in documents)
-        generator = torch.Generator()
-        # A sum would give (seed 1, epoch 0) and (seed 0, epoch 1) the same order; a hash does not.
-        key = hashlib.sha256(f"{order[0]}:{order[1]}".encode()).digest()
-        generator.manual_seed(int.from_bytes(key[:8], "big") >> 1)
-        permutation = torch.randperm(len(documents), generator=generator)
-        return (documents[index][1] for index in permutation.tolist())
+        shuffled = shuffled_order(f"{order[0]}:{order[1]}", len(documents))
+        return (documents[index][1] for index in shuffled)
+
+
+def shuffled_order(key: str, number: int) -> list[int]:
+    """Return the numbers from 0 to below `number` in an order that depends on the key alone."""
+    # A sum would give (seed 1, epoch 0) and (seed 0, epoch 1) the same order; a hash does not.
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(number, generator=generator).tolist()
 
 
 def _tokenised(

@@ -73,35 +73,16 @@ def build_optimizer(
     experts, gates = list(named_experts.values()), list(named_gates.values())
     cast_experts(student, config)
     num_shares = shard_place(experts[0])[1] if experts else 1
+    norms = list(norm_gains(student).values())
     steppers = []
     if experts:
-        group = {
-            "params": experts,
-            "system": "experts",
-            "lr": config.expert_lr,
-            "peak_lr": config.expert_lr,
-            "weight_decay": config.weight_decay,
-        }
+        group = _group("experts", experts, config.expert_lr, config.weight_decay)
         steppers.append(_stepper(config, group, experts[0].device, num_shares))
     if gates:
-        group = {
-            "params": gates,
-            "system": "gates",
-            "lr": config.gate_lr,
-            "peak_lr": config.gate_lr,
-            "weight_decay": config.gate_weight_decay,
-        }
+        group = _group("gates", gates, config.gate_lr, config.gate_weight_decay)
         steppers.append(_adamw(config, group))
-    norms = norm_gains(student)
     if norms:
-        group = {
-            "params": list(norms.values()),
-            "system": "norms",
-            "lr": config.norm_lr,
-            "peak_lr": config.norm_lr,
-            "weight_decay": 0.0,
-        }
-        steppers.append(_adamw(config, group))
+        steppers.append(_adamw(config, _group("norms", norms, config.norm_lr, 0.0)))
     kinds = {p: kind for name, p in named_experts.items() if (kind := name.split(".")[-1]) in KINDS}
     units = {}
     if config.lr_scale == "rms":
@@ -109,6 +90,19 @@ def build_optimizer(
     owners = owners_of(experts, world.size) if shard == "optimizer" and world.size > 1 else {}
     kinds = {} if config.name == "adamw" else kinds
     return SplitOptimizer(steppers, seed, kinds, units, owners=owners, world=world)
+
+
+def _group(
+    system: str, parameters: list[nn.Parameter], lr: float, weight_decay: float
+) -> dict[str, Any]:
+    """Return a group of an optimizer, whose rate begins at its peak."""
+    return {
+        "params": parameters,
+        "system": system,
+        "lr": lr,
+        "peak_lr": lr,
+        "weight_decay": weight_decay,
+    }
 
 
 def cast_experts(student: TinyOnnForCausalLM, config: OptimConfig) -> None:
@@ -288,10 +282,11 @@ class SplitOptimizer(torch.optim.Optimizer):
         if unit is not None:
             out_of_units_([master.data], [unit])
             state["unit"] = unit
-        if p.dtype != torch.bfloat16 or group["system"] == "norms":
+        keeps_copy = group["system"] == "norms"
+        if keeps_copy:
+            state["master"] = master.data
+        if keeps_copy or p.dtype != torch.bfloat16:
             weight.copy_(master)
-            if group["system"] == "norms":
-                state["master"] = master.data
             return
         digest = hashlib.blake2b(f"{place} {num_roundings}".encode(), digest_size=7).digest()
         generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest))
