@@ -97,6 +97,8 @@ TASK = ("router.objective=task", "optim.gate_lr=2.3e-3")
 IN_ORDER = ("data.shuffle_tokens=0",)
 # The second moments of gradients in AdamW are means over some 100 steps in place of 20.
 LONGER_MOMENT = ("optim.beta2=0.99",)
+# What was a little better than the recipe by itself.
+TOGETHER = ("loss.states_coef=64", "optim.clip_norm=0.2")
 ARMS: dict[str, tuple[str, ...]] = {
     "smk": (),
     "smk, not refitted": ("experts.refit=false",),
@@ -118,6 +120,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, states x 1/4": ("loss.states_coef=1",),
     "smk, states x 4": ("loss.states_coef=16",),
     "smk, states x 16": ("loss.states_coef=64",),
+    "smk, together": TOGETHER,
+    "smk, more text": (),
+    "smk, together, more text": TOGETHER,
     "smk, one budget": ("router.budget_scope=global",),
     "smk, annealed": ("router.anneal_fraction=0.3",),
     "smk, learned scale": ("experts.learn_scale=true",),
@@ -131,6 +136,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "task, softmax weights": (*TASK, "experts.weighting=softmax"),
     "half-width": HALF,
     "half-width, not refitted": (*HALF, "experts.refit=false"),
+    "half-width, together": (*HALF, *TOGETHER),
+    "half-width, more text": HALF,
     "half-width, norms learn": (*HALF, "optim.norm_lr=1e-3"),
     "low-rank": STATIC,
     "oracle of norms": ("router.selection=oracle", "router.oracle_budget=true", *NONE),
@@ -143,8 +150,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, k = 8": ("router.target_k=8",),
     "smk, k = 24": ("router.target_k=24",),
 }
-# Arms that read text of the teacher (`teacher_text.py`).
+# Arms that read text of the teacher (`teacher_text.py`) in place of the study's own.
 SAMPLED = ("smk, half sampled",)
+# Arms that read the text of other projects besides.
+MORE_TEXT = ("smk, more text", "smk, together, more text", "half-width, more text")
 
 
 def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[str]:
@@ -161,17 +170,21 @@ def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[s
         f"train.seed={job.seed}",
         f"train.device={arguments.device}",
         f"teacher.path={json.dumps(str(arguments.teacher))}",
-        f"data.sources={json.dumps([str(learned_from(job, arguments, parts))])}",
+        f"data.sources={json.dumps([*map(str, learned_from(job, arguments, parts))])}",
     ]
 
 
-def learned_from(job: Job, arguments: argparse.Namespace, parts: Parts) -> Path:
-    """The folder that the run reads."""
-    if job.arm not in SAMPLED:
-        return parts.learn
-    if arguments.sampled is None:
-        raise UserError(f"--sampled: got nothing, which the arm {job.arm!r} needs; see --help")
-    return arguments.sampled.absolute()
+def learned_from(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[Path]:
+    """The folders that the run reads."""
+    option, folder = "", None
+    if job.arm in SAMPLED:
+        option, folder = "--sampled", arguments.sampled
+    elif job.arm in MORE_TEXT:
+        option, folder = "--more-text", arguments.more_text
+    if option and folder is None:
+        raise UserError(f"{option}: got nothing, which the arm {job.arm!r} needs; see --help")
+    own = [] if job.arm in SAMPLED else [parts.learn]
+    return [*own, folder.absolute()] if folder else own
 
 
 def planned(plan: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> list[Job]:
@@ -305,6 +318,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--unseen-sources", nargs="*", default=[], help="sources to set apart")
     options.add_argument("--teacher", default="embedded", help="a folder; default: the embedded")
     options.add_argument("--sampled", type=Path, help="folder that teacher_text.py wrote")
+    options.add_argument("--more-text", type=Path, help="folder of text of other projects")
     options.add_argument("--tokens", type=int, default=TOKENS, help="of each run")
     options.add_argument("--report-tokens", type=int, default=131_072)
     options.add_argument("--report-row-tokens", type=int, default=0, help="0: as in training")

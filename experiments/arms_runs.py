@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,8 +62,10 @@ def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Te
     experts = config.experts
     sizes = (experts.num_experts, experts.num_shared, experts.calibration_tokens)
     parts = (experts.init, *sizes, config.train.seed)
+    text = sha256(json.dumps(config.data.sources).encode()).hexdigest()[:8]
     # A learned partition is cut for a number of active experts.
-    key = "-".join(map(str, (*parts, f"{config.router.target_k:g}", config.data.shuffle_tokens)))
+    cut = (f"{config.router.target_k:g}", config.data.shuffle_tokens, text)
+    key = "-".join(map(str, (*parts, *cut)))
     path = folder / f"order-{key}.safetensors"
     with path.with_suffix(".lock").open("w") as lock:
         # Runs that start together wait for the first, so that all begin with the same student.

@@ -1,4 +1,4 @@
-"""Build a text of many projects from Debian's documentation packages: one file for each package.
+r"""Build a text of many projects from Debian's documentation packages: one file for each package.
 
 Figures that shall mean something beyond one project's manual are measured on this text. The
 packages are those of Debian 12; a version that the mirrors no longer carry is at
@@ -9,6 +9,12 @@ https://snapshot.debian.org. Their own licences apply (GFDL, GPL, PSF, MIT and o
 downloads the packages that `debs` lacks by `apt-get download`, unpacks them by `dpkg-deb`, and
 writes `documentation/PACKAGE.jsonl`: documents of at most 40,000 characters, in which a paragraph
 that occurs twice, in any package, is kept once. The same packages give the same text.
+
+    python -m experiments.documentation --packages experiments/more_packages.json \
+        --without documentation --debs debs --out more
+
+does so with the packages of a JSON object of names and versions, and leaves out every paragraph of
+another text (`--without`), so that nothing of it is learned from what is written.
 """
 
 import argparse
@@ -19,9 +25,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
+
+from experiments.options import mistakes_told
+from experiments.split_text import documents_of
 
 PACKAGES = {
     "apache2-doc": "2.4.68-1~deb12u1",
@@ -103,6 +112,12 @@ def file_text(path: Path) -> str:
     return text if plain or fortune else ""
 
 
+def paragraphs(text: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the paragraphs of a text, each with its hash."""
+    for paragraph in map(str.strip, re.split(r"\n\s*\n", text)):
+        yield paragraph, hashlib.sha256(paragraph.encode()).digest()
+
+
 def documents(folder: Path, seen: set[bytes]) -> Iterator[str]:
     """Yield the documents below a folder, without paragraphs that were seen before.
 
@@ -118,9 +133,7 @@ def documents(folder: Path, seen: set[bytes]) -> Iterator[str]:
         if NO_TEXT.search(place) or TRANSLATED.search(place):
             continue
         kept: list[str] = []
-        for paragraph in re.split(r"\n\s*\n", file_text(path)):
-            paragraph = paragraph.strip()  # noqa: PLW2901
-            digest = hashlib.sha256(paragraph.encode()).digest()
+        for paragraph, digest in paragraphs(file_text(path)):
             if len(paragraph) >= LEAST_PARAGRAPH and digest not in seen:
                 seen.add(digest)
                 kept.append(paragraph)
@@ -137,10 +150,10 @@ def documents(folder: Path, seen: set[bytes]) -> Iterator[str]:
                 yield part
 
 
-def download(debs: Path) -> None:
+def download(debs: Path, packages: Mapping[str, str]) -> None:
     """Download the packages that are not there, and refuse to go on without one."""
     debs.mkdir(parents=True, exist_ok=True)
-    for name, version in PACKAGES.items():
+    for name, version in packages.items():
         if any(debs.glob(f"{name}_*.deb")):
             continue
         done = subprocess.run(["apt-get", "download", f"{name}={version}"], cwd=debs, check=False)
@@ -153,11 +166,17 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--debs", type=Path, required=True, help="folder of the packages")
     options.add_argument("--out", type=Path, required=True, help="folder of the text")
+    options.add_argument("--packages", type=Path, help="JSON object of names and versions")
+    options.add_argument("--without", type=Path, help="text whose paragraphs are left out")
     arguments = options.parse_args()
-    download(arguments.debs)
+    listed = arguments.packages
+    packages = PACKAGES if listed is None else json.loads(listed.read_text("utf-8"))
+    download(arguments.debs, packages)
     arguments.out.mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
-    for name in PACKAGES:
+    for document in documents_of(arguments.without) if arguments.without else ():
+        seen |= {digest for _, digest in paragraphs(document["text"])}
+    for name in packages:
         package = next(iter(sorted(arguments.debs.glob(f"{name}_*.deb"))))
         with tempfile.TemporaryDirectory() as temporary:
             subprocess.run(["dpkg-deb", "--extract", package, temporary], check=True)
@@ -168,4 +187,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_told():
+        main()

@@ -34,10 +34,14 @@ def test_the_program_runs():
     assert "256 tokens sampled" in run_module("experiments.teacher_text", "--smoke")
 
 
-def test_an_arm_of_sampled_text_asks_for_it():
-    job = Job("smk, half sampled", 1, 0, 1.0, 1.0)
-    parts = Parts(*[Path("parts")] * 4)
-    with pytest.raises(UserError, match="--sampled: got nothing"):
-        arms.learned_from(job, argparse.Namespace(sampled=None), parts)
-    asked = argparse.Namespace(sampled=Path("/sampled"))
-    assert arms.learned_from(job, asked, parts) == Path("/sampled")
+@pytest.mark.parametrize(
+    ("arm", "option", "own"),
+    [("smk, half sampled", "sampled", []), ("smk, more text", "more_text", [Path("learn")])],
+)
+def test_an_arm_of_another_text_asks_for_it(arm, option, own):
+    job = Job(arm, 1, 0, 1.0, 1.0)
+    parts = Parts(Path("parts"), Path("learn"), Path("report"), None)
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')}: got nothing"):
+        arms.learned_from(job, argparse.Namespace(sampled=None, more_text=None), parts)
+    asked = argparse.Namespace(**{option: Path("/other")})
+    assert arms.learned_from(job, asked, parts) == [*own, Path("/other")]
