@@ -8,12 +8,22 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
 from experiments.arms import TOKENS, planned
 from experiments.arms_law import T_975, law_of
-from experiments.arms_table import best_runs, by_arm, has_diverged, job_of, spread, table
+from experiments.arms_table import (
+    best_runs,
+    by_arm,
+    by_rates,
+    has_diverged,
+    job_of,
+    spread,
+    table,
+    with_rates,
+)
 from experiments.options import RESULTS
 
 Record = dict[str, Any]
@@ -38,6 +48,9 @@ WORDS = {
     "smk, states x 1/4": "SMK with a quarter of the weight on hidden states",
     "smk, states x 4": "SMK with four times the weight on hidden states",
     "smk, states x 16": "SMK with sixteen times the weight on hidden states",
+    "smk, together": "SMK with both",
+    "smk, more text": "SMK on text of more projects",
+    "smk, together, more text": "SMK with both on text of more projects",
     "smk, norms learn": "SMK with gains of norms that learn",
     "frozen ridge gate": "the frozen ridge gate",
     "regression of norms": "a gate that regresses on output norms",
@@ -115,8 +128,7 @@ def missing(records: Sequence[Record]) -> Iterator[str]:
     left: dict[int, dict[str, list[str]]] = {}
     for job in planned(json.loads(PLAN.read_text("utf-8")), defaults):
         if job not in done:
-            rates = (("rate", job.rate), ("the gates' rate", job.gate_rate))
-            name = job.arm + "".join(f" at {what} x {rate:g}" for what, rate in rates if rate != 1)
+            name = with_rates(job.arm, asdict(job))
             left.setdefault(job.asked_tokens, {}).setdefault(name, []).append(str(job.seed))
     if not left:
         yield "Every run of the plan has its record."
@@ -165,17 +177,18 @@ def teaching(records: Sequence[Record]) -> Iterator[str]:
     """What SMK adds to the gate that conversion fits, seed by seed."""
     parts = []
     for tokens in sorted({r["tokens"] for r in records}):
-        if pairs := pairs_of(records, tokens, "smk", "frozen ridge gate"):
+        runs = best_runs(records, tokens, "frozen ridge gate")
+        if pairs := pairs_of(records, tokens, "smk", runs):
             leads = [f"{lead:.3f}" for lead in leads_of(pairs, "report")]
             parts.append(f"{', '.join(leads)} after {millions(tokens)}")
     yield f"- **What SMK adds to the frozen gate**, nats seed by seed: {'; '.join(parts)} tokens."
 
 
 def pairs_of(
-    records: Sequence[Record], tokens: int, ours: str, theirs: str
+    records: Sequence[Record], tokens: int, ours: str, theirs: Sequence[Record]
 ) -> list[tuple[Record, Record]]:
-    """The runs of two arms with the same seeds; none if one of them has diverged."""
-    runs = [{r["seed"]: r for r in best_runs(records, tokens, arm)} for arm in (ours, theirs)]
+    """An arm's runs beside others of the same seeds; none if one of them has diverged."""
+    runs = [{r["seed"]: r for r in part} for part in (best_runs(records, tokens, ours), theirs)]
     common = sorted(runs[0].keys() & runs[1].keys())
     pairs = [(runs[0][seed], runs[1][seed]) for seed in common]
     return [] if any(has_diverged(run, records) for pair in pairs for run in pair) else pairs
@@ -207,9 +220,10 @@ def compared(records: Sequence[Record], where: str = "") -> Iterator[tuple[bool,
     """Yield each pair's row, with True if it is established."""
     for tokens in sorted({r["tokens"] for r in records}):
         for ours, theirs in PAIRS:
-            if pairs := pairs_of(records, tokens, ours, theirs):
-                names = f"{ours} | {theirs} | {millions(tokens)}{where}"
-                yield comparison(names, pairs)
+            for runs in by_rates(records, tokens, theirs).values():
+                if pairs := pairs_of(records, tokens, ours, runs):
+                    other = with_rates(theirs, runs[0])
+                    yield comparison(f"{ours} | {other} | {millions(tokens)}{where}", pairs)
 
 
 def comparisons(lines: Iterable[str]) -> Iterator[str]:
@@ -265,7 +279,7 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
         reached = bool(values) and fmean(values) <= 100 * most
         yield line(f"{named}: at most {100 * most:g}", values, 1, reached)
     for tokens in sorted({r["tokens"] for r in records}):
-        pairs = pairs_of(records, tokens, "smk", "half-width")
+        pairs = pairs_of(records, tokens, "smk", best_runs(records, tokens, "half-width"))
         leads = zip(leads_of(pairs, "report"), pairs, strict=True)
         if shares := [100 * lead / b["report"]["kl_at_k"] for lead, (_, b) in leads]:
             goal = f"lead over half-width at {millions(tokens)} tokens, % of its KL: at least 33"

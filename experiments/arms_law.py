@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from experiments.arms_table import best_runs, has_diverged, settings_of
+from experiments.arms_table import has_diverged, most_runs, settings_of
 
 # Student's t at 97.5 %, from one degree of freedom on.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -71,10 +71,11 @@ def row_tokens(record: dict[str, Any]) -> int:
 def law_of(records: Sequence[dict[str, Any]], arm: str) -> Law | None:
     """Fit the law of an arm; None with runs of fewer than two lengths.
 
-    Only runs in rows of `ROW_TOKENS` enter: a token in a longer row has more text before it.
+    Runs are those at the rates with the most seeds, in rows of `ROW_TOKENS`: a token in a longer
+    row has more text before it.
     """
     lengths = {r["tokens"] for r in records if r["arm"] == arm}
-    runs = [run for tokens in sorted(lengths) for run in best_runs(records, tokens, arm)]
+    runs = [run for tokens in sorted(lengths) for run in most_runs(records, tokens, arm)]
     runs = [run for run in runs if not has_diverged(run, records) and row_tokens(run) == ROW_TOKENS]
     points = tuple((run["tokens"], run["report"]["kl_at_k"]) for run in runs)
     if len({tokens for tokens, _ in points}) < 2:

@@ -12,6 +12,8 @@ from typing import Any
 RECORDS = "arms.jsonl"
 # The exit status of a run that a signal stopped, as that of the command line.
 INTERRUPTED = 130
+# The arm of the recipe; its variants have a comma after this name.
+OURS = "smk"
 # The settings of the rule that teaches a gate.
 RULE = "smk."
 # These say where the text is and how often a run is saved, which changes no result.
@@ -88,53 +90,82 @@ def by_arm(records: Sequence[dict[str, Any]]) -> dict[tuple[int, str], list[dict
     return arms
 
 
-def best_runs(records: Sequence[dict[str, Any]], tokens: int, arm: str) -> list[dict[str, Any]]:
-    """An arm's runs at the rates that did best, seed by seed; none if there are no runs.
+def by_rates(
+    records: Sequence[dict[str, Any]], tokens: int, arm: str
+) -> dict[tuple[float, float], list[dict[str, Any]]]:
+    """An arm's runs, seed by seed, by their rates of the experts and of the gates.
 
-    Rates are compared on the text that runs keep out of training, among those with the most seeds:
-    a rate that was tried with one seed alone cannot stand beside others with three.
+    The rates with the most seeds come first; among equals, those that did best.
     """
-    by_rates: dict[tuple[float, float], list[dict[str, Any]]] = {}
+    groups: dict[tuple[float, float], list[dict[str, Any]]] = {}
     for record in by_arm(records).get((tokens, arm), []):
-        by_rates.setdefault((record["rate"], record["gate_rate"]), []).append(record)
-    most = max(map(len, by_rates.values()), default=0)
-    runs = min((r for r in by_rates.values() if len(r) == most), key=chosen_by, default=[])
-    return sorted(runs, key=lambda record: record["seed"])
+        groups.setdefault((record["rate"], record["gate_rate"]), []).append(record)
+    ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), chosen_by(group[1])))
+    return {rates: sorted(runs, key=lambda run: run["seed"]) for rates, runs in ordered}
+
+
+def most_runs(records: Sequence[dict[str, Any]], tokens: int, arm: str) -> list[dict[str, Any]]:
+    """An arm's runs at the rates with the most seeds; none if there are no runs."""
+    return next(iter(by_rates(records, tokens, arm).values()), [])
+
+
+def best_runs(records: Sequence[dict[str, Any]], tokens: int, arm: str) -> list[dict[str, Any]]:
+    """An arm's runs at the rates that count for it, seed by seed; none if there are no runs.
+
+    For a rival they are those that did best on the text that runs keep out of training, each
+    compared with the rates of the most seeds in the seeds that both have. SMK and its variants stay
+    at the rates of the most seeds, so that a lead over a rival is rather too small than too large.
+    """
+    most = most_runs(records, tokens, arm)
+    if arm.split(",", maxsplit=1)[0] == OURS:
+        return most
+    usual = {run["seed"]: run for run in most}
+
+    def behind(runs: list[dict[str, Any]]) -> float:
+        shared = [run for run in runs if run["seed"] in usual]
+        if not shared:
+            return math.inf
+        gap = chosen_by(shared) - chosen_by([usual[run["seed"]] for run in shared])
+        return 0.0 if runs is most else gap
+
+    return min(by_rates(records, tokens, arm).values(), key=behind, default=[])
+
+
+def with_rates(arm: str, run: dict[str, Any]) -> str:
+    """The name of an arm with the rates of a run, as far as they are not the recipe's."""
+    rates = (("rate", run["rate"]), ("the gates' rate", run["gate_rate"]))
+    return arm + "".join(f" at {what} x {rate:g}" for what, rate in rates if rate != 1)
 
 
 def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Each arm at its best rates, by tokens and from the least KL at k to the largest.
+    """Each arm at each of its rates, by tokens and from the least KL at k to the largest.
 
     An arm of which a run has diverged has no numbers.
     """
     yield (
-        "| tokens | arm | seeds | rate | KL, deployed | mean k | KL at k | perplexity at k |"
+        "| tokens | arm | seeds | KL, deployed | mean k | KL at k | perplexity at k |"
         " teacher's | KL at k, unseen sources |"
     )
-    yield "|---" * 10 + "|"
+    yield "|---" * 9 + "|"
     lines = []
-    for (tokens, arm), ours in by_arm(records).items():
-        runs = best_runs(records, tokens, arm)
-        reports, unseen = ([r[part] for r in runs] for part in ("report", "unseen"))
-        number = len({(r["rate"], r["gate_rate"]) for r in ours})
-        rate = f"x {runs[0]['rate']:g}"
-        if runs[0]["gate_rate"] != 1:
-            rate += f", gate x {runs[0]['gate_rate']:g}"
-        cells = [f"{tokens:,}", arm, str(len(runs)), f"{rate} of {number}"]
-        if any(has_diverged(run, records) for run in runs):
-            cells += ["diverged", *[""] * 5]
-            lines.append((tokens, math.inf, cells))
-            continue
-        kl = [r["kl_at_k"] for r in reports]
-        cells += [
-            spread([r["forward_kl"] for r in reports], 4),
-            spread([r["mean_k"] for r in reports], 2),
-            spread(kl, 4),
-            spread([r["perplexity_at_k"] for r in reports], 2),
-            f"{reports[0]['teacher_perplexity']:.2f}",
-            spread([u["kl_at_k"] for u in unseen], 4) if all(unseen) else "",
-        ]
-        lines.append((tokens, fmean(kl), cells))
+    for tokens, arm in by_arm(records):
+        for runs in by_rates(records, tokens, arm).values():
+            reports, unseen = ([r[part] for r in runs] for part in ("report", "unseen"))
+            cells = [f"{tokens:,}", with_rates(arm, runs[0]), str(len(runs))]
+            if any(has_diverged(run, records) for run in runs):
+                cells += ["diverged", *[""] * 5]
+                lines.append((tokens, math.inf, cells))
+                continue
+            kl = [r["kl_at_k"] for r in reports]
+            cells += [
+                spread([r["forward_kl"] for r in reports], 4),
+                spread([r["mean_k"] for r in reports], 2),
+                spread(kl, 4),
+                spread([r["perplexity_at_k"] for r in reports], 2),
+                f"{reports[0]['teacher_perplexity']:.2f}",
+                spread([u["kl_at_k"] for u in unseen], 4) if all(unseen) else "",
+            ]
+            lines.append((tokens, fmean(kl), cells))
     for _, _, cells in sorted(lines):
         yield f"| {' | '.join(cells)} |"
 
