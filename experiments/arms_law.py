@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from experiments.arms_table import has_diverged, most_runs, settings_of
+from experiments.arms_table import best_runs, has_diverged, settings_of
 
 # Student's t at 97.5 %, from one degree of freedom on.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -69,14 +69,16 @@ def row_tokens(record: dict[str, Any]) -> int:
 
 
 def law_of(records: Sequence[dict[str, Any]], arm: str) -> Law | None:
-    """Fit the law of an arm; None with runs of fewer than two lengths.
+    """Fit the law of an arm; None with runs of fewer than two lengths, or of rates that differ.
 
-    Runs are those at the rates with the most seeds, in rows of `ROW_TOKENS`: a token in a longer
-    row has more text before it.
+    Runs are those of `best_runs` in rows of `ROW_TOKENS`: a token in a longer row has more text
+    before it.
     """
     lengths = {r["tokens"] for r in records if r["arm"] == arm}
-    runs = [run for tokens in sorted(lengths) for run in most_runs(records, tokens, arm)]
+    runs = [run for tokens in sorted(lengths) for run in best_runs(records, tokens, arm)]
     runs = [run for run in runs if not has_diverged(run, records) and row_tokens(run) == ROW_TOKENS]
+    if len({(run["rate"], run["gate_rate"]) for run in runs}) > 1:
+        return None
     points = tuple((run["tokens"], run["report"]["kl_at_k"]) for run in runs)
     if len({tokens for tokens, _ in points}) < 2:
         return None

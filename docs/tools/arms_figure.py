@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.arms_law import law_of
-from experiments.arms_table import has_diverged, most_runs
+from experiments.arms_table import best_runs, has_diverged
 
 ARMS = {
     "smk": "SMK: the gate learns",
@@ -26,7 +26,7 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for tokens in sorted({r["tokens"] for r in records if r["arm"] == arm}):
             dots += [
                 {"arm": name, "tokens": tokens, "kl": digits(run["report"]["kl_at_k"])}
-                for run in most_runs(records, tokens, arm)
+                for run in best_runs(records, tokens, arm)
                 if not has_diverged(run, records)
             ]
         law = law_of(records, arm)

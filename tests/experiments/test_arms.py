@@ -88,17 +88,39 @@ def test_an_arm_that_ends_farther_than_it_began_has_no_numbers():
 
 
 def test_a_rate_is_chosen_on_other_text_than_it_is_reported_on():
-    lines = [*table([record(1.0, 0.2, 0.5), record(2.0, 0.1, 0.6)])]
-    assert len(lines) == 3
-    assert "| 1 | x 2 of 2 | 0.6000 |" in lines[-1]
+    runs = [record(1.0, 0.2, 0.5), record(2.0, 0.1, 0.6)]
+    assert best_runs(runs, 1_998_848, "smk") == [runs[1]]
+    lines = [*table(runs)]
+    assert "| smk | 1 | 0.5000 |" in lines[-2]
+    assert "| smk at rate x 2 | 1 | 0.6000 |" in lines[-1]
 
 
-def test_a_rate_that_one_seed_tried_does_not_stand_for_an_arm_with_two():
-    runs = [record(1.0, 0.2, 0.5, seed=seed) for seed in range(2)]
-    (*_, line) = table([*runs, record(2.0, 0.1, 0.6)])
-    assert "| 2 | x 1 of 2 | 0.5000 ± 0.0000 |" in line
-    (*_, line) = arms_findings.rates([*runs, record(2.0, 0.1, 0.6)])
-    assert line == "| 2M | smk | 0.200 | 0.100 | x 1 |"
+def test_a_rival_has_its_best_rate_and_ours_the_one_with_most_seeds():
+    for arm, rate in (("smk", 1.0), ("smk, states x 4", 1.0), ("half-width", 2.0)):
+        runs = [record(1.0, 0.2, 0.5, arm=arm, seed=seed) for seed in range(2)]
+        runs.append(record(2.0, 0.1, 0.6, arm=arm))
+        best = best_runs(runs, 1_998_848, arm)
+        assert {run["rate"] for run in best} == {rate}
+        (*_, line) = arms_findings.rates(runs)
+        assert line == f"| 2M | {arm} | 0.200 | 0.100 | x {rate:g} |"
+
+
+def test_rates_are_compared_in_the_seeds_that_both_have():
+    runs = [record(1.0, kl, 0.5, arm="half-width", seed=seed) for seed, kl in enumerate((0.1, 0.9))]
+    # In its seed this rate is worse, although the mean of the other rate is higher.
+    runs.append(record(2.0, 0.2, 0.6, arm="half-width"))
+    assert best_runs(runs, 1_998_848, "half-width") == runs[:2]
+    # It has no seed with the other in common.
+    runs.append(record(3.0, 0.01, 0.6, arm="half-width", seed=7))
+    assert best_runs(runs, 1_998_848, "half-width") == runs[:2]
+
+
+def test_a_lead_over_a_rival_of_one_rate_is_open():
+    ours, theirs = record(1.0, 0.2, 0.2), record(1.0, 0.4, 0.4, arm="half-width")
+    (*_, line) = arms_findings.goals([ours, theirs])
+    assert line.endswith("| 50 | open: one rate |")
+    (*_, line) = arms_findings.goals([ours, theirs, record(2.0, 0.35, 0.35, arm="half-width")])
+    assert line.endswith("| 43 | yes |")
 
 
 def findings(leads):
@@ -149,6 +171,10 @@ def test_a_planted_law_is_found_with_its_interval():
     assert law.local() == pytest.approx([0.3, 0.3])
     assert "KL 0.06 takes 116M tokens" in law.sentence()
     assert law_of(exact[:2], "smk") is None
+    better = record(2.0, 0.05, 0.1, tokens=1_998_848)
+    rival = [{**run, "arm": "half-width"} for run in (*exact, better)]
+    assert law_of(rival[:-1], "half-width") is not None
+    assert law_of(rival, "half-width") is None
     # A token in a longer row has more text before it, so that such a run is on no line with others.
     longer = record(1.0, 0.1, 0.01, tokens=99_999_744)
     longer["settings"] = ["data.row_tokens=4096", "data.row_tokens=8192"]
