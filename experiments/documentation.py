@@ -31,6 +31,7 @@ from pathlib import Path
 
 from experiments.options import mistakes_told
 from experiments.split_text import documents_of
+from tiny_onn.errors import UserError, reason_of
 
 PACKAGES = {
     "apache2-doc": "2.4.68-1~deb12u1",
@@ -161,6 +162,30 @@ def download(debs: Path, packages: Mapping[str, str]) -> None:
             sys.exit(f"{name}={version}: apt-get cannot download it; see snapshot.debian.org")
 
 
+def listed_packages(path: Path | None) -> dict[str, str]:
+    """The names and versions in a JSON file, or those of the study's text without one.
+
+    Raises:
+        UserError: The file cannot be read, or is no object of strings.
+    """
+    if path is None:
+        return PACKAGES
+    expected = "expected a JSON object of package names and versions; correct it"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--packages: {path}: got {reason_of(error)}; {expected}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise UserError(f"--packages: {path}: got other JSON, {expected}")
+    return found
+
+
+def hashes_of(path: Path) -> set[bytes]:
+    """The hashes of the paragraphs of a text, as `documents_of` reads it."""
+    texts = (document["text"] for document in documents_of(path))
+    return {digest for text in texts for _, digest in paragraphs(text)}
+
+
 def main() -> None:
     """Download, unpack and write."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -169,13 +194,10 @@ def main() -> None:
     options.add_argument("--packages", type=Path, help="JSON object of names and versions")
     options.add_argument("--without", type=Path, help="text whose paragraphs are left out")
     arguments = options.parse_args()
-    listed = arguments.packages
-    packages = PACKAGES if listed is None else json.loads(listed.read_text("utf-8"))
+    packages = listed_packages(arguments.packages)
+    seen = hashes_of(arguments.without) if arguments.without else set[bytes]()
     download(arguments.debs, packages)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    seen: set[bytes] = set()
-    for document in documents_of(arguments.without) if arguments.without else ():
-        seen |= {digest for _, digest in paragraphs(document["text"])}
     for name in packages:
         package = next(iter(sorted(arguments.debs.glob(f"{name}_*.deb"))))
         with tempfile.TemporaryDirectory() as temporary:

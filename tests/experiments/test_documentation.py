@@ -1,8 +1,13 @@
 """The text of Debian's documentation: pages become paragraphs, and each is kept once."""
 
 import gzip
+import json
 
-from experiments.documentation import documents, page_text
+import pytest
+
+from benchmarks.common import ROOT
+from experiments.documentation import PACKAGES, documents, hashes_of, listed_packages, page_text
+from tiny_onn.errors import UserError
 
 
 def prose(number):
@@ -43,3 +48,26 @@ def test_long_texts_are_cut_into_documents(tmp_path):
     texts = list(documents(tmp_path, set()))
     assert len(texts) > 1
     assert {len(text) for text in texts[:-1]} == {40_000}
+
+
+def test_paragraphs_of_another_text_are_left_out(tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": f"{prose(1)}\n\n{prose(3)}", "source": "a"}) + "\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "a.txt").write_text(f"{prose(1)}\n\n{prose(2)}")
+    assert list(documents(tmp_path / "package", hashes_of(other))) == [prose(2)]
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": 1}', "{", None])
+def test_packages_are_an_object_of_names_and_versions(text, tmp_path):
+    path = tmp_path / "packages.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"--packages: .*; correct it"):
+        listed_packages(path)
+
+
+def test_the_packages_of_more_text_are_others():
+    more = listed_packages(ROOT / "experiments" / "more_packages.json")
+    assert len(more) == 83
+    assert not more.keys() & PACKAGES.keys()
