@@ -40,7 +40,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.arms_table import INTERRUPTED, RECORDS, Job, job_of, read_records, show, table
+from experiments.arms_table import (
+    INTERRUPTED,
+    LOSS_METRIC,
+    RECORDS,
+    Job,
+    job_of,
+    read_records,
+    show,
+    table,
+)
 from experiments.options import mistakes_told, parser
 from experiments.split_text import Parts, split, tiny_text
 from tiny_onn.config.read import load_config
@@ -122,6 +131,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, states x 16": ("loss.states_coef=64",),
     "smk, together": TOGETHER,
     "smk, more text": (),
+    "smk, loss metric": (),
+    "frozen ridge gate, loss metric": NONE,
     "smk, together, more text": TOGETHER,
     "smk, one budget": ("router.budget_scope=global",),
     "smk, annealed": ("router.anneal_fraction=0.3",),
@@ -204,7 +215,10 @@ def jobs_left(arguments: argparse.Namespace) -> list[Job]:
     plan = [{}] if arguments.plan is None else json.loads(arguments.plan.read_text("utf-8"))
     done = {job_of(record) for record in read_records(arguments.out / RECORDS)}
     jobs = planned(plan, {name: getattr(arguments, name) for name in PLANNED})
-    return [job for job in jobs if job not in done]
+    left = [job for job in jobs if job not in done]
+    if arguments.processes > 1 and any(job.arm in LOSS_METRIC for job in left):
+        raise UserError(f"--processes: got {arguments.processes}, expected 1 for {LOSS_METRIC}")
+    return left
 
 
 def start(job: Job, slot: int, arguments: argparse.Namespace, parts: Parts) -> Any:

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common import environment
-from experiments import low_rank
-from experiments.arms_table import INTERRUPTED, RECORDS, Job, at_k
+from experiments import loss_metric, low_rank
+from experiments.arms_table import INTERRUPTED, LOSS_METRIC, RECORDS, Job, at_k
 from experiments.budgets import measured as counted_k
 from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
@@ -271,7 +271,10 @@ def run(
         if world.first and not begun:
             shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
-        prepared = prepare(config, order_of_first(world) or partial(ordered, parts.folder))
+        if job.arm in LOSS_METRIC:
+            prepared = loss_metric.prepare(config)
+        else:
+            prepared = prepare(config, order_of_first(world) or partial(ordered, parts.folder))
         converted = time.monotonic() - started
         means = WeightMeans(prepared.student, config) if job.arm in AVERAGED else None
         options: Any = {"after_step": means.add} if means else {}
