@@ -106,6 +106,7 @@ TASK = ("router.objective=task", "optim.gate_lr=2.3e-3")
 IN_ORDER = ("data.shuffle_tokens=0",)
 # The second moments of gradients in AdamW are means over some 100 steps in place of 20.
 LONGER_MOMENT = ("optim.beta2=0.99",)
+BY_FEATURE = ("loss.states_scale=feature",)
 # What was a little better than the recipe by itself.
 TOGETHER = ("loss.states_coef=64", "optim.clip_norm=0.2")
 ARMS: dict[str, tuple[str, ...]] = {
@@ -130,6 +131,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, states x 4": ("loss.states_coef=16",),
     "smk, states x 16": ("loss.states_coef=64",),
     "smk, together": TOGETHER,
+    "smk, features": BY_FEATURE,
+    "smk, features x 16": (*BY_FEATURE, "loss.states_coef=64"),
     "smk, more text": (),
     "smk, loss metric": (),
     "frozen ridge gate, loss metric": NONE,

@@ -51,6 +51,8 @@ WORDS = {
     "smk, together": "SMK with more weight on hidden states and tighter clipping",
     "smk, more text": "SMK on text of more projects",
     "smk, together, more text": "SMK with these two on text of more projects",
+    "smk, features": "SMK with hidden states matched feature by feature",
+    "smk, features x 16": "the same with sixteen times the weight on them",
     "smk, loss metric": "SMK converted in the metric of the loss",
     "smk, norms learn": "SMK with gains of norms that learn",
     "frozen ridge gate": "the frozen ridge gate",

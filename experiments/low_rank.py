@@ -180,7 +180,8 @@ def loss_of(
     )
     mask_T = row.loss_mask[0]
     loss = (values.loss * mask_T).sum() / mask_T.sum().clamp_min(1)
-    states = unexplained_variance(ours, theirs, row.router_mask[0]).mean()
+    by_feature = config.loss.states_scale == "feature"
+    states = unexplained_variance(ours, theirs, row.router_mask[0], by_feature=by_feature).mean()
     return loss + config.loss.states_coef * states
 
 

@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student, start_damaged
 from tiny_onn.distill.checkpointing import checkpoint_layers
-from tiny_onn.distill.hidden_states import unexplained_variance
+from tiny_onn.distill.hidden_states import FLOOR, unexplained_variance
 from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.model.attention import packed_kwargs
@@ -29,13 +29,29 @@ def by_hand(own, theirs, mask) -> torch.Tensor:
     return error / torch.stack([((theirs[0, t] - mean) ** 2).sum() for t in rows]).sum()
 
 
-def test_is_the_share_of_variance_token_by_token():
+def by_hand_and_feature(own, theirs, mask) -> torch.Tensor:
+    """One layer, feature by feature."""
+    rows = [t for t in range(len(mask)) if mask[t]]
+    variances, errors = [], []
+    for d in range(own.shape[-1]):
+        column = torch.stack([theirs[0, t, d] for t in rows])
+        variances.append(((column - column.mean()) ** 2).sum())
+        errors.append(torch.stack([(own[0, t, d] - theirs[0, t, d]) ** 2 for t in rows]).sum())
+    floor = FLOOR * torch.stack(variances).mean()
+    shares = [e / (v + floor) for e, v in zip(errors, variances, strict=True)]
+    return torch.stack(shares).mean()
+
+
+@pytest.mark.parametrize(
+    ("by_feature", "definition"), [(False, by_hand), (True, by_hand_and_feature)]
+)
+def test_is_the_share_of_variance_token_by_token(by_feature, definition):
     mask = torch.tensor([False, True, True, False, True])
     own = [draw(1, 5, 3, seed=s).float().requires_grad_() for s in (0, 1)]
     theirs = [draw(1, 5, 3, seed=s).float() for s in (2, 3)]
     weights = torch.tensor([1.0, 3.0])
-    got = unexplained_variance(own, theirs, mask)
-    expected = torch.stack([by_hand(*pair, mask) for pair in zip(own, theirs, strict=True)])
+    got = unexplained_variance(own, theirs, mask, by_feature=by_feature)
+    expected = torch.stack([definition(*pair, mask) for pair in zip(own, theirs, strict=True)])
     torch.testing.assert_close(got, expected)
     grads = torch.autograd.grad((got * weights).sum(), own)
     torch.testing.assert_close(grads, torch.autograd.grad((expected * weights).sum(), own))
@@ -50,9 +66,22 @@ def test_is_nothing_for_equal_states_and_one_for_their_mean():
     torch.testing.assert_close(got, torch.tensor([0.0, 1.0]))
 
 
-def test_no_counted_token_gives_no_number_that_is_not_finite():
+def test_a_feature_counts_alike_whatever_its_scale():
+    own, theirs = draw(1, 6, 4, seed=0).float(), draw(1, 6, 4, seed=1).float()
+    theirs = theirs / theirs.std(1)
+    mask, scale = torch.ones(6, dtype=torch.bool), torch.tensor([3.0, 1.0, 1.0, 1.0])
+    pairs = [([own], [theirs]), ([own * scale], [theirs * scale])]
+    plain, other = (unexplained_variance(*pair, mask) for pair in pairs)
+    assert abs(other / plain - 1) > 0.01
+    plain, other = (unexplained_variance(*pair, mask, by_feature=True) for pair in pairs)
+    torch.testing.assert_close(plain, other, rtol=3 * FLOOR, atol=0)
+
+
+@pytest.mark.parametrize("by_feature", [False, True])
+def test_no_counted_token_gives_no_number_that_is_not_finite(by_feature):
     states = draw(1, 3, 4, seed=0).float().requires_grad_()
-    share = unexplained_variance([states], [states.detach() + 1], torch.zeros(3, dtype=torch.bool))
+    none = torch.zeros(3, dtype=torch.bool)
+    share = unexplained_variance([states], [states.detach() + 1], none, by_feature=by_feature)
     (grad,) = torch.autograd.grad(share.sum(), states)
     assert share.item() == 0
     assert (grad == 0).all()
@@ -108,15 +137,17 @@ def test_gradient_is_linear_in_the_coefficient():
         )
 
 
-@pytest.mark.parametrize("coef", [0.0, 3.0])
-def test_a_step_says_what_states_leave_unexplained(coef):
-    student, dense, rows, config = start_damaged(states_coef=coef)
+@pytest.mark.parametrize(("coef", "scale"), [(0.0, "layer"), (3.0, "layer"), (3.0, "feature")])
+def test_a_step_says_what_states_leave_unexplained(coef, scale):
+    student, dense, rows, config = start_damaged(states_coef=coef, states_scale=scale)
     by_row = []
     for row in rows:
         with torch.no_grad(), layer_outputs(student) as own, layer_outputs(dense) as theirs:
             last_hidden_states(student.train(), row.input_ids, **packed_kwargs(row))
             last_hidden_states(dense, row.input_ids, **packed_kwargs(row))
-        by_row.append(unexplained_variance(own, theirs, row.router_mask[0]).mean())
+        by_feature = scale == "feature"
+        shares_L = unexplained_variance(own, theirs, row.router_mask[0], by_feature=by_feature)
+        by_row.append(shares_L.mean())
     result = distill_step(
         student, dense, build_optimizer(student, config.optim, seed=0), rows, config
     )

@@ -302,7 +302,7 @@ def test_a_run_that_crashes_when_all_are_stopped_has_failed(
     monkeypatch.setattr(arms, "start", start)
     jobs = {"arms": ["smk"], "tokens": 9, "seeds": [0], "rates": [1.0], "gate_rates": [1.0]}
     times = {"seconds": 1e9, "stop_after": 0.2}
-    options = argparse.Namespace(plan=None, out=tmp_path, jobs=1, **jobs, **times)
+    options = argparse.Namespace(plan=None, out=tmp_path, jobs=1, processes=1, **jobs, **times)
     assert arms.run_all(options, split_text.Parts(*[tmp_path] * 4)) == failed
     (process,) = processes
     process.stdout.close()

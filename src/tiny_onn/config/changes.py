@@ -17,7 +17,7 @@ _CHANGEABLE_KEYS = MappingProxyType(
         "router": "budget_rate straight_through load_balancing_coef z_loss_coef diversity_coef"
         " balance_rate revive_after_steps reseed_every_steps",
         "smk": "surprise direction candidates lesson_share targets net_gain explore_fraction coef",
-        "loss": "divergence temperature label_coef jsd_beta states_coef chunk_tokens",
+        "loss": "divergence temperature label_coef jsd_beta states_coef states_scale chunk_tokens",
         "data": "sources settling_tokens",
         "optim": "expert_lr gate_lr beta1 beta2 eps weight_decay gate_weight_decay clip_norm"
         " warmup_fraction decay_fraction gate_warmup_fraction gate_decay_fraction",

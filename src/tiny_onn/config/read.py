@@ -38,6 +38,7 @@ ADDED = MappingProxyType(
         "optim.norm_lr": 0.0,
         "data.shuffle_tokens": 0,
         "loss.label_coef": 0.0,
+        "loss.states_scale": "layer",
     }
 )
 _MAX_TOML_BYTES = 2**16

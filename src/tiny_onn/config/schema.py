@@ -156,8 +156,7 @@ class RouterConfig:
     expert. `evaluation`: only in evaluation (as in DynMoE), so that in training the layer adds
     nothing to such a token; `always`: in training too."""
     diversity_coef: float = 0.01
-    """The weight of the diversity and simplicity loss (only `top_any` with the objective `task`
-    uses it)."""
+    """The weight of the diversity and simplicity loss, for `top_any` with the objective `task`."""
     reseed_every_steps: int = 0
     """The number of steps after which a `top_any` expert that no token used gets a new prototype:
     the mean direction of the tokens that passed no threshold. 0: never."""
@@ -223,11 +222,13 @@ class LossConfig:
     """The weight of the teacher in the mixture of `jsd`."""
     states_coef: float = 0.0
     """The weight, in the global stage, of a second loss: the share of the variance of the teacher's
-    hidden states that the student's hidden states leave unexplained, averaged over the layers. 0:
-    no such loss."""
+    hidden states that the student's leave unexplained, averaged over layers. 0: no such loss."""
+    states_scale: Literal["layer", "feature"] = "layer"
+    """The variance that the share is of. `layer`: that of all features of a layer's hidden states
+    together; `feature`: each feature's own, so that none counts more for being large."""
     chunk_tokens: int = 0
-    """The number of tokens whose logits are held in memory at once. 0: the run chooses it, 512 on a
-    CPU and by the free memory on a GPU. Step records hold the number that repeats the run."""
+    """The number of tokens whose logits are held in memory at once. 0: 512 on a CPU, by the free
+    memory on a GPU. Step records hold the number, with which a run can be repeated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,8 +294,7 @@ class OptimConfig:
     beta2: float = 0.95
     """The decay of the second moment. Adafactor uses 1 - step^-0.8 instead."""
     eps: float = 1e-8
-    """The number added to the root of the second moment. Adafactor instead adds 1e-30 to the
-    squared gradients."""
+    """The number added to the second moment's root. Adafactor adds 1e-30 to squared gradients."""
     weight_decay: float = 0.0
     """The decoupled weight decay of the experts."""
     gate_weight_decay: float = 0.0

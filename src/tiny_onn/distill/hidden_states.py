@@ -8,10 +8,16 @@ to the stream, which the logits tell only through all later layers. Source: Squa
 2310.06927, section 3.1, which divides by the mean square instead; there a few features that are
 large and hardly vary would dominate.
 
+In some families a few features also vary far more than all others. The share can therefore be taken
+of each feature's own variance, and averaged over the features:
+
+    loss_l = mean_d sum_t (s_l[t, d] - h_l[t, d])^2 / (v_d + FLOOR mean v)
+    v_d = sum_t (h_l[t, d] - mean h_l[d])^2
+
 Legend: T tokens, D hidden, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +26,16 @@ from torch import Tensor
 
 from tiny_onn.ops.regions import region_of
 
+FLOOR = 1e-3
+"""The share of the mean variance that is added to each feature's, so that none is divided by 0."""
+
 
 def unexplained_variance(
     student_states: Sequence[Float[Tensor, "1 tokens hidden"]],
     teacher_states: Sequence[Float[Tensor, "1 tokens hidden"]],
     token_mask_T: Bool[Tensor, " tokens"],
     *,
+    by_feature: bool = False,
     compiled: bool = False,
 ) -> Float[Tensor, " layers"]:
     """Return each layer's share of the teacher's variance that the student leaves unexplained.
@@ -37,6 +47,7 @@ def unexplained_variance(
         student_states: The student's residual stream after each layer.
         teacher_states: The teacher's residual stream after each layer.
         token_mask_T: The tokens that count: all but padding and the first of each document.
+        by_feature: Whether the share is of each feature's variance, averaged over features.
         compiled: Whether the elementwise work runs through torch.compile, from which a GPU gains.
 
     Returns:
@@ -44,8 +55,10 @@ def unexplained_variance(
     """
     counts_T1 = token_mask_T[:, None].float()
     pairs = zip(student_states, teacher_states, strict=True)
+    forward = feature_share_region if by_feature else share_region
+    regions = [region_of(part, compiled=compiled) for part in (forward, share_gradient_region)]
     shares = [
-        _UnexplainedVariance.apply(student.flatten(0, 1), teacher[0], counts_T1, compiled)
+        _UnexplainedVariance.apply(student.flatten(0, 1), teacher[0], counts_T1, regions)
         for student, teacher in pairs
     ]
     return torch.stack(shares)  # pyright: ignore[reportArgumentType]
@@ -60,13 +73,11 @@ class _UnexplainedVariance(torch.autograd.Function):
         student_TD: Tensor,
         teacher_TD: Tensor,
         counts_T1: Tensor,
-        compiled: bool,
+        regions: Sequence[Callable[..., Any]],
     ) -> Tensor:
-        share, variance = region_of(share_region, compiled=compiled)(
-            student_TD, teacher_TD, counts_T1
-        )
+        share, variance = regions[0](student_TD, teacher_TD, counts_T1)
         ctx.save_for_backward(student_TD, teacher_TD, counts_T1, variance)
-        ctx.compiled = compiled
+        ctx.gradient_region = regions[1]
         return share
 
     @staticmethod
@@ -74,8 +85,7 @@ class _UnexplainedVariance(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         grad: Tensor,
     ) -> tuple[Tensor, None, None, None]:
-        region = region_of(share_gradient_region, compiled=ctx.compiled)
-        return region(*ctx.saved_tensors, grad), None, None, None
+        return ctx.gradient_region(*ctx.saved_tensors, grad), None, None, None
 
 
 def share_region(
@@ -90,9 +100,25 @@ def share_region(
     return (errors_TD.square() * counts_T1).sum() / variance, variance
 
 
+def feature_share_region(
+    student_TD: Tensor, teacher_TD: Tensor, counts_T1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the mean over features of their unexplained shares, and D times their divisors."""
+    teacher_float_TD = teacher_TD.float()
+    mean_D = (teacher_float_TD * counts_T1).sum(0) / counts_T1.sum().clamp_min(1)
+    variance_D = ((teacher_float_TD - mean_D).square() * counts_T1).sum(0)
+    divisor_D = variance_D + FLOOR * variance_D.mean()
+    divisor_D = divisor_D.clamp_min(torch.finfo(torch.float32).tiny) * len(divisor_D)
+    errors_TD = student_TD.float() - teacher_float_TD
+    return ((errors_TD.square() * counts_T1).sum(0) / divisor_D).sum(), divisor_D
+
+
 def share_gradient_region(
     student_TD: Tensor, teacher_TD: Tensor, counts_T1: Tensor, variance: Tensor, grad: Tensor
 ) -> Tensor:
-    """Return the gradient of the share at the student's states."""
+    """Return the gradient of the share at the student's states.
+
+    `variance` is what the share was divided by, one number or one for each feature.
+    """
     errors_TD = (student_TD.float() - teacher_TD.float()) * counts_T1
     return (errors_TD * (2 * grad / variance)).to(student_TD.dtype)

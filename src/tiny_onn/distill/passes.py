@@ -84,8 +84,13 @@ def row_passes(
         with clock.phase("backward"):
             extra_loss = gates.loss(routings, row)
             if match_states:
-                mask_T, compiled = row.router_mask[0], _compiles(student, config)
-                shares_L = unexplained_variance(states, teacher_states, mask_T, compiled=compiled)
+                shares_L = unexplained_variance(
+                    states,
+                    teacher_states,
+                    row.router_mask[0],
+                    by_feature=config.loss.states_scale == "feature",
+                    compiled=_compiles(student, config),
+                )
                 # The backward pass frees a layer's states once it has their gradient.
                 states.clear()
                 teacher_states.clear()
