@@ -220,7 +220,10 @@ def jobs_left(arguments: argparse.Namespace) -> list[Job]:
     jobs = planned(plan, {name: getattr(arguments, name) for name in PLANNED})
     left = [job for job in jobs if job not in done]
     if arguments.processes > 1 and any(job.arm in LOSS_METRIC for job in left):
-        raise UserError(f"--processes: got {arguments.processes}, expected 1 for {LOSS_METRIC}")
+        raise UserError(
+            f"--processes: got {arguments.processes}, expected 1 for the arms"
+            f" {' and '.join(LOSS_METRIC)}; leave these arms out, or the option"
+        )
     return left
 
 

@@ -272,7 +272,7 @@ def run(
             shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
         if job.arm in LOSS_METRIC:
-            prepared = loss_metric.prepare(config)
+            prepared = prepare(config, make=loss_metric.make_student)
         else:
             prepared = prepare(config, order_of_first(world) or partial(ordered, parts.folder))
         converted = time.monotonic() - started

@@ -106,11 +106,6 @@ def by_rates(
     return {rates: sorted(runs, key=lambda run: run["seed"]) for rates, runs in ordered}
 
 
-def most_runs(records: Sequence[dict[str, Any]], tokens: int, arm: str) -> list[dict[str, Any]]:
-    """An arm's runs at the rates with the most seeds; none if there are no runs."""
-    return next(iter(by_rates(records, tokens, arm).values()), [])
-
-
 def best_runs(records: Sequence[dict[str, Any]], tokens: int, arm: str) -> list[dict[str, Any]]:
     """An arm's runs at the rates that count for it, seed by seed; none if there are no runs.
 
@@ -118,7 +113,8 @@ def best_runs(records: Sequence[dict[str, Any]], tokens: int, arm: str) -> list[
     compared with the rates of the most seeds in the seeds that both have. SMK and its variants stay
     at the rates of the most seeds, so that a lead over a rival is rather too small than too large.
     """
-    most = most_runs(records, tokens, arm)
+    groups = [*by_rates(records, tokens, arm).values()]
+    most = groups[0] if groups else []
     if arm.split(",", maxsplit=1)[0] == OURS:
         return most
     usual = {run["seed"]: run for run in most}
@@ -130,7 +126,7 @@ def best_runs(records: Sequence[dict[str, Any]], tokens: int, arm: str) -> list[
         gap = chosen_by(shared) - chosen_by([usual[run["seed"]] for run in shared])
         return 0.0 if runs is most else gap
 
-    return min(by_rates(records, tokens, arm).values(), key=behind, default=[])
+    return min(groups, key=behind, default=[])
 
 
 def with_rates(arm: str, run: dict[str, Any]) -> str:

@@ -22,23 +22,14 @@ from transformers import PreTrainedModel
 
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
+from tiny_onn.conversion import pipeline
 from tiny_onn.conversion.mean_outputs import fit_compensation
-from tiny_onn.conversion.pipeline import (
-    Prepared,
-    make_student,
-    partition,
-    read_inputs,
-    refit_if_asked,
-)
-from tiny_onn.conversion.verify import check_conversion
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.device import pick_device
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import gated_mlps
 from tiny_onn.model.hooks import MlpInputs, Visitor
+from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.routing.budgets import fit_start_thresholds
-from tiny_onn.teacher.held_out import HeldOut
-from tiny_onn.teacher.load import teacher_for
 
 # Calibration tokens from which F is estimated.
 FISHER_TOKENS = 16_384
@@ -109,18 +100,17 @@ def root_of(fisher_DD: Float[Tensor, "hidden hidden"]) -> Float[Tensor, "hidden 
     return (vectors_DD * values_D.clamp_min(0).sqrt()) @ vectors_DD.T
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """What `conversion.pipeline.prepare` returns, with partition and gates in the loss' metric."""
-    inputs, tokenizer, held_out = read_inputs(config, pick_device(config.train.device))
-    dense = inputs.dense
+def make_student(
+    config: RunConfig, inputs: MlpInputs, order: Sequence[Tensor] | None
+) -> TinyOnnForCausalLM:
+    """What `conversion.pipeline.make_student` returns, with partition and gates in the metric."""
     number = max(1, FISHER_TOKENS // config.data.row_tokens)
     generator = torch.Generator().manual_seed(config.train.seed)
-    roots = [root_of(part) for part in output_fisher(dense, inputs.rows[:number], generator)]
+    roots = [root_of(part) for part in output_fisher(inputs.dense, inputs.rows[:number], generator)]
     weighed = WeighedInputs(inputs, roots)
-    order = partition(config, weighed)
-    gates = [bank.router.state_dict() for bank in make_student(config, weighed, order).banks()]
-    student = make_student(config, inputs, order)
-    conversion = check_conversion(config, student, inputs)
+    order = pipeline.partition(config, weighed) if order is None else order
+    gates = [b.router.state_dict() for b in pipeline.make_student(config, weighed, order).banks()]
+    student = pipeline.make_student(config, inputs, order)
     banks = student.banks()
     with torch.no_grad():
         for bank, gate in zip(banks, gates, strict=True):
@@ -132,12 +122,4 @@ def prepare(config: RunConfig) -> Prepared:
         fit_start_thresholds(inputs, banks, config.router.budget_scope)
     if config.experts.compensation == "mean":
         fit_compensation(inputs, banks)
-    refit_if_asked(config, student, inputs)
-    teacher = teacher_for(dense, config.teacher)
-    return Prepared(
-        teacher=teacher,
-        student=student,
-        tokenizer=tokenizer,
-        conversion=conversion,
-        held_out=HeldOut(teacher, held_out),
-    )
+    return student

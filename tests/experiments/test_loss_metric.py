@@ -72,14 +72,14 @@ def test_a_root_squared_is_the_damped_metric():
 def test_with_an_even_metric_the_student_is_the_usual_one(config, monkeypatch):
     usual = prepare(config).student.state_dict()
     monkeypatch.setattr(loss_metric, "root_of", lambda f: torch.eye(len(f), dtype=torch.float64))
-    same = loss_metric.prepare(config).student.state_dict()
+    same = prepare(config, make=loss_metric.make_student).student.state_dict()
     assert usual.keys() == same.keys()
     for name, value in usual.items():
         assert torch.equal(value, same[name]), name
 
 
 def test_another_metric_changes_the_cut_and_no_weight_of_the_teacher(config):
-    usual, other = prepare(config), loss_metric.prepare(config)
+    usual, other = prepare(config), prepare(config, make=loss_metric.make_student)
     ours, theirs = (p.student.state_dict() for p in (usual, other))
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours if "router" in name)
     for mine, its in zip(gated_mlps(usual.teacher), gated_mlps(other.teacher), strict=True):

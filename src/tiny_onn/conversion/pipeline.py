@@ -38,6 +38,7 @@ from tiny_onn.teacher.held_out import HeldOut
 from tiny_onn.teacher.load import load_dense, teacher_for
 
 FindOrder = Callable[[RunConfig, MlpInputs], Sequence[Tensor] | None]
+MakeStudent = Callable[[RunConfig, MlpInputs, Sequence[Tensor] | None], TinyOnnForCausalLM]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +54,15 @@ class Prepared:
     """The rows that the student is evaluated on, with the teacher."""
 
 
-def prepare(config: RunConfig, find_order: FindOrder | None = None) -> Prepared:
+def prepare(
+    config: RunConfig, find_order: FindOrder | None = None, *, make: MakeStudent | None = None
+) -> Prepared:
     """Load the teacher, convert it, and calibrate the student on the first training rows.
 
     Args:
         config: the settings.
         find_order: finds the order of neurons in the place of `partition`, such as from a file.
+        make: converts the teacher in the place of `make_student`, whose arguments it takes.
 
     Raises:
         UserError: something is wrong with the teacher, its cache, the text or the sizes.
@@ -67,7 +71,7 @@ def prepare(config: RunConfig, find_order: FindOrder | None = None) -> Prepared:
     check_cache(config, inputs.dense, tokenizer)
     with status("Converting"):
         order = None if find_order is None else find_order(config, inputs)
-        student = make_student(config, inputs, order)
+        student = (make or make_student)(config, inputs, order)
     with status("Checking the conversion"):
         conversion = check_conversion(config, student, inputs)
     refit_if_asked(config, student, inputs)
