@@ -37,7 +37,7 @@ from tiny_onn.data.rows import training_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import prepare_device
 from tiny_onn.distill.assembly import assemble
-from tiny_onn.distill.optim import lr_factor, set_learning_rates
+from tiny_onn.distill.schedule import lr_factor, set_learning_rates
 from tiny_onn.distill.stages import step_tokens
 from tiny_onn.distill.step import distill_step
 from tiny_onn.evaluation.compare import evaluate

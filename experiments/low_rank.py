@@ -28,7 +28,7 @@ from tiny_onn.conversion.refit import Passing
 from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import training_rows
 from tiny_onn.distill.hidden_states import unexplained_variance
-from tiny_onn.distill.optim import lr_factor
+from tiny_onn.distill.schedule import lr_factor
 from tiny_onn.model.attention import packed_kwargs
 from tiny_onn.model.backbone import decoder_layers, gated_mlps, head_of, last_hidden_states
 from tiny_onn.model.hooks import layer_outputs

@@ -36,7 +36,8 @@ from tiny_onn.data.packing import PackedRow
 from tiny_onn.data.rows import calibration_rows, held_out_rows, training_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device
-from tiny_onn.distill.optim import build_optimizer, lr_factor, set_learning_rates
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.schedule import lr_factor, set_learning_rates
 from tiny_onn.distill.step import distill_step
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import evaluate

@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "task": {"router": {"objective": "task"}, **DENSE, "optim": {"clip_norm": 0.01}},
 }
 MODES = ("layer", "offload")
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "muon")
 MASTERS = ("float32", "bfloat16")
 
 

@@ -85,7 +85,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 STAGES = ("global", "blockwise")
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "muon")
 
 
 def prepared(changes: dict[str, Any], rows_per_step: int, **sizes: Any) -> tuple[Any, Any, Any]:

@@ -16,7 +16,8 @@ from tiny import CONFIG, change, make_dense, make_documents
 from tiny_onn.conversion.pipeline import make_student
 from tiny_onn.data.packing import build_row
 from tiny_onn.distill.checkpointing import checkpoint_layers
-from tiny_onn.distill.optim import build_optimizer, lr_factor, set_learning_rates
+from tiny_onn.distill.optim import build_optimizer
+from tiny_onn.distill.schedule import lr_factor, set_learning_rates
 from tiny_onn.distill.step import distill_step
 from tiny_onn.model.hooks import MlpInputs
 

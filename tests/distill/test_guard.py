@@ -67,7 +67,7 @@ def poison(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "muon"])
 @pytest.mark.parametrize("part", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_update_that_is_not_finite_changes_nothing(poison, name, part, value):

@@ -91,6 +91,8 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"label_coef": 0.1},
         "rows": 2,
     },
+    "muon, norms learn": {"optim": {"name": "muon", "norm_lr": 1e-3, "lr_scale": "rms"}},
+    "muon bf16, two rows": {"optim": {"name": "muon", "master_dtype": "bfloat16"}, "rows": 2},
     "adafactor bf16, budget": {
         "optim": {"name": "adafactor", "master_dtype": "bfloat16"},
         "router": {"budget_form": "threshold"},

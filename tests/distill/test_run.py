@@ -281,7 +281,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_teacher_is_load
     assert not out.parent.exists()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("master_dtype", ["float32", "bfloat16"])
 def test_a_run_takes_the_disk_that_its_plan_counts(config, tmp_path, optimizer, master_dtype):
     config = change(

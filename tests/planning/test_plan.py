@@ -246,6 +246,7 @@ def test_matmul_flops_are_those_of_a_step(overrides, tmp_path):
         ("llama", ("router.objective=task", "experts.weighting=softmax")),
         ("qwen3", ("router.objective=none", "optim.master_dtype=bfloat16")),
         ("llama", ("smk.surprise=magnitude", "optim.name=adafactor")),
+        ("qwen3", ("train.checkpointing=none", "optim.name=muon")),
         ("qwen3", ("smk.surprise=parameters", "teacher.quantization=nf4")),
         ("llama", ("teacher.quantization=nf4", "teacher.placement=separate")),
     ],

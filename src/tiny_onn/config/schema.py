@@ -23,6 +23,7 @@ TeacherDType = Literal["auto", "float32", "bfloat16"]
 ExpertPath = Literal["auto", "dense", "grouped", "sparse"]
 Checkpointing = Literal["none", "layer", "selective", "offload"]
 Shard = Literal["none", "optimizer", "full"]
+OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "muon"]
 # The number format in which `tiny-onn cache` stores a teacher's hidden states.
 StatesFormat = Literal["bfloat16", "int8", "float32"]
 
@@ -268,11 +269,11 @@ class DataConfig:
 class OptimConfig:
     """The optimizers of the experts and of the gates, which learn at different rates."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"] = "adamw"
+    name: OptimizerName = "adamw"
     """The experts' optimizer. `adamw`: 32-bit state; `adamw8bit`: 8-bit state (bitsandbytes);
     `paged_adamw8bit`: 8-bit state that moves to host memory when GPU memory is short (on a CPU it
-    equals `adamw8bit`); `adafactor`: a factored second moment. The gates always use AdamW with
-    32-bit state."""
+    equals `adamw8bit`); `adafactor`: a factored second moment; `muon`: an expert's matrices move by
+    their orthogonalised momentum, its vectors by AdamW. Gates always use AdamW, 32-bit state."""
     master_dtype: DType = "float32"
     """The number format of the experts' weights and gradients. `bfloat16` halves their memory;
     updated weights are then rounded stochastically."""
@@ -285,12 +286,11 @@ class OptimConfig:
     experts' schedule, without weight decay. 0: they stay as the teacher has them (model card)."""
     lr_scale: Literal["absolute", "rms"] = "absolute"
     """The unit of the weights, to which learning rates, weight decay, `eps` and `clip_norm` refer.
-    `absolute`: 1; `rms`: each weight's root mean square at the start of the run (for an expert's
-    gate and up weights apart), so that one rate fits teachers of any scale: 0.001 is a change by a
-    thousandth of a weight. Vectors other than gains of norms, and weights that start at 0, have the
-    unit 1 in both cases."""
+    `absolute`: 1; `rms`: each weight's root mean square at the start of the run (gates and ups
+    apart), so that a rate fits teachers of any scale: 0.001 is a change by a thousandth of a weight.
+    Vectors other than gains of norms, and weights that start at 0, have the unit 1 in both."""
     beta1: float = 0.9
-    """The decay of the first moment. Adafactor has no first moment."""
+    """The decay of the first moment, which is Muon's momentum. Adafactor has none."""
     beta2: float = 0.95
     """The decay of the second moment. Adafactor uses 1 - step^-0.8 instead."""
     eps: float = 1e-8

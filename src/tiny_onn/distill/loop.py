@@ -25,10 +25,10 @@ from tiny_onn.distill.assembly import Training, assemble
 from tiny_onn.distill.blockwise import BlockErrors, block_errors, blockwise_step, teacher_power
 from tiny_onn.distill.feed import RowFeed
 from tiny_onn.distill.first_steps import FirstSteps
-from tiny_onn.distill.optim import lr_factor, set_learning_rates
 from tiny_onn.distill.run_log import RunLog, RunResult
 from tiny_onn.distill.run_state import RunState, restore
 from tiny_onn.distill.saving import Saver
+from tiny_onn.distill.schedule import lr_factor, set_learning_rates
 from tiny_onn.distill.stages import annealed, next_due, run_tokens, stage_named, step_tokens
 from tiny_onn.distill.start_checks import check_start, keep_conversion
 from tiny_onn.distill.step import StepResult, distill_step

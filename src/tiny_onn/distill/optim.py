@@ -1,4 +1,4 @@
-"""Optimizers and learning rate schedules of the two systems: fast experts and slow gates.
+"""Optimizers of the two systems: fast experts and slow gates.
 
 The experts' optimizer is a setting. Gates are 0.3 % of the parameters and are always stepped by
 AdamW with 32-bit state, and so are the gains of norms where they learn. An expert parameter of a
@@ -8,6 +8,7 @@ model with 96 x 1024 experts takes, in bytes for weight + gradient + state:
     adamw                        4 + 4 + 8           2 + 2 + 8
     adamw8bit, paged_adamw8bit   4 + 4 + 2.03        2 + 2 + 2.03
     adafactor                    4 + 4 + 0.05        2 + 2 + 0.05
+    muon                         4 + 4 + 4           2 + 2 + 4
 
 While a bfloat16 tensor is stepped it also needs float32 copies of itself and of its gradient, and 4
 bytes of random bits per element; tensors are stepped one at a time.
@@ -15,9 +16,9 @@ bytes of random bits per element; tensors are stepped one at a time.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import BFloat16, Float32
@@ -25,25 +26,14 @@ from torch import Tensor, nn
 
 from tiny_onn.config.schema import OptimConfig, Shard
 from tiny_onn.device import load_bitsandbytes
-from tiny_onn.distill.units import Units, in_units_, norm_units, out_of_units_, start_units
+from tiny_onn.distill.muon import Muon
+from tiny_onn.distill.units import STACKED, Units, in_units_, norm_units, out_of_units_, start_units
 from tiny_onn.model.expert_weights import KINDS, by_neuron
 from tiny_onn.model.full_sharding import local_part, shard_place
 from tiny_onn.model.norms import norm_gains
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
 from tiny_onn.parallel import ALONE, World, balanced
-from tiny_onn.planning.memory import MIN_8BIT_SIZE
-
-
-class LrFactor(NamedTuple):
-    """The current learning rates as shares of the peak rates."""
-
-    experts: float
-    gates: float
-
-    @property
-    def norms(self) -> float:
-        """The share of the norms' gains, which follow the experts' schedule."""
-        return self.experts
+from tiny_onn.planning.optimizer_state import MIN_8BIT_SIZE
 
 
 def build_optimizer(
@@ -75,7 +65,9 @@ def build_optimizer(
     num_shares = shard_place(experts[0])[1] if experts else 1
     norms = list(norm_gains(student).values())
     steppers = []
-    if experts:
+    if experts and config.name == "muon":
+        steppers.extend(_muon(config, named_experts))
+    elif experts:
         group = _group("experts", experts, config.expert_lr, config.weight_decay)
         steppers.append(_stepper(config, group, experts[0].device, num_shares))
     if gates:
@@ -88,7 +80,7 @@ def build_optimizer(
     if config.lr_scale == "rms":
         units = start_units(named_experts | named_gates) | norm_units(student)
     owners = owners_of(experts, world.size) if shard == "optimizer" and world.size > 1 else {}
-    kinds = {} if config.name == "adamw" else kinds
+    kinds = {} if config.name in ("adamw", "muon") else kinds
     return SplitOptimizer(steppers, seed, kinds, units, owners=owners, world=world)
 
 
@@ -141,6 +133,22 @@ def _stepper(
     least: Any = MIN_8BIT_SIZE / num_shares
     betas = (config.beta1, config.beta2)
     return optimizer([group], betas=betas, eps=config.eps, min_8bit_size=least)
+
+
+def _muon(
+    config: OptimConfig, experts: Mapping[str, nn.Parameter]
+) -> Iterator[torch.optim.Optimizer]:
+    """Yield the optimizers of gates with ups, of downs, and of vectors, which are no matrices."""
+    by_kind: defaultdict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in experts.items():
+        kind = name.split(".")[-1]
+        by_kind[kind if kind in KINDS else "vectors"].append(parameter)
+    for kind, parameters in by_kind.items():
+        group = _group("experts", parameters, config.expert_lr, config.weight_decay)
+        if kind == "vectors":
+            yield _adamw(config, group)
+        else:
+            yield Muon(group, config.beta1, num_stacked=2 if kind == STACKED else 1)
 
 
 def _adamw(config: OptimConfig, group: dict[str, Any]) -> torch.optim.Optimizer:
@@ -370,23 +378,3 @@ def stochastic_round(
     bits.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
     # The sum could turn the bits of a NaN into those of a number.
     return torch.where(values.isfinite(), bits.view(torch.float32), values).bfloat16()
-
-
-def lr_factor(progress: float, config: OptimConfig) -> LrFactor:
-    """Return the shares of the peak rates at `progress` in [0, 1]: rise, constant, linear fall."""
-    return LrFactor(
-        experts=_trapezoid(progress, config.warmup_fraction, config.decay_fraction),
-        gates=_trapezoid(progress, config.gate_warmup_fraction, config.gate_decay_fraction),
-    )
-
-
-def _trapezoid(progress: float, warmup: float, decay: float) -> float:
-    rising = progress / warmup if warmup else 1.0
-    falling = (1 - progress) / decay if decay else 1.0
-    return max(0.0, min(1.0, rising, falling))
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: LrFactor) -> None:
-    """Set each group's learning rate to its system's share of the group's peak rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * getattr(factor, group["system"])

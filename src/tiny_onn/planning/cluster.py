@@ -19,7 +19,8 @@ from tiny_onn.errors import UserError
 from tiny_onn.parallel import balanced, check_shares, messages
 from tiny_onn.planning.costs import Parameters, Sizes
 from tiny_onn.planning.device_names import device_rows
-from tiny_onn.planning.memory import BLOCK_SIZE_8BIT, MIN_8BIT_SIZE, Moment, state_bytes
+from tiny_onn.planning.memory import Moment
+from tiny_onn.planning.optimizer_state import BLOCK_SIZE_8BIT, MIN_8BIT_SIZE, state_bytes
 from tiny_onn.planning.sources import Device
 
 GPUS_PER_NODE = 8

@@ -13,7 +13,8 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.norms import norms_of
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
-from tiny_onn.planning.memory import NUMBER_BYTES, state_bytes
+from tiny_onn.planning.memory import NUMBER_BYTES
+from tiny_onn.planning.optimizer_state import state_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ q width of all query heads, kv width of all key heads, b bytes of an activation.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from tiny_onn.ops.distillation_loss import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.ops.loss_chunks import auto_chunk_tokens
 from tiny_onn.ops.router_gradient import NORMED
 from tiny_onn.planning.costs import Parameters, Sizes
+from tiny_onn.planning.optimizer_state import MUON_ELEMENTS, state_bytes
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -346,8 +347,13 @@ class _Step:
         parts["gradients"] = self.layers * self.layer_gradients + 4 * self.parameters.gates
         parts["routing"] = self.routing()
         # Stochastic rounding makes float32 copies of one tensor and its gradient, and random bits.
-        largest = 2 * self.projection_elements
-        return _moment("update", parts, {"rounding": 12 * largest if self.master_bytes == 2 else 0})
+        largest, temporary = 2 * self.projection_elements, {}
+        if self.master_bytes == 2:
+            temporary["rounding"] = 12 * largest
+        if self.config.optim.name == "muon":
+            number = 1 if self.master_bytes == 2 else max(1, MUON_ELEMENTS // largest)
+            temporary["directions"] = 4 * 4 * largest * min(number, self.layers)
+        return _moment("update", parts, temporary)
 
 
 def moments(
@@ -374,27 +380,3 @@ def moments(
 def _moment(name: str, common: Counter[str], parts: dict[str, int]) -> Moment:
     total = common + Counter(parts)
     return Moment(name, dict(total))
-
-
-# bitsandbytes keeps 32-bit state of tensors below this size, a scale for each block of numbers, and
-# a quantisation map for each of Adam's two moments.
-MIN_8BIT_SIZE = 4096
-BLOCK_SIZE_8BIT = 256
-_QMAP_BYTES = 256 * 4
-
-
-def state_bytes(
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"], shape: Sequence[int]
-) -> int:
-    """Return the bytes of optimizer state of one expert tensor, counters left out.
-
-    Args:
-        name: the optimizer.
-        shape: the tensor's shape as the optimizer sees it, (2, E, I, D) or (E, I, D).
-    """
-    size = prod(shape)
-    if name == "adafactor":
-        return 4 * (size // shape[-1] + size // shape[-2])
-    if name == "adamw" or size < MIN_8BIT_SIZE:
-        return 8 * size
-    return 2 * (size + 4 * -(-size // BLOCK_SIZE_8BIT) + _QMAP_BYTES)
