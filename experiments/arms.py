@@ -109,6 +109,8 @@ LONGER_MOMENT = ("optim.beta2=0.99",)
 BY_FEATURE = ("loss.states_scale=feature",)
 # What was a little better than the recipe by itself.
 TOGETHER = ("loss.states_coef=64", "optim.clip_norm=0.2")
+MUON = ("optim.name=muon",)
+MUON_FEATURES = (*MUON, *BY_FEATURE, "loss.states_coef=64")
 ARMS: dict[str, tuple[str, ...]] = {
     "smk": (),
     "smk, not refitted": ("experts.refit=false",),
@@ -133,6 +135,16 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, together": TOGETHER,
     "smk, features": BY_FEATURE,
     "smk, features x 16": (*BY_FEATURE, "loss.states_coef=64"),
+    "smk, features, together": (*BY_FEATURE, *TOGETHER),
+    "smk, features, together, loss metric": (*BY_FEATURE, *TOGETHER),
+    "smk, muon": MUON,
+    "smk, muon, states x 16": (*MUON, "loss.states_coef=64"),
+    "smk, muon, features x 16": MUON_FEATURES,
+    "smk, muon, features x 16, loss metric": MUON_FEATURES,
+    "frozen ridge gate, muon, features x 16": (*NONE, *MUON_FEATURES),
+    "static choice, muon, features x 16": (*STATIC, *MUON_FEATURES),
+    "half-width, muon": (*HALF, *MUON),
+    "half-width, muon, features x 16": (*HALF, *MUON_FEATURES),
     "smk, more text": (),
     "smk, loss metric": (),
     "frozen ridge gate, loss metric": NONE,

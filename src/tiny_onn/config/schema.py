@@ -287,7 +287,7 @@ class OptimConfig:
     lr_scale: Literal["absolute", "rms"] = "absolute"
     """The unit of the weights, to which learning rates, weight decay, `eps` and `clip_norm` refer.
     `absolute`: 1; `rms`: each weight's root mean square at the start of the run (gates and ups
-    apart), so that a rate fits teachers of any scale: 0.001 is a change by a thousandth of a weight.
+    apart), so that a rate fits teachers of any scale: 0.001 is a change by a thousandth of it.
     Vectors other than gains of norms, and weights that start at 0, have the unit 1 in both."""
     beta1: float = 0.9
     """The decay of the first moment, which is Muon's momentum. Adafactor has none."""
