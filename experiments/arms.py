@@ -20,9 +20,9 @@ which are reported on too. `--rates 0.5 1 2` multiplies an arm's learning rate o
 Every run is a process of its own with a line in OUT/arms.jsonl. Several at once (`--jobs`) keep a
 GPU busy while others start, convert, compile and measure. After `--seconds` no run is started, and
 after `--stop-after` those under way save a checkpoint and end; the same command goes on from there.
-Other settings (`--set`) need another OUT. With `--processes N` torchrun trains each run by as many
-processes, a GPU each; a run of so many rows a step has `--set train.rows_per_step=N`. With
-`--smoke` the runs are tiny.
+Other settings (`--set`) need another OUT. With `--processes N` torchrun trains each run by N
+processes, a GPU each, and rows for them with `--set train.rows_per_step=N`. With `--smoke` the runs
+are tiny.
 """
 
 import argparse
@@ -104,10 +104,9 @@ HALF = ("experts.init=importance", *STATIC)
 # A gate that learns from the main loss takes a lower rate than one with a loss of its own.
 TASK = ("router.objective=task", "optim.gate_lr=2.3e-3")
 IN_ORDER = ("data.shuffle_tokens=0",)
-# The second moments of gradients in AdamW are means over some 100 steps in place of 20.
+# AdamW's second moments are means over some 100 steps in place of 20.
 LONGER_MOMENT = ("optim.beta2=0.99",)
 BY_FEATURE = ("loss.states_scale=feature",)
-# What was a little better than the recipe by itself.
 TOGETHER = ("loss.states_coef=64", "optim.clip_norm=0.2")
 MUON = ("optim.name=muon",)
 MUON_FEATURES = (*MUON, *BY_FEATURE, "loss.states_coef=64")
@@ -142,7 +141,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, muon, features x 16": MUON_FEATURES,
     "smk, muon, features x 16, loss metric": MUON_FEATURES,
     "frozen ridge gate, muon, features x 16": (*NONE, *MUON_FEATURES),
-    "static choice, muon, features x 16": (*STATIC, *MUON_FEATURES),
     "half-width, muon": (*HALF, *MUON),
     "half-width, muon, features x 16": (*HALF, *MUON_FEATURES),
     "smk, more text": (),

@@ -53,6 +53,13 @@ WORDS = {
     "smk, together, more text": "SMK with these two on text of more projects",
     "smk, features": "SMK with hidden states matched feature by feature",
     "smk, features x 16": "the same with sixteen times the weight on them",
+    "smk, features, together": "SMK with features, more weight on them and tighter clipping",
+    "smk, features, together, loss metric": "the same converted in the metric of the loss",
+    "smk, muon": "SMK by Muon",
+    "smk, muon, states x 16": "SMK by Muon with sixteen times the weight on hidden states",
+    "smk, muon, features x 16": "SMK by Muon with hidden states matched feature by feature",
+    "smk, muon, features x 16, loss metric": "the same converted in the metric of the loss",
+    "smk, averaged weights": "SMK with weights averaged over the last tenth",
     "smk, loss metric": "SMK converted in the metric of the loss",
     "smk, norms learn": "SMK with gains of norms that learn",
     "frozen ridge gate": "the frozen ridge gate",
@@ -70,6 +77,10 @@ WORDS = {
 PAIRS = (
     *(("smk", other) for other in WORDS if other != "smk"),
     ("frozen ridge gate", "half-width"),
+    ("frozen ridge gate, loss metric", "frozen ridge gate"),
+    ("smk, muon, features x 16", "frozen ridge gate, muon, features x 16"),
+    ("smk, muon, features x 16", "half-width, muon, features x 16"),
+    ("half-width, muon, features x 16", "half-width"),
 )
 # Tokens and the KL at exactly k that SMK was meant to reach.
 GOALS = {1_998_848: 0.20, 20_000_768: 0.10, 99_999_744: 0.06}
