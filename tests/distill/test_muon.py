@@ -102,3 +102,31 @@ def test_vectors_of_experts_are_stepped_by_adamw():
     # Only matrices of experts differ.
     assert {n.split(".")[-1] for n in muon_.keys() - same} == {"gate_up_proj", "down_proj"}
     assert any(name.endswith("mean_outputs") for name in same)
+
+
+def test_an_expert_without_a_gradient_stays():
+    student = make_student(make_dense(), num_experts=4)
+    optimizer = build_optimizer(student, OptimConfig(name="muon"))
+    experts = student.banks()[0].experts
+    for used in (4, 3):
+        before = {name: p.detach().clone() for name, p in experts.named_parameters()}
+        for number, p in enumerate(experts.parameters()):
+            p.grad = randn(*p.shape, seed=number)
+            p.grad[used:] = 0
+        optimizer.step()
+        for name, p in experts.named_parameters():
+            moved = (p.detach() != before[name]).flatten(1).any(1)
+            assert moved.tolist() == [True] * used + [False] * (4 - used), name
+
+
+def test_large_weights_are_stepped_some_experts_at_a_time(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(muon, "orthogonal", lambda m: sizes.append(len(m)) or orthogonal(m))
+    student = make_student(make_dense(num_hidden_layers=2, intermediate_size=40), num_experts=5)
+    for number, p in enumerate(student.trainable().values()):
+        p.grad = randn(*p.shape, seed=number)
+    down = student.banks()[0].experts.down_proj
+    monkeypatch.setattr(muon, "MUON_ELEMENTS", 4 * down[0].numel())
+    build_optimizer(student, OptimConfig(name="muon")).step()
+    # Two experts of gate_up_proj or four of down_proj at a time, in two layers.
+    assert sizes == [2, 2, 1, 2, 2, 1, 4, 1, 4, 1]

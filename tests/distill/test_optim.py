@@ -113,7 +113,8 @@ def test_a_state_dict_goes_on_bit_for_bit(dense, student, name, master_dtype):
     resumed_optimizer = build_optimizer(resumed, config)
     resumed.load_state_dict(student.state_dict())
     resumed_optimizer.load_state_dict(optimizer.state_dict())
-    assert resumed_optimizer.param_groups[1]["lr"] == optimizer.param_groups[1]["lr"]
+    groups = zip(resumed_optimizer.param_groups, optimizer.param_groups, strict=True)
+    assert all(resumed["lr"] == group["lr"] for resumed, group in groups)
     for each, its_optimizer in ((student, optimizer), (resumed, resumed_optimizer)):
         take_steps(each, its_optimizer, range(2, 4))
     assert_same(snapshot(student, optimizer), snapshot(resumed, resumed_optimizer))

@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -351,3 +352,22 @@ def test_a_disk_that_is_full_at_the_end_stops_the_run_with_one_line(
     monkeypatch.setattr(checkpoint_module, "save_file", real)
     run_distill(config, out=out, resume=True)
     assert_same_run(out, whole[0])
+
+
+@pytest.mark.parametrize("objective", ["smk", "none"])
+def test_a_step_records_a_rate_of_the_experts_and_one_of_gates_that_learn(
+    config, tmp_path, objective
+):
+    rates = {"expert_lr": 1e-3, "gate_lr": 5e-3, "warmup_fraction": 0, "decay_fraction": 0}
+    config = change(
+        config,
+        experts={"compensation": "mean"},
+        router={"objective": objective},
+        # Muon has several groups of the experts' weights.
+        optim={"name": "muon", **rates, "gate_warmup_fraction": 0, "gate_decay_fraction": 0},
+        train={"tokens": 96, "log_every_steps": 1},
+    )
+    run_distill(config, out=tmp_path / "run")
+    rows: list[Any] = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    found = {tuple(row["lr"]) for row in rows if row["kind"] == "step"}
+    assert found == {(1e-3, 5e-3) if objective == "smk" else (1e-3,)}

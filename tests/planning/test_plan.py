@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -129,8 +130,8 @@ class MatrixProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm"):
-            left = args[1 if name == "addmm" else 0]
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            left = args[1 if "add" in name else 0]
             self.flops += 2 * result.numel() * left.shape[-1]
         return result
 
@@ -215,6 +216,7 @@ def test_forward_flops_of_one_row_of_32k():
         ("train.checkpointing=selective", "train.ffn_chunk_tokens=64"),
         ("router.objective=none", "train.rows_per_step=2"),
         ("router.objective=task", "router.selection=top_k", "experts.weighting=softmax"),
+        ("optim.name=muon",),
     ],
     ids=" ".join,
 )
@@ -266,6 +268,21 @@ def test_peak_memory_of_many_layers_whose_states_are_compared(tmp_path, monkeypa
     planned = small_plan("qwen3", config, tmp_path)
     assert planned.peak.name.startswith("backward of layer 23")
     assert planned.peak.total == pytest.approx(live_peak("qwen3", config), rel=0.03)
+
+
+@pytest.mark.parametrize(("width", "experts"), [(64, 8), (8, 48), (192, 1)])
+@pytest.mark.parametrize("master_dtype", ["float32", "bfloat16"])
+def test_the_copies_of_a_step_of_muon_are_counted(
+    width, experts, master_dtype, tmp_path, monkeypatch
+):
+    for name, value in {"num_hidden_layers": 12, "intermediate_size": width * experts}.items():
+        monkeypatch.setitem(SIZES, name, value)
+    monkeypatch.setattr(sys.modules[__name__], "ROW_TOKENS", 32)
+    muon = ("optim.name=muon", f"optim.master_dtype={master_dtype}")
+    config = settings(*muon, f"experts.num_experts={experts}", "router.target_k=1")
+    planned = small_plan("llama", config, tmp_path)
+    assert planned.peak.name == "update"
+    assert planned.peak.total == pytest.approx(live_peak("llama", config), rel=0.02)
 
 
 def live_peak(family, config):

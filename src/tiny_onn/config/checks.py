@@ -119,7 +119,7 @@ def check_full_sharding(config: RunConfig) -> None:
             "optim.name",
             config.optim.name,
             "adafactor",
-            '"adamw" or "adamw8bit"',
+            '"adamw", "adamw8bit" or "muon"',
             "it scales an update by the root mean square of a whole weight",
         ),
         (

@@ -273,12 +273,13 @@ class OptimConfig:
     """The experts' optimizer. `adamw`: 32-bit state; `adamw8bit`: 8-bit state (bitsandbytes);
     `paged_adamw8bit`: 8-bit state that moves to host memory when GPU memory is short (on a CPU it
     equals `adamw8bit`); `adafactor`: a factored second moment; `muon`: an expert's matrices move by
-    their orthogonalised momentum, its vectors by AdamW. Gates always use AdamW, 32-bit state."""
+    their orthogonalised momentum, which takes long if they are wide, its vectors by AdamW. Gates
+    always use AdamW with 32-bit state."""
     master_dtype: DType = "float32"
     """The number format of the experts' weights and gradients. `bfloat16` halves their memory;
     updated weights are then rounded stochastically."""
     expert_lr: float = 6e-4
-    """The peak learning rate of the experts."""
+    """The peak learning rate of the experts. A step of Muon has 0.4 of it as root mean square."""
     gate_lr: float = 3e-3
     """The peak learning rate of the gates."""
     norm_lr: float = 0.0
@@ -292,7 +293,7 @@ class OptimConfig:
     beta1: float = 0.9
     """The decay of the first moment, which is Muon's momentum. Adafactor has none."""
     beta2: float = 0.95
-    """The decay of the second moment. Adafactor uses 1 - step^-0.8 instead."""
+    """The decay of the second moment. Adafactor uses 1 - step^-0.8, and Muon has none."""
     eps: float = 1e-8
     """The number added to the second moment's root. Adafactor adds 1e-30 to squared gradients."""
     weight_decay: float = 0.0
@@ -339,10 +340,9 @@ class TrainConfig:
     shard: Shard = "none"
     """The division of memory between the processes of a run. `none`: each holds everything;
     `optimizer`: the optimizer's state of each expert tensor lies in one process, which steps the
-    tensor and hands it to the others; the results are the same to the bit. `full`: each process
-    holds a share of the experts, with their gradients and state, and of the MLPs of a teacher that
-    is not quantised, and gathers them layer by layer (FSDP2), for models that do not fit on one
-    GPU."""
+    tensor and hands it to the others, with the same results. `full`: each process holds a share of
+    the experts, with their gradients and state, and of the MLPs of a teacher that is not quantised,
+    and gathers them layer by layer (FSDP2), for models that do not fit on one GPU."""
     deterministic: bool = True
     """Use only GPU kernels whose results repeat bit for bit. On a CPU results always do."""
     expert_path: ExpertPath = "auto"

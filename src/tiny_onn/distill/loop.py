@@ -360,8 +360,8 @@ class _Run:
             if self.state.step % train.log_every_steps == 0:
                 groups = self.training.optimizer.param_groups
                 # Gains of norms follow the experts' schedule.
-                lr = [group["lr"] for group in groups if group["system"] != "norms"]
-                self.log.step(result, **position, lr=lr, seconds=seconds)
+                lr = {g["system"]: g["lr"] for g in groups if g["system"] != "norms"}
+                self.log.step(result, **position, lr=[*lr.values()], seconds=seconds)
         elif guard.skipped_in_row >= train.max_skipped_steps:
             self.saver.warn(self.saver.writer.wait())
             intact = valid_checkpoints(self.checkpoints)

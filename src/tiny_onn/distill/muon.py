@@ -13,12 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiny_onn.planning.optimizer_state import MUON_ELEMENTS
+from tiny_onn.planning.optimizer_state import MUON_ELEMENTS, MUON_ITERATIONS
 
-# Coefficients of a x + b x^3 + c x^5, which in 5 steps brings singular values from 0.01 to 1 of the
-# largest near 1 (Jordan et al., below).
+# Coefficients of a x + b x^3 + c x^5, which in 5 iterations brings singular values between 0.01 and
+# 1 near 1 (Jordan et al., below).
 QUINTIC = (3.4445, -4.7750, 2.0315)
-NUM_STEPS = 5
 # The root mean square of a step at rate 1. Steps of AdamW have 0.2 to 0.4 (arXiv 2502.16982,
 # section 2.2), so that about the same rate fits both.
 STEP_RMS = 0.4
@@ -27,7 +26,9 @@ STEP_RMS = 0.4
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov's momentum, for weights (E, H R, C) that stack H matrices of each expert.
 
-    The state of a weight is its momentum. The group's weights have one shape.
+    The state of a weight is its momentum. The group's weights have one shape. A matrix without a
+    gradient other than 0 takes no step: made orthogonal, its fading momentum would give a step as
+    large as any.
 
     Args:
         group: Weights, a learning rate and a decoupled weight decay.
@@ -45,22 +46,29 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every weight that has a gradient."""
         for group in self.param_groups:
-            lr, decay, num_stacked = (group[k] for k in ("lr", "momentum", "num_stacked"))
-            for weights in _batches([p for p in group["params"] if p.grad is not None]):
-                ahead = torch.stack([self._ahead(p, decay) for p in weights])
-                steps = orthogonal(ahead.unflatten(-2, (num_stacked, -1)))
-                size = STEP_RMS * max(steps.shape[-2:]) ** 0.5
-                for p, step in zip(weights, steps, strict=True):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(step.reshape(p.shape), alpha=-lr * size)
+            for weights, experts in _batches([p for p in group["params"] if p.grad is not None]):
+                self._step(weights, experts, group)
 
-    def _ahead(self, weight: Tensor, decay: float) -> Tensor:
-        """Return the momentum, updated, as far ahead as Nesterov's method looks."""
-        assert weight.grad is not None
-        if "momentum_buffer" not in self.state[weight]:
-            self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        momentum = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - decay)
-        return weight.grad.lerp(momentum, decay)
+    def _step(self, weights: Sequence[Tensor], experts: slice, group: dict[str, Any]) -> None:
+        """Update the same experts of some weights together."""
+        ahead, moved = [], []
+        for p in weights:
+            assert p.grad is not None
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            gradient, momentum = p.grad[experts], self.state[p]["momentum_buffer"][experts]
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            ahead.append(gradient.lerp(momentum, group["momentum"]))
+            moved.append(gradient.unflatten(1, (group["num_stacked"], -1)).ne(0).any((-2, -1)))
+        ahead = torch.cat(ahead)
+        steps = orthogonal(ahead.unflatten(1, (group["num_stacked"], -1)))
+        size = group["lr"] * STEP_RMS * max(steps.shape[-2:]) ** 0.5
+        steps *= torch.cat(moved)[..., None, None]
+        number = len(steps) // len(weights)
+        for p, step in zip(weights, steps.split(number), strict=True):
+            part = p[experts]
+            part.mul_(1 - group["lr"] * group["weight_decay"])
+            part.sub_(step.reshape(part.shape), alpha=size)
 
 
 def orthogonal(
@@ -72,17 +80,24 @@ def orthogonal(
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
-    # The gradient of an expert that no token has used for long may be too small for its norm.
+    # The norm of tiny numbers is 0.
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)
     shape, x = x.shape, x.flatten(0, -3)
     a, b, c = QUINTIC
-    for _ in range(NUM_STEPS):
+    for _ in range(MUON_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.view(shape)
     return x if wide else x.mT
 
 
-def _batches(weights: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    number = max(1, MUON_ELEMENTS // weights[0].numel()) if weights else 1
-    return (weights[first : first + number] for first in range(0, len(weights), number))
+def _batches(weights: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], slice]]:
+    """Yield weights and the experts in them that are stepped together."""
+    if not weights:
+        return
+    num_experts = len(weights[0])
+    at_once = max(1, MUON_ELEMENTS // weights[0][0].numel())
+    number = max(1, at_once // num_experts)
+    for first in range(0, len(weights), number):
+        for expert in range(0, num_experts, at_once):
+            yield weights[first : first + number], slice(expert, expert + at_once)

@@ -11,7 +11,8 @@ model with 96 x 1024 experts takes, in bytes for weight + gradient + state:
     muon                         4 + 4 + 4           2 + 2 + 4
 
 While a bfloat16 tensor is stepped it also needs float32 copies of itself and of its gradient, and 4
-bytes of random bits per element; tensors are stepped one at a time.
+bytes of random bits per element; tensors are stepped one at a time. Muon steps those of float32
+masters some together, in copies of up to 0.3 GB (`planning/optimizer_state.py`).
 """
 
 import hashlib
@@ -44,7 +45,7 @@ def build_optimizer(
     world: World = ALONE,
     shard: Shard = "none",
 ) -> "SplitOptimizer":
-    """Return the optimizer of experts, gates and the norms' gains, in that order of groups.
+    """Return the optimizer of experts (by Muon two or three groups), gates and the norms' gains.
 
     Experts are cast to `config.master_dtype` first, in place; gates and gains keep their format.
 
@@ -75,12 +76,13 @@ def build_optimizer(
         steppers.append(_adamw(config, group))
     if norms:
         steppers.append(_adamw(config, _group("norms", norms, config.norm_lr, 0.0)))
-    kinds = {p: kind for name, p in named_experts.items() if (kind := name.split(".")[-1]) in KINDS}
+    kinds = {}
+    if config.name not in ("adamw", "muon"):
+        kinds = {p: kind for n, p in named_experts.items() if (kind := n.split(".")[-1]) in KINDS}
     units = {}
     if config.lr_scale == "rms":
         units = start_units(named_experts | named_gates) | norm_units(student)
     owners = owners_of(experts, world.size) if shard == "optimizer" and world.size > 1 else {}
-    kinds = {} if config.name in ("adamw", "muon") else kinds
     return SplitOptimizer(steppers, seed, kinds, units, owners=owners, world=world)
 
 
@@ -169,7 +171,7 @@ class SplitOptimizer(torch.optim.Optimizer):
     of norms are so few that their float32 copies are kept, as part of their state, and rounded to
     nearest.
 
-    Some optimizers' state of an element depends on its neighbours. These optimizers see the
+    Some optimizers' state of an element depends on its neighbours. But for Muon, these see the
     experts' weights neuron by neuron, in copies made one at a time. A block of 8-bit state then
     holds weights of one neuron, a factor of Adafactor's belongs to either a gate or an up matrix,
     and checkpoints from before today's stacking of the weights keep their exact state.

@@ -111,7 +111,7 @@ def _candidates(config: RunConfig, device: DeviceType) -> Iterator[tuple[str, ob
         yield "loss.chunk_tokens", config.loss.chunk_tokens // 2
     if train.rows_per_step > 1:
         yield "train.rows_per_step", 1
-    if config.optim.name == "adamw":
+    if config.optim.name in ("adamw", "muon"):
         yield "optim.name", "adamw8bit"
     elif config.optim.name == "adamw8bit" and device == "cuda":
         yield "optim.name", "paged_adamw8bit"

@@ -20,7 +20,12 @@ from tiny_onn.parallel import balanced, check_shares, messages
 from tiny_onn.planning.costs import Parameters, Sizes
 from tiny_onn.planning.device_names import device_rows
 from tiny_onn.planning.memory import Moment
-from tiny_onn.planning.optimizer_state import BLOCK_SIZE_8BIT, MIN_8BIT_SIZE, state_bytes
+from tiny_onn.planning.optimizer_state import (
+    BLOCK_SIZE_8BIT,
+    MIN_8BIT_SIZE,
+    muon_bytes,
+    state_bytes,
+)
 from tiny_onn.planning.sources import Device
 
 GPUS_PER_NODE = 8
@@ -163,7 +168,7 @@ def check_blocks(config: OptimConfig, sizes: Sizes, num_shares: int) -> None:
             f'optim.name: got "{config.name}" with train.shard = "full" and {share} weights of'
             f" a projection in each of {num_shares} processes, expected a multiple of"
             f" {BLOCK_SIZE_8BIT}, which share a scale; set optim.name = "
-            '"adamw" or train.shard = "optimizer"'
+            '"adamw" or "muon", or train.shard = "optimizer"'
         )
 
 
@@ -332,6 +337,10 @@ def _with_shares(
         if name in parts:
             whole = min(parts[name], kept.get(name, 0))
             parts[name] = whole + -(-(parts[name] - whole) // gpus)
+    if "directions" in parts:
+        layers = 1 if config.optim.master_dtype == "bfloat16" else sizes.layers
+        shape = (sizes.experts // gpus, sizes.expert_dim, sizes.hidden)
+        parts["directions"] = min(parts["directions"], muon_bytes(layers, *shape))
     # The random bits of rounding are those of a whole weight, of three numbers of four bytes.
     parts["rounding"] = parts.get("rounding", 0) // 3 * (gpus + 2) // gpus
     gathered = {"teacher's forward": 2 * mlps // sizes.layers, "loss": 0, "update": 0}

@@ -4,8 +4,8 @@ No weight is read or allocated. The dense model and `TinyOnnForCausalLM` are bui
 device, parameters are counted from the modules, and matrix products from the shapes of their linear
 layers.
 
-A multiply-add counts as 2 FLOPs. Norms, rotations, softmax, activations, the optimizer and the
-unpacking of 4-bit weights are left out, as is usual.
+A multiply-add counts as 2 FLOPs. Norms, rotations, softmax, activations, what optimizers do number
+by number and the unpacking of 4-bit weights are left out, as is usual.
 
 Legend: T tokens, D hidden, E experts, I expert width, F = E * I neurons, V vocabulary, L layers,
 H query heads.
@@ -24,6 +24,7 @@ from tiny_onn.model.backbone import decoder_layers
 from tiny_onn.model.backbone_mode import in_mlp
 from tiny_onn.model.fused_attention import head_dim_of
 from tiny_onn.model.student import TinyOnnForCausalLM, split_parameters
+from tiny_onn.planning.optimizer_state import muon_flops
 from tiny_onn.teacher.multimodal import dense_skeleton
 
 # The backward pass of flash attention has five matrix products, of which one computes the scores
@@ -150,6 +151,8 @@ class StepFlops:
     teacher_forward: float
     loss_heads: float
     """The logits of student and teacher, and the gradient at the student's hidden states."""
+    update: float
+    """The matrix products of the optimizer's step, in float32; only Muon has any."""
 
     @property
     def total(self) -> float:
@@ -333,12 +336,15 @@ def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bo
     if config.train.ffn_chunk_tokens:
         # Chunks compute the pre-activations again, which are two of the three projections.
         recompute += tokens * token.ffn_dense * 2 // 3
+    shape = (sizes.experts, sizes.expert_dim, sizes.hidden)
+    update = sizes.layers * muon_flops(*shape) if config.optim.name == "muon" else 0
     return StepFlops(
         student_forward=float(tokens * student),
         recompute=float(recompute),
         backward=float(tokens * backward),
         teacher_forward=float(tokens * (attention + token.ffn_dense)),
         loss_heads=float(tokens * 3 * token.head),
+        update=float(update),
     )
 
 

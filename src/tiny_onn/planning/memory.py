@@ -29,7 +29,7 @@ from tiny_onn.ops.distillation_loss import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.ops.loss_chunks import auto_chunk_tokens
 from tiny_onn.ops.router_gradient import NORMED
 from tiny_onn.planning.costs import Parameters, Sizes
-from tiny_onn.planning.optimizer_state import MUON_ELEMENTS, state_bytes
+from tiny_onn.planning.optimizer_state import muon_bytes, state_bytes
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -347,12 +347,14 @@ class _Step:
         parts["gradients"] = self.layers * self.layer_gradients + 4 * self.parameters.gates
         parts["routing"] = self.routing()
         # Stochastic rounding makes float32 copies of one tensor and its gradient, and random bits.
-        largest, temporary = 2 * self.projection_elements, {}
+        size, temporary = 2 * self.projection_elements, {}
         if self.master_bytes == 2:
-            temporary["rounding"] = 12 * largest
+            temporary["rounding"] = 12 * size
         if self.config.optim.name == "muon":
-            number = 1 if self.master_bytes == 2 else max(1, MUON_ELEMENTS // largest)
-            temporary["directions"] = 4 * 4 * largest * min(number, self.layers)
+            layers = 1 if self.master_bytes == 2 else self.layers
+            held = muon_bytes(layers, self.experts, self.sizes.expert_dim, self.hidden)
+            # It is freed before the random bits are drawn.
+            temporary["directions"] = held if self.master_bytes == 4 else max(0, held - 4 * size)
         return _moment("update", parts, temporary)
 
 

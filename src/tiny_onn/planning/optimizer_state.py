@@ -1,12 +1,16 @@
-"""The memory that optimizers of experts take: their state, and what one step of Muon holds."""
+"""Memory of the state of the experts' optimizers, and memory and FLOPs of a step of Muon.
+
+Legend: D hidden, E experts, I expert width.
+"""
 
 from collections.abc import Sequence
 from math import prod
 
 from tiny_onn.config.schema import OptimizerName
 
-# Muon steps weights together, of about so many numbers.
+# Muon steps experts together whose weights have about so many numbers, in so many iterations.
 MUON_ELEMENTS = 2**24
+MUON_ITERATIONS = 5
 # bitsandbytes keeps 32-bit state of tensors below this size, a scale for each block of numbers, and
 # a quantisation map for each of Adam's two moments.
 MIN_8BIT_SIZE = 4096
@@ -27,3 +31,21 @@ def state_bytes(name: OptimizerName, shape: Sequence[int]) -> int:
     if name in ("adamw", "muon") or size < MIN_8BIT_SIZE:
         return 8 * size
     return 2 * (size + 4 * -(-size // BLOCK_SIZE_8BIT) + _QMAP_BYTES)
+
+
+def muon_bytes(num_layers: int, num_experts: int, width: int, hidden_dim: int) -> int:
+    """Return the most bytes that Muon holds besides weights, gradients and state.
+
+    Its step needs three float32 copies of the weights that are stepped together, and two of their
+    square products.
+    """
+    expert = 2 * width * hidden_dim
+    number = max(1, min(num_layers * num_experts, MUON_ELEMENTS // expert))
+    least, most = sorted((width, hidden_dim))
+    return 4 * number * expert * (3 * most + 2 * least) // most
+
+
+def muon_flops(num_experts: int, width: int, hidden_dim: int) -> int:
+    """Return the FLOPs of a layer's step, three matrices an expert, in float32."""
+    least, most = sorted((width, hidden_dim))
+    return 3 * num_experts * MUON_ITERATIONS * (4 * least**2 * most + 2 * least**3)

@@ -179,7 +179,7 @@ class UpdateRecord(RoutingSummary):
     gate_grad_norm: float
     """Global L2 norm of the gates' gradients before clipping."""
     lr: list[float]
-    """Learning rates, one per parameter group."""
+    """Learning rates of the experts, and of the gates if they learn."""
     tokens_per_s: float
     """Training tokens per second of this step."""
     seconds: dict[str, float]
