@@ -3,7 +3,7 @@
 `torch.optim.Muon` takes one matrix at a time, which for the thousands of small ones of a student is
 thousands of launches. Here matrices of one shape are stepped together.
 
-Legend: N weights, E experts, R rows, C columns.
+Legend: E experts, R rows, C columns.
 """
 
 from collections.abc import Iterator, Sequence
@@ -80,7 +80,7 @@ def orthogonal(
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
-    # The norm of tiny numbers is 0.
+    # The norm of tiny numbers may round to 0.
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)
     shape, x = x.shape, x.flatten(0, -3)
     a, b, c = QUINTIC
