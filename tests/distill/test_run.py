@@ -358,13 +358,13 @@ def test_a_disk_that_is_full_at_the_end_stops_the_run_with_one_line(
 def test_a_step_records_a_rate_of_the_experts_and_one_of_gates_that_learn(
     config, tmp_path, objective
 ):
-    rates = {"expert_lr": 1e-3, "gate_lr": 5e-3, "warmup_fraction": 0, "decay_fraction": 0}
+    rates = {"expert_lr": 1e-3, "gate_lr": 5e-3, "warmup_fraction": 0.0, "decay_fraction": 0.0}
     config = change(
         config,
         experts={"compensation": "mean"},
         router={"objective": objective},
         # Muon has several groups of the experts' weights.
-        optim={"name": "muon", **rates, "gate_warmup_fraction": 0, "gate_decay_fraction": 0},
+        optim={"name": "muon", **rates, "gate_warmup_fraction": 0.0, "gate_decay_fraction": 0.0},
         train={"tokens": 96, "log_every_steps": 1},
     )
     run_distill(config, out=tmp_path / "run")
