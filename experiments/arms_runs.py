@@ -271,7 +271,7 @@ def run(
         if world.first and not begun:
             shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
-        if job.arm in LOSS_METRIC:
+        if job.arm.endswith(LOSS_METRIC):
             prepared = prepare(config, make=loss_metric.make_student)
         else:
             prepared = prepare(config, order_of_first(world) or partial(ordered, parts.folder))

@@ -14,13 +14,8 @@ RECORDS = "arms.jsonl"
 INTERRUPTED = 130
 # The arm of the recipe; its variants have a comma after this name.
 OURS = "smk"
-# Arms whose partition and gates are in the metric of the loss, which one process computes.
-LOSS_METRIC = (
-    "smk, loss metric",
-    "frozen ridge gate, loss metric",
-    "smk, features, together, loss metric",
-    "smk, muon, features x 16, loss metric",
-)
+# The end of the name of an arm whose partition and gates are in the metric of the loss.
+LOSS_METRIC = ", loss metric"
 # The settings of the rule that teaches a gate.
 RULE = "smk."
 # These say where the text is and how often a run is saved, which changes no result.

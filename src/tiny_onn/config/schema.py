@@ -279,7 +279,7 @@ class OptimConfig:
     """The number format of the experts' weights and gradients. `bfloat16` halves their memory;
     updated weights are then rounded stochastically."""
     expert_lr: float = 6e-4
-    """The peak learning rate of the experts. A step of Muon has 0.4 of it as root mean square."""
+    """The peak learning rate of the experts; Muon's steps have a root mean square of 0.4 of it."""
     gate_lr: float = 3e-3
     """The peak learning rate of the gates."""
     norm_lr: float = 0.0
@@ -288,7 +288,7 @@ class OptimConfig:
     lr_scale: Literal["absolute", "rms"] = "absolute"
     """The unit of the weights, to which learning rates, weight decay, `eps` and `clip_norm` refer.
     `absolute`: 1; `rms`: each weight's root mean square at the start of the run (gates and ups
-    apart), so that a rate fits teachers of any scale: 0.001 is a change by a thousandth of it.
+    apart), so that a rate fits teachers of any scale: 0.001 changes a weight by a thousandth.
     Vectors other than gains of norms, and weights that start at 0, have the unit 1 in both."""
     beta1: float = 0.9
     """The decay of the first moment, which is Muon's momentum. Adafactor has none."""

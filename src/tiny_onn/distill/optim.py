@@ -11,8 +11,8 @@ model with 96 x 1024 experts takes, in bytes for weight + gradient + state:
     muon                         4 + 4 + 4           2 + 2 + 4
 
 While a bfloat16 tensor is stepped it also needs float32 copies of itself and of its gradient, and 4
-bytes of random bits per element; tensors are stepped one at a time. Muon steps those of float32
-masters some together, in copies of up to 0.3 GB (`planning/optimizer_state.py`).
+bytes of random bits per element; such tensors are stepped one at a time. Muon steps several
+float32 tensors together, in copies of up to 0.3 GB (`planning/optimizer_state.py`).
 """
 
 import hashlib
@@ -171,7 +171,7 @@ class SplitOptimizer(torch.optim.Optimizer):
     of norms are so few that their float32 copies are kept, as part of their state, and rounded to
     nearest.
 
-    Some optimizers' state of an element depends on its neighbours. But for Muon, these see the
+    Some optimizers' state of an element depends on its neighbours. All of these but Muon see the
     experts' weights neuron by neuron, in copies made one at a time. A block of 8-bit state then
     holds weights of one neuron, a factor of Adafactor's belongs to either a gate or an up matrix,
     and checkpoints from before today's stacking of the weights keep their exact state.

@@ -338,9 +338,8 @@ def _with_shares(
             whole = min(parts[name], kept.get(name, 0))
             parts[name] = whole + -(-(parts[name] - whole) // gpus)
     if "directions" in parts:
-        layers = 1 if config.optim.master_dtype == "bfloat16" else sizes.layers
-        shape = (sizes.experts // gpus, sizes.expert_dim, sizes.hidden)
-        parts["directions"] = min(parts["directions"], muon_bytes(layers, *shape))
+        shape = (sizes.layers, sizes.experts // gpus, sizes.expert_dim, sizes.hidden)
+        parts["directions"] = muon_bytes(*shape, config.optim.master_dtype)
     # The random bits of rounding are those of a whole weight, of three numbers of four bytes.
     parts["rounding"] = parts.get("rounding", 0) // 3 * (gpus + 2) // gpus
     gathered = {"teacher's forward": 2 * mlps // sizes.layers, "loss": 0, "update": 0}

@@ -347,14 +347,12 @@ class _Step:
         parts["gradients"] = self.layers * self.layer_gradients + 4 * self.parameters.gates
         parts["routing"] = self.routing()
         # Stochastic rounding makes float32 copies of one tensor and its gradient, and random bits.
-        size, temporary = 2 * self.projection_elements, {}
+        temporary = {}
         if self.master_bytes == 2:
-            temporary["rounding"] = 12 * size
+            temporary["rounding"] = 12 * 2 * self.projection_elements
         if self.config.optim.name == "muon":
-            layers = 1 if self.master_bytes == 2 else self.layers
-            held = muon_bytes(layers, self.experts, self.sizes.expert_dim, self.hidden)
-            # It is freed before the random bits are drawn.
-            temporary["directions"] = held if self.master_bytes == 4 else max(0, held - 4 * size)
+            shape = (self.layers, self.experts, self.sizes.expert_dim, self.hidden)
+            temporary["directions"] = muon_bytes(*shape, self.config.optim.master_dtype)
         return _moment("update", parts, temporary)
 
 

@@ -6,7 +6,7 @@ Legend: D hidden, E experts, I expert width.
 from collections.abc import Sequence
 from math import prod
 
-from tiny_onn.config.schema import OptimizerName
+from tiny_onn.config.schema import DType, OptimizerName
 
 # Muon steps experts together whose weights have about so many numbers, in so many iterations.
 MUON_ELEMENTS = 2**24
@@ -33,16 +33,21 @@ def state_bytes(name: OptimizerName, shape: Sequence[int]) -> int:
     return 2 * (size + 4 * -(-size // BLOCK_SIZE_8BIT) + _QMAP_BYTES)
 
 
-def muon_bytes(num_layers: int, num_experts: int, width: int, hidden_dim: int) -> int:
-    """Return the most bytes that Muon holds besides weights, gradients and state.
+def muon_bytes(
+    num_layers: int, num_experts: int, width: int, hidden_dim: int, master_dtype: DType
+) -> int:
+    """Return the most bytes that Muon adds to weights, gradients, state and rounding.
 
     Its step needs three float32 copies of the weights that are stepped together, and two of their
-    square products.
+    square products. Those of bfloat16 masters are of one weight at a time, and freed before the
+    random bits of its rounding are drawn.
     """
-    expert = 2 * width * hidden_dim
-    number = max(1, min(num_layers * num_experts, MUON_ELEMENTS // expert))
+    expert, is_rounded = 2 * width * hidden_dim, master_dtype == "bfloat16"
+    together = num_experts * (1 if is_rounded else num_layers)
+    number = max(1, min(together, MUON_ELEMENTS // expert))
     least, most = sorted((width, hidden_dim))
-    return 4 * number * expert * (3 * most + 2 * least) // most
+    held = 4 * number * expert * (3 * most + 2 * least) // most
+    return max(0, held - 4 * num_experts * expert) if is_rounded else held
 
 
 def muon_flops(num_experts: int, width: int, hidden_dim: int) -> int:
