@@ -51,24 +51,23 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, weights: Sequence[Tensor], experts: slice, group: dict[str, Any]) -> None:
         """Update the same experts of some weights together."""
-        ahead, moved = [], []
         for p in weights:
-            assert p.grad is not None
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            gradient, momentum = p.grad[experts], self.state[p]["momentum_buffer"][experts]
-            momentum.lerp_(gradient, 1 - group["momentum"])
-            ahead.append(gradient.lerp(momentum, group["momentum"]))
-            moved.append(gradient.unflatten(1, (group["num_stacked"], -1)).ne(0).any((-2, -1)))
-        ahead = torch.cat(ahead)
-        steps = orthogonal(ahead.unflatten(1, (group["num_stacked"], -1)))
+        gradients = [p.grad[experts] for p in weights if p.grad is not None]
+        momenta = [self.state[p]["momentum_buffer"][experts] for p in weights]
+        momentum, stacked = group["momentum"], (group["num_stacked"], -1)
+        moved = torch.cat(gradients).unflatten(1, stacked).ne(0).any((-2, -1))
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        ahead = torch.cat(
+            torch._foreach_lerp(gradients, momenta, momentum)  # pyright: ignore[reportPrivateImportUsage]
+        )
+        steps = orthogonal(ahead.unflatten(1, stacked))
         size = group["lr"] * STEP_RMS * max(steps.shape[-2:]) ** 0.5
-        steps *= torch.cat(moved)[..., None, None]
-        number = len(steps) // len(weights)
-        for p, step in zip(weights, steps.split(number), strict=True):
-            part = p[experts]
-            part.mul_(1 - group["lr"] * group["weight_decay"])
-            part.sub_(step.reshape(part.shape), alpha=size)
+        steps = steps.mul_(moved[..., None, None]).reshape(ahead.shape)
+        parts = [p[experts] for p in weights]
+        torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_sub_(parts, steps.split(len(parts[0])), alpha=size)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def orthogonal(
