@@ -13,15 +13,15 @@ interpolated between their measured mean numbers of experts.
 The text is JSON lines with `text` and `source`, also packed by xz, or a folder with a .jsonl file
 for each source, as `documentation.py` writes it. `--unseen-sources` names sources to set apart,
 which are reported on too. `--rates 0.5 1 2` multiplies an arm's learning rate of the experts,
-`--gate-rates` that of the gates. `--teacher` is a folder; the default is the embedded model.
-`--plan` names a JSON list of runs, to be made in its order: each entry may have `arms`,
-`tokens`, `seeds`, `rates` and `gate_rates`, and takes what it lacks from the command line.
+`--gate-rates` that of the gates. `--plan` names a JSON list of runs, to be made in its order: each
+entry may have `arms`, `tokens`, `seeds`, `rates` and `gate_rates`, and takes what it lacks from the
+command line.
 
 Every run is a process of its own with a line in OUT/arms.jsonl. Several at once (`--jobs`) keep a
 GPU busy while others start, convert, compile and measure. After `--seconds` no run is started, and
-after `--stop-after` those under way save a checkpoint and end; the same command goes on from there.
-Other settings (`--set`) need another OUT. With `--processes N` torchrun trains each run by N
-processes, a GPU each; give them rows by `--set train.rows_per_step=N`. `--smoke` makes tiny runs.
+after `--stop-after` those under way save and end; the same command goes on from there. Other
+settings (`--set`) need another OUT. With `--processes N` torchrun trains each run on N GPUs; give
+them rows by `--set train.rows_per_step=N`. `--smoke` makes tiny runs.
 """
 
 import argparse
@@ -71,7 +71,9 @@ BASE = (
     "experts.refit=true",
     "experts.calibration_tokens=131072",
     "loss.states_coef=4",
+    "loss.states_scale=layer",
     "loss.chunk_tokens=1024",
+    "optim.name=adamw",
     "optim.lr_scale=rms",
     "optim.expert_lr=2.1e-3",
     "optim.gate_lr=7.7e-3",
@@ -103,7 +105,6 @@ HALF = ("experts.init=importance", *STATIC)
 # A gate that learns from the main loss takes a lower rate than one with a loss of its own.
 TASK = ("router.objective=task", "optim.gate_lr=2.3e-3")
 IN_ORDER = ("data.shuffle_tokens=0",)
-# AdamW's second moments are means over some 100 steps in place of 20.
 LONGER_MOMENT = ("optim.beta2=0.99",)
 BY_FEATURE = ("loss.states_scale=feature",)
 STATES_16 = ("loss.states_coef=64",)

@@ -15,6 +15,8 @@ from typing import Any
 from experiments.arms import TOKENS, planned
 from experiments.arms_law import T_975, law_of
 from experiments.arms_table import (
+    OURS,
+    RECIPES,
     best_runs,
     by_arm,
     by_rates,
@@ -30,6 +32,7 @@ Record = dict[str, Any]
 
 TARGET = 16.0
 PLAN = RESULTS.parent / "arms_plan.json"
+MUON = next(iter(RECIPES))
 ENOUGH_SEEDS = 3
 WORDS = {
     "smk": "SMK",
@@ -68,19 +71,26 @@ WORDS = {
     "task, threshold sigmoid": "a threshold-sigmoid gate",
     "task, ramp": "a gate that learns from the main loss through a ramp",
     "half-width": "the half-width model",
+    f"frozen ridge gate{MUON}": "the frozen ridge gate by Muon",
+    f"half-width{MUON}": "the half-width model by Muon",
     "half-width, longer second moment": "the half-width model with a longer second moment",
     "low-rank": "the low-rank model",
     "oracle of norms": "the oracle of norms",
     "static choice": "the static choice",
     "model card's rule": "the model card's rule",
 }
+RIVALS = ("frozen ridge gate", "half-width")
 PAIRS = (
-    *(("smk", other) for other in WORDS if other != "smk"),
+    *(
+        ("smk", other)
+        for other in WORDS
+        if other != "smk" and other not in {f"{rival}{MUON}" for rival in RIVALS}
+    ),
     ("frozen ridge gate", "half-width"),
     ("frozen ridge gate, loss metric", "frozen ridge gate"),
-    ("smk, muon, features x 16", "frozen ridge gate, muon, features x 16"),
-    ("smk, muon, features x 16", "half-width, muon, features x 16"),
-    ("half-width, muon, features x 16", "half-width"),
+    *((f"smk{MUON}", f"{rival}{MUON}") for rival in RIVALS),
+    (f"smk{MUON}, loss metric", f"smk{MUON}"),
+    *((f"{rival}{MUON}", rival) for rival in RIVALS),
 )
 # Tokens and the KL at exactly k that SMK was meant to reach.
 GOALS = {1_998_848: 0.20, 20_000_768: 0.10, 99_999_744: 0.06}
@@ -166,11 +176,12 @@ def seeds(number: int) -> str:
 
 def answer(records: Sequence[Record]) -> Iterator[str]:
     """The arms of most interest, one line for each length."""
-    names = ("smk", "frozen ridge gate", "half-width", "static choice", "model card's rule")
-    for tokens in sorted({r["tokens"] for r in records}):
+    names = (OURS, *RIVALS, "static choice", "model card's rule")
+    lengths = sorted({r["tokens"] for r in records})
+    for tokens, (recipe, how) in itertools.product(lengths, RECIPES.items()):
         parts = []
         for name in names:
-            runs = best_runs(records, tokens, name)
+            runs = best_runs(records, tokens, name + recipe)
             if not runs or any(has_diverged(run, records) for run in runs):
                 continue
             kl = spread([r["report"]["kl_at_k"] for r in runs], 3)
@@ -178,7 +189,8 @@ def answer(records: Sequence[Record]) -> Iterator[str]:
             there = "" if math.isnan(far) else f", on unseen sources {far:+.1%}"
             parts.append(f"{WORDS[name]} {kl} (perplexity {here:+.1%}{there}, {seeds(len(runs))})")
         if parts:
-            yield f"- **{millions(tokens)} tokens**: {'; '.join(parts)}.".replace("%", " %")
+            line = f"- **{millions(tokens)} tokens, {how}**: {'; '.join(parts)}."
+            yield line.replace("%", " %")
 
 
 def excess(runs: Sequence[Record], text: str) -> list[float]:
@@ -189,13 +201,16 @@ def excess(runs: Sequence[Record], text: str) -> list[float]:
 
 def teaching(records: Sequence[Record]) -> Iterator[str]:
     """What SMK adds to the gate that conversion fits, seed by seed."""
-    parts = []
-    for tokens in sorted({r["tokens"] for r in records}):
-        runs = best_runs(records, tokens, "frozen ridge gate")
-        if pairs := pairs_of(records, tokens, "smk", runs):
-            leads = [f"{lead:.3f}" for lead in leads_of(pairs, "report")]
-            parts.append(f"{', '.join(leads)} after {millions(tokens)}")
-    yield f"- **What SMK adds to the frozen gate**, nats seed by seed: {'; '.join(parts)} tokens."
+    for recipe, how in RECIPES.items():
+        parts = []
+        for tokens in sorted({r["tokens"] for r in records}):
+            runs = best_runs(records, tokens, f"frozen ridge gate{recipe}")
+            if pairs := pairs_of(records, tokens, OURS + recipe, runs):
+                leads = [f"{lead:.3f}" for lead in leads_of(pairs, "report")]
+                parts.append(f"{', '.join(leads)} after {millions(tokens)}")
+        if parts:
+            told = f"**What SMK adds to the frozen gate {how}**, nats seed by seed"
+            yield f"- {told}: {'; '.join(parts)} tokens."
 
 
 def pairs_of(
@@ -282,28 +297,30 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
             return f"| {goal} | not measured | |"
         return f"| {goal} | {spread(values, digits)} | {reached} |"
 
-    for tokens, goal in GOALS.items():
-        kl = [r["report"]["kl_at_k"] for r in best_runs(records, tokens, "smk")]
-        reached = bool(kl) and fmean(kl) <= goal
-        yield line(
-            f"KL at {millions(tokens)} tokens: at most {goal:.2f}", kl, 3, yes_or_no(reached)
-        )
+    for (tokens, goal), (recipe, how) in itertools.product(GOALS.items(), RECIPES.items()):
+        kl = [r["report"]["kl_at_k"] for r in best_runs(records, tokens, OURS + recipe)]
+        reached = yes_or_no(bool(kl) and fmean(kl) <= goal)
+        yield line(f"KL at {millions(tokens)} tokens {how}: at most {goal:.2f}", kl, 3, reached)
     tokens, most = PERPLEXITY_GOAL
-    for text, where in (("report", ""), ("unseen", " on unseen sources")):
-        values = [100 * value for value in excess(best_runs(records, tokens, "smk"), text)]
-        named = f"perplexity at {millions(tokens)} tokens{where}, % above the teacher's"
-        reached = bool(values) and fmean(values) <= 100 * most
-        yield line(f"{named}: at most {100 * most:g}", values, 1, yes_or_no(reached))
-    for tokens in sorted({r["tokens"] for r in records}):
-        pairs = pairs_of(records, tokens, "smk", best_runs(records, tokens, "half-width"))
+    texts = (("report", ""), ("unseen", " on unseen sources"))
+    for (text, where), (recipe, how) in itertools.product(texts, RECIPES.items()):
+        runs = best_runs(records, tokens, OURS + recipe)
+        values = [100 * value for value in excess(runs, text)]
+        named = f"perplexity at {millions(tokens)} tokens {how}{where}, % above the teacher's"
+        reached = yes_or_no(bool(values) and fmean(values) <= 100 * most)
+        yield line(f"{named}: at most {100 * most:g}", values, 1, reached)
+    lengths = sorted({r["tokens"] for r in records})
+    for tokens, (recipe, how) in itertools.product(lengths, RECIPES.items()):
+        rival = f"half-width{recipe}"
+        pairs = pairs_of(records, tokens, OURS + recipe, best_runs(records, tokens, rival))
         leads = zip(leads_of(pairs, "report"), pairs, strict=True)
         if shares := [100 * lead / b["report"]["kl_at_k"] for lead, (_, b) in leads]:
-            goal = f"lead over half-width at {millions(tokens)} tokens, % of its KL: at least 33"
+            goal = f"lead over half-width at {millions(tokens)} tokens {how}, % of its KL"
             reached = fmean(shares) >= 100 * LEAD_GOAL
-            searched = len(by_rates(records, tokens, "half-width")) > 1
+            searched = len(by_rates(records, tokens, rival)) > 1
             # A better rate of the rival could only make a lead smaller.
             words = yes_or_no(reached) if searched or not reached else "open: one rate"
-            yield line(goal, shares, 0, words)
+            yield line(f"{goal}: at least 33", shares, 0, words)
 
 
 def yes_or_no(reached: bool) -> str:
@@ -350,15 +367,15 @@ def laws(records: Sequence[Record]) -> Iterator[str]:
 def budgets(records: Sequence[Record]) -> Iterator[str]:
     """The mean k of deployed students on text that no run reads."""
     yield (
-        "| target k | tokens | text | thresholds | seeds | mean k | off target | standard error |"
-        " goal |"
+        "| target k | tokens | recipe | text | thresholds | seeds | mean k | off target |"
+        " standard error | goal |"
     )
-    yield "|---" * 9 + "|"
-    ours = [r for r in records if r["arm"] in ("smk", "smk, k = 8", "smk, k = 24")]
-    groups = sorted({(r["target_k"], r["tokens"]) for r in ours})
-    for target, tokens in groups:
-        here = [r for r in ours if (r["target_k"], r["tokens"]) == (target, tokens)]
-        runs = [r for r in here if r["rate"] == r["gate_rate"] == 1]
+    yield "|---" * 10 + "|"
+    ours = {f"{OURS}{recipe}": how for recipe, how in RECIPES.items()}
+    ours |= dict.fromkeys(("smk, k = 8", "smk, k = 24"), RECIPES[""])
+    mine = [r for r in records if r["arm"] in ours and r["rate"] == r["gate_rate"] == 1]
+    for target, tokens, arm in sorted({(r["target_k"], r["tokens"], r["arm"]) for r in mine}):
+        runs = [r for r in mine if (r["target_k"], r["tokens"], r["arm"]) == (target, tokens, arm)]
         texts = (("report", "mixed"), ("unseen", "unseen sources"))
         for (text, name), (way, words) in itertools.product(texts, WAYS.items()):
             parts = [r[text] if way is None else r[text].get(way) for r in runs if r[text]]
@@ -371,6 +388,7 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
             cells = (
                 f"{target:g}",
                 millions(tokens),
+                ours[arm],
                 name,
                 words,
                 str(len(found)),

@@ -14,6 +14,9 @@ RECORDS = "arms.jsonl"
 INTERRUPTED = 130
 # The arm of the recipe; its variants have a comma after this name.
 OURS = "smk"
+# What stands in the names of arms for the optimizer and the matching of hidden states: those of the
+# presets first, then those of the recipe before.
+RECIPES = {", muon, features x 16": "by Muon", "": "by AdamW"}
 # The end of the name of an arm whose partition and gates are in the metric of the loss.
 LOSS_METRIC = ", loss metric"
 # The settings of the rule that teaches a gate.

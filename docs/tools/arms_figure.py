@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.arms_findings import MUON
 from experiments.arms_law import law_of
 from experiments.arms_table import best_runs, has_diverged
 
 ARMS = {
-    "smk": "SMK: the gate learns",
-    "frozen ridge gate": "frozen ridge gate: it does not",
-    "half-width": "half-width: pruned, no experts",
-    "static choice": "static choice: same experts for all",
-    "model card's rule": "model card's rule",
+    f"smk{MUON}": "SMK by Muon: the gate learns",
+    f"frozen ridge gate{MUON}": "frozen ridge gate by Muon",
+    f"half-width{MUON}": "half-width by Muon: no experts",
+    "smk": "SMK by AdamW",
+    "half-width": "half-width by AdamW",
+    "static choice": "static choice by AdamW",
+    "model card's rule": "model card's rule by AdamW",
 }
 
 
