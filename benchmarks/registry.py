@@ -24,6 +24,7 @@ NAMES = (
     "scaling",
     "full_size",
     "small_step",
+    "muon_step",
     "conversion",
     "teacher_cache",
     "plan_memory",

@@ -14,8 +14,7 @@ The text is JSON lines with `text` and `source`, also packed by xz, or a folder 
 for each source, as `documentation.py` writes it. `--unseen-sources` names sources to set apart,
 which are reported on too. `--rates 0.5 1 2` multiplies an arm's learning rate of the experts,
 `--gate-rates` that of the gates. `--plan` names a JSON list of runs, to be made in its order: each
-entry may have `arms`, `tokens`, `seeds`, `rates` and `gate_rates`, and takes what it lacks from the
-command line.
+entry may have `arms`, `tokens`, `seeds`, `rates` and `gate_rates`; the options give the rest.
 
 Every run is a process of its own with a line in OUT/arms.jsonl. Several at once (`--jobs`) keep a
 GPU busy while others start, convert, compile and measure. After `--seconds` no run is started, and
