@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "experts": {"compensation": "mean"},
         "router": {"budget_form": "threshold", "revive_after_steps": 1},
         "smk": {"surprise": "gain", "direction": "max", "candidates": "all"},
-        "loss": {"states_coef": 0.5},
+        "loss": {"states_coef": 0.5, "states_scale": "feature"},
         "optim": {"lr_scale": "rms", "clip_norm": 1e9},
     },
     "card": {"optim": {"clip_norm": 1e9}},

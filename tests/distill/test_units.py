@@ -66,6 +66,12 @@ def test_a_factor_that_the_function_does_not_see_changes_no_loss(name, master_dt
     assert losses(config, make(16.0)) == losses(config, make(1.0))
 
 
+@pytest.mark.parametrize("make", [up_and_down, residual_stream])
+def test_nor_does_it_where_hidden_states_are_matched_by_feature(make):
+    config = change(RECIPE, loss={"states_scale": "feature"}, optim={"name": "muon"})
+    assert losses(config, make(16.0)) == losses(config, make(1.0))
+
+
 def test_in_absolute_units_such_a_factor_changes_the_losses():
     config = change(RECIPE, optim={"lr_scale": "absolute"})
     assert losses(config, up_and_down(16.0)) != pytest.approx(

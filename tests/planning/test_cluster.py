@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -277,3 +278,11 @@ def test_bars_of_time_hold_the_exchange():
     ):
         assert sum(bar.values()) == pytest.approx(found.step_seconds(step))
         assert bar["broadcast of experts"] > 0
+
+
+@pytest.mark.parametrize(("shard", "shares"), [("none", 1), ("optimizer", 8), ("full", 8)])
+def test_gpus_that_divide_the_experts_divide_the_products_of_muon(shard, shares):
+    alone = planned(1, "optim.name=muon").packed
+    divided = planned(8, "optim.name=muon", shard=shard).packed
+    assert alone.update > 0
+    assert divided == replace(alone, update=alone.update / shares)

@@ -111,6 +111,11 @@ class Cluster:
         if self.shard == "full":
             check_shares(config.experts.num_experts, self.gpus)
 
+    @property
+    def num_shares(self) -> int:
+        """The number of GPUs that step the experts, each its own share."""
+        return 1 if self.shard == "none" else self.gpus
+
     def of_one_gpu(self, config: RunConfig) -> RunConfig:
         """Return the settings with the rows that one GPU reads in a step."""
         rows = config.train.rows_per_step // self.gpus

@@ -301,7 +301,9 @@ def token_flops(
     )
 
 
-def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bool) -> StepFlops:
+def step_flops(
+    config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bool, num_shares: int = 1
+) -> StepFlops:
     """Return the FLOPs of one step over `train.rows_per_step` rows.
 
     Unless norms learn, nothing before layer 0's experts is trained, so its attention has no
@@ -312,6 +314,7 @@ def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bo
         sizes: the student's sizes.
         token: the FLOPs of one token's forward pass.
         packed: True if rows hold documents of the planned length, False if a row is one document.
+        num_shares: the processes that step the experts, each its own share.
     """
     tokens = config.train.rows_per_step * config.data.row_tokens
     scores = token.attention_scores_documents if packed else token.attention_scores_row
@@ -344,7 +347,7 @@ def step_flops(config: RunConfig, sizes: Sizes, token: TokenFlops, *, packed: bo
         backward=float(tokens * backward),
         teacher_forward=float(tokens * (attention + token.ffn_dense)),
         loss_heads=float(tokens * 3 * token.head),
-        update=float(update),
+        update=update / num_shares,
     )
 
 

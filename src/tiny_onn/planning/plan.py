@@ -7,6 +7,7 @@ number. Time is FLOPs / (peak rate * efficiency), and on several GPUs also that 
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tiny_onn.config.schema import RunConfig
@@ -254,6 +255,7 @@ def plan(
     )
     mine = cluster.of_one_gpu(config)
     held = moments(mine, sizes, parameters, device.type, device.memory_bytes)
+    flops_of = partial(step_flops, mine, sizes, token, num_shares=cluster.num_shares)
     return Plan(
         model=model,
         config=config,
@@ -263,8 +265,8 @@ def plan(
         sizes=sizes,
         parameters=parameters,
         token=token,
-        whole_rows=step_flops(mine, sizes, token, packed=False),
-        packed=step_flops(mine, sizes, token, packed=True),
+        whole_rows=flops_of(packed=False),
+        packed=flops_of(packed=True),
         moments=moments_of_rank(held, mine, sizes, parameters, cluster),
         disk=disk_use(config, student),
         cluster=cluster,
