@@ -320,7 +320,7 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
             searched = len(by_rates(records, tokens, rival)) > 1
             # A better rate of the rival could only make a lead smaller.
             words = yes_or_no(reached) if searched or not reached else "open: one rate"
-            yield line(f"{goal}: at least 33", shares, 0, words)
+            yield line(f"{goal}: at least 33.3", shares, 1, words)
 
 
 def yes_or_no(reached: bool) -> str:

@@ -118,9 +118,9 @@ def test_rates_are_compared_in_the_seeds_that_both_have():
 def test_a_lead_over_a_rival_of_one_rate_is_open():
     ours, theirs = record(1.0, 0.2, 0.2), record(1.0, 0.4, 0.4, arm="half-width")
     (*_, line) = arms_findings.goals([ours, theirs])
-    assert line.endswith("| 50 | open: one rate |")
+    assert line.endswith("| 50.0 | open: one rate |")
     (*_, line) = arms_findings.goals([ours, theirs, record(2.0, 0.35, 0.35, arm="half-width")])
-    assert line.endswith("| 43 | yes |")
+    assert line.endswith("| 42.9 | yes |")
 
 
 def findings(leads):
