@@ -26,6 +26,27 @@ def test_a_step_has_the_gradients_singular_vectors_and_values_near_1(shape):
     torch.testing.assert_close(values, torch.diag_embed(diagonal), rtol=0, atol=1e-5)
 
 
+def by_definition(matrix):
+    """Newton-Schulz iterations of Jordan et al. in float64, on the matrix itself."""
+    a, b, c = muon.QUINTIC
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(muon.MUON_ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (48, 576), (576, 48), (64, 64)])
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-4, 1e-7])
+def test_steps_are_those_of_the_iteration_by_its_definition(shape, smallest):
+    u, values, vh = torch.linalg.svd(randn(*shape), full_matrices=False)
+    values = torch.logspace(0, torch.tensor(smallest).log10().item(), len(values))
+    gradient = (u * values) @ vh
+    expected = by_definition(gradient)
+    # Squares of singular values below 3e-4 are lost in float32, and these directions are small.
+    assert (orthogonal(gradient[None])[0] - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_gradients_far_below_and_above_1_give_finite_steps():
     gradient = randn(8, 32)[None] * torch.tensor([1e-44, 1e-25, 1e-6, 1.0, 1e15])[:, None, None]
     step = orthogonal(gradient)

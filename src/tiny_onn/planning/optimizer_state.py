@@ -38,19 +38,21 @@ def muon_bytes(
 ) -> int:
     """Return the most bytes that Muon adds to weights, gradients, state and rounding.
 
-    Its step needs three float32 copies of the weights that are stepped together, and two of their
-    square products. Those of bfloat16 masters are of one weight at a time, and freed before the
-    random bits of its rounding are drawn.
+    Its step needs two float32 copies of the weights that are stepped together and five of their
+    square products, then three and one. Those of bfloat16 masters are of one weight at a time, and
+    freed before the random bits of its rounding are drawn.
     """
     expert, is_rounded = 2 * width * hidden_dim, master_dtype == "bfloat16"
     together = num_experts * (1 if is_rounded else num_layers)
     number = max(1, min(together, MUON_ELEMENTS // expert))
     least, most = sorted((width, hidden_dim))
-    held = 4 * number * expert * (3 * most + 2 * least) // most
+    held = 4 * number * expert * max(3 * most + least, 2 * most + 5 * least) // most
     return max(0, held - 4 * num_experts * expert) if is_rounded else held
 
 
 def muon_flops(num_experts: int, width: int, hidden_dim: int) -> int:
     """Return the FLOPs of a layer's step, three matrices an expert, in float32."""
     least, most = sorted((width, hidden_dim))
-    return 3 * num_experts * MUON_ITERATIONS * (4 * least**2 * most + 2 * least**3)
+    # Four products of squares an iteration, of which the first needs three and the last two.
+    num_squares = 4 * MUON_ITERATIONS - 3
+    return 3 * num_experts * (4 * least**2 * most + 2 * num_squares * least**3)
