@@ -82,16 +82,18 @@ def orthogonal(
     # The norm of tiny numbers may round to 0.
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)
     # An iteration multiplies x by a polynomial of its gram matrix from the left, and these commute:
-    # small square matrices stand for the wide ones until the end, within a thousandth in float32.
-    gram = x @ x.mT
-    product = p = _polynomial(gram)
-    for _ in range(MUON_ITERATIONS - 1):
-        gram = p @ gram @ p
-        p = _polynomial(gram)
-        product = p @ product
-    del gram, p
-    steps = product @ x
-    return (steps if wide else steps.mT).view(matrices.shape)
+    # small square matrices stand for the wide ones. They begin anew from the wide ones before what
+    # rounding made of the smallest eigenvalues, also that of TF32, has grown.
+    for number in MUON_ITERATIONS:
+        gram = x @ x.mT
+        product = p = _polynomial(gram)
+        for _ in range(number - 1):
+            gram = p @ gram @ p
+            p = _polynomial(gram)
+            product = p @ product
+        del gram, p
+        x = product @ x
+    return (x if wide else x.mT).view(matrices.shape)
 
 
 def _polynomial(gram: Float[Tensor, "batch rows rows"]) -> Float[Tensor, "batch rows rows"]:

@@ -8,9 +8,10 @@ from math import prod
 
 from tiny_onn.config.schema import DType, OptimizerName
 
-# Muon steps experts together whose weights have about so many numbers, in so many iterations.
+# Muon steps experts together whose weights have about so many numbers, in so many iterations, five,
+# in two parts.
 MUON_ELEMENTS = 2**24
-MUON_ITERATIONS = 5
+MUON_ITERATIONS = (2, 3)
 # bitsandbytes keeps 32-bit state of tensors below this size, a scale for each block of numbers, and
 # a quantisation map for each of Adam's two moments.
 MIN_8BIT_SIZE = 4096
@@ -53,6 +54,8 @@ def muon_bytes(
 def muon_flops(num_experts: int, width: int, hidden_dim: int) -> int:
     """Return the FLOPs of a layer's step, three matrices an expert, in float32."""
     least, most = sorted((width, hidden_dim))
-    # Four products of squares an iteration, of which the first needs three and the last two.
-    num_squares = 4 * MUON_ITERATIONS - 3
-    return 3 * num_experts * (4 * least**2 * most + 2 * num_squares * least**3)
+    # A part multiplies squares once for its first iteration and four times for each other one, and
+    # the wide matrices at its begin and end.
+    num_squares = sum(4 * number - 3 for number in MUON_ITERATIONS)
+    num_wide = 2 * len(MUON_ITERATIONS)
+    return 3 * num_experts * 2 * (num_wide * least**2 * most + num_squares * least**3)
