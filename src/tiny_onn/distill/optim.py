@@ -12,7 +12,7 @@ model with 96 x 1024 experts takes, in bytes for weight + gradient + state:
 
 While a bfloat16 tensor is stepped it also needs float32 copies of itself and of its gradient, and 4
 bytes of random bits per element; such tensors are stepped one at a time. Muon steps several
-float32 tensors together, in copies of up to 0.3 GB (`planning/optimizer_state.py`).
+float32 tensors together, in copies of up to 0.5 GB (`planning/optimizer_state.py`).
 """
 
 import hashlib
