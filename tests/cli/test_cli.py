@@ -163,7 +163,7 @@ MISTAKES = [
     (["distill", "--resume", "--out", "nowhere"], "config.json: cannot read it"),
     (["cache", "--out", "x"], "cache: got neither RUN.toml nor --preset"),
     (["cache", "--preset", "model-card"], "--out: got none, expected the folder of the cache"),
-    (["cache", "--preset", "demo", "--out", "x"], "loss.states_coef: got 4.0 with a cache"),
+    (["cache", "--preset", "demo", "--out", "x"], "loss.states_coef: got 64.0 with a cache"),
     (
         ["cache", "--preset", "demo", "--format", "int4"],
         "--format: got int4, expected one of bfloat16",
