@@ -1,21 +1,21 @@
 """Draw KL against training tokens from the records of `experiments/arms.py`."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.arms_findings import MUON
 from experiments.arms_law import law_of
-from experiments.arms_table import best_runs, has_diverged
+from experiments.arms_table import RECIPES, best_runs, has_diverged
 
 ARMS = {
-    f"smk{MUON}": "SMK by Muon: the gate learns",
-    f"frozen ridge gate{MUON}": "frozen ridge gate by Muon",
-    f"half-width{MUON}": "half-width by Muon: no experts",
-    "smk": "SMK by AdamW",
-    "half-width": "half-width by AdamW",
-    "static choice": "static choice by AdamW",
-    "model card's rule": "model card's rule by AdamW",
+    "smk": "SMK: the gate learns",
+    "frozen ridge gate": "frozen ridge gate: it does not",
+    "half-width": "half-width: pruned, no experts",
+    "static choice": "static choice: same experts for all",
+    "model card's rule": "model card's rule",
 }
+SHAPES = ("circle", "triangle-up")
+DASHES = ([1, 0], [4, 4])
 
 
 def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -25,10 +25,11 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         records: the study's records with the target of half of the experts.
     """
     dots, lines = [], []
-    for arm, name in ARMS.items():
+    for (base, name), (recipe, how) in itertools.product(ARMS.items(), RECIPES.items()):
+        arm, labels = base + recipe, {"arm": name, "recipe": how}
         for tokens in sorted({r["tokens"] for r in records if r["arm"] == arm}):
             dots += [
-                {"arm": name, "tokens": tokens, "kl": digits(run["report"]["kl_at_k"])}
+                {**labels, "tokens": tokens, "kl": digits(run["report"]["kl_at_k"])}
                 for run in best_runs(records, tokens, arm)
                 if not has_diverged(run, records)
             ]
@@ -36,7 +37,7 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if law is not None:
             lengths = [tokens for tokens, _ in law.points]
             ends = (min(lengths), max(lengths))
-            lines += [{"arm": name, "tokens": t, "kl": digits(law.at(t))} for t in ends]
+            lines += [{**labels, "tokens": t, "kl": digits(law.at(t))} for t in ends]
     shown = [name for name in ARMS.values() if any(dot["arm"] == name for dot in dots)]
     ticks = sorted({dot["tokens"] for dot in dots})
     values = [row["kl"] for row in dots]
@@ -70,19 +71,22 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "legend": {"title": None, "labelLimit": 260},
         },
     }
+    of_recipe = {"field": "recipe", "type": "nominal", "legend": {"title": None}}
+    shape = {**of_recipe, "scale": {"domain": [*RECIPES.values()], "range": SHAPES}}
+    dash = {**of_recipe, "scale": {"domain": [*RECIPES.values()], "range": DASHES}}
     return {
         "width": 380,
         "height": 260,
         "layer": [
             {
                 "data": {"values": lines},
-                "mark": {"type": "line", "strokeWidth": 1.5, "strokeDash": [5, 4]},
-                "encoding": encoding,
+                "mark": {"type": "line", "strokeWidth": 1.5},
+                "encoding": {**encoding, "strokeDash": dash},
             },
             {
                 "data": {"values": dots},
                 "mark": {"type": "point", "filled": True, "size": 50, "opacity": 0.85},
-                "encoding": encoding,
+                "encoding": {**encoding, "shape": shape},
             },
         ],
     }
