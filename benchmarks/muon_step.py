@@ -1,4 +1,4 @@
-"""What a step of Muon costs that moves many experts at once, against torch's, matrix by matrix.
+"""What a step of Muon costs: experts stepped together, against torch's Muon matrix by matrix.
 
     python -m benchmarks muon_step [--model SmolLM2-135M] [--device cuda] [--smoke]
 
@@ -8,15 +8,16 @@ step, but for the rounding of bfloat16. Ends in one JSON line.
 """
 
 import argparse
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.common import check, measure, relative_gap
 from benchmarks.registry import Option, Result, benchmark
 from benchmarks.steps import shape_of
 from tiny_onn.distill.muon import STEP_RMS, Muon
+from tiny_onn.distill.units import STACKED
+from tiny_onn.model.expert_weights import by_neuron
 
 RATE = 1e-3
 # The gap between both steps by their norm: bfloat16 has 8 bits.
@@ -32,11 +33,6 @@ def learning(shape: tuple[int, ...], generator: torch.Generator, number: int) ->
     return weights
 
 
-def matrices(weight: Tensor, num_stacked: int) -> Iterator[Tensor]:
-    """The matrices of each expert."""
-    yield from weight.unflatten(1, (num_stacked, -1)).flatten(0, 1)
-
-
 @benchmark(
     "A step of Muon for all experts of a model, against torch's and AdamW's.",
     model=Option("SmolLM2-135M", "a bundled shape", smoke="tiny"),
@@ -45,23 +41,21 @@ def matrices(weight: Tensor, num_stacked: int) -> Iterator[Tensor]:
 )
 def run(arguments: argparse.Namespace) -> Result:
     """Time one step of each optimizer, after a check that both Muons agree."""
-    shape = shape_of(arguments.model).get_text_config()
-    hidden, layers, experts = shape.hidden_size, shape.num_hidden_layers, arguments.experts
-    width = shape.intermediate_size // experts
+    model = shape_of(arguments.model).get_text_config()
+    hidden, layers, experts = model.hidden_size, model.num_hidden_layers, arguments.experts
+    width = model.intermediate_size // experts
     generator = torch.Generator(arguments.device).manual_seed(0)
     ours, theirs, adamw, parity = [], [], [], {}
-    for rows, columns, num_stacked in ((2 * width, hidden, 2), (hidden, width, 1)):
-        weights = learning((experts, rows, columns), generator, layers)
+    shapes = {STACKED: (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)}
+    for kind, shape in shapes.items():
+        weights = learning(shape, generator, layers)
         group = {"params": weights, "lr": RATE, "weight_decay": 0.0}
-        ours.append(Muon(group, momentum=0.9, num_stacked=num_stacked))
+        ours.append(Muon(group, momentum=0.9, num_stacked=2 if kind == STACKED else 1))
         alone = []
         for weight in weights:
             assert weight.grad is not None
-            for matrix, gradient in zip(
-                matrices(weight.detach(), num_stacked),
-                matrices(weight.grad, num_stacked),
-                strict=True,
-            ):
+            parts = (by_neuron(kind, t).flatten(0, -3) for t in (weight.detach(), weight.grad))
+            for matrix, gradient in zip(*parts, strict=True):
                 alone.append(nn.Parameter(matrix.clone()))
                 alone[-1].grad = gradient.clone()
         theirs.append(
@@ -73,13 +67,13 @@ def run(arguments: argparse.Namespace) -> Result:
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-        same = learning((experts, rows, columns), generator, layers)
+        same = learning(shape, generator, layers)
         adamw.append(torch.optim.AdamW(same, lr=RATE, weight_decay=0.0, fused=True))
         ours[-1].step()
         theirs[-1].step()
-        moved = torch.stack([m for w in weights for m in matrices(w.detach(), num_stacked)])
+        moved = torch.cat([by_neuron(kind, w.detach()).flatten(0, -3) for w in weights])
         gap = relative_gap(moved, torch.stack([m.detach() for m in alone]))
-        parity[f"{rows} x {columns}"] = check(f"muon_step, {rows} x {columns}", gap, TOLERANCE)
+        parity[kind] = check(f"muon_step, {kind}", gap, TOLERANCE)
     ways = {"ours": ours, "torch's Muon": theirs, "AdamW, fused": adamw}
     steps = {name: lambda part=part: [o.step() for o in part] for name, part in ways.items()}
     timings = measure(steps, repeats=arguments.repeats, warmup=2, device=arguments.device)

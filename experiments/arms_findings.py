@@ -15,6 +15,7 @@ from typing import Any
 from experiments.arms import TOKENS, planned
 from experiments.arms_law import T_975, law_of
 from experiments.arms_table import (
+    FOLLOWED,
     OURS,
     RECIPES,
     best_runs,
@@ -80,17 +81,14 @@ WORDS = {
     "model card's rule": "the model card's rule",
 }
 RIVALS = ("frozen ridge gate", "half-width")
+RIVALS_BY_MUON = tuple(rival + MUON for rival in RIVALS)
 PAIRS = (
-    *(
-        ("smk", other)
-        for other in WORDS
-        if other != "smk" and other not in {f"{rival}{MUON}" for rival in RIVALS}
-    ),
+    *(("smk", other) for other in WORDS if other not in ("smk", *RIVALS_BY_MUON)),
     ("frozen ridge gate", "half-width"),
     ("frozen ridge gate, loss metric", "frozen ridge gate"),
-    *((f"smk{MUON}", f"{rival}{MUON}") for rival in RIVALS),
+    *((f"smk{MUON}", rival) for rival in RIVALS_BY_MUON),
     (f"smk{MUON}, loss metric", f"smk{MUON}"),
-    *((f"{rival}{MUON}", rival) for rival in RIVALS),
+    *zip(RIVALS_BY_MUON, RIVALS, strict=True),
 )
 # Tokens and the KL at exactly k that SMK was meant to reach.
 GOALS = {1_998_848: 0.20, 20_000_768: 0.10, 99_999_744: 0.06}
@@ -320,7 +318,7 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
             searched = len(by_rates(records, tokens, rival)) > 1
             # A better rate of the rival could only make a lead smaller.
             words = yes_or_no(reached) if searched or not reached else "open: one rate"
-            yield line(f"{goal}: at least 33.3", shares, 1, words)
+            yield line(f"{goal}: at least {100 * LEAD_GOAL:.1f}", shares, 1, words)
 
 
 def yes_or_no(reached: bool) -> str:
@@ -371,9 +369,7 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
         " standard error | goal |"
     )
     yield "|---" * 10 + "|"
-    ours = {f"{OURS}{recipe}": how for recipe, how in RECIPES.items()}
-    ours |= dict.fromkeys(("smk, k = 8", "smk, k = 24"), RECIPES[""])
-    mine = [r for r in records if r["arm"] in ours and r["rate"] == r["gate_rate"] == 1]
+    mine = [r for r in records if r["arm"] in FOLLOWED and r["rate"] == r["gate_rate"] == 1]
     for target, tokens, arm in sorted({(r["target_k"], r["tokens"], r["arm"]) for r in mine}):
         runs = [r for r in mine if (r["target_k"], r["tokens"], r["arm"]) == (target, tokens, arm)]
         texts = (("report", "mixed"), ("unseen", "unseen sources"))
@@ -388,7 +384,7 @@ def budgets(records: Sequence[Record]) -> Iterator[str]:
             cells = (
                 f"{target:g}",
                 millions(tokens),
-                ours[arm],
+                FOLLOWED[arm],
                 name,
                 words,
                 str(len(found)),

@@ -23,15 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common import environment
 from experiments import loss_metric, low_rank
-from experiments.arms_table import (
-    INTERRUPTED,
-    LOSS_METRIC,
-    OURS,
-    RECIPES,
-    RECORDS,
-    Job,
-    at_k,
-)
+from experiments.arms_table import FOLLOWED, INTERRUPTED, LOSS_METRIC, RECORDS, Job, at_k
 from experiments.budgets import measured as counted_k
 from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
@@ -57,8 +49,6 @@ from tiny_onn.teacher.held_out import HeldOut
 AROUND = (0.94, 1.06)
 # Documents differ in the experts that they take, so that k is counted on more text than KL.
 K_TEXT = 7
-# Arms of which a budget that follows each sequence is measured too.
-FOLLOWED = (*(OURS + recipe for recipe in RECIPES), "smk, k = 8", "smk, k = 24")
 # Arms whose student has the mean of its weights over the last steps, this share of them.
 AVERAGED, AVERAGED_SHARE = ("smk, averaged weights",), 0.1
 # So many rows are measured at once, which keeps a GPU busy. Documents stay apart.

@@ -14,9 +14,13 @@ RECORDS = "arms.jsonl"
 INTERRUPTED = 130
 # The arm of the recipe; its variants have a comma after this name.
 OURS = "smk"
-# What stands in the names of arms for the optimizer and the matching of hidden states: those of the
-# presets first, then those of the recipe before.
+# How the names of a recipe's arms end, and how pages call it: the presets' first, then the one
+# before.
 RECIPES = {", muon, features x 16": "by Muon", "": "by AdamW"}
+# Arms whose mean k pages show, with their recipes; a budget that follows each sequence is measured.
+FOLLOWED = {OURS + recipe: how for recipe, how in RECIPES.items()} | dict.fromkeys(
+    ("smk, k = 8", "smk, k = 24"), RECIPES[""]
+)
 # The end of the name of an arm whose partition and gates are in the metric of the loss.
 LOSS_METRIC = ", loss metric"
 # The settings of the rule that teaches a gate.

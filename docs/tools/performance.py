@@ -93,10 +93,8 @@ def cpu_rows() -> Iterator[Row]:
     growth = load("scaling")["ratios"]["memory per token / saved inputs"]
     yield Row("memory per further token of a row", f"{growth:.2f}", "1 = saved inputs", "", "~ 1")
     muon = {row["step"]: row["p50_ms"] for row in load("muon_step")["rows"]}
-    for peer in ("torch's Muon", "AdamW, fused"):
-        label = (
-            "" if peer.startswith("AdamW") else "step of Muon for SmolLM2-135M's experts, float32"
-        )
+    muon_label = "step of Muon for SmolLM2-135M's experts, float32"
+    for label, peer in ((muon_label, "torch's Muon"), ("", "AdamW, fused")):
         ratio = f"{muon['ours'] / muon[peer]:.3g}"
         yield Row(label, ms(muon["ours"]), f"{ms(muon[peer])} {peer}", ratio, "")
     yield from inference_rows(load("cpu_inference")["rows"])

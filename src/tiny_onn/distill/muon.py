@@ -66,7 +66,8 @@ class Muon(torch.optim.Optimizer):
         size = group["lr"] * STEP_RMS * max(steps.shape[-2:]) ** 0.5
         steps = steps.mul_(moved[..., None, None]).reshape(ahead.shape)
         parts = [p[experts] for p in weights]
-        torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+        if decay := group["lr"] * group["weight_decay"]:
+            torch._foreach_mul_(parts, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_sub_(parts, steps.split(len(parts[0])), alpha=size)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -82,8 +83,8 @@ def orthogonal(
     # The norm of tiny numbers may round to 0.
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)
     # An iteration multiplies x by a polynomial of its gram matrix from the left, and these commute:
-    # small square matrices stand for the wide ones. They begin anew from the wide ones before what
-    # rounding made of the smallest eigenvalues, also that of TF32, has grown.
+    # small square matrices stand for the wide ones. Iterations enlarge the rounding errors of the
+    # smallest eigenvalues, above all those of TF32. New gram matrices half way keep them small.
     for number in MUON_ITERATIONS:
         gram = x @ x.mT
         product = p = _polynomial(gram)

@@ -8,9 +8,9 @@ from math import prod
 
 from tiny_onn.config.schema import DType, OptimizerName
 
-# Muon steps experts together whose weights have about so many numbers, in so many iterations, five,
-# in two parts.
+# Muon steps experts together whose weights have about so many numbers.
 MUON_ELEMENTS = 2**24
+# The iterations of its step in each of two parts, which begin with gram matrices.
 MUON_ITERATIONS = (2, 3)
 # bitsandbytes keeps 32-bit state of tensors below this size, a scale for each block of numbers, and
 # a quantisation map for each of Adam's two moments.
@@ -55,7 +55,7 @@ def muon_flops(num_experts: int, width: int, hidden_dim: int) -> int:
     """Return the FLOPs of a layer's step, three matrices an expert, in float32."""
     least, most = sorted((width, hidden_dim))
     # A part multiplies squares once for its first iteration and four times for each other one, and
-    # the wide matrices at its begin and end.
+    # the wide matrices at its beginning and end.
     num_squares = sum(4 * number - 3 for number in MUON_ITERATIONS)
     num_wide = 2 * len(MUON_ITERATIONS)
     return 3 * num_experts * 2 * (num_wide * least**2 * most + num_squares * least**3)
