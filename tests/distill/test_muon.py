@@ -104,9 +104,39 @@ def test_weights_step_together_as_one_by_one(monkeypatch, dtype):
         return student.trainable()
 
     together = stepped()
-    monkeypatch.setattr(muon, "MUON_ELEMENTS", 1)
+    monkeypatch.setattr(muon, "MUON_ELEMENTS", {"cpu": 1})
     alone = stepped()
     assert all(torch.equal(together[name], p) for name, p in alone.items())
+
+
+def test_units_step_as_weights_divided_and_gradients_multiplied_by_them():
+    students = [make_student(make_dense(), num_experts=4) for _ in range(2)]
+    ours, by_hand = (
+        build_optimizer(
+            student, OptimConfig(name="muon", weight_decay=0.1, expert_lr=0.01, lr_scale=scale)
+        )
+        for student, scale in zip(students, ("rms", "absolute"), strict=True)
+    )
+    for step in range(3):
+        learning = [
+            {n: p for n, p in student.trainable().items() if n.endswith("_proj")}
+            for student in students
+        ]
+        for number, (p, q) in enumerate(zip(*(each.values() for each in learning), strict=True)):
+            unit = ours.unit(p)
+            assert unit is not None
+            # Gates are the first half of an expert's rows.
+            rows = unit.repeat_interleave(p.shape[1] // 2)[:, None] if unit.ndim else unit
+            p.grad = randn(*p.shape, seed=10 * step + number)
+            q.grad = p.grad * rows
+            q.data /= rows
+        for optimizer in (ours, by_hand):
+            optimizer.step()
+        for p, q in zip(*(each.values() for each in learning), strict=True):
+            unit = ours.unit(p)
+            assert unit is not None
+            q.data *= unit.repeat_interleave(p.shape[1] // 2)[:, None] if unit.ndim else unit
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_vectors_of_experts_are_stepped_by_adamw():
@@ -146,7 +176,7 @@ def test_large_weights_are_stepped_some_experts_at_a_time(monkeypatch):
     for number, p in enumerate(student.trainable().values()):
         p.grad = randn(*p.shape, seed=number)
     down = student.banks()[0].experts.down_proj
-    monkeypatch.setattr(muon, "MUON_ELEMENTS", 4 * down[0].numel())
+    monkeypatch.setattr(muon, "MUON_ELEMENTS", {"cpu": 4 * down[0].numel()})
     build_optimizer(student, OptimConfig(name="muon")).step()
     # Two experts of gate_up_proj or four of down_proj at a time, in two layers.
     assert sizes == [2, 2, 1, 2, 2, 1, 4, 1, 4, 1]

@@ -26,9 +26,10 @@ STEP_RMS = 0.4
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov's momentum, for weights (E, H R, C) that stack H matrices of each expert.
 
-    The state of a weight is its momentum. The group's weights have one shape. A matrix without a
-    gradient other than 0 takes no step: made orthogonal, its fading momentum would give a step as
-    large as any.
+    The state of a weight is its momentum, and may have a `unit`, () or (H,), by which the steps of
+    its matrices are multiplied. The group's weights have one shape, and all or none of them a unit.
+    A matrix without a gradient other than 0 takes no step: made orthogonal, its fading momentum
+    would give a step as large as any.
 
     Args:
         group: Weights, a learning rate and a decoupled weight decay.
@@ -51,20 +52,24 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, weights: Sequence[Tensor], experts: slice, group: dict[str, Any]) -> None:
         """Update the same experts of some weights together."""
-        for p in weights:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        states = [self.state[p] for p in weights]
+        for p, state in zip(weights, states, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
         gradients = [p.grad[experts] for p in weights if p.grad is not None]
-        momenta = [self.state[p]["momentum_buffer"][experts] for p in weights]
-        momentum, stacked = group["momentum"], (group["num_stacked"], -1)
-        moved = torch.cat(gradients).unflatten(1, stacked).ne(0).any((-2, -1))
+        momenta = [state["momentum_buffer"][experts] for state in states]
+        momentum, H = group["momentum"], group["num_stacked"]
+        factors = torch.cat(gradients).unflatten(1, (H, -1)).ne(0).any((-2, -1))
+        if "unit" in states[0]:
+            units = torch.stack([state["unit"].expand(H) for state in states])
+            factors = factors * units.repeat_interleave(len(gradients[0]), 0)
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
         ahead = torch.cat(
             torch._foreach_lerp(gradients, momenta, momentum)  # pyright: ignore[reportPrivateImportUsage]
         )
-        steps = orthogonal(ahead.unflatten(1, stacked))
+        steps = orthogonal(ahead.unflatten(1, (H, -1)))
         size = group["lr"] * STEP_RMS * max(steps.shape[-2:]) ** 0.5
-        steps = steps.mul_(moved[..., None, None]).reshape(ahead.shape)
+        steps = steps.mul_(factors[..., None, None]).reshape(ahead.shape)
         parts = [p[experts] for p in weights]
         if decay := group["lr"] * group["weight_decay"]:
             torch._foreach_mul_(parts, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
@@ -85,24 +90,21 @@ def orthogonal(
     # An iteration multiplies x by a polynomial of its gram matrix from the left, and these commute:
     # small square matrices stand for the wide ones. Iterations enlarge the rounding errors of the
     # smallest eigenvalues, above all those of TF32. New gram matrices half way keep them small.
-    for number in MUON_ITERATIONS:
-        gram = x @ x.mT
-        product = p = _polynomial(gram)
-        for _ in range(number - 1):
-            gram = p @ gram @ p
-            p = _polynomial(gram)
-            product = p @ product
-        del gram, p
-        x = product @ x
-    return (x if wide else x.mT).view(matrices.shape)
-
-
-def _polynomial(gram: Float[Tensor, "batch rows rows"]) -> Float[Tensor, "batch rows rows"]:
-    """Return `a + b g + c g^2`."""
+    # A polynomial is held without its constant, which products add.
     a, b, c = QUINTIC
-    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    result.diagonal(dim1=-2, dim2=-1).add_(a)
-    return result
+    for number in MUON_ITERATIONS:
+        gram = torch.bmm(x, x.mT)
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = p.clone()
+        product.diagonal(dim1=-2, dim2=-1).add_(a)
+        for _ in range(number - 1):
+            gram = torch.baddbmm(gram, p, gram, beta=a)
+            gram = torch.baddbmm(gram, p, gram, beta=a)
+            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            product = torch.baddbmm(product, p, product, beta=a)
+        del gram, p
+        x = torch.bmm(product, x)
+    return (x if wide else x.mT).view(matrices.shape)
 
 
 def _batches(weights: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], slice]]:
@@ -110,7 +112,7 @@ def _batches(weights: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], slic
     if not weights:
         return
     num_experts = len(weights[0])
-    at_once = max(1, MUON_ELEMENTS // weights[0][0].numel())
+    at_once = max(1, MUON_ELEMENTS[weights[0].device.type] // weights[0][0].numel())
     number = max(1, at_once // num_experts)
     for first in range(0, len(weights), number):
         for expert in range(0, num_experts, at_once):

@@ -12,7 +12,7 @@ model with 96 x 1024 experts takes, in bytes for weight + gradient + state:
 
 While a bfloat16 tensor is stepped it also needs float32 copies of itself and of its gradient, and 4
 bytes of random bits per element; such tensors are stepped one at a time. Muon steps several
-float32 tensors together, in copies of up to 0.5 GB (`planning/optimizer_state.py`).
+float32 tensors together, in copies of up to 0.8 GB (`planning/optimizer_state.py`).
 """
 
 import hashlib
@@ -263,18 +263,8 @@ class SplitOptimizer(torch.optim.Optimizer):
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]
     ) -> None:
         """Step parameters in place; those with a unit as multiples of it."""
-        parts: list[Any] = [local_part(p) for p in parameters]
-        states = [self.state[p] for p in parameters]
-        units = {part: unit for p, part in zip(parameters, parts, strict=True)
-                 if (unit := self.unit(p)) is not None}  # fmt: skip
-        in_units_([*units], [part.grad for part in units], [*units.values()])
-        for state in states:
-            state.pop("unit", None)
-        _step(stepper, group, parts, states)
-        out_of_units_([*units], [*units.values()])
-        for part, state in zip(parts, states, strict=True):
-            if part in units:
-                state["unit"] = units[part]
+        parts, states = [local_part(p) for p in parameters], [self.state[p] for p in parameters]
+        _step(stepper, group, parts, states, [self.unit(p) for p in parameters])
 
     def _step_of_copy(
         self, stepper: torch.optim.Optimizer, group: dict[str, Any], p: nn.Parameter, place: str
@@ -283,15 +273,9 @@ class SplitOptimizer(torch.optim.Optimizer):
         weight, grad = (t if kind is None else by_neuron(kind, t) for t in (part.data, part.grad))
         state, unit = self.state[p], self.unit(p)
         master = nn.Parameter(state.pop("master", weight).float().contiguous())
-        master.grad = gradient = grad.float().contiguous()
-        state.pop("unit", None)
+        master.grad = grad.float().contiguous()
         num_roundings = int(state.pop("num_roundings", 0))
-        if unit is not None:
-            in_units_([master.data], [gradient], [unit])
-        _step(stepper, group, [master], [state])
-        if unit is not None:
-            out_of_units_([master.data], [unit])
-            state["unit"] = unit
+        _step(stepper, group, [master], [state], [unit])
         keeps_copy = group["system"] == "norms"
         if keeps_copy:
             state["master"] = master.data
@@ -309,12 +293,25 @@ class SplitOptimizer(torch.optim.Optimizer):
 def _step(
     stepper: torch.optim.Optimizer,
     group: dict[str, Any],
-    parameters: list[nn.Parameter],
-    states: list[dict[str, Any]],
+    parameters: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    units: Sequence[Tensor | None],
 ) -> None:
-    """Let a library's optimizer update these parameters and their states."""
+    """Let an optimizer update states and parameters, those with a unit as multiples of it."""
     stepper.param_groups = [{**group, "params": parameters}]
     stepper.state = defaultdict(dict, zip(parameters, states, strict=True))
+    measured = {p: unit for p, unit in zip(parameters, units, strict=True) if unit is not None}
+    for state in states:
+        state.pop("unit", None)
+    # The steps of Muon do not depend on the scale of weights and gradients: it only multiplies them
+    # by the units. The libraries' optimizers know no units.
+    if isinstance(stepper, Muon):
+        for p, unit in measured.items():
+            stepper.state[p]["unit"] = unit
+        stepper.step()
+        return
+    gradients = [p.grad for p in measured if p.grad is not None]
+    in_units_([*measured], gradients, [*measured.values()])
     for number, state in enumerate(states):
         step = state.get("step", 0)
         # torch's AdamW counts steps in a float32 tensor. The others count in an int, which a
@@ -325,6 +322,9 @@ def _step(
         elif restored:
             state["step"] = int(step)
     stepper.step()
+    out_of_units_([*measured], [*measured.values()])
+    for p, unit in measured.items():
+        stepper.state[p]["unit"] = unit
 
 
 def _init_8bit_state(stepper: torch.optim.Optimizer, number: int) -> None:

@@ -344,7 +344,7 @@ def _with_shares(
             parts[name] = whole + -(-(parts[name] - whole) // gpus)
     if "directions" in parts:
         shape = (sizes.layers, sizes.experts // gpus, sizes.expert_dim, sizes.hidden)
-        parts["directions"] = muon_bytes(*shape, config.optim.master_dtype)
+        parts["directions"] = muon_bytes(*shape, config.optim.master_dtype, device="cuda")
     # The random bits of rounding are those of a whole weight, of three numbers of four bytes.
     parts["rounding"] = parts.get("rounding", 0) // 3 * (gpus + 2) // gpus
     gathered = {"teacher's forward": 2 * mlps // sizes.layers, "loss": 0, "update": 0}

@@ -105,7 +105,8 @@ class _Step:
         memory_bytes: int,
     ) -> None:
         self.memory_bytes = memory_bytes
-        self.config, self.sizes, self.parameters, self.device = config, sizes, parameters, device
+        self.config, self.sizes, self.parameters = config, sizes, parameters
+        self.device: DeviceType = device
         self.row_tokens = config.data.row_tokens
         self.activation_bytes = NUMBER_BYTES[config.teacher.dtype]
         self.master_bytes = NUMBER_BYTES[config.optim.master_dtype]
@@ -352,7 +353,8 @@ class _Step:
             temporary["rounding"] = 12 * 2 * self.projection_elements
         if self.config.optim.name == "muon":
             shape = (self.layers, self.experts, self.sizes.expert_dim, self.hidden)
-            temporary["directions"] = muon_bytes(*shape, self.config.optim.master_dtype)
+            master_dtype = self.config.optim.master_dtype
+            temporary["directions"] = muon_bytes(*shape, master_dtype, device=self.device)
         return _moment("update", parts, temporary)
 
 

@@ -5,11 +5,14 @@ Legend: D hidden, E experts, I expert width.
 
 from collections.abc import Sequence
 from math import prod
+from types import MappingProxyType
+from typing import Literal
 
 from tiny_onn.config.schema import DType, OptimizerName
 
-# Muon steps experts together whose weights have about so many numbers.
-MUON_ELEMENTS = 2**24
+# Muon steps experts together whose weights have about so many numbers: a GPU waits for the host to
+# launch the products of each such group, and on a CPU small groups stay in caches.
+MUON_ELEMENTS = MappingProxyType({"cpu": 2**23, "cuda": 2**25})
 # The iterations of its step in each of two parts, which begin with gram matrices.
 MUON_ITERATIONS = (2, 3)
 # bitsandbytes keeps 32-bit state of tensors below this size, a scale for each block of numbers, and
@@ -35,19 +38,25 @@ def state_bytes(name: OptimizerName, shape: Sequence[int]) -> int:
 
 
 def muon_bytes(
-    num_layers: int, num_experts: int, width: int, hidden_dim: int, master_dtype: DType
+    num_layers: int,
+    num_experts: int,
+    width: int,
+    hidden_dim: int,
+    master_dtype: DType,
+    *,
+    device: Literal["cpu", "cuda"],
 ) -> int:
     """Return the most bytes that Muon adds to weights, gradients, state and rounding.
 
-    Its step needs two float32 copies of the weights that are stepped together and five of their
+    Its step needs two float32 copies of the weights that are stepped together and four of their
     square products, then three and one. Those of bfloat16 masters are of one weight at a time, and
     freed before the random bits of its rounding are drawn.
     """
     expert, is_rounded = 2 * width * hidden_dim, master_dtype == "bfloat16"
     together = num_experts * (1 if is_rounded else num_layers)
-    number = max(1, min(together, MUON_ELEMENTS // expert))
+    number = max(1, min(together, MUON_ELEMENTS[device] // expert))
     least, most = sorted((width, hidden_dim))
-    held = 4 * number * expert * max(3 * most + least, 2 * most + 5 * least) // most
+    held = 4 * number * expert * max(3 * most + least, 2 * most + 4 * least) // most
     return max(0, held - 4 * num_experts * expert) if is_rounded else held
 
 
