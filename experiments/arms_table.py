@@ -27,6 +27,8 @@ LOSS_METRIC = ", loss metric"
 RULE = "smk."
 # These say where the text is and how often a run is saved, which changes no result.
 PLACES = ("data.sources", "train.save_every_tokens")
+# Older records do not name these settings, which then had these values.
+UNNAMED = {"optim.name": "adamw", "loss.states_scale": "layer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ def differ_in_rule(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def settings_of(record: dict[str, Any]) -> dict[str, str]:
     """The settings of a run by name, each as it was given last."""
-    return dict(setting.split("=", 1) for setting in record["settings"])
+    return UNNAMED | dict(setting.split("=", 1) for setting in record["settings"])
 
 
 def rule_and_rest(record: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:

@@ -225,7 +225,7 @@ def test_harm_is_the_rules_only_if_the_same_run_by_another_rule_came_nearer(othe
     harmed = record(1.0, 1.5, 1.4, settings=["smk.direction=min"])
     assert has_diverged(harmed, [harmed, other])
     assert not has_diverged(harmed, [harmed, other, record(1.0, 0.9, 0.9)])
-    moved = record(1.0, 0.9, 0.9, settings=['data.sources=["elsewhere"]'])
+    moved = record(1.0, 0.9, 0.9, settings=['data.sources=["elsewhere"]', "optim.name=adamw"])
     assert not has_diverged(harmed, [harmed, other, moved])
 
 
