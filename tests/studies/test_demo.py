@@ -43,6 +43,11 @@ def test_the_demo_compares_arms_of_equal_length_and_says_how_long(overrides, tmp
         "static choice": 3 * ROW,
         "random routing": 3 * ROW,
     }
+    rates = [
+        read_run_config(tmp_path / "demo" / folder).optim.expert_lr
+        for folder in ("student", "static-choice", "random-routing")
+    ]
+    assert rates == pytest.approx([rates[0], 4 * rates[0], 4 * rates[0]])
     shown = capsys.readouterr().out
     for text in ("student,", "untrained", "static", "random", "k / target", " / 4"):
         assert text in shown

@@ -177,8 +177,8 @@ class SplitOptimizer(torch.optim.Optimizer):
     and checkpoints from before today's stacking of the weights keep their exact state.
 
     A weight with a unit is divided by it for the time of a step, and its gradient multiplied, which
-    leaves the gradient so. The unit is part of the weight's state from its first step on, so that a
-    resumed run keeps it.
+    leaves the gradient so; Muon multiplies its step instead. The unit is part of the weight's state
+    from its first step on, so that a resumed run keeps it.
 
     In several processes a parameter may have an owner, which alone holds its state, steps it and
     hands it to the others (ZeRO-1: Rajbhandari et al., arXiv 1910.02054, section 5.1).
