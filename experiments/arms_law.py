@@ -71,6 +71,8 @@ def row_tokens(record: dict[str, Any]) -> int:
 def law_of(records: Sequence[dict[str, Any]], arm: str) -> Law | None:
     """Fit the law of an arm; None with runs of fewer than two lengths, or of rates that differ.
 
+    It is None too if the exponent may be 0, that is if its interval holds 0.
+
     Runs are those of `best_runs` in rows of `ROW_TOKENS`: a token in a longer row has more text
     before it.
     """
@@ -93,5 +95,7 @@ def law_of(records: Sequence[dict[str, Any]], arm: str) -> Law | None:
     if free:
         t = T_975[min(free, len(T_975)) - 1]
         half = t * math.sqrt(sum(value**2 for value in left) / free / square)
+    if half is not None and abs(slope) <= half:
+        return None
     scale = math.exp(middle_y - slope * middle_x)
     return Law(scale=scale, exponent=-slope, half=half, points=points)

@@ -171,6 +171,10 @@ def test_a_planted_law_is_found_with_its_interval():
     assert law.local() == pytest.approx([0.3, 0.3])
     assert "KL 0.06 takes 116M tokens" in law.sentence()
     assert law_of(exact[:2], "smk") is None
+    unsteady = [
+        record(1.0, 0.1, kl, tokens=n) for n, kl in zip(lengths, (0.5, 1.4, 0.8), strict=True)
+    ]
+    assert law_of(unsteady, "smk") is None
     better = record(2.0, 0.05, 0.1, tokens=1_998_848)
     rival = [{**run, "arm": "half-width"} for run in (*exact, better)]
     assert law_of(rival[:-1], "half-width") is not None

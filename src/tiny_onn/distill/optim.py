@@ -12,7 +12,7 @@ model with 96 x 1024 experts takes, in bytes for weight + gradient + state:
 
 While a bfloat16 tensor is stepped it also needs float32 copies of itself and of its gradient, and 4
 bytes of random bits per element; such tensors are stepped one at a time. Muon steps several
-float32 tensors together, in copies of up to 0.8 GB (`planning/optimizer_state.py`).
+float32 tensors together, in copies of up to 0.8 GB on a GPU (`planning/optimizer_state.py`).
 """
 
 import hashlib
@@ -176,8 +176,8 @@ class SplitOptimizer(torch.optim.Optimizer):
     holds weights of one neuron, a factor of Adafactor's belongs to either a gate or an up matrix,
     and checkpoints from before today's stacking of the weights keep their exact state.
 
-    A weight with a unit is divided by it for the time of a step, and its gradient multiplied, which
-    leaves the gradient so; Muon multiplies its step instead. The unit is part of the weight's state
+    A weight with a unit is divided by it for the time of a step, and its gradient is multiplied by
+    it and stays so; Muon multiplies its step instead. The unit is part of the weight's state
     from its first step on, so that a resumed run keeps it.
 
     In several processes a parameter may have an owner, which alone holds its state, steps it and
@@ -303,7 +303,7 @@ def _step(
     measured = {p: unit for p, unit in zip(parameters, units, strict=True) if unit is not None}
     for state in states:
         state.pop("unit", None)
-    # The steps of Muon do not depend on the scale of weights and gradients: it only multiplies them
+    # Muon's steps do not depend on the scale of weights and gradients, and it multiplies its steps
     # by the units. The libraries' optimizers know no units.
     if isinstance(stepper, Muon):
         for p, unit in measured.items():

@@ -3,7 +3,8 @@
 A rate of 0.001 is a change of a thousandth of a weight in every model only if weights are measured
 by their own scale, which families of models choose differently: the MLP weights of SmolLM2-135M
 have a root mean square of 0.19, those of Gemma-3-270M of 0.013 to 0.04. With units u, an optimizer
-sees the weights w / u and the gradients u g. Rates, weight decay, the optimizers' eps and the norm
+sees the weights w / u and the gradients u g, except for Muon, which multiplies its steps by u: they
+do not depend on the scale of gradients. Rates, weight decay, the optimizers' eps and the norm
 to which gradients are clipped are then free of scale: a factor on a teacher's `up_proj` that is
 taken back in its `down_proj` changes no loss of the run.
 

@@ -15,7 +15,8 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
 from tiny_onn.model.student import TinyOnnForCausalLM
 from tiny_onn.planning.costs import count_parameters, meta_models, sizes_of
-from tiny_onn.planning.memory import DeviceType, moments
+from tiny_onn.planning.memory import moments
+from tiny_onn.planning.optimizer_state import DeviceType
 
 MAX_REMEDIES = 4
 MIN_SAVED_SHARE = 0.01

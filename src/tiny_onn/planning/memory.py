@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Literal
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.model.expert_path import sparse_entry
@@ -29,9 +28,7 @@ from tiny_onn.ops.distillation_loss import CPU_TILE_BYTES, GPU_TILE_BYTES
 from tiny_onn.ops.loss_chunks import auto_chunk_tokens
 from tiny_onn.ops.router_gradient import NORMED
 from tiny_onn.planning.costs import Parameters, Sizes
-from tiny_onn.planning.optimizer_state import muon_bytes, state_bytes
-
-DeviceType = Literal["cpu", "cuda"]
+from tiny_onn.planning.optimizer_state import DeviceType, muon_bytes, state_bytes
 
 # The interpreter with torch and transformers takes 0.40 GB, and 0.47 GB with the compiler (torch
 # 2.13, CPU build). A CUDA context with its kernels is assumed to take 0.6 GB.

@@ -10,6 +10,8 @@ from typing import Literal
 
 from tiny_onn.config.schema import DType, OptimizerName
 
+DeviceType = Literal["cpu", "cuda"]
+
 # Muon steps experts together whose weights have about so many numbers: a GPU waits for the host to
 # launch the products of each such group, and on a CPU small groups stay in caches.
 MUON_ELEMENTS = MappingProxyType({"cpu": 2**23, "cuda": 2**25})
@@ -44,7 +46,7 @@ def muon_bytes(
     hidden_dim: int,
     master_dtype: DType,
     *,
-    device: Literal["cpu", "cuda"],
+    device: DeviceType,
 ) -> int:
     """Return the most bytes that Muon adds to weights, gradients, state and rounding.
 
