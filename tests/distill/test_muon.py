@@ -109,6 +109,13 @@ def test_weights_step_together_as_one_by_one(monkeypatch, dtype):
     assert all(torch.equal(together[name], p) for name, p in alone.items())
 
 
+def unit_by_rows(optimizer, p):
+    """A weight's unit as a factor of its rows, of which gates are an expert's first half."""
+    unit = optimizer.unit(p)
+    assert unit is not None
+    return unit.repeat_interleave(p.shape[1] // 2)[:, None] if unit.ndim else unit
+
+
 def test_units_step_as_weights_divided_and_gradients_multiplied_by_them():
     students = [make_student(make_dense(), num_experts=4) for _ in range(2)]
     ours, by_hand = (
@@ -117,25 +124,20 @@ def test_units_step_as_weights_divided_and_gradients_multiplied_by_them():
         )
         for student, scale in zip(students, ("rms", "absolute"), strict=True)
     )
+    learning = (
+        [p for name, p in student.trainable().items() if name.endswith("_proj")]
+        for student in students
+    )
+    pairs = [*zip(*learning, strict=True)]
     for step in range(3):
-        learning = [
-            {n: p for n, p in student.trainable().items() if n.endswith("_proj")}
-            for student in students
-        ]
-        for number, (p, q) in enumerate(zip(*(each.values() for each in learning), strict=True)):
-            unit = ours.unit(p)
-            assert unit is not None
-            # Gates are the first half of an expert's rows.
-            rows = unit.repeat_interleave(p.shape[1] // 2)[:, None] if unit.ndim else unit
+        for number, (p, q) in enumerate(pairs):
             p.grad = randn(*p.shape, seed=10 * step + number)
-            q.grad = p.grad * rows
-            q.data /= rows
+            q.grad = p.grad * unit_by_rows(ours, p)
+            q.data /= unit_by_rows(ours, p)
         for optimizer in (ours, by_hand):
             optimizer.step()
-        for p, q in zip(*(each.values() for each in learning), strict=True):
-            unit = ours.unit(p)
-            assert unit is not None
-            q.data *= unit.repeat_interleave(p.shape[1] // 2)[:, None] if unit.ndim else unit
+        for p, q in pairs:
+            q.data *= unit_by_rows(ours, p)
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 

@@ -292,3 +292,8 @@ def coerce(value: object, hint: object, where: str) -> object:
 def with_router(config: RunConfig, **changes: object) -> RunConfig:
     """Return the settings with changes to the router, as a recipe's controls need them."""
     return replace(config, router=replace(config.router, **changes))  # pyright: ignore[reportArgumentType]
+
+
+def with_expert_lr(config: RunConfig, expert_lr: float) -> RunConfig:
+    """Return the settings with another learning rate of the experts."""
+    return replace(config, optim=replace(config.optim, expert_lr=expert_lr))

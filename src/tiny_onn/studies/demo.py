@@ -3,7 +3,8 @@
 All arms start from the same experts, see the same text in the same order with the same optimizer,
 and are measured on the same held-out rows at the same mean number of active experts. The selection
 differs: by the trained router, always the same experts (the k with the largest mean output norm on
-calibration text), or by a frozen random gate. The controls have a higher rate, better for them.
+calibration text), or by a frozen random gate. The controls learn at a higher rate, which is better
+for them.
 """
 
 import shutil
@@ -20,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_onn.config.read import load_config, with_router
+from tiny_onn.config.read import load_config, with_expert_lr, with_router
 from tiny_onn.config.schema import RouterConfig, RunConfig
 from tiny_onn.console import say, status
 from tiny_onn.conversion import pipeline
@@ -157,7 +158,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     page = _report(out, results[STUDENT], config)
     Console().print(
         f"Each arm learned from {results[STUDENT].tokens:,} tokens, seed {config.train.seed}, in"
-        f" {config.teacher.dtype}; the controls' experts at {CONTROL_RATE:g} times the rate; all in"
+        f" {config.teacher.dtype}; controls at {CONTROL_RATE:g} times the student's rate; all in"
         f" {seconds:.0f} s. Run folder: {out}\nReport, for a browser: {page}\n"
         f'Next: tiny-onn generate {out / STUDENT} --prompt "A list is"',
         highlight=False,
@@ -262,9 +263,9 @@ def run_arms(
     Raises:
         KeyboardInterrupt: an arm was stopped.
     """
-    faster = replace(config.optim, expert_lr=CONTROL_RATE * config.optim.expert_lr)
+    control = with_expert_lr(config, CONTROL_RATE * config.optim.expert_lr)
     arms = {STUDENT: config} | {
-        name: with_router(replace(config, optim=faster), selection=selection, objective="none")
+        name: with_router(control, selection=selection, objective="none")
         for name, selection in CONTROLS
     }
     results: dict[str, RunResult] = {}
@@ -328,11 +329,10 @@ def check_deadline(config: RunConfig, passed_s: float, step_s: float) -> None:
 def shortened(config: RunConfig, tokens: int) -> RunConfig:
     """Return the settings with fewer training tokens, and the experts' rate in proportion.
 
-    Six steps' rate left the student worse after three than it began: first steps follow noise.
+    Three steps at the rate of six left the student worse than it began.
     """
     expert_lr = config.optim.expert_lr * tokens / config.train.tokens
-    train, optim = replace(config.train, tokens=tokens), replace(config.optim, expert_lr=expert_lr)
-    return replace(config, train=train, optim=optim)
+    return with_expert_lr(replace(config, train=replace(config.train, tokens=tokens)), expert_lr)
 
 
 def after_of(result: RunResult) -> Evaluation:
