@@ -1,8 +1,11 @@
 """A file or folder in its place: whole, on the disk, or not there."""
 
 import os
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tiny_onn.publish import publish
 
@@ -42,3 +45,16 @@ def test_a_folder_that_is_there_goes_only_when_asked(tmp_path):
     assert (tmp_path / "target" / "target").exists()
     publish(tmp_path / "partial", tmp_path / "target", over_folder=True)
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["partial"]
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o770])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_whoever_may_use_a_folder_may_use_its_weights(tmp_path, is_folder, mode):
+    finished, target = tmp_path / "partial", tmp_path / "target.safetensors"
+    weights = finished / "model.safetensors" if is_folder else finished
+    weights.parent.mkdir(exist_ok=True)
+    save_file({"weight": torch.ones(1)}, weights)
+    weights.parent.chmod(mode)
+    publish(finished, target)
+    published = target / "model.safetensors" if is_folder else target
+    assert stat.S_IMODE(published.stat().st_mode) == mode & 0o666

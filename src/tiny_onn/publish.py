@@ -23,8 +23,19 @@ def publish(finished: Path, target: Path, *, over_folder: bool = False) -> None:
     if over_folder:
         shutil.rmtree(target, ignore_errors=True)
     finished.replace(target)
+    let_others_read(target)
     # The new name is stored in the parent folder, which must be on the disk too.
     _sync(target.parent)
+
+
+def let_others_read(path: Path) -> None:
+    """Let whoever may use a folder use the safetensors files in it; `path` is a file or a folder.
+
+    The library lets nobody but the owner read what it writes (safetensors 0.8, its issue 782).
+    """
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.suffix == ".safetensors":
+            file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def nearest_existing(path: Path) -> Path:

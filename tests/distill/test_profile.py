@@ -10,6 +10,7 @@ from tiny_onn.cli import main as cli
 from tiny_onn.config.read import resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.distill.profile import OUTSIDE, PROFILED_STEPS, render, run_profile
+from tiny_onn.errors import UserError
 
 PHASES = ("teacher forward", "student forward", "loss", "backward", "optimizer")
 
@@ -60,6 +61,13 @@ def test_nothing_of_a_run_is_left_but_its_settings(profiled):
     out, _ = profiled
     names = {entry.name for entry in out.iterdir()}
     assert names == {"config.json", "environment.json", "profile"}
+
+
+def test_a_refused_profile_leaves_no_folder(config, tmp_path):
+    nowhere = change(config, teacher={"path": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match="nowhere"):
+        run_profile(nowhere, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_tables_name_every_phase(profiled):

@@ -27,7 +27,7 @@ from tiny_onn.distill.stages import step_tokens
 from tiny_onn.distill.start_checks import check_sizes
 from tiny_onn.distill.step import distill_step
 from tiny_onn.runs.files import write_json
-from tiny_onn.runs.folder import create_run_folder
+from tiny_onn.runs.folder import create_run_folder, forgotten_if_refused
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 3
@@ -78,9 +78,11 @@ def run_profile(config: RunConfig, *, out: Path, argv: Sequence[str] = ()) -> St
     config, _ = prepare_device(config)
     check_sizes(config)
     create_run_folder(out, config, argv=argv)
+    with forgotten_if_refused(out):
+        prepared = prepare(config)
     folder = out / "profile"
     folder.mkdir()
-    result = profile_steps(config, prepare(config), folder / "trace.json")
+    result = profile_steps(config, prepared, folder / "trace.json")
     write_json(folder / "summary.json", result.as_dict())
     console = Console()
     console.print(render(result))

@@ -27,6 +27,7 @@ from tiny_onn.model.norms import learned_norms
 from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.parallel import ALONE, World
+from tiny_onn.publish import let_others_read
 from tiny_onn.runs.checkpoint import restore_student, step_of, valid_checkpoints
 from tiny_onn.runs.folder import no_student, read_run_config
 from tiny_onn.runs.recorded_teacher import (
@@ -231,6 +232,7 @@ def save_student(folder: Path, prepared: Prepared, world: World = ALONE) -> None
             if world.first:
                 prepared.student.save_pretrained(folder)
                 prepared.tokenizer.save_pretrained(folder)
+                let_others_read(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
