@@ -65,6 +65,25 @@ def test_healthy_runs_pass_and_the_check_changes_no_bit(tmp_path, lr_scale):
     assert losses[0] == losses[1]
 
 
+def test_a_run_that_learns_labels_is_measured_by_its_own_loss(tmp_path):
+    # The teacher is random, so that a student that learns the text moves away from it.
+    config = change(settings(tmp_path, expert_lr=2e-3), loss={"label_coef": 0.9})
+    result = run_distill(change(config, train={"tokens": 70 * ROW}), out=tmp_path / "run")
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.forward_kl > 1.5 * result.before.forward_kl + 0.1
+    assert result.after.student_nll < result.before.student_nll
+
+
+def test_a_check_that_begins_with_a_resume_measures_from_there(tmp_path):
+    out = tmp_path / "run"
+    config = settings(tmp_path, expert_lr=1e-4, gate_lr=1e-4)
+    run_distill(change(config, train={"stop_if_worse": False, "tokens": 2 * ROW}), out=out)
+    allowed = ("train.stop_if_worse", "train.tokens", "optim.expert_lr", "optim.gate_lr")
+    with pytest.raises(UserError, match="step 4: got a KL"):
+        run_distill(change(config, optim=ABSURD), out=out, resume=True, allow_change=allowed)
+
+
 def test_students_that_lose_experts_by_annealing_are_not_stopped(tmp_path):
     # With all experts on, the first steps' losses are near 0 and then rise.
     config = settings(tmp_path, expert_lr=1e-3, gate_lr=1e-3)

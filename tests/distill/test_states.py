@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tiny import CONFIG, change, make_dense, make_rows, make_student, start_damaged
 from tiny_onn.distill.checkpointing import checkpoint_layers
-from tiny_onn.distill.hidden_states import FLOOR, unexplained_variance
+from tiny_onn.distill.hidden_states import FLOOR, LEAST_VARIANCE, unexplained_variance
 from tiny_onn.distill.optim import build_optimizer
 from tiny_onn.distill.step import distill_step
 from tiny_onn.model.attention import packed_kwargs
@@ -26,7 +26,9 @@ def by_hand(own, theirs, mask) -> torch.Tensor:
     rows = [t for t in range(len(mask)) if mask[t]]
     mean = torch.stack([theirs[0, t] for t in rows]).mean(0)
     error = torch.stack([((own[0, t] - theirs[0, t]) ** 2).sum() for t in rows]).sum()
-    return error / torch.stack([((theirs[0, t] - mean) ** 2).sum() for t in rows]).sum()
+    variance = torch.stack([((theirs[0, t] - mean) ** 2).sum() for t in rows]).sum()
+    least = LEAST_VARIANCE * torch.stack([(theirs[0, t] ** 2).sum() for t in rows]).sum()
+    return error / max(variance, least)
 
 
 def by_hand_and_feature(own, theirs, mask) -> torch.Tensor:
@@ -37,18 +39,21 @@ def by_hand_and_feature(own, theirs, mask) -> torch.Tensor:
         column = torch.stack([theirs[0, t, d] for t in rows])
         variances.append(((column - column.mean()) ** 2).sum())
         errors.append(torch.stack([(own[0, t, d] - theirs[0, t, d]) ** 2 for t in rows]).sum())
-    floor = FLOOR * torch.stack(variances).mean()
+    variance = torch.stack(variances).mean()
+    squares = torch.stack([(theirs[0, t] ** 2).sum() for t in rows]).sum() / own.shape[-1]
+    floor = FLOOR * variance + max(LEAST_VARIANCE * squares - variance, 0)
     shares = [e / (v + floor) for e, v in zip(errors, variances, strict=True)]
     return torch.stack(shares).mean()
 
 
+@pytest.mark.parametrize("mean", [0.0, 30.0])
 @pytest.mark.parametrize(
     ("by_feature", "definition"), [(False, by_hand), (True, by_hand_and_feature)]
 )
-def test_is_the_share_of_variance_token_by_token(by_feature, definition):
+def test_is_the_share_of_variance_token_by_token(by_feature, definition, mean):
     mask = torch.tensor([False, True, True, False, True])
     own = [draw(1, 5, 3, seed=s).float().requires_grad_() for s in (0, 1)]
-    theirs = [draw(1, 5, 3, seed=s).float() for s in (2, 3)]
+    theirs = [draw(1, 5, 3, seed=s).float() + mean for s in (2, 3)]
     weights = torch.tensor([1.0, 3.0])
     got = unexplained_variance(own, theirs, mask, by_feature=by_feature)
     expected = torch.stack([definition(*pair, mask) for pair in zip(own, theirs, strict=True)])
@@ -59,7 +64,7 @@ def test_is_the_share_of_variance_token_by_token(by_feature, definition):
 
 
 def test_is_nothing_for_equal_states_and_one_for_their_mean():
-    theirs = draw(1, 6, 4, seed=0).float() + 100
+    theirs = draw(1, 6, 4, seed=0).float() + 5
     mask = torch.ones(6, dtype=torch.bool)
     mean = theirs.mean(1, keepdim=True).expand_as(theirs)
     got = unexplained_variance([theirs, mean], [theirs, theirs], mask)
@@ -75,6 +80,19 @@ def test_a_feature_counts_alike_whatever_its_scale():
     assert abs(other / plain - 1) > 0.01
     plain, other = (unexplained_variance(*pair, mask, by_feature=True) for pair in pairs)
     torch.testing.assert_close(plain, other, rtol=3 * FLOOR, atol=0)
+
+
+@pytest.mark.parametrize("by_feature", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_one_repeated_token_counts_no_more_than_its_error_allows(by_feature, dtype):
+    repeated = draw(1, 1, 64, seed=0).expand(1, 200, 64)
+    # The tokens' states differ by rounding.
+    theirs = (repeated + 1e-7 * draw(1, 200, 64, seed=1)).to(dtype)
+    own = (theirs.float() * 0.9).to(dtype)
+    mask = torch.ones(200, dtype=torch.bool)
+    share = unexplained_variance([own], [theirs], mask, by_feature=by_feature)
+    relative = (own.float() - theirs.float()).square().sum() / theirs.float().square().sum()
+    assert 0.9 < share.item() * LEAST_VARIANCE / relative.item() < 1.1
 
 
 @pytest.mark.parametrize("by_feature", [False, True])

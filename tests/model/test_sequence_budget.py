@@ -142,6 +142,30 @@ def test_generation_runs_and_left_padding_does_not_count(student):
     assert torch.equal(plain[0, 12:], again[0, 17:])
 
 
+def test_left_padding_does_not_count_where_only_the_mask_tells_it(student):
+    student.routing_controller = "sequence"
+    ids, padding = make_ids(1, 40, seed=8), torch.zeros(1, 7, dtype=torch.long)
+    mask = torch.cat([padding, torch.ones_like(ids)], dim=1)
+    padded = student(torch.cat([padding, ids], dim=1), attention_mask=mask).logits[:, 7:]
+    torch.testing.assert_close(padded, student(ids).logits)
+
+
+def test_beams_keep_their_own_counts(student):
+    student.routing_controller = "sequence"
+    options = {"max_new_tokens": 12, "num_beams": 4, "num_return_sequences": 4, "do_sample": False}
+    options |= {"pad_token_id": 0, "output_scores": True, "return_dict_in_generate": True}
+    found = [
+        [
+            student.generate(make_ids(1, 24, seed=seed), use_cache=use_cache, **options)
+            for seed in range(6)
+        ]
+        for use_cache in (True, False)
+    ]
+    for cached, again in zip(*found, strict=True):
+        assert torch.equal(cached.sequences, again.sequences)
+        torch.testing.assert_close(cached.sequences_scores, again.sequences_scores)
+
+
 def test_a_scale_changes_the_target_within_its_bounds(student):
     ids = make_ids(2, 60, seed=7)
     student.routing_controller = "sequence"

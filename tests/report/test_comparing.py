@@ -209,6 +209,13 @@ def test_runs_without_an_evaluation_are_left_out_or_refused(make_run, tmp_path, 
         run_compare([young])
 
 
+@pytest.mark.parametrize("mean_k", [0.5, 8.5])
+def test_a_budget_that_no_student_can_have_is_refused(make_run, tmp_path, mean_k):
+    make_run("done", 4.0, 0.5)
+    with pytest.raises(UserError, match=rf"--k: got {mean_k:g}, expected a number from 1 to 8"):
+        run_compare([tmp_path / "done"], mean_k)
+
+
 @pytest.mark.parametrize("verb", [["compare", "a", "b"], ["watch", "a", "--once"]], ids=str)
 def test_runs_are_compared_and_watched_without_torch(make_run, tmp_path, verb):
     make_run("a", 4.0, 0.3)

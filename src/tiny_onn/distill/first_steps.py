@@ -20,7 +20,7 @@ from tiny_onn.teacher.held_out import HeldOut
 # The row is measured after so many steps of the global stage. Adam's first steps may do harm that
 # the next ones repair, and warm-up hides a high rate for a while.
 CHECKED_STEPS = (4, 16, 64, 256)
-# A run is stopped if the KL is above the start's by this factor, and by so many nats.
+# A run is stopped if the measure is above the start's by this factor, and by so many nats.
 LARGEST_RATIO, LEAST_RISE = 1.5, 0.1
 
 
@@ -45,8 +45,9 @@ class FirstSteps:
         self._first_row = HeldOut(self.held_out.teacher, self.held_out.rows[:1])
 
     def before_step(self, state: RunState) -> None:
-        """Measure the start, if the next step is the global stage's first."""
-        if self._steps(state) == 0:
+        """Measure the start once: before the global stage's first step, or where a resume asks."""
+        steps = self._steps(state)
+        if state.first_kl is None and steps is not None and steps < CHECKED_STEPS[-1]:
             state.first_kl = self._measure()
 
     def after_step(self, state: RunState) -> UserError | None:
@@ -54,18 +55,19 @@ class FirstSteps:
         if state.first_kl is None or self._steps(state) not in CHECKED_STEPS:
             return None
         limit = max(LARGEST_RATIO * state.first_kl, state.first_kl + LEAST_RISE)
-        if (kl := self._measure()) <= limit:
+        if (loss := self._measure()) <= limit:
             return None
+        name = "loss above the teacher's" if self.config.loss.label_coef else "KL"
         unit = (
             ""
             if self.config.optim.lr_scale == "rms"
             else ' or set optim.lr_scale = "rms" with rates near 0.002,'
         )
         return UserError(
-            f"step {state.step}: got a KL of {kl:.3f} nats on a held-out row, expected less than"
-            f" {limit:.3f} after {state.first_kl:.3f} before training; the steps harm the student,"
-            f" so start again with another --out and lower optim.expert_lr and optim.gate_lr,{unit}"
-            f" or go on from {checkpoint_name(state.step)} with --resume --set"
+            f"step {state.step}: got a {name} of {loss:.3f} nats on a held-out row, expected less"
+            f" than {limit:.3f} after {state.first_kl:.3f} at the start; the steps harm the"
+            " student, so start again with another --out and lower optim.expert_lr and"
+            f" optim.gate_lr,{unit} or go on from {checkpoint_name(state.step)} with --resume --set"
             " train.stop_if_worse=false --allow-change train.stop_if_worse"
         )
 
@@ -76,7 +78,8 @@ class FirstSteps:
         return (state.tokens - state.stage.begin) // step_tokens(self.config)
 
     def _measure(self) -> float:
+        """Return the KL, mixed with the cross-entropy above the teacher's as in the run's loss."""
         with eval_mode(self.student):
-            return compare(
-                self.student, self._first_row, self.config.loss, world=self.world
-            ).forward_kl
+            found = compare(self.student, self._first_row, self.config.loss, world=self.world)
+        share = self.config.loss.label_coef
+        return (1 - share) * found.forward_kl + share * (found.nll - found.reference_nll)

@@ -14,6 +14,9 @@ of each feature's own variance, and averaged over the features:
     loss_l = mean_d sum_t (s_l[t, d] - h_l[t, d])^2 / (v_d + FLOOR mean v)
     v_d = sum_t (h_l[t, d] - mean h_l[d])^2
 
+A row of one repeated token has no variance but rounding. Both divisors therefore grow by what the
+variance falls short of LEAST_VARIANCE times the sum of squares.
+
 Legend: T tokens, D hidden, L layers.
 """
 
@@ -28,6 +31,9 @@ from tiny_onn.ops.regions import region_of
 
 FLOOR = 1e-3
 """The share of the mean variance that is added to each feature's, so that none is divided by 0."""
+LEAST_VARIANCE = 0.01
+"""The least variance as a share of the squares; the layers of SmolLM2-135M and Gemma-3-270M have
+0.1 to 0.8 on prose and code."""
 
 
 def unexplained_variance(
@@ -95,6 +101,8 @@ def share_region(
     teacher_float_TD = teacher_TD.float()
     mean_D = (teacher_float_TD * counts_T1).sum(0) / counts_T1.sum().clamp_min(1)
     variance = ((teacher_float_TD - mean_D).square() * counts_T1).sum()
+    squares = (teacher_float_TD.square() * counts_T1).sum()
+    variance = variance + _lack(variance, squares)
     variance = variance.clamp_min(torch.finfo(torch.float32).tiny)
     errors_TD = student_TD.float() - teacher_float_TD
     return (errors_TD.square() * counts_T1).sum() / variance, variance
@@ -107,10 +115,17 @@ def feature_share_region(
     teacher_float_TD = teacher_TD.float()
     mean_D = (teacher_float_TD * counts_T1).sum(0) / counts_T1.sum().clamp_min(1)
     variance_D = ((teacher_float_TD - mean_D).square() * counts_T1).sum(0)
-    divisor_D = variance_D + FLOOR * variance_D.mean()
+    mean_square = (teacher_float_TD.square() * counts_T1).sum(0).mean()
+    mean_variance = variance_D.mean()
+    divisor_D = variance_D + FLOOR * mean_variance + _lack(mean_variance, mean_square)
     divisor_D = divisor_D.clamp_min(torch.finfo(torch.float32).tiny) * len(divisor_D)
     errors_TD = student_TD.float() - teacher_float_TD
     return ((errors_TD.square() * counts_T1).sum(0) / divisor_D).sum(), divisor_D
+
+
+def _lack(variance: Tensor, squares: Tensor) -> Tensor:
+    """Return what a variance falls short of the least one for these squares."""
+    return (LEAST_VARIANCE * squares - variance).clamp_min(0)
 
 
 def share_gradient_region(

@@ -144,23 +144,32 @@ def sequences_of(arguments: dict[str, Any]) -> Sequences:
     if past and (known is None or known.length != past or len(known.starts_BT) != B):
         raise UserError(
             f'routing_controller: got "sequence" and a cache of {past} tokens whose counts are not'
-            " those of the last call, expected a cache that this student filled and nobody cropped,"
-            ' copied or reordered; use routing_controller = "none" with beams and assisted decoding'
+            " those of the last call, expected a cache that this student filled and nobody cropped"
+            ' or copied; use routing_controller = "none" with assisted decoding'
         )
-    place_T = torch.arange(past, past + T, device=tokens.device)
-    positions = arguments.get("position_ids")
-    position_BT = (place_T if positions is None else positions).expand(B, T)
-    starts_BT = position_BT == 0
-    mask = arguments.get("attention_mask")
-    real_BT = torch.ones_like(starts_BT)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        real_BT = mask[:, -T:].to(starts_BT.device).bool()
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        mask = torch.ones(B, past + T, dtype=torch.long)
+    mask = mask.to(tokens.device)
+    if positions is None:
+        # Padding on the left comes before the first token; a mask may leave out past tokens.
+        positions = (mask.cumsum(-1) - 1)[:, -T:] + past + T - mask.shape[1]
+    starts_BT = positions.expand(B, T) == 0
+    real_BT = mask[:, -T:].bool()
     return Sequences(
         starts_BT=starts_BT,
         counted_BT=real_BT & ~starts_BT,
         length=past + T,
         before=known.after if past and known is not None else {},
     )
+
+
+def reorder_counts(cache: object, order_B: Int[Tensor, " sequences"]) -> None:
+    """Give each sequence of a cache the counts of the one whose place in the batch it names."""
+    known: Sequences | None = getattr(cache, ON_CACHE, None)
+    for counts in () if known is None else known.after.values():
+        order = order_B.to(counts.tokens_B.device)
+        counts.tokens_B, counts.active_BE = counts.tokens_B[order], counts.active_BE[order]
 
 
 def follow(

@@ -39,7 +39,13 @@ from tiny_onn.model.quantized_experts import (
     stored_bytes,
 )
 from tiny_onn.model.router import follow_sequences
-from tiny_onn.model.sequence_budget import UNMEASURED, Controller, Sequences, follow
+from tiny_onn.model.sequence_budget import (
+    UNMEASURED,
+    Controller,
+    Sequences,
+    follow,
+    reorder_counts,
+)
 
 
 class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
@@ -183,6 +189,12 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
         """
         refuse_quantized([self], "save_pretrained", "save the student before its experts are")
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
+        """Reorder a cache for beam search, with what was counted of its sequences."""
+        past_key_values.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+        reorder_counts(past_key_values, beam_idx)
+        return past_key_values
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

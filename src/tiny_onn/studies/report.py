@@ -80,6 +80,11 @@ def run_compare(folders: Sequence[Path], mean_k: float | None = None) -> Compari
         UserError: a folder holds no run, or none of the runs was evaluated.
     """
     runs = distinct([read_run(run) for given in folders for run in runs_in(given)])
+    most = max(run.config["experts"]["num_experts"] for run in runs)
+    if mean_k is not None and not 1 <= mean_k <= most:
+        raise UserError(
+            f"--k: got {mean_k:g}, expected a number from 1 to {most}, the runs' experts per layer"
+        )
     found = compare(runs, mean_k)
     left_out = [run.name for run in runs if run.last is None]
     if not found.rows:
