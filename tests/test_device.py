@@ -148,3 +148,28 @@ def test_compiled_code_is_kept_apart_by_instruction_set(monkeypatch, tmp_path):
         folders.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
     assert folders[0] != folders[1]
     assert {folder.parent for folder in folders} == {tmp_path}
+
+
+def test_a_run_without_a_compiler_goes_on_uncompiled_and_says_so(tmp_path):
+    code = (
+        "from pathlib import Path; from tiny import change, write_run;"
+        "from tiny_onn.distill.loop import run_distill; folder = Path.cwd();"
+        "settings = {'compile': True, 'device': 'cpu', 'tokens': 128};"
+        "config = change(write_run(folder), train=settings);"
+        "run_distill(config, out=folder / 'run')"
+    )
+    missing = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    paths = {"PYTHONPATH": str(Path(__file__).parent)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | missing | paths,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = [line for line in ran.stderr.splitlines() if line.startswith("train.compile:")]
+    assert len(told) == 1
+    assert "No working C++ compiler found" in told[0]
+    assert (tmp_path / "run" / "student").is_dir()

@@ -22,6 +22,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.model.experts import Execution, ExpertBank
 from tiny_onn.model.quantized_experts import refuse_quantized
 from tiny_onn.ops import sparse
+from tiny_onn.ops.regions import cpu_compiles
 
 FILE = files("tiny_onn.model") / "crossover.json"
 
@@ -168,9 +169,10 @@ def set_objective(banks: Sequence[ExpertBank], config: RunConfig) -> None:
         UserError: the experts are quantised.
     """
     refuse_quantized(banks, "training", "load the student without quantisation")
+    device = banks[0].experts.down_proj.device
     execution = Execution(
-        path=choose_path(config, banks[0].experts.down_proj.device, banks[0].activation_name).path,
-        compiled=config.train.compile,
+        path=choose_path(config, device, banks[0].activation_name).path,
+        compiled=config.train.compile and (device.type != "cpu" or cpu_compiles()),
         chunk_tokens=config.train.ffn_chunk_tokens,
         coupled=config.router.objective == "task",
     )

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiny_onn.config.schema import Surprise
+from tiny_onn.console import say
+from tiny_onn.errors import printable
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -116,6 +118,25 @@ def compiled_region(region: Callable[..., Any]) -> Callable[..., Any]:
     """Return the region compiled, which happens once per process and region."""
     separate_compiled_code()
     return torch.compile(region, fullgraph=True)
+
+
+@functools.cache
+def cpu_compiles() -> bool:
+    """Return True if torch.compile works on this CPU; if not, say so. The first call takes seconds.
+
+    The compiler needs a C++ compiler and Python's headers, which not every machine has.
+    """
+    separate_compiled_code()
+    try:
+        torch.compile(torch.sin, fullgraph=True)(torch.ones(64))
+    except RuntimeError as error:
+        reason = printable(str(error).splitlines()[0])
+        say(
+            "train.compile: steps run uncompiled and slower, as torch.compile fails here"
+            f" ({reason}); install a C++ compiler and Python's headers"
+        )
+        return False
+    return True
 
 
 def separate_compiled_code() -> None:
