@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from repository import ROOT
 from tiny import change, write_run
 from tiny_onn import device as device_module
 from tiny_onn.config.schema import RunConfig
@@ -159,7 +160,7 @@ def test_a_run_without_a_compiler_goes_on_uncompiled_and_says_so(tmp_path):
         "run_distill(config, out=folder / 'run')"
     )
     missing = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    paths = {"PYTHONPATH": str(Path(__file__).parent)}
+    paths = {"PYTHONPATH": str(ROOT / "tests")}
     ran = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
