@@ -149,7 +149,7 @@ def sequences_of(arguments: dict[str, Any]) -> Sequences:
         )
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        mask = torch.ones(B, past + T, dtype=torch.long)
+        mask = torch.ones(B, past + T, dtype=torch.long, device=tokens.device)
     mask = mask.to(tokens.device)
     if positions is None:
         # Padding on the left comes before the first token; a mask may leave out past tokens.

@@ -130,7 +130,7 @@ def cpu_compiles() -> bool:
     try:
         torch.compile(torch.sin, fullgraph=True)(torch.ones(64))
     except RuntimeError as error:
-        reason = printable(str(error).splitlines()[0])
+        reason = printable(str(error).partition("\n")[0])
         say(
             "train.compile: steps run uncompiled and slower, as torch.compile fails here"
             f" ({reason}); install a C++ compiler and Python's headers"
