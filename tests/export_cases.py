@@ -57,10 +57,14 @@ def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         return student.eval()(ids).logits
 
 
-def run_without_package(program: str, *arguments: object, cache: Path) -> str:
-    """Run a program in a process that cannot import this package, and return what it prints."""
+def run_without_package(
+    program: str, *arguments: object, cache: Path, folder: Path | None = None
+) -> str:
+    """Run a program, in a folder, where this package cannot be imported, and return its output."""
     command = [sys.executable, "-c", WITHOUT_PACKAGE + program, *map(str, arguments)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from export_cases import save_student
+from repository import ROOT
 from tiny import save_teacher
 from tiny_onn.cli.export import TARGETS
 from tiny_onn.cli.main import main
 from tiny_onn.deploy import export
 from tiny_onn.deploy.answers import load_speaker
-from tiny_onn.deploy.export import WRITERS, run_export
+from tiny_onn.deploy.export import EXAMPLES, WRITERS, run_export
 from tiny_onn.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -20,8 +21,9 @@ def student(tmp_path_factory):
     return str(save_student(tmp_path_factory.mktemp("export") / "student"))
 
 
-def test_every_target_has_its_writer():
-    assert tuple(WRITERS) == TARGETS
+def test_every_target_has_its_writer_and_its_example():
+    assert tuple(WRITERS) == tuple(EXAMPLES) == TARGETS
+    assert EXAMPLES["transformers"] in (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """An exported folder opens without this package and computes what our student computes."""
 
 import json
-import re
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from export_cases import logits_of, run_without_package, save_student
-from repository import ROOT
 from tiny import make_ids
 from tiny_onn.deploy.export import run_export
 from tiny_onn.deploy.to_transformers import CODE_FILE
@@ -90,16 +88,6 @@ def test_they_compute_what_our_students_do(tmp_path):
         torch.testing.assert_close(got["hidden"], hidden, **close)
         assert torch.equal(got["written"], written), name
     assert said == [str(["down_proj", "gate_up_proj"])] * len(CASES) + ["True"]
-
-
-def test_the_example_of_the_page_on_exports_runs_without_this_package(tmp_path):
-    page = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    export(tmp_path, "llama")
-    (tmp_path / "out").rename(tmp_path / "mine-hf")
-    example = example.replace('"mine-hf"', repr(str(tmp_path / "mine-hf")))
-    written = run_without_package(example, cache=tmp_path / "cache")
-    assert written.startswith("A list is")
 
 
 def test_its_fields_are_those_that_engines_read(tmp_path):

@@ -4,6 +4,8 @@ import base64
 import http.server
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,11 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
+from export_cases import run_without_package
 from serving import serving
 from tiny import change, save_teacher, write_run
+from tiny_onn.cli.export import TARGETS
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.deploy.export import run_export
 from tiny_onn.distill.loop import run_distill
@@ -96,6 +101,42 @@ def test_an_export_says_what_it_loses_and_keeps_the_numbers(run, tmp_path):
         assert "model-index" not in metadata(out), "the results are the student's"
 
 
+def example_of(folder):
+    """The language and the lines of the only block of code in a folder's README."""
+    (block,) = re.findall(r"```(\w+)\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return block
+
+
+def test_the_example_of_a_student_s_card_runs(run):
+    student = run[1] / "student"
+    language, lines = example_of(student)
+    names: dict[str, Any] = {}
+    exec(lines.replace("FOLDER", str(student)), names)
+    assert language == "python"
+    assert names["student"](**names["tokenizer"]("A list is", return_tensors="pt")).logits.ndim == 3
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_the_example_of_an_export_s_card_runs_in_its_folder(run, tmp_path, to):
+    out = tmp_path / "out"
+    run_export(str(run[1]), to=to, out=out)
+    language, lines = example_of(out)
+    if language == "python":
+        written = run_without_package(lines, cache=tmp_path / "cache", folder=out)
+        assert written.startswith("A list is")
+    elif to == "vllm":
+        # vLLM asks for its own torch; `python -m experiments.vllm` runs it.
+        assert shlex.split(lines)[:3] == ["vllm", "serve", "."]
+        assert "AutoModelForCausalLM" in json.loads((out / "config.json").read_text())["auto_map"]
+    else:
+        program, *options = shlex.split(lines)
+        model = out / options[options.index("-m") + 1]
+        assert gguf.GGUFReader(model).fields["general.architecture"].contents() == "glm4moe"
+        if shutil.which(program):
+            done = subprocess.run([program, *options], cwd=out, capture_output=True, check=True)
+            assert b"A list is" in done.stdout
+
+
 def test_an_export_of_a_student_without_a_card_has_a_short_one(run, tmp_path):
     _, folder, _ = run
     student = tmp_path / "student"
@@ -123,7 +164,7 @@ def test_a_card_that_its_owner_changed_is_kept_whole(run, tmp_path):
     _, folder, _ = run
     readme = tmp_path / "README.md"
     readme.write_text((folder / "student" / "README.md").read_text() + "\nMine\n\n---\n\nToo\n")
-    write_export_card(tmp_path, readme, to="gguf", lost="something", budget=12.0)
+    write_export_card(tmp_path, readme, to="gguf", example="", lost="something", budget=12.0)
     text = readme.read_text()
     assert "wrote this folder at a mean of 12 experts per token: something." in text
     assert "| student |" in text

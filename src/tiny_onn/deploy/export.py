@@ -26,6 +26,23 @@ WRITERS: MappingProxyType[str, Callable[[Job, Path], str]] = MappingProxyType(
         "dense": to_dense.write,
     }
 )
+_IN_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+print(write("A list is", max_new_tokens=20)[0]["generated_text"])
+```"""
+# What a target's README shows: each runs in the export's folder.
+EXAMPLES: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "transformers": _IN_TRANSFORMERS,
+        "vllm": "```sh\nvllm serve . --trust-remote-code --model-impl transformers\n```",
+        "gguf": '```sh\nllama-completion -m model-Q8_0.gguf -no-cnv -p "A list is" -n 20\n```',
+        "dense": _IN_TRANSFORMERS.replace(", trust_remote_code=True", ""),
+    }
+)
 
 
 def run_export(
@@ -77,7 +94,7 @@ def run_export(
                 write_model_card(folder, loaded.config, Path(model), step=loaded.step)
                 readme = folder / README
             lost = WRITERS[to](job, folder)
-            write_export_card(folder, readme, to=to, lost=lost, budget=budget)
+            write_export_card(folder, readme, to=to, example=EXAMPLES[to], lost=lost, budget=budget)
             with status(f"Writing {out}"):
                 publish(folder, out)
     except ExportError as error:

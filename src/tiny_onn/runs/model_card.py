@@ -24,7 +24,7 @@ from tiny_onn.runs.files import read_object, write_atomically
 
 EMBEDDED, EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 README = "README.md"
-USE = """```python
+EXAMPLE = """```python
 from tiny_onn import TinyOnnForCausalLM  # pip install tiny-onn
 from transformers import AutoTokenizer
 
@@ -66,16 +66,18 @@ def write_model_card(
 
 
 def write_export_card(
-    folder: Path, source: Path, *, to: str, lost: str, budget: float | None
+    folder: Path, source: Path, *, to: str, example: str, lost: str, budget: float | None
 ) -> None:
     """Write the README of an export: that of its student, with what the export changes in front.
 
-    A student without a README, saved before there was one, gives a README without numbers.
+    The student's example is left out, because this package does not open an export. A student
+    without a README, saved before there was one, gives a README without numbers.
 
     Args:
         folder: the export's folder, which may hold the student's README already.
         source: the README of the student.
         to: the target of the export.
+        example: a block of code that runs the export from within its folder.
         lost: what the export loses, a line.
         budget: the mean number of experts that was asked for; None: as in training.
 
@@ -85,6 +87,7 @@ def write_export_card(
     known = source.read_text(encoding="utf-8") if source.is_file() else ""
     metadata = (metadata_load(source) or {}) if known else {}
     body = ModelCard(known, ignore_metadata_errors=True).text.lstrip()
+    body = body.replace(f"{EXAMPLE}\n\n", "")
     # These results are the student's, and an export may compute something else.
     metadata.pop("model-index", None)
     metadata["tags"] = [*dict.fromkeys([*metadata.get("tags", []), to])]
@@ -94,6 +97,10 @@ def write_export_card(
         f"# An export for {to}",
         "",
         f"`tiny-onn export --to {to}` wrote this folder{at}: {lost}.",
+        "",
+        "Run this in the folder:",
+        "",
+        example,
         "",
         "What follows describes the student that was exported." if body else "",
     ]
@@ -183,7 +190,7 @@ def _about(config: RunConfig) -> Iterator[str]:
     else:
         yield f"The teacher's licence, {licence}, holds for this model too."
     yield ""
-    yield USE
+    yield EXAMPLE
 
 
 def _measured(summary: dict[str, Any]) -> Iterator[str]:
