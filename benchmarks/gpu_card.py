@@ -26,7 +26,6 @@ from tiny_onn.planning.costs import (
     step_flops,
     token_flops,
 )
-from tiny_onn.planning.sources import find_device
 
 GIB = 2**30
 BUDGET_TOKENS = 0.5e9
@@ -153,10 +152,6 @@ def _rates(timing: Timing, flops: StepFlops, tokens: int, peak: float, label: st
     # With attention's outputs kept its scores are not computed again, which the count includes.
     total = flops.total if "kept" not in label else None
     share = None if total is None else total / seconds / peak
-    other = find_device("RTX 4090", "bfloat16")
-    there = None
-    if share:
-        there = BUDGET_TOKENS / tokens * flops.total / (share * other.bf16_tflops * 1e12) / 3600
     return {
         "p20_ms": timing.p20_ms,
         "p50_ms": timing.p50_ms,
@@ -165,7 +160,6 @@ def _rates(timing: Timing, flops: StepFlops, tokens: int, peak: float, label: st
         "hours_for_0.5B_tokens": BUDGET_TOKENS * seconds / tokens / 3600,
         "step_tflop": flops.total / 1e12,
         "share_of_matmul_peak": share,
-        "hours_on_a_4090_at_this_share": there,
     }
 
 

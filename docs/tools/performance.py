@@ -151,11 +151,10 @@ def card_rows() -> Iterator[Row]:
         packed = rows == "packed"
         time = card["separate", rows, "time", "smk", None]
         hours = time["hours_for_0.5B_tokens"]
-        there = time["hours_on_a_4090_at_this_share"]
         yield Row(
             f"card's step, {rows} rows, tokens/s",
             f"{time['tokens_per_s']:,.0f}",
-            f"{hours:.1f} h for 0.5B tokens ({there:.0f} h on an RTX 4090 at this share)",
+            f"{hours:.1f} h for 0.5B tokens",
             "",
             "< 4 h" if packed else "",
         )

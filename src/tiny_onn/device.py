@@ -178,7 +178,7 @@ def load_bitsandbytes(setting: str) -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"{setting}: got no bitsandbytes ({error}), expected the package that does it; run "
-            "pip install tiny-onn[bnb]"
+            "pip install bitsandbytes"
         ) from error
     finally:
         logger.removeFilter(_is_not_kernel_notice)

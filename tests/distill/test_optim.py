@@ -290,7 +290,7 @@ def test_a_closure_gives_the_loss(student):
 def test_a_missing_bitsandbytes_names_its_remedy(student, monkeypatch, name):
     # None in sys.modules is Python's own way to make an import fail.
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=rf'^optim.name = "{name}".*pip install tiny-onn\[bnb\]$'):
+    with pytest.raises(UserError, match=rf'^optim.name = "{name}".*pip install bitsandbytes$'):
         build_optimizer(student, OptimConfig(name=name))
     build_optimizer(student, OptimConfig())
 

@@ -7,6 +7,7 @@ import torch
 
 from repository import ROOT
 from tiny import make_student, save_teacher
+from tiny_onn.cli import main as cli
 from tiny_onn.config.read import preset_names
 from tiny_onn.config.schema import TeacherConfig
 from tiny_onn.teacher.load import load_dense
@@ -55,6 +56,14 @@ def test_python_runs_on_a_student(tmp_path, capsys):
     assert str(tmp_path) in code
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_plan_prints_the_time_that_stands_beside_its_command(capsys):
+    (line,) = re.findall(r"^tiny-onn plan .*$", README, re.MULTILINE)
+    command, _, comment = line.partition(" #")
+    assert cli.main(shlex.split(command)[1:]) == 0
+    time, _, _ = comment.partition(";")
+    assert time.strip() in " ".join(capsys.readouterr().out.split())
 
 
 def test_presets_are_the_ones_that_exist():

@@ -280,8 +280,8 @@ def test_offloaded_experts_are_refused():
         quantize_experts(student, "int8")
 
 
-def test_a_missing_bitsandbytes_names_the_extra(monkeypatch):
+def test_a_missing_bitsandbytes_names_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"^experts in nf4: .*pip install tiny-onn\[bnb\]$"):
+    with pytest.raises(UserError, match=r"^experts in nf4: .*pip install bitsandbytes$"):
         student_of().quantize_experts("nf4")
     student_of().quantize_experts("int8")

@@ -439,6 +439,7 @@ def test_tables_show_card_flops_memory_and_time():
         "optimizer state",
         "GiB",
         "15,259 steps",
+        "without conversion and evaluations",
         "Disk: 8.1 GB, for 4 checkpoints of 1.6 GB each with optimizer state, and the student of",
     ):
         assert words in text

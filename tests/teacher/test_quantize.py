@@ -211,7 +211,7 @@ def test_a_model_without_data_still_has_its_size():
 
 def test_a_missing_bitsandbytes_names_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"^teacher.quantization.*pip install tiny-onn\[bnb\]$"):
+    with pytest.raises(UserError, match=r"^teacher.quantization.*pip install bitsandbytes$"):
         quantize_nf4(make_dense(**SIZES), only_mlps=True, double_quant=False)
 
 

@@ -87,7 +87,7 @@ Quantize = Annotated[
     Literal["none", "nf4", "int8"],
     arg(
         help="Number format in which the student's experts are held in memory: nf4, 4 bits, which"
-        " needs `pip install 'tiny-onn[bnb]'`, or int8, 8 bits.",
+        " needs bitsandbytes, or int8, 8 bits.",
     ),
 ]
 Json = Annotated[

@@ -25,8 +25,10 @@ class Compare:
         float | None,
         arg(
             metavar="K",
-            help="Mean number of active experts per token at which to compare.",
-            help_behavior_hint="(default: the number at which most runs were measured)",
+            help="Mean number of active experts per token at which to compare. By default it is"
+            " that of one of the runs' last evaluations: the one at which most runs can be read,"
+            " and among several such the nearest to the first run's.",
+            help_behavior_hint="(optional)",
         ),
     ] = None
     json: Json = False

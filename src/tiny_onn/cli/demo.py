@@ -1,8 +1,12 @@
 """The verb `demo`."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
-from tiny_onn.cli.arguments import Out, Overrides, default_out, starting
+from tyro.conf import UseAppendAction, arg
+
+from tiny_onn.cli.arguments import default_out, starting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +18,14 @@ class Demo:
     The demo needs no network and takes its settings from the preset demo.
     """
 
-    out: Out = None
-    overrides: Overrides = ()
+    out: Annotated[
+        Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/demo-TIME)")
+    ] = None
+    """Folder to write the runs to."""
+    overrides: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(name="set", metavar="SECTION.KEY=VALUE")
+    ] = ()
+    """Value of one setting, which overrides the preset."""
 
     def __call__(self) -> None:
         """Run the verb."""

@@ -46,8 +46,13 @@ class Eval:
     """A file, or a folder of files, with text to measure on."""
     device: ComputeDevice = "auto"
     quantize: Quantize = "none"
-    max_tokens: int = 8192
-    """Maximum number of tokens to read; 0 reads the whole text."""
+    max_tokens: Annotated[
+        int,
+        arg(
+            help="Maximum number of tokens to read; 0 reads the whole text. Whole rows of"
+            " data.row_tokens are read, at least one; with --stride, whole windows.",
+        ),
+    ] = 8192
     stride: Annotated[
         int | None,
         arg(

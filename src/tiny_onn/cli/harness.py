@@ -33,7 +33,7 @@ class Tasks:
         arg(
             metavar="TASK,TASK",
             help="Tasks of lm-evaluation-harness for student and teacher, as arc_easy,hellaswag."
-            " Needs `pip install 'tiny-onn[lm-eval]'`.",
+            " Needs `pip install lm-eval scipy`.",
             help_behavior_hint="(optional)",
         ),
     ] = None

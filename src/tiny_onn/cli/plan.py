@@ -16,7 +16,8 @@ class Plan:
 
     Example: tiny-onn plan --preset model-card --device "RTX 3060"
 
-    The setting teacher.path names the teacher. Only the config.json of a hub id is downloaded; the
+    The time is that of the training steps: conversion and evaluations are not in it. The setting
+    teacher.path names the teacher. Only the config.json of a hub id is downloaded; the
     sizes of Qwen3-0.6B, 1.7B and 8B, SmolLM2-135M and Llama-3.2-1B come with the package.
     """
 
@@ -41,9 +42,14 @@ class Plan:
     ] = None
     """Share of the device's peak rate that a step reaches."""
     document_tokens: Annotated[
-        int | None, arg(metavar="INT", help_behavior_hint="(default: 2048)")
+        int | None,
+        arg(
+            metavar="INT",
+            help="Length of the text's documents in tokens; attention takes longer in longer ones."
+            " If lengths differ, give the mean over tokens, in which longer documents count more.",
+            help_behavior_hint="(default: 2048)",
+        ),
     ] = None
-    """Mean length, over tokens, of the document that a token belongs to."""
     gpus: Annotated[int, arg(metavar="INT")] = 1
     """Number of GPUs that divide the rows of a step."""
     gpus_per_node: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 8)")] = (

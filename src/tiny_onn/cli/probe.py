@@ -96,13 +96,15 @@ class Probe:
             require(value >= least, name, value, f"an integer >= {least}")
         layers = parse_layers(self.layers)
         require_model(self.model)
+        out = default_out("probe") if self.out is None else self.out
         with starting():
+            from tiny_onn.console import say
             from tiny_onn.probe.probe import run_probe
 
         with contextlib.redirect_stdout(sys.stderr):
             result = run_probe(
                 self.model,
-                out=default_out("probe") if self.out is None else self.out,
+                out=out,
                 layers=layers,
                 loss=self.loss,
                 text=self.text,
@@ -117,10 +119,11 @@ class Probe:
             )
         if self.json:
             print(json.dumps(result, indent=2))
-            return
-        from rich.console import Console
+        else:
+            from rich.console import Console
 
-        from tiny_onn.report.probe import console_tables
+            from tiny_onn.report.probe import console_tables
 
-        for table in console_tables(result):
-            Console().print(table)
+            for table in console_tables(result):
+                Console().print(table)
+        say(f"{out}: probe.json and probe.html")

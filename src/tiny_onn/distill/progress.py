@@ -85,8 +85,9 @@ def show_conversion(title: str, student: TinyOnnForCausalLM, conversion: Convers
     say(
         f"{title}: {len(student.banks())} layers x {shape.num_experts} experts{always_on} x "
         f"{shape.moe_intermediate_size} neurons; {exact}; backbone SHA-256 "
-        f"{conversion.backbone_sha256[:12]} in both; expert path: {conversion.expert_path.path} "
-        f"({conversion.expert_path.reason})"
+        f"{conversion.backbone_sha256[:12]} in both; experts are computed by the "
+        f"{conversion.expert_path.path} path (train.expert_path), because "
+        f"{conversion.expert_path.reason}"
     )
     for massive in conversion.massive_activations:
         say(

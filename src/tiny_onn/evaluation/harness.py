@@ -28,7 +28,6 @@ from tiny_onn.routing.budgets import set_budget
 from tiny_onn.runs.files import write_json
 from tiny_onn.runs.students import load_student, load_teacher_of
 
-EXTRA = "lm-eval"
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
 # A metric is a mean over documents if the mean of the logged values equals it to rounding.
@@ -61,7 +60,7 @@ def require_extra() -> None:
     if find_spec("lm_eval") is None:
         raise UserError(
             "--tasks: got tasks, expected the package lm-eval, which runs them and is not"
-            f" installed; install it with `pip install 'tiny-onn[{EXTRA}]'`"
+            " installed; install it with `pip install lm-eval scipy`"
         )
 
 

@@ -75,8 +75,11 @@ def time_of_run(plan: Plan) -> str:
         return "unknown: the device's rate is for bfloat16, teacher.dtype is float32"
     if plan.document_tokens == plan.config.data.row_tokens:
         return _duration(whole)
-    documents = f"in documents of {plan.document_tokens:,} tokens"
-    return f"{_duration(whole)}, or {_duration(packed)} {documents}"
+    long, short = plan.config.data.row_tokens, plan.document_tokens
+    return (
+        f"{_duration(packed)} in documents of {short:,} tokens, or {_duration(whole)} in documents"
+        f" of {long:,}"
+    )
 
 
 def disk_of_run(plan: Plan) -> str:
@@ -118,7 +121,8 @@ def write_plan_page(plan: Plan, path: Path) -> None:
         heading="Where does the time go?",
         answer=(
             f"A step reads {plan.config.train.rows_per_step} x {plan.config.data.row_tokens:,}"
-            f" tokens. The time of all {plan.steps:,} steps: {time_of_run(plan)}.{_speed(plan)}"
+            f" tokens. The time of all {plan.steps:,} steps, without conversion and evaluations:"
+            f" {time_of_run(plan)}.{_speed(plan)}"
             f" The disk: {disk_of_run(plan)}."
         ),
         stacks=time_stacks(plan),

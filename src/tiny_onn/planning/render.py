@@ -152,7 +152,8 @@ def _time_lines(plan: Plan) -> list[str]:
     dense, student = plan.decode_tokens_per_s(1.0), plan.decode_tokens_per_s(share)
     return [
         *_cluster_lines(plan),
-        f"Time of {tokens:,} tokens ({plan.steps:,} steps) at {rate}: {time_of_run(plan)}",
+        f"Time of {tokens:,} tokens ({plan.steps:,} steps) at {rate}, without conversion and"
+        f" evaluations: {time_of_run(plan)}",
         f"Disk: {disk_of_run(plan)}",
         f"Decoding at {device.bandwidth_gb_s:,.4g} GB/s, at most: {student:,.0f} tokens/s, "
         f"dense {dense:,.0f}",

@@ -179,7 +179,7 @@ def _provenance(run: Run) -> dict[str, str]:
             "largest logit gap, all experts on": _text(conversion.get("logit_gap")),
             "SHA-256 of the backbone": _text(conversion.get("backbone_sha256")),
             "teacher's commit": _text(conversion.get("teacher_commit")),
-            "expert path": f"{path.get('path')}: {path.get('reason')}",
+            "computation of experts": f"{path.get('path')}, because {path.get('reason')}",
         }
     if run.summary:
         found["training time"] = f"{run.summary.get('training_seconds', 0):,.0f} s"
