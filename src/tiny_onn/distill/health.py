@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
-from tiny_onn.report.evaluation import BUDGET_ADVICE
+from tiny_onn.report.evaluation import budget_advice
 from tiny_onn.report.run_data import token_blind_layers
 
 Record = dict[str, Any]
@@ -203,7 +203,7 @@ def _held_out_budget(last: Record, config: RunConfig) -> Iterator[Finding]:
             "held_out_k",
             f"held-out tokens have {last['mean_k']:.2f} experts on average, with a standard error"
             f" of {error:.2f} over documents; the target is {target:g}",
-            f"the thresholds were settled on other text: {BUDGET_ADVICE}",
+            budget_advice(config),
         )
 
 

@@ -8,13 +8,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.report.comparing import mflops, shown_end
 
-# What helps where tokens have more or fewer experts than the budget asks for.
-BUDGET_ADVICE = (
-    "raise data.settling_tokens or data.settling_fraction, or let the student follow each sequence"
-    ' (routing_controller = "sequence")'
-)
 # The number of domains in the table; the JSON has all of them.
 MAX_DOMAINS = 20
 # Rows of the table: title, field of the student, field or value of the teacher, format.
@@ -32,6 +28,30 @@ ROWS = (
     ("FFN MFLOPs", "ffn_flops", "dense_ffn_flops", "MFLOPs"),
     ("total MFLOPs", "total_flops", "dense_total_flops", "MFLOPs"),
 )
+
+
+def budget_advice(config: RunConfig | None) -> str:
+    """Return what helps where held-out tokens have more or fewer experts than the budget asks for.
+
+    Thresholds that were settled on four times the evaluation's tokens are known twice as well as
+    its mean k, so that more tokens help little.
+
+    Args:
+        config: the settings of the student's run; None: they are unknown.
+    """
+    ways = list[str]()
+    if config is not None:
+        data, settled = (
+            config.data,
+            config.data.settling_tokens or config.experts.calibration_tokens,
+        )
+        if settled < 4 * data.eval_tokens:
+            ways.append(f"raise data.settling_tokens to {4 * data.eval_tokens}")
+        if data.settling_fraction <= data.held_out_fraction:
+            share = f"{2 * data.held_out_fraction:g}"
+            ways.append(f"begin a new run with a larger data.settling_fraction, such as {share}")
+    ways.append('let the student follow each sequence (routing_controller = "sequence")')
+    return "the thresholds were settled on other text: " + ", or ".join(ways)
 
 
 def eval_tables(result: Mapping[str, Any]) -> Group:
@@ -116,8 +136,7 @@ def _spread(result: Mapping[str, Any]) -> list[str]:
     if budget is not None and not budget["met"]:
         lines.append(
             f"OFF TARGET: the budget is {budget['target_k']:g} experts per token, and the student"
-            f" uses {budget['error']:+.1%}. Its thresholds were settled on other text:"
-            f" {BUDGET_ADVICE}."
+            f" uses {budget['error']:+.1%}; {result['budget_advice']}."
         )
     return lines
 
