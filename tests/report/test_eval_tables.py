@@ -87,6 +87,18 @@ def test_advice_on_a_missed_budget_is_given_only_while_it_can_help():
     assert "text: let the student follow each sequence" in budget_advice(None)
 
 
+def test_a_single_document_is_counted_as_one_and_has_no_column_of_intervals():
+    one = NUMBERS | {"num_documents": 1, "intervals": dict.fromkeys(NUMBERS["intervals"])}
+    facts = {"model": "runs/mine", "text": "a.txt", "windows": {"tokens": 1024, "stride": None}}
+    facts |= {"spread": dict.fromkeys(("k", "ffn_flops", "total_flops"), SPREAD)}
+    shown = rows(eval_tables({**one, **facts, "domains": dict.fromkeys("ab", one)}))
+    assert "tokens of a.txt (1 document, windows of 1024)" in " ".join(shown)
+    assert "domain tokens docs k KL agreement" in shown
+    point = one | {"budget": 16.0}
+    shown += rows(frontier_tables({**facts, "points": [point], "exact": []}))
+    assert not any("95 %" in line for line in shown)
+
+
 def test_every_budget_of_a_frontier_is_one_line_with_whole_numbers():
     point = NUMBERS | {"budget": 16.0}
     frontier = {"model": "runs/mine", "text": "held-out text", "points": [point]}

@@ -74,7 +74,17 @@ def narrow_table(title: Text) -> Table:
 def add_numbers(table: Table, names: Sequence[str]) -> None:
     """Add columns of numbers, which a narrower terminal wraps, since a cut number misleads."""
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(Text(name), justify="right", overflow="fold")
+
+
+def drop_empty_columns(table: Table) -> None:
+    """Remove the columns without text, as that of intervals is over a single document."""
+    table.columns = [column for column in table.columns if any(column.cells)]
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number of things in words, such as `1 document` or `1,100 documents`."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def shown_interval(interval: Sequence[float] | None, form: str) -> str:
@@ -98,10 +108,11 @@ def shown_between(exact: Mapping[str, Any]) -> str:
 def _numbers(result: Mapping[str, Any], at_k: Mapping[str, Any] | None) -> Table:
     windows = result["windows"]
     cut = "" if windows["stride"] is None else f", {windows['stride']} apart"
+    documents = counted(result["num_documents"], "document")
     table = narrow_table(
         Text(
             f"{result['model']} on {result['num_tokens']:,} tokens of {result['text']}"
-            f" ({result['num_documents']:,} documents, windows of {windows['tokens']}{cut})"
+            f" ({documents}, windows of {windows['tokens']}{cut})"
         )
     )
     # A terminal has room for one interval; the JSON has both.
@@ -114,6 +125,7 @@ def _numbers(result: Mapping[str, Any], at_k: Mapping[str, Any] | None) -> Table
         cells = [title, _shown(result.get(teacher, teacher), form)]
         cells += [_shown(numbers.get(name), form) for _, numbers in shown]
         table.add_row(*cells, shown_interval(shown[-1][1]["intervals"].get(name), form))
+    drop_empty_columns(table)
     return table
 
 
@@ -177,4 +189,5 @@ def domain_tables(domains: Mapping[str, Mapping[str, Any]]) -> list[Table]:
             _shown(numbers["teacher_perplexity"], "{:.2f}"),
             _shown(numbers["student_bits_per_byte"], "{:.4f}"),
         )
+    drop_empty_columns(distance)
     return [distance, text]
