@@ -226,7 +226,21 @@ def test_mistake_exits_with_2_and_one_line(arguments, message, capsys, tmp_path,
 
 
 RESUME = ["distill", "--resume", "--out", "run"]
+SEVERAL = "runs: got a folder of runs, expected a run; name one of runs/one, runs/two"
 MISTAKES_WITH_A_STUDENT = [
+    *(
+        (verb, SEVERAL)
+        for verb in (
+            ["generate", "runs", "--prompt", "x"],
+            ["chat", "runs"],
+            ["eval", "runs"],
+            ["eval", "runs", "--tasks", "arc_easy"],
+            ["export", "runs", "--to", "gguf", "--out", "x"],
+            ["distill", "--resume", "--out", "runs"],
+            ["watch", "runs"],
+        )
+    ),
+    (["generate", ".", "--prompt", "x"], ".: got a folder of runs, expected a run; name one of ru"),
     *(
         ([*verb, "--budget", budget], f"--budget: got {budget}, expected 1 to 32, the experts of")
         for verb in (
@@ -271,6 +285,9 @@ def write_students(folder):
         (folder / name).mkdir()
         write_json(folder / name / "config.json", {"model_type": "tiny_onn", **table})
     (folder / "empty.txt").touch()
+    for name in ("one", "two"):
+        create_run_folder(folder / "runs" / name, RunConfig(), argv=[])
+        (folder / "runs" / name / "metrics.jsonl").touch()
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES_WITH_A_STUDENT, ids=str)
@@ -676,6 +693,18 @@ def test_run_that_stopped_early_exits_with_130(stand_in, capsys):
     saved, end = capsys.readouterr().err.splitlines()
     assert saved == "tiny-onn: the run is saved; resume it with `tiny-onn distill --resume --out x`"
     assert end == "tiny-onn: interrupted"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_that_is_interrupted_without_saving_says_how_to_go_on(stand_in, capsys, saved):
+    stand_in("distill.loop", "run_distill", KeyboardInterrupt())
+    create_run_folder(Path("x"), RunConfig(), argv=[])
+    if saved:
+        Path("x/checkpoints/step-0000001").mkdir(parents=True)
+    what = "goes on from the last checkpoint" if saved else "starts the run again"
+    assert status_of(["distill", "--preset", "demo", "--out", "x"]) == 130
+    told = f"tiny-onn: `tiny-onn distill --resume --out x` {what}\ntiny-onn: interrupted\n"
+    assert capsys.readouterr().err == told
 
 
 def test_mistake_found_while_running_is_put_in_one_line(stand_in, capsys):

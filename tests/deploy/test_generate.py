@@ -253,5 +253,5 @@ def test_a_folder_without_a_model_and_a_run_without_a_student_are_named_by_their
     with pytest.raises(UserError, match=r"^MODEL: got .*: there is no config.json in it"):
         load_speaker(str(tmp_path), torch.device("cpu"))
     create_run_folder(tmp_path / "run", RunConfig(), argv=[])
-    with pytest.raises(UserError, match=r"^MODEL: got .*run, .*this run has saved no checkpoint"):
+    with pytest.raises(UserError, match=r"^MODEL: got .*run, .*a run that has saved no checkpoint"):
         load_speaker(str(tmp_path / "run"), torch.device("cpu"))

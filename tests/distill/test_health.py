@@ -244,8 +244,12 @@ def test_a_teacher_that_does_not_know_the_text_is_told(config, tmp_path):
 @pytest.mark.parametrize("selection", ["static", "random"])
 def test_controls_are_not_ill_for_being_what_they_are(selection, config, tmp_path):
     changed = change(config, router={"selection": selection, "objective": "none"})
-    _, health = run(changed, tmp_path / "run")
+    records, health = run(changed, tmp_path / "run")
     assert not codes(health) & {"same_experts", "dead_experts", "no_gate_gradient", "tied_gates"}
+    # A random gate does not learn, so that more training is no remedy.
+    blind = {**records[-1], "teacher_nll": 1.0, "unigram_nll": 2.0, "student_nll": 3.0}
+    advice = {finding.code: finding.advice for finding in diagnose([blind], changed)}
+    assert ("train longer" in advice["above_unigram"]) == (selection == "static")
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,10 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch, capsys, seconds, lines):
         assert found[0] == "distill: 1,024 of 4,096 tokens  KL 0.500  k 16.0  300 tok/s"
 
 
-def test_an_evaluation_that_misses_its_budget_says_what_helps(capsys):
-    for mean_k, helped in ((17.0, True), (16.1, False)):
+def test_an_evaluation_that_misses_its_budget_says_so(capsys):
+    for mean_k, missed in ((17.0, True), (16.1, False)):
         numbers: dict[str, Any] = dict.fromkeys((field.name for field in fields(Evaluation)), 0.5)
         result = Evaluation(**{**numbers, "num_tokens": 9, "mean_k": mean_k})
         router = RouterConfig(selection="budget", target_k=16.0)
         progress.show_evaluation("distill", 1024, result, router)
-        said = capsys.readouterr().err
-        assert ("OFF TARGET" in said) == helped
-        assert ("raise data.settling_tokens or data.settling_fraction, or let" in said) == helped
-        assert ('routing_controller = "sequence"' in said) == helped
+        assert ("OFF TARGET" in capsys.readouterr().err) == missed

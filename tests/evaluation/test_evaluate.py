@@ -37,6 +37,15 @@ def test_a_run_evaluates_to_what_it_ended_with(finished):
         assert got[name] == pytest.approx(value, rel=1e-5), name
 
 
+def test_a_run_that_has_not_ended_is_advised_to_go_on(finished, tmp_path):
+    out, _ = finished
+    run = shutil.copytree(out, tmp_path / "run")
+    assert evaluated(run)["budget_advice"].startswith("the thresholds were settled on other text")
+    write_json(run / "summary.json", {"interrupted": True})
+    resume = f"its run has not ended: `tiny-onn distill --resume --out {run}` goes on"
+    assert evaluated(run)["budget_advice"].startswith(resume)
+
+
 def test_a_students_folder_finds_its_teacher(finished, tmp_path):
     out, _ = finished
     shutil.copytree(out / "student", tmp_path / "student")

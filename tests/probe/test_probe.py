@@ -16,7 +16,7 @@ from tiny_onn.probe import measure as measure_module
 from tiny_onn.probe.measure import measure_documents, sample_documents
 from tiny_onn.probe.probe import run_probe
 from tiny_onn.probe.summary import quantities
-from tiny_onn.report.probe import console_tables, markdown
+from tiny_onn.report.probe import console_tables, markdown, tables
 from tiny_onn.runs.students import load_student
 
 RULES = {"parameters", "input", "output", "gain", "magnitude", "relative", "own gain"}
@@ -76,11 +76,15 @@ def test_own_gain_ranks_as_the_truth_does_in_the_last_layer(of_student):
     assert rules["own gain"]["spearman"][0] > 0.5
 
 
-def test_no_number_is_cut_on_a_narrow_terminal(of_student):
+def test_no_number_or_word_is_cut_on_a_narrow_terminal(of_student):
     console = Console(width=80, file=io.StringIO(), record=True)
     for table in console_tables(of_student[0]):
         console.print(table)
-    assert "\N{HORIZONTAL ELLIPSIS}" not in console.export_text()
+    shown = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    for _, header, rows in tables(of_student[0]):
+        for word in " ".join([*header, *(cell for row in rows for cell in row)]).split():
+            assert word.replace("correlation", "corr.") in shown
 
 
 def test_the_report_holds_a_row_per_rule_and_a_picture(of_student):

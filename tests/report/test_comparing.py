@@ -166,7 +166,7 @@ def test_a_run_that_did_not_finish_is_marked(make_run):
     run = make_run("a", 4.0, 0.5)
     done = replace(run, summary={"interrupted": False}, name="b")
     assert [row.finished for row in compare([run, done]).rows] == [False, True]
-    table = compare([run, done]).tables()[0]
+    table = compare([run, done]).tables()[1]
     assert [row[-1].endswith(", unfinished") for row in table.rows] == [True, False]
 
 
@@ -192,6 +192,20 @@ def test_the_verb_prints_a_table_json_or_markdown(make_run, tmp_path, capsys):
     assert lines[2] == "At equal compute:"
     assert lines[4].startswith("| run | k | KL |")
     assert "a\\|b" in lines[7]
+
+
+def test_no_word_of_a_comparison_is_cut_on_a_narrow_terminal(make_run, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("recommended", "static")
+    found = compare([make_run(name, 4.0, kl) for name, kl in zip(names, (0.5, 0.25), strict=True)])
+    rows = [replace(row, tokens=500_000_000, interval=(0.2345, 0.3456)) for row in found.rows]
+    found = replace(found, rows=rows)
+    print_comparison(found)
+    shown = capsys.readouterr().out
+    for _, header, cells in found.tables():
+        for word in " ".join([*header, *(cell for row in cells for cell in row)]).split():
+            assert word in shown
+    assert "0.2345 to 0.3456" in shown
 
 
 def test_markup_in_a_name_is_printed_as_it_is(make_run, capsys):

@@ -4,7 +4,9 @@ import io
 
 from rich.console import Console
 
-from tiny_onn.report.evaluation import eval_tables
+from tiny_onn.config.read import override
+from tiny_onn.config.schema import RunConfig
+from tiny_onn.report.evaluation import budget_advice, eval_tables
 from tiny_onn.report.frontier import frontier_tables
 
 # The numbers of a bad student of a teacher with billions of parameters, which are wide.
@@ -49,6 +51,7 @@ def test_every_row_of_an_evaluation_is_one_line_with_whole_numbers():
     facts = {"model": "runs/mine", "text": "held-out text of embedded"}
     facts |= {"windows": {"tokens": 1024, "stride": None}}
     facts |= {"budget": {"target_k": 16.0, "mean_k": 17.0, "error": 0.0625, "met": False}}
+    facts |= {"budget_advice": "train on"}
     facts |= {"spread": dict.fromkeys(("k", "ffn_flops", "total_flops"), SPREAD)}
     shown = rows(
         eval_tables(
@@ -70,8 +73,30 @@ def test_every_row_of_an_evaluation_is_one_line_with_whole_numbers():
         "HuggingFaceFW/fineweb-edu 327.90 218.24 1.2269",
     ):
         assert row in shown
-    advice = "uses +6.2%. Its thresholds were settled on other text: raise data.settling_tokens or"
-    assert advice in " ".join(shown)
+    assert "uses +6.2%; train on." in " ".join(shown)
+
+
+def test_advice_on_a_missed_budget_is_given_only_while_it_can_help():
+    begun = RunConfig()
+    more = override(begun, ["data.settling_tokens=32768"])
+    both = override(more, ["data.settling_fraction=0.1"])
+    advice = "the thresholds were settled on other text: raise data.settling_tokens to 32768, or "
+    assert budget_advice(begun).startswith(f"{advice}begin a new run with a larger data.settling_f")
+    assert "text: begin a new run with" in budget_advice(more)
+    assert budget_advice(both) == budget_advice(None)
+    assert "text: let the student follow each sequence" in budget_advice(None)
+
+
+def test_a_single_document_is_counted_as_one_and_has_no_column_of_intervals():
+    one = NUMBERS | {"num_documents": 1, "intervals": dict.fromkeys(NUMBERS["intervals"])}
+    facts = {"model": "runs/mine", "text": "a.txt", "windows": {"tokens": 1024, "stride": None}}
+    facts |= {"spread": dict.fromkeys(("k", "ffn_flops", "total_flops"), SPREAD)}
+    shown = rows(eval_tables({**one, **facts, "domains": dict.fromkeys("ab", one)}))
+    assert "tokens of a.txt (1 document, windows of 1024)" in " ".join(shown)
+    assert "domain tokens docs k KL agreement" in shown
+    point = one | {"budget": 16.0}
+    shown += rows(frontier_tables({**facts, "points": [point], "exact": []}))
+    assert not any("95 %" in line for line in shown)
 
 
 def test_every_budget_of_a_frontier_is_one_line_with_whole_numbers():

@@ -22,6 +22,7 @@ from tiny_onn.runs.folder import (
     forgotten_if_refused,
     read_run_config,
     record_conversion,
+    refuse_several,
     resume_run_folder,
     runs_in,
     was_begun_by,
@@ -355,6 +356,32 @@ def test_a_damaged_record_of_a_run_is_told(tmp_path, content, said):
         was_begun_by("a launch", tmp_path)
     with pytest.raises(UserError, match=rf"conversion\.json: {said}.*, expected a JSON object"):
         record_conversion(tmp_path / "conversion.json", {"backbone_sha256": "0"})
+
+
+def test_a_models_folder_is_no_run_and_a_students_names_its_run(tmp_path):
+    student = tmp_path / "run" / "student"
+    student.mkdir(parents=True)
+    write_json(student / "config.json", {"model_type": "tiny_onn", "architectures": []})
+    with pytest.raises(UserError, match=r"got the folder of a model, .* the run that it came from"):
+        read_run_config(student)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=f"expected a run; name its run, {tmp_path / 'run'}$"):
+        read_run_config(student)
+
+
+def test_a_folder_of_folders_of_runs_names_some_of_them(tmp_path):
+    for name in "abcd":
+        create_run_folder(tmp_path / "demo" / name, RunConfig(), argv=[])
+    # A run that has not begun to record is not named.
+    refuse_several(tmp_path)
+    for name in "abcd":
+        (tmp_path / "demo" / name / "metrics.jsonl").touch()
+    named = ", ".join(str(tmp_path / "demo" / name) for name in "abc")
+    for ask in (refuse_several, runs_in, read_run_config):
+        with pytest.raises(UserError, match=rf"got a folder of runs, .* one of {named}, \.\.\.$"):
+            ask(tmp_path)
+    refuse_several(tmp_path / "demo" / "a")
+    assert [run.name for run in runs_in(tmp_path / "demo")] == [*"abcd"]
 
 
 def test_a_name_that_is_too_long_is_no_run():

@@ -92,6 +92,16 @@ def test_a_run_is_followed_from_before_its_start_to_its_end(tmp_path, capsys):
     assert any(block in view for block in BLOCKS)
 
 
+def test_a_name_where_no_run_has_begun_is_told_at_once_with_the_runs_beside_it(
+    tmp_path, capsys, monkeypatch
+):
+    out = write_records(tmp_path / "mine", CONFIG, [])
+    monkeypatch.setattr("time.sleep", lambda _: out.rename(tmp_path / "mime"))
+    run_watch(tmp_path / "mime", interval_s=0.01, once=False)
+    said = f"{tmp_path / 'mime'}: no run has begun there yet, and it is waited for; there are {out}"
+    assert capsys.readouterr().err == f"{said}\n"
+
+
 def test_an_interrupted_and_a_killed_run_name_the_way_on(tmp_path):
     config = write_run(tmp_path, train={"tokens": 4 * 64})
     out = tmp_path / "run"

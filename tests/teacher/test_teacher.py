@@ -92,6 +92,7 @@ def test_a_hub_id_without_network_or_cache_is_refused(offline, tmp_path, monkeyp
     assert message.startswith("teacher.path: got nobody/nothing, expected a folder with a model")
     assert f"no folder {Path.cwd() / 'nobody/nothing'} is there" in message
     assert "HF_HUB_OFFLINE is set" in message
+    assert "use a local folder or embedded, the model among the packages; a hub id" in message
     assert "a hub id needs a network or a local cache" in message
 
 

@@ -152,16 +152,17 @@ def require_runs(runs: Sequence[Path]) -> None:
 
 
 def require_student(model: str) -> None:
-    """Refuse a student whose folder does not exist.
+    """Refuse a student whose folder does not exist, or holds several runs.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or not one student in it.
     """
-    from tiny_onn.runs.folder import no_student
+    from tiny_onn.runs.folder import no_student, refuse_several
 
     # Path.is_dir raises an error for a name that is too long, os.path.isdir returns False.
     if not os.path.isdir(model):  # noqa: PTH112
         raise no_student(model)
+    refuse_several(Path(model))
 
 
 def require_text_and_budgets(model: str, text: Path | None, budgets: Sequence[float]) -> None:
@@ -209,12 +210,13 @@ def require_model(model: str) -> None:
     """Refuse a model that is neither `embedded`, nor a folder, nor a hub id that can be had.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or the folder holds several runs.
     """
+    from tiny_onn.runs.folder import refuse_several
     from tiny_onn.teacher.model_paths import find_model
 
     if model != "embedded":
-        find_model(model, "MODEL")
+        refuse_several(Path(find_model(model, "MODEL")))
 
 
 def require(accepted: bool, name: str, value: int | float, expected: str) -> None:

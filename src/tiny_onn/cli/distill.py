@@ -98,17 +98,24 @@ class Distill:
             resume = self.resume or begun
             if world.any_true(world.first and resume and self._nothing_to_do(out, config)):
                 return
-            result = run_distill(
-                config,
-                out=out,
-                resume=resume,
-                allow_change=self.allow_change,
-                track=self.track,
-                argv=sys.argv,
-                world=world,
-            )
-        if result.interrupted and is_first():
             way_on = f"`tiny-onn distill --resume --out {out}`"
+            try:
+                result = run_distill(
+                    config,
+                    out=out,
+                    resume=resume,
+                    allow_change=self.allow_change,
+                    track=self.track,
+                    argv=sys.argv,
+                    world=world,
+                )
+            except KeyboardInterrupt:
+                if is_first() and (out / "config.json").is_file():
+                    saved = any((out / "checkpoints").glob("step-*"))
+                    what = "goes on from the last checkpoint" if saved else "starts the run again"
+                    say(f"tiny-onn: {way_on} {what}")
+                raise
+        if result.interrupted and is_first():
             say(f"tiny-onn: the run is saved; resume it with {way_on}")
         if result.interrupted:
             raise KeyboardInterrupt

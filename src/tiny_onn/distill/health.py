@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
-from tiny_onn.report.evaluation import BUDGET_ADVICE
+from tiny_onn.report.evaluation import budget_advice
 from tiny_onn.report.run_data import token_blind_layers
 
 Record = dict[str, Any]
@@ -56,7 +56,7 @@ def diagnose(records: Sequence[Record], config: RunConfig) -> list[Finding]:
     findings = list(_learning(steps, config))
     if evaluations and evaluations[-1]["step"] > 0:
         last = evaluations[-1]
-        findings += _quality(evaluations[0], last)
+        findings += _quality(evaluations[0], last, config)
         findings += _experts(last, config)
         findings += _held_out_budget(last, config)
     if config.router.selection not in ("static", "random"):
@@ -103,7 +103,7 @@ class HealthWatch:
         return verdict(diagnose(self.records, self.config))
 
 
-def _quality(first: Record, last: Record) -> Iterator[Finding]:
+def _quality(first: Record, last: Record, config: RunConfig) -> Iterator[Finding]:
     """Yield a finding if the student is worse than blind guesses or than before training."""
     cross_entropy, uniform = last["forward_kl"] + last["teacher_entropy"], last["uniform_nll"]
     if not cross_entropy < uniform:
@@ -134,6 +134,8 @@ def _quality(first: Record, last: Record) -> Iterator[Finding]:
             "the student used context before training and lost it: lower optim.expert_lr and"
             " optim.gate_lr"
             if first["student_nll"] < unigram
+            else "this control chooses experts at random: it shows what other runs gain over that"
+            if config.router.selection == "random"
             else "the student uses no context: train longer, or start from the teacher's neurons"
             ' (experts.init = "importance")',
         )
@@ -203,7 +205,7 @@ def _held_out_budget(last: Record, config: RunConfig) -> Iterator[Finding]:
             "held_out_k",
             f"held-out tokens have {last['mean_k']:.2f} experts on average, with a standard error"
             f" of {error:.2f} over documents; the target is {target:g}",
-            f"the thresholds were settled on other text: {BUDGET_ADVICE}",
+            budget_advice(config),
         )
 
 

@@ -17,9 +17,8 @@ from rich.progress import (
 from tiny_onn.config.schema import RouterConfig
 from tiny_onn.console import LINE_SECONDS, console, say
 from tiny_onn.conversion.verify import Conversion
-from tiny_onn.evaluation.evaluate import budget_report, shown_k
+from tiny_onn.evaluation.evaluate import shown_k
 from tiny_onn.model.student import TinyOnnForCausalLM
-from tiny_onn.report.evaluation import BUDGET_ADVICE
 from tiny_onn.runs.records import Evaluation
 
 
@@ -108,12 +107,9 @@ def show_blocks(title: str, tokens: int, errors: Sequence[float]) -> None:
 
 
 def show_evaluation(title: str, tokens: int, result: Evaluation, router: RouterConfig) -> None:
-    """Print a line on an evaluation, with what helps if it misses its budget."""
-    budget = budget_report(result.mean_k, router)
-    advice = "" if budget is None or budget["met"] else f"; {BUDGET_ADVICE}"
+    """Print a line on an evaluation; `health.py` says what helps if it misses its budget."""
     say(
         f"{title}: {tokens:,} tokens  held-out KL {result.forward_kl:.4f}  "
         f"agreement {result.top1_agreement:.1%}  perplexity {result.student_perplexity:.2f} "
         f"(teacher {result.teacher_perplexity:.2f})  k / target {shown_k(result.mean_k, router)}"
-        f"{advice}"
     )

@@ -17,6 +17,8 @@ from tiny_onn.evaluation.document_sums import CONFIDENCE, NUM_RESAMPLES
 from tiny_onn.evaluation.exact import at_exactly, missing, surround
 from tiny_onn.evaluation.measure import Measured, measure
 from tiny_onn.model.quantized_experts import QuantizeTo
+from tiny_onn.report.evaluation import budget_advice
+from tiny_onn.runs.folder import read_summary
 from tiny_onn.runs.students import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.teacher.held_out import TaughtText
 from tiny_onn.teacher.load import teacher_for
@@ -132,8 +134,8 @@ def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, Any]:
 
     Returns:
         The numbers of the student as it is deployed with their `intervals`; `domains`, the same by
-        domain; `budget`; and `at_k`, the numbers at exactly the target (`exact.at_exactly`), or
-        None, and then `at_k_missing` is the reason.
+        domain; `budget`, and `budget_advice` on what helps if it is missed; and `at_k`, the numbers
+        at exactly the target (`exact.at_exactly`), or None, and then `at_k_missing` is the reason.
 
     Raises:
         UserError: there is no such model or text, or the teacher cannot be had or is another model.
@@ -144,6 +146,7 @@ def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, Any]:
     result: dict[str, Any] = {"model": model, **bench.facts(), **deployed.numbers()}
     result["intervals"] = deployed.intervals(SEED)
     result["budget"] = budget_report(deployed.evaluation.mean_k, router)
+    result["budget_advice"] = _budget_advice(model, bench.loaded)
     result |= _at_target(bench, deployed, router)
     result["domains"] = deployed.domains(SEED)
     if bench.loaded.config.teacher.quantization != "none":
@@ -152,6 +155,17 @@ def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, Any]:
         compared = compare(quantised, bench.text, bench.loaded.config.loss)
         result["quantised_teacher"] = asdict(compared)
     return result
+
+
+def _budget_advice(model: str, loaded: LoadedStudent) -> str:
+    """Return what helps a student that is off its target."""
+    summary = read_summary(Path(model)) if loaded.of_run else {}
+    if summary is None or summary.get("interrupted"):
+        return (
+            f"its run has not ended: `tiny-onn distill --resume --out {model}` goes on, and settles"
+            " the thresholds anew"
+        )
+    return budget_advice(loaded.config if loaded.of_run else None)
 
 
 def _at_target(bench: Bench, deployed: Measured, router: RouterConfig) -> dict[str, Any]:

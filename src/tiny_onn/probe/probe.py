@@ -25,6 +25,7 @@ from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.probe.measure import measure, sample_documents
 from tiny_onn.probe.subject import Subject, load_subject
+from tiny_onn.report.evaluation import counted
 from tiny_onn.report.probe import html_page
 from tiny_onn.runs.files import write_json
 
@@ -100,7 +101,7 @@ def run_probe(
     try:
         # The folder is created before the work, so that a mistake in its name is reported at once.
         out.mkdir(parents=True, exist_ok=True)
-        say(f"probe: {len(probed)} documents; results go to {out}")
+        say(f"probe: {counted(len(probed), 'document')}; results go to {out}")
         result = keep(measure(subject, probed, fitted, probed_layers, use_kl=use_kl, keep=keep))
         (out / "probe.html").write_text(html_page(result), encoding="utf-8")
     except OSError as error:

@@ -95,8 +95,6 @@ class Comparison:
                 f"{row.top1_agreement:.1%}",
                 f"{row.perplexity:.2f}",
                 mflops(row.ffn_flops),
-                f"{row.tokens:,}",
-                row.verdict if row.finished else f"{row.verdict}, unfinished",
             )
             for row in self.rows
         ]
@@ -106,12 +104,14 @@ class Comparison:
                 f"{row.measured_k:.2f}",
                 f"{row.deployed_kl:.4f}{'' if row.same_text else OTHER_TEXT}",
                 f"{row.deployed_perplexity:.2f}",
+                f"{row.tokens:,}",
+                row.verdict if row.finished else f"{row.verdict}, unfinished",
             )
             for row in self.rows
         ]
         tables = [
-            NamedTable("At equal compute", (*header, "tokens", "health"), [*at_k]),
-            NamedTable("As deployed", ("run", "k", "KL", "perplexity"), [*deployed]),
+            NamedTable("At equal compute", header, [*at_k]),
+            NamedTable("As deployed", (*header[:3], "perplexity", "tokens", "health"), [*deployed]),
         ]
         names = list(self.rows[0].settings) if self.rows else []
         settings = [(name, *(shown(row.settings[name]) for row in self.rows)) for name in names]

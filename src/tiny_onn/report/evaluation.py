@@ -8,13 +8,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.report.comparing import mflops, shown_end
 
-# What helps where tokens have more or fewer experts than the budget asks for.
-BUDGET_ADVICE = (
-    "raise data.settling_tokens or data.settling_fraction, or let the student follow each sequence"
-    ' (routing_controller = "sequence")'
-)
 # The number of domains in the table; the JSON has all of them.
 MAX_DOMAINS = 20
 # Rows of the table: title, field of the student, field or value of the teacher, format.
@@ -32,6 +28,30 @@ ROWS = (
     ("FFN MFLOPs", "ffn_flops", "dense_ffn_flops", "MFLOPs"),
     ("total MFLOPs", "total_flops", "dense_total_flops", "MFLOPs"),
 )
+
+
+def budget_advice(config: RunConfig | None) -> str:
+    """Return what helps where held-out tokens have more or fewer experts than the budget asks for.
+
+    Thresholds that were settled on four times the evaluation's tokens are known twice as well as
+    its mean k, so that more tokens help little.
+
+    Args:
+        config: the settings of the student's run; None: they are unknown.
+    """
+    ways = list[str]()
+    if config is not None:
+        data, settled = (
+            config.data,
+            config.data.settling_tokens or config.experts.calibration_tokens,
+        )
+        if settled < 4 * data.eval_tokens:
+            ways.append(f"raise data.settling_tokens to {4 * data.eval_tokens}")
+        if data.settling_fraction <= data.held_out_fraction:
+            share = f"{2 * data.held_out_fraction:g}"
+            ways.append(f"begin a new run with a larger data.settling_fraction, such as {share}")
+    ways.append('let the student follow each sequence (routing_controller = "sequence")')
+    return "the thresholds were settled on other text: " + ", or ".join(ways)
 
 
 def eval_tables(result: Mapping[str, Any]) -> Group:
@@ -54,7 +74,17 @@ def narrow_table(title: Text) -> Table:
 def add_numbers(table: Table, names: Sequence[str]) -> None:
     """Add columns of numbers, which a narrower terminal wraps, since a cut number misleads."""
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(Text(name), justify="right", overflow="fold")
+
+
+def drop_empty_columns(table: Table) -> None:
+    """Remove the columns without text, as that of intervals is over a single document."""
+    table.columns = [column for column in table.columns if any(column.cells)]
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number of things in words, such as `1 document` or `1,100 documents`."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def shown_interval(interval: Sequence[float] | None, form: str) -> str:
@@ -78,10 +108,11 @@ def shown_between(exact: Mapping[str, Any]) -> str:
 def _numbers(result: Mapping[str, Any], at_k: Mapping[str, Any] | None) -> Table:
     windows = result["windows"]
     cut = "" if windows["stride"] is None else f", {windows['stride']} apart"
+    documents = counted(result["num_documents"], "document")
     table = narrow_table(
         Text(
             f"{result['model']} on {result['num_tokens']:,} tokens of {result['text']}"
-            f" ({result['num_documents']:,} documents, windows of {windows['tokens']}{cut})"
+            f" ({documents}, windows of {windows['tokens']}{cut})"
         )
     )
     # A terminal has room for one interval; the JSON has both.
@@ -94,6 +125,7 @@ def _numbers(result: Mapping[str, Any], at_k: Mapping[str, Any] | None) -> Table
         cells = [title, _shown(result.get(teacher, teacher), form)]
         cells += [_shown(numbers.get(name), form) for _, numbers in shown]
         table.add_row(*cells, shown_interval(shown[-1][1]["intervals"].get(name), form))
+    drop_empty_columns(table)
     return table
 
 
@@ -116,8 +148,7 @@ def _spread(result: Mapping[str, Any]) -> list[str]:
     if budget is not None and not budget["met"]:
         lines.append(
             f"OFF TARGET: the budget is {budget['target_k']:g} experts per token, and the student"
-            f" uses {budget['error']:+.1%}. Its thresholds were settled on other text:"
-            f" {BUDGET_ADVICE}."
+            f" uses {budget['error']:+.1%}; {result['budget_advice']}."
         )
     return lines
 
@@ -158,4 +189,5 @@ def domain_tables(domains: Mapping[str, Mapping[str, Any]]) -> list[Table]:
             _shown(numbers["teacher_perplexity"], "{:.2f}"),
             _shown(numbers["student_bits_per_byte"], "{:.4f}"),
         )
+    drop_empty_columns(distance)
     return [distance, text]

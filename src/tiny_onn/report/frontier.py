@@ -9,7 +9,13 @@ from rich.text import Text
 
 from tiny_onn.report.charts import Line, line_plot, page
 from tiny_onn.report.comparing import mflops
-from tiny_onn.report.evaluation import add_numbers, narrow_table, shown_between, shown_interval
+from tiny_onn.report.evaluation import (
+    add_numbers,
+    drop_empty_columns,
+    narrow_table,
+    shown_between,
+    shown_interval,
+)
 from tiny_onn.report.exact_k import EQUAL_K
 
 
@@ -35,6 +41,8 @@ def frontier_tables(frontier: Mapping[str, Any]) -> Group:
             exactly.add_row(budget, *_quality(found))
     lines = [shown_between(found) for found in frontier["exact"] if len(found["between"]) > 1]
     tables = [table for table in (deployed, exactly) if table.row_count]
+    for table in tables:
+        drop_empty_columns(table)
     return Group(*tables, *(Text(line) for line in lines))
 
 

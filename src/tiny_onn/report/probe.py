@@ -5,22 +5,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from tiny_onn.report.charts import Bar, dot_plot, page
+from tiny_onn.report.evaluation import add_numbers, counted, narrow_table
 
 ENDS = ("min", "max")
 
 
 def console_tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield the tables of the document, for a terminal."""
+    """Yield the tables of the document, for a terminal of 80 columns."""
     for title, header, rows in tables(found):
-        table = Table(title=title)
-        for number, name in enumerate(header):
-            # A number that is cut off misleads, so a narrow terminal wraps it into the next line.
-            table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
+        table = narrow_table(Text(title))
+        table.add_column(header[0], overflow="fold")
+        add_numbers(table, [_stacked(name) for name in header[1:]])
+        for name, *cells in rows:
+            table.add_row(Text(name), *(Text(_stacked(cell)) for cell in cells))
         yield table
+
+
+def _stacked(text: str) -> str:
+    """Return a cell with each of its words in a line of its own, the longest one shortened."""
+    return text.replace("correlation", "corr.").replace(" / ", "/ ").replace(" ", "\n")
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -36,10 +42,11 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def summary(found: Mapping[str, Any]) -> str:
     """Return a line on what was probed."""
+    documents = counted(found["num_documents"], "document")
     return (
         f"{found['model']} ({found['conversion']}), {found['num_experts']} experts a layer, loss "
         f"{found['loss']} (mean {found['mean_loss']:.4f} nats), {found['num_tokens']:,} tokens of "
-        f"{found['num_documents']} documents; intervals: 95 %, over {found['intervals']}."
+        f"{documents}; intervals: 95 %, over {found['intervals']}."
     )
 
 

@@ -7,27 +7,24 @@
 
 Checkpoints lie in the same folder (`checkpoint.py`), and so does the student (`students.py`). A
 number that is not finite is written as NaN or Infinity, as Python does, so that the records of a
-diverged run can be read. This module needs no torch until it records an environment.
+diverged run can be read. This module needs no torch until it records an environment
+(`environment.py`).
 """
 
 import json
 import os
-import platform
 import re
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tiny_onn.config.changes import check_changes, with_absolute_paths, with_number_format_of
-from tiny_onn.config.launcher import num_processes
 from tiny_onn.config.read import config_diff, config_from_json, resolved_json
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.errors import UserError
+from tiny_onn.runs.environment import environment
 from tiny_onn.runs.files import explain_write, read_object, write_atomically, write_json
 from tiny_onn.runs.lock import LOCK_NAME
 from tiny_onn.runs.metrics import METRICS_NAME, read_metrics
@@ -63,7 +60,7 @@ def create_run_folder(
                 f"{path}: got a folder that is not empty, expected a new one; add --resume to"
                 " resume its run, or choose another --out"
             )
-    write_json(path / "environment.json", _environment(config.train.device, argv, launch))
+    write_json(path / "environment.json", environment(config.train.device, argv, launch))
     # The settings are written last, so that a folder with settings is complete.
     keep_settings(path, config)
 
@@ -141,8 +138,8 @@ def resume_run_folder(
     number = 1
     while (path / f"environment-{number}.json").exists():
         number += 1
-    environment = {**_environment(config.train.device, argv, launch), "changes": changes}
-    write_json(path / f"environment-{number}.json", environment)
+    record = {**environment(config.train.device, argv, launch), "changes": changes}
+    write_json(path / f"environment-{number}.json", record)
 
 
 def was_begun_by(launch: str | None, path: Path) -> bool:
@@ -220,6 +217,7 @@ def read_run_config(path: Path) -> RunConfig:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
+        refuse_several(path)
         raise UserError(
             f"{file}: cannot read it ({error.strerror}), expected the settings of a run; check the"
             " path, or start the run without --resume"
@@ -229,7 +227,40 @@ def read_run_config(path: Path) -> RunConfig:
             f"{file}: got a byte that is not UTF-8 at offset {error.start}, expected the settings"
             " of a run; restore the file"
         ) from error
+    if model_type_of(path) is not None:
+        run = path.resolve().parent
+        remedy = f"name its run, {run}" if has_metrics(run) else "name the run that it came from"
+        raise UserError(
+            f"{path}: got the folder of a model, as a run's student is, expected a run; {remedy}"
+        )
     return config_from_json(text, str(file))
+
+
+def model_type_of(folder: Path) -> str | None:
+    """Return the type of the model that transformers finds in a folder; None if there is none."""
+    file = folder / "config.json"
+    try:
+        # Reading a pipe would block forever.
+        table = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return table.get("model_type") if isinstance(table, dict) else None
+
+
+def refuse_several(folder: Path) -> None:
+    """Refuse a folder of runs, or of folders of runs, where one run is meant.
+
+    Raises:
+        UserError: the folder is no run and holds runs, the first of which are named.
+    """
+    if names := some_runs_in(folder):
+        raise UserError(f"{folder}: got a folder of runs, expected a run; name one of {names}")
+
+
+def some_runs_in(folder: Path) -> str:
+    """Return the names of some runs in a folder, or in its folders; empty if there are none."""
+    found = _runs_inside(folder) + _runs_inside(folder, "*/*/config.json")
+    return ", ".join(str(run) for run in found[:3]) + ", ..." * (len(found) > 3)
 
 
 def settings_of_student(model: str) -> RunConfig | None:
@@ -269,20 +300,27 @@ def runs_in(folder: Path) -> list[Path]:
     Raises:
         UserError: there is no run.
     """
-    found: list[Path] = []
-    # A name that is too long, and a folder that may not be read, hold no run either.
-    with suppress(OSError):
-        if (folder / "config.json").is_file():
-            return [folder]
-        found = sorted(file.parent for file in folder.glob("*/config.json"))
-        found = [run for run in found if has_metrics(run)]
-    if not found:
+    # Path.is_file raises an error for a name that is too long, os.path.isfile returns False.
+    if os.path.isfile(folder / "config.json"):  # noqa: PTH113
+        return [folder]
+    if not (found := _runs_inside(folder)):
+        refuse_several(folder)
         raise UserError(
             f"RUN: got {folder}, expected the folder of a run, with its config.json, or a folder of"
             " runs; make one with `tiny-onn distill` or `tiny-onn demo`"
         )
     first = ("student", "static")
     return sorted(found, key=lambda path: [not path.name.startswith(name) for name in first])
+
+
+def _runs_inside(folder: Path, pattern: str = "*/config.json") -> list[Path]:
+    """Return the runs in a folder that is no run or model itself."""
+    # A name that is too long, and a folder that may not be read, hold no run.
+    with suppress(OSError):
+        if not (folder / "config.json").is_file():
+            found = sorted(file.parent for file in folder.glob(pattern))
+            return [run for run in found if has_metrics(run)]
+    return []
 
 
 def has_metrics(folder: Path) -> bool:
@@ -295,7 +333,11 @@ def no_student(name: str) -> UserError:
     # Path.is_dir raises an error for a name that is too long, os.path.isdir returns False.
     why = "" if os.path.isdir(name) else f" ({no_folder(name)})"  # noqa: PTH112
     if os.path.isfile(Path(name) / "environment.json"):  # noqa: PTH113
-        why = " (this run has saved no checkpoint yet, or none is whole)"
+        return UserError(
+            f"MODEL: got {name}, a run that has saved no checkpoint yet, or no whole one, expected"
+            " a student; wait for its first checkpoint or, if it was interrupted, go on with"
+            f" `tiny-onn distill --resume --out {name}`"
+        )
     return UserError(
         f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student{why}; "
         "make one with `tiny-onn demo` or `tiny-onn distill`"
@@ -326,46 +368,3 @@ def check_backbone(path: Path, sha256: str) -> None:
                 "teacher.path: got other weights than the run began with, expected a backbone of "
                 f"SHA-256 {before}; restore those weights, or start a new run with another --out"
             )
-
-
-def _environment(device: str, argv: Sequence[str], launch: str | None) -> dict[str, object]:
-    # The rest of this module is used to report mistakes, which shall not wait for torch.
-    import torch  # noqa: PLC0415
-
-    from tiny_onn.device import device_name, pick_device  # noqa: PLC0415
-
-    commit, dirty = _git_state()
-    return {
-        "tiny_onn": version("tiny-onn"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "platform": platform.platform(),
-        "device": device_name(pick_device(device)),
-        "processes": num_processes(),
-        **({} if launch is None else {"launch": launch}),
-        "cpu_count": os.cpu_count(),
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(argv),
-    }
-
-
-def _git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout that tracks this file, and whether it has changes."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(here.parent), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed copy may lie inside another project's repository, which does not track the copy.
-    if git("ls-files", "--error-unmatch", here.name) is None:
-        return None, None
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "HEAD"), None if changes is None else changes != ""

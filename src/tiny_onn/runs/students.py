@@ -29,7 +29,7 @@ from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.publish import let_others_read
 from tiny_onn.runs.checkpoint import restore_student, step_of, valid_checkpoints
-from tiny_onn.runs.folder import no_student, read_run_config
+from tiny_onn.runs.folder import model_type_of, no_student, read_run_config
 from tiny_onn.runs.recorded_teacher import (
     check_run_teacher,
     check_teacher,
@@ -70,7 +70,7 @@ def is_student(name: str) -> bool:
         return False
     folder = Path(name)
     found = (folder / "student").is_dir() or newer_checkpoint(folder) is not None
-    return found or _model_type(folder) == "tiny_onn"
+    return found or model_type_of(folder) == "tiny_onn"
 
 
 def load_student(
@@ -124,7 +124,7 @@ def _load(name: str, device: torch.device, checkpoint: str, teacher: str | None)
                 of_run=True,
                 named_teacher=teacher,
             )
-    elif there and _model_type(folder) == "tiny_onn":
+    elif there and model_type_of(folder) == "tiny_onn":
         if checkpoint != "newest":
             raise UserError(
                 f"--checkpoint: got {checkpoint} with {name}, one student, expected the folder of a"
@@ -202,18 +202,6 @@ def load_teacher_of(loaded: LoadedStudent, device: torch.device) -> PreTrainedMo
         adopt_backbone(student, dense, besides=learned_norms(student))
     student.set_attn_implementation(DOCUMENT_ATTENTION)
     return dense
-
-
-def _model_type(folder: Path) -> str | None:
-    file = folder / "config.json"
-    if not file.is_file():
-        # Reading a pipe would block forever.
-        return None
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return settings.get("model_type") if isinstance(settings, dict) else None
 
 
 def save_student(folder: Path, prepared: Prepared, world: World = ALONE) -> None:

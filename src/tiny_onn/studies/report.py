@@ -8,15 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from tiny_onn.console import say, status
 from tiny_onn.distill.health import diagnose, verdict
 from tiny_onn.errors import UserError, reason_line
 from tiny_onn.report.comparing import Comparison, compare
+from tiny_onn.report.evaluation import add_numbers, narrow_table
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
 from tiny_onn.runs.files import read_object
@@ -101,10 +100,9 @@ def print_comparison(found: Comparison) -> None:
     """Print a comparison's tables to standard output, for a terminal."""
     console = Console()
     for title, header, rows in found.tables():
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        for column, name in enumerate(header):
-            # A number that is cut off misleads, so a narrow terminal wraps it into the next line.
-            table.add_column(Text(name), justify="right" if column else "left", overflow="fold")
+        table = narrow_table(Text(title))
+        table.add_column(header[0], overflow="fold")
+        add_numbers(table, header[1:])
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)

@@ -10,11 +10,12 @@ from rich.live import Live
 from rich.text import Text
 
 from tiny_onn.config.read import resolved_json
+from tiny_onn.console import say
 from tiny_onn.distill.health import diagnose, verdict
 from tiny_onn.errors import UserError
 from tiny_onn.report.live import live_view
 from tiny_onn.report.run_data import STEPS, Run
-from tiny_onn.runs.folder import read_run_config, read_summary
+from tiny_onn.runs.folder import read_run_config, read_summary, refuse_several, some_runs_in
 from tiny_onn.runs.lock import LOCK_NAME, is_held, other_host
 from tiny_onn.runs.metrics import METRICS_NAME, MetricsTail
 from tiny_onn.studies.report import check_records, news_of, process_of
@@ -110,8 +111,10 @@ def run_watch(folder: Path, *, interval_s: float, once: bool) -> None:
         once: True to show the run as it is now.
 
     Raises:
-        UserError: the folder holds no run and `once` is set, or a file of the run is damaged.
+        UserError: the folder holds several runs, or none and `once` is set, or a file of the run is
+            damaged.
     """
+    refuse_several(folder)
     follower, console = Follower(folder), Console()
     if once:
         if follower.poll() is None:
@@ -121,6 +124,11 @@ def run_watch(folder: Path, *, interval_s: float, once: bool) -> None:
             )
         console.print(follower.view())
         return
+    if follower.poll() is None:
+        # Without a terminal the view is shown once, at the end.
+        others = some_runs_in(folder.parent)
+        found = f"; there are {others}" if others else ""
+        say(f"{folder}: no run has begun there yet, and it is waited for{found}")
     with Live(follower.view(), console=console, auto_refresh=False) as live:
         while not follower.ended:
             time.sleep(interval_s)

@@ -113,6 +113,6 @@ def _unreachable() -> str | None:
 def _missing(name: str, field: str, reason: str) -> UserError:
     return UserError(
         f"{field}: got {printable(name)[:200]}, expected a folder with a model, which is not there "
-        f"({reason}); check the path, or use a hub id such as Qwen/Qwen3-0.6B; a hub id needs "
-        "a network or a local cache"
+        f"({reason}); check the path, or use a local folder or embedded, the model among the "
+        "packages; a hub id needs a network or a local cache"
     )
