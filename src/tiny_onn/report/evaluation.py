@@ -41,10 +41,8 @@ def budget_advice(config: RunConfig | None) -> str:
     """
     ways = list[str]()
     if config is not None:
-        data, settled = (
-            config.data,
-            config.data.settling_tokens or config.experts.calibration_tokens,
-        )
+        data = config.data
+        settled = data.settling_tokens or config.experts.calibration_tokens
         if settled < 4 * data.eval_tokens:
             ways.append(f"raise data.settling_tokens to {4 * data.eval_tokens}")
         if data.settling_fraction <= data.held_out_fraction:
