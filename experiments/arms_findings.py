@@ -100,8 +100,6 @@ LEAD_GOAL = 1 / 3
 # The ways to set thresholds, by their part of a record.
 WAYS = {None: "settled", "followed": "follow each sequence"}
 K_GOALS = {"report": 0.01, "unseen": 0.02}
-
-
 COMPARED = (
     "| arm | against | tokens | KL lower by | 95 % interval | seed by seed | of the latter's KL |"
     " on unseen sources |"
@@ -188,10 +186,10 @@ def answer(records: Sequence[Record]) -> Iterator[str]:
             kl = spread([r["report"]["kl_at_k"] for r in runs], 3)
             here, far = (fmean(excess(runs, text) or [math.nan]) for text in ("report", "unseen"))
             there = "" if math.isnan(far) else f", on unseen sources {far:+.1%}"
-            parts.append(f"{WORDS[name]} {kl} (perplexity {here:+.1%}{there}, {seeds(len(runs))})")
+            arm = with_rates(WORDS[name], runs[0])
+            parts.append(f"{arm}: {kl} (perplexity {here:+.1%}{there}, {seeds(len(runs))})")
         if parts:
-            line = f"- **{millions(tokens)} tokens, {how}**: {'; '.join(parts)}."
-            yield line.replace("%", " %")
+            yield f"- **{millions(tokens)} tokens, {how}**: {'; '.join(parts)}.".replace("%", " %")
 
 
 def excess(runs: Sequence[Record], text: str) -> list[float]:
@@ -203,15 +201,18 @@ def excess(runs: Sequence[Record], text: str) -> list[float]:
 def teaching(records: Sequence[Record]) -> Iterator[str]:
     """What SMK adds to the gate that conversion fits, seed by seed."""
     for recipe, how in RECIPES.items():
-        parts = []
+        parts, arm = [], f"frozen ridge gate{recipe}"
         for tokens in sorted({r["tokens"] for r in records}):
-            runs = best_runs(records, tokens, f"frozen ridge gate{recipe}")
-            if pairs := pairs_of(records, tokens, OURS + recipe, runs):
-                leads = [f"{lead:.3f}" for lead in leads_of(pairs, "report")]
-                parts.append(f"{', '.join(leads)} after {millions(tokens)}")
+            found = []
+            for runs in by_rates(records, tokens, arm).values():
+                if pairs := pairs_of(records, tokens, OURS + recipe, runs):
+                    leads = ", ".join(f"{lead:.3f}" for lead in leads_of(pairs, "report"))
+                    found.append(with_rates(leads, runs[0]))
+            if found:
+                parts.append(f"{' / '.join(found)} after {millions(tokens)}")
         if parts:
             told = f"**What SMK adds to the frozen gate {how}**, nats seed by seed"
-            yield f"- {told}: {'; '.join(parts)} tokens."
+            yield f"- {told}, by the frozen gate's rate: {'; '.join(parts)} tokens."
 
 
 def pairs_of(
