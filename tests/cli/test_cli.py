@@ -699,8 +699,7 @@ def test_run_that_stopped_early_exits_with_130(stand_in, capsys):
 def test_a_run_that_is_interrupted_without_saving_says_how_to_go_on(stand_in, capsys, saved):
     stand_in("distill.loop", "run_distill", KeyboardInterrupt())
     create_run_folder(Path("x"), RunConfig(), argv=[])
-    if saved:
-        Path("x/checkpoints/step-0000001").mkdir(parents=True)
+    stand_in("runs.checkpoint", "valid_checkpoints", [Path("x/checkpoints/step-0000001")] * saved)
     what = "goes on from the last checkpoint" if saved else "starts the run again"
     assert status_of(["distill", "--preset", "demo", "--out", "x"]) == 130
     told = f"tiny-onn: `tiny-onn distill --resume --out x` {what}\ntiny-onn: interrupted\n"

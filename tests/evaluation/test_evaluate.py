@@ -8,6 +8,7 @@ import pytest
 
 from tiny import change, make_dense, make_tokenizer, write_run
 from tiny_onn.config.read import resolved_json
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.errors import UserError
 from tiny_onn.evaluation.evaluate import run_eval
@@ -37,13 +38,19 @@ def test_a_run_evaluates_to_what_it_ended_with(finished):
         assert got[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_a_run_that_has_not_ended_is_advised_to_go_on(finished, tmp_path):
+def test_advice_on_a_budget_is_given_where_it_is_missed(finished, tmp_path, monkeypatch):
     out, _ = finished
-    run = shutil.copytree(out, tmp_path / "run")
-    assert evaluated(run)["budget_advice"].startswith("the thresholds were settled on other text")
-    write_json(run / "summary.json", {"interrupted": True})
-    resume = f"its run has not ended: `tiny-onn distill --resume --out {run}` goes on"
-    assert evaluated(run)["budget_advice"].startswith(resume)
+    run = shutil.copytree(out, tmp_path / "a run")
+
+    def advice(*, met):
+        budget = {"target_k": 2.0, "mean_k": 3.0, "error": 0.5, "met": met}
+        monkeypatch.setattr("tiny_onn.evaluation.evaluate.budget_report", lambda *_: budget)
+        return evaluated(run)["budget_advice"]
+
+    assert advice(met=True) is None
+    assert advice(met=False).startswith("the thresholds were settled on other text")
+    write_json(run / "summary.json", {"interrupted": True, "steps": 2})
+    assert f"`tiny-onn distill --resume --out '{run}'` goes on" in advice(met=False)
 
 
 def test_a_students_folder_finds_its_teacher(finished, tmp_path):
@@ -53,6 +60,10 @@ def test_a_students_folder_finds_its_teacher(finished, tmp_path):
     from_run, alone = (evaluated(m, tmp_path / "text.txt") for m in (out, tmp_path / "student"))
     assert alone["forward_kl"] == pytest.approx(from_run["forward_kl"], rel=1e-4)
     assert alone["num_tokens"] == from_run["num_tokens"] != 0
+    # The folder tells the student's own target, which is not the default.
+    assert (
+        alone["budget"]["target_k"] == from_run["budget"]["target_k"] != RunConfig().router.target_k
+    )
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(finished, tmp_path):

@@ -1,7 +1,9 @@
 """The tables that `eval` prints, in a terminal of 80 columns."""
 
 import io
+import re
 
+import pytest
 from rich.console import Console
 
 from tiny_onn.config.read import override
@@ -80,11 +82,23 @@ def test_advice_on_a_missed_budget_is_given_only_while_it_can_help():
     begun = RunConfig()
     more = override(begun, ["data.settling_tokens=32768"])
     both = override(more, ["data.settling_fraction=0.1"])
-    advice = "the thresholds were settled on other text: raise data.settling_tokens to 32768, or "
-    assert budget_advice(begun).startswith(f"{advice}begin a new run with a larger data.settling_f")
-    assert "text: begin a new run with" in budget_advice(more)
+    raised = "resume the run with `--set data.settling_tokens=32768 --allow-change"
+    assert raised in budget_advice(begun)
+    assert raised not in budget_advice(more)
+    assert "text: begin a new run with data.settling_fraction = 0.1, or let" in budget_advice(more)
     assert budget_advice(both) == budget_advice(None)
     assert "text: let the student follow each sequence" in budget_advice(None)
+    assert "let the student" not in budget_advice(begun, follows=True)
+
+
+@pytest.mark.parametrize("held_out", [0.05, 0.3, 0.5, 0.9])
+def test_a_share_that_is_advised_is_accepted(held_out):
+    begun = override(
+        RunConfig(), [f"data.held_out_fraction={held_out}", "data.settling_fraction=0.02"]
+    )
+    share = re.search(r"data\.settling_fraction = ([\d.]+)", budget_advice(begun))
+    assert share is not None
+    override(begun, [f"data.settling_fraction={share[1]}"])
 
 
 def test_a_single_document_is_counted_as_one_and_has_no_column_of_intervals():

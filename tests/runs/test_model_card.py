@@ -137,6 +137,14 @@ def test_the_example_of_an_export_s_card_runs_in_its_folder(run, tmp_path, to):
             assert b"A list is" in done.stdout
 
 
+def test_the_example_of_an_older_card_is_left_out_of_an_export(run, tmp_path):
+    student = shutil.copytree(run[1] / "student", tmp_path / "student")
+    card = student / "README.md"
+    card.write_text(card.read_text().replace("  # https://github.com/", "  # pip install "))
+    run_export(str(student), to="dense", out=tmp_path / "out")
+    assert "from tiny_onn" not in example_of(tmp_path / "out")[1]
+
+
 def test_an_export_of_a_student_without_a_card_has_a_short_one(run, tmp_path):
     _, folder, _ = run
     student = tmp_path / "student"

@@ -362,7 +362,7 @@ def test_a_models_folder_is_no_run_and_a_students_names_its_run(tmp_path):
     student = tmp_path / "run" / "student"
     student.mkdir(parents=True)
     write_json(student / "config.json", {"model_type": "tiny_onn", "architectures": []})
-    with pytest.raises(UserError, match=r"got the folder of a model, .* the run that it came from"):
+    with pytest.raises(UserError, match=r"got the folder of a model, .* name the folder of a run"):
         read_run_config(student)
     (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(UserError, match=f"expected a run; name its run, {tmp_path / 'run'}$"):
@@ -377,9 +377,11 @@ def test_a_folder_of_folders_of_runs_names_some_of_them(tmp_path):
     for name in "abcd":
         (tmp_path / "demo" / name / "metrics.jsonl").touch()
     named = ", ".join(str(tmp_path / "demo" / name) for name in "abc")
-    for ask in (refuse_several, runs_in, read_run_config):
+    for ask in (refuse_several, read_run_config):
         with pytest.raises(UserError, match=rf"got a folder of runs, .* one of {named}, \.\.\.$"):
             ask(tmp_path)
+    with pytest.raises(UserError, match=rf"or a folder of runs; name one of {tmp_path / 'demo'}$"):
+        runs_in(tmp_path)
     refuse_several(tmp_path / "demo" / "a")
     assert [run.name for run in runs_in(tmp_path / "demo")] == [*"abcd"]
 

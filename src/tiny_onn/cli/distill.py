@@ -1,5 +1,6 @@
 """The verb `distill`."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ class Distill:
             from tiny_onn.console import say
             from tiny_onn.distill.loop import run_distill
             from tiny_onn.parallel import World
+            from tiny_onn.runs.checkpoint import valid_checkpoints
             from tiny_onn.runs.folder import was_begun_by
 
         with World.from_environment(config.train.device) as world:
@@ -98,7 +100,7 @@ class Distill:
             resume = self.resume or begun
             if world.any_true(world.first and resume and self._nothing_to_do(out, config)):
                 return
-            way_on = f"`tiny-onn distill --resume --out {out}`"
+            way_on = f"`tiny-onn distill --resume --out {shlex.quote(str(out))}`"
             try:
                 result = run_distill(
                     config,
@@ -111,7 +113,7 @@ class Distill:
                 )
             except KeyboardInterrupt:
                 if is_first() and (out / "config.json").is_file():
-                    saved = any((out / "checkpoints").glob("step-*"))
+                    saved = valid_checkpoints(out / "checkpoints")
                     what = "goes on from the last checkpoint" if saved else "starts the run again"
                     say(f"tiny-onn: {way_on} {what}")
                 raise

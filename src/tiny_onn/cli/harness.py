@@ -143,7 +143,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from tiny_onn.report.evaluation import add_numbers, narrow_table
+    from tiny_onn.report.terminal import add_numbers, narrow_table
 
     table = narrow_table(Text("Student and teacher by task"))
     table.add_column("task", overflow="fold")

@@ -1,5 +1,6 @@
 """The verb `eval`: a student's quality and cost on text, compared with its teacher's."""
 
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -134,7 +135,7 @@ def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, Any]:
 
     Returns:
         The numbers of the student as it is deployed with their `intervals`; `domains`, the same by
-        domain; `budget`, and `budget_advice` on what helps if it is missed; and `at_k`, the numbers
+        domain; `budget`; `budget_advice`, what helps if it is missed; and `at_k`, the numbers
         at exactly the target (`exact.at_exactly`), or None, and then `at_k_missing` is the reason.
 
     Raises:
@@ -145,8 +146,9 @@ def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, Any]:
     (deployed,) = bench.measure([None])
     result: dict[str, Any] = {"model": model, **bench.facts(), **deployed.numbers()}
     result["intervals"] = deployed.intervals(SEED)
-    result["budget"] = budget_report(deployed.evaluation.mean_k, router)
-    result["budget_advice"] = _budget_advice(model, bench.loaded)
+    budget = result["budget"] = budget_report(deployed.evaluation.mean_k, router)
+    missed = budget is not None and not budget["met"]
+    result["budget_advice"] = _budget_advice(model, bench.loaded) if missed else None
     result |= _at_target(bench, deployed, router)
     result["domains"] = deployed.domains(SEED)
     if bench.loaded.config.teacher.quantization != "none":
@@ -159,13 +161,14 @@ def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, Any]:
 
 def _budget_advice(model: str, loaded: LoadedStudent) -> str:
     """Return what helps a student that is off its target."""
-    summary = read_summary(Path(model)) if loaded.of_run else {}
-    if summary is None or summary.get("interrupted"):
+    summary = (read_summary(Path(model)) or {}) if loaded.of_run else None
+    if summary is not None and (summary.get("interrupted") or summary.get("steps") != loaded.step):
         return (
-            f"its run has not ended: `tiny-onn distill --resume --out {model}` goes on, and settles"
-            " the thresholds anew"
+            "its thresholds are measured when its run ends; if that was stopped,"
+            f" `tiny-onn distill --resume --out {shlex.quote(model)}` goes on"
         )
-    return budget_advice(loaded.config if loaded.of_run else None)
+    follows = loaded.student.routing_controller == "sequence"
+    return budget_advice(loaded.config if loaded.of_run else None, follows=follows)
 
 
 def _at_target(bench: Bench, deployed: Measured, router: RouterConfig) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from tiny_onn.device import pick_device
 from tiny_onn.errors import UserError
 from tiny_onn.probe.measure import measure, sample_documents
 from tiny_onn.probe.subject import Subject, load_subject
-from tiny_onn.report.evaluation import counted
 from tiny_onn.report.probe import html_page
+from tiny_onn.report.terminal import counted
 from tiny_onn.runs.files import write_json
 
 # Sampled fragments have at most this many tokens, however long the rows of a run are.

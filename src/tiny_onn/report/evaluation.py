@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.report.comparing import mflops, shown_end
+from tiny_onn.report.terminal import add_numbers, counted, drop_empty_columns, narrow_table
 
 # The number of domains in the table; the JSON has all of them.
 MAX_DOMAINS = 20
@@ -30,7 +30,7 @@ ROWS = (
 )
 
 
-def budget_advice(config: RunConfig | None) -> str:
+def budget_advice(config: RunConfig | None, *, follows: bool = False) -> str:
     """Return what helps where held-out tokens have more or fewer experts than the budget asks for.
 
     Thresholds that were settled on four times the evaluation's tokens are known twice as well as
@@ -38,16 +38,23 @@ def budget_advice(config: RunConfig | None) -> str:
 
     Args:
         config: the settings of the student's run; None: they are unknown.
+        follows: true if the student's thresholds follow each sequence.
     """
+    if follows:
+        return (
+            "its thresholds follow each sequence already, and hold the budget better on longer ones"
+        )
     ways = list[str]()
     if config is not None:
-        data = config.data
-        settled = data.settling_tokens or config.experts.calibration_tokens
-        if settled < 4 * data.eval_tokens:
-            ways.append(f"raise data.settling_tokens to {4 * data.eval_tokens}")
-        if data.settling_fraction <= data.held_out_fraction:
-            share = f"{2 * data.held_out_fraction:g}"
-            ways.append(f"begin a new run with a larger data.settling_fraction, such as {share}")
+        data, held_out = config.data, config.data.held_out_fraction
+        enough = 4 * data.eval_tokens
+        if (data.settling_tokens or config.experts.calibration_tokens) < enough:
+            change = f"--set data.settling_tokens={enough} --allow-change data.settling_tokens"
+            ways.append(f"resume the run with `{change}`")
+        # Training keeps half of the rest at least.
+        share = min(2 * held_out, (1 - held_out) / 2)
+        if data.settling_fraction <= held_out and data.settling_fraction < share:
+            ways.append(f"begin a new run with data.settling_fraction = {share:g}")
     ways.append('let the student follow each sequence (routing_controller = "sequence")')
     return "the thresholds were settled on other text: " + ", or ".join(ways)
 
@@ -61,28 +68,6 @@ def eval_tables(result: Mapping[str, Any]) -> Group:
     if len(domains) > 1:
         parts += domain_tables(domains)
     return Group(*parts)
-
-
-def narrow_table(title: Text) -> Table:
-    """Return a table with this title, whose columns stand close enough for 80 characters."""
-    padding = (0, 1, 0, 0)
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=padding)
-
-
-def add_numbers(table: Table, names: Sequence[str]) -> None:
-    """Add columns of numbers, which a narrower terminal wraps, since a cut number misleads."""
-    for name in names:
-        table.add_column(Text(name), justify="right", overflow="fold")
-
-
-def drop_empty_columns(table: Table) -> None:
-    """Remove the columns without text, as that of intervals is over a single document."""
-    table.columns = [column for column in table.columns if any(column.cells)]
-
-
-def counted(number: int, thing: str) -> str:
-    """Return a number of things in words, such as `1 document` or `1,100 documents`."""
-    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def shown_interval(interval: Sequence[float] | None, form: str) -> str:

@@ -9,14 +9,9 @@ from rich.text import Text
 
 from tiny_onn.report.charts import Line, line_plot, page
 from tiny_onn.report.comparing import mflops
-from tiny_onn.report.evaluation import (
-    add_numbers,
-    drop_empty_columns,
-    narrow_table,
-    shown_between,
-    shown_interval,
-)
+from tiny_onn.report.evaluation import shown_between, shown_interval
 from tiny_onn.report.exact_k import EQUAL_K
+from tiny_onn.report.terminal import add_numbers, drop_empty_columns, narrow_table
 
 
 def frontier_tables(frontier: Mapping[str, Any]) -> Group:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tiny_onn.report.charts import Bar, dot_plot, page
-from tiny_onn.report.evaluation import add_numbers, counted, narrow_table
+from tiny_onn.report.terminal import add_numbers, counted, narrow_table
 
 ENDS = ("min", "max")
 

@@ -14,6 +14,7 @@ diverged run can be read. This module needs no torch until it records an environ
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -229,10 +230,8 @@ def read_run_config(path: Path) -> RunConfig:
         ) from error
     if model_type_of(path) is not None:
         run = path.resolve().parent
-        remedy = f"name its run, {run}" if has_metrics(run) else "name the run that it came from"
-        raise UserError(
-            f"{path}: got the folder of a model, as a run's student is, expected a run; {remedy}"
-        )
+        remedy = f"name its run, {run}" if has_metrics(run) else "name the folder of a run"
+        raise UserError(f"{path}: got the folder of a model, expected a run; {remedy}")
     return config_from_json(text, str(file))
 
 
@@ -259,8 +258,13 @@ def refuse_several(folder: Path) -> None:
 
 def some_runs_in(folder: Path) -> str:
     """Return the names of some runs in a folder, or in its folders; empty if there are none."""
-    found = _runs_inside(folder) + _runs_inside(folder, "*/*/config.json")
-    return ", ".join(str(run) for run in found[:3]) + ", ..." * (len(found) > 3)
+    found = _runs_inside(folder) or _runs_inside(folder, "*/*/config.json")
+    return _some(found)
+
+
+def _some(folders: Sequence[Path]) -> str:
+    """Return the names of the first folders."""
+    return ", ".join(map(str, folders[:3])) + ", ..." * (len(folders) > 3)
 
 
 def settings_of_student(model: str) -> RunConfig | None:
@@ -287,6 +291,7 @@ def settings_of_student(model: str) -> RunConfig | None:
             router=replace(
                 default.router,
                 selection=routing.get("selection", "budget"),
+                target_k=float(routing.get("target_k", default.router.target_k)),
                 oracle_budget=routing.get("oracle_budget", False),
             ),
         )
@@ -304,10 +309,11 @@ def runs_in(folder: Path) -> list[Path]:
     if os.path.isfile(folder / "config.json"):  # noqa: PTH113
         return [folder]
     if not (found := _runs_inside(folder)):
-        refuse_several(folder)
+        several = sorted({run.parent for run in _runs_inside(folder, "*/*/config.json")})
+        remedy = "make one with `tiny-onn distill` or `tiny-onn demo`"
         raise UserError(
             f"RUN: got {folder}, expected the folder of a run, with its config.json, or a folder of"
-            " runs; make one with `tiny-onn distill` or `tiny-onn demo`"
+            f" runs; {f'name one of {_some(several)}' if several else remedy}"
         )
     first = ("student", "static")
     return sorted(found, key=lambda path: [not path.name.startswith(name) for name in first])
@@ -336,7 +342,7 @@ def no_student(name: str) -> UserError:
         return UserError(
             f"MODEL: got {name}, a run that has saved no checkpoint yet, or no whole one, expected"
             " a student; wait for its first checkpoint or, if it was interrupted, go on with"
-            f" `tiny-onn distill --resume --out {name}`"
+            f" `tiny-onn distill --resume --out {shlex.quote(name)}`"
         )
     return UserError(
         f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student{why}; "

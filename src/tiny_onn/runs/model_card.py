@@ -5,6 +5,7 @@ The hub reads the block of YAML at its beginning: licence, base model, data and 
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tiny_onn.runs.files import read_object, write_atomically
 EMBEDDED, EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 README = "README.md"
 EXAMPLE = """```python
-from tiny_onn import TinyOnnForCausalLM  # pip install tiny-onn
+from tiny_onn import TinyOnnForCausalLM  # https://github.com/tiny-onn/tiny-onn
 from transformers import AutoTokenizer
 
 student = TinyOnnForCausalLM.from_pretrained("FOLDER")
@@ -87,7 +88,7 @@ def write_export_card(
     known = source.read_text(encoding="utf-8") if source.is_file() else ""
     metadata = (metadata_load(source) or {}) if known else {}
     body = ModelCard(known, ignore_metadata_errors=True).text.lstrip()
-    body = body.replace(f"{EXAMPLE}\n\n", "")
+    body = re.sub(r"```python\nfrom tiny_onn import .*?\n```\n\n", "", body, flags=re.DOTALL)
     # These results are the student's, and an export may compute something else.
     metadata.pop("model-index", None)
     metadata["tags"] = [*dict.fromkeys([*metadata.get("tags", []), to])]

@@ -29,7 +29,12 @@ from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.publish import let_others_read
 from tiny_onn.runs.checkpoint import restore_student, step_of, valid_checkpoints
-from tiny_onn.runs.folder import model_type_of, no_student, read_run_config
+from tiny_onn.runs.folder import (
+    model_type_of,
+    no_student,
+    read_run_config,
+    settings_of_student,
+)
 from tiny_onn.runs.recorded_teacher import (
     check_run_teacher,
     check_teacher,
@@ -130,7 +135,7 @@ def _load(name: str, device: torch.device, checkpoint: str, teacher: str | None)
                 f"--checkpoint: got {checkpoint} with {name}, one student, expected the folder of a"
                 " run; name that, or leave --checkpoint out"
             )
-        config, student_folder = RunConfig(), folder
+        config, student_folder = settings_of_student(name) or RunConfig(), folder
     else:
         raise no_student(name)
     try:

@@ -15,9 +15,9 @@ from tiny_onn.console import say, status
 from tiny_onn.distill.health import diagnose, verdict
 from tiny_onn.errors import UserError, reason_line
 from tiny_onn.report.comparing import Comparison, compare
-from tiny_onn.report.evaluation import add_numbers, narrow_table
 from tiny_onn.report.page import report_page
 from tiny_onn.report.run_data import EVALUATIONS, Run, distinct
+from tiny_onn.report.terminal import add_numbers, narrow_table
 from tiny_onn.runs.files import read_object
 from tiny_onn.runs.folder import has_metrics, read_run_config, runs_in
 from tiny_onn.runs.lock import LOCK_NAME, is_held, other_host

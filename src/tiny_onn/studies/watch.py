@@ -1,6 +1,7 @@
 """The verb `watch`: a run that another process writes, followed in the terminal."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Follower:
     def state(self) -> str:
         """Tell in a sentence whether the run trains, waits or has ended."""
         folder = self._folder
-        resume = f"`tiny-onn distill --resume --out {folder}` continues it."
+        resume = f"`tiny-onn distill --resume --out {shlex.quote(str(folder))}` continues it."
         if is_held(folder):
             if process_of(folder) == "silent":
                 return (

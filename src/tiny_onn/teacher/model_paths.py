@@ -111,8 +111,10 @@ def _unreachable() -> str | None:
 
 
 def _missing(name: str, field: str, reason: str) -> UserError:
+    # A student has one teacher, and another model is of no use to it.
+    embedded = "" if field == "--teacher" else " or embedded, the model among the packages"
     return UserError(
         f"{field}: got {printable(name)[:200]}, expected a folder with a model, which is not there "
-        f"({reason}); check the path, or use a local folder or embedded, the model among the "
-        "packages; a hub id needs a network or a local cache"
+        f"({reason}); check the path, or use a local folder{embedded}; a hub id needs a network or "
+        "a local cache"
     )
