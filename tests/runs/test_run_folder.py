@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def run_python(code, *arguments):
     """Run `code` in an interpreter of its own."""
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_checkout_that_is_not_installed_begins_runs(tmp_path, monkeypatch):
+    # A search path without the package's metadata, as with PYTHONPATH=src.
+    found = metadata.distribution
+    monkeypatch.setattr(
+        metadata, "distribution", lambda name: found("none" if name == "tiny-onn" else name)
+    )
+    create_run_folder(path := tmp_path / "run", RunConfig(), argv=[])
+    assert json.loads((path / "environment.json").read_text())["tiny_onn"] == "(not installed)"
 
 
 def test_new_folder_holds_settings_and_environment(tmp_path):

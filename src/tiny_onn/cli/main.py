@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments == ["--version"]:
-        from importlib.metadata import version
+        from tiny_onn.runs.environment import own_version
 
-        print(f"tiny-onn {version('tiny-onn')}")
+        print(f"tiny-onn {own_version()}")
         return 0
     if arguments and arguments[0].isidentifier() and arguments[0] not in VERBS:
         near = difflib.get_close_matches(arguments[0], VERBS, 1) or VERBS

@@ -5,7 +5,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tiny_onn.config.launcher import num_processes
@@ -26,7 +26,7 @@ def environment(device: str, argv: Sequence[str], launch: str | None) -> dict[st
 
     commit, dirty = _git_state()
     return {
-        "tiny_onn": version("tiny-onn"),
+        "tiny_onn": own_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -40,6 +40,14 @@ def environment(device: str, argv: Sequence[str], launch: str | None) -> dict[st
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(argv),
     }
+
+
+def own_version() -> str:
+    """Return the version of this package, which a checkout on `PYTHONPATH` does not tell."""
+    try:
+        return version("tiny-onn")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _git_state() -> tuple[str | None, bool | None]:
