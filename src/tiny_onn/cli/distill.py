@@ -1,6 +1,5 @@
 """The verb `distill`."""
 
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ class Distill:
             from tiny_onn.distill.loop import run_distill
             from tiny_onn.parallel import World
             from tiny_onn.runs.checkpoint import valid_checkpoints
-            from tiny_onn.runs.folder import was_begun_by
+            from tiny_onn.runs.folder import resume_command, was_begun_by
 
         with World.from_environment(config.train.device) as world:
             # A launcher starts the same command again after a process has failed. A run that it
@@ -100,7 +99,7 @@ class Distill:
             resume = self.resume or begun
             if world.any_true(world.first and resume and self._nothing_to_do(out, config)):
                 return
-            way_on = f"`tiny-onn distill --resume --out {shlex.quote(str(out))}`"
+            way_on = f"`{resume_command(out)}`"
             try:
                 result = run_distill(
                     config,
@@ -184,7 +183,7 @@ class Distill:
     def _nothing_to_do(self, out: Path, config: "RunConfig") -> bool:
         """Return True if the run has finished, and say so, with how to train it further."""
         from tiny_onn.console import say
-        from tiny_onn.runs.folder import finished_tokens
+        from tiny_onn.runs.folder import finished_tokens, resume_command
 
         tokens = finished_tokens(out, config)
         # A tracker that is named now gets the records of a finished run.
@@ -193,7 +192,7 @@ class Distill:
         # The last step may have read more tokens than were asked for.
         least = tokens - config.train.blockwise_tokens
         longer = (
-            f"to train it further, use `tiny-onn distill --resume --out {out} --set train.tokens=N"
+            f"to train it further, use `{resume_command(out)} --set train.tokens=N"
             f" --allow-change train.tokens` with N above {least:,}"
             if any((out / "checkpoints").glob("step-*"))
             else "it cannot be trained further, because its checkpoints are gone"

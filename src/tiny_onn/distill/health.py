@@ -126,18 +126,26 @@ def _quality(first: Record, last: Record, config: RunConfig) -> Iterator[Finding
             ' teacher.quantization = "none" to compare',
         )
     elif not student < unigram:
+        if first["student_nll"] < unigram:
+            advice = (
+                "the student used context before training and lost it: lower optim.expert_lr and"
+                " optim.gate_lr"
+            )
+        elif config.router.selection == "random":
+            advice = (
+                "this control chooses experts at random: it shows what other runs gain over that"
+            )
+        else:
+            advice = (
+                "the student uses no context: train longer, or start from the teacher's neurons"
+                ' (experts.init = "importance")'
+            )
         yield Finding(
             "dead",
             "above_unigram",
             f"the student's loss is {student:.3f} nats, token frequencies alone have {unigram:.3f}"
             f" and the teacher {teacher:.3f}",
-            "the student used context before training and lost it: lower optim.expert_lr and"
-            " optim.gate_lr"
-            if first["student_nll"] < unigram
-            else "this control chooses experts at random: it shows what other runs gain over that"
-            if config.router.selection == "random"
-            else "the student uses no context: train longer, or start from the teacher's neurons"
-            ' (experts.init = "importance")',
+            advice,
         )
     before, after = first["forward_kl"], last["forward_kl"]
     if not after <= 1.02 * before:

@@ -1,6 +1,5 @@
 """The verb `eval`: a student's quality and cost on text, compared with its teacher's."""
 
-import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -19,7 +18,7 @@ from tiny_onn.evaluation.exact import at_exactly, missing, surround
 from tiny_onn.evaluation.measure import Measured, measure
 from tiny_onn.model.quantized_experts import QuantizeTo
 from tiny_onn.report.evaluation import budget_advice
-from tiny_onn.runs.folder import read_summary
+from tiny_onn.runs.folder import read_summary, resume_command
 from tiny_onn.runs.students import LoadedStudent, load_student, load_teacher_of
 from tiny_onn.teacher.held_out import TaughtText
 from tiny_onn.teacher.load import teacher_for
@@ -161,14 +160,16 @@ def run_eval(model: str, **options: Unpack[EvalOptions]) -> dict[str, Any]:
 
 def _budget_advice(model: str, loaded: LoadedStudent) -> str:
     """Return what helps a student that is off its target."""
-    summary = (read_summary(Path(model)) or {}) if loaded.of_run else None
-    if summary is not None and (summary.get("interrupted") or summary.get("steps") != loaded.step):
+    follows = loaded.student.routing_controller == "sequence"
+    if not loaded.of_run:
+        return budget_advice(None, follows=follows)
+    summary = read_summary(Path(model)) or {}
+    if summary.get("interrupted") or summary.get("steps") != loaded.step:
         return (
             "its thresholds are measured when its run ends; if that was stopped,"
-            f" `tiny-onn distill --resume --out {shlex.quote(model)}` goes on"
+            f" `{resume_command(model)}` goes on"
         )
-    follows = loaded.student.routing_controller == "sequence"
-    return budget_advice(loaded.config if loaded.of_run else None, follows=follows)
+    return budget_advice(loaded.config, follows=follows)
 
 
 def _at_target(bench: Bench, deployed: Measured, router: RouterConfig) -> dict[str, Any]:

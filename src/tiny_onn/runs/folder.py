@@ -329,6 +329,11 @@ def _runs_inside(folder: Path, pattern: str = "*/config.json") -> list[Path]:
     return []
 
 
+def resume_command(folder: str | Path) -> str:
+    """Return the command that goes on with the run in a folder, for a shell."""
+    return f"tiny-onn distill --resume --out {shlex.quote(str(folder))}"
+
+
 def has_metrics(folder: Path) -> bool:
     """Return True if the folder holds the metrics of a run."""
     return (folder / METRICS_NAME).is_file()
@@ -342,7 +347,7 @@ def no_student(name: str) -> UserError:
         return UserError(
             f"MODEL: got {name}, a run that has saved no checkpoint yet, or no whole one, expected"
             " a student; wait for its first checkpoint or, if it was interrupted, go on with"
-            f" `tiny-onn distill --resume --out {shlex.quote(name)}`"
+            f" `{resume_command(name)}`"
         )
     return UserError(
         f"MODEL: got {name}, expected a run folder or the folder of a Tiny-ONN student{why}; "

@@ -1,7 +1,6 @@
 """The verb `watch`: a run that another process writes, followed in the terminal."""
 
 import json
-import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,13 @@ from tiny_onn.distill.health import diagnose, verdict
 from tiny_onn.errors import UserError
 from tiny_onn.report.live import live_view
 from tiny_onn.report.run_data import STEPS, Run
-from tiny_onn.runs.folder import read_run_config, read_summary, refuse_several, some_runs_in
+from tiny_onn.runs.folder import (
+    read_run_config,
+    read_summary,
+    refuse_several,
+    resume_command,
+    some_runs_in,
+)
 from tiny_onn.runs.lock import LOCK_NAME, is_held, other_host
 from tiny_onn.runs.metrics import METRICS_NAME, MetricsTail
 from tiny_onn.studies.report import check_records, news_of, process_of
@@ -41,7 +46,7 @@ class Follower:
     def state(self) -> str:
         """Tell in a sentence whether the run trains, waits or has ended."""
         folder = self._folder
-        resume = f"`tiny-onn distill --resume --out {shlex.quote(str(folder))}` continues it."
+        resume = f"`{resume_command(folder)}` continues it."
         if is_held(folder):
             if process_of(folder) == "silent":
                 return (
