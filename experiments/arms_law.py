@@ -8,6 +8,7 @@ interval is Student's t on what the runs scatter around the law.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -35,13 +36,16 @@ class Law:
         """The KL that the law gives."""
         return self.scale * (tokens / 1e6) ** -self.exponent
 
+    def means(self) -> list[tuple[int, float]]:
+        """Each length in tokens, with the mean of log KL there."""
+        lengths = sorted({tokens for tokens, _ in self.points})
+        return [(n, fmean(math.log(k) for t, k in self.points if t == n)) for n in lengths]
+
     def local(self) -> list[float]:
         """The exponents between the mean points of neighbouring lengths."""
-        lengths = sorted({tokens for tokens, _ in self.points})
-        kl = [fmean(math.log(k) for t, k in self.points if t == tokens) for tokens in lengths]
         return [
-            (kl[i] - kl[i + 1]) / math.log(lengths[i + 1] / lengths[i])
-            for i in range(len(lengths) - 1)
+            (log_kl - next_kl) / math.log(longer / tokens)
+            for (tokens, log_kl), (longer, next_kl) in pairwise(self.means())
         ]
 
     def sentence(self) -> str:
@@ -54,12 +58,21 @@ class Law:
         text += f", from {len(self.points)} runs of {len(lengths)} lengths"
         if len(lengths) == 2:
             return f"{text}; two lengths do not show whether it is a law."
-        local = ", ".join(f"{value:.2f}" for value in self.local())
-        text += f"; between neighbouring lengths the exponent is {local}"
+        local = self.local()
+        text += "; between neighbouring lengths the exponent is "
+        text += ", ".join(f"{value:.2f}" for value in local)
         needed = 1e6 * (self.scale / REACHED) ** (1 / self.exponent) if self.exponent > 0 else 0
-        if needed > lengths[-1]:
-            text += f"; if it goes on, KL {REACHED:g} takes {needed / 1e6:,.0f}M tokens"
+        longest, log_kl = self.means()[-1]
+        if needed > longest and local[-1] > 0:
+            last = longest * math.exp((log_kl - math.log(REACHED)) / local[-1])
+            text += f"; KL {REACHED:g} takes {millions(needed)} tokens by the law, and"
+            text += f" {millions(last)} at the last of these exponents"
         return f"{text}."
+
+
+def millions(tokens: float) -> str:
+    """Millions of tokens in two digits, as far as an exponent of two digits goes."""
+    return f"{float(f'{tokens / 1e6:.2g}'):,.0f}M"
 
 
 def row_tokens(record: dict[str, Any]) -> int:
