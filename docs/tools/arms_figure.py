@@ -51,6 +51,7 @@ def tokens_chart(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "values": ticks,
                 "labelExpr": "format(datum.value / 1e6, '.2~r') + 'M'",
                 "labelOverlap": False,
+                "tickCount": 40,
             },
         },
         "y": {
