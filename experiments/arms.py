@@ -110,6 +110,7 @@ STATES_16 = ("loss.states_coef=64",)
 TOGETHER = (*STATES_16, "optim.clip_norm=0.2")
 MUON = ("optim.name=muon",)
 MUON_FEATURES = (*MUON, *BY_FEATURE, *STATES_16)
+RIVALS = {"frozen ridge gate": NONE, "half-width": HALF, "static choice": STATIC}
 ARMS: dict[str, tuple[str, ...]] = {
     "smk": (),
     "smk, not refitted": ("experts.refit=false",),
@@ -140,9 +141,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "smk, muon, states x 16": (*MUON, *STATES_16),
     "smk, muon, features x 16": MUON_FEATURES,
     "smk, muon, features x 16, loss metric": MUON_FEATURES,
-    "frozen ridge gate, muon, features x 16": (*NONE, *MUON_FEATURES),
     "half-width, muon": (*HALF, *MUON),
-    "half-width, muon, features x 16": (*HALF, *MUON_FEATURES),
+    **{f"{name}, muon, features x 16": (*own, *MUON_FEATURES) for name, own in RIVALS.items()},
     "smk, more text": (),
     "smk, loss metric": (),
     "frozen ridge gate, loss metric": NONE,

@@ -77,13 +77,14 @@ WORDS = {
     "half-width": "the half-width model",
     f"frozen ridge gate{MUON}": "the frozen ridge gate by Muon",
     f"half-width{MUON}": "the half-width model by Muon",
+    f"static choice{MUON}": "the static choice by Muon",
     "half-width, longer second moment": "the half-width model with a longer second moment",
     "low-rank": "the low-rank model",
     "oracle of norms": "the oracle of norms",
     "static choice": "the static choice",
     "model card's rule": "the model card's rule",
 }
-RIVALS = ("frozen ridge gate", "half-width")
+RIVALS = ("frozen ridge gate", "half-width", "static choice")
 RIVALS_BY_MUON = tuple(rival + MUON for rival in RIVALS)
 PAIRS = (
     *(("smk", other) for other in WORDS if other not in ("smk", *RIVALS_BY_MUON)),
@@ -175,11 +176,10 @@ def seeds(number: int) -> str:
 
 def answer(records: Sequence[Record]) -> Iterator[str]:
     """The arms of most interest, one line for each length."""
-    names = (OURS, *RIVALS, "static choice", "model card's rule")
     lengths = sorted({r["tokens"] for r in records})
     for tokens, (recipe, how) in itertools.product(lengths, RECIPES.items()):
         parts = []
-        for name in names:
+        for name in (OURS, *RIVALS, "model card's rule"):
             runs = best_runs(records, tokens, name + recipe)
             if not runs or any(has_diverged(run, records) for run in runs):
                 continue

@@ -17,6 +17,8 @@ from experiments.arms_table import best_runs, has_diverged, settings_of
 # Student's t at 97.5 %, from one degree of freedom on.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 REACHED = 0.06
+# So many times its longest run a law may be carried on.
+TRUSTED = 10
 
 ROW_TOKENS = 4096
 
@@ -66,7 +68,9 @@ class Law:
         if needed > longest and local[-1] > 0:
             last = longest * math.exp((log_kl - math.log(REACHED)) / local[-1])
             text += f"; KL {REACHED:g} takes {millions(needed)} tokens by the law, and"
-            text += f" {millions(last)} at the last of these exponents"
+            beyond = last > TRUSTED * longest
+            text += f" {f'more than {millions(TRUSTED * longest)}' if beyond else millions(last)}"
+            text += " at the last of these exponents"
         return f"{text}."
 
 

@@ -1,0 +1,48 @@
+r"""Write the embedded corpus and one project's manual as a study's text.
+
+    pip download --no-deps --no-binary :all: django==5.2.19 && tar -xzf django-5.2.19.tar.gz
+    python -m experiments.manual_text --manual django-5.2.19/docs --out manual
+    python -m experiments.arms --text manual --tokens 1998848 --seeds 0 1 2 --device cuda --jobs 2 \
+        --arms "smk, muon, features x 16" --set data.eval_tokens=65536 \
+        --set data.settling_tokens=65536 --report-tokens 65536 --out runs/manual
+
+The folder gets embedded.jsonl, which depends on the version of Python, and manual.jsonl. Documents
+are those that `tiny-onn distill` reads from the same sources.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from experiments.options import mistakes_told
+from tiny_onn.data.sources import read_documents
+
+
+def write(source: str, path: Path) -> int:
+    """Write the documents of a source as JSON lines; their number.
+
+    Raises:
+        UserError: The source cannot be read.
+    """
+    texts = [document.text for document in read_documents(source, "text")]
+    lines = (json.dumps({"text": text, "source": path.stem}) + "\n" for text in texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), "utf-8")
+    return len(texts)
+
+
+def main(argv: list[str]) -> None:
+    """Write both files."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("--manual", type=Path, required=True, help="folder of the manual")
+    options.add_argument("--out", type=Path, required=True, help="folder of the text")
+    arguments = options.parse_args(argv)
+    for name, source in (("manual", str(arguments.manual)), ("embedded", "embedded")):
+        number = write(source, arguments.out / f"{name}.jsonl")
+        print(f"{arguments.out / name}.jsonl: {number:,} documents")
+
+
+if __name__ == "__main__":
+    with mistakes_told():
+        main(sys.argv[1:])
