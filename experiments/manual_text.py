@@ -4,7 +4,7 @@ r"""Write the embedded corpus and one project's manual as a study's text.
     python -m experiments.manual_text --manual django-5.2.19/docs --out manual
     python -m experiments.arms --text manual --tokens 1998848 --seeds 0 1 2 --device cuda --jobs 2 \
         --arms "smk, muon, features x 16" --set data.eval_tokens=65536 \
-        --set data.settling_tokens=65536 --report-tokens 65536 --out runs/manual
+        --set data.settling_tokens=65536 --report-tokens 122880 --out runs/manual
 
 The folder gets embedded.jsonl, which depends on the version of Python, and manual.jsonl. Documents
 are those that `tiny-onn distill` reads from the same sources.
