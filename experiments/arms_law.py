@@ -66,11 +66,12 @@ class Law:
         needed = 1e6 * (self.scale / REACHED) ** (1 / self.exponent) if self.exponent > 0 else 0
         longest, log_kl = self.means()[-1]
         if needed > longest and local[-1] > 0:
-            last = longest * math.exp((log_kl - math.log(REACHED)) / local[-1])
-            text += f"; KL {REACHED:g} takes {millions(needed)} tokens by the law, and"
-            beyond = last > TRUSTED * longest
-            text += f" {f'more than {millions(TRUSTED * longest)}' if beyond else millions(last)}"
-            text += " at the last of these exponents"
+            # The logarithm of how many times the longest run it takes.
+            ratio = (log_kl - math.log(REACHED)) / local[-1]
+            beyond = "more than " if ratio > math.log(TRUSTED) else ""
+            last = millions(longest * math.exp(min(ratio, math.log(TRUSTED))))
+            text += f"; KL {REACHED:g} takes {millions(needed)} tokens by the law,"
+            text += f" and {beyond}{last} at the last of these exponents"
         return f"{text}."
 
 

@@ -170,6 +170,10 @@ def test_a_planted_law_is_found_with_its_interval():
     assert law.half == pytest.approx(0, abs=1e-9)
     assert law.local() == pytest.approx([0.3, 0.3])
     assert "KL 0.06 takes 120M tokens by the law, and 120M at the last" in law.sentence()
+    flat = [*exact, record(1.0, 0.1, 0.1017, tokens=40_001_536)]
+    bent = law_of(flat, "smk")
+    assert bent is not None
+    assert "and more than 400M at the last of these exponents" in bent.sentence()
     assert law_of(exact[:2], "smk") is None
     unsteady = [
         record(1.0, 0.1, kl, tokens=n) for n, kl in zip(lengths, (0.5, 1.4, 0.8), strict=True)
