@@ -12,7 +12,7 @@ from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
-from experiments.arms import TOKENS, planned
+from experiments.arms import RIVALS, TOKENS, planned
 from experiments.arms_law import T_975, law_of
 from experiments.arms_table import (
     FOLLOWED,
@@ -23,6 +23,7 @@ from experiments.arms_table import (
     by_rates,
     has_diverged,
     job_of,
+    millions,
     spread,
     table,
     with_rates,
@@ -84,7 +85,6 @@ WORDS = {
     "static choice": "the static choice",
     "model card's rule": "the model card's rule",
 }
-RIVALS = ("frozen ridge gate", "half-width", "static choice")
 RIVALS_BY_MUON = tuple(rival + MUON for rival in RIVALS)
 PAIRS = (
     *(("smk", other) for other in WORDS if other not in ("smk", *RIVALS_BY_MUON)),
@@ -162,11 +162,6 @@ def missing(records: Sequence[Record]) -> Iterator[str]:
     for tokens, arms in sorted(left.items()):
         names = "; ".join(f"{name} ({', '.join(numbers)})" for name, numbers in arms.items())
         yield f"- {millions(tokens)} tokens: {names}."
-
-
-def millions(tokens: int) -> str:
-    """A number of tokens for readers."""
-    return f"{tokens / 1e6:.2g}M" if tokens < 1e6 else f"{tokens / 1e6:.0f}M"
 
 
 def seeds(number: int) -> str:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from experiments.arms_table import best_runs, has_diverged, settings_of
+from experiments.arms_table import best_runs, has_diverged, millions, settings_of
 
 # Student's t at 97.5 %, from one degree of freedom on.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -52,19 +52,19 @@ class Law:
 
     def sentence(self) -> str:
         """The law in words."""
-        lengths = sorted({tokens for tokens, _ in self.points})
+        means = self.means()
         text = f"KL = {self.scale:.3f} N^{-self.exponent:.3f}, N in millions of tokens"
         if self.half is not None:
             text += f" (95 % interval of the exponent {self.exponent - self.half:.2f} to"
             text += f" {self.exponent + self.half:.2f})"
-        text += f", from {len(self.points)} runs of {len(lengths)} lengths"
-        if len(lengths) == 2:
+        text += f", from {len(self.points)} runs of {len(means)} lengths"
+        if len(means) == 2:
             return f"{text}; two lengths do not show whether it is a law."
         local = self.local()
         text += "; between neighbouring lengths the exponent is "
         text += ", ".join(f"{value:.2f}" for value in local)
         needed = 1e6 * (self.scale / REACHED) ** (1 / self.exponent) if self.exponent > 0 else 0
-        longest, log_kl = self.means()[-1]
+        longest, log_kl = means[-1]
         if needed > longest and local[-1] > 0:
             # The logarithm of how many times the longest run it takes.
             ratio = (log_kl - math.log(REACHED)) / local[-1]
@@ -73,11 +73,6 @@ class Law:
             text += f"; KL {REACHED:g} takes {millions(needed)} tokens by the law,"
             text += f" and {beyond}{last} at the last of these exponents"
         return f"{text}."
-
-
-def millions(tokens: float) -> str:
-    """Millions of tokens in two digits, as far as an exponent of two digits goes."""
-    return f"{float(f'{tokens / 1e6:.2g}'):,.0f}M"
 
 
 def row_tokens(record: dict[str, Any]) -> int:

@@ -47,6 +47,11 @@ class Job:
         return f"{words}-{self.asked_tokens}-x{self.rate:g}-g{self.gate_rate:g}-s{self.seed}"
 
 
+def millions(tokens: float) -> str:
+    """A number of tokens for readers, in two digits."""
+    return f"{float(f'{tokens / 1e6:.2g}'):,g}M"
+
+
 def job_of(record: dict[str, Any]) -> Job:
     """The job that left a record."""
     return Job(**{field.name: record[field.name] for field in fields(Job)})

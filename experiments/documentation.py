@@ -30,7 +30,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from experiments.options import mistakes_told
-from experiments.split_text import documents_of
+from experiments.split_text import documents_of, write_documents
 from tiny_onn.errors import UserError, reason_of
 
 PACKAGES = {
@@ -203,8 +203,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             subprocess.run(["dpkg-deb", "--extract", package, temporary], check=True)
             texts = list(documents(Path(temporary), seen))
-        lines = [json.dumps({"text": text, "source": name}) + "\n" for text in texts]
-        (arguments.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_documents(arguments.out / f"{name}.jsonl", texts)
         print(f"{name}: {len(texts):,} documents, {sum(map(len, texts)):,} characters", flush=True)
 
 

@@ -11,25 +11,12 @@ are those that `tiny-onn distill` reads from the same sources.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from experiments.options import mistakes_told
+from experiments.split_text import write_documents
 from tiny_onn.data.sources import read_documents
-
-
-def write(source: str, path: Path) -> int:
-    """Write the documents of a source as JSON lines; their number.
-
-    Raises:
-        UserError: The source cannot be read.
-    """
-    texts = [document.text for document in read_documents(source, "text")]
-    lines = (json.dumps({"text": text, "source": path.stem}) + "\n" for text in texts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), "utf-8")
-    return len(texts)
 
 
 def main(argv: list[str]) -> None:
@@ -39,8 +26,11 @@ def main(argv: list[str]) -> None:
     options.add_argument("--out", type=Path, required=True, help="folder of the text")
     arguments = options.parse_args(argv)
     for name, source in (("manual", str(arguments.manual)), ("embedded", "embedded")):
-        number = write(source, arguments.out / f"{name}.jsonl")
-        print(f"{arguments.out / name}.jsonl: {number:,} documents")
+        texts = [document.text for document in read_documents(source, "text")]
+        path = arguments.out / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_documents(path, texts)
+        print(f"{path}: {len(texts):,} documents")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,12 @@ def documents_of(path: Path) -> Iterator[dict[str, str]]:
         raise UserError(f"{where}: {reason_line(error)}; mend or remove the line") from error
 
 
+def write_documents(path: Path, texts: Sequence[str]) -> None:
+    """Write the documents of a source into its file, which has its name, for `documents_of`."""
+    lines = (json.dumps({"text": text, "source": path.stem}) + "\n" for text in texts)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def _document(line: str) -> dict[str, str]:
     """The document of a line; a `ValueError` says what is wrong with it."""
     document = json.loads(line)

@@ -29,12 +29,7 @@ from tiny_onn.model.student import TinyOnnConfig, TinyOnnForCausalLM
 from tiny_onn.parallel import ALONE, World
 from tiny_onn.publish import let_others_read
 from tiny_onn.runs.checkpoint import restore_student, step_of, valid_checkpoints
-from tiny_onn.runs.folder import (
-    model_type_of,
-    no_student,
-    read_run_config,
-    settings_of_student,
-)
+from tiny_onn.runs.folder import model_type_of, no_student, read_run_config, settings_of_student
 from tiny_onn.runs.recorded_teacher import (
     check_run_teacher,
     check_teacher,
