@@ -8,7 +8,7 @@ import json
 import resource
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,13 @@ def overlapped(world: World, folder: Path) -> Any:
     """A checkpoint whose writing waits until the training that goes on has come far enough."""
     session, go_on, seen = Session(world, "optimizer"), threading.Event(), {}
     expected = {name: tensor.clone() for name, tensor in session.tensors().items()}
-    with Checkpointer(folder, 2, world) as writer, slow_to_hash(go_on):
+    with Checkpointer(folder, 2, world) as writer, slow_to_hash(go_on) as hashing:
         writer.save(session.snapshot(1))
         models = (session.student, session.dense, session.optimizer)
         distill_step(*models, ROWS[2:4], session.config, step=1, world=world)
-        seen["while writing"] = [name[:8] for name in names_in(folder)] if world.first else []
+        # The writer's thread may need longer than the step until it has begun.
+        assert hashing.wait(60)
+        seen["while writing"] = [name[:8] for name in names_in(folder)]
         seen["moved"] = not torch.equal(*map(flat, (expected, session.tensors())))
         world.barrier()
         go_on.set()
@@ -128,17 +130,18 @@ def overlapped(world: World, folder: Path) -> Any:
 
 
 @contextmanager
-def slow_to_hash(go_on: threading.Event):
-    """Let this process hash its files only after an event."""
-    real = sharded_files.file_entry
+def slow_to_hash(go_on: threading.Event) -> Iterator[threading.Event]:
+    """Let this process hash its files only after `go_on`; the event tells that it wants to."""
+    real, hashing = sharded_files.file_entry, threading.Event()
 
     def slow(file: Path) -> Any:
+        hashing.set()
         assert go_on.wait(60)
         return real(file)
 
     sharded_files.file_entry = slow
     try:
-        yield
+        yield hashing
     finally:
         sharded_files.file_entry = real
 
