@@ -12,7 +12,7 @@ from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
-from experiments.arms import RIVALS, TOKENS, planned
+from experiments.arms import ARMS, RIVALS, TOKENS, planned
 from experiments.arms_law import T_975, law_of
 from experiments.arms_table import (
     FOLLOWED,
@@ -36,58 +36,9 @@ TARGET = 16.0
 PLAN = RESULTS.parent / "arms_plan.json"
 MUON = next(iter(RECIPES))
 ENOUGH_SEEDS = 3
-WORDS = {
-    "smk": "SMK",
-    "smk, not refitted": "SMK without the refit",
-    "smk, smallest gain": "SMK towards the smallest gain",
-    "smk, lesson of 1/8": "SMK with lessons from an eighth of the tokens",
-    "smk, net gain": "SMK by net gain",
-    "smk, short decay": "SMK with rates that fall over the second half",
-    "smk, 4 shared": "SMK with 4 shared experts",
-    "smk, a tenth cross-entropy": "SMK with a tenth of cross-entropy in the loss",
-    "smk, token scale": "SMK with weights that depend on the token",
-    "smk, rows in order": "SMK with rows in the order of the documents",
-    "smk, shorter second moment": "SMK with a shorter second moment",
-    "smk, longer second moment": "SMK with a longer second moment",
-    "smk, tighter clipping": "SMK with tighter clipping",
-    "smk, states x 1/4": "SMK with a quarter of the weight on hidden states",
-    "smk, states x 4": "SMK with four times the weight on hidden states",
-    "smk, states x 16": "SMK with sixteen times the weight on hidden states",
-    "smk, together": "SMK with more weight on hidden states and tighter clipping",
-    "smk, more text": "SMK on text of more projects",
-    "smk, together, more text": "SMK with these two on text of more projects",
-    "smk, features": "SMK with hidden states matched feature by feature",
-    "smk, features x 16": "SMK with features and sixteen times the weight on them",
-    "smk, features, together": "SMK with features, more weight on them and tighter clipping",
-    "smk, features, together, loss metric": "SMK with these three, converted in the loss's metric",
-    "smk, muon": "SMK by Muon",
-    "smk, muon, states x 16": "SMK by Muon with sixteen times the weight on hidden states",
-    "smk, muon, features x 16": "SMK by Muon with hidden states matched feature by feature",
-    "smk, muon, features x 16, loss metric": "SMK by Muon with both, and the metric of the loss",
-    "smk, averaged weights": "SMK with weights averaged over the last tenth",
-    "smk, loss metric": "SMK converted in the metric of the loss",
-    "smk, norms learn": "SMK with gains of norms that learn",
-    "smk, annealed": "SMK with all experts at the start and fewer over time",
-    "smk, one budget": "SMK with one budget for all layers",
-    "smk, learned scale": "SMK with a learned scale of each expert",
-    "frozen ridge gate": "the frozen ridge gate",
-    "regression of norms": "a gate that regresses on output norms",
-    "task, straight through": "a straight-through gate",
-    "task, threshold sigmoid": "a threshold-sigmoid gate",
-    "task, ramp": "a gate that learns from the main loss through a ramp",
-    "half-width": "the half-width model",
-    f"frozen ridge gate{MUON}": "the frozen ridge gate by Muon",
-    f"half-width{MUON}": "the half-width model by Muon",
-    f"static choice{MUON}": "the static choice by Muon",
-    "half-width, longer second moment": "the half-width model with a longer second moment",
-    "low-rank": "the low-rank model",
-    "oracle of norms": "the oracle of norms",
-    "static choice": "the static choice",
-    "model card's rule": "the model card's rule",
-}
 RIVALS_BY_MUON = tuple(rival + MUON for rival in RIVALS)
 PAIRS = (
-    *(("smk", other) for other in WORDS if other not in ("smk", *RIVALS_BY_MUON)),
+    *((OURS, other) for other in ARMS if other not in (OURS, *RIVALS_BY_MUON)),
     ("frozen ridge gate", "half-width"),
     ("frozen ridge gate, loss metric", "frozen ridge gate"),
     *((f"smk{MUON}", rival) for rival in RIVALS_BY_MUON),
@@ -125,7 +76,7 @@ def sections(
     found = [*compared(at_half), *compared(earlier, ", 21 projects, no refit")]
     return {
         "answer": answer(at_half),
-        "teaching": teaching(at_half),
+        "leads": leads(at_half),
         "arms": table(at_half),
         "machines": machines(records),
         "established": comparisons(line for sure, line in found if sure),
@@ -164,27 +115,28 @@ def missing(records: Sequence[Record]) -> Iterator[str]:
         yield f"- {millions(tokens)} tokens: {names}."
 
 
-def seeds(number: int) -> str:
-    """So many seeds, in words."""
-    return "one seed" if number == 1 else f"{number} seeds"
-
-
 def answer(records: Sequence[Record]) -> Iterator[str]:
-    """The arms of most interest, one line for each length."""
+    """The arms of most interest, one row for each length and recipe."""
+    arms = (OURS, *RIVALS, "model card's rule")
+    yield f"| tokens | recipe | {' | '.join(arms)} |"
+    yield "|---" * (len(arms) + 2) + "|"
     lengths = sorted({r["tokens"] for r in records})
     for tokens, (recipe, how) in itertools.product(lengths, RECIPES.items()):
-        parts = []
-        for name in (OURS, *RIVALS, "model card's rule"):
-            runs = best_runs(records, tokens, name + recipe)
-            if not runs or any(has_diverged(run, records) for run in runs):
-                continue
-            kl = spread([r["report"]["kl_at_k"] for r in runs], 3)
-            here, far = (fmean(excess(runs, text) or [math.nan]) for text in ("report", "unseen"))
-            there = "" if math.isnan(far) else f", on unseen sources {far:+.1%}"
-            arm = with_rates(WORDS[name], runs[0])
-            parts.append(f"{arm}: {kl} (perplexity {here:+.1%}{there}, {seeds(len(runs))})")
-        if parts:
-            yield f"- **{millions(tokens)} tokens, {how}**: {'; '.join(parts)}.".replace("%", " %")
+        cells = [result(records, tokens, name + recipe) for name in arms]
+        if any(cells):
+            yield f"| {' | '.join((millions(tokens), how, *cells))} |"
+
+
+def result(records: Sequence[Record], tokens: int, arm: str) -> str:
+    """KL of an arm's runs, their number, and how far perplexity is above the teacher's."""
+    runs = best_runs(records, tokens, arm)
+    if not runs or any(has_diverged(run, records) for run in runs):
+        return ""
+    kl = spread([r["report"]["kl_at_k"] for r in runs], 3)
+    above = [excess(runs, text) for text in ("report", "unseen")]
+    shares = " / ".join(f"{fmean(values):+.1%}" for values in above if values)
+    number = with_rates(f"{len(runs)}", runs[0]).replace(" at rate", ", rate")
+    return f"{kl} ({number})<br>{shares}".replace("%", " %")
 
 
 def excess(runs: Sequence[Record], text: str) -> list[float]:
@@ -193,21 +145,27 @@ def excess(runs: Sequence[Record], text: str) -> list[float]:
     return [r["perplexity_at_k"] / r["teacher_perplexity"] - 1 for r in reports]
 
 
-def teaching(records: Sequence[Record]) -> Iterator[str]:
-    """What SMK adds to the gate that conversion fits, seed by seed."""
-    for recipe, how in RECIPES.items():
-        parts, arm = [], f"frozen ridge gate{recipe}"
-        for tokens in sorted({r["tokens"] for r in records}):
-            found = []
-            for runs in by_rates(records, tokens, arm).values():
-                if pairs := pairs_of(records, tokens, OURS + recipe, runs):
-                    leads = ", ".join(f"{lead:.3f}" for lead in leads_of(pairs, "report"))
-                    found.append(with_rates(leads, runs[0]))
-            if found:
-                parts.append(f"{' / '.join(found)} after {millions(tokens)}")
-        if parts:
-            told = f"**What SMK adds to the frozen gate {how}**, nats seed by seed"
-            yield f"- {told}, by the frozen gate's rate: {'; '.join(parts)} tokens."
+def leads(records: Sequence[Record]) -> Iterator[str]:
+    """By which share of a rival's KL an arm is closer, one row for each length and recipe."""
+    pairs = (
+        (OURS, "half-width"),
+        ("frozen ridge gate", "half-width"),
+        (OURS, "static choice"),
+        (OURS, "frozen ridge gate"),
+    )
+    yield f"| tokens | recipe | {' | '.join(f'{ours} over {theirs}' for ours, theirs in pairs)} |"
+    yield "|---" * (len(pairs) + 2) + "|"
+    lengths = sorted({r["tokens"] for r in records})
+    for tokens, (recipe, how) in itertools.product(lengths, RECIPES.items()):
+        cells = []
+        for ours, theirs in pairs:
+            rivals = best_runs(records, tokens, theirs + recipe)
+            runs = pairs_of(records, tokens, ours + recipe, rivals)
+            found = [shares_of(runs, text) for text in ("report", "unseen")]
+            told = " / ".join(f"{fmean(shares):.1f} %" for shares in found if shares)
+            cells.append(f"{told} ({len(runs)})" if runs else "")
+        if any(cells):
+            yield f"| {' | '.join((millions(tokens), how, *cells))} |"
 
 
 def pairs_of(
@@ -261,27 +219,34 @@ def comparisons(lines: Iterable[str]) -> Iterator[str]:
 
 def comparison(names: str, pairs: Sequence[tuple[Record, Record]]) -> tuple[bool, str]:
     """The row on a pair of arms, and whether it is established."""
-    leads = leads_of(pairs, "report")
-    shares = [
-        100 * lead / b["report"]["kl_at_k"] for lead, (_, b) in zip(leads, pairs, strict=True)
-    ]
-    ends = interval(leads)
-    sure = ends is not None and len(leads) >= ENOUGH_SEEDS and (ends[0] > 0 or ends[1] < 0)
-    unseen = leads_of(pairs, "unseen") if all(a["unseen"] and b["unseen"] for a, b in pairs) else []
+    found, unseen = (leads_of(pairs, text) for text in ("report", "unseen"))
+    ends = interval(found)
+    sure = ends is not None and len(found) >= ENOUGH_SEEDS and (ends[0] > 0 or ends[1] < 0)
     cells = (
         names,
-        f"{fmean(leads):.3f}",
+        f"{fmean(found):.3f}",
         "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}",
-        ", ".join(f"{lead:.3f}" for lead in leads),
-        f"{round(fmean(shares))} %",
+        ", ".join(f"{lead:.3f}" for lead in found),
+        f"{round(fmean(shares_of(pairs, 'report')))} %",
         spread(unseen, 3) if unseen else "",
     )
     return sure, f"| {' | '.join(cells)} |"
 
 
 def leads_of(pairs: Sequence[tuple[Record, Record]], text: str) -> list[float]:
-    """By how much the first of each pair is closer to the teacher at exactly k, nats."""
+    """By how much the first of each pair is closer to the teacher at exactly k, nats.
+
+    Nothing where a run was not measured on this text.
+    """
+    if not all(a[text] and b[text] for a, b in pairs):
+        return []
     return [b[text]["kl_at_k"] - a[text]["kl_at_k"] for a, b in pairs]
+
+
+def shares_of(pairs: Sequence[tuple[Record, Record]], text: str) -> list[float]:
+    """The leads of `leads_of` in percent of the second's KL."""
+    found = leads_of(pairs, text)
+    return [100 * lead / b[text]["kl_at_k"] for lead, (_, b) in zip(found, pairs, strict=False)]
 
 
 def goals(records: Sequence[Record]) -> Iterator[str]:
@@ -310,8 +275,7 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
     for tokens, (recipe, how) in itertools.product(lengths, RECIPES.items()):
         rival = f"half-width{recipe}"
         pairs = pairs_of(records, tokens, OURS + recipe, best_runs(records, tokens, rival))
-        leads = zip(leads_of(pairs, "report"), pairs, strict=True)
-        if shares := [100 * lead / b["report"]["kl_at_k"] for lead, (_, b) in leads]:
+        if shares := shares_of(pairs, "report"):
             goal = f"lead over half-width at {millions(tokens)} tokens {how}, % of its KL"
             reached = fmean(shares) >= 100 * LEAD_GOAL
             searched = len(by_rates(records, tokens, rival)) > 1
@@ -355,10 +319,10 @@ def rates(records: Sequence[Record], kind: str = "rate") -> Iterator[str]:
 
 def laws(records: Sequence[Record]) -> Iterator[str]:
     """The fitted law of each arm that has several lengths."""
-    for arm in WORDS:
+    for arm in ARMS:
         law = law_of(records, arm)
         if law is not None:
-            yield f"- {WORDS[arm][0].upper()}{WORDS[arm][1:]}: {law.sentence()}"
+            yield f"- **{arm}**: {law.sentence()}"
 
 
 def budgets(records: Sequence[Record]) -> Iterator[str]:
