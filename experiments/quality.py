@@ -39,6 +39,8 @@ RECORDS, MIXED = RESULTS / "quality.jsonl", RESULTS / "arms.jsonl"
 # The study of all arms, on a text without three of the sources, and the two before it.
 CONTROLS = RESULTS / "arms_controls.jsonl"
 IN_ORDER, SHORT_DECAY = RESULTS / "arms_in_order.jsonl", RESULTS / "arms_short_decay.jsonl"
+# The study of arms on embedded text and a manual.
+MANUAL = RESULTS / "arms_manual.jsonl"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "studies.md")
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
 
@@ -292,12 +294,13 @@ def sections() -> dict[str, str]:
     groups = {
         name: [r for r in records if r["group"] == name] for name in ("long", "small", "partitions")
     }
+    studies = (CONTROLS, MIXED, IN_ORDER, SHORT_DECAY, MANUAL)
     tables = {
         "long": final_table(groups["long"]),
         "small": final_table(groups["small"]),
         "partitions": partition_table(groups["partitions"]),
         "untrained": untrained_table(rows),
-        **arms_findings.sections(*map(read_records, (CONTROLS, MIXED, IN_ORDER, SHORT_DECAY))),
+        **arms_findings.sections(*map(read_records, studies)),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
 

@@ -117,10 +117,16 @@ def test_rates_are_compared_in_the_seeds_that_both_have():
 
 def test_a_lead_over_a_rival_of_one_rate_is_open():
     ours, theirs = record(1.0, 0.2, 0.2), record(1.0, 0.4, 0.4, arm="half-width")
-    (*_, line) = arms_findings.goals([ours, theirs])
-    assert line.endswith("| 50.0 | open: one rate |")
-    (*_, line) = arms_findings.goals([ours, theirs, record(2.0, 0.35, 0.35, arm="half-width")])
-    assert line.endswith("| 42.9 | yes |")
+    (*_, line) = arms_findings.goals([ours, theirs], [])
+    assert line.endswith("| not run | 50.0: open, one rate |")
+    (*_, line) = arms_findings.goals([ours, theirs, record(2.0, 0.35, 0.35, arm="half-width")], [])
+    assert line.endswith("| not run | 42.9: yes |")
+
+
+def test_the_goal_on_a_manual_is_of_its_own_study():
+    manual = [record(1.0, 0.09, 0.09, arm="smk, muon, features x 16")]
+    (line,) = (line for line in arms_findings.goals([], manual) if "manual" in line)
+    assert line.endswith("at most 0.10 | 0.090: yes | not run |")
 
 
 def findings(leads):
@@ -128,7 +134,7 @@ def findings(leads):
     records += [
         record(1.0, 0.2, 0.2 + lead, arm="half-width", seed=seed) for seed, lead in enumerate(leads)
     ]
-    sections = arms_findings.sections(records, [], records, records)
+    sections = arms_findings.sections(records, [], records, records, [])
     return {name: [*lines] for name, lines in sections.items() if name != "machines"}
 
 
