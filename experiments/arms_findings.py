@@ -211,8 +211,8 @@ def compared(records: Sequence[Record], where: str = "") -> Iterator[tuple[bool,
         for ours, theirs in PAIRS:
             for runs in by_rates(records, tokens, theirs).values():
                 if pairs := pairs_of(records, tokens, ours, runs):
-                    other = with_rates(theirs, runs[0])
-                    yield comparison(f"{ours} | {other} | {millions(tokens)}{where}", pairs)
+                    names = with_rates(ours, pairs[0][0]), with_rates(theirs, runs[0])
+                    yield comparison(f"{' | '.join(names)} | {millions(tokens)}{where}", pairs)
 
 
 def comparisons(lines: Iterable[str]) -> Iterator[str]:

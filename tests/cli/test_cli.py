@@ -256,6 +256,10 @@ MISTAKES_WITH_A_STUDENT = [
     (["eval", "student", "--budget", "9"], "--budget: got 9, expected 3 to 8, the experts of a la"),
     (["eval", "student", "--budget", "3.5"], "--budget: got 3.5, expected a whole number with"),
     (["eval", "old_student", "--budget", "4"], "--budget: got a student with router.selection ="),
+    (
+        ["eval", "run", "--out", "x"],
+        "--out: got x, expected --budget, --frontier or --tasks",
+    ),
     (["eval", "run", "--text", "nowhere.txt"], "--text: nowhere.txt: no such file or folder"),
     (["eval", "run", "--text", "empty.txt"], "--text: empty.txt: no text in it"),
     (["eval", "student", "--budget", "4", "--text", "nowhere.txt"], "--text: nowhere.txt"),

@@ -88,6 +88,7 @@ class Eval:
     def __call__(self) -> None:
         """Run the verb."""
         from tiny_onn.config.checks import check_device
+        from tiny_onn.errors import UserError
 
         check_device(self.device, "--device")
         require(
@@ -96,12 +97,18 @@ class Eval:
             self.max_tokens,
             "an integer from 0 to 2**31 - 1",
         )
+        at_budgets = self.frontier or self.budget is not None
         if self.out is not None:
             require_place(self.out, "--out")
+            if not at_budgets and not harness.asked(self.by_tasks):
+                raise UserError(
+                    f"--out: got {self.out}, expected --budget, --frontier or --tasks beside it,"
+                    " whose results it keeps; add one of them, or keep the output of --json"
+                )
         if harness.asked(self.by_tasks):
             harness.run(self)
             return
-        if self.frontier or self.budget is not None:
+        if at_budgets:
             self._frontier()
             return
         require_student(self.model)

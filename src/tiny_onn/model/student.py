@@ -127,7 +127,8 @@ class TinyOnnForCausalLM(PreTrainedModel, GenerationMixin):
 
         With `none` a layer's threshold is the same for all text. With `sequence` it adapts along
         each sequence to the tokens before (`sequence_budget.py`), so that each sequence comes close
-        to the budget. It needs a cache that this student fills: no beams, no assisted decoding.
+        to the budget. It needs a cache that this student fills and nobody crops, which rules out
+        assisted decoding.
 
         Raises:
             UserError: when it is set, the value is unknown, or the student has no measured table.

@@ -65,7 +65,7 @@ class Evaluation(RoutingSummary):
     uniform_nll: float
     """The logarithm of the vocabulary's size, which is the loss of a uniform guess."""
     unigram_nll: float
-    """Loss that the labels' own frequencies reach without context, see `unigram_nll`."""
+    """Loss that the labels' own frequencies reach without context (`evaluation/compare.py`)."""
     oracle_overlap: float
     """Share of a token's k active experts that are among its k experts with the largest output
     norms, as a mean over tokens and layers on the first row."""
