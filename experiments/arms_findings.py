@@ -7,7 +7,7 @@ least three seeds and a 95 % interval of the mean difference (Student's t) that 
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
@@ -120,16 +120,30 @@ def missing(records: Sequence[Record]) -> Iterator[str]:
         yield f"- {millions(tokens)} tokens: {names}."
 
 
-def answer(records: Sequence[Record]) -> Iterator[str]:
-    """The arms of most interest, one row for each length and recipe."""
-    arms = (OURS, *RIVALS, "model card's rule")
-    yield f"| tokens | recipe | {' | '.join(arms)} |"
-    yield "|---" * (len(arms) + 2) + "|"
+def by_length(
+    records: Sequence[Record], columns: dict[str, Any], cell: Callable[[int, str, Any], str]
+) -> Iterator[str]:
+    """A table with a row for each length and recipe that has any cell.
+
+    `cell` gets the tokens, the end of the recipe's arms and what `columns` names.
+    """
+    yield f"| tokens | recipe | {' | '.join(columns)} |"
+    yield "|---" * (len(columns) + 2) + "|"
     lengths = sorted({r["tokens"] for r in records})
     for tokens, (recipe, how) in itertools.product(lengths, RECIPES.items()):
-        cells = [result(records, tokens, name + recipe) for name in arms]
+        cells = [cell(tokens, recipe, column) for column in columns.values()]
         if any(cells):
             yield f"| {' | '.join((millions(tokens), how, *cells))} |"
+
+
+def answer(records: Sequence[Record]) -> Iterator[str]:
+    """What the arms of most interest reach."""
+    arms = (OURS, *RIVALS, "model card's rule")
+
+    def cell(tokens: int, recipe: str, arm: str) -> str:
+        return result(records, tokens, arm + recipe)
+
+    return by_length(records, {arm: arm for arm in arms}, cell)
 
 
 def result(records: Sequence[Record], tokens: int, arm: str) -> str:
@@ -151,26 +165,24 @@ def excess(runs: Sequence[Record], text: str) -> list[float]:
 
 
 def leads(records: Sequence[Record]) -> Iterator[str]:
-    """By which share of a rival's KL an arm is closer, one row for each length and recipe."""
+    """By which share of a rival's KL an arm is closer."""
     pairs = (
         (OURS, "half-width"),
         ("frozen ridge gate", "half-width"),
         (OURS, "static choice"),
         (OURS, "frozen ridge gate"),
     )
-    yield f"| tokens | recipe | {' | '.join(f'{ours} over {theirs}' for ours, theirs in pairs)} |"
-    yield "|---" * (len(pairs) + 2) + "|"
-    lengths = sorted({r["tokens"] for r in records})
-    for tokens, (recipe, how) in itertools.product(lengths, RECIPES.items()):
-        cells = []
-        for ours, theirs in pairs:
-            rivals = best_runs(records, tokens, theirs + recipe)
-            runs = pairs_of(records, tokens, ours + recipe, rivals)
-            found = [shares_of(runs, text) for text in ("report", "unseen")]
-            told = " / ".join(f"{fmean(shares):.1f} %" for shares in found if shares)
-            cells.append(f"{told} ({len(runs)})" if runs else "")
-        if any(cells):
-            yield f"| {' | '.join((millions(tokens), how, *cells))} |"
+
+    def cell(tokens: int, recipe: str, pair: tuple[str, str]) -> str:
+        ours, theirs = (arm + recipe for arm in pair)
+        runs = pairs_of(records, tokens, ours, best_runs(records, tokens, theirs))
+        found = [shares_of(runs, text) for text in ("report", "unseen")]
+        told = " / ".join(f"{fmean(shares):.1f} %" for shares in found if shares)
+        return f"{told} ({len(runs)})" if runs else ""
+
+    return by_length(
+        records, {f"{ours} over {theirs}": (ours, theirs) for ours, theirs in pairs}, cell
+    )
 
 
 def pairs_of(
