@@ -12,8 +12,9 @@ from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
-from experiments.arms import ARMS, RIVALS, TOKENS, planned
+from experiments.arms import planned
 from experiments.arms_law import T_975, law_of
+from experiments.arms_settings import ARMS, RIVALS, TOKENS
 from experiments.arms_table import (
     FOLLOWED,
     OURS,

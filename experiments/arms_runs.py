@@ -31,7 +31,7 @@ from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, partition, prepare, read_inputs
 from tiny_onn.conversion.sharing import order_of_first
 from tiny_onn.data.packing import PackedRow, joined
-from tiny_onn.data.rows import text_rows
+from tiny_onn.data.rows import held_out_rows, text_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
 from tiny_onn.distill.loop import run_distill
@@ -62,7 +62,7 @@ def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Te
     parts = (experts.init, *sizes, config.train.seed)
     text = sha256(json.dumps(config.data.sources).encode()).hexdigest()[:8]
     # A learned partition is cut for a number of active experts.
-    cut = (f"{config.router.target_k:g}", config.data.shuffle_tokens, text)
+    cut = (f"{config.router.target_k:g}", config.data.shuffle_tokens, config.data.row_tokens, text)
     key = "-".join(map(str, (*parts, *cut)))
     path = folder / f"order-{key}.safetensors"
     with path.with_suffix(".lock").open("w") as lock:
@@ -283,13 +283,17 @@ def run(
     if not world.first:
         return None
     started = time.monotonic()
-    settling = at_once(threshold_rows(config, prepared.tokenizer, prepared.student.device))
+    reported = report.settings(config)
+    settling = at_once(threshold_rows(reported, prepared.tokenizer, prepared.student.device))
     after = result.after
     if means:
         means.put()
+    if means or reported != config:
+        # The run settled its thresholds for weights, or for rows, that are not measured here.
         fit_eval_thresholds(prepared.student, settling, config.router.budget_scope)
-        after = evaluate(prepared.student, prepared.held_out, config.loss)
-    reported = report.settings(config)
+        data = reported.data
+        rows = held_out_rows(data, prepared.tokenizer, data.row_tokens, data.eval_tokens)
+        after = evaluate(prepared.student, HeldOut(prepared.teacher, rows), config.loss)
     texts = reported_rows(reported, parts, prepared.tokenizer, K_TEXT * report.tokens)
     asked: Any = {"settling": settling, "follow": job.arm in FOLLOWED}
     found = measured(reported, prepared, texts, report.tokens, **asked)

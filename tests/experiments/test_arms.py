@@ -272,6 +272,8 @@ def test_runs_leave_their_lines_and_are_not_made_again(tmp_path):
     for record in map(json.loads, lines):
         assert record["tokens"] == 128
         assert record["report"]["kl_at_k"] >= 0
+        # The rows that are measured are longer than those of training.
+        assert record["report_row_tokens"] == 128
     again = run_module("experiments.arms", *options)
     assert (tmp_path / "arms.jsonl").read_text().splitlines() == lines
     assert first.splitlines()[-4:] == again.splitlines()[-4:]
