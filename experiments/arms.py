@@ -26,13 +26,14 @@ them rows by `--set train.rows_per_step=N`. `--smoke` makes tiny runs.
 import argparse
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -44,15 +45,17 @@ from experiments.arms_table import (
     LOSS_METRIC,
     RECORDS,
     Job,
+    differing,
     job_of,
     read_records,
     show,
     table,
 )
-from experiments.options import mistakes_told, parser
+from experiments.options import mistakes_told, parser, positive, whole
 from experiments.split_text import Parts, split, tiny_text
+from tiny_onn.cli.arguments import require_place
 from tiny_onn.config.read import load_config
-from tiny_onn.errors import UserError
+from tiny_onn.errors import UserError, reason_of
 
 # A run that SIGTERM stops ends by itself once it has saved. The signal ends it where it has nothing
 # to save: while it starts or measures, and between the savings of the dense rival.
@@ -60,6 +63,9 @@ STOPPED = (INTERRUPTED, -signal.SIGTERM)
 # Signals that end this program, after the runs under way have saved.
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 PLANNED = ("arms", "tokens", "seeds", "rates", "gate_rates")
+# What a tiny run has in place of the defaults.
+SMALL = {"tokens": 1024, "report_tokens": 128, "report_row_tokens": 128}
+SHORTEST_ROW = 3
 
 
 def settings_of(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[str]:
@@ -93,23 +99,78 @@ def learned_from(job: Job, arguments: argparse.Namespace, parts: Parts) -> list[
     return [*own, folder.absolute()] if folder else own
 
 
+def read_plan(path: Path) -> list[dict[str, Any]]:
+    """The entries of a plan.
+
+    Raises:
+        UserError: The file cannot be read, or an entry asks for runs that cannot be made.
+    """
+    try:
+        plan = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plan: {path}: got {reason_of(error)}; see --help") from error
+    if not isinstance(plan, list):
+        raise UserError(f"--plan: {path}: got {plan!r:.60}, expected a list of entries; see --help")
+    for number, entry in enumerate(plan, start=1):
+        where = f"--plan: {path} entry {number}"
+        if not isinstance(entry, dict) or entry.keys() - {*PLANNED}:
+            raise UserError(
+                f"{where}: got {entry!r:.60}, expected {', '.join(PLANNED)}; correct it"
+            )
+        for name, value in entry.items():
+            if unfit := [*unfit_values(name, value)]:
+                raise UserError(
+                    f"{where}: {name}: got {unfit[0]!r:.60}, expected {FIT[name][0]}; correct it"
+                )
+    return plan
+
+
+FIT: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "arms": (
+        "a list of arms of experiments/arms_settings.py",
+        lambda value: isinstance(value, str) and value in ARMS,
+    ),
+    "tokens": ("an integer of at least 1", lambda value: type(value) is int and value > 0),
+    "seeds": ("a list of integers of at least 0", lambda value: type(value) is int and value >= 0),
+    "rates": (
+        "a list of numbers above 0",
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    ),
+}
+FIT["gate_rates"] = FIT["rates"]
+
+
+def unfit_values(name: str, value: Any) -> Iterator[Any]:
+    """What of an entry's value is not as `FIT` says; the value itself if it is no list."""
+    values = [value] if name == "tokens" else value
+    if not isinstance(values, list) or not values:
+        yield value
+        return
+    yield from (part for part in values if not FIT[name][1](part))
+
+
 def planned(plan: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> list[Job]:
     """The runs of a plan in its order, each once; what an entry lacks comes from the defaults."""
     jobs: dict[Job, None] = {}
     for entry in plan:
         asked = defaults | entry
-        if unknown := [*(asked.keys() - PLANNED), *(set(asked["arms"]) - ARMS.keys())]:
-            raise SystemExit(f"plan: got {unknown}, expected keys of {PLANNED}, arms of {[*ARMS]}")
         each = itertools.product(*(asked[name] for name in PLANNED[2:]), asked["arms"])
         jobs |= {Job(arm, asked["tokens"], *others): None for *others, arm in each}
     return [*jobs]
 
 
-def jobs_left(arguments: argparse.Namespace) -> list[Job]:
-    """The runs that have no line yet, in the plan's order or seed by seed."""
-    plan = [{}] if arguments.plan is None else json.loads(arguments.plan.read_text("utf-8"))
-    done = {job_of(record) for record in read_records(arguments.out / RECORDS)}
+def jobs_left(arguments: argparse.Namespace, parts: Parts) -> list[Job]:
+    """The runs that have no line yet, in the plan's order or seed by seed.
+
+    Raises:
+        UserError: A run was made with other settings, or cannot be made by several processes.
+    """
+    plan = [{}] if arguments.plan is None else read_plan(arguments.plan)
+    done = {job_of(record): record for record in read_records(arguments.out / RECORDS)}
     jobs = planned(plan, {name: getattr(arguments, name) for name in PLANNED})
+    for job in jobs:
+        if record := done.get(job):
+            refuse_other_settings(job, record, arguments, parts)
     left = [job for job in jobs if job not in done]
     if arguments.processes > 1 and any(job.arm.endswith(LOSS_METRIC) for job in left):
         raise UserError(
@@ -117,6 +178,22 @@ def jobs_left(arguments: argparse.Namespace) -> list[Job]:
             f" {LOSS_METRIC!r}; leave these arms out, or the option"
         )
     return left
+
+
+def refuse_other_settings(
+    job: Job, record: dict[str, Any], arguments: argparse.Namespace, parts: Parts
+) -> None:
+    """Refuse to take a run for one that was asked for with other settings."""
+    others = [*differing(record, settings_of(job, arguments, parts))]
+    for name in ("report_tokens", "report_row_tokens"):
+        had, asked = record.get(name), getattr(arguments, name)
+        if had is not None and asked and had != asked:
+            others.append((f"--{name.replace('_', '-')}", had, asked))
+    for name, had, asked in others:
+        raise UserError(
+            f"{name}: got {asked}, expected {had}, with which {arguments.out} has {job.name()};"
+            " name another --out, or set it so"
+        )
 
 
 def start(job: Job, slot: int, arguments: argparse.Namespace, parts: Parts) -> Any:
@@ -186,7 +263,7 @@ def run_all(arguments: argparse.Namespace, parts: Parts) -> int:
 
     Runs under way save and end before Ctrl-C or a signal of `ENDING` ends this program.
     """
-    waiting, failed, asked = jobs_left(arguments), 0, set[Job]()
+    waiting, failed, asked = jobs_left(arguments, parts), 0, set[Job]()
     live: dict[Job, tuple[int, Any]] = {}
     started = time.monotonic()
     (arguments.out / "runs").mkdir(parents=True, exist_ok=True)
@@ -214,8 +291,8 @@ def run_all(arguments: argparse.Namespace, parts: Parts) -> int:
                     text = log_of(job, arguments).read_text("utf-8")
                     print(f"{job.name()}: failed\n{text[-2000:]}", file=sys.stderr, flush=True)
             if not in_time and not live:
-                left = f"{len(waiting)} runs"
-                print(f"not started in time: {left}; the same command goes on with them")
+                if waiting:
+                    print(f"not started in time: {len(waiting)}; the same command makes them")
                 break
             time.sleep(0.5)
     return failed
@@ -231,23 +308,29 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--teacher", default="embedded", help="a folder; default: the embedded")
     options.add_argument("--sampled", type=Path, help="folder that teacher_text.py wrote")
     options.add_argument("--more-text", type=Path, help="folder of text of other projects")
-    options.add_argument("--tokens", type=int, default=TOKENS, help="of each run")
-    options.add_argument("--report-tokens", type=int, default=131_072)
-    options.add_argument("--report-row-tokens", type=int, default=4096, help="0: as in training")
-    options.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options.add_argument("--tokens", type=whole(1), default=TOKENS, help="of each run")
+    options.add_argument("--report-tokens", type=whole(1), default=131_072)
+    options.add_argument(
+        "--report-row-tokens", type=whole(0), default=4096, help="0: as in training"
+    )
+    options.add_argument("--seeds", type=whole(0), nargs="+", default=[0])
     options.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS], metavar="ARM")
-    options.add_argument("--rates", type=float, nargs="+", default=[1.0])
-    options.add_argument("--gate-rates", type=float, nargs="+", default=[1.0])
+    options.add_argument("--rates", type=positive, nargs="+", default=[1.0])
+    options.add_argument("--gate-rates", type=positive, nargs="+", default=[1.0])
     options.add_argument("--plan", type=Path, help="JSON list of runs, made in this order")
-    options.add_argument("--jobs", type=int, default=1, help="runs at once")
-    options.add_argument("--processes", type=int, default=1, help="that train a run")
-    options.add_argument("--threads", type=int, default=2, help="of each run")
+    options.add_argument("--jobs", type=whole(1), default=1, help="runs at once")
+    options.add_argument("--processes", type=whole(1), default=1, help="that train a run")
+    options.add_argument("--threads", type=whole(1), default=2, help="of each run")
     options.add_argument("--gpus", nargs="*", default=[], help="the GPUs to spread runs over")
     options.add_argument("--seconds", type=float, default=1e9, help="then no run is started")
     options.add_argument("--stop-after", type=float, default=1e9, help="then runs are stopped")
     options.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE")
     options.add_argument("--table", action="store_true", help="only print the table")
+    if "--smoke" in argv:
+        options.set_defaults(**SMALL)
     arguments = options.parse_args(argv)
+    if 0 < arguments.report_row_tokens < SHORTEST_ROW:
+        options.error(f"--report-row-tokens: expected 0 or at least {SHORTEST_ROW}")
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.smoke:
             fill_in(arguments, Path(temporary))
@@ -256,11 +339,13 @@ def main(argv: Sequence[str]) -> int:
         arguments.out, failed = arguments.out.absolute(), 0
         text = Path(arguments.text or "")
         if not arguments.table:
+            require_place(arguments.out, "--out")
             arguments.out.mkdir(parents=True, exist_ok=True)
             parts = split(text, arguments.out, arguments.unseen_sources)
             failed = run_all(arguments, parts)
-        print("\n".join(table(read_records(arguments.out / RECORDS))))
-    return failed
+        records = read_records(arguments.out / RECORDS, needed=arguments.table)
+        print("\n".join(table(records)))
+    return min(failed, 1)
 
 
 def fill_in(arguments: argparse.Namespace, folder: Path) -> None:
@@ -274,7 +359,6 @@ def fill_in(arguments: argparse.Namespace, folder: Path) -> None:
         arguments.teacher = tiny_teacher(folder / "teacher")
     if arguments.out is None:
         arguments.out = folder / "out"
-    arguments.report_tokens = arguments.report_row_tokens = 128
 
 
 if __name__ == "__main__":

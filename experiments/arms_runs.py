@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
@@ -25,9 +26,10 @@ from benchmarks.common import environment
 from experiments import loss_metric, low_rank
 from experiments.arms_table import FOLLOWED, INTERRUPTED, LOSS_METRIC, RECORDS, Job, at_k
 from experiments.budgets import measured as counted_k
+from experiments.options import mistakes_told
 from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
-from tiny_onn.config.schema import RunConfig
+from tiny_onn.config.schema import DataConfig, RunConfig
 from tiny_onn.conversion.pipeline import Prepared, partition, prepare, read_inputs
 from tiny_onn.conversion.sharing import order_of_first
 from tiny_onn.data.packing import PackedRow, joined
@@ -36,6 +38,7 @@ from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.distill.stages import step_tokens
+from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import Evaluation, compare, evaluate
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import temporary_rules
@@ -60,9 +63,17 @@ def ordered(folder: Path, config: RunConfig, inputs: MlpInputs) -> list[torch.Te
     experts = config.experts
     sizes = (experts.num_experts, experts.num_shared, experts.calibration_tokens)
     parts = (experts.init, *sizes, config.train.seed)
+    weights = next(w for name, w in inputs.dense.named_parameters() if ".mlp." in name)
+    teacher = sha256(weights.detach().float().cpu().numpy().tobytes()).hexdigest()[:8]
     text = sha256(json.dumps(config.data.sources).encode()).hexdigest()[:8]
     # A learned partition is cut for a number of active experts.
-    cut = (f"{config.router.target_k:g}", config.data.shuffle_tokens, config.data.row_tokens, text)
+    cut = (
+        f"{config.router.target_k:g}",
+        config.data.shuffle_tokens,
+        config.data.row_tokens,
+        text,
+        teacher,
+    )
     key = "-".join(map(str, (*parts, *cut)))
     path = folder / f"order-{key}.safetensors"
     with path.with_suffix(".lock").open("w") as lock:
@@ -169,6 +180,12 @@ def reported_rows(
     }
 
 
+def held_out(prepared: Prepared, data: DataConfig) -> HeldOut:
+    """The text for choices in rows of these settings."""
+    rows = held_out_rows(data, prepared.tokenizer, data.row_tokens, data.eval_tokens)
+    return HeldOut(prepared.teacher, rows)
+
+
 class WeightMeans:
     """The means of a student's trained weights over the last steps of a run."""
 
@@ -242,6 +259,7 @@ def run_low_rank(
     shutil.rmtree(folder, ignore_errors=True)
     return {
         **asdict(job),
+        "report_tokens": report.tokens,
         "report_row_tokens": reported.data.row_tokens,
         "target_k": config.router.target_k,
         "tokens": tokens,
@@ -262,7 +280,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Make a run, or go on with a stopped one; its record, which the first process returns."""
     config = prepare_device(load_config(None, "demo", settings))[0]
-    folder = out / "runs" / job.name()
+    folder, reported = out / "runs" / job.name(), report.settings(config)
     # A checkpoint does not hold the sums of a mean, so that such a run begins anew.
     begun = job.arm not in AVERAGED and bool(valid_checkpoints(folder / "checkpoints"))
     with World.from_environment(config.train.device) as world:
@@ -273,6 +291,8 @@ def run(
             prepared = prepare(config, make=loss_metric.make_student)
         else:
             prepared = prepare(config, order_of_first(world) or partial(ordered, parts.folder))
+        if reported.data != config.data:
+            prepared = replace(prepared, held_out=held_out(prepared, reported.data))
         converted = time.monotonic() - started
         means = WeightMeans(prepared.student, config) if job.arm in AVERAGED else None
         options: Any = {"after_step": means.add} if means else {}
@@ -283,7 +303,6 @@ def run(
     if not world.first:
         return None
     started = time.monotonic()
-    reported = report.settings(config)
     settling = at_once(threshold_rows(reported, prepared.tokenizer, prepared.student.device))
     after = result.after
     if means:
@@ -291,9 +310,7 @@ def run(
     if means or reported != config:
         # The run settled its thresholds for weights, or for rows, that are not measured here.
         fit_eval_thresholds(prepared.student, settling, config.router.budget_scope)
-        data = reported.data
-        rows = held_out_rows(data, prepared.tokenizer, data.row_tokens, data.eval_tokens)
-        after = evaluate(prepared.student, HeldOut(prepared.teacher, rows), config.loss)
+        after = evaluate(prepared.student, prepared.held_out, config.loss)
     texts = reported_rows(reported, parts, prepared.tokenizer, K_TEXT * report.tokens)
     asked: Any = {"settling": settling, "follow": job.arm in FOLLOWED}
     found = measured(reported, prepared, texts, report.tokens, **asked)
@@ -302,6 +319,7 @@ def run(
         shutil.rmtree(folder / name, ignore_errors=True)
     return {
         **asdict(job),
+        "report_tokens": report.tokens,
         "report_row_tokens": reported.data.row_tokens,
         "target_k": config.router.target_k,
         "tokens": result.tokens,
@@ -328,16 +346,31 @@ def main(request: str) -> int:
     job, out = Job(**asked["job"]), Path(asked["out"])
     parts = Parts(**{name: path and Path(path) for name, path in asked["parts"].items()})
     make = run_low_rank if job.arm == "low-rank" else run
-    try:
-        record = make(job, asked["settings"], parts, out, Report(**asked["report"]))
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    if record is None:
-        return 0
-    with (out / RECORDS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with alone(out / "runs" / f"{job.name()}.lock"):
+        try:
+            record = make(job, asked["settings"], parts, out, Report(**asked["report"]))
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        if record is not None:
+            # One write, so that a kill leaves no part of a line.
+            with (out / RECORDS).open("ab", buffering=0) as file:
+                file.write(f"{json.dumps(record)}\n".encode())
     return 0
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Refuse a run that a process makes already, such as one whose study was killed."""
+    with path.open("w") as lock:
+        try:
+            # The first process of a run holds the lock for the others.
+            if os.environ.get("RANK", "0") == "0":
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path.stem}: another process makes this run; wait for it") from None
+        yield
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    with mistakes_told():
+        sys.exit(main(sys.argv[1]))

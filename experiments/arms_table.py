@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from tiny_onn.errors import UserError
+
 RECORDS = "arms.jsonl"
 # The exit status of a run that a signal stopped, as that of the command line.
 INTERRUPTED = 130
@@ -57,9 +59,27 @@ def job_of(record: dict[str, Any]) -> Job:
     return Job(**{field.name: record[field.name] for field in fields(Job)})
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record, none if there is none."""
-    return [*map(json.loads, path.read_text("utf-8").splitlines())] if path.is_file() else []
+def read_records(path: Path, *, needed: bool = False) -> list[dict[str, Any]]:
+    """The lines of a record; none if there is none and none is needed.
+
+    Raises:
+        UserError: A line is no JSON object, or a record that is needed is not there.
+    """
+    if not path.is_file():
+        if needed:
+            raise UserError(f"{path}: got no file, expected a record; restore it")
+        return []
+    records = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            records.append(record := json.loads(line))
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path} line {number}: got {line[:20]!r}, expected a JSON object; remove the line"
+            )
+    return records
 
 
 def at_k(points: Sequence[tuple[float, float]], k: float) -> float:
@@ -206,6 +226,18 @@ def gain(record: dict[str, Any]) -> float:
     """By how much a run came nearer to its teacher, nats; 0 if its start was not measured."""
     before, after = (record["choose"][name] for name in ("before", "after"))
     return 0.0 if before is None else before["forward_kl"] - after["forward_kl"]
+
+
+def differing(record: dict[str, Any], settings: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """The names of settings that a run did not have so, its values, and these.
+
+    Where its text and its teacher are, on which device it ran and how often it saved do not count.
+    """
+    had, asked = settings_of(record), settings_of({"settings": settings})
+    for name in sorted((had.keys() | asked.keys()) - {*PLACES, "teacher.path", "train.device"}):
+        one, other = (values.get(name, "not given") for values in (had, asked))
+        if one != other:
+            yield name, one, other
 
 
 def differ_in_rule(one: dict[str, Any], other: dict[str, Any]) -> bool:

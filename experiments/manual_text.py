@@ -16,7 +16,9 @@ from pathlib import Path
 
 from experiments.options import mistakes_told
 from experiments.split_text import write_documents
+from tiny_onn.cli.arguments import require_place
 from tiny_onn.data.sources import read_documents
+from tiny_onn.errors import UserError
 
 
 def main(argv: list[str]) -> None:
@@ -25,6 +27,11 @@ def main(argv: list[str]) -> None:
     options.add_argument("--manual", type=Path, required=True, help="folder of the manual")
     options.add_argument("--out", type=Path, required=True, help="folder of the text")
     arguments = options.parse_args(argv)
+    require_place(arguments.out, "--out")
+    if not arguments.manual.is_dir():
+        raise UserError(
+            f"--manual: got {arguments.manual}, expected the folder of a manual's text; see --help"
+        )
     for name, source in (("manual", str(arguments.manual)), ("embedded", "embedded")):
         texts = [document.text for document in read_documents(source, "text")]
         path = arguments.out / f"{name}.jsonl"

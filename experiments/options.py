@@ -1,8 +1,9 @@
 """The options that all studies have, and where their records are."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.common import ROOT
@@ -23,6 +24,26 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="folder of the JSON record; default: experiments/results, with --smoke none",
     )
     return options
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A reader of an option's integer, which refuses what is below the least."""
+
+    def read(text: str) -> int:
+        with suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(f"got {text}, expected an integer of at least {least}")
+
+    return read
+
+
+def positive(text: str) -> float:
+    """An option's number, refused unless it is finite and above 0."""
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.common import ROOT, environment
 from docs.tools import pages
 from experiments import arms_findings
-from experiments.arms_table import spread
+from experiments.arms_table import read_records, spread
 from experiments.blockwise import tiny_teacher
 from experiments.options import RESULTS, parser
 
@@ -160,12 +160,6 @@ def jobs_left(arguments: argparse.Namespace, out: Path) -> list[tuple[Arm, int]]
     return left[: max(0, 1 - len(done))] if arguments.smoke else left
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of the record, none if there is none."""
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
 def command(
     arm: Arm, seed: int, arguments: argparse.Namespace, folder: Path
 ) -> tuple[list[str], list[str]]:
@@ -288,7 +282,7 @@ def untrained_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def sections() -> dict[str, str]:
     """The generated text by the name of its place."""
-    records = read_records(RECORDS)
+    records = read_records(RECORDS, needed=True)
     path = RESULTS / "partitions.json"
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
     groups = {
@@ -300,14 +294,14 @@ def sections() -> dict[str, str]:
         "small": final_table(groups["small"]),
         "partitions": partition_table(groups["partitions"]),
         "untrained": untrained_table(rows),
-        **arms_findings.sections(*map(read_records, studies)),
+        **arms_findings.sections(*(read_records(path, needed=True) for path in studies)),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
 
 
 def controls_at_half() -> list[dict[str, Any]]:
     """The records of all arms at half of the experts."""
-    return [r for r in read_records(CONTROLS) if r["target_k"] == arms_findings.TARGET]
+    return [r for r in read_records(CONTROLS, needed=True) if r["target_k"] == arms_findings.TARGET]
 
 
 def filled(text: str) -> str:

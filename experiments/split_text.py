@@ -92,7 +92,7 @@ def split(
     *,
     unseen_option: str = "--unseen-sources",
 ) -> Parts:
-    """Write the parts of a text into a folder, unless they are there.
+    """Write the parts of a text into a folder, unless those of the same files are there.
 
     A document's part depends on its source and on its text alone. The reported share is taken from
     the other end of the hash than the share that a run keeps out of training.
@@ -106,7 +106,9 @@ def split(
     Raises:
         UserError: The text is unfit, a source is in no document, or a part gets no text.
     """
-    names = hashlib.sha256(json.dumps([path.name, sorted(unseen_sources)]).encode()).hexdigest()
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    read = [(file.name, digest_of(file)) for file in files]
+    names = hashlib.sha256(json.dumps([read, sorted(unseen_sources)]).encode()).hexdigest()
     target = folder / f"text-{names[:8]}"
     parts = Parts(
         folder=target,
@@ -140,6 +142,15 @@ def split(
     return parts
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file of the text."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--text: {path}: got {reason_of(error)}; {FORMS}") from error
+
+
 def _write_parts(path: Path, folder: Path, unseen_sources: Sequence[str]) -> set[str]:
     """Write the documents that are not blank into the files of their parts; the sources of all."""
     with ExitStack() as files:
@@ -149,7 +160,7 @@ def _write_parts(path: Path, folder: Path, unseen_sources: Sequence[str]) -> set
             if not (text := document["text"]).strip():
                 continue
             sources.add(source := document.get("source", ""))
-            words = "".join(c if c.isalnum() else "-" for c in source) or "text"
+            words = "".join(c if c.isalnum() else "-" for c in source[:50]) or "text"
             reported = is_reported(hashlib.sha256(text.encode()).digest())
             part = "report" if reported else f"learn/{words}"
             part = "unseen" if source in unseen_sources else part

@@ -12,7 +12,7 @@ TREATMENTS = {"compiled": "step compiled", "tuned": "step compiled, its own prod
 
 def read() -> list[dict[str, Any]]:
     """Return the records, one a line of the file."""
-    return read_records(RECORD)
+    return read_records(RECORD, needed=True)
 
 
 def rows(records: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str, str, str]]:

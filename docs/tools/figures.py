@@ -37,11 +37,11 @@ Spec = dict[str, Any]
 
 def figures() -> Iterator[tuple[str, Spec]]:
     """Yield every picture by name."""
-    runs = [r for r in read_records(quality.RECORDS) if r["group"] == "long"]
+    runs = [r for r in read_records(quality.RECORDS, needed=True) if r["group"] == "long"]
     arms = sorted({r["arm"] for r in runs}, key=lambda arm: mean_of(runs, arm, "after"))
     yield "controls", controls(runs, arms)
     yield "tokens", arms_figure.tokens_chart(quality.controls_at_half())
-    yield "step-time", step_time(read_records(CARD))
+    yield "step-time", step_time(read_records(CARD, needed=True))
     yield from layer_scaling.charts(layer_scaling.read())
 
 

@@ -137,7 +137,7 @@ def conversion_rows(record: dict[str, Any]) -> Iterator[Row]:
 
 def gpu_records(name: str) -> list[dict[str, Any]]:
     """Return what the benchmark `gpu` wrote on a GPU."""
-    return read_records(RESULTS / f"gpu_{name}.jsonl")
+    return read_records(RESULTS / f"gpu_{name}.jsonl", needed=True)
 
 
 def card_rows() -> Iterator[Row]:
@@ -208,7 +208,7 @@ def gpu_rows() -> Iterator[Row]:
 
 def step_records() -> list[dict[str, Any]]:
     """Return the records of whole training steps on a GPU, one a line."""
-    return read_records(RESULTS / "small_step_cuda.jsonl")
+    return read_records(RESULTS / "small_step_cuda.jsonl", needed=True)
 
 
 def step_rows() -> Iterator[Row]:

@@ -177,6 +177,8 @@ MISTAKES = [
     (["eval", "m", "--limit", "5"], "--limit: got no --tasks, which it is for"),
     (["eval", "m", "--tasks", "a,,b"], "--tasks: got a,,b, expected names with commas"),
     (["eval", "m", "--tasks", "a", "--frontier"], "--frontier: got --tasks too"),
+    (["eval", "m", "--tasks", "a", "--stride", "3"], "--stride: got --tasks too"),
+    (["eval", "m", "--tasks", "a", "--max-tokens", "3"], "--max-tokens: got --tasks too"),
     (["eval", "m", "--tasks", "a", "--budget", "8,4"], "--budget: got 8,4 with --tasks"),
     (["eval", "m", "--tasks", "a", "--limit", "0"], "--limit: got 0, expected an integer from 1"),
     (["eval", "m", "--tasks", "a"], "MODEL: got m, expected a run folder"),

@@ -1,6 +1,7 @@
 """The study of baselines: its settings are valid, its text is apart, its numbers are at equal k."""
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -8,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
-from experiments import arms, arms_findings, low_rank, split_text
+from experiments import arms, arms_findings, arms_runs, low_rank, split_text
 from experiments.arms_law import law_of
 from experiments.arms_table import Job, at_k, best_runs, has_diverged, job_of, read_records, table
 from experiments.blockwise import tiny_teacher
@@ -19,6 +21,7 @@ from experiments.options import RESULTS
 from repository import ROOT, run_module
 from tiny_onn.config.read import load_config
 from tiny_onn.data.stream import is_held_out
+from tiny_onn.errors import UserError
 
 
 def test_every_arm_has_valid_settings():
@@ -43,6 +46,10 @@ def test_what_is_reported_is_read_by_no_run(tmp_path):
     text.write_text("".join(json.dumps(d) + "\n" for d in documents))
     parts = split_text.split(text, tmp_path / "out", ["s3"])
     assert split_text.split(text, tmp_path / "out", ["s3"]) == parts
+    other = tmp_path / "other" / text.name
+    other.parent.mkdir()
+    other.write_text("".join(json.dumps(d) + "\n" for d in documents[1:]))
+    assert split_text.split(other, tmp_path / "out", ["s3"]).folder != parts.folder
     assert parts.unseen is not None
     learn, report, unseen = (
         {d["text"] for path in paths for d in split_text.documents_of(path)}
@@ -202,10 +209,91 @@ def test_a_plan_lists_runs_in_order_and_once():
         Job("smk", 99, 0, 1.0, 1.0),
         *(Job(arm, 9, seed, 1.0, 1.0) for seed in (1, 0) for arm in ("low-rank", "smk")),
     ]
-    with pytest.raises(SystemExit, match="rate_s"):
-        arms.planned([{"rate_s": [1]}], defaults)
-    with pytest.raises(SystemExit, match="smok"):
-        arms.planned([{"arms": ["smok"]}], defaults)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("[", "see --help"),
+        ('{"arms": ["smk"]}', "expected a list of entries"),
+        ('[{"rate_s": [1]}]', "entry 1: got .*rate_s.* expected arms, tokens"),
+        ('[{}, ["smk"]]', "entry 2: got"),
+        ('[{"arms": ["smok"]}]', "arms: got 'smok', expected a list of arms"),
+        ('[{"arms": "smk"}]', "arms: got 'smk', expected a list of arms"),
+        ('[{"arms": [["smk"]]}]', "expected a list of arms"),
+        ('[{"tokens": 0}]', "tokens: got 0, expected an integer of at least 1"),
+        ('[{"seeds": ["a"]}]', "seeds: got 'a', expected a list of integers"),
+        ('[{"seeds": []}]', r"seeds: got \[\]"),
+        ('[{"rates": [-1]}]', "rates: got -1, expected a list of numbers above 0"),
+        ('[{"gate_rates": [NaN]}]', "gate_rates: got nan"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused_with_its_entry(tmp_path, content, message):
+    path = tmp_path / "plan.json"
+    if content:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        arms.read_plan(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--jobs", "0"),
+        ("--report-tokens", "-7"),
+        ("--report-row-tokens", "2"),
+        ("--rates", "nan"),
+        ("--seeds", "-1"),
+    ],
+)
+def test_a_number_that_is_out_of_range_is_refused_before_any_work(options, capsys):
+    with pytest.raises(SystemExit):
+        arms.main(["--smoke", *options])
+    assert "expected" in capsys.readouterr().err
+
+
+def test_a_run_of_other_settings_is_not_taken_for_the_one_asked_for(tmp_path):
+    job, parts = Job("smk", 9, 0, 1.0, 1.0), split_text.Parts(*[tmp_path] * 4)
+    options = argparse.Namespace(
+        plan=None, out=tmp_path, processes=1, smoke=False, set=[], device="cpu", teacher="t",
+        report_tokens=64, report_row_tokens=32, arms=["smk"], tokens=9, seeds=[0], rates=[1.0],
+        gate_rates=[1.0],
+    )  # fmt: skip
+    made = {**asdict(job), "settings": arms.settings_of(job, options, parts), "report_tokens": 64}
+    (tmp_path / "arms.jsonl").write_text(json.dumps(made) + "\n")
+    assert arms.jobs_left(options, parts) == []
+    options.set = ["router.target_k=8"]
+    with pytest.raises(UserError, match=r"router\.target_k: got 8, expected not given"):
+        arms.jobs_left(options, parts)
+    options.set, options.report_tokens = [], 65
+    with pytest.raises(UserError, match="--report-tokens: got 65, expected 64"):
+        arms.jobs_left(options, parts)
+
+
+@pytest.mark.parametrize("line", ['{"arm": "smk', "", "[1]"])
+def test_a_damaged_record_is_told_with_its_line(tmp_path, line):
+    path = tmp_path / "arms.jsonl"
+    path.write_text("{}\n" + line + "\n")
+    with pytest.raises(UserError, match=r"arms\.jsonl line 2: got .* remove the line"):
+        read_records(path)
+
+
+def test_a_record_that_a_page_needs_is_not_taken_for_an_empty_one(tmp_path):
+    assert read_records(tmp_path / "x") == []
+    with pytest.raises(UserError, match="expected a record; restore it"):
+        read_records(tmp_path / "x", needed=True)
+
+
+def test_a_run_that_another_process_makes_is_refused(tmp_path):
+    job = Job("smk", 9, 0, 1.0, 1.0)
+    (tmp_path / "runs").mkdir()
+    asked = {"job": asdict(job), "out": str(tmp_path), "settings": [], "report": {}}
+    asked["parts"] = dict.fromkeys(("folder", "learn", "report", "unseen"))
+    with (tmp_path / "runs" / f"{job.name()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process makes this run"):
+            arms_runs.main(json.dumps(asked))
 
 
 def test_the_committed_plan_lists_runs_that_can_be_made():

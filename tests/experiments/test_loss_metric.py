@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments import arms, loss_metric
+from experiments import arms, loss_metric, split_text
 from experiments.arms_table import LOSS_METRIC
 from experiments.blockwise import tiny_teacher
 from tiny_onn.config.read import load_config
@@ -90,7 +90,8 @@ def test_another_metric_changes_the_cut_and_no_weight_of_the_teacher(config):
 def test_several_processes_are_refused(arm, tmp_path):
     asked = {"arms": [arm], "tokens": 1, "seeds": [0], "rates": [1.0], "gate_rates": [1.0]}
     options = argparse.Namespace(plan=None, out=tmp_path, processes=2, **asked)
+    parts = split_text.Parts(*[tmp_path] * 4)
     with pytest.raises(UserError, match="--processes: got 2, expected 1"):
-        arms.jobs_left(options)
+        arms.jobs_left(options, parts)
     options.processes = 1
-    assert [job.arm for job in arms.jobs_left(options)] == [arm]
+    assert [job.arm for job in arms.jobs_left(options, parts)] == [arm]

@@ -22,6 +22,6 @@ def test_both_sources_are_written_as_distill_reads_them(tmp_path):
 
 
 def test_a_manual_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(UserError, match="expected the folder of a manual"):
         manual_text.main(["--manual", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

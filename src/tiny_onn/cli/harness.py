@@ -93,7 +93,12 @@ def run(verb: "Eval") -> None:
             f"--tasks: got {options.tasks}, expected names with commas between them, as in"
             " arc_easy,hellaswag"
         )
-    for name, given in (("--text", verb.text is not None), ("--frontier", verb.frontier)):
+    for name, given in (
+        ("--text", verb.text is not None),
+        ("--frontier", verb.frontier),
+        ("--stride", verb.stride is not None),
+        ("--max-tokens", verb.max_tokens != type(verb).max_tokens),
+    ):
         if given:
             raise UserError(f"{name}: got --tasks too, expected one of them; leave one out")
     budgets = [] if verb.budget is None else parse_budgets(verb.budget)
