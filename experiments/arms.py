@@ -64,7 +64,7 @@ STOPPED = (INTERRUPTED, -signal.SIGTERM)
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 PLANNED = ("arms", "tokens", "seeds", "rates", "gate_rates")
 # What a tiny run has in place of the defaults.
-SMALL = {"tokens": 1024, "report_tokens": 128, "report_row_tokens": 128}
+SMALL = {"tokens": 1024, "report_tokens": 128}
 SHORTEST_ROW = 3
 
 
@@ -311,7 +311,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--tokens", type=whole(1), default=TOKENS, help="of each run")
     options.add_argument("--report-tokens", type=whole(1), default=131_072)
     options.add_argument(
-        "--report-row-tokens", type=whole(0), default=4096, help="0: as in training"
+        "--report-row-tokens", type=whole(0), default=0, help="0: as in evaluations"
     )
     options.add_argument("--seeds", type=whole(0), nargs="+", default=[0])
     options.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS], metavar="ARM")

@@ -38,11 +38,14 @@ PLAN = RESULTS.parent / "arms_plan.json"
 MUON = next(iter(RECIPES))
 ENOUGH_SEEDS = 3
 RIVALS_BY_MUON = tuple(rival + MUON for rival in RIVALS)
+SMALL_STEPS = [*RECIPES][1]
 PAIRS = (
     *((OURS, other) for other in ARMS if other not in (OURS, *RIVALS_BY_MUON)),
     ("frozen ridge gate", "half-width"),
     ("frozen ridge gate, loss metric", "frozen ridge gate"),
     *((f"smk{MUON}", rival) for rival in RIVALS_BY_MUON),
+    *((arm + SMALL_STEPS, arm + MUON) for arm in (OURS, "half-width")),
+    (OURS + SMALL_STEPS, "half-width" + SMALL_STEPS),
     (f"smk{MUON}, loss metric", f"smk{MUON}"),
     *zip(RIVALS_BY_MUON, RIVALS, strict=True),
 )

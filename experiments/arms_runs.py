@@ -29,11 +29,11 @@ from experiments.budgets import measured as counted_k
 from experiments.options import mistakes_told
 from experiments.split_text import Parts
 from tiny_onn.config.read import load_config
-from tiny_onn.config.schema import DataConfig, RunConfig
+from tiny_onn.config.schema import RunConfig
 from tiny_onn.conversion.pipeline import Prepared, partition, prepare, read_inputs
 from tiny_onn.conversion.sharing import order_of_first
 from tiny_onn.data.packing import PackedRow, joined
-from tiny_onn.data.rows import held_out_rows, text_rows
+from tiny_onn.data.rows import eval_row_tokens, text_rows
 from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
 from tiny_onn.distill.loop import run_distill
@@ -160,11 +160,11 @@ class Report(NamedTuple):
     tokens: int
     """The number of tokens of each text on which KL is measured."""
     row_tokens: int
-    """The number of tokens of a row; 0: that of training."""
+    """The number of tokens of a row; 0: that of evaluations."""
 
     def settings(self, config: RunConfig) -> RunConfig:
         """The run's settings with the rows that are reported on."""
-        data = replace(config.data, row_tokens=self.row_tokens or config.data.row_tokens)
+        data = replace(config.data, row_tokens=self.row_tokens or eval_row_tokens(config.data))
         return replace(config, data=data)
 
 
@@ -178,12 +178,6 @@ def reported_rows(
         for name, path in paths.items()
         if path
     }
-
-
-def held_out(prepared: Prepared, data: DataConfig) -> HeldOut:
-    """The text for choices in rows of these settings."""
-    rows = held_out_rows(data, prepared.tokenizer, data.row_tokens, data.eval_tokens)
-    return HeldOut(prepared.teacher, rows)
 
 
 class WeightMeans:
@@ -291,8 +285,6 @@ def run(
             prepared = prepare(config, make=loss_metric.make_student)
         else:
             prepared = prepare(config, order_of_first(world) or partial(ordered, parts.folder))
-        if reported.data != config.data:
-            prepared = replace(prepared, held_out=held_out(prepared, reported.data))
         converted = time.monotonic() - started
         means = WeightMeans(prepared.student, config) if job.arm in AVERAGED else None
         options: Any = {"after_step": means.add} if means else {}
@@ -303,12 +295,10 @@ def run(
     if not world.first:
         return None
     started = time.monotonic()
-    settling = at_once(threshold_rows(reported, prepared.tokenizer, prepared.student.device))
+    settling = at_once(threshold_rows(config, prepared.tokenizer, prepared.student.device))
     after = result.after
     if means:
         means.put()
-    if means or reported != config:
-        # The run settled its thresholds for weights, or for rows, that are not measured here.
         fit_eval_thresholds(prepared.student, settling, config.router.budget_scope)
         after = evaluate(prepared.student, prepared.held_out, config.loss)
     texts = reported_rows(reported, parts, prepared.tokenizer, K_TEXT * report.tokens)

@@ -31,6 +31,7 @@ SMOKE = (
     "teacher.dtype=float32",
     "train.compile=false",
     "data.row_tokens=64",
+    "data.eval_row_tokens=128",
     "data.shuffle_tokens=256",
     "data.eval_tokens=128",
     "data.settling_tokens=256",
@@ -52,10 +53,10 @@ TOGETHER = (*STATES_16, "optim.clip_norm=0.2")
 MUON = ("optim.name=muon",)
 MUON_FEATURES = (*MUON, *BY_FEATURE, *STATES_16)
 RIVALS = {"frozen ridge gate": NONE, "half-width": HALF, "static choice": STATIC}
-# A step is a row, and all are measured on rows of `--report-row-tokens`.
+# A step is a row, and all are measured on rows of the same length.
 STEPS = {
-    ", steps of 2,048": ("data.row_tokens=2048",),
-    ", steps of 1,024": ("data.row_tokens=1024",),
+    ", steps of 2,048": ("data.row_tokens=2048", "data.eval_row_tokens=4096"),
+    ", steps of 1,024": ("data.row_tokens=1024", "data.eval_row_tokens=4096"),
 }
 ARMS: dict[str, tuple[str, ...]] = {
     "smk": (),

@@ -16,9 +16,13 @@ RECORDS = "arms.jsonl"
 INTERRUPTED = 130
 # The arm of the recipe; its variants have a comma after this name.
 OURS = "smk"
-# How the names of a recipe's arms end, and how pages call it: the presets' first, then the one
-# before.
-RECIPES = {", muon, features x 16": "by Muon", "": "by AdamW"}
+# How the names of a recipe's arms end, and how pages call it: the presets' first, then the same in
+# smaller steps, then the one before.
+RECIPES = {
+    ", muon, features x 16": "by Muon",
+    ", muon, features x 16, steps of 1,024": "by Muon, steps of 1,024",
+    "": "by AdamW",
+}
 # Arms whose mean k pages show, with their recipes; a budget that follows each sequence is measured.
 FOLLOWED = {OURS + recipe: how for recipe, how in RECIPES.items()} | dict.fromkeys(
     ("smk, k = 8", "smk, k = 24"), RECIPES[""]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch
 from tiny import CONFIG, change, make_tokenizer
 from tiny_onn.config.checks import validate
 from tiny_onn.data.packing import Origin, build_row, joined
-from tiny_onn.data.rows import calibration_rows, held_out_rows, training_rows
+from tiny_onn.data.passages import held_out_passages
+from tiny_onn.data.rows import calibration_rows, eval_row_tokens, held_out_rows, training_rows
 from tiny_onn.data.settling import SHORTEST, fragment_tokens, threshold_rows, without_lead
 from tiny_onn.data.stream import TokenStream, side_of
 from tiny_onn.errors import UserError
@@ -83,6 +85,18 @@ def test_thresholds_see_short_fragments_of_many_documents(corpus, tokenizer):
         # Every fragment but the first of a row begins at its own position 0.
         assert row.position_ids[0, row.cu_seqlens[:-1].long()].eq(0).all()
     assert sum(len(row.cu_seqlens) - 1 for row in rows) > 4096 // SHORTEST
+
+
+def test_text_is_measured_and_settled_on_in_longer_rows_than_it_is_learned_from(corpus, tokenizer):
+    config = settings(corpus, tokens=2**15)
+    longer = change(config, data={"eval_row_tokens": 2 * ROW})
+    (short, *_), (long, *_) = (threshold_rows(c, tokenizer, CPU) for c in (config, longer))
+    assert (short.labels.numel(), long.labels.numel()) == (ROW, 2 * ROW)
+    passages = held_out_passages(longer.data, tokenizer, stride=None, max_tokens=0)
+    assert next(iter(passages)).labels.numel() == 2 * ROW
+    assert next(training_rows(longer, tokenizer)).labels.numel() == ROW
+    # Rows are never measured in parts.
+    assert eval_row_tokens(replace(config.data, eval_row_tokens=1)) == ROW
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.0])

@@ -155,7 +155,7 @@ def test_a_run_with_checkpoints_goes_on_without_converting_again(
 
 
 FIXED = [
-    *("data.eval_tokens", "data.held_out_fraction", "data.row_tokens"),
+    *("data.eval_row_tokens", "data.eval_tokens", "data.held_out_fraction", "data.row_tokens"),
     *("data.settling_fraction", "data.shuffle_tokens", "data.split"),
     *("data.text_field", "experts.calibration_tokens", "experts.compensation"),
     *("experts.expert_dim", "experts.gate_init", "experts.init", "experts.keep_massive"),

@@ -23,6 +23,7 @@ def overrides(tmp_path):
         "teacher.dtype=float32",
         f'data.sources=["{config.data.sources[0]}"]',
         f"data.row_tokens={ROW}",
+        "data.eval_row_tokens=0",
         f"data.eval_tokens={2 * ROW}",
         "data.held_out_fraction=0.2",
         "experts.num_experts=8",
@@ -89,7 +90,7 @@ def short(config):
 
 
 @pytest.mark.parametrize(
-    ("passed_s", "step_s", "steps"), [(100.0, 8.0, None), (100.0, 11.0, 3), (100.0, 60.0, 1)]
+    ("passed_s", "step_s", "steps"), [(100.0, 2.0, None), (100.0, 2.75, 16), (100.0, 15.0, 4)]
 )
 def test_the_second_step_tells_how_many_fit(passed_s, step_s, steps):
     config = load_config(None, "demo", [])

@@ -49,8 +49,8 @@ class Eval:
     max_tokens: Annotated[
         int,
         arg(
-            help="Maximum number of tokens to read; 0 reads the whole text. Whole rows of"
-            " data.row_tokens are read, at least one; with --stride, whole windows.",
+            help="Maximum number of tokens to read; 0 reads the whole text. Whole rows, as the run"
+            " evaluated on, are read, at least one; with --stride, whole windows.",
         ),
     ] = 8192
     stride: Annotated[

@@ -38,6 +38,7 @@ REASONS = MappingProxyType(
         "router": "the student was converted with this value, and its gates were trained with it",
         "data": "the run's position in its text depends on this value",
         "data.eval_tokens": "evaluations before and after the change could not be compared",
+        "data.eval_row_tokens": "evaluations before and after the change could not be compared",
         "optim": "the form of the saved optimizer state depends on this value",
         "train.seed": "the order of the text depends on this value",
         "train.blockwise_tokens": "the end of the first stage depends on this value",

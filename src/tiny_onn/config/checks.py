@@ -32,7 +32,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "an integer from 0 to 16,777,216",
         lambda value: 0 <= value <= 2**24,
-        "data.shuffle_tokens",
+        "data.shuffle_tokens data.eval_row_tokens",
     ),
     (
         "an integer from 1 to 16,777,216",

@@ -37,6 +37,7 @@ ADDED = MappingProxyType(
         "teacher.cache": "none",
         "optim.norm_lr": 0.0,
         "data.shuffle_tokens": 0,
+        "data.eval_row_tokens": 0,
         "loss.label_coef": 0.0,
         "loss.states_scale": "layer",
     }

@@ -252,17 +252,17 @@ class DataConfig:
     """The number of tokens whose rows are shuffled together, so that the rows of a long document
     are spread over as many steps. 0: rows come in the order of the documents."""
     held_out_fraction: float = 0.05
-    """The share of documents kept out of training for evaluation, chosen by a hash of their text.
-    Exact duplicates stay on one side; texts that differ by a single blank may be split."""
+    """The share of documents kept out of training for evaluation, chosen by a hash of their text:
+    exact duplicates stay on one side."""
     settling_fraction: float = 0.05
     """The share of documents kept out of training to settle a budget's evaluation thresholds on,
-    chosen by the same hash. 0, or a share that leaves no document: they are settled on training
-    text, on which a taught gate is surer than on other text."""
+    chosen by the same hash. 0, or a share that leaves none: they are settled on training text."""
     settling_tokens: int = 0
-    """The number of tokens of it on which thresholds are settled before each evaluation. 0: as many
-    as `experts.calibration_tokens`."""
+    """The number of tokens of it that an evaluation settles on. 0: `experts.calibration_tokens`."""
     eval_tokens: int = 8192
     """The number of held-out tokens read in each evaluation."""
+    eval_row_tokens: int = 0
+    """The number of tokens in a row that is evaluated or settled on, if `row_tokens` is less."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ from tiny_onn.conversion.partition import (
 from tiny_onn.conversion.refit import refit
 from tiny_onn.conversion.verify import Conversion, check_conversion, searched_tokens
 from tiny_onn.data.packing import PackedRow
-from tiny_onn.data.rows import calibration_rows, held_out_rows
+from tiny_onn.data.rows import calibration_rows, eval_row_tokens, held_out_rows
 from tiny_onn.data.stream import check_vocabulary
 from tiny_onn.device import pick_device
 from tiny_onn.model.backbone import gated_mlps
@@ -135,7 +135,7 @@ def _load_teacher(
 
 def _held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[PackedRow]:
     data = config.data
-    return held_out_rows(data, tokenizer, data.row_tokens, data.eval_tokens)
+    return held_out_rows(data, tokenizer, eval_row_tokens(data), data.eval_tokens)
 
 
 def read_inputs(

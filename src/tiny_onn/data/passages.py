@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tiny_onn.config.schema import DataConfig
 from tiny_onn.data.packing import IGNORED_LABEL, Origin, PackedRow, Packer, build_row
+from tiny_onn.data.rows import eval_row_tokens
 from tiny_onn.data.sources import read_documents, reworded_for_text
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.data.tokens import DocumentTokens
@@ -87,13 +88,14 @@ def held_out_passages(
     Raises:
         UserError: `TokenStream` refuses a source or a setting, or the stride does not fit.
     """
-    _check_stride(stride, config.row_tokens)
-    stream = TokenStream(config, tokenizer, split="held_out", seed=0, row_tokens=config.row_tokens)
+    row_tokens = eval_row_tokens(config)
+    _check_stride(stride, row_tokens)
+    stream = TokenStream(config, tokenizer, split="held_out", seed=0, row_tokens=row_tokens)
     return Passages(
         documents=stream.documents,
         name="data.sources: got held-out text",
         sources=config.sources,
-        row_tokens=config.row_tokens,
+        row_tokens=row_tokens,
         stride=stride,
         max_tokens=max_tokens,
     )
@@ -112,7 +114,8 @@ def text_passages(
     Raises:
         UserError: the stride does not fit.
     """
-    _check_stride(stride, config.row_tokens)
+    row_tokens = eval_row_tokens(config)
+    _check_stride(stride, row_tokens)
     tokens = DocumentTokens(tokenizer)
 
     def documents() -> Iterator[tuple[list[int], Origin]]:
@@ -127,7 +130,7 @@ def text_passages(
         documents=documents,
         name=f"--text: got {path}",
         sources=(str(path),),
-        row_tokens=config.row_tokens,
+        row_tokens=row_tokens,
         stride=stride,
         max_tokens=max_tokens,
     )
@@ -222,5 +225,5 @@ def _check_stride(stride: int | None, row_tokens: int) -> None:
     if stride is not None and not 1 <= stride < row_tokens:
         raise UserError(
             f"--stride: got {stride}, expected 1 to {row_tokens - 1}, less than a window of"
-            " data.row_tokens tokens; half a window is usual"
+            " the run's evaluations; half a window is usual"
         )

@@ -18,6 +18,11 @@ from tiny_onn.data.tokens import DocumentTokens
 from tiny_onn.errors import UserError
 
 
+def eval_row_tokens(config: DataConfig) -> int:
+    """Return the number of tokens in a row that is evaluated on."""
+    return max(config.eval_row_tokens, config.row_tokens)
+
+
 def held_out_rows(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, row_tokens: int, max_tokens: int
 ) -> list[PackedRow]:

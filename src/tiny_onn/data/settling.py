@@ -25,7 +25,7 @@ from tiny_onn.config.routing_checks import has_budget
 from tiny_onn.config.schema import RunConfig
 from tiny_onn.console import say
 from tiny_onn.data.packing import PackedRow, joined
-from tiny_onn.data.rows import num_calibration_rows, training_rows
+from tiny_onn.data.rows import eval_row_tokens, num_calibration_rows, training_rows
 from tiny_onn.data.stream import TokenStream
 from tiny_onn.errors import UserError
 
@@ -71,8 +71,8 @@ def _tokens(config: RunConfig) -> int:
 
 
 def _settling_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[PackedRow]:
-    """Return fragments of the settling split, in rows of about the length of training's."""
-    row_tokens, tokens = config.data.row_tokens, _tokens(config)
+    """Return fragments of the settling split, in rows of about the length of evaluation's."""
+    row_tokens, tokens = eval_row_tokens(config.data), _tokens(config)
     length = fragment_tokens(tokens, row_tokens)
     stream = TokenStream(config.data, tokenizer, split="settling", seed=0, row_tokens=length)
     taken = spread(stream, -(-tokens // length))

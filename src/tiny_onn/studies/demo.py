@@ -52,14 +52,14 @@ CONTROLS = (("static choice", "static"), ("random routing", "random"))
 CONTROL_RATE = 4.0
 # The budgets of the student's frontier, as shares of the number of experts.
 FRONTIER_SHARES = (0.75, 0.5, 0.25)
-# The demo should end in so many seconds; where it would not, an arm takes fewer steps.
+# The demo should end in so many seconds; where it would not, an arm takes a share of its steps.
 DEADLINE_S = 360.0
-STEPS_LADDER = (4, 3, 2, 1)
-# Work besides training, in units of a step: evaluations, gates and saving after the first steps,
-# and what is repeated when the arms start again.
-OTHER_STEPS, RESTART_STEPS = 10, 4
+SHARES = (2 / 3, 1 / 2, 1 / 3, 1 / 6)
+# Work besides training, as the number of tokens that are trained on in that time: evaluations,
+# gates and saving after the first steps, and what is repeated when the arms start again.
+OTHER_TOKENS, RESTART_TOKENS = 7168, 3072
 # The student's frontier takes five or six passes over the held-out rows.
-FRONTIER_STEPS = 6
+FRONTIER_TOKENS = 4096
 
 
 class TooSlow(Exception):  # noqa: N818 - it ends an arm, and is no error
@@ -128,7 +128,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     if fewer:
         shutil.rmtree(out / STUDENT)
         results = run_arms(shortened(config, fewer), shared, out, None)
-    late = time.perf_counter() - started + FRONTIER_STEPS * step_seconds(results[STUDENT], config)
+    late = time.perf_counter() - started + FRONTIER_TOKENS * token_seconds(results[STUDENT])
     if late > DEADLINE_S:
         say(
             "The student is not measured at other budgets, so that the demo ends in time; `tiny-onn"
@@ -169,14 +169,9 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     return summary
 
 
-def num_steps(result: RunResult, config: RunConfig) -> int:
-    """Return the number of steps of an arm."""
-    return -(-result.tokens // step_tokens(config))
-
-
-def step_seconds(result: RunResult, config: RunConfig) -> float:
-    """Return the mean time of an arm's steps."""
-    return result.seconds / max(1, num_steps(result, config))
+def token_seconds(result: RunResult) -> float:
+    """Return the mean time that an arm trains on a token."""
+    return result.seconds / max(1, result.tokens)
 
 
 def student_frontier(folder: Path, result: RunResult, config: RunConfig) -> dict[str, Any]:
@@ -196,7 +191,7 @@ def student_frontier(folder: Path, result: RunResult, config: RunConfig) -> dict
             student=prepared.student,
             tokenizer=prepared.tokenizer,
             config=config,
-            step=num_steps(result, config),
+            step=-(-result.tokens // step_tokens(config)),
             of_run=True,
             named_teacher=None,
         ),
@@ -316,14 +311,15 @@ def check_deadline(config: RunConfig, passed_s: float, step_s: float) -> None:
         TooSlow: the demo will be late, and fewer steps would make it faster.
     """
     size, arms = step_tokens(config), 1 + len(CONTROLS)
-    num_steps = -(-config.train.tokens // size)
-    left = (DEADLINE_S - passed_s) / step_s - OTHER_STEPS
-    if arms * num_steps - 2 <= left:
+    steps = -(-config.train.tokens // size)
+    left = (DEADLINE_S - passed_s) * size / step_s - OTHER_TOKENS  # tokens
+    if (arms * steps - 2) * size <= left:
         return
-    left -= RESTART_STEPS
-    fewer = max((n for n in STEPS_LADDER if arms * n <= left), default=STEPS_LADDER[-1])
-    if fewer < num_steps:
-        raise TooSlow(fewer * size, step_s)
+    lengths = [size * max(1, round(share * steps)) for share in SHARES]
+    fitting = (length for length in lengths if arms * length <= left - RESTART_TOKENS)
+    fewer = max(fitting, default=lengths[-1])
+    if fewer < steps * size:
+        raise TooSlow(fewer, step_s)
 
 
 def shortened(config: RunConfig, tokens: int) -> RunConfig:
