@@ -47,9 +47,9 @@ from tiny_onn.teacher.load import teacher_for
 
 NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
 STUDENT = "student"
-CONTROLS = (("static choice", "static"), ("random routing", "random"))
-# The controls' rate of the experts over the student's: the best that was tried (docs/recipes.md).
-CONTROL_RATE = 4.0
+# The controls, each with its rate of the experts over the student's: the best that was tried
+# (docs/recipes.md).
+CONTROLS = (("static choice", "static", 2.75), ("random routing", "random", 11.0))
 # The budgets of the student's frontier, as shares of the number of experts.
 FRONTIER_SHARES = (0.75, 0.5, 0.25)
 # The demo should end in so many seconds; where it would not, an arm takes a share of its steps.
@@ -156,9 +156,10 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     write_json(out / "demo.json", summary)
     Console().print(comparison(results, config.router, exact))
     page = _report(out, results[STUDENT], config)
+    rates = " and ".join(f"{rate:g}" for _, _, rate in CONTROLS)
     Console().print(
         f"Each arm learned from {results[STUDENT].tokens:,} tokens, seed {config.train.seed}, in"
-        f" {config.teacher.dtype}; controls at {CONTROL_RATE:g} times the student's rate; all in"
+        f" {config.teacher.dtype}; controls at {rates} times the student's rate; all in"
         f" {seconds:.0f} s. Run folder: {out}\nReport, for a browser: {page}\n"
         f'Next: tiny-onn generate {out / STUDENT} --prompt "A list is"',
         highlight=False,
@@ -258,11 +259,10 @@ def run_arms(
     Raises:
         KeyboardInterrupt: an arm was stopped.
     """
-    control = with_expert_lr(config, CONTROL_RATE * config.optim.expert_lr)
-    arms = {STUDENT: config} | {
-        name: with_router(control, selection=selection, objective="none")
-        for name, selection in CONTROLS
-    }
+    arms = {STUDENT: config}
+    for name, selection, rate in CONTROLS:
+        control = with_expert_lr(config, rate * config.optim.expert_lr)
+        arms[name] = with_router(control, selection=selection, objective="none")
     results: dict[str, RunResult] = {}
     checked: Conversion | None = None
     for number, (name, arm) in enumerate(arms.items(), start=1):
