@@ -48,7 +48,7 @@ def test_the_demo_compares_arms_of_equal_length_and_says_how_long(overrides, tmp
         read_run_config(tmp_path / "demo" / folder).optim.expert_lr
         for folder in ("student", "static-choice", "random-routing")
     ]
-    assert rates == pytest.approx([rates[0], 2.75 * rates[0], 11 * rates[0]])
+    assert rates == pytest.approx([rates[0], 2.75 * rates[0], 5.5 * rates[0]])
     shown = capsys.readouterr().out
     for text in ("student,", "untrained", "static", "random", "k / target", " / 4"):
         assert text in shown

@@ -49,7 +49,7 @@ NUMBERS = ("KL", "agreement", "perplexity", "k / target", "FFN", "total")
 STUDENT = "student"
 # The controls, each with its rate of the experts over the student's: the best that was tried
 # (docs/recipes.md).
-CONTROLS = (("static choice", "static", 2.75), ("random routing", "random", 11.0))
+CONTROLS = (("static choice", "static", 2.75), ("random routing", "random", 5.5))
 # The budgets of the student's frontier, as shares of the number of experts.
 FRONTIER_SHARES = (0.75, 0.5, 0.25)
 # The demo should end in so many seconds; where it would not, an arm takes a share of its steps.
