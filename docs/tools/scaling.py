@@ -34,7 +34,7 @@ def records() -> list[dict[str, Any]]:
     """Return the benchmark's records of GPUs, the last one of each model, number and card."""
     found = {
         (line["environment"]["gpu"], line["model"], line["gpus"]): line
-        for line in read_records(RECORDS, needed=True)
+        for line in read_records(RECORDS)
         if "gpu" in line.get("environment", {}) and not line["smoke"]
     }
     return list(found.values())

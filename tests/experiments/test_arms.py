@@ -133,7 +133,7 @@ def test_a_lead_over_a_rival_of_one_rate_is_open():
 def test_the_goal_on_a_manual_is_of_its_own_study():
     manual = [record(1.0, 0.09, 0.09, arm="smk, muon, features x 16")]
     (line,) = (line for line in arms_findings.goals([], manual) if "manual" in line)
-    assert line.endswith("at most 0.10 | 0.090: yes | not run |")
+    assert line.endswith("at most 0.10 | 0.090: yes | not run | not run |")
 
 
 def findings(leads):
