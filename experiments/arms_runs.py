@@ -24,7 +24,16 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common import environment
 from experiments import loss_metric, low_rank
-from experiments.arms_table import FOLLOWED, INTERRUPTED, LOSS_METRIC, RECORDS, Job, at_k
+from experiments.arms_table import (
+    FOLLOWED,
+    INTERRUPTED,
+    LOSS_METRIC,
+    RECORDS,
+    Job,
+    at_k,
+    job_of,
+    read_records,
+)
 from experiments.budgets import measured as counted_k
 from experiments.options import mistakes_told
 from experiments.split_text import Parts
@@ -337,6 +346,9 @@ def main(request: str) -> int:
     parts = Parts(**{name: path and Path(path) for name, path in asked["parts"].items()})
     make = run_low_rank if job.arm == "low-rank" else run
     with alone(out / "runs" / f"{job.name()}.lock"):
+        if job in map(job_of, read_records(out / RECORDS)):
+            # A process of a study that was killed has made it since this one was started.
+            return 0
         try:
             record = make(job, asked["settings"], parts, out, Report(**asked["report"]))
         except KeyboardInterrupt:
