@@ -118,7 +118,7 @@ def model_and_text(
 ) -> tuple[RunConfig, PreTrainedModel, list[PackedRow]]:
     """The settings, the dense model and the calibration rows."""
     tokens, device = arguments.calibration_tokens, torch.device("cpu")
-    sets = [f"experts.calibration_tokens={tokens}", "teacher.dtype=float32"]
+    sets = [f"experts.calibration_tokens={tokens}", "teacher.dtype=float32", "data.row_tokens=1024"]
     config = load_config(None, "demo", [*sets, "train.device=cpu", "train.compile=false"])
     if arguments.shape is None:
         dense, tokenizer = load_dense(config.teacher, device)

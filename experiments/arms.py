@@ -189,7 +189,8 @@ def refuse_other_settings(
         had, asked = record.get(name), getattr(arguments, name)
         if had is not None and asked and had != asked:
             others.append((f"--{name.replace('_', '-')}", had, asked))
-    for name, had, asked in others:
+    if others:
+        name, had, asked = others[0]
         raise UserError(
             f"{name}: got {asked}, expected {had}, with which {arguments.out} has {job.name()};"
             " name another --out, or set it so"

@@ -10,8 +10,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
@@ -47,7 +47,6 @@ from tiny_onn.data.settling import threshold_rows
 from tiny_onn.device import pick_device, prepare_device
 from tiny_onn.distill.loop import run_distill
 from tiny_onn.distill.stages import step_tokens
-from tiny_onn.errors import UserError
 from tiny_onn.evaluation.compare import Evaluation, compare, evaluate
 from tiny_onn.model.hooks import MlpInputs
 from tiny_onn.model.router import temporary_rules
@@ -55,6 +54,7 @@ from tiny_onn.model.student import TinyOnnForCausalLM, eval_mode
 from tiny_onn.parallel import World
 from tiny_onn.routing.budgets import fit_eval_thresholds
 from tiny_onn.runs.checkpoint import valid_checkpoints
+from tiny_onn.runs.lock import run_lock
 from tiny_onn.teacher.held_out import HeldOut
 
 # Budgets around the target at which a student is measured, as shares of the target.
@@ -345,7 +345,10 @@ def main(request: str) -> int:
     job, out = Job(**asked["job"]), Path(asked["out"])
     parts = Parts(**{name: path and Path(path) for name, path in asked["parts"].items()})
     make = run_low_rank if job.arm == "low-rank" else run
-    with alone(out / "runs" / f"{job.name()}.lock"):
+    # The first process of a run holds the lock for the others. It is not the lock of the run's own
+    # folder, which a run that begins anew removes.
+    first = os.environ.get("RANK", "0") == "0"
+    with run_lock(out / "locks" / job.name()) if first else nullcontext():
         if job in map(job_of, read_records(out / RECORDS)):
             # A process of a study that was killed has made it since this one was started.
             return 0
@@ -358,19 +361,6 @@ def main(request: str) -> int:
             with (out / RECORDS).open("ab", buffering=0) as file:
                 file.write(f"{json.dumps(record)}\n".encode())
     return 0
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Refuse a run that a process makes already, such as one whose study was killed."""
-    with path.open("w") as lock:
-        try:
-            # The first process of a run holds the lock for the others.
-            if os.environ.get("RANK", "0") == "0":
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{path.stem}: another process makes this run; wait for it") from None
-        yield
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import environment
+from experiments.arms_table import read_records
 from experiments.options import parser, results_folder
 from tiny_onn.config.read import load_config, override
 from tiny_onn.config.schema import RunConfig
@@ -173,8 +174,7 @@ def bracket(
         "dtype": config.teacher.dtype,
         "set": arguments.set,
     }
-    lines = record.read_text("utf-8").splitlines() if record.is_file() else []
-    made = [json.loads(line) for line in lines]
+    made = read_records(record)
     done = [line["factor"] for line in made if all(line[k] == v for k, v in subject.items())]
     left = [factor for factor in arguments.factors if factor not in done]
     if not left:

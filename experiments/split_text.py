@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tiny_onn.errors import UserError, reason_line, reason_of
+from tiny_onn.runs.files import file_entry
 
 REPORTED_SHARE = 0.05
 FORMS = "expected JSON lines in UTF-8, also packed by xz, or a folder of .jsonl files; correct it"
@@ -107,7 +108,10 @@ def split(
         UserError: The text is unfit, a source is in no document, or a part gets no text.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    read = [(file.name, digest_of(file)) for file in files]
+    try:
+        read = [(file.name, file_entry(file).sha256) for file in files]
+    except OSError as error:
+        raise UserError(f"--text: {path}: got {reason_of(error)}; {FORMS}") from error
     names = hashlib.sha256(json.dumps([read, sorted(unseen_sources)]).encode()).hexdigest()
     target = folder / f"text-{names[:8]}"
     parts = Parts(
@@ -140,15 +144,6 @@ def split(
         with suppress(OSError):
             written.rename(target)
     return parts
-
-
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file of the text."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"--text: {path}: got {reason_of(error)}; {FORMS}") from error
 
 
 def _write_parts(path: Path, folder: Path, unseen_sources: Sequence[str]) -> set[str]:

@@ -1,7 +1,6 @@
 """The study of baselines: its settings are valid, its text is apart, its numbers are at equal k."""
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from repository import ROOT, run_module
 from tiny_onn.config.read import load_config
 from tiny_onn.data.stream import is_held_out
 from tiny_onn.errors import UserError
+from tiny_onn.runs.lock import run_lock
 
 
 def test_every_arm_has_valid_settings():
@@ -287,12 +287,11 @@ def test_a_record_that_a_page_needs_is_not_taken_for_an_empty_one(tmp_path):
 
 def test_a_run_that_another_process_makes_is_refused(tmp_path):
     job = Job("smk", 9, 0, 1.0, 1.0)
-    (tmp_path / "runs").mkdir()
     asked = {"job": asdict(job), "out": str(tmp_path), "settings": [], "report": {}}
     asked["parts"] = dict.fromkeys(("folder", "learn", "report", "unseen"))
-    with (tmp_path / "runs" / f"{job.name()}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process makes this run"):
+    with run_lock(tmp_path / "locks" / job.name()):
+        message = f"{job.name()}: got a folder in use by .* wait for that run"
+        with pytest.raises(UserError, match=message):
             arms_runs.main(json.dumps(asked))
 
 

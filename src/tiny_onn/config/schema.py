@@ -262,7 +262,7 @@ class DataConfig:
     eval_tokens: int = 8192
     """The number of held-out tokens read in each evaluation."""
     eval_row_tokens: int = 0
-    """The number of tokens in a row that is evaluated or settled on, if `row_tokens` is less."""
+    """The number of tokens in a row that is evaluated or settled on; at least `row_tokens`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

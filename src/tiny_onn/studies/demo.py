@@ -325,7 +325,7 @@ def check_deadline(config: RunConfig, passed_s: float, step_s: float) -> None:
 def shortened(config: RunConfig, tokens: int) -> RunConfig:
     """Return the settings with fewer training tokens, and the experts' rate in proportion.
 
-    Three steps at the rate of six left the student worse than it began.
+    Three steps of 1,024 tokens at the rate of six left the student worse than it began.
     """
     expert_lr = config.optim.expert_lr * tokens / config.train.tokens
     return with_expert_lr(replace(config, train=replace(config.train, tokens=tokens)), expert_lr)
